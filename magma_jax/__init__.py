@@ -1,0 +1,1 @@
+"""MAGMA in JAX/Flax: a frozen language model that sees, through an image prefix and adapters."""

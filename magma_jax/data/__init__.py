@@ -1,0 +1,1 @@
+"""Pictures, text and samples, up to the batch."""

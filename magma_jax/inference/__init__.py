@@ -1,0 +1,1 @@
+"""Sampling, decoding and the interface for users."""

@@ -1,0 +1,1 @@
+"""Building blocks that any model family may use."""
