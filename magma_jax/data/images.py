@@ -1,0 +1,182 @@
+"""From an encoded picture to the pixels an encoder sees.
+
+Three steps, usable apart: ``load_image`` opens what a user hands over and refuses what is unsafe or broken,
+``to_uint8`` resizes and crops, ``normalize`` scales. Data pipelines store what ``to_uint8`` gives and
+normalise on the device; ``clip_preprocess`` does both at once.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from magma_jax.typing import Array, Float, UInt8
+
+# Per channel, in units of the full range, over CLIP's training pictures (released with Radford et al. 2021).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# TIFF, PSD, EPS and the rest stay shut: rare in captioned data, and their decoders have the most faults.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 64_000_000
+
+ImageSource: TypeAlias = str | os.PathLike | bytes | Image.Image
+
+
+class ImageError(ValueError):
+    """A picture that cannot or must not be decoded; one line that names the picture and the remedy."""
+
+
+class ImageInput:
+    """A picture inside a multimodal prompt, as in ``["Describe:", ImageInput("cat.png")]``.
+
+    Holds the source (path, encoded bytes or PIL image) and decodes it when asked, so that a prompt can be
+    written before its files exist. Raises ``ImageError`` at once for a URL: nothing is ever fetched.
+    """
+
+    def __init__(self, source: ImageSource):
+        _refuse_url(source)
+        self.source = source
+
+    def load(self, **options) -> Image.Image:
+        """The decoded picture; ``options`` and errors are those of ``load_image``."""
+        return load_image(self.source, **options)
+
+    def __repr__(self) -> str:
+        return f"ImageInput({_name(self.source)})"
+
+
+def load_image(
+    source: ImageSource, *, max_pixels: int = MAX_PIXELS, exif_transpose: bool = True
+) -> Image.Image:
+    """Opens and fully decodes one picture.
+
+    Accepts PNG, JPEG, WebP, GIF and BMP. Of an animation the first frame counts. 16-bit grey becomes 8-bit
+    grey, 65535 mapping to 255; every other mode is kept, because the resize in ``to_uint8`` depends on it.
+
+    Args:
+        source: path, encoded bytes, or an image opened by PIL (returned as it is if nothing has to change).
+        max_pixels: largest width times height, checked from the header before anything is decoded. PIL's own
+            limit (``PIL.Image.MAX_IMAGE_PIXELS``) holds besides.
+        exif_transpose: turn the picture the way its EXIF orientation says, as viewers show it. The original
+            ignores the tag: pass False to see what it saw.
+
+    Raises:
+        ImageError: too large, empty, truncated, damaged, another format, or a URL.
+        OSError: the file cannot be read at all.
+    """
+    _refuse_url(source)
+    name = _name(source)
+    if isinstance(source, Image.Image):
+        return _decode(source, name, max_pixels, exif_transpose)
+    if not isinstance(source, bytes):
+        with open(source, "rb") as file:
+            return _open(file, name, max_pixels, exif_transpose)
+    return _open(io.BytesIO(source), name, max_pixels, exif_transpose)
+
+
+def to_uint8(image: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Resizes the shorter side to ``size``, crops the centre and converts to RGB, in this order.
+
+    Equal, bit for bit, to the original's CLIP transform before scaling: Pillow's bicubic filter, the longer
+    side truncated to a whole pixel. Because RGB comes last, palette and two-colour pictures are resized
+    without interpolation, and what alpha hides goes black.
+
+    Raises:
+        ImageError: the picture is so long and thin that resizing it would exceed ``MAX_PIXELS``.
+    """
+    image = _eight_bits(image)
+    width, height = image.size
+    longer = int(size * max(width, height) / min(width, height))
+    if size * longer > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} image is too long and thin to resize to {size}; crop it first")
+    resized = (size, longer) if width <= height else (longer, size)
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in resized)
+    image = image.crop((left, top, left + size, top + size))
+    # Pillow warns when a palette's transparency is dropped; RGB has no use for it.
+    image.info.pop("transparency", None)
+    return np.array(image.convert("RGB"))
+
+
+def normalize(
+    pixels: UInt8[Array | np.ndarray, "*batch H W 3"],
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> Float[Array | np.ndarray, "*batch H W 3"]:
+    """``(pixels / 255 - mean) / std`` in fp32; a NumPy array gives a NumPy array, a JAX array a JAX array."""
+    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def clip_preprocess(
+    image: Image.Image, size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> Float[np.ndarray, "{size} {size} 3"]:
+    """``normalize(to_uint8(image, size))``: the original's CLIP transform, channels last, fp32."""
+    return normalize(to_uint8(image, size), mean, std)
+
+
+def _refuse_url(source: ImageSource) -> None:
+    if isinstance(source, str) and ("://" in source or source.startswith("data:")):
+        raise ImageError(
+            f"{source[:80]!r}: images by URL are not enabled; download the file and pass its path"
+        )
+
+
+def _name(source: ImageSource) -> str:
+    if isinstance(source, Image.Image):
+        return f"<{source.mode} image, {source.width} x {source.height}>"
+    return f"<{len(source)} bytes>" if isinstance(source, bytes) else repr(os.fspath(source))
+
+
+def _open(file, name: str, max_pixels: int, exif_transpose: bool) -> Image.Image:
+    if not file.read(1):
+        raise ImageError(f"{name}: the file is empty; fetch or export it again")
+    file.seek(0)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{name}: no image in one of the formats {', '.join(FORMATS)}; convert it to PNG"
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_large(name, "more pixels than PIL opens", max_pixels) from None
+    except Exception as error:  # a plug-in may raise anything on a damaged header
+        raise _damaged(name, error) from error
+    return _decode(image, name, max_pixels, exif_transpose)
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int, exif_transpose: bool) -> Image.Image:
+    if image.width * image.height > max_pixels:
+        raise _too_large(name, f"{image.width} x {image.height} pixels", max_pixels)
+    try:
+        image.load()
+    except Exception as error:  # so may a decoder on damaged data
+        raise _damaged(name, error) from error
+    if exif_transpose:
+        # EXIF that cannot be parsed states no orientation, and the pixels are sound all the same.
+        with contextlib.suppress(Exception):
+            image = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
+    return _eight_bits(image)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith("I;16"):
+        return image
+    # Pillow's own conversion clips at 255; 65535 / 255 = 257.
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _too_large(name: str, what: str, max_pixels: int) -> ImageError:
+    return ImageError(
+        f"{name}: {what}, the limit is {max_pixels}; shrink the image or raise max_pixels if you trust it"
+    )
+
+
+def _damaged(name: str, error: Exception) -> ImageError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ImageError(f"{name}: the image is truncated or damaged ({reason}); fetch or export it again")
