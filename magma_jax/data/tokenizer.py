@@ -1,0 +1,175 @@
+"""Byte-pair encodings: GPT-2's, offline, and ones trained on the spot, behind one small class."""
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+EOS = "<|endoftext|>"
+IMAGE = "<|image|>"
+
+# What ``clean_up`` strips, in this order: the space before English marks and contractions (the original's
+# transformers 4.6 does so by default).
+_CLEAN_UP = (" .", " ?", " !", " ,"), " ' ", (" n't", " 'm", " 's", " 've", " 're")
+
+
+class Tokenizer:
+    """Text to ids and back, with an end-of-text token (which also pads) and an image placeholder.
+
+    Wraps a ``tokenizers.Tokenizer``; never changes once built, so threads may share it and processes be sent
+    it. ``<|image|>`` gets the next free id where the vocabulary lacks it, as in the original.
+
+    Raises:
+        ValueError: the vocabulary has no ``eos`` token.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos: str = EOS, image: str = IMAGE):
+        if backend.token_to_id(eos) is None:
+            raise ValueError(f"the vocabulary has no end-of-text token {eos!r}; name its own with eos=...")
+        self._names = eos, image
+        # Two copies, because whether special tokens are parsed is a switch on the object, not an argument.
+        self._parsing = _without_padding(backend.to_str())
+        self._parsing.add_special_tokens([eos, image])
+        self._plain = _without_padding(self._parsing.to_str())
+        self._plain.encode_special_tokens = True
+        self.eos_id: int = self._parsing.token_to_id(eos)
+        self.pad_id: int = self.eos_id
+        self.image_id: int = self._parsing.token_to_id(image)
+        self._rows = max(self._parsing.get_vocab(with_added_tokens=True).values()) + 1
+
+    def __reduce__(self):
+        # The switch that keeps spelled tokens plain does not survive the backend's own pickling.
+        return _rebuild, (self._parsing.to_str(), *self._names)
+
+    def __len__(self) -> int:
+        """Number of ids, ``<|image|>`` included: the rows an embedding table needs."""
+        return self._rows
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids without ``<|image|>``, as the original counts (50257 for GPT-2)."""
+        return len(self) - 1
+
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """Ids of ``text``, nothing added.
+
+        By default text that spells a special token is text: a caption cannot end itself or plant an image.
+        With ``parse_special`` it becomes the token, which is what the original does.
+        """
+        backend = self._parsing if parse_special else self._plain
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True, clean_up: bool = False) -> str:
+        """Text of ``ids``; ids beyond the vocabulary are the empty string.
+
+        Inverts ``encode`` exactly. With ``skip_special=False, clean_up=True`` (no space before marks and
+        contractions) it equals the original, where ``" ,"`` comes back as ``","``.
+        """
+        text = self._parsing.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        return _clean_up(text) if clean_up else text
+
+    def pad_to(self, ids: Sequence[int], length: int, truncate: bool = False) -> list[int]:
+        """``ids`` followed by end-of-text up to ``length`` (the original's ``max_length`` padding).
+
+        Raises:
+            ValueError: more than ``length`` ids, unless ``truncate`` allows dropping the rest.
+        """
+        if len(ids) > length and not truncate:
+            raise ValueError(f"{len(ids)} ids do not fit {length} positions; pass truncate=True to cut them")
+        return [*ids[:length], *[self.pad_id] * (length - len(ids))]
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Writes ``folder/tokenizer.json`` (the ``tokenizers`` format) and returns its path."""
+        path = Path(folder) / "tokenizer.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self._parsing.to_str(), encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, eos: str = EOS, image: str = IMAGE) -> "Tokenizer":
+        """Reads a ``tokenizer.json``, or the one in a folder.
+
+        Raises:
+            ValueError: not such a file, or no ``eos`` in it.
+        """
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        text = path.read_text(encoding="utf-8")
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the binding raises plain Exception
+            raise ValueError(f"{str(path)!r} is not a tokenizer.json: {error}") from None
+        return cls(backend, eos, image)
+
+
+@functools.cache
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's encoding as GPT-J and the original use it: eos = pad = 50256, ``<|image|>`` = 50257.
+
+    Built from the merges alone: the vocabulary is the 256 byte symbols, then what each merge makes, then
+    end-of-text.
+    """
+    file = Path(__file__).parent / "gpt2" / "merges.txt"
+    lines = file.read_text(encoding="utf-8").splitlines()[1:]  # the first is "#version: 0.2"
+    merges = [tuple(line.split(" ")) for line in lines]
+    symbols = [*_byte_symbols(), *(left + right for left, right in merges), EOS]
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    return Tokenizer(_byte_level(models.BPE(vocab=vocab, merges=merges)))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learns a byte-level byte-pair encoding with GPT-2's word splitting.
+
+    The result depends on ``texts`` only, not on their order or the machine. End-of-text and ``<|image|>`` are
+    the last two ids; ``vocab_size`` counts them (it is what ``len`` returns). Fewer entries result when
+    ``texts`` have no more pairs to merge.
+
+    Raises:
+        ValueError: ``vocab_size`` below 258, the bytes and the two tokens.
+    """
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size {vocab_size} is below 258: 256 bytes, end-of-text and image token")
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2, initial_alphabet=_byte_symbols(), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens([EOS])
+    return Tokenizer(backend)
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _byte_symbols() -> list[str]:
+    """One visible character a byte, in GPT-2's order: printable Latin-1, then the others as U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+def _rebuild(serialized: str, eos: str, image: str) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(serialized), eos, image)
+
+
+def _without_padding(serialized: str) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(serialized)
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def _clean_up(text: str) -> str:
+    marks, quote, contractions = _CLEAN_UP
+    for mark in marks:
+        text = text.replace(mark, mark[1:])
+    text = text.replace(quote, "'")
+    for contraction in contractions:
+        text = text.replace(contraction, contraction[1:])
+    return text

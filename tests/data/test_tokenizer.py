@@ -1,0 +1,138 @@
+import hashlib
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import magma_jax.data.tokenizer
+from magma_jax.data.tokenizer import EOS, IMAGE, Tokenizer, gpt2_tokenizer, train_bpe
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures/golden/tokenizer.json").read_text())
+CORPUS = [f"a {colour} {thing} on the {place}" for colour in ("red", "green", "blue", "grey")
+          for thing in ("cat", "dog", "truck") for place in ("grass", "road", "table")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    return gpt2_tokenizer()
+
+
+def test_the_merges_are_the_published_ones(gpt2):
+    merges = Path(magma_jax.data.tokenizer.__file__).parent / "gpt2" / "merges.txt"
+    assert hashlib.sha256(merges.read_bytes()).hexdigest() in GOLDEN["vocab_source"]
+
+
+def test_properties_equal_the_originals(gpt2):
+    properties = GOLDEN["properties"]
+    assert len(gpt2) == properties["length"] == 50258
+    assert gpt2.vocab_size == properties["vocab_size"]
+    assert gpt2.eos_id == properties["eos_token_id"]
+    assert gpt2.pad_id == properties["pad_token_id"]
+    assert gpt2.image_id == properties["cls_token_id"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["encode"], ids=lambda case: repr(case["text"])[:20])
+def test_encoding_and_padding_equal_the_originals(gpt2, case):
+    ids = gpt2.encode(case["text"], parse_special=True)
+    assert ids == case["ids"]
+    assert gpt2.pad_to(ids, 24) == case["padded_24"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["decode"], ids=lambda case: str(case["ids"])[:20])
+def test_decoding_equals_the_originals(gpt2, case):
+    assert gpt2.decode(case["ids"], skip_special=False, clean_up=True) == case["decoded"]
+
+
+def test_spelling_a_special_token_does_not_make_one(gpt2):
+    for text in ("end<|endoftext|>again", "a picture of <|image|> here", "<|image|>"):
+        plain = gpt2.encode(text)
+        assert not {gpt2.eos_id, gpt2.image_id} & set(plain)
+        assert gpt2.decode(plain) == text
+        assert {gpt2.eos_id, gpt2.image_id} & set(gpt2.encode(text, parse_special=True))
+
+
+def test_decoding_inverts_encoding_for_any_text(gpt2):
+    draw = random.Random(0)
+    for _ in range(200):
+        text = "".join(
+            chr(draw.choice((draw.randrange(32, 127), draw.randrange(160, 0x2FFF)))) for _ in range(20)
+        )
+        assert gpt2.decode(gpt2.encode(text)) == text
+    spaced = "Wait , what ? It is n't so ."
+    assert gpt2.decode(gpt2.encode(spaced)) == spaced
+
+
+def test_special_tokens_are_skipped_or_shown(gpt2):
+    ids = [gpt2.image_id, 32, gpt2.eos_id]
+    assert gpt2.decode(ids) == "A"
+    assert gpt2.decode(ids, skip_special=False) == "<|image|>A<|endoftext|>"
+
+
+def test_padding_refuses_to_cut_unless_told(gpt2):
+    with pytest.raises(ValueError, match="5 ids do not fit 3"):
+        gpt2.pad_to([1, 2, 3, 4, 5], 3)
+    assert gpt2.pad_to([1, 2, 3, 4, 5], 3, truncate=True) == [1, 2, 3]
+    assert gpt2.pad_to([], 2) == [50256, 50256]
+
+
+def test_training_is_deterministic_and_complete():
+    first = train_bpe(CORPUS, 290)
+    second = train_bpe(iter(reversed(CORPUS)), 290)
+    assert first._parsing.to_str() == second._parsing.to_str()
+    assert len(first) == 290
+    assert (first.eos_id, first.image_id) == (288, 289)
+    text = "a red cat — on the naïve <|image|> 東京"
+    assert first.decode(first.encode(text)) == text
+    assert first.encode(f"cat{IMAGE}", parse_special=True)[-1] == 289
+    assert len(first.encode("a red cat")) < len(b"a red cat")
+    assert len(train_bpe([], 300)) == 258
+    with pytest.raises(ValueError, match="below 258"):
+        train_bpe(CORPUS, 257)
+
+
+def test_saving_and_loading_gives_the_same_tokenizer(tmp_path):
+    trained = train_bpe(CORPUS, 280)
+    file = trained.save(tmp_path / "made" / "here")
+    for loaded in (Tokenizer.load(file), Tokenizer.load(file.parent)):
+        assert len(loaded) == len(trained)
+        assert (loaded.eos_id, loaded.image_id) == (trained.eos_id, trained.image_id)
+        for text in (*CORPUS[:3], "unseen <|image|> words"):
+            assert loaded.encode(text) == trained.encode(text)
+            assert loaded.encode(text, parse_special=True) == trained.encode(text, parse_special=True)
+    # The file is the common format: another library reads it and agrees.
+    other = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    assert other(CORPUS[0])["input_ids"] == trained.encode(CORPUS[0])
+
+
+def test_a_copy_sent_to_a_worker_behaves_alike(gpt2):
+    copy = pickle.loads(pickle.dumps(gpt2))
+    text = "end<|endoftext|>again"
+    assert copy.encode(text) == gpt2.encode(text)
+    assert copy.encode(text, parse_special=True) == gpt2.encode(text, parse_special=True)
+
+
+def test_other_vocabularies_get_an_image_token_and_need_an_eos(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "</s>": 1, "b": 2}, merges=[]))
+    backend.enable_padding(length=9)
+    backend.enable_truncation(1)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"no end-of-text token '<\|endoftext\|>'"):
+        Tokenizer.load(tmp_path)
+    loaded = Tokenizer.load(tmp_path, eos="</s>")
+    assert (loaded.eos_id, loaded.image_id, len(loaded)) == (1, 3, 4)
+    assert loaded.encode("ab") == [0, 2]  # the file's padding and truncation do not apply
+    (tmp_path / "page.json").write_text("<html>")
+    with pytest.raises(ValueError, match=r"page\.json' is not a tokenizer\.json"):
+        Tokenizer.load(tmp_path / "page.json")
+
+
+def test_an_eos_with_id_zero_works():
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={EOS: 0, "a": 1}, merges=[]))
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.eos_id == 0
+    assert tokenizer.pad_to([1], 3) == [1, 0, 0]
+    assert tokenizer.decode([1, 0]) == "a"
