@@ -1,0 +1,118 @@
+"""Configs: an ``ml_collections.ConfigDict`` (or JSON) goes in, frozen dataclasses come out, unknown keys raise.
+
+A field that may hold one of several dataclasses is told apart by their ``kind`` field.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ml_collections
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A config that names an unknown key or holds a value of the wrong type."""
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Builds the dataclass ``cls`` from nested mappings; keys that are absent keep their defaults.
+
+    Raises:
+        ConfigError: an unknown key, a missing required key or a wrong type; the message names its full path.
+    """
+    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"{where}: expected a mapping with fields of {cls.__name__}, got {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        names = ", ".join(f"{where}.{key}" for key in unknown)
+        raise ConfigError(f"unknown key {names}; {cls.__name__} has: {', '.join(fields)}")
+    hints = typing.get_type_hints(cls)
+    arguments = {key: _convert(hints[key], values[key], f"{where}.{key}") for key in values}
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested dict of plain JSON values that ``from_dict`` turns into the same config."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def load_config_file(path: str | Path) -> ml_collections.ConfigDict:
+    """Executes a config file and returns the result of its ``get_config()``."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file; see configs/ for those that ship")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: not a Python file; a config is a .py file with a function get_config()")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path}: has no function get_config()")
+    return module.get_config()
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(args, value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, where)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) != len(value):
+            raise ConfigError(f"{where}: expected {len(kinds)} values, got {len(value)}")
+        return tuple(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict or hint is dict:
+        return {k: _convert(args[1], v, f"{where}.{k}") if args else v for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    classes = [option for option in options if dataclasses.is_dataclass(option)]
+    if isinstance(value, tuple(classes)):
+        return value
+    if classes and isinstance(value, Mapping | ml_collections.ConfigDict):
+        if len(classes) == 1:
+            return from_dict(classes[0], value, where)
+        kinds = {next(f.default for f in dataclasses.fields(c) if f.name == "kind"): c for c in classes}
+        if value.get("kind") not in kinds:
+            raise ConfigError(f"{where}.kind: {value.get('kind')!r} is not one of {', '.join(kinds)}")
+        return from_dict(kinds[value["kind"]], value, where)
+    errors = []
+    for option in options:
+        if option is type(None) or option in classes:
+            continue
+        try:
+            return _convert(option, value, where)
+        except ConfigError as error:
+            errors.append(str(error))
+    raise ConfigError(errors[0] if errors else f"{where}: {value!r} does not fit")

@@ -1,0 +1,139 @@
+"""MAGMA: a frozen language model that sees (Eichenberg et al., 2021).
+
+A picture goes through encoder and prefix and becomes a row of word-like vectors; these and word embeddings form one
+sequence that the language model, with its adapters, continues. Training is next-token prediction on the words.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from magma_jax.models.clip_resnet import CLIPResNet, CLIPResNetConfig
+from magma_jax.models.clip_vit import CLIPViT, CLIPViTConfig
+from magma_jax.models.gptj import GPTJ, GPTJConfig, KVCache, LMOutput
+from magma_jax.models.nf_resnet import NFResNet, NFResNetConfig
+from magma_jax.models.prefix import ImagePrefix, PrefixConfig
+from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.nn.convolution import BatchNormMode
+from magma_jax.nn.layers import Linear
+from magma_jax.nn.modules import HeadParam
+from magma_jax.nn.stack import Remat
+from magma_jax.typing import Array, Float, Int, PRNGKey
+
+# A new encoder is one entry here: its config's `kind` finds its class (CONTRIBUTING.md says what it must offer).
+ENCODERS = {"clip_resnet": CLIPResNet, "clip_vit": CLIPViT, "nf_resnet": NFResNet}
+
+
+@dataclasses.dataclass(frozen=True)
+class MagmaConfig:
+    """A MAGMA model.
+
+    Attributes:
+        mlp_adapter: adapter behind (or beside) every MLP; None for none.
+        attn_adapter: the same for attention.
+        classes: outputs of a classification head on the last text token (paper, 4.1.3); 0 for none.
+        dtype: dtype of activations; LayerNorm, softmax, rotary angles, logits and loss are fp32 regardless.
+    """
+
+    lm: GPTJConfig = GPTJConfig()
+    encoder: CLIPResNetConfig | CLIPViTConfig | NFResNetConfig = CLIPResNetConfig()
+    prefix: PrefixConfig = PrefixConfig()
+    mlp_adapter: AdapterConfig | None = None
+    attn_adapter: AdapterConfig | None = None
+    classes: int = 0
+    dtype: str = "float32"
+
+
+class MagmaModel(nnx.Module):
+    """Encoder, prefix, language model with adapters, and optionally a classification head."""
+
+    def __init__(self, config: MagmaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        encoder = ENCODERS[config.encoder.kind](config.encoder, rngs=rngs)
+        self.image_prefix = ImagePrefix(encoder, config.lm.width, config.prefix, rngs=rngs)
+        self.lm = GPTJ(
+            config.lm, mlp_adapter=config.mlp_adapter, attn_adapter=config.attn_adapter, rngs=rngs
+        )
+        self.class_head = (
+            Linear(config.lm.width, config.classes, param=HeadParam, rngs=rngs) if config.classes else None
+        )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of activations."""
+        return jnp.dtype(self.config.dtype)
+
+    @property
+    def image_positions(self) -> int:
+        """Positions that one picture takes in a sequence."""
+        return self.image_prefix.positions
+
+    def encode_images(
+        self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen"
+    ) -> Float[Array, "B ..."]:
+        """Features of normalised pictures: a grid (B, P, C), or (B, C) from a pooled encoder."""
+        return self.image_prefix.encoder(images.astype(self.dtype), batch_norm=batch_norm)
+
+    def embed_features(
+        self, features: Float[Array, "B ..."], *, dropout_key: PRNGKey | None = None
+    ) -> Float[Array, "B P D"]:
+        """Features to word-like vectors; ``dropout_key=None`` means no dropout."""
+        return self.image_prefix(features.astype(self.dtype), dropout_key=dropout_key)
+
+    def embed_images(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B P D"]:
+        """Normalised pictures to word-like vectors, as for inference."""
+        return self.embed_features(self.encode_images(images))
+
+    def embed_tokens(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Word embeddings."""
+        return self.lm.embed(ids, self.dtype)
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B S D"],
+        *,
+        positions: Int[Array, "B S"] | None = None,
+        cache: KVCache | None = None,
+        collect: tuple[str, ...] = (),
+        remat: Remat = "none",
+    ) -> LMOutput:
+        """Runs the language model with its adapters over any mixture of prefixes and word embeddings."""
+        return self.lm(embeddings, positions=positions, cache=cache, collect=collect, remat=remat)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """fp32 logits of the final hidden states."""
+        return self.lm.logits(hidden)
+
+    def caption_logits(
+        self,
+        features: Float[Array, "B ..."],
+        tokens: Int[Array, "B S"],
+        *,
+        dropout_key: PRNGKey | None = None,
+        remat: Remat = "none",
+    ) -> Float[Array, "B S V"]:
+        """Logits that predict each of ``tokens`` from the picture and the tokens before it.
+
+        The first token is predicted from the last position of the picture. Padding on the right changes nothing for
+        the tokens before it, so S is any length that holds the batch.
+        """
+        prefix = self.embed_features(features, dropout_key=dropout_key)
+        # The last token predicts nothing that is asked for, so it is not run.
+        embeddings = jnp.concatenate([prefix, self.embed_tokens(tokens[:, :-1])], axis=1)
+        hidden = self(embeddings, remat=remat).hidden
+        return self.logits(hidden[:, prefix.shape[1] - 1 :])
+
+    def class_logits(
+        self, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"]
+    ) -> Float[Array, "B classes"]:
+        """fp32 class scores from the last-layer embedding of each row's last token (position ``lengths`` - 1)."""
+        if self.class_head is None:
+            raise ValueError("this model has no classification head; build it with MagmaConfig(classes=...)")
+        hidden = self(embeddings).hidden
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return self.class_head(last).astype(jnp.float32)
+
+    def remove_adapters(self) -> None:
+        """Removes every adapter; the language model's own logits come back bit for bit."""
+        self.lm.remove_adapters()

@@ -1,0 +1,104 @@
+"""Image prefix: an encoder's features become word-like vectors of the language model's width (paper, section 3.1).
+
+A grid encoder gives one vector a grid position; a pooled encoder's vector is mapped to ``image_positions`` of them.
+Behind the mapping come dropout and LayerNorm. The paper also tried an MLP and a small transformer in place of the
+linear map, without gain; all three are here.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from magma_jax.nn.attention import dot_product_attention
+from magma_jax.nn.layers import LayerNorm, Linear, dropout
+from magma_jax.nn.modules import PrefixParam
+from magma_jax.nn.stack import scan, stack
+from magma_jax.typing import Array, Float, PRNGKey
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixConfig:
+    """The map from features to word-like vectors.
+
+    Attributes:
+        mapping: ``linear`` (MAGMA), ``mlp`` (GELU between two linear layers) or ``transformer`` (linear, then
+            ``transformer_layers`` encoder layers over the positions).
+        image_positions: vectors a picture becomes with a pooled encoder (Frozen uses 2); a grid fixes its own number.
+        layernorm: LayerNorm behind the dropout.
+        dropout: rate during training (paper: 0.1).
+    """
+
+    mapping: Literal["linear", "mlp", "transformer"] = "linear"
+    image_positions: int = 2
+    layernorm: bool = True
+    dropout: float = 0.1
+    transformer_layers: int = 2
+    transformer_heads: int = 8
+
+
+class PrefixTransformerLayer(nnx.Module):
+    """Pre-LayerNorm encoder layer over the positions of one picture, full attention."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        if width % heads:
+            raise ValueError(f"prefix: {heads} transformer_heads do not divide the width {width}")
+        self.heads = heads
+        self.ln_1, self.ln_2 = (LayerNorm(width, param=PrefixParam) for _ in range(2))
+        self.qkv = Linear(width, 3 * width, param=PrefixParam, rngs=rngs)
+        self.out_proj = Linear(width, width, param=PrefixParam, rngs=rngs)
+        self.c_fc = Linear(width, 4 * width, param=PrefixParam, rngs=rngs)
+        self.c_proj = Linear(4 * width, width, param=PrefixParam, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        q, k, v = (
+            part.reshape(*x.shape[:2], self.heads, -1)
+            for part in jnp.split(self.qkv(self.ln_1(x)), 3, axis=-1)
+        )
+        x = x + self.out_proj(dot_product_attention(q, k, v, None)[0].reshape(x.shape))
+        return x + self.c_proj(jax.nn.gelu(self.c_fc(self.ln_2(x))))
+
+
+class ImagePrefix(nnx.Module):
+    """Encoder and mapping. ``encoder`` may be any module with ``config.channels`` and ``config.positions``."""
+
+    def __init__(self, encoder: nnx.Module, width: int, config: PrefixConfig, *, rngs: nnx.Rngs):
+        self.config, self.width = config, width
+        self.encoder = encoder
+        pooled = encoder.config.positions is None
+        self.positions = config.image_positions if pooled else encoder.config.positions
+        outputs = width * (self.positions if pooled else 1)
+        self.proj_in = None
+        inputs = encoder.config.channels
+        if config.mapping == "mlp":
+            self.proj_in = Linear(inputs, width, param=PrefixParam, rngs=rngs)
+            inputs = width
+        self.proj = Linear(inputs, outputs, param=PrefixParam, rngs=rngs)
+        self.transformer = (
+            stack(
+                lambda rngs: PrefixTransformerLayer(width, config.transformer_heads, rngs=rngs),
+                config.transformer_layers,
+                rngs,
+            )
+            if config.mapping == "transformer"
+            else None
+        )
+        self.ln = LayerNorm(width, param=PrefixParam) if config.layernorm else None
+
+    def project(self, features: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+        """The mapping alone: (B, P, C) to (B, P, D), pooled (B, C) to (B, P * D)."""
+        if self.proj_in is not None:
+            features = jax.nn.gelu(self.proj_in(features))
+        return self.proj(features)
+
+    def __call__(
+        self, features: Float[Array, "B ..."], *, dropout_key: PRNGKey | None = None
+    ) -> Float[Array, "B P D"]:
+        """Features of ``encoder`` to word-like vectors; ``dropout_key=None`` means no dropout."""
+        x = self.project(features).reshape(features.shape[0], -1, self.width)
+        if self.transformer is not None:
+            x, _ = scan(self.transformer, lambda layer, x, _: (layer(x), None), x, remat="none")
+        x = dropout(x, self.config.dropout, dropout_key)
+        return x if self.ln is None else self.ln(x)

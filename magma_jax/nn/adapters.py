@@ -1,0 +1,65 @@
+"""Bottleneck adapters: the small trained modules inside the frozen language model (paper, section 3.1).
+
+With ``A(x) = W_up act(W_down x)``, ``x`` the input of the adapted module and ``y`` its output:
+
+    normal            y + A(y)
+    parallel          y + A(x)
+    scaled_parallel   y + s A(x), s one learned scalar
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from magma_jax.nn.layers import LayerNorm, Linear, clipped_normal
+from magma_jax.nn.modules import AdapterParam
+from magma_jax.typing import Array, Float
+
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """One adapter.
+
+    Attributes:
+        kind: where the adapter reads and how it is added, see the module's docstring.
+        downsample_factor: width of the model divided by the width of the bottleneck.
+        layernorm: a LayerNorm before the bottleneck.
+        activation: name in ``ACTIVATIONS``; the original uses relu.
+    """
+
+    kind: Literal["normal", "parallel", "scaled_parallel"] = "normal"
+    downsample_factor: int = 4
+    layernorm: bool = False
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+
+
+class Adapter(nnx.Module):
+    """Bottleneck adapter around a module with input ``x`` and output ``y``, both of width D."""
+
+    def __init__(self, width: int, config: AdapterConfig, *, rngs: nnx.Rngs):
+        if width % config.downsample_factor:
+            raise ValueError(
+                f"adapter downsample_factor {config.downsample_factor} does not divide the width {width}"
+            )
+        self.config = config
+        bottleneck = width // config.downsample_factor
+        # N(0, 1e-3), biases too: the adapted model starts as the language model it adapts (original).
+        init = {"weight_init": clipped_normal(1e-3), "bias_init": clipped_normal(1e-3), "param": AdapterParam}
+        self.ln = LayerNorm(width, param=AdapterParam) if config.layernorm else None
+        self.down = Linear(width, bottleneck, rngs=rngs, **init)
+        self.up = Linear(bottleneck, width, rngs=rngs, **init)
+        self.scale = AdapterParam(jnp.ones((1,))) if config.kind == "scaled_parallel" else None
+
+    def __call__(self, x: Float[Array, "B S D"], y: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        h = y if self.config.kind == "normal" else x
+        if self.ln is not None:
+            h = self.ln(h)
+        h = self.up(ACTIVATIONS[self.config.activation](self.down(h)))
+        if self.scale is not None:
+            h = h * self.scale[...].astype(h.dtype)
+        return y + h

@@ -1,0 +1,93 @@
+"""Convolution, pooling and BatchNorm on pictures of shape (B, height, width, channels)."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from magma_jax.nn.layers import fan_in_uniform
+from magma_jax.nn.modules import EncoderParam, Statistic
+from magma_jax.typing import Array, Float
+
+BatchNormMode = Literal["frozen", "batch"]
+
+
+class Conv2d(nnx.Module):
+    """Square convolution; the weight has PyTorch's shape (out, in, kernel, kernel)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        shape = (out_channels, in_channels, kernel, kernel)
+        self.weight = EncoderParam(fan_in_uniform(rngs.params(), shape, jnp.float32))
+        self.bias = EncoderParam(jnp.zeros((out_channels,))) if use_bias else None
+        self.stride, self.padding = stride, padding
+
+    def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h2 w2 o"]:
+        y = conv2d(x, self.weight[...].astype(x.dtype), self.stride, self.padding)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def conv2d(
+    x: Float[Array, "B h w i"], weight: Float[Array, "o i k k"], stride: int, padding: int
+) -> Float[Array, "B h2 w2 o"]:
+    """Convolution with symmetric zero padding."""
+    if weight.shape[2] == 1 and stride == 1 and padding == 0:
+        # A matmul: XLA's backward pass of a 1x1 convolution is many times slower on a CPU.
+        return jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
+    return jax.lax.conv_general_dilated(
+        x, weight, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "OIHW", "NHWC")
+    )
+
+
+def average_pool(x: Float[Array, "B h w C"], size: int) -> Float[Array, "B h2 w2 C"]:
+    """Mean over windows of ``size`` x ``size``; rows and columns that fill no window are dropped."""
+    if size == 1:
+        return x
+    b, h, w, c = x.shape
+    h, w = h // size * size, w // size * size
+    return x[:, :h, :w].reshape(b, h // size, size, w // size, size, c).mean((2, 4))
+
+
+class BatchNorm(nnx.Module):
+    """BatchNorm with an explicit mode.
+
+    ``frozen`` normalises with the running statistics. ``batch`` normalises with the statistics of the batch and
+    updates the running ones as PyTorch does (momentum 0.1, unbiased variance). Under ``jit`` over a mesh the batch is
+    the global one, so the statistics are synchronised over devices.
+    """
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1):
+        self.eps, self.momentum = eps, momentum
+        self.weight = EncoderParam(jnp.ones((channels,)))
+        self.bias = EncoderParam(jnp.zeros((channels,)))
+        self.running_mean = Statistic(jnp.zeros((channels,)))
+        self.running_var = Statistic(jnp.ones((channels,)))
+        self.num_batches_tracked = Statistic(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x: Float[Array, "B h w C"], mode: BatchNormMode) -> Float[Array, "B h w C"]:
+        if mode == "batch":
+            x32 = x.astype(jnp.float32)
+            mean = x32.mean((0, 1, 2))
+            variance = jnp.square(x32 - mean).mean((0, 1, 2))
+            count = x.size // x.shape[-1]
+            unbiased = variance * (count / max(count - 1, 1))
+            for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                running[...] = jax.lax.stop_gradient((1 - self.momentum) * running[...] + self.momentum * new)
+            self.num_batches_tracked[...] = self.num_batches_tracked[...] + 1
+        elif mode == "frozen":
+            mean = jax.lax.stop_gradient(self.running_mean[...])
+            variance = jax.lax.stop_gradient(self.running_var[...])
+        else:
+            raise ValueError(f"BatchNorm mode must be 'frozen' or 'batch', not {mode!r}")
+        scale = self.weight[...] * jax.lax.rsqrt(variance + self.eps)
+        return x * scale.astype(x.dtype) + (self.bias[...] - mean * scale).astype(x.dtype)

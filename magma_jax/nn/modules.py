@@ -1,0 +1,83 @@
+"""Modules as plain data: the types of variables, and a module as (definition, flat dict of arrays).
+
+Everything outside ``nn`` and ``models`` handles parameters as one flat dict ``{path: array}`` with paths such as
+``"lm/layers/attn/q_proj/weight"``. Such a dict is an ordinary pytree (it goes through ``jax.grad``, ``optax`` and
+Orbax as it is), and its keys are what the tables of sharding, optimizer and conversion match on.
+
+``merge`` builds a module again, inside or outside of a trace. Modules are never mutated across a trace: whoever
+wants the running averages that a forward pass updated splits the merged module again (see ``training.step``).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+Params = dict[str, Any]
+
+
+class LanguageParam(nnx.Param):
+    """Weight of the language model; frozen unless a config trains the language model itself."""
+
+
+class EncoderParam(nnx.Param):
+    """Weight of the image encoder (the paper trains it at its own, lower rate)."""
+
+
+class PrefixParam(nnx.Param):
+    """Weight of the image prefix."""
+
+
+class AdapterParam(nnx.Param):
+    """Weight of an adapter in the language model."""
+
+
+class HeadParam(nnx.Param):
+    """Weight of a classification head."""
+
+
+class Statistic(nnx.BatchStat):
+    """Running average of a BatchNorm: no gradient, updated by the forward pass in batch mode."""
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """Splits a module into its definition and a flat dict of its arrays.
+
+    Also takes modules made under ``nnx.eval_shape``; the leaves are then ``jax.ShapeDtypeStruct``.
+    """
+    graphdef, state = nnx.split(module)
+    return graphdef, {path: variable.get_value() for path, variable in _variables(state)}
+
+
+def merge(graphdef: nnx.GraphDef, *params: Mapping[str, Any]) -> Any:
+    """Rebuilds the module of ``split`` from one or several flat dicts that together hold every path."""
+    nested: dict = {}
+    for path, value in (item for part in params for item in part.items()):
+        *parents, name = path.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return nnx.merge(graphdef, nested)
+
+
+def variable_types(module: nnx.Module) -> dict[str, type[nnx.Variable]]:
+    """Returns the variable type of every path of ``split``."""
+    return {path: type(variable) for path, variable in _variables(nnx.state(module))}
+
+
+def abstract(create: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Params, dict[str, type[nnx.Variable]]]:
+    """Builds a module without memory: its definition, shapes and dtypes by path, and variable types by path."""
+    module = nnx.eval_shape(create)
+    graphdef, shapes = split(module)
+    return graphdef, shapes, variable_types(module)
+
+
+def parameter_count(params: Mapping[str, Any]) -> int:
+    """Number of scalars in a flat dict of arrays or shapes."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(dict(params)))
+
+
+def _variables(state: Any) -> list[tuple[str, nnx.Variable]]:
+    return [("/".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
