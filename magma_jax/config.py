@@ -84,7 +84,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) != len(value):
             raise ConfigError(f"{where}: expected {len(kinds)} values, got {len(value)}")
-        return tuple(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+        return tuple(
+            _convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is dict or hint is dict:
         return {k: _convert(args[1], v, f"{where}.{k}") if args else v for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -116,9 +116,7 @@ def apply_temperature(logits: Float[Array, "B V"], temperature: float | int) -> 
     return jnp.where(logits <= MASKED, MASKED, logits / temperature)
 
 
-def top_k(
-    logits: Float[Array, "B V"], k: int, ties: Literal["first", "last"] = "first"
-) -> Float[Array, "B V"]:
+def top_k(logits: Float[Array, "B V"], k: int, ties: Literal["first", "last"] = "first") -> Float[Array, "B V"]:
     """Keeps exactly ``k`` tokens a row (all, if there are fewer) and masks the rest.
 
     Among equal logits the lowest ids stay, as in argmax. The original's choice among equals follows no rule

@@ -111,9 +111,7 @@ class AttentionPool(nnx.Module):
         width = config.channels
         self.heads = config.pool_heads
         init = normal(1 / math.sqrt(width))
-        self.positional_embedding = EncoderParam(
-            init(rngs.params(), (config.positions + 1, width), jnp.float32)
-        )
+        self.positional_embedding = EncoderParam(init(rngs.params(), (config.positions + 1, width), jnp.float32))
         options: dict[str, Any] = {"param": EncoderParam, "weight_init": init, "rngs": rngs}
         self.q_proj, self.k_proj, self.v_proj = (Linear(width, width, **options) for _ in range(3))
         self.c_proj = Linear(width, config.embedding_width, **options)

@@ -68,9 +68,7 @@ class SelfAttention(nnx.Module):
         self.out_proj = Linear(width, width, **options)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        q, k, v = (
-            part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(self.in_proj(x), 3, axis=-1)
-        )
+        q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(self.in_proj(x), 3, axis=-1))
         out, _ = dot_product_attention(q, k, v, None)
         return self.out_proj(out.reshape(x.shape))
 
@@ -100,13 +98,9 @@ class CLIPViT(nnx.Module):
         patches = (config.image_size // config.patch) ** 2
         self.conv1 = Conv2d(3, width, config.patch, stride=config.patch, rngs=rngs)
         self.class_embedding = EncoderParam(scale * jax.random.normal(rngs.params(), (width,)))
-        self.positional_embedding = EncoderParam(
-            scale * jax.random.normal(rngs.params(), (patches + 1, width))
-        )
+        self.positional_embedding = EncoderParam(scale * jax.random.normal(rngs.params(), (patches + 1, width)))
         self.ln_pre = LayerNorm(width, param=EncoderParam)
-        self.blocks = stack(
-            lambda rngs: ResidualBlock(width, config.heads, rngs=rngs), config.layers, rngs
-        )
+        self.blocks = stack(lambda rngs: ResidualBlock(width, config.heads, rngs=rngs), config.layers, rngs)
         self.ln_post = LayerNorm(width, param=EncoderParam)
         self.proj = EncoderParam(scale * jax.random.normal(rngs.params(), (width, config.embedding_width)))
 

@@ -163,9 +163,7 @@ class GPTJ(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         self.wte = Embedding(config.vocab_rows, config.width, param=LanguageParam, dtype=dtype, rngs=rngs)
-        self.layers = stack(
-            lambda rngs: Block(config, mlp_adapter, attn_adapter, rngs=rngs), config.layers, rngs
-        )
+        self.layers = stack(lambda rngs: Block(config, mlp_adapter, attn_adapter, rngs=rngs), config.layers, rngs)
         self.ln_f = _layernorm(config)
         self.lm_head = Linear(
             config.width,
@@ -251,6 +249,4 @@ class GPTJ(nnx.Module):
 
 
 def _layernorm(config: GPTJConfig) -> LayerNorm:
-    return LayerNorm(
-        config.width, param=LanguageParam, eps=config.layernorm_eps, dtype=jnp.dtype(config.dtype)
-    )
+    return LayerNorm(config.width, param=LanguageParam, eps=config.layernorm_eps, dtype=jnp.dtype(config.dtype))

@@ -9,10 +9,9 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from magma_jax.models.clip_resnet import CLIPResNet, CLIPResNetConfig
-from magma_jax.models.clip_vit import CLIPViT, CLIPViTConfig
+from magma_jax.models.clip_resnet import CLIPResNetConfig
+from magma_jax.models.encoders import EncoderConfig, build_encoder
 from magma_jax.models.gptj import GPTJ, GPTJConfig, KVCache, LMOutput
-from magma_jax.models.nf_resnet import NFResNet, NFResNetConfig
 from magma_jax.models.prefix import ImagePrefix, PrefixConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.convolution import BatchNormMode
@@ -20,9 +19,6 @@ from magma_jax.nn.layers import Linear
 from magma_jax.nn.modules import HeadParam
 from magma_jax.nn.stack import Remat
 from magma_jax.typing import Array, Float, Int, PRNGKey
-
-# A new encoder is one entry here: its config's `kind` finds its class (CONTRIBUTING.md says what it must offer).
-ENCODERS = {"clip_resnet": CLIPResNet, "clip_vit": CLIPViT, "nf_resnet": NFResNet}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +33,7 @@ class MagmaConfig:
     """
 
     lm: GPTJConfig = GPTJConfig()
-    encoder: CLIPResNetConfig | CLIPViTConfig | NFResNetConfig = CLIPResNetConfig()
+    encoder: EncoderConfig = CLIPResNetConfig()
     prefix: PrefixConfig = PrefixConfig()
     mlp_adapter: AdapterConfig | None = None
     attn_adapter: AdapterConfig | None = None
@@ -50,11 +46,9 @@ class MagmaModel(nnx.Module):
 
     def __init__(self, config: MagmaConfig, *, rngs: nnx.Rngs):
         self.config = config
-        encoder = ENCODERS[config.encoder.kind](config.encoder, rngs=rngs)
+        encoder = build_encoder(config.encoder, rngs=rngs)
         self.image_prefix = ImagePrefix(encoder, config.lm.width, config.prefix, rngs=rngs)
-        self.lm = GPTJ(
-            config.lm, mlp_adapter=config.mlp_adapter, attn_adapter=config.attn_adapter, rngs=rngs
-        )
+        self.lm = GPTJ(config.lm, mlp_adapter=config.mlp_adapter, attn_adapter=config.attn_adapter, rngs=rngs)
         self.class_head = (
             Linear(config.lm.width, config.classes, param=HeadParam, rngs=rngs) if config.classes else None
         )
@@ -124,9 +118,7 @@ class MagmaModel(nnx.Module):
         hidden = self(embeddings, remat=remat).hidden
         return self.logits(hidden[:, prefix.shape[1] - 1 :])
 
-    def class_logits(
-        self, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"]
-    ) -> Float[Array, "B classes"]:
+    def class_logits(self, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"]) -> Float[Array, "B classes"]:
         """fp32 class scores from the last-layer embedding of each row's last token (position ``lengths`` - 1)."""
         if self.class_head is None:
             raise ValueError("this model has no classification head; build it with MagmaConfig(classes=...)")

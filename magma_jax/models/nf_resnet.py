@@ -47,12 +47,8 @@ class NFResNetConfig:
 class StandardizedConv2d(Conv2d):
     """Convolution whose weight has zero mean and unit variance per output channel, times a learned gain."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, *, stride=1, padding=0, rngs: nnx.Rngs
-    ):
-        super().__init__(
-            in_channels, out_channels, kernel, stride=stride, padding=padding, use_bias=True, rngs=rngs
-        )
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, stride=1, padding=0, rngs: nnx.Rngs):
+        super().__init__(in_channels, out_channels, kernel, stride=stride, padding=padding, use_bias=True, rngs=rngs)
         self.gain = EncoderParam(jnp.ones((out_channels, 1, 1, 1)))
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h2 w2 o"]:
@@ -91,17 +87,13 @@ class Stage(nnx.Module):
     def __init__(self, in_channels, channels, blocks, stride, alpha, *, rngs: nnx.Rngs):
         self.first = Block(in_channels, channels, stride, alpha, rngs=rngs)
         self.rest = (
-            stack(lambda rngs: Block(channels, channels, 1, alpha, rngs=rngs), blocks - 1, rngs)
-            if blocks > 1
-            else None
+            stack(lambda rngs: Block(channels, channels, 1, alpha, rngs=rngs), blocks - 1, rngs) if blocks > 1 else None
         )
 
     def __call__(self, x: Float[Array, "B h w C"], betas: Float[Array, " N"]) -> Float[Array, "B h2 w2 C2"]:
         x = self.first(x, betas[0])
         if self.rest is not None:
-            x, _ = scan(
-                self.rest, lambda block, x, beta: (block(x, beta), None), x, betas[1:], remat="none"
-            )
+            x, _ = scan(self.rest, lambda block, x, beta: (block(x, beta), None), x, betas[1:], remat="none")
         return x
 
 
@@ -113,7 +105,14 @@ class NFResNet(nnx.Module):
         self.stem_conv = StandardizedConv2d(3, config.stem_channels, 7, stride=2, padding=3, rngs=rngs)
         inputs = (config.stem_channels, *config.stage_channels[:-1])
         self.stage1, self.stage2, self.stage3, self.stage4 = (
-            Stage(inputs[i], config.stage_channels[i], config.blocks[i], 1 if i == 0 else 2, config.alpha, rngs=rngs)
+            Stage(
+                inputs[i],
+                config.stage_channels[i],
+                config.blocks[i],
+                1 if i == 0 else 2,
+                config.alpha,
+                rngs=rngs,
+            )
             for i in range(4)
         )
 
@@ -142,9 +141,7 @@ class NFResNet(nnx.Module):
             stages.append(jnp.array(betas, jnp.float32))
         return stages
 
-    def __call__(
-        self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen"
-    ) -> Float[Array, "B C"]:
+    def __call__(self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen") -> Float[Array, "B C"]:
         """``batch_norm`` is accepted by every encoder and means nothing here."""
         x = self.stem(images)
         stages = (self.stage1, self.stage2, self.stage3, self.stage4)

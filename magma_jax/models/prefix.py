@@ -53,10 +53,7 @@ class PrefixTransformerLayer(nnx.Module):
         self.c_proj = Linear(4 * width, width, param=PrefixParam, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        q, k, v = (
-            part.reshape(*x.shape[:2], self.heads, -1)
-            for part in jnp.split(self.qkv(self.ln_1(x)), 3, axis=-1)
-        )
+        q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(self.qkv(self.ln_1(x)), 3, axis=-1))
         x = x + self.out_proj(dot_product_attention(q, k, v, None)[0].reshape(x.shape))
         return x + self.c_proj(jax.nn.gelu(self.c_fc(self.ln_2(x))))
 
@@ -93,9 +90,7 @@ class ImagePrefix(nnx.Module):
             features = jax.nn.gelu(self.proj_in(features))
         return self.proj(features)
 
-    def __call__(
-        self, features: Float[Array, "B ..."], *, dropout_key: PRNGKey | None = None
-    ) -> Float[Array, "B P D"]:
+    def __call__(self, features: Float[Array, "B ..."], *, dropout_key: PRNGKey | None = None) -> Float[Array, "B P D"]:
         """Features of ``encoder`` to word-like vectors; ``dropout_key=None`` means no dropout."""
         x = self.project(features).reshape(features.shape[0], -1, self.width)
         if self.transformer is not None:

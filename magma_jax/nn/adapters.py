@@ -43,9 +43,7 @@ class Adapter(nnx.Module):
 
     def __init__(self, width: int, config: AdapterConfig, *, rngs: nnx.Rngs):
         if width % config.downsample_factor:
-            raise ValueError(
-                f"adapter downsample_factor {config.downsample_factor} does not divide the width {width}"
-            )
+            raise ValueError(f"adapter downsample_factor {config.downsample_factor} does not divide the width {width}")
         self.config = config
         bottleneck = width // config.downsample_factor
         # N(0, 1e-3), biases too: the adapted model starts as the language model it adapts (original).

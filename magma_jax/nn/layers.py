@@ -81,9 +81,7 @@ class Embedding(nnx.Module):
 class LayerNorm(nnx.Module):
     """LayerNorm over the last axis, computed in fp32, returned in the dtype of its input."""
 
-    def __init__(
-        self, width: int, *, param: type[nnx.Param], eps: float = 1e-5, dtype: jnp.dtype = jnp.float32
-    ):
+    def __init__(self, width: int, *, param: type[nnx.Param], eps: float = 1e-5, dtype: jnp.dtype = jnp.float32):
         self.eps = eps
         self.weight = param(jnp.ones((width,), dtype))
         self.bias = param(jnp.zeros((width,), dtype))

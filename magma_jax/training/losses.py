@@ -17,9 +17,7 @@ def caption_labels(tokens: Int[Array, "B S"], eos_id: int) -> Int[Array, "B S"]:
     return jnp.where(behind_first_eos, IGNORED, tokens)
 
 
-def cross_entropy(
-    logits: Float[Array, "B S V"], labels: Int[Array, "B S"]
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
+def cross_entropy(logits: Float[Array, "B S V"], labels: Int[Array, "B S"]) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Sum of the loss over the labels that are not ``IGNORED``, and their number.
 
     Returning both lets devices and accumulation steps form one token-weighted mean instead of a mean of means.

@@ -84,9 +84,7 @@ class OptimConfig:
             raise ValueError(f"groups: unknown role {', '.join(sorted(unknown))}")
 
 
-def label_parameters(
-    types: Mapping[str, type[nnx.Variable]], groups: Mapping[str, str]
-) -> dict[str, str]:
+def label_parameters(types: Mapping[str, type[nnx.Variable]], groups: Mapping[str, str]) -> dict[str, str]:
     """Gives every path its group: ``frozen``, ``encoder``, ``rest``, or ``statistic`` for running averages.
 
     Raises:
@@ -120,9 +118,7 @@ def make_schedule(config: OptimConfig, peak: float) -> Schedule:
         return optax.constant_schedule(peak)
     if config.schedule == "cosine":
         if warmup:
-            return optax.warmup_cosine_decay_schedule(
-                0.0, peak, warmup, total, end_value=peak * config.final_fraction
-            )
+            return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total, end_value=peak * config.final_fraction)
         return optax.cosine_decay_schedule(peak, total, alpha=config.final_fraction)
 
     def deepspeed(step):

@@ -1,0 +1,133 @@
+"""MAGMA checkpoints: the published PyTorch layout to our parameters, and back, bit for bit."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from magma_jax import __version__
+from magma_jax.config import from_dict, to_dict
+from magma_jax.convert import keymap
+from magma_jax.convert.infer import infer_config
+from magma_jax.convert.magma_table import BUFFERS, attention_buffers, magma_table
+from magma_jax.convert.torch_reader import TorchFileError, open_torch_file, state_dict
+from magma_jax.convert.torch_writer import write_torch_file
+from magma_jax.data.tokenizer import gpt2_tokenizer
+from magma_jax.models.magma import MagmaConfig, MagmaModel
+from magma_jax.nn.modules import Params, abstract
+from magma_jax.training.checkpoint import read_model_json, read_params, write_model_folder
+
+TORCH_FILE = "torch.json"
+BUFFER_FILE = "torch_buffers.npz"
+
+
+def model_shapes(config: MagmaConfig) -> dict[str, Any]:
+    """Shape and dtype of every parameter, without memory."""
+    return abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[1]
+
+
+def read_torch_magma(
+    path: str | Path, model_config: Mapping[str, Any] | None = None
+) -> tuple[MagmaConfig, Params, dict[str, Any]]:
+    """Reads a PyTorch checkpoint in the published layout; needs no PyTorch and runs no code.
+
+    Args:
+        path: the file (DeepSpeed dict or bare state dict, zip or legacy format, fp16 or fp32).
+        model_config: what the tensors cannot tell, see ``convert.infer``.
+
+    Returns:
+        The config, the parameters in the dtypes of the file, and what ``to-torch`` needs to write the same file
+        again: the counters beside the weights, and buffers that differ from the recomputed ones.
+
+    Raises:
+        TorchFileError, InferenceError, KeyMapError: with one message that names everything that does not fit.
+    """
+    path = Path(path)
+    with open_torch_file(path) as file:
+        try:
+            tensors, counters = state_dict(file.tree)
+        except TorchFileError as error:
+            raise TorchFileError(f"{path}: {error}") from None
+        config = infer_config(tensors, model_config)
+        plan = keymap.to_ours(magma_table(config), tensors, model_shapes(config))
+        params = {name: np.array(tensor.read()) for name, tensor in plan.items()}
+        source = {
+            "file": path.name,
+            "counters": counters,
+            "keys": list(tensors),
+            "buffers": _unusual_buffers(config, tensors),
+        }
+    return config, params, source
+
+
+def write_torch_magma(
+    path: str | Path, config: MagmaConfig, params: Mapping[str, Any], source: Mapping[str, Any]
+) -> None:
+    """Writes the published layout, ``{"module": state_dict}`` and the counters of ``source``.
+
+    The file appears under its name only when it is whole.
+    """
+    dtype = np.asarray(params["lm/wte/weight"][:1]).dtype
+    buffers = attention_buffers(config, dtype)
+    module = keymap.to_theirs(magma_table(config, buffers), params)
+    module |= {key: array for key, array in source.get("buffers", {}).items() if key in module}
+    order = {key: i for i, key in enumerate(source.get("keys", ()))}
+    ordered = dict(sorted(module.items(), key=lambda item: order.get(item[0], len(order))))
+    write_torch_file(path, {"module": ordered, **source.get("counters", {})})
+
+
+def from_torch(checkpoint: str | Path, out: str | Path, model_config: Mapping[str, Any] | None = None) -> MagmaConfig:
+    """Converts a PyTorch checkpoint to a model folder; nothing is written unless everything fits."""
+    config, params, source = read_torch_magma(checkpoint, model_config)
+
+    def extras(folder: Path) -> None:
+        gpt2_tokenizer().save(folder / "tokenizer")
+        np.savez_compressed(folder / BUFFER_FILE, **source["buffers"])
+        (folder / TORCH_FILE).write_text(json.dumps({key: source[key] for key in ("counters", "keys")}))
+
+    metadata = {"model": to_dict(config), "source": source["file"], "magma_jax": __version__}
+    write_model_folder(out, metadata, params, extras)
+    return config
+
+
+def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
+    """Writes a model folder as a PyTorch checkpoint in the published layout.
+
+    Raises:
+        FileExistsError: something already stands at ``checkpoint``.
+    """
+    folder, checkpoint = Path(folder), Path(checkpoint)
+    if checkpoint.exists():
+        raise FileExistsError(f"{checkpoint}: already exists; choose another name or remove it first")
+    config, params = read_model_folder(folder)
+    source: dict[str, Any] = {}
+    if (folder / TORCH_FILE).is_file():
+        source = json.loads((folder / TORCH_FILE).read_text())
+        with np.load(folder / BUFFER_FILE) as buffers:
+            source["buffers"] = dict(buffers)
+    write_torch_magma(checkpoint, config, params, source)
+
+
+def read_model_folder(folder: str | Path) -> tuple[MagmaConfig, Params]:
+    """Config and parameters of a model folder, in the dtypes it stores."""
+    config = from_dict(MagmaConfig, read_model_json(folder)["model"], "model.json: model")
+    return config, read_params(folder, model_shapes(config), keep_dtype=True)
+
+
+def _unusual_buffers(config: MagmaConfig, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Buffers whose bits recomputing does not give: sines differ in the last bit between math libraries."""
+    unusual, usual = {}, {}
+    for key, tensor in tensors.items():
+        name = key.rsplit(".", 1)[-1]
+        if not key.startswith("lm.") or ".attention." not in key or name not in BUFFERS:
+            continue
+        if tensor.dtype not in usual:
+            usual[tensor.dtype] = attention_buffers(config, tensor.dtype)
+        array = tensor.read()
+        if array.tobytes() != usual[tensor.dtype][name].tobytes() or array.shape != usual[tensor.dtype][name].shape:
+            unusual[key] = np.array(array)
+            unusual[key.replace("lm.transformer.h.", "transformer.", 1)] = unusual[key]
+    return unusual

@@ -1,0 +1,281 @@
+"""The interface for users: pictures and text in, text out.
+
+    model = Magma.from_checkpoint("runs/quickstart")
+    embeddings = model.preprocess_inputs([ImageInput("cat.png"), "A picture of"])
+    print(model.generate(embeddings, max_steps=20)[0])
+
+Names follow the original. Nothing here has state that a call could change: the same call gives the same answer.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from magma_jax.config import from_dict
+from magma_jax.data.images import ImageInput, normalize, to_uint8
+from magma_jax.data.tokenizer import Tokenizer, gpt2_tokenizer
+from magma_jax.inference.decode import Generation, generate
+from magma_jax.inference.sampling import SamplingConfig, row_keys
+from magma_jax.models.encoders import ENCODERS
+from magma_jax.models.magma import MagmaConfig, MagmaModel
+from magma_jax.nn.modules import Params, abstract, merge
+from magma_jax.training.checkpoint import CHECKPOINTS, RunCheckpoints, read_model_json, read_params
+from magma_jax.training.optim import label_parameters, partition
+from magma_jax.typing import Array, Float, Int
+
+# Prompts are padded to one of these lengths (then to multiples of the last), so few programs are compiled.
+LENGTH_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+
+Prompt = Sequence[str | ImageInput]
+
+
+class PromptBatch(NamedTuple):
+    """Prompts of different lengths, padded on the right."""
+
+    embeddings: Float[Array, "B S D"]
+    lengths: Int[Array, " B"]
+
+
+class ForwardOutput(NamedTuple):
+    """What ``Magma.__call__`` computes.
+
+    Attributes:
+        logits: (B, S, V), fp32; ids from ``vocab_rows`` on have no embedding and mean nothing.
+        hidden_states: (L + 1, B, S, D): input of every block, and the output of the final LayerNorm.
+        attentions: (L, B, H, S, S).
+    """
+
+    logits: Array
+    hidden_states: Array | None
+    attentions: Array | None
+
+
+class Magma:
+    """A MAGMA model with its weights, tokenizer and picture preprocessing."""
+
+    def __init__(self, config: MagmaConfig, params: Params, tokenizer: Tokenizer):
+        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self._graphdef = _graphdef(config)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, dtype: str | None = None) -> "Magma":
+        """Loads a run folder of ``train.py``, a converted model folder, or a PyTorch checkpoint file.
+
+        Args:
+            path: folder or file.
+            dtype: dtype of weights and activations, such as ``bfloat16``; default: the config's.
+
+        Raises:
+            CheckpointError: not such a folder. TorchFileError, KeyMapError: a PyTorch file that cannot be read, or
+                whose keys do not fit a MAGMA model.
+        """
+        path = Path(path)
+        if path.is_file():
+            from magma_jax.convert.magma import read_torch_magma
+
+            config, params, _ = read_torch_magma(path)
+            return cls(*_cast(config, params, dtype), gpt2_tokenizer())
+        config = from_dict(MagmaConfig, read_model_json(path)["model"], "model.json: model")
+        _, shapes, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))
+        tokenizer = Tokenizer.load(path / "tokenizer")
+        if not (path / CHECKPOINTS).is_dir():
+            return cls(*_cast(config, read_params(path, shapes), dtype), tokenizer)
+        labels = label_parameters(types, read_model_json(path)["groups"])
+        trainable, frozen, statistics = partition(shapes, labels)
+        with RunCheckpoints(path) as checkpoints:
+            trained = checkpoints.restore_params(trainable, statistics)
+        return cls(*_cast(config, read_params(path, frozen) | trained, dtype), tokenizer)
+
+    def preprocess_inputs(self, inputs: Prompt) -> Float[Array, "1 S D"]:
+        """Turns one prompt, any sequence of ``ImageInput`` and text, into embeddings; ``inputs`` is not changed.
+
+        Text that spells a special token is text.
+
+        Raises:
+            ValueError: an empty prompt, or an item that is neither text nor picture. ImageError: a bad picture.
+        """
+        return self.preprocess_batch([inputs]).embeddings
+
+    def preprocess_batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
+        """Turns several prompts, of any lengths, into one batch."""
+        rows = [self._embed_prompt(prompt, i) for i, prompt in enumerate(prompts)]
+        if not rows:
+            raise ValueError("no prompts: give at least one")
+        lengths = [row.shape[0] for row in rows]
+        padded = [jnp.pad(row, ((0, max(lengths) - row.shape[0]), (0, 0))) for row in rows]
+        return PromptBatch(jnp.stack(padded), jnp.array(lengths))
+
+    def generate(
+        self,
+        embeddings: Float[Array, "B S D"] | PromptBatch,
+        max_steps: int = 100,
+        temperature: float = 0.7,
+        top_k: int = 0,
+        top_p: float = 0.9,
+        *,
+        seed: int = 0,
+        compat: str | None = None,
+    ) -> list[str]:
+        """Continues prompts and returns the new text of each row, up to its end of text.
+
+        Args:
+            embeddings: from ``preprocess_inputs`` or ``preprocess_batch``.
+            max_steps: new tokens at most.
+            temperature: 0 for greedy. Order: temperature, top_k, top_p.
+            top_k: 0 for all.
+            top_p: smallest set of tokens with at least this mass.
+            seed: the same seed gives the same text, whatever else is in the batch.
+            compat: ``upstream`` for the original's top_p rule and order.
+
+        Raises:
+            ValueError: prompt and new tokens exceed the context, or a sampling value out of range.
+        """
+        sampling = SamplingConfig(temperature, top_k, top_p, compat)
+        result = self.generate_tokens(embeddings, max_steps, sampling, seed=seed)
+        tokens, lengths = np.asarray(result.tokens), np.asarray(result.lengths)
+        return [self.tokenizer.decode(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)]
+
+    def generate_tokens(
+        self,
+        embeddings: Float[Array, "B S D"] | PromptBatch,
+        max_steps: int,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+        *,
+        seed: int = 0,
+        return_logits: bool = False,
+    ) -> Generation:
+        """Like ``generate``, as token ids with lengths and, if asked for, logits."""
+        batch = _as_batch(embeddings)
+        longest = int(batch.lengths.max())
+        context = self.config.lm.context_length
+        if max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+        if longest + max_steps > context:
+            raise ValueError(
+                f"the longest prompt has {longest} positions and {max_steps} new tokens were asked for, but the "
+                f"context holds {context}; shorten the prompt or lower max_steps"
+            )
+        padded = _pad_to_bucket(batch.embeddings)
+        return _generate(
+            self._graphdef,
+            self.params,
+            padded,
+            batch.lengths,
+            row_keys(jax.random.key(seed), padded.shape[0]),
+            max_new_tokens=max_steps,
+            sampling=sampling,
+            eos_id=self.tokenizer.eos_id,
+            return_logits=return_logits,
+        )
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B S D"],
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> ForwardOutput:
+        """Runs the model over embeddings; see ``ForwardOutput`` for shapes."""
+        return _forward(self._graphdef, self.params, embeddings, (bool(output_hidden_states), bool(output_attentions)))
+
+    def encode_images(self, pixels: np.ndarray) -> Float[Array, "B ..."]:
+        """Encoder features of uint8 pictures (B, size, size, 3) at the encoder's size."""
+        entry = ENCODERS[self.config.encoder.kind]
+        return _encode(self._graphdef, self.params, normalize(pixels, entry.mean, entry.std))
+
+    def embed_features(self, features: Float[Array, "B ..."]) -> Float[Array, "B P D"]:
+        """Word-like vectors of encoder features."""
+        return _project(self._graphdef, self.params, features)
+
+    def embed_tokens(self, ids: Sequence[int]) -> Float[Array, "S D"]:
+        """Word embeddings of token ids; ids without a row in the table are an error."""
+        rows = self.config.lm.vocab_rows
+        bad = [i for i in ids if not 0 <= i < rows]
+        if bad:
+            raise ValueError(f"token id {bad[0]} is outside the embedding table of {rows} rows")
+        return self.params["lm/wte/weight"][np.asarray(ids, np.int32)].astype(self.config.dtype)
+
+    def remove_adapters(self) -> "Magma":
+        """The same model without adapters: its text logits are those of the language model, bit for bit."""
+        config = dataclasses.replace(self.config, mlp_adapter=None, attn_adapter=None)
+        params = {path: leaf for path, leaf in self.params.items() if "_adapter/" not in path}
+        return Magma(config, params, self.tokenizer)
+
+    def _embed_prompt(self, prompt: Prompt, row: int) -> Float[Array, "S D"]:
+        if isinstance(prompt, str | ImageInput):
+            raise ValueError("a prompt is a list, such as [ImageInput('x.png'), 'Describe:']")
+        parts = []
+        for item in prompt:
+            if isinstance(item, ImageInput):
+                pixels = to_uint8(item.load(), self.config.encoder.image_size)
+                parts.append(self.embed_features(self.encode_images(pixels[None]))[0])
+            elif isinstance(item, str):
+                parts.append(self.embed_tokens(self.tokenizer.encode(item)))
+            else:
+                raise ValueError(f"a prompt holds text and ImageInput, not {type(item).__name__}: {item!r:.80}")
+        if not sum(part.shape[0] for part in parts):
+            raise ValueError(f"prompt {row} is empty: give at least one picture or one word")
+        return jnp.concatenate(parts)
+
+
+@functools.cache
+def _graphdef(config: MagmaConfig) -> nnx.GraphDef:
+    return abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[0]
+
+
+def _cast(config: MagmaConfig, params: Params, dtype: str | None) -> tuple[MagmaConfig, Params]:
+    config = dataclasses.replace(config, dtype=dtype or config.dtype)
+    target = jnp.dtype(config.dtype)
+
+    def cast(leaf: Any) -> Array:
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(target) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return config, {path: cast(leaf) for path, leaf in params.items()}
+
+
+def _as_batch(embeddings: Array | PromptBatch) -> PromptBatch:
+    if isinstance(embeddings, PromptBatch):
+        return embeddings
+    return PromptBatch(embeddings, jnp.full(embeddings.shape[0], embeddings.shape[1]))
+
+
+def _pad_to_bucket(embeddings: Float[Array, "B S D"]) -> Float[Array, "B S2 D"]:
+    length = embeddings.shape[1]
+    last = LENGTH_BUCKETS[-1]
+    bucket = next((b for b in LENGTH_BUCKETS if b >= length), -(-length // last) * last)
+    return jnp.pad(embeddings, ((0, 0), (0, bucket - length), (0, 0)))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "sampling", "eos_id", "return_logits"))
+def _generate(graphdef, params, embeddings, lengths, keys, **options) -> Generation:
+    return generate(merge(graphdef, params), embeddings, lengths, keys, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "outputs"))
+def _forward(graphdef, params, embeddings, outputs) -> ForwardOutput:
+    model = merge(graphdef, params)
+    collect = tuple(name for name, wanted in zip(("out", "attentions"), outputs, strict=True) if wanted)
+    output = model(embeddings, collect=collect)
+    hidden_states = None
+    if outputs[0]:
+        inner = output.collected["out"][:-1]
+        hidden_states = jnp.concatenate([embeddings[None].astype(inner.dtype), inner, output.hidden[None]])
+    return ForwardOutput(model.logits(output.hidden), hidden_states, output.collected.get("attentions"))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def _encode(graphdef, params, images):
+    return merge(graphdef, params).encode_images(images)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def _project(graphdef, params, features):
+    return merge(graphdef, params).embed_features(features)

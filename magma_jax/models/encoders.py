@@ -1,0 +1,37 @@
+"""The image encoders that a config can name by ``kind``. A new one is one import and one row here.
+
+An encoder is a module built as ``Encoder(config, rngs=...)`` and called as ``encoder(images, batch_norm=...)``. Its
+config has ``image_size``, ``channels`` and ``positions`` (None if it pools to one vector).
+"""
+
+from typing import NamedTuple, TypeAlias
+
+from flax import nnx
+
+from magma_jax.data.images import CLIP_MEAN, CLIP_STD
+from magma_jax.models.clip_resnet import CLIPResNet, CLIPResNetConfig
+from magma_jax.models.clip_vit import CLIPViT, CLIPViTConfig
+from magma_jax.models.nf_resnet import NFResNet, NFResNetConfig
+
+EncoderConfig: TypeAlias = CLIPResNetConfig | CLIPViTConfig | NFResNetConfig
+
+
+class EncoderEntry(NamedTuple):
+    """An encoder's class and the mean and standard deviation that its pixels (0 to 1) are normalised with."""
+
+    module: type[nnx.Module]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+ENCODERS = {
+    "clip_resnet": EncoderEntry(CLIPResNet, CLIP_MEAN, CLIP_STD),
+    "clip_vit": EncoderEntry(CLIPViT, CLIP_MEAN, CLIP_STD),
+    # timm's defaults for nf_resnet50: the ImageNet statistics.
+    "nf_resnet": EncoderEntry(NFResNet, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def build_encoder(config: EncoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The encoder of a config, with fresh weights."""
+    return ENCODERS[config.kind].module(config, rngs=rngs)
