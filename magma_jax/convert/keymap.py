@@ -77,9 +77,7 @@ def to_ours(
     return planned
 
 
-def to_theirs(
-    table: Table, ours: Mapping[str, object], *, dtype: np.dtype | type | None = None
-) -> dict[str, Deferred]:
+def to_theirs(table: Table, ours: Mapping[str, object], *, dtype: np.dtype | type | None = None) -> dict[str, Deferred]:
     """Plans writing: every foreign key, recomputed tensors and aliases included, and how to make its tensor.
 
     ``ours``: path -> array of any library, or tensor with ``shape``, ``dtype`` and ``read()``. Floating

@@ -42,17 +42,17 @@ def fill(pattern: str, values: dict[str, str], separator: str = ".") -> str:
     return _PLACEHOLDER.sub(lambda found: values[found[1]].replace(".", separator), pattern)
 
 
-def numbers(patterns: Iterable[str]) -> list[str]:
-    """The numbers worth trying in a placeholder: those that the patterns spell out, and some more."""
-    found = {number for pattern in patterns for number in re.findall(r"[0-9]+", pattern)}
-    return sorted(found | {"0", "1", "98765"})
+class Sampler:
+    """Makes up names that fit a pattern, using the numbers and words that the given patterns spell out."""
 
+    def __init__(self, patterns: Iterable[str]):
+        literals = _PLACEHOLDER.sub(" ", " ".join(patterns))
+        words = sorted(set(re.findall(r"\w+", literals)) | {"sample"})
+        self._numbers = sorted(set(re.findall(r"[0-9]+", literals)) | {"0", "1", "98765"})
+        self._dotted = words + [f"sample.{word}" for word in words]
 
-def samples(pattern: str, numbers: list[str], separator: str = ".") -> Iterable[str]:
-    """Names that fit the pattern, with every combination of ``numbers``."""
-    dotted = {
-        name: ["sample", f"sample{separator}name"] for name, dots in _PLACEHOLDER.findall(pattern) if dots
-    }
-    keys = sorted(names(pattern))
-    for values in itertools.product(*(dotted.get(key, numbers) for key in keys)):
-        yield fill(pattern, dict(zip(keys, values, strict=True)), separator)
+    def __call__(self, pattern: str, separator: str = ".") -> Iterable[str]:
+        """Names for every combination of values."""
+        placeholders = {name: self._dotted if dots else self._numbers for name, dots in _PLACEHOLDER.findall(pattern)}
+        for values in itertools.product(*placeholders.values()):
+            yield fill(pattern, dict(zip(placeholders, values, strict=True)), separator)

@@ -29,9 +29,7 @@ class Rule:
     def __post_init__(self) -> None:
         missing = patterns.names(self.theirs) ^ patterns.names(self.ours)
         if missing != ({self.stack} - {None}) or missing & patterns.names(self.ours):
-            raise ValueError(
-                f"{self.theirs!r} and {self.ours!r} must have the same placeholders, except for `stack`"
-            )
+            raise ValueError(f"{self.theirs!r} and {self.ours!r} must have the same placeholders, except for `stack`")
         if (self.to_ours is None) != (self.to_theirs is None):
             raise ValueError(f"{self.theirs!r}: give both to_ours and to_theirs, or neither")
 
@@ -76,20 +74,20 @@ Table = Sequence[Rule | Alias | Ignored]
 def check_table(table: Table) -> None:
     """Raises KeyMapError if two entries match the same key, or two rules the same path.
 
-    Tried on sample names made from every pattern and the numbers that occur in the table, so it finds the
+    Tried on names made up from the patterns with the numbers and words that occur in the table, so it finds the
     likely mistakes before a checkpoint does; ``to_ours`` and ``to_theirs`` check every name they meet.
     """
     report = Report()
-    numbers = patterns.numbers(entry.theirs for entry in table)
+    samples = patterns.Sampler(entry.theirs for entry in table)
     for entry in table:
-        for key in patterns.samples(entry.theirs, numbers):
+        for key in samples(entry.theirs):
             matches = [other for other in table if match_theirs(other, key) is not None]
             if len(matches) > 1 and entry in matches:
                 report.add("keys that several entries match", f"{key}  {[other.theirs for other in matches]}")
                 break
         if not isinstance(entry, Rule):
             continue
-        for path in patterns.samples(entry.ours, numbers, "/"):
+        for path in samples(entry.ours, "/"):
             matches = [rule for rule, _ in rules_for(table, path)]
             if len(matches) > 1:
                 report.add("parameters that several rules match", f"{path}  {[r.ours for r in matches]}")

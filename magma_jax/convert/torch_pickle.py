@@ -10,6 +10,7 @@ returned, and its memo and byte-array instructions allocate as much memory as th
 
 import math
 import pickletools
+import warnings
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -60,8 +61,10 @@ def unpickle(stream: BinaryIO, storages: dict[str, Storage], max_nbytes: int = 0
     """
     machine = _Machine(storages, max_nbytes)
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python's, for stray backslashes in names
+            for opcode, argument, _ in pickletools.genops(stream):
+                machine.step(opcode.name, argument)
     except BadPickle:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
@@ -82,6 +85,8 @@ class _Machine:
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
                 stack.append(arg)
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BINSTRING" | "SHORT_BINSTRING":
+                stack.append(arg)
+            case "BINBYTES" | "SHORT_BINBYTES":
                 stack.append(arg)
             case "NONE":
                 stack.append(None)

@@ -14,6 +14,8 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from magma_jax.convert.torch_pickle import BadPickle, unpickle
 from magma_jax.convert.torch_storage import LazyTensor, Storage
 
@@ -23,8 +25,8 @@ __all__ = ["LazyTensor", "TorchFile", "TorchFileError", "open_torch_file", "stat
 # hundred times its own size, so there is a limit.
 MAX_PICKLE_NBYTES = 16 * 2**20
 
-# The number 0x1950a86a20f9469cfc6c, pickled: how every legacy file starts.
-LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+# The number 0x1950a86a20f9469cfc6c, pickled: with the pickle's header before it, how every legacy file starts.
+LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 LEGACY_PROTOCOL = 1001
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -74,15 +76,17 @@ def open_torch_file(path: str | os.PathLike) -> TorchFile:
         try:
             if head.startswith(b"PK\x03\x04"):
                 tree = _read_zip(file, mapped, storages)
-            elif head.startswith(LEGACY_MAGIC):
+            elif head[:1] == b"\x80" and LEGACY_MAGIC in head[:32]:
                 tree = _read_legacy(mapped, storages)
             else:
                 raise BadPickle(_what_else(head))
         except BadPickle as error:
             _unmap(mapped)
             raise TorchFileError(f"{path}: {error}") from error
+    # Through frombuffer, because it holds on to the map: closing that under a plain ndarray would be a crash.
+    content = np.frombuffer(mapped, np.uint8)
     for storage in storages.values():
-        storage.buffer = mapped
+        storage.buffer = content
     return TorchFile(path, tree, storages, mapped)
 
 
@@ -156,9 +160,7 @@ def _zip_entries(file: io.BufferedReader, mapped: mmap.mmap) -> dict[str, tuple[
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise BadPickle(f"entry {name!r} is compressed, which PyTorch never does; unpack and store it")
         if name in entries or name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
-            raise BadPickle(
-                f"entry {name!r} is there twice or leads out of the archive; do not trust this file"
-            )
+            raise BadPickle(f"entry {name!r} is there twice or leads out of the archive; do not trust this file")
         data = info.header_offset + _LOCAL_HEADER.size
         header = mapped[info.header_offset : data]
         if info.header_offset < end or data > directory_start or not header.startswith(b"PK\x03\x04"):

@@ -1,6 +1,5 @@
 """What a PyTorch checkpoint calls its element types, and tensors whose bytes are still in the file."""
 
-import mmap
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -39,7 +38,7 @@ class Storage:
     key: str
     dtype: np.dtype
     numel: int
-    buffer: mmap.mmap | None = None
+    buffer: np.ndarray | None = None
     start: int = 0
 
     @property
@@ -81,7 +80,7 @@ class LazyTensor:
             raise ValueError("this tensor's checkpoint was closed: read it inside the `with` block")
         buffer, start = storage.buffer, storage.start + self._offset * size
         if start % size:  # only the legacy format packs storages without padding
-            buffer, start = buffer[storage.start : storage.start + storage.nbytes], self._offset * size
+            buffer, start = buffer[storage.start : storage.start + storage.nbytes].copy(), self._offset * size
         array = np.ndarray(self.shape, self.dtype, buffer, start, [s * size for s in self._strides])
         array.flags.writeable = False
         return array
