@@ -1,0 +1,126 @@
+"""Every metric under the name of its protocol: a score means nothing without one.
+
+``METRICS[name](predictions, references)`` takes one prediction and one list of references a sample and returns
+``Scores``. The same captions reach CIDEr 0.95 under one protocol and 0.73 under another, so results are stored and
+shown with the name.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from types import MappingProxyType
+
+import numpy as np
+
+from magma_jax.evaluation import vqa
+from magma_jax.evaluation.captions import bleu, cider_d, rouge_l
+from magma_jax.evaluation.ptb import ptb_tokenize
+from magma_jax.typing import Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """A set's scores.
+
+    Attributes:
+        total: score of the whole set by name. BLEU and ROUGE-L run from 0 to 1, CIDEr from 0 to 10, accuracies from
+            0 to 100.
+        per_sample: the samples' own scores by name, where their mean is the total. Corpus BLEU has none.
+    """
+
+    total: dict[str, float]
+    per_sample: dict[str, Float[np.ndarray, " N"]]
+
+    def by_group(self, groups: Sequence[Hashable]) -> dict[Hashable, dict[str, float]]:
+        """Means of the per-sample scores for each value of ``groups`` (one a sample), such as question types.
+
+        Not the way to score a subset on its own: CIDEr weighs words by the set it is given.
+
+        Raises:
+            ValueError: not one group a sample.
+        """
+        samples = len(next(iter(self.per_sample.values())))
+        if len(groups) != samples:
+            raise ValueError(f"{len(groups)} groups for {samples} samples")
+        members: dict[Hashable, list[int]] = {}
+        for i, group in enumerate(groups):
+            members.setdefault(group, []).append(i)
+        return {
+            group: {name: float(values[rows].mean()) for name, values in self.per_sample.items()}
+            for group, rows in members.items()
+        }
+
+
+Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], Scores]
+
+
+def coco(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    """BLEU-1 to 4, CIDEr and ROUGE-L on Penn Treebank tokens, lower-cased, without punctuation (coco-caption)."""
+    _check(predictions, references)
+    return nlgeval(
+        [ptb_tokenize(caption) for caption in predictions],
+        [[ptb_tokenize(caption) for caption in captions] for captions in references],
+    )
+
+
+def nlgeval(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    """The same scores on the captions as they are: case, punctuation and all (nlg-eval, used for MAGMA's table)."""
+    _check(predictions, references)
+    orders = bleu(predictions, references)
+    per_sample = {"CIDEr": cider_d(predictions, references), "ROUGE-L": rouge_l(predictions, references)}
+    return Scores(
+        {f"BLEU-{i}": float(score) for i, score in enumerate(orders, start=1)}
+        | {name: float(values.mean()) for name, values in per_sample.items()},
+        per_sample,
+    )
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    """Percentage of predictions equal to one of their references, character by character (GQA's rule)."""
+    return _accuracy(lambda prediction, answers: 100.0 * (prediction in answers), predictions, references)
+
+
+def exact_match_relaxed(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    """``exact_match`` without surrounding space, case and final full stops, on both sides."""
+
+    def relax(text: str) -> str:
+        return text.strip().rstrip(".").lower()
+
+    _check(predictions, references)
+    return exact_match([relax(p) for p in predictions], [[relax(a) for a in answers] for answers in references])
+
+
+def _accuracy(
+    score: Callable[[str, Sequence[str]], float],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+) -> Scores:
+    _check(predictions, references)
+    values = np.array([score(p, answers) for p, answers in zip(predictions, references, strict=True)])
+    return Scores({"accuracy": float(values.mean())}, {"accuracy": values})
+
+
+def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} lists of references")
+    if not predictions:
+        raise ValueError("nothing to score: the predictions are empty")
+    for i, alternatives in enumerate(references):
+        if isinstance(alternatives, str) or not alternatives:
+            raise ValueError(f"sample {i}: references must be a list of at least one string, got {alternatives!r}")
+
+
+# VizWiz under its sensible reading is the official rule: one annotator is left out by position.
+METRICS: MappingProxyType[str, Metric] = MappingProxyType(
+    {
+        "coco": coco,
+        "nlgeval": nlgeval,
+        "exact_match": exact_match,
+        "exact_match_relaxed": exact_match_relaxed,
+        "vqa_official": partial(_accuracy, vqa.vqa_official),
+        "vqa_always_normalised": partial(_accuracy, vqa.vqa_always_normalised),
+        "vqa_before_2021": partial(_accuracy, vqa.vqa_before_2021),
+        "vizwiz_by_index": partial(_accuracy, vqa.vqa_official),
+        "vizwiz_by_value": partial(_accuracy, vqa.vizwiz_by_value),
+    }
+)
