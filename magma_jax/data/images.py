@@ -50,9 +50,7 @@ class ImageInput:
         return f"ImageInput({_name(self.source)})"
 
 
-def load_image(
-    source: ImageSource, *, max_pixels: int = MAX_PIXELS, exif_transpose: bool = True
-) -> Image.Image:
+def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, exif_transpose: bool = True) -> Image.Image:
     """Opens and fully decodes one picture.
 
     Accepts PNG, JPEG, WebP, GIF and BMP. Of an animation the first frame counts. 16-bit grey becomes 8-bit
@@ -122,9 +120,7 @@ def clip_preprocess(
 
 def _refuse_url(source: ImageSource) -> None:
     if isinstance(source, str) and ("://" in source or source.startswith("data:")):
-        raise ImageError(
-            f"{source[:80]!r}: images by URL are not enabled; download the file and pass its path"
-        )
+        raise ImageError(f"{source[:80]!r}: images by URL are not enabled; download the file and pass its path")
 
 
 def _name(source: ImageSource) -> str:
@@ -140,9 +136,7 @@ def _open(file, name: str, max_pixels: int, exif_transpose: bool) -> Image.Image
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError(
-            f"{name}: no image in one of the formats {', '.join(FORMATS)}; convert it to PNG"
-        ) from None
+        raise ImageError(f"{name}: no image in one of the formats {', '.join(FORMATS)}; convert it to PNG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(name, "more pixels than PIL opens", max_pixels) from None
     except Exception as error:  # a plug-in may raise anything on a damaged header

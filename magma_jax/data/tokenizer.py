@@ -133,9 +133,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < 258:
         raise ValueError(f"vocab_size {vocab_size} is below 258: 256 bytes, end-of-text and image token")
     backend = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2, initial_alphabet=_byte_symbols(), show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=_byte_symbols(), show_progress=False)
     backend.train_from_iterator(texts, trainer)
     backend.add_special_tokens([EOS])
     return Tokenizer(backend)

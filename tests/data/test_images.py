@@ -134,9 +134,7 @@ def test_missing_files_stay_what_they_are(tmp_path):
         load_image(tmp_path / "nothing.png")
 
 
-@pytest.mark.parametrize(
-    "url", ["https://example.org/a.png", "file:///etc/hosts", "data:image/png;base64,AA"]
-)
+@pytest.mark.parametrize("url", ["https://example.org/a.png", "file:///etc/hosts", "data:image/png;base64,AA"])
 def test_urls_are_refused(url):
     for opens in (load_image, ImageInput):
         with pytest.raises(ImageError, match="not enabled"):

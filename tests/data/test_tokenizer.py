@@ -58,9 +58,7 @@ def test_spelling_a_special_token_does_not_make_one(gpt2):
 def test_decoding_inverts_encoding_for_any_text(gpt2):
     draw = random.Random(0)
     for _ in range(200):
-        text = "".join(
-            chr(draw.choice((draw.randrange(32, 127), draw.randrange(160, 0x2FFF)))) for _ in range(20)
-        )
+        text = "".join(chr(draw.choice((draw.randrange(32, 127), draw.randrange(160, 0x2FFF)))) for _ in range(20))
         assert gpt2.decode(gpt2.encode(text)) == text
     spaced = "Wait , what ? It is n't so ."
     assert gpt2.decode(gpt2.encode(spaced)) == spaced

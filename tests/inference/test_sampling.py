@@ -155,9 +155,7 @@ def test_everything_is_finite_in_half_precision_and_at_low_temperature():
     keys = row_keys(jax.random.key(0), 4)
     config = SamplingConfig(temperature=1e-6, top_k=5, top_p=0.9)
     np.testing.assert_array_equal(sample(logits, keys, config), np.argmax(logits, axis=-1))
-    np.testing.assert_array_equal(
-        apply_temperature(jnp.array([[1.0, MASKED]]), 0.5), [[2.0, np.float32(MASKED)]]
-    )
+    np.testing.assert_array_equal(apply_temperature(jnp.array([[1.0, MASKED]]), 0.5), [[2.0, np.float32(MASKED)]])
 
 
 @pytest.mark.parametrize(
@@ -179,9 +177,7 @@ def test_settings_out_of_range_are_refused_in_one_line(bad):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "case", json.loads((FIXTURES / "sampling_remove_after_eos.json").read_text()), ids=str
-)
+@pytest.mark.parametrize("case", json.loads((FIXTURES / "sampling_remove_after_eos.json").read_text()), ids=str)
 def test_removal_after_end_of_text(case):
     arguments = case["sequence"], case["eos"], case["image"]
     assert remove_after_eos(*arguments, compat="upstream") == case["result"]
