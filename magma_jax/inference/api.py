@@ -146,7 +146,7 @@ class Magma:
         self,
         embeddings: Float[Array, "B S D"] | PromptBatch,
         max_steps: int,
-        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+        sampling: SamplingConfig = SamplingConfig(),
         *,
         seed: int = 0,
         return_logits: bool = False,

@@ -5,6 +5,7 @@ sequence that the language model, with its adapters, continues. Training is next
 """
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -39,6 +40,7 @@ class MagmaConfig:
     attn_adapter: AdapterConfig | None = None
     classes: int = 0
     dtype: str = "float32"
+    kind: Literal["magma"] = "magma"
 
 
 class MagmaModel(nnx.Module):

@@ -1,13 +1,38 @@
 """Next-token loss."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from magma_jax.typing import Array, Float, Int
+from magma_jax.models.gptj import GPTJ
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.convolution import BatchNormMode
+from magma_jax.nn.stack import Remat
+from magma_jax.typing import Array, Float, Int, PRNGKey
+
+Batch: TypeAlias = dict[str, Array]
+# Summed loss, number of tokens it sums over, summed metrics.
+LossResult: TypeAlias = tuple[Array, Array, dict[str, Array]]
 
 # Marks positions that carry no loss (PyTorch's convention, which the original's labels follow).
 IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """How the forward pass of training runs.
+
+    Attributes:
+        batch_norm: ``frozen`` statistics, or statistics of the ``batch`` with running averages as the original.
+        remat: what the backward pass recomputes, see ``nn.stack``.
+    """
+
+    batch_norm: BatchNormMode = "frozen"
+    remat: Remat = "none"
 
 
 def caption_labels(tokens: Int[Array, "B S"], eos_id: int) -> Int[Array, "B S"]:
@@ -30,3 +55,34 @@ def cross_entropy(logits: Float[Array, "B S V"], labels: Int[Array, "B S"]) -> t
 def accuracy(logits: Float[Array, "B S V"], labels: Int[Array, "B S"]) -> Float[Array, ""]:
     """Number of counted labels that are the most likely token."""
     return jnp.sum((jax.lax.stop_gradient(logits).argmax(-1) == labels) & (labels != IGNORED))
+
+
+def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey, *, options: LossOptions) -> LossResult:
+    """Next-token loss of the words behind a picture (paper, equation 3).
+
+    ``batch`` holds ``tokens`` and ``labels`` (B, S), and either ``images`` (normalised pictures) or ``features``
+    (what a frozen encoder made of them, computed once).
+    """
+    features = (
+        batch["features"]
+        if "features" in batch
+        else model.encode_images(batch["images"], batch_norm=options.batch_norm)
+    )
+    logits = model.caption_logits(features, batch["tokens"], dropout_key=key, remat=options.remat)
+    return _token_loss(logits, batch["labels"])
+
+
+def language_loss(model: GPTJ, batch: Batch, key: PRNGKey, *, options: LossOptions) -> LossResult:
+    """Next-token loss of text alone; ``batch`` holds ``tokens`` and ``labels`` (B, S)."""
+    embeddings = model.embed(batch["tokens"][:, :-1])
+    logits = model.logits(model(embeddings, remat=options.remat).hidden)
+    return _token_loss(logits, batch["labels"][:, 1:])
+
+
+# By the ``kind`` of the model's config.
+LOSSES: dict[str, Callable[..., LossResult]] = {"magma": caption_loss, "gptj": language_loss}
+
+
+def _token_loss(logits: Float[Array, "B S V"], labels: Int[Array, "B S"]) -> LossResult:
+    loss, count = cross_entropy(logits, labels)
+    return loss, count, {"accuracy": accuracy(logits, labels)}

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,8 @@ class TrainState:
     opt_state: Any
 
 
-class LossFunction(Protocol):
-    """Loss of a batch: the summed loss, the number of tokens it sums over, and summed metrics."""
-
-    def __call__(
-        self, model: Any, batch: Batch, key: PRNGKey
-    ) -> tuple[Array, Array, Metrics]:  # pragma: no cover - a type
-        """Computes the loss of ``batch``; ``key`` feeds dropout."""
-        ...
+# (model, batch, key) -> summed loss, number of tokens it sums over, summed metrics; the key feeds dropout.
+LossFunction = Callable[[Any, Batch, PRNGKey], tuple[Array, Array, Metrics]]
 
 
 def init_state(trainable: Params, statistics: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -94,7 +88,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {name: value / count for name, value in metrics.items()}
-        metrics |= {"loss": loss / count, "grad_norm": optax.global_norm(grads)}
+        metrics |= {"loss": loss / count, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, trainable, statistics, opt_state), metrics
 
     return train_step

@@ -1,0 +1,108 @@
+"""Data sets by name: what a config's ``data.name`` stands for."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import grain
+import numpy as np
+
+from magma_jax.data import openmoji, openmoji_text
+from magma_jax.data.pipeline import sample_batches, text_batches
+from magma_jax.data.tokenizer import Tokenizer, train_bpe
+from magma_jax.typing import UInt8
+
+# The vocabulary that the committed language model was trained with.
+QUICKSTART_TOKENIZER = "assets/tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a run learns from.
+
+    Attributes:
+        name: ``openmoji`` (captions and questions about drawings) or ``openmoji_text`` (text alone, for the
+            language model and its vocabulary).
+        length: tokens of a sample or block, the bucket that all are padded to.
+        image_size: pixels per side.
+        cache_dir: where rasterised drawings are kept between runs.
+        weights: how often each source of ``openmoji`` is drawn: captions of people and hands, captions of things,
+            questions.
+        question_draws: draws of the balanced questions that make up their source.
+        lines: lines of text that ``openmoji_text`` composes.
+        vocab_size: entries of the vocabulary that ``openmoji_text`` learns.
+    """
+
+    name: Literal["openmoji", "openmoji_text"]
+    length: int = 32
+    image_size: int = 128
+    cache_dir: str = "~/.cache/magma_jax"
+    weights: tuple[float, ...] = (0.375, 0.125, 0.5)
+    question_draws: int = 8
+    lines: int = 100_000
+    vocab_size: int = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set ready to be drawn from.
+
+    Attributes:
+        tokenizer: of its texts.
+        batches: ``(batch_size, seed)`` to endless batches, see ``data.pipeline``.
+        images: every picture, uint8 (N, size, size, 3); None for text alone.
+        evaluation: split to samples, in a fixed order; empty for text alone.
+        records: what is known of every picture, in the order of ``images``.
+    """
+
+    tokenizer: Tokenizer
+    batches: Callable[[int, int], grain.IterDataset]
+    images: UInt8[np.ndarray, "N H W 3"] | None = None
+    evaluation: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    records: Sequence[Any] = ()
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Loads or builds the data set that a config names."""
+    return {"openmoji": _openmoji, "openmoji_text": _openmoji_text}[config.name](config)
+
+
+def _openmoji(config: DataConfig) -> Dataset:
+    records, images = openmoji.load(Path(config.cache_dir).expanduser(), config.image_size)
+    with resources.as_file(resources.files("magma_jax") / QUICKSTART_TOKENIZER) as path:
+        tokenizer = Tokenizer.load(path)
+    learned = [record for record in records if record.split == "train"]
+    captions = openmoji.captions(learned)
+    living = [sample for sample in captions if records[sample.picture].gender is not None]
+    things = [sample for sample in captions if records[sample.picture].gender is None]
+    # A draw balances the answers by leaving pictures out, so several draws together see more of them.
+    questions = [sample for draw in range(config.question_draws) for sample in openmoji.questions(learned, draw)]
+
+    def batches(batch_size: int, seed: int) -> grain.IterDataset:
+        return sample_batches(
+            [living, things, questions],
+            config.weights,
+            tokenizer,
+            batch_size=batch_size,
+            length=config.length,
+            seed=seed,
+        )
+
+    evaluation = {"train": captions + openmoji.questions(learned)}
+    for split in ("validation", "test"):
+        held_out = [record for record in records if record.split == split]
+        evaluation[split] = openmoji.captions(held_out) + openmoji.questions(held_out)
+    return Dataset(tokenizer, batches, images, evaluation, records)
+
+
+def _openmoji_text(config: DataConfig) -> Dataset:
+    records, _ = openmoji.load(Path(config.cache_dir).expanduser(), config.image_size)
+    lines = openmoji_text.lines(records, config.lines)
+    tokenizer = train_bpe(lines, config.vocab_size)
+    tokens = np.array([i for line in lines for i in (*tokenizer.encode(line), tokenizer.eos_id)], np.int32)
+    return Dataset(
+        tokenizer,
+        lambda batch_size, seed: text_batches(tokens, batch_size=batch_size, length=config.length, seed=seed),
+    )
