@@ -27,7 +27,6 @@ def get_config() -> ConfigDict:
                 "learning_rate": 2e-3,
                 "schedule": "cosine",
                 "warmup_steps": 50,
-                "steps": 400,
                 "final_fraction": 0.05,
                 "b2": 0.98,
                 "weight_decay": 0.05,

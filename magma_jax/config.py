@@ -3,12 +3,13 @@
 A field that may hold one of several dataclasses is told apart by their ``kind`` field.
 """
 
+import ast
 import dataclasses
 import importlib.util
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +65,34 @@ def load_config_file(path: str | Path) -> ml_collections.ConfigDict:
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path}: has no function get_config()")
     return module.get_config()
+
+
+def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """Returns the config with ``KEY=VALUE`` strings applied; a key is dotted, a value is a Python literal or text.
+
+    Raises:
+        ConfigError: no ``=``, or a key below something that is no mapping.
+    """
+    config = ml_collections.ConfigDict(config.to_dict())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override}: expected KEY=VALUE")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        *parents, name = key.split(".")
+        node = config
+        for parent in parents:
+            if parent not in node:
+                node[parent] = ml_collections.ConfigDict()
+            node = node[parent]
+            if not isinstance(node, ml_collections.ConfigDict):
+                raise ConfigError(f"--set {override}: {parent} is not a mapping")
+        with node.ignore_type():  # from_dict checks types and names the key
+            node[name] = value
+    return config
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -130,6 +130,7 @@ def _encoder(tensors: Mapping[str, Any], known: Mapping[str, Any]) -> EncoderCon
         return dataclasses.replace(base, image_size=int(known.get("res", base.image_size)))
     if f"{enc}class_embedding" in tensors:
         width, _, patch, _ = _shape(tensors, f"{enc}conv1.weight")
+        pooled = f"{enc}proj" in tensors and _shape(tensors, "image_prefix.proj.weight")[1] != width
         side = round((_shape(tensors, f"{enc}positional_embedding")[0] - 1) ** 0.5)
         return CLIPViTConfig(
             layers=_count(tensors, r"image_prefix\.enc\.transformer\.resblocks\.(\d+)\.ln_1\.weight"),
@@ -137,8 +138,8 @@ def _encoder(tensors: Mapping[str, Any], known: Mapping[str, Any]) -> EncoderCon
             heads=int(known.get("heads", width // 64)),  # every published CLIP has heads of 64
             patch=patch,
             image_size=side * patch,
-            embedding_width=_shape(tensors, f"{enc}proj")[1],
-            output="pooled" if _shape(tensors, "image_prefix.proj.weight")[1] != width else "grid",
+            embedding_width=_shape(tensors, f"{enc}proj")[1] if pooled else CLIPViTConfig.embedding_width,
+            output="pooled" if pooled else "grid",
         )
     if f"{enc}0.0.conv.weight" in tensors:
         stages = range(4)

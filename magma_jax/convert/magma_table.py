@@ -136,9 +136,11 @@ def _batch_norm(theirs: str, ours: str) -> Iterator[Rule]:
         yield _rule(f"{theirs}.{name}", f"{ours}/{name}")
 
 
-def _clip_vit(config: CLIPViTConfig, theirs: str, ours: str) -> Iterator[Rule]:
-    for name in ("class_embedding", "positional_embedding", "proj"):
+def _clip_vit(config: CLIPViTConfig, theirs: str, ours: str) -> Iterator[Rule | Ignored]:
+    for name in ("class_embedding", "positional_embedding"):
         yield _rule(f"{theirs}{name}", f"{ours}{name}")
+    # CLIP's files hold the projection of the class token; the grid has no use for it.
+    yield _rule(f"{theirs}proj", f"{ours}proj") if config.output == "pooled" else Ignored(f"{theirs}proj")
     yield _rule(f"{theirs}conv1.weight", f"{ours}conv1/weight")
     for name in ("ln_pre", "ln_post"):
         yield from _pair(theirs + name, ours + name)

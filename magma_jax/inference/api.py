@@ -120,7 +120,7 @@ class Magma:
         top_k: int = 0,
         top_p: float = 0.9,
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         compat: str | None = None,
     ) -> list[str]:
         """Continues prompts and returns the new text of each row, up to its end of text.
@@ -131,7 +131,8 @@ class Magma:
             temperature: 0 for greedy. Order: temperature, top_k, top_p.
             top_k: 0 for all.
             top_p: smallest set of tokens with at least this mass.
-            seed: the same seed gives the same text, whatever else is in the batch.
+            seed: one seed a row, each giving its row what it gives alone; or one number, from which row i draws
+                its own (so equal prompts differ).
             compat: ``upstream`` for the original's top_p rule and order.
 
         Raises:
@@ -148,7 +149,7 @@ class Magma:
         max_steps: int,
         sampling: SamplingConfig = SamplingConfig(),
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         return_logits: bool = False,
     ) -> Generation:
         """Like ``generate``, as token ids with lengths and, if asked for, logits."""
@@ -168,7 +169,7 @@ class Magma:
             self.params,
             padded,
             batch.lengths,
-            row_keys(jax.random.key(seed), padded.shape[0]),
+            _row_keys(seed, padded.shape[0]),
             max_new_tokens=max_steps,
             sampling=sampling,
             eos_id=self.tokenizer.eos_id,
@@ -223,6 +224,14 @@ class Magma:
         if not sum(part.shape[0] for part in parts):
             raise ValueError(f"prompt {row} is empty: give at least one picture or one word")
         return jnp.concatenate(parts)
+
+
+def _row_keys(seed: int | Sequence[int], rows: int) -> Array:
+    if isinstance(seed, int):
+        return row_keys(jax.random.key(seed), rows)
+    if len(seed) != rows:
+        raise ValueError(f"{len(seed)} seeds for {rows} rows; give one a row, or a single number")
+    return jnp.stack([jax.random.key(s) for s in seed])
 
 
 @functools.cache

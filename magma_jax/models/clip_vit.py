@@ -102,7 +102,11 @@ class CLIPViT(nnx.Module):
         self.ln_pre = LayerNorm(width, param=EncoderParam)
         self.blocks = stack(lambda rngs: ResidualBlock(width, config.heads, rngs=rngs), config.layers, rngs)
         self.ln_post = LayerNorm(width, param=EncoderParam)
-        self.proj = EncoderParam(scale * jax.random.normal(rngs.params(), (width, config.embedding_width)))
+        self.proj = (
+            EncoderParam(scale * jax.random.normal(rngs.params(), (width, config.embedding_width)))
+            if config.output == "pooled"
+            else None
+        )
 
     def embed(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B S D"]:
         """Patches and class token with their positions, after the first LayerNorm."""

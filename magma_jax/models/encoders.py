@@ -4,13 +4,14 @@ An encoder is a module built as ``Encoder(config, rngs=...)`` and called as ``en
 config has ``image_size``, ``channels`` and ``positions`` (None if it pools to one vector).
 """
 
+import dataclasses
 from typing import NamedTuple, TypeAlias
 
 from flax import nnx
 
 from magma_jax.data.images import CLIP_MEAN, CLIP_STD
-from magma_jax.models.clip_resnet import CLIPResNet, CLIPResNetConfig
-from magma_jax.models.clip_vit import CLIPViT, CLIPViTConfig
+from magma_jax.models.clip_resnet import CLIP_RESNETS, CLIPResNet, CLIPResNetConfig
+from magma_jax.models.clip_vit import CLIP_VITS, CLIPViT, CLIPViTConfig
 from magma_jax.models.nf_resnet import NFResNet, NFResNetConfig
 
 EncoderConfig: TypeAlias = CLIPResNetConfig | CLIPViTConfig | NFResNetConfig
@@ -29,6 +30,15 @@ ENCODERS = {
     "clip_vit": EncoderEntry(CLIPViT, CLIP_MEAN, CLIP_STD),
     # timm's defaults for nf_resnet50: the ImageNet statistics.
     "nf_resnet": EncoderEntry(NFResNet, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+# Published sizes. A ViT's plain name is the pooled token, as the original code uses it; "-grid" are the patch tokens.
+PUBLISHED_ENCODERS: dict[str, EncoderConfig] = {
+    **CLIP_RESNETS,
+    **CLIP_VITS,
+    **{f"{name}-grid": dataclasses.replace(config, output="grid") for name, config in CLIP_VITS.items()},
+    "nf_resnet50": NFResNetConfig(),
 }
 
 

@@ -61,6 +61,8 @@ class RunConfig:
     evaluate: bool = False
 
     def __post_init__(self):
+        if self.optim.steps is None:
+            object.__setattr__(self, "optim", dataclasses.replace(self.optim, steps=self.steps))
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
 
@@ -93,7 +95,9 @@ def train(config: RunConfig, workdir: str | Path) -> Run:
 
     # The base folder holds every parameter as the run started; what learns is replaced by the checkpoint's.
     trainable, frozen, statistics = partition(read_params(workdir, shapes), labels)
-    state = init_state(trainable, statistics, optimizer)
+    # Under jit the fresh state is committed to the devices of the weights, as every later state is: a state that
+    # is not would compile the step a second time.
+    state = jax.jit(functools.partial(init_state, optimizer=optimizer))(trainable, statistics)
     say(
         f"model: {parameter_count(trainable):,} parameters learn, "
         f"{parameter_count(frozen):,} are frozen; {jax.device_count()} {jax.devices()[0].platform} device(s)"

@@ -50,7 +50,7 @@ class OptimConfig:
         encoder_learning_rate: peak rate of the image encoder.
         schedule: ``cosine`` to ``final_fraction`` of the peak (paper), ``warmup_decay`` and ``warmup`` (the
             original's configs: logarithmic warm-up, then linear to zero or constant), ``constant``.
-        steps: length of the schedule in optimizer steps.
+        steps: length of the schedule in optimizer steps; None for the length of the run.
         warmup_steps: steps of the warm-up; ``cosine`` warms up linearly, by default not at all.
         weight_decay: decoupled (AdamW); see ``NO_DECAY``.
         clip_norm: global norm that gradients are clipped to; 0 for no clipping.
@@ -60,7 +60,7 @@ class OptimConfig:
     learning_rate: float = 8e-4
     encoder_learning_rate: float = 2e-6
     schedule: Literal["cosine", "warmup_decay", "warmup", "constant"] = "cosine"
-    steps: int = 15_000
+    steps: int | None = None
     warmup_steps: int = 0
     final_fraction: float = 0.1
     b1: float = 0.9

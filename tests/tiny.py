@@ -1,0 +1,62 @@
+"""A MAGMA model and a data set small enough for tests."""
+
+import dataclasses
+
+import numpy as np
+
+from magma_jax.data.datasets import DataConfig, Dataset
+from magma_jax.data.openmoji import Sample
+from magma_jax.data.pipeline import sample_batches
+from magma_jax.data.tokenizer import train_bpe
+from magma_jax.models.clip_resnet import CLIPResNetConfig
+from magma_jax.models.clip_vit import CLIPViTConfig
+from magma_jax.models.gptj import GPTJConfig
+from magma_jax.models.magma import MagmaConfig
+from magma_jax.models.prefix import PrefixConfig
+from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.training.loop import RunConfig
+from magma_jax.training.optim import OptimConfig
+
+# Compiles slowly on a CPU, so only tests of BatchNorm use it.
+RESNET = CLIPResNetConfig(blocks=(1, 2, 1, 1), width=8, image_size=64)
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
+
+MODEL = MagmaConfig(
+    lm=GPTJConfig(
+        layers=2, width=32, heads=2, rotary_dim=8, feed_forward=64, vocab_rows=300, head_rows=310, context_length=64
+    ),
+    encoder=CLIPViTConfig(layers=1, width=32, heads=2, patch=32, image_size=64, embedding_width=16, output="grid"),
+    prefix=PrefixConfig(dropout=0.1),
+    mlp_adapter=AdapterConfig(downsample_factor=4),
+    attn_adapter=AdapterConfig(downsample_factor=4),
+)
+
+
+def dataset() -> Dataset:
+    """Plain coloured squares with a caption and a question each."""
+    samples, images = [], []
+    for row, (name, colour) in enumerate(COLOURS.items()):
+        images.append(np.broadcast_to(np.array(colour, np.uint8), (64, 64, 3)))
+        samples.append(Sample(row, "A picture of", f" a {name} square", "caption"))
+        samples.append(Sample(row, "Q: What colour is it? A:", f" {name}", "colour"))
+    tokenizer = train_bpe([sample.prompt + sample.answer for sample in samples], 299)
+
+    def batches(batch_size, seed):
+        return sample_batches([samples], [1.0], tokenizer, batch_size=batch_size, length=40, seed=seed)
+
+    return Dataset(tokenizer, batches, np.stack(images), {"train": samples, "test": samples})
+
+
+def run_config(**changes) -> RunConfig:
+    """Four steps of a run in which adapters, prefix and encoder learn."""
+    config = RunConfig(
+        model=MODEL,
+        data=DataConfig(name="openmoji"),
+        optim=OptimConfig(learning_rate=1e-2, encoder_learning_rate=1e-3, clip_norm=1.0),
+        steps=4,
+        batch_size=4,
+        log_every=1,
+        checkpoint_every=1,
+    )
+    return dataclasses.replace(config, **changes)

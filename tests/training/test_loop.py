@@ -1,0 +1,109 @@
+"""The loop: what learns changes, what is frozen does not, and a run continues exactly where it stopped."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from magma_jax.config import ConfigError
+from magma_jax.inference.api import Magma
+from magma_jax.training import loop
+from magma_jax.training.losses import LossOptions
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def squares(monkeypatch):
+    """The tiny data set in place of the drawings."""
+    data = tiny.dataset()
+    monkeypatch.setattr(loop, "load_dataset", lambda config: data)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(loop, "load_dataset", lambda config: tiny.dataset())
+        workdir = tmp_path_factory.mktemp("run") / "four"
+        return loop.train(tiny.run_config(), workdir)
+
+
+def _metrics(run):
+    return [json.loads(line) for line in (run.workdir / loop.METRICS_FILE).read_text().splitlines()]
+
+
+def _arrays(run):
+    return {"/".join(map(str, path)): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(run.state)}
+
+
+def test_frozen_leaves_keep_their_bits_and_others_change(finished, tmp_path):
+    start = loop.train(tiny.run_config(steps=0), tmp_path / "start")
+    assert start.frozen
+    assert all("_adapter" not in path and path.startswith("lm/") for path in start.frozen)
+    for path, leaf in start.frozen.items():
+        np.testing.assert_array_equal(leaf, finished.frozen[path], err_msg=path)
+    for path, leaf in start.state.trainable.items():
+        assert not np.array_equal(leaf, finished.state.trainable[path]), path
+
+
+def test_losses_are_finite_and_logged_every_step(finished):
+    metrics = _metrics(finished)
+    assert [entry["step"] for entry in metrics] == [1, 2, 3, 4]
+    assert all(np.isfinite(entry["loss"]) and entry["grad_norm"] > 0 for entry in metrics)
+
+
+def test_two_steps_then_two_more_equal_four_bit_for_bit(finished, tmp_path):
+    schedule = dataclasses.replace(tiny.run_config().optim, steps=4)
+    loop.train(tiny.run_config(steps=2, optim=schedule), tmp_path / "run")
+    resumed = loop.train(tiny.run_config(steps=4, optim=schedule), tmp_path / "run")
+    expected, got = _arrays(finished), _arrays(resumed)
+    assert expected.keys() == got.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(leaf, got[path], err_msg=path)
+    assert [e["loss"] for e in _metrics(finished)] == [e["loss"] for e in _metrics(resumed)]
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    before = _arrays(finished)
+    again = loop.train(tiny.run_config(), finished.workdir)
+    for path, leaf in _arrays(again).items():
+        np.testing.assert_array_equal(leaf, before[path], err_msg=path)
+
+
+def test_another_config_in_the_same_folder_is_refused(finished):
+    with pytest.raises(ConfigError, match=r"another config \(batch_size\)"):
+        loop.train(tiny.run_config(batch_size=2), finished.workdir)
+
+
+def test_a_frozen_encoder_is_run_once_and_has_no_optimizer_state(tmp_path):
+    config = tiny.run_config()
+    groups = {**config.optim.groups, "encoder": "frozen"}
+    run = loop.train(
+        dataclasses.replace(config, optim=dataclasses.replace(config.optim, groups=groups)), tmp_path / "run"
+    )
+    assert not any("encoder" in path for path in run.state.trainable)
+    assert not any("image_prefix/encoder" in path for path in _arrays(run) if "opt_state" in path)
+
+
+def test_batch_norm_in_batch_mode_updates_its_statistics(tmp_path):
+    model = dataclasses.replace(tiny.MODEL, encoder=tiny.RESNET)
+    for mode, expected in (("frozen", 0), ("batch", 1)):
+        config = tiny.run_config(steps=1, model=model, loss=LossOptions(batch_norm=mode))
+        run = loop.train(config, tmp_path / mode)
+        assert int(run.state.statistics["image_prefix/encoder/bn1/num_batches_tracked"]) == expected
+
+
+def test_a_run_folder_loads_for_inference_with_the_trained_weights(finished):
+    model = Magma.from_checkpoint(finished.workdir)
+    for path, leaf in finished.state.trainable.items():
+        np.testing.assert_array_equal(leaf, model.params[path], err_msg=path)
+    for path, leaf in finished.frozen.items():
+        np.testing.assert_array_equal(leaf, model.params[path], err_msg=path)
+
+
+def test_the_step_compiles_once(tmp_path, caplog):
+    with jax.log_compiles():
+        loop.train(tiny.run_config(), tmp_path / "run")
+    assert sum("Finished XLA compilation of jit(train_step)" in message for message in caplog.messages) == 1

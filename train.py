@@ -1,0 +1,38 @@
+"""Trains what a config describes; by default the quick start.
+
+    python train.py
+    python train.py --config configs/quickstart_lm.py --workdir runs/quickstart_lm --set seed=1 optim.learning_rate=1e-3
+
+A run folder that already holds checkpoints of the same config is continued.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file
+from magma_jax.convert.torch_reader import TorchFileError
+from magma_jax.evaluation.tasks import evaluate_run
+from magma_jax.training.checkpoint import CheckpointError
+from magma_jax.training.loop import RunConfig, train
+
+
+def main() -> None:
+    """Reads the command line, trains, and evaluates if the config says so."""
+    parser = argparse.ArgumentParser(description="Trains what a config describes; by default the quick start.")
+    parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs/quickstart.py")
+    parser.add_argument("--workdir", type=Path, help="run folder; default: runs/ and the name of the config")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the config")
+    arguments = parser.parse_args()
+    workdir = arguments.workdir or Path("runs") / arguments.config.stem
+    try:
+        config = from_dict(RunConfig, apply_overrides(load_config_file(arguments.config), arguments.set))
+        train(config, workdir)
+        if config.evaluate:
+            evaluate_run(workdir)
+    except (ConfigError, CheckpointError, TorchFileError) as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
