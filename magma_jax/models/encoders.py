@@ -12,9 +12,10 @@ from flax import nnx
 from magma_jax.data.images import CLIP_MEAN, CLIP_STD
 from magma_jax.models.clip_resnet import CLIP_RESNETS, CLIPResNet, CLIPResNetConfig
 from magma_jax.models.clip_vit import CLIP_VITS, CLIPViT, CLIPViTConfig
+from magma_jax.models.efficientnet_lite import LITE_MEAN, LITE_STD, EfficientNetLite, EfficientNetLiteConfig
 from magma_jax.models.nf_resnet import NFResNet, NFResNetConfig
 
-EncoderConfig: TypeAlias = CLIPResNetConfig | CLIPViTConfig | NFResNetConfig
+EncoderConfig: TypeAlias = CLIPResNetConfig | CLIPViTConfig | NFResNetConfig | EfficientNetLiteConfig
 
 
 class EncoderEntry(NamedTuple):
@@ -30,6 +31,7 @@ ENCODERS = {
     "clip_vit": EncoderEntry(CLIPViT, CLIP_MEAN, CLIP_STD),
     # timm's defaults for nf_resnet50: the ImageNet statistics.
     "nf_resnet": EncoderEntry(NFResNet, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "efficientnet_lite": EncoderEntry(EfficientNetLite, LITE_MEAN, LITE_STD),
 }
 
 
@@ -39,6 +41,7 @@ PUBLISHED_ENCODERS: dict[str, EncoderConfig] = {
     **CLIP_VITS,
     **{f"{name}-grid": dataclasses.replace(config, output="grid") for name, config in CLIP_VITS.items()},
     "nf_resnet50": NFResNetConfig(),
+    "efficientnet_lite0": EfficientNetLiteConfig(),
 }
 
 

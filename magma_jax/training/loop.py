@@ -179,7 +179,7 @@ def _prepare_folder(
                 f"{workdir}: holds a run with another config ({', '.join(changed[:5])}); choose another --workdir"
             )
         return
-    pretrained = load_weights(config.weights, config.model, shapes)
+    pretrained = load_weights(config.weights, shapes)
     missing = [path for path in shapes if path not in pretrained]
 
     def fresh() -> Params:

@@ -1,64 +1,71 @@
 """Pretrained parts by name: where a run's starting weights come from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.numpy import load_file
 
 from magma_jax.config import ConfigError
-from magma_jax.models import ModelConfig
+from magma_jax.convert import efficientnet_lite
 from magma_jax.nn.modules import Params
 
 # Committed with the package; assets/README.md says how it was trained and how to do so again.
 QUICKSTART_LM = "assets/quickstart_lm.safetensors"
 
 
-def load_weights(names: Mapping[str, str], model: ModelConfig, shapes: Mapping[str, Any]) -> Params:
+def load_weights(names: Mapping[str, str], shapes: Mapping[str, Any]) -> Params:
     """Loads the parts of a model that a config names.
 
     Args:
-        names: path prefix to source: ``quickstart_lm``, ``efficientnet_lite0``, or the path of a
-            ``.safetensors`` file whose keys are our paths below that prefix.
-        model: the config of the whole model.
-        shapes: every path of the model and its shape.
+        names: path prefix to source: a name in ``SOURCES``, or a ``.safetensors`` file whose keys are the paths
+            below that prefix.
+        shapes: every path of the model, with its shape.
 
     Raises:
         ConfigError: a source that is unknown, incomplete or of other shapes.
     """
     params: Params = {}
     for prefix, name in names.items():
+        below = f"{prefix}/"
+        # Adapters sit inside a pretrained language model and start fresh.
         wanted = {
-            path.removeprefix(f"{prefix}/"): shape for path, shape in shapes.items() if path.startswith(f"{prefix}/")
+            path.removeprefix(below): shape
+            for path, shape in shapes.items()
+            if path.startswith(below) and "_adapter/" not in path
         }
         if not wanted:
-            raise ConfigError(f"weights.{prefix}: the model has no parameter below {prefix}/")
-        loaded = _load(name, prefix, model)
-        # What is fresh in this model (adapters inside a pretrained language model) is not expected in the file.
-        missing = [path for path in wanted if path not in loaded and "_adapter/" not in path]
-        wrong = [path for path in wanted if path in loaded and loaded[path].shape != tuple(wanted[path].shape)]
-        extra = [path for path in loaded if path not in wanted]
-        if missing or wrong or extra:
+            raise ConfigError(f"weights.{prefix}: the model has no parameter below {below}")
+        loaded = _load(name, f"weights.{prefix}")(wanted)
+        differing = sorted(wanted.keys() ^ loaded.keys())
+        differing += [path for path in wanted.keys() & loaded.keys() if loaded[path].shape != wanted[path].shape]
+        if differing:
             raise ConfigError(
-                f"weights.{prefix}: {name} does not fit the model; missing: {missing[:5]}, other shape: "
-                f"{wrong[:5]}, unknown: {extra[:5]}"
+                f"weights.{prefix}: {name} does not fit the model in {len(differing)} tensors, such as "
+                f"{', '.join(differing[:5])}; check the model's sizes"
             )
-        params |= {f"{prefix}/{path}": array for path, array in loaded.items()}
+        params |= {below + path: array for path, array in loaded.items()}
     return params
 
 
-def _load(name: str, prefix: str, model: ModelConfig) -> dict[str, np.ndarray]:
-    if name == "quickstart_lm":
-        with resources.as_file(resources.files("magma_jax") / QUICKSTART_LM) as path:
-            return load_file(path)
-    if name == "efficientnet_lite0":
-        from magma_jax.convert.efficientnet import read_efficientnet_lite0
+def _quickstart_lm(wanted: Params) -> Params:
+    with resources.as_file(resources.files("magma_jax") / QUICKSTART_LM) as path:
+        return load_file(path)
 
-        return read_efficientnet_lite0()
-    if name.endswith(".safetensors"):
-        if not Path(name).is_file():
-            raise ConfigError(f"weights.{prefix}: {name}: no such file")
-        return load_file(name)
-    raise ConfigError(f"weights.{prefix}: unknown source {name!r}; name quickstart_lm, efficientnet_lite0 or a file")
+
+# A source is given the paths and shapes that are wanted and returns the arrays it has.
+SOURCES: dict[str, Callable[[Params], Params]] = {
+    "quickstart_lm": _quickstart_lm,
+    "efficientnet_lite0": efficientnet_lite.read_weights,
+}
+
+
+def _load(name: str, where: str) -> Callable[[Params], Params]:
+    if name in SOURCES:
+        return SOURCES[name]
+    if not name.endswith(".safetensors"):
+        raise ConfigError(f"{where}: unknown source {name!r}; known: {', '.join(SOURCES)}, or a .safetensors file")
+    if not Path(name).is_file():
+        raise ConfigError(f"{where}: {name}: no such file")
+    return lambda wanted: load_file(name)
