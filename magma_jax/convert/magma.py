@@ -5,20 +5,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from magma_jax import __version__
 from magma_jax.config import from_dict, to_dict
 from magma_jax.convert import keymap
-from magma_jax.convert.infer import infer_config
+from magma_jax.convert.infer import InferenceError, infer_config
+from magma_jax.convert.keymap_patterns import fill
+from magma_jax.convert.keymap_rules import Rule, Table, match_theirs
 from magma_jax.convert.magma_table import BUFFERS, attention_buffers, magma_table
 from magma_jax.convert.torch_reader import TorchFileError, open_torch_file, state_dict
 from magma_jax.convert.torch_writer import write_torch_file
 from magma_jax.data.tokenizer import gpt2_tokenizer
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Params, abstract
-from magma_jax.training.checkpoint import read_model_json, read_params, write_model_folder
+from magma_jax.training.checkpoint import CheckpointError, read_model_json, read_params, write_model_folder
 
 TORCH_FILE = "torch.json"
 BUFFER_FILE = "torch_buffers.npz"
@@ -49,11 +52,12 @@ def read_torch_magma(
     with open_torch_file(path) as file:
         try:
             tensors, counters = state_dict(file.tree)
-        except TorchFileError as error:
-            raise TorchFileError(f"{path}: {error}") from None
-        config = infer_config(tensors, model_config)
-        plan = keymap.to_ours(magma_table(config), tensors, model_shapes(config))
-        params = {name: np.array(tensor.read()) for name, tensor in plan.items()}
+            config = infer_config(tensors, model_config)
+            table = magma_table(config)
+            plan = keymap.to_ours(table, tensors, _in_stored_dtypes(model_shapes(config), table, tensors))
+            params = {name: np.array(tensor.read()) for name, tensor in plan.items()}
+        except (TorchFileError, InferenceError, keymap.KeyMapError) as error:
+            raise type(error)(f"{path}: {error}") from None
         source = {
             "file": path.name,
             "counters": counters,
@@ -80,7 +84,13 @@ def write_torch_magma(
 
 
 def from_torch(checkpoint: str | Path, out: str | Path, model_config: Mapping[str, Any] | None = None) -> MagmaConfig:
-    """Converts a PyTorch checkpoint to a model folder; nothing is written unless everything fits."""
+    """Converts a PyTorch checkpoint to a model folder; nothing is written unless everything fits.
+
+    Raises:
+        CheckpointError: something already stands at ``out``. And whatever ``read_torch_magma`` raises.
+    """
+    if Path(out).exists():  # checked again before writing; here it saves reading 12 GB for nothing
+        raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
     config, params, source = read_torch_magma(checkpoint, model_config)
 
     def extras(folder: Path) -> None:
@@ -115,6 +125,26 @@ def read_model_folder(folder: str | Path) -> tuple[MagmaConfig, Params]:
     """Config and parameters of a model folder, in the dtypes it stores."""
     config = from_dict(MagmaConfig, read_model_json(folder)["model"], "model.json: model")
     return config, read_params(folder, model_shapes(config), keep_dtype=True)
+
+
+def _in_stored_dtypes(shapes: Mapping[str, Any], table: Table, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """``shapes`` with the file's floating dtypes, which may differ between parameters."""
+    found: dict[str, dict[np.dtype, str]] = {}
+    for key, tensor in tensors.items():
+        for rule in table:
+            if isinstance(rule, Rule) and (values := match_theirs(rule, key)) is not None:
+                found.setdefault(fill(rule.ours, values, "/"), {}).setdefault(tensor.dtype, key)
+    mixed = [" and ".join(f"{key} {dtype.name}" for dtype, key in by.items()) for by in found.values() if len(by) > 1]
+    if mixed:
+        raise keymap.KeyMapError(
+            "layers of one parameter have different dtypes, which a stack cannot hold: " + "; ".join(mixed)
+        )
+    return {
+        path: jax.ShapeDtypeStruct(shape.shape, next(iter(found[path])))
+        if path in found and np.issubdtype(shape.dtype, np.floating)
+        else shape
+        for path, shape in shapes.items()
+    }
 
 
 def _unusual_buffers(config: MagmaConfig, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -1,0 +1,145 @@
+"""Golden files: arrays that the original computed, what each may differ by, and the comparison itself.
+
+A golden file is an ``.npz`` of named arrays in PyTorch's layout (pictures NCHW, parameters by their PyTorch keys).
+Everything that a name can hold is optional, apart from the inputs ``images`` and ``captions``; see ``golden_run`` for
+the names that are understood.
+"""
+
+import fnmatch
+import math
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+Measure = Literal["absolute", "relative", "each", "unequal"]
+
+
+class GoldenError(ValueError):
+    """A golden file that cannot be read, or does not fit the model; one line with the remedy."""
+
+
+class Tolerance(NamedTuple):
+    """Largest difference that counts as equal.
+
+    Attributes:
+        limit: the largest allowed value of the measure.
+        measure: ``absolute``; ``relative`` to the array's largest entry; ``each`` entry relative to itself;
+            ``unequal``, the number of entries that are not the same.
+    """
+
+    limit: float
+    measure: Measure = "absolute"
+
+
+# The first pattern that a name matches decides. The original in fp32 differs from itself in fp64 by up to 1.2e-5 in
+# logits and 2.3e-5 of a tensor's largest entry in gradients.
+TOLERANCES: dict[str, Tolerance] = {
+    "labels": Tolerance(0, "unequal"),
+    "gen*/new_tokens*": Tolerance(0, "unequal"),
+    "gen*/out*": Tolerance(0, "unequal"),
+    "geneos/kept_*": Tolerance(0, "unequal"),
+    "*num_batches_tracked": Tolerance(0, "unequal"),
+    "loss": Tolerance(2e-5),
+    "train/loss": Tolerance(2e-5),
+    "grad_norms_*": Tolerance(1e-3, "each"),
+    "grad_*": Tolerance(1e-3, "relative"),
+    "opt/losses": Tolerance(2e-3),
+    "opt/eval_loss_after": Tolerance(2e-3),
+    # Adam divides by the gradient's own size, so where a gradient is rounding noise its whole step is, and a ReLU
+    # that tips over after such a step changes the next gradients by about a percent.
+    "opt/grad_norms_before_clip": Tolerance(1e-2, "each"),
+    "opt/param_delta_norms": Tolerance(1e-2, "each"),
+    "opt/param/*": Tolerance(1e-2, "relative"),
+    "opt/bn/*": Tolerance(1e-3, "relative"),
+    # Half precision: about twice what the original's own half-precision run differs from its fp32 run.
+    "fp16/*": Tolerance(3e-2),
+    "bf16/*": Tolerance(5e-1),
+    "*": Tolerance(2e-4),
+}
+
+
+class Comparison(NamedTuple):
+    """One quantity: its largest difference by ``tolerance.measure``, and the golden array's shape."""
+
+    name: str
+    difference: float
+    tolerance: Tolerance
+    shape: tuple[int, ...]
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the difference is within the tolerance; never for NaN."""
+        return self.difference <= self.tolerance.limit
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; a difference that is no finite number is None."""
+        return {
+            "name": self.name,
+            "difference": self.difference if math.isfinite(self.difference) else None,
+            "tolerance": self.tolerance.limit,
+            "measure": self.tolerance.measure,
+            "ok": self.ok,
+            "shape": list(self.shape),
+            "note": self.note,
+        }
+
+
+def compare(name: str, computed: Any, golden: np.ndarray) -> Comparison:
+    """Compares a computed array with the golden one of that name; another shape is an infinite difference."""
+    tolerance = next(t for pattern, t in TOLERANCES.items() if fnmatch.fnmatchcase(name, pattern))
+    computed = np.asarray(computed)
+    if computed.shape != golden.shape:
+        return Comparison(name, math.inf, tolerance, golden.shape, f"computed {list(computed.shape)}")
+    if tolerance.measure == "unequal":
+        return Comparison(name, int(np.sum(computed != golden)), tolerance, golden.shape)
+    expected = golden.astype(np.float64)
+    difference = np.abs(computed.astype(np.float64) - expected)
+    if tolerance.measure == "each":
+        # A gradient that is zero on both sides agrees; one that is zero on one side only does not.
+        difference = np.where(difference == 0, 0, difference / np.maximum(np.abs(expected), np.finfo(np.float64).tiny))
+    largest = float(difference.max(initial=0.0))
+    if tolerance.measure == "relative" and largest:
+        largest /= max(float(np.abs(expected).max()), np.finfo(np.float64).tiny)
+    return Comparison(name, largest, tolerance, golden.shape)
+
+
+def read_golden(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads all arrays of a golden file; pickled objects in it are refused.
+
+    Raises:
+        GoldenError: not an ``.npz`` of plain arrays.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise GoldenError(f"{path}: no such golden file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise GoldenError(f"{path}: holds a single array; a golden file is an .npz of named arrays")
+            return {name: file[name] for name in file.files}
+    except GoldenError:
+        raise
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise GoldenError(f"{path}: not an .npz of plain arrays ({error}); write it with numpy.savez") from None
+
+
+def inputs_of(golden: Mapping[str, np.ndarray], name: str, shape: tuple[int | None, ...], kinds: str) -> np.ndarray:
+    """An input array, after a check of its shape (None: any length) and NumPy's kind of dtype.
+
+    Raises:
+        GoldenError: it is missing or of another shape or type.
+    """
+    if name not in golden:
+        raise GoldenError(f"the golden file lacks the input {name!r}; it has: {', '.join(list(golden)[:10])}")
+    array = golden[name]
+    fits = len(array.shape) == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, array.shape, strict=True)
+    )
+    if not fits or array.dtype.kind not in kinds or 0 in array.shape:
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise GoldenError(f"golden input {name!r} is {array.dtype}{list(array.shape)}, but the model needs [{wanted}]")
+    return array

@@ -1,0 +1,278 @@
+"""Computes, with a model of this library, the quantities that a golden file may hold.
+
+Each function yields ``(name, array)`` pairs in PyTorch's layout. Names:
+
+    enc_out, prefix_proj_out, prefix, input_embeddings, labels, hidden_states, logits, loss
+    blockI/{ln_1,attn_inner,attn,mlp_inner,mlp,}_out, past_key_I, past_value_I    layer I
+    grad_eval/KEY, grad_norms_eval        gradient of the loss by the trainable parameters (grad_names names the norms)
+    train/{loss,prefix}, grad_train/KEY, grad_norms_train, bn_after_1_train_forward/KEY
+                                          the same with BatchNorm's batch statistics and without dropout
+    opt/{losses,grad_norms_before_clip,eval_loss_after}, opt/param/KEY, opt/bn/KEY, opt/param_delta_norms
+                                          three AdamW steps on the batches 0, 1, 0
+    gen1, gen2, genb, gent, geneos        greedy generation, see ``generations``
+    fp16/*, bf16/*                        the forward pass in half precision
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from magma_jax.convert import keymap
+from magma_jax.convert.golden import GoldenError, inputs_of
+from magma_jax.convert.magma_table import magma_table
+from magma_jax.models.magma import MagmaConfig, MagmaModel
+from magma_jax.nn.convolution import BatchNormMode
+from magma_jax.nn.modules import Params, abstract, merge
+from magma_jax.training.losses import IGNORED, caption_labels, cross_entropy
+from magma_jax.training.optim import OptimConfig, label_parameters, make_optimizer, partition
+from magma_jax.training.step import init_state, make_train_step
+
+Quantities = Iterator[tuple[str, Any]]
+
+# Of GPT-2's tokenizer; the .json beside a golden file may name another.
+EOS_TOKEN = 50256
+BLOCK_FIELDS = {
+    "ln_1_out": "ln_1",
+    "attn_inner_out": "attn_inner",
+    "attn_out": "attn",
+    "mlp_inner_out": "mlp_inner",
+    "mlp_out": "mlp",
+    "out": "out",
+}
+
+
+@dataclasses.dataclass
+class Subject:
+    """A model in fp32 and the inputs of a golden file, checked against each other."""
+
+    config: MagmaConfig
+    params: Params
+    golden: Mapping[str, np.ndarray]
+    settings: Mapping[str, Any]
+
+    def __post_init__(self):
+        size, lm = self.config.encoder.image_size, self.config.lm
+        self.images = _pictures(inputs_of(self.golden, "images", (None, 3, size, size), "f"))
+        self.captions = inputs_of(self.golden, "captions", (len(self.images), None), "iu").astype(np.int32)
+        for name in ("captions", "text_a", "text_b", "opt/captions_1"):
+            if name in self.golden and not 0 <= self.golden[name].min() <= self.golden[name].max() < lm.vocab_rows:
+                raise GoldenError(f"golden input {name!r} has token ids outside the model's {lm.vocab_rows} rows")
+        self.eos_id = int(self.settings.get("eos_token", EOS_TOKEN))
+        self.graphdef, _, types = abstract(lambda: MagmaModel(self.config, rngs=nnx.Rngs(0)))
+        self.labels = label_parameters(types, OptimConfig().groups)
+        prefix = merge(self.graphdef, self.params).image_positions
+        if self.captions.shape[1] <= prefix:
+            raise GoldenError(f"golden input 'captions' must be longer than a picture's {prefix} positions")
+        self.tokens = self.captions[:, : self.captions.shape[1] - prefix]
+
+    def names(self, pattern: str) -> list[re.Match]:
+        """The golden names that match."""
+        return [match for name in self.golden if (match := re.fullmatch(pattern, name))]
+
+    def theirs(self, params: Params) -> dict[str, np.ndarray]:
+        """Parameters, gradients or statistics (any part of the model) by PyTorch key."""
+        planned = keymap.to_theirs(magma_table(self.config), params)
+        return {key: tensor.read() for key, tensor in planned.items()}
+
+
+def forward(subject: Subject) -> Quantities:
+    """The forward pass, its loss and gradients with frozen statistics."""
+    # Only what the file asks for: at full size a layer's results for a batch take gigabytes, and so do gradients.
+    asked = {match[2] for match in subject.names(r"block(\d+)/(\w+)") if match[2] in BLOCK_FIELDS}
+    asked = {BLOCK_FIELDS[name] for name in asked} | {match[1] for match in subject.names(r"past_(key|value)_\d+")}
+    collect = tuple(sorted(asked | ({"out"} if "hidden_states" in subject.golden else set())))
+    batch = {"images": subject.images, "tokens": subject.tokens}
+    if subject.names(r"grad_eval/.*|grad_norms_eval"):
+        trainable, frozen, statistics = partition(subject.params, subject.labels)
+        result, loss, grads = _evaluate(
+            subject.graphdef, trainable, frozen | statistics, batch, subject.eos_id, collect
+        )
+        yield from _gradients(subject, grads, "eval")
+    else:
+        result, loss = _forward(subject.graphdef, subject.params, batch, subject.eos_id, collect)
+    collected = result.pop("collected")
+    yield from result.items()
+    yield "loss", loss
+    positions = subject.captions.shape[1] - subject.tokens.shape[1]
+    labels = np.asarray(caption_labels(jnp.asarray(subject.tokens), subject.eos_id))
+    yield "labels", np.pad(labels, ((0, 0), (positions, 0)), constant_values=IGNORED)
+    for match in subject.names(r"block(\d+)/(\w+)"):
+        if match[2] in BLOCK_FIELDS and int(match[1]) < subject.config.lm.layers:
+            yield match[0], collected[BLOCK_FIELDS[match[2]]][int(match[1])]
+    for match in subject.names(r"past_(key|value)_(\d+)"):
+        if int(match[2]) < subject.config.lm.layers:
+            yield match[0], collected[match[1]][int(match[2])].transpose(0, 2, 1, 3)
+
+
+def half_precision(subject: Subject) -> Quantities:
+    """The forward pass in fp16 and bf16, where the golden file has it."""
+    for name, dtype in (("fp16", jnp.float16), ("bf16", jnp.bfloat16)):
+        if not subject.names(f"{name}/.*"):
+            continue
+        config = dataclasses.replace(subject.config, dtype=jnp.dtype(dtype).name)
+        graphdef, _, _ = abstract(lambda config=config: MagmaModel(config, rngs=nnx.Rngs(0)))
+        params = cast(subject.params, dtype)
+        batch = {"images": subject.images, "tokens": subject.tokens}
+        result, loss = _forward(graphdef, params, batch, subject.eos_id, ("out",))
+        yield f"{name}/loss", loss
+        yield f"{name}/prefix", result["prefix"]
+        yield f"{name}/hidden_last", result["hidden_states"][-1]
+        yield f"{name}/logits_last8", result["logits"][:, -8:]
+
+
+def training(subject: Subject) -> Quantities:
+    """The train-mode forward pass and gradients, and the optimizer's steps if there is a second batch."""
+    if not subject.names(r"train/.*|grad_train/.*|grad_norms_train|bn_after_1_train_forward/.*|opt/.*"):
+        return
+    yield "train/prefix", _train_prefix(subject.graphdef, subject.params, subject.images)
+    trainable, frozen, statistics = partition(subject.params, subject.labels)
+    optimizer = optax.chain(_keep_gradients(), make_optimizer(_optimizer(subject.settings), subject.labels))
+    step = jax.jit(make_train_step(subject.graphdef, functools.partial(_caption_loss, subject.eos_id), optimizer))
+    batches = [{"images": subject.images, "tokens": subject.tokens}]
+    has_steps = "opt/images_1" in subject.golden
+    if has_steps:
+        images = inputs_of(subject.golden, "opt/images_1", subject.golden["images"].shape, "f")
+        captions = inputs_of(subject.golden, "opt/captions_1", subject.captions.shape, "iu").astype(np.int32)
+        batches += [{"images": _pictures(images), "tokens": captions[:, : subject.tokens.shape[1]]}, batches[0]]
+
+    state, history = init_state(trainable, statistics, optimizer), []
+    for i, batch in enumerate(batches):
+        state, metrics = step(state, frozen, batch, jax.random.key(0))
+        history.append(metrics)
+        if i == 0:
+            yield "train/loss", metrics["loss"]
+            yield from _gradients(subject, state.opt_state[0], "train")
+            for key, value in subject.theirs(state.statistics).items():
+                yield f"bn_after_1_train_forward/{key}", value
+    if not has_steps:
+        return
+    yield "opt/losses", np.array([metrics["loss"] for metrics in history])
+    yield "opt/grad_norms_before_clip", np.array([metrics["grad_norm"] for metrics in history])
+    after, before = subject.theirs(state.trainable), subject.theirs(trainable)
+    for key, value in after.items():
+        yield f"opt/param/{key}", value
+    for key, value in subject.theirs(state.statistics).items():
+        yield f"opt/bn/{key}", value
+    if "opt/param_names" in subject.golden:
+        moved = {key: np.linalg.norm((after[key] - before[key]).astype(np.float64)) for key in after}
+        yield "opt/param_delta_norms", _by_name(subject, "opt/param_names", moved)
+    if "opt/eval_loss_after" in subject.golden:
+        params = state.trainable | frozen | state.statistics
+        yield "opt/eval_loss_after", _loss(subject.graphdef, params, batches[0], subject.eos_id)
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Floating parameters in another dtype."""
+    return {
+        path: jnp.asarray(leaf, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else None)
+        for path, leaf in params.items()
+    }
+
+
+def _pictures(images: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(images.astype(np.float32).transpose(0, 2, 3, 1))
+
+
+def _gradients(subject: Subject, grads: Params, mode: str) -> Quantities:
+    theirs = subject.theirs(grads)
+    for key, value in theirs.items():
+        yield f"grad_{mode}/{key}", value
+    if f"grad_norms_{mode}" in subject.golden:
+        norms = {key: np.linalg.norm(value.astype(np.float64)) for key, value in theirs.items()}
+        yield f"grad_norms_{mode}", _by_name(subject, "grad_names", norms)
+
+
+def _by_name(subject: Subject, names: str, values: Mapping[str, float]) -> np.ndarray:
+    """Values in the order of an array of names; NaN, which is never equal, for a name that the model lacks."""
+    wanted = inputs_of(subject.golden, names, (None,), "U")
+    return np.array([values.get(str(name), np.nan) for name in wanted])
+
+
+def _optimizer(settings: Mapping[str, Any]) -> OptimConfig:
+    rates = {"encoder": 2e-4, "rest": 2e-3}
+    decay = 0.0
+    for group in settings.get("opt_groups", ()):
+        role = "encoder" if group["params"][0].startswith("image_prefix.enc.") else "rest"
+        rates[role] = float(group["lr"])
+        decay = max(decay, float(group["weight_decay"]))
+    return OptimConfig(
+        learning_rate=rates["rest"],
+        encoder_learning_rate=rates["encoder"],
+        schedule="constant",
+        b2=0.95,
+        weight_decay=decay,
+        clip_norm=1.0,
+    )
+
+
+def _keep_gradients() -> optax.GradientTransformation:
+    """Passes gradients on, and keeps them as its state."""
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    return optax.GradientTransformation(zeros, lambda updates, state, params=None: (updates, updates))
+
+
+def _caption_loss(eos_id: int, model: MagmaModel, batch: Mapping[str, Any], key: Any, mode: BatchNormMode = "batch"):
+    features = model.encode_images(batch["images"], batch_norm=mode)
+    loss, count = cross_entropy(
+        model.caption_logits(features, batch["tokens"]), caption_labels(batch["tokens"], eos_id)
+    )
+    return loss, count, {}
+
+
+def _run(model: MagmaModel, batch: Mapping[str, Any], collect: tuple[str, ...]) -> dict[str, Any]:
+    """The intermediate results of the forward pass over prefix and tokens."""
+    features = model.encode_images(batch["images"])
+    prefix = model.embed_features(features)
+    embeddings = jnp.concatenate([prefix, model.embed_tokens(batch["tokens"])], axis=1)
+    output = model(embeddings, collect=collect)
+    result = {
+        "enc_out": features,
+        "prefix_proj_out": model.image_prefix.project(features),
+        "prefix": prefix,
+        "input_embeddings": embeddings,
+        "logits": model.logits(output.hidden),
+        "collected": output.collected,
+    }
+    if "out" in collect:
+        inner = output.collected["out"][:-1]
+        result["hidden_states"] = jnp.concatenate([embeddings[None], inner, output.hidden[None]])
+    return result
+
+
+def _mean_loss(model: MagmaModel, batch: Mapping[str, Any], eos_id: int) -> Any:
+    loss, count, _ = _caption_loss(eos_id, model, batch, None, "frozen")
+    return loss / count
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "eos_id"))
+def _loss(graphdef, params, batch, eos_id):
+    return _mean_loss(merge(graphdef, params), batch, eos_id)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "eos_id", "collect"))
+def _forward(graphdef, params, batch, eos_id, collect):
+    model = merge(graphdef, params)
+    return _run(model, batch, collect), _mean_loss(model, batch, eos_id)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "eos_id", "collect"))
+def _evaluate(graphdef, trainable, rest, batch, eos_id, collect):
+    def mean(trainable):
+        return _mean_loss(merge(graphdef, trainable, rest), batch, eos_id)
+
+    loss, grads = jax.value_and_grad(mean)(trainable)
+    return _run(merge(graphdef, trainable, rest), batch, collect), loss, grads
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def _train_prefix(graphdef, params, images):
+    model = merge(graphdef, params)
+    return model.embed_features(model.encode_images(images, batch_norm="batch"))

@@ -1,0 +1,110 @@
+"""Proves a conversion: runs a checkpoint on a golden file's inputs and compares with what the original computed."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from magma_jax.config import ConfigError
+from magma_jax.convert.golden import Comparison, GoldenError, compare, read_golden
+from magma_jax.convert.golden_generate import generations
+from magma_jax.convert.golden_run import Subject, cast, forward, half_precision, training
+from magma_jax.convert.magma import read_torch_magma
+from magma_jax.inference.api import Magma
+
+# What a golden file gives to the model; everything else in it is compared or listed as not compared.
+INPUTS = {"images", "captions", "text_a", "text_b", "opt/images_1", "opt/captions_1", "geneos/eos_token"}
+INPUTS |= {"grad_names", "opt/param_names"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """All comparisons, and the arrays of the golden file that none of them used."""
+
+    comparisons: list[Comparison]
+    not_compared: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every comparison is within its tolerance."""
+        return all(comparison.ok for comparison in self.comparisons)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for machines."""
+        rows = [comparison.as_json() for comparison in self.comparisons]
+        return {"ok": self.ok, "comparisons": rows, "not_compared": self.not_compared}
+
+    def as_table(self) -> str:
+        """A line for each comparison, and a summary."""
+        width = max(len(comparison.name) for comparison in self.comparisons)
+        lines = [f"{'quantity':{width}}  {'difference':>10}  {'tolerance':>9}  {'measure':8}"]
+        for c in self.comparisons:
+            verdict = "ok" if c.ok else f"PAST TOLERANCE {c.note}".rstrip()
+            limit, measure = c.tolerance
+            lines.append(f"{c.name:{width}}  {c.difference:10.2e}  {limit:9.1e}  {measure:8}  {verdict}")
+        failed = sum(not comparison.ok for comparison in self.comparisons)
+        lines += [f"not compared: {name}" for name in self.not_compared]
+        lines.append(f"{len(self.comparisons)} quantities compared, {failed} past tolerance")
+        return "\n".join(lines)
+
+
+def verify(checkpoint: str | Path, golden: str | Path, model_config: Mapping[str, Any] | None = None) -> Verification:
+    """Runs a checkpoint in fp32 on a golden file's inputs.
+
+    Args:
+        checkpoint: PyTorch file in the published layout, or a model or run folder.
+        golden: file of named arrays, see ``golden_run``.
+        model_config: what tensors cannot tell (``convert.infer``), and ``eos_token``, ``image_token`` and
+            ``opt_groups`` of the golden run; default: the ``.json`` beside the golden file, if there is one.
+
+    Raises:
+        GoldenError: the golden file is unreadable, does not fit the model or holds nothing to compare.
+        ConfigError: the model config is unreadable.
+        TorchFileError, InferenceError, KeyMapError, CheckpointError: the checkpoint cannot be read.
+    """
+    checkpoint, arrays = Path(checkpoint), read_golden(golden)
+    beside = Path(golden).with_suffix(".json")
+    if model_config is None and beside.is_file():
+        model_config = read_model_config(beside)
+    if checkpoint.is_dir():
+        loaded = Magma.from_checkpoint(checkpoint)
+        config, params = loaded.config, loaded.params
+    else:
+        config, params, _ = read_torch_magma(checkpoint, model_config)
+    config = dataclasses.replace(config, dtype="float32")
+    subject = Subject(config, cast(params, jnp.float32), arrays, model_config or {})
+
+    computed = (forward, half_precision, training, generations)
+    comparisons = [
+        compare(name, value, arrays[name]) for part in computed for name, value in part(subject) if name in arrays
+    ]
+    if not comparisons:
+        raise GoldenError(f"{golden}: holds nothing to compare; it has: {', '.join(sorted(arrays)[:20])}")
+    order = {name: i for i, name in enumerate(arrays)}
+    comparisons.sort(key=lambda comparison: order[comparison.name])
+    not_compared = sorted(set(arrays) - INPUTS - {comparison.name for comparison in comparisons})
+    return Verification(comparisons, not_compared)
+
+
+def read_model_config(path: str | Path) -> dict[str, Any]:
+    """Reads a model config file.
+
+    Raises:
+        ConfigError: it is missing, not JSON, or not an object.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text())
+    except OSError:
+        raise ConfigError(f"{path}: no such model config file") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a model config is a JSON object, not a {type(values).__name__}")
+    for part in ("lm", "encoder"):
+        if not isinstance(values.get(part, {}), dict):
+            raise ConfigError(f"{path}: {part!r} must be an object, got {values[part]!r}")
+    return values
