@@ -49,8 +49,10 @@ def write_model_folder(
         CheckpointError: something already stands at ``path``.
     """
     path = Path(path)
-    if path.exists():
-        raise CheckpointError(f"{path}: already exists; choose another name or remove it first")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(
+            f"{path}: already exists and is not an empty folder; choose another name or remove it first"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:

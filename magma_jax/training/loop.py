@@ -63,6 +63,8 @@ class RunConfig:
     def __post_init__(self):
         if self.optim.steps is None:
             object.__setattr__(self, "optim", dataclasses.replace(self.optim, steps=self.steps))
+        if self.optim.steps and self.optim.warmup_steps >= self.optim.steps:
+            raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} leave nothing of {self.optim.steps} steps")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
 

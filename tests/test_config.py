@@ -1,0 +1,67 @@
+"""Configs: everything unknown or of a wrong type raises and says where."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file, to_dict
+from magma_jax.models.magma import MagmaConfig
+from magma_jax.training.loop import RunConfig
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_complete_and_survives_json(path):
+    config = from_dict(RunConfig, load_config_file(path))
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_opens_with_the_command_that_runs_it(path):
+    command = "python train.py" if path.stem == "quickstart" else f"python train.py --config configs/{path.name}"
+    assert command in path.read_text().split('"""')[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"widht": 3}, r"unknown key config\.widht; MagmaConfig has: lm"),
+        ({"lm": {"layers": 2, "head": 3}}, r"unknown key config\.lm\.head"),
+        ({"lm": {"layers": "two"}}, r"config\.lm\.layers: expected int, got 'two'"),
+        ({"lm": {"layers": True}}, r"config\.lm\.layers: expected int, got True"),
+        ({"lm": {"heads": 3}}, r"config\.lm: .*3 heads do not divide the width 4096"),
+        ({"encoder": {"kind": "vgg"}}, r"config\.encoder\.kind: 'vgg' is not one of clip_resnet, clip_vit"),
+        ({"encoder": {"kind": "clip_resnet", "blocks": [1, 2]}}, r"config\.encoder\.blocks: expected 4 values, got 2"),
+        ({"mlp_adapter": {"kind": "serial"}}, r"config\.mlp_adapter\.kind: 'serial' is not one of 'normal'"),
+        ({"prefix": 3}, r"config\.prefix: expected a mapping"),
+    ],
+)
+def test_mistakes_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict(MagmaConfig, values)
+
+
+def test_whole_numbers_serve_as_floats():
+    assert from_dict(MagmaConfig, {"prefix": {"dropout": 0}}).prefix.dropout == 0.0
+
+
+def test_overrides_reach_nested_keys_and_leave_the_original_alone():
+    config = ConfigDict({"optim": {"learning_rate": 1e-3}, "steps": 5})
+    changed = apply_overrides(config, ["optim.learning_rate=2e-3", "data.name=openmoji", "steps=7"])
+    assert changed.to_dict() == {"optim": {"learning_rate": 2e-3}, "steps": 7, "data": {"name": "openmoji"}}
+    assert config.steps == 5
+    with pytest.raises(ConfigError, match="expected KEY=VALUE"):
+        apply_overrides(config, ["steps"])
+    with pytest.raises(ConfigError, match="steps is not a mapping"):
+        apply_overrides(config, ["steps.more=1"])
+
+
+def test_files_that_are_no_configs(tmp_path):
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config_file(tmp_path / "none.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ConfigError, match="has no function get_config"):
+        load_config_file(tmp_path / "empty.py")
