@@ -30,6 +30,9 @@ GENDERS = ("man", "woman", "person")
 # Shares of the combinations, by hash of the name.
 TEST_SHARE, VALIDATION_SHARE = 0.12, 0.07
 
+# Whether two names share a drawing is decided at this size, so that the set is the same at every size.
+_COMPARED_SIZE = 128
+
 _TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone\b")
 _HAIR = re.compile(r"^(man|woman|person) (bald|beard|(?:blond|curly|red|white) hair)$")
 _MEMBERS = re.compile(r"^(couple with heart|kiss|family)((?: (?:man|woman|person|adult|boy|girl|child))+)$")
@@ -194,7 +197,7 @@ def parse_name(name: str, names: frozenset[str], codepoints: str = "") -> Parts:
         return Parts(base, base, "people", "people", tones, 2)
     if match := _HAIR.match(base) or re.match(r"^(man|woman|person) (.*)$", base):
         return Parts(base, match[2], "person", match[1], tones, 1)
-    if f"woman {base}" in names:
+    if f"woman {base}" in names and not _HAIR.match(f"woman {base}"):  # a wig alone is a thing
         return Parts(base, base, "person", "person", tones, 1)
     if f"{base} medium skin tone" in names:
         return Parts(base, base, "body part" if base in _BODY_PARTS else "hand", None, tones, 0)
@@ -230,8 +233,11 @@ def load(cache_dir: str | os.PathLike, size: int = 128) -> tuple[list[Picture], 
 
 def _write(path: Path, size: int) -> None:
     names = _names()
-    pixels = {key: _draw(svg, size) for key, svg in sorted(_drawings().items()) if key in names}
+    drawings = {key: path for key, path in sorted(_drawings().items()) if key in names}
+    pixels = {key: _draw(path, _COMPARED_SIZE) for key, path in drawings.items()}
     kept = _distinct(pixels, names)
+    if size != _COMPARED_SIZE:
+        pixels = {key: _draw(drawings[key], size) for key in kept}
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npz")
     try:
@@ -382,3 +388,10 @@ def _ask(pictures: Sequence[Picture], rng: np.random.Generator) -> dict[str, lis
     for p in pictures:
         add(p, "flag", "Is it a flag?", "yes" if p.kind == "flag" else "no")
     return asked
+
+
+def held_out_list(pictures: Iterable[Picture]) -> str:
+    """The held-out names, a line each with their split: what ``configs/quickstart_heldout.txt`` records."""
+    return "".join(
+        f"{p.split}\t{p.name}\n" for p in sorted(pictures, key=lambda p: (p.split, p.name)) if p.split != "train"
+    )

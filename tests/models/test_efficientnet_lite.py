@@ -1,0 +1,105 @@
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from magma_jax.convert.efficientnet_lite import TABLE, read_weights, weights_path
+from magma_jax.convert.keymap import check_table
+from magma_jax.models.efficientnet_lite import (
+    LITE_MEAN,
+    LITE_STD,
+    DepthwiseConv2d,
+    EfficientNetLite,
+    EfficientNetLiteConfig,
+    same_padding,
+)
+from magma_jax.nn.modules import Statistic, merge, split, variable_types
+
+# Computed with PyTorch's convolutions from the same weights: stem, block 4 and head of the picture of `picture`.
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "efficientnet_lite0.npz"
+
+
+def picture(size: int = 64) -> np.ndarray:
+    """Coloured waves, uint8 (1, size, size, 3)."""
+    y, x, c = np.meshgrid(np.arange(size), np.arange(size), np.arange(3), indexing="ij")
+    return np.rint(127.5 + 120 * np.sin(x / 5 + c) * np.cos(y / (3 + c)))[None].astype(np.uint8)
+
+
+def normalised(pixels: np.ndarray) -> jax.Array:
+    return jnp.asarray((pixels / 255 - LITE_MEAN[0]) / LITE_STD[0], jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    graphdef, params = split(EfficientNetLite(EfficientNetLiteConfig(image_size=64), rngs=nnx.Rngs(0)))
+    return graphdef, read_weights(params)
+
+
+def test_parity_with_pytorch(pretrained):
+    graphdef, params = pretrained
+
+    @jax.jit
+    def layers(params, images):
+        return {str(name): y for name, y in merge(graphdef, params).layers(images).items()}
+
+    got = layers(params, normalised(picture()))
+    with np.load(GOLDEN) as golden:
+        for name in golden.files:
+            np.testing.assert_allclose(got[name][..., ::8], golden[name], atol=1e-4, rtol=0, err_msg=name)
+
+
+def test_every_tensor_of_the_package_is_used_or_named(pretrained):
+    check_table(TABLE)
+    assert weights_path().suffix == ".pth"
+    # Tan and Le give 4.7 million for Lite0, 1.28 million of them in the classifier.
+    assert 3.3e6 < sum(value.size for value in pretrained[1].values()) < 3.5e6
+
+
+def test_taps_join_layers_averaged_over_cells(pretrained):
+    config = EfficientNetLiteConfig(image_size=64, taps=("stem", 4, "head"))
+    graphdef, params = split(EfficientNetLite(config, rngs=nnx.Rngs(0)))
+    assert params.keys() == pretrained[1].keys()
+    images = normalised(picture())
+    features = merge(graphdef, pretrained[1])(images)
+    assert features.shape == (1, config.positions, config.channels) == (1, 4, 32 + 40 + 1280)
+    layers = merge(*pretrained).layers(images)
+    # The grid goes row by row: its second position is the upper right quarter.
+    np.testing.assert_allclose(features[0, 1, :32], layers["stem"][0, :16, 16:].mean((0, 1)), atol=1e-5)
+    np.testing.assert_allclose(features[0, 2, -1280:], layers["head"][0, 1, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride"), [(7, 3, 1), (8, 3, 2), (7, 5, 2), (8, 5, 1)])
+def test_depthwise_equals_grouped_convolution(size, kernel, stride):
+    layer = DepthwiseConv2d(6, kernel, stride, rngs=nnx.Rngs(1))
+    x = jax.random.normal(jax.random.key(0), (2, size, size, 6))
+    want = jax.lax.conv_general_dilated(
+        x,
+        layer.weight[...],
+        (stride, stride),
+        "SAME",
+        dimension_numbers=("NHWC", "OIHW", "NHWC"),
+        feature_group_count=6,
+    )
+    np.testing.assert_allclose(layer(x), want, atol=1e-5)
+
+
+def test_same_padding_puts_the_odd_pixel_behind():
+    padded = same_padding(jnp.ones((1, 4, 4, 1)), 3, 2)[0, :, :, 0]
+    assert padded.shape == (5, 5)
+    assert padded[0, 0] == 1
+    assert padded[-1, -1] == 0
+
+
+def test_frozen_statistics_are_no_parameters():
+    types = variable_types(EfficientNetLite(EfficientNetLiteConfig(), rngs=nnx.Rngs(0)))
+    statistics = {path for path, kind in types.items() if issubclass(kind, Statistic)}
+    assert statistics == {path for path in types if "running" in path or "tracked" in path}
+
+
+@pytest.mark.parametrize("wrong", [{"taps": (16,)}, {"taps": ()}, {"taps": ("neck",)}, {"image_size": 100}])
+def test_bad_config(wrong):
+    with pytest.raises(ValueError, match=r"taps|image_size"):
+        EfficientNetLiteConfig(**wrong)
