@@ -1,0 +1,299 @@
+"""Evaluation on a split of a data set: captions and questions, beside three baselines.
+
+    model      the picture and the prompt
+    blind      a black picture and the prompt: what the words alone give away
+    shuffled   another sample's picture: what the model says when it sees, but not this
+    constant   no model: the most frequent training answer to the same prompt
+
+Decoding is greedy and ends at the model's own end of text. Nothing is cut to the length of the true answer, and the
+limit on new tokens comes from the training split, so the truth that is scored against helps nowhere.
+"""
+
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from magma_jax.config import from_dict
+from magma_jax.data.datasets import DataConfig, Dataset, load_dataset
+from magma_jax.evaluation.baselines import most_frequent_answers, shuffle_pictures
+from magma_jax.evaluation.metrics import METRICS
+from magma_jax.evaluation.overview import overview_picture
+from magma_jax.evaluation.report import write_report
+from magma_jax.evaluation.results import CAPTION, Evaluation, table, write_predictions, write_results
+from magma_jax.inference.api import Magma
+from magma_jax.inference.decode import generate
+from magma_jax.inference.sampling import SamplingConfig, row_keys
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.modules import Params, abstract, merge
+from magma_jax.training.checkpoint import CHECKPOINTS, CheckpointError, RunCheckpoints, read_model_json
+from magma_jax.training.pictures import encode_all
+from magma_jax.typing import Array, Float, Int
+
+__all__ = ["Evaluation", "EvaluationError", "evaluate", "evaluate_run", "table"]
+
+# Prompts are padded to one of these lengths in tokens, so few programs are compiled.
+PROMPT_BUCKETS = (8, 16, 32, 64, 128, 256)
+
+SCALES = {
+    "caption_exact": {"protocol": "exact_match", "scale": "percent, 0 to 100"},
+    "bleu4": {"protocol": "coco", "scale": "0 to 1"},
+    "cider": {"protocol": "coco", "scale": "0 to 10, rarity counted over the evaluated captions"},
+    "rouge_l": {"protocol": "coco", "scale": "0 to 1"},
+    "vqa_accuracy": {"protocol": "vqa_official", "scale": "percent, 0 to 100; the one true answer counts ten times"},
+}
+
+Request = tuple[int, str]  # row of the features, prompt
+
+
+class EvaluationError(ValueError):
+    """A split that cannot be evaluated; one line with the reason."""
+
+
+def evaluate_run(
+    workdir: str | Path, split: str = "test", limit: int | None = None, overview: str | Path | None = None
+) -> Evaluation:
+    """Evaluates the newest checkpoint of a run, prints the table and writes its files into the run folder.
+
+    The files are ``results.json``, ``predictions.jsonl`` and ``report.html``. Another split than ``test``, or a limit,
+    is part of their names (``results-validation-50.json``), so that it never passes for the full result. ``overview``
+    names a PNG file that gets twelve pictures with their texts.
+
+    Raises:
+        CheckpointError: the folder holds no run, or none with a checkpoint. ConfigError: a run of another kind of
+            model. EvaluationError: see ``evaluate``.
+    """
+    workdir = Path(workdir)
+    run = read_model_json(workdir).get("run")
+    if run is None or not (workdir / CHECKPOINTS).is_dir():
+        raise CheckpointError(f"{workdir}: holds no checkpoint of a run; give the --workdir that train.py trained in")
+    model = Magma.from_checkpoint(workdir)
+    with RunCheckpoints(workdir) as checkpoints:
+        stamp = {"checkpoint_step": checkpoints.latest_step(), "training_seed": run["seed"]}
+    dataset = load_dataset(from_dict(DataConfig, run["data"], "model.json: run.data"))
+    evaluation = evaluate(model, dataset, split, limit, stamp=stamp)
+    suffix = ("" if split == "test" and limit is None else f"-{split}") + ("" if limit is None else f"-{limit}")
+    write_results(workdir / f"results{suffix}.json", evaluation)
+    write_predictions(workdir / f"predictions{suffix}.jsonl", evaluation)
+    write_report(workdir / f"report{suffix}.html", evaluation, dataset, workdir / "metrics.jsonl")
+    if overview is not None:
+        overview_picture(overview, evaluation, dataset)
+    print(table(evaluation.figures))
+    return evaluation
+
+
+def evaluate(
+    model: Magma,
+    dataset: Dataset,
+    split: str = "test",
+    limit: int | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 128,
+    max_new_tokens: int | None = None,
+    stamp: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Answers every prompt of a split under every condition and scores the answers.
+
+    Args:
+        limit: at most this many captions and this many questions, evenly spaced; None for all.
+        seed: of the pictures that ``shuffled`` shows.
+        batch_size: prompts that are run together; changes speed, not results.
+        max_new_tokens: default: the tokens of the longest training answer, and the end of text.
+        stamp: joined to ``figures["protocol"]``, such as the checkpoint's step.
+
+    Raises:
+        EvaluationError: no such split, an empty one, no training split (``constant`` and the default of
+            ``max_new_tokens`` need it), pictures of another size than the encoder's, or prompts that fit no bucket or
+            exceed the model's context.
+    """
+    samples = _select(dataset, split, limit)
+    training = dataset.evaluation.get("train", [])
+    if not training:
+        raise EvaluationError("the data set has no training split, which the most frequent answers are taken from")
+    if max_new_tokens is None:
+        max_new_tokens = 1 + max(len(model.tokenizer.encode(sample.answer)) for sample in training)
+    pictures = [int(sample.picture) for sample in samples]
+    try:
+        shuffled = shuffle_pictures(samples, seed)
+    except ValueError as error:
+        raise EvaluationError(f"split {split!r}: {error}") from None
+
+    rows = {picture: row for row, picture in enumerate(sorted(set(pictures + shuffled)))}
+    black = len(rows)
+    shown = {
+        "model": [rows[picture] for picture in pictures],
+        "blind": [black] * len(samples),
+        "shuffled": [rows[picture] for picture in shuffled],
+    }
+    requests = {
+        condition: [(row, sample.prompt) for row, sample in zip(shown[condition], samples, strict=True)]
+        for condition in shown
+    }
+    images = np.concatenate([dataset.images[list(rows)], np.zeros_like(dataset.images[:1])])
+    # The same picture and prompt get the same answer, so each pair is run once, whatever asks for it.
+    distinct = sorted({request for wanted in requests.values() for request in wanted})
+    answers = _answer(model, images, distinct, batch_size, max_new_tokens)
+    predictions = {name: [answers[request] for request in wanted] for name, wanted in requests.items()}
+    predictions["constant"] = most_frequent_answers(samples, training)
+
+    scores = {condition: score(samples, texts) for condition, texts in predictions.items()}
+    kinds = Counter(sample.kind for sample in samples)
+    questions = {kind: count for kind, count in sorted(kinds.items()) if kind != CAPTION}
+    protocol = {
+        "split": split,
+        "limit": limit,
+        "captions": kinds[CAPTION],
+        "questions": sum(questions.values()),
+        "questions_by_kind": questions,
+        "metrics": SCALES,
+        "caption_prompts": sorted({sample.prompt for sample in samples if sample.kind == CAPTION}),
+        "question_prompt": next((sample.prompt for sample in samples if sample.kind != CAPTION), None),
+        "shots": 0,
+        "decoding": "greedy",
+        "max_new_tokens": max_new_tokens,
+        "truncation": "none; a text ends at the model's end of text or at max_new_tokens",
+        "shuffle_seed": seed,
+        **(stamp or {}),
+    }
+    figures = scores.pop("model") | scores | {"protocol": protocol}
+    return Evaluation(figures, samples, predictions, shuffled)
+
+
+def score(samples: Sequence[Any], predictions: Sequence[str]) -> dict[str, Any]:
+    """The figures of one condition; None where there are no captions or no questions.
+
+    A question here has one true answer, where the official VQA rule wants ten annotators. It counts as ten equal
+    ones, and the rule then gives 100 to an equal string and 0 to any other: exact match.
+    """
+    pairs = [(sample, text, [sample.answer.strip()]) for sample, text in zip(samples, predictions, strict=True)]
+    captions = [pair for pair in pairs if pair[0].kind == CAPTION]
+    questions = [pair for pair in pairs if pair[0].kind != CAPTION]
+    figures: dict[str, Any] = {**dict.fromkeys(SCALES), "vqa_by_kind": {}}
+    if captions:
+        _, texts, truths = zip(*captions, strict=True)
+        coco = METRICS["coco"](texts, truths).total
+        figures |= {
+            "caption_exact": METRICS["exact_match"](texts, truths).total["accuracy"],
+            "bleu4": coco["BLEU-4"],
+            "cider": coco["CIDEr"],
+            "rouge_l": coco["ROUGE-L"],
+        }
+    if questions:
+        asked, texts, truths = zip(*questions, strict=True)
+        accuracy = METRICS["vqa_official"](texts, [truth * 10 for truth in truths])
+        by_kind = accuracy.by_group([sample.kind for sample in asked])
+        figures["vqa_accuracy"] = accuracy.total["accuracy"]
+        figures["vqa_by_kind"] = {kind: values["accuracy"] for kind, values in sorted(by_kind.items())}
+    return figures
+
+
+def _select(dataset: Dataset, split: str, limit: int | None) -> list[Any]:
+    if split not in dataset.evaluation:
+        names = ", ".join(dataset.evaluation) or "none"
+        raise EvaluationError(f"the data set has no split {split!r}; its splits: {names}")
+    if limit is not None and limit < 1:
+        raise EvaluationError(f"limit must be at least 1, got {limit}")
+    samples = dataset.evaluation[split]
+    if not samples:
+        raise EvaluationError(f"the split {split!r} is empty: there is nothing to evaluate")
+    if dataset.images is None or any(sample.picture is None for sample in samples):
+        raise EvaluationError(f"the split {split!r} has samples without a picture; captions and questions need one")
+    captions = [sample for sample in samples if sample.kind == CAPTION]
+    questions = [sample for sample in samples if sample.kind != CAPTION]
+    return [sample for group in (captions, questions) for sample in _spaced(group, limit)]
+
+
+def _spaced(samples: list[Any], limit: int | None) -> list[Any]:
+    if limit is None or limit >= len(samples):
+        return samples
+    return [samples[i * len(samples) // limit] for i in range(limit)]
+
+
+def _answer(
+    model: Magma, images: np.ndarray, requests: Sequence[Request], batch_size: int, max_new_tokens: int
+) -> dict[Request, str]:
+    """Text for every request; requests of like prompts share batches, for they end at about the same step."""
+    config = model.config
+    if images.shape[1] != config.encoder.image_size:
+        raise EvaluationError(
+            f"the pictures have {images.shape[1]} pixels a side, but the model's encoder takes "
+            f"{config.encoder.image_size}; set data.image_size"
+        )
+    prompts = {prompt: model.tokenizer.encode(prompt) for prompt in {prompt for _, prompt in requests}}
+    by_bucket: dict[int, list[Request]] = defaultdict(list)
+    for request in sorted(requests, key=lambda request: (request[1], request[0])):
+        by_bucket[_bucket(request[1], len(prompts[request[1]]))].append(request)
+    positions = config.encoder.positions or config.prefix.image_positions
+    needed = positions + max(map(len, prompts.values())) + max_new_tokens
+    if needed > config.lm.context_length:
+        raise EvaluationError(
+            f"picture, longest prompt and {max_new_tokens} new tokens take {needed} positions, but the context holds "
+            f"{config.lm.context_length}; lower max_new_tokens"
+        )
+
+    graphdef = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[0]
+    features = encode_all(images, graphdef, model.params)
+    answers = {}
+    with tqdm(total=len(requests), desc="answering", unit="prompt", disable=None) as bar:
+        for bucket, wanted in sorted(by_bucket.items()):
+            for start in range(0, len(wanted), batch_size):
+                batch = wanted[start : start + batch_size]
+                # The last batch is filled up, so that one program serves all of a bucket.
+                filled = batch + batch[-1:] * (batch_size - len(batch))
+                tokens, lengths = _generate(
+                    graphdef,
+                    model.params,
+                    features[[row for row, _ in filled]],
+                    np.array([model.tokenizer.pad_to(prompts[prompt], bucket) for _, prompt in filled], np.int32),
+                    np.array([len(prompts[prompt]) for _, prompt in filled], np.int32),
+                    max_new_tokens=max_new_tokens,
+                    eos_id=model.tokenizer.eos_id,
+                )
+                for request, row, length in zip(filled, np.asarray(tokens), np.asarray(lengths), strict=True):
+                    answers[request] = model.tokenizer.decode(row[:length].tolist()).strip()
+                bar.update(len(batch))
+    return answers
+
+
+def _bucket(prompt: str, length: int) -> int:
+    if not length:
+        raise EvaluationError("a sample has an empty prompt")
+    for bucket in PROMPT_BUCKETS:
+        if length <= bucket:
+            return bucket
+    raise EvaluationError(f"prompt {prompt!r:.80} has {length} tokens; the longest bucket has {PROMPT_BUCKETS[-1]}")
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "eos_id"))
+def _generate(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    features: Float[Array, "B ..."],
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
+    """Greedy continuations of pictures followed by prompts, and their lengths."""
+    model = merge(graphdef, params)
+    prefix = model.embed_features(features)
+    embeddings = jnp.concatenate([prefix, model.embed_tokens(tokens)], axis=1)
+    result = generate(
+        model,
+        embeddings,
+        prefix.shape[1] + lengths,
+        row_keys(jax.random.key(0), len(tokens)),  # unused by greedy decoding
+        max_new_tokens=max_new_tokens,
+        sampling=SamplingConfig(temperature=0.0),
+        eos_id=eos_id,
+    )
+    return result.tokens, result.lengths

@@ -1,0 +1,216 @@
+"""Evaluation of a model on a split: conditions, figures, files."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from magma_jax.data.openmoji import Sample
+from magma_jax.evaluation import tasks
+from magma_jax.evaluation.baselines import most_frequent_answers, shuffle_pictures
+from magma_jax.evaluation.results import CONDITIONS
+from magma_jax.inference.api import Magma
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.modules import split
+from magma_jax.training import loop
+from magma_jax.training.checkpoint import CheckpointError, write_model_folder
+from tests import tiny
+
+DATA = tiny.dataset()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Magma(tiny.MODEL, split(MagmaModel(tiny.MODEL, rngs=nnx.Rngs(0)))[1], DATA.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def evaluation(model):
+    return tasks.evaluate(model, DATA, batch_size=3, max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that learned the four colours; here the language model learns too."""
+    config = tiny.run_config(steps=120, batch_size=8, log_every=20, checkpoint_every=120)
+    optim = dataclasses.replace(config.optim, groups=config.optim.groups | {"language": "rest"})
+    workdir = tmp_path_factory.mktemp("runs") / "colours"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "load_dataset", lambda config: DATA)
+        loop.train(dataclasses.replace(config, optim=optim), workdir)
+    return workdir
+
+
+@pytest.fixture
+def squares(monkeypatch):
+    monkeypatch.setattr(tasks, "load_dataset", lambda config: DATA)
+
+
+def with_test_split(*samples):
+    return dataclasses.replace(DATA, evaluation={"train": DATA.evaluation["train"], "test": list(samples)})
+
+
+def test_a_model_that_learned_to_see_beats_its_baselines(finished, squares, capsys, tmp_path):
+    evaluation = tasks.evaluate_run(finished, overview=tmp_path / "overview.png")
+    figures = evaluation.figures
+    assert figures["caption_exact"] == figures["vqa_accuracy"] == 100
+    assert figures["rouge_l"] == pytest.approx(1)
+    assert figures["blind"]["vqa_accuracy"] <= 25
+    assert figures["shuffled"]["caption_exact"] == figures["shuffled"]["vqa_accuracy"] == 0
+    assert figures["constant"]["vqa_accuracy"] == 25
+    # Shown another square, it names that square's colour.
+    colours = list(tiny.COLOURS)
+    for i, sample in enumerate(evaluation.samples):
+        if sample.kind == "colour":
+            assert evaluation.predictions["shuffled"][i] == colours[evaluation.shuffled_pictures[i]]
+
+    assert json.loads((finished / "results.json").read_text()) == figures
+    assert figures["protocol"]["checkpoint_step"] == 120
+    lines = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
+    assert [line["model"] for line in lines] == list(evaluation.predictions["model"])
+    assert lines[0].keys() == {"picture", "kind", "prompt", "truth", *CONDITIONS, "shuffled_picture"}
+    assert (finished / "report.html").stat().st_size > 5000
+    assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(finished.glob(".*.partial"))
+    printed = capsys.readouterr().out
+    assert "test split, 4 captions, 4 questions, step 120" in printed
+    model_row = next(line for line in printed.splitlines() if line.startswith("model"))
+    # Three words have no 4-gram: BLEU-4 is near 0, and CIDEr, a mean over four orders, is 7.5.
+    assert model_row.split()[1:] == ["100.0", "0.032", "7.50", "1.000", "100.0"]
+
+
+def test_another_split_or_a_limit_leaves_the_full_results_alone(finished, squares):
+    tasks.evaluate_run(finished, "train", 2)
+    assert json.loads((finished / "results-train-2.json").read_text())["protocol"]["captions"] == 2
+    assert (finished / "report-train-2.html").exists()
+
+
+def test_the_same_evaluation_twice_is_the_same(model, evaluation):
+    again = tasks.evaluate(model, DATA, batch_size=3, max_new_tokens=6)
+    assert again.figures == evaluation.figures
+    assert again.predictions == evaluation.predictions
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_batch_size_changes_no_prediction(model, evaluation, batch_size):
+    other = tasks.evaluate(model, DATA, batch_size=batch_size, max_new_tokens=6)
+    assert other.predictions == evaluation.predictions
+
+
+def test_one_program_a_bucket(model):
+    tasks._generate.clear_cache()
+    tasks.evaluate(model, DATA, batch_size=2, max_new_tokens=5)
+    lengths = {len(DATA.tokenizer.encode(sample.prompt)) for sample in DATA.evaluation["test"]}
+    buckets = {next(b for b in tasks.PROMPT_BUCKETS if b >= length) for length in lengths}
+    assert tasks._generate._cache_size() == len(buckets)
+
+
+def test_every_condition_has_every_figure(evaluation):
+    names = {"caption_exact", "bleu4", "cider", "rouge_l", "vqa_accuracy", "vqa_by_kind"}
+    figures = evaluation.figures
+    assert set(figures) == names | {"blind", "shuffled", "constant", "protocol"}
+    assert all(set(figures[condition]) == names for condition in CONDITIONS[1:])
+    assert set(figures["vqa_by_kind"]) == {"colour"}
+    json.dumps(figures)
+
+
+def test_predictions_equal_those_of_the_interface(model, evaluation):
+    for sample, text in zip(evaluation.samples, evaluation.predictions["model"], strict=True):
+        picture = model.embed_features(model.encode_images(DATA.images[[sample.picture]]))
+        words = model.embed_tokens(model.tokenizer.encode(sample.prompt))[None]
+        embeddings = np.concatenate([picture, words], axis=1)
+        assert model.generate(embeddings, max_steps=6, temperature=0)[0].strip() == text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shuffled_samples_never_keep_their_picture(seed):
+    rng = np.random.default_rng(seed)
+    kinds = rng.choice(["caption", "a", "b", "b", "b"], 40).tolist()
+    pictures = rng.integers(0, rng.integers(2, 30), 40).tolist()
+    pictures[:2] = [0, 1]
+    samples = [Sample(picture, "p", "a", kind) for picture, kind in zip(pictures, kinds, strict=True)]
+    samples.append(Sample(0, "p", "a", "alone in its kind"))
+    shown = shuffle_pictures(samples, seed)
+    assert all(other != sample.picture for other, sample in zip(shown, samples, strict=True))
+    assert shown == shuffle_pictures(samples, seed)
+    # Where no picture dominates its kind, the kind's pictures change places among themselves.
+    for kind in set(kinds):
+        own = [sample.picture for sample in samples if sample.kind == kind]
+        if 2 * max(Counter(own).values()) <= len(own):
+            others = [o for o, sample in zip(shown, samples, strict=True) if sample.kind == kind]
+            assert sorted(others) == sorted(own)
+
+
+def test_the_constant_answer_is_the_commonest_to_the_prompt_then_of_the_kind():
+    training = [
+        Sample(0, "Q: x? A:", " no", "yn"),
+        Sample(1, "Q: x? A:", " no", "yn"),
+        *[Sample(i, "Q: y? A:", " yes", "yn") for i in range(3)],
+        Sample(3, "A picture of", " b", "caption"),
+        Sample(4, "A picture of", " a", "caption"),
+    ]
+    asked = [
+        Sample(9, "Q: x? A:", " yes", "yn"),
+        Sample(9, "Q: z? A:", " no", "yn"),
+        Sample(9, "A picture of", " c", "caption"),
+        Sample(9, "Q: w? A:", " c", "other"),
+    ]
+    assert most_frequent_answers(asked, training) == ["no", "yes", "a", "yes"]
+
+
+def test_captions_alone_or_questions_alone_have_no_other_figures(model):
+    captions = [sample for sample in DATA.evaluation["test"] if sample.kind == "caption"]
+    figures = tasks.evaluate(model, with_test_split(*captions), batch_size=3, max_new_tokens=6).figures
+    assert figures["vqa_accuracy"] is None
+    assert figures["vqa_by_kind"] == {}
+    assert "-" in tasks.table(figures).splitlines()[3].split()
+
+
+def test_vqa_rule_with_one_answer_is_exact_match():
+    samples = [Sample(0, "Q: ? A:", answer, "k") for answer in (" yes", " two", " the dog", " Yes")]
+    figures = tasks.score(samples, ["yes", "2", "dog", "yes"])
+    assert figures["vqa_accuracy"] == figures["vqa_by_kind"]["k"] == 25
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "tset"}, "no split 'tset'; its splits: train, test"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"max_new_tokens": 60}, "the context holds 64"),
+        ({"dataset": with_test_split()}, "'test' is empty"),
+        ({"dataset": with_test_split(Sample(0, "p", " a", "caption"))}, "the same picture"),
+        ({"dataset": with_test_split(Sample(0, "w" * 999, " a", "k"), Sample(1, "p", " a", "k"))}, "longest bucket"),
+        ({"dataset": with_test_split(Sample(None, "p", " a", "k"))}, "without a picture"),
+        ({"dataset": with_test_split(Sample(0, "", " a", "k"), Sample(1, "p", " a", "k"))}, "empty prompt"),
+        ({"dataset": dataclasses.replace(DATA, evaluation={"test": DATA.evaluation["test"]})}, "no training split"),
+        ({"dataset": dataclasses.replace(DATA, images=DATA.images[:, ::2, ::2])}, "32 pixels a side"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_in_one_line(model, change, message):
+    with pytest.raises(tasks.EvaluationError, match=message) as error:
+        tasks.evaluate(model, **({"dataset": DATA} | change))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_run_is_refused(model, tmp_path):
+    with pytest.raises(CheckpointError, match="not a model folder"):
+        tasks.evaluate_run(tmp_path)
+    write_model_folder(tmp_path / "model", {"model": {}}, {"a": np.zeros(2)})
+    with pytest.raises(CheckpointError, match="no checkpoint of a run"):
+        tasks.evaluate_run(tmp_path / "model")
+
+
+@pytest.mark.slow
+def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
+    script = Path(__file__).parents[2] / "eval.py"
+    result = subprocess.run([sys.executable, script, "--workdir", tmp_path], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"eval.py: {tmp_path}: not a model folder")
+    assert result.stderr.count("\n") == 1
