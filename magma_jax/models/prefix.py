@@ -67,12 +67,9 @@ class ImagePrefix(nnx.Module):
         pooled = encoder.config.positions is None
         self.positions = config.image_positions if pooled else encoder.config.positions
         outputs = width * (self.positions if pooled else 1)
-        self.proj_in = None
-        inputs = encoder.config.channels
-        if config.mapping == "mlp":
-            self.proj_in = Linear(inputs, width, param=PrefixParam, rngs=rngs)
-            inputs = width
-        self.proj = Linear(inputs, outputs, param=PrefixParam, rngs=rngs)
+        inputs, mlp = encoder.config.channels, config.mapping == "mlp"
+        self.proj_in = Linear(inputs, width, param=PrefixParam, rngs=rngs) if mlp else None
+        self.proj = Linear(width if mlp else inputs, outputs, param=PrefixParam, rngs=rngs)
         self.transformer = (
             stack(
                 lambda rngs: PrefixTransformerLayer(width, config.transformer_heads, rngs=rngs),

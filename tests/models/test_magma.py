@@ -1,0 +1,106 @@
+"""MAGMA's parts in every combination a config can name."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from magma_jax.models.clip_vit import CLIPViTConfig
+from magma_jax.models.encoders import PUBLISHED_ENCODERS, build_encoder
+from magma_jax.models.magma import MagmaModel
+from magma_jax.models.prefix import PrefixConfig
+from magma_jax.nn.modules import abstract, merge
+from tests import tiny
+
+# Positions and channels that a picture of the published size gives (Radford et al., 2021; EfficientNet at 128 px).
+GRIDS = {
+    "RN50": (49, 2048),
+    "RN101": (49, 2048),
+    "RN50x4": (81, 2560),
+    "RN50x16": (144, 3072),
+    "RN50x64": (196, 4096),
+    "ViT-B/32": (512,),
+    "ViT-B/16": (512,),
+    "ViT-L/14": (768,),
+    "ViT-B/32-grid": (49, 768),
+    "ViT-B/16-grid": (196, 768),
+    "ViT-L/14-grid": (256, 1024),
+    "nf_resnet50": (2048,),
+    "efficientnet_lite0": (16, 1280),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_ENCODERS)
+def test_published_encoders_give_what_their_config_announces(name):
+    config = PUBLISHED_ENCODERS[name]
+    graphdef, params, _ = abstract(lambda: build_encoder(config, rngs=nnx.Rngs(0)))
+    images = jax.ShapeDtypeStruct((2, config.image_size, config.image_size, 3), jnp.float32)
+    features = jax.eval_shape(lambda params, images: merge(graphdef, params)(images), params, images)
+    assert features.shape == (2, *GRIDS[name])
+    assert config.channels == GRIDS[name][-1]
+    assert config.positions == (GRIDS[name][0] if len(GRIDS[name]) == 2 else None)
+
+
+@pytest.mark.parametrize("output", ["pooled", "grid"])
+@pytest.mark.parametrize("mapping", ["linear", "mlp", "transformer"])
+def test_every_mapping_gives_word_like_vectors(mapping, output):
+    encoder = CLIPViTConfig(1, 32, 2, 32, 64, 16, output)
+    prefix = PrefixConfig(mapping=mapping, image_positions=3, transformer_heads=2)
+    config = dataclasses.replace(tiny.MODEL, encoder=encoder, prefix=prefix)
+    graphdef, params, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    embedded = jax.eval_shape(lambda params, images: merge(graphdef, params).embed_images(images), params, images)
+    assert embedded.shape == (2, 3 if output == "pooled" else 4, 32)
+    assert {types[path].__name__ for path in params if not path.startswith(("lm/", "image_prefix/encoder/"))} == {
+        "PrefixParam"
+    }
+
+
+@functools.cache
+def _model(classes=0):
+    return MagmaModel(dataclasses.replace(tiny.MODEL, classes=classes), rngs=nnx.Rngs(0))
+
+
+def test_caption_logits_are_those_of_the_whole_sequence():
+    model = _model()
+    tokens = jax.random.randint(jax.random.key(0), (2, 7), 0, 300)
+    features = jax.random.normal(jax.random.key(1), (2, 4, 32))
+    prefix = model.embed_features(features)
+    whole = model(jnp.concatenate([prefix, model.embed_tokens(tokens)], axis=1)).hidden
+    expected = model.logits(whole)[:, prefix.shape[1] - 1 : -1]
+    np.testing.assert_allclose(model.caption_logits(features, tokens), expected, atol=1e-5)
+
+
+def test_padding_on_the_right_changes_no_logit_before_it():
+    model = _model()
+    tokens = jax.random.randint(jax.random.key(0), (2, 7), 0, 300)
+    features = jax.random.normal(jax.random.key(1), (2, 4, 32))
+    padded = jnp.pad(tokens, ((0, 0), (0, 20)), constant_values=298)
+    np.testing.assert_allclose(
+        model.caption_logits(features, padded)[:, :7], model.caption_logits(features, tokens), atol=1e-5
+    )
+
+
+def test_dropout_needs_a_key_and_differs_with_it():
+    model = _model()
+    features = jax.random.normal(jax.random.key(1), (2, 4, 32))
+    plain = model.embed_features(features)
+    np.testing.assert_array_equal(model.embed_features(features), plain)
+    first, second = (model.embed_features(features, dropout_key=jax.random.key(i)) for i in range(2))
+    assert not np.array_equal(first, plain)
+    assert not np.array_equal(first, second)
+
+
+def test_class_scores_read_the_last_token_of_each_row():
+    model = _model(classes=3)
+    embeddings = jax.random.normal(jax.random.key(0), (2, 9, 32))
+    lengths = jnp.array([5, 9])
+    scores = model.class_logits(embeddings, lengths)
+    assert scores.shape == (2, 3)
+    np.testing.assert_allclose(scores[:1], model.class_logits(embeddings[:1, :5], lengths[:1]), atol=1e-5)
+    with pytest.raises(ValueError, match="no classification head"):
+        _model().class_logits(embeddings, lengths)
