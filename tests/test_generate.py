@@ -43,7 +43,7 @@ def run(capsys, *arguments):
 def test_one_picture_gives_one_line_the_same_as_from_python(folder, picture, capsys):
     status, out, err = run(capsys, "--checkpoint", folder, "--max-new-tokens", "6", picture)
     model = Magma.from_checkpoint(folder)
-    expected = model.generate(model.preprocess_inputs([ImageInput(picture), "A picture of"]), 6, temperature=0)[0]
+    expected = model.generate(model.preprocess_inputs([ImageInput(picture), "A picture of"]), 6, temperature=0.0)[0]
     assert (status, err) == (0, "")
     assert out == " ".join(expected.split()) + "\n"
 

@@ -8,7 +8,7 @@ WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 20, 12, 44
 
 
-def line_chart(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> str:
+def line_chart(x: Sequence[float | int], y: Sequence[float | int], x_label: str, y_label: str) -> str:
     """One curve over labelled axes that start at zero; units belong into the labels.
 
     Raises:
@@ -20,10 +20,10 @@ def line_chart(x: Sequence[float], y: Sequence[float], x_label: str, y_label: st
     # The steps of a run end where they end; upwards there is room to the next round number.
     x_end, y_end = max(x) or 1.0, y_ticks[-1]
 
-    def across(value: float) -> float:
+    def across(value: float | int) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * value / x_end
 
-    def up(value: float) -> float:
+    def up(value: float | int) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / y_end
 
     parts = []
@@ -53,7 +53,7 @@ def line_chart(x: Sequence[float], y: Sequence[float], x_label: str, y_label: st
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{inner}</svg>'
 
 
-def ticks(largest: float, wanted: int = 5) -> list[float]:
+def ticks(largest: float | int, wanted: int = 5) -> list[float]:
     """Round numbers from 0 to ``largest`` or just above, about ``wanted`` steps."""
     if largest <= 0:
         return [0.0, 1.0]

@@ -103,7 +103,7 @@ def _write(
     return y + line_height
 
 
-def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, correct: bool) -> None:
+def _mark(draw: ImageDraw.ImageDraw, x: float | int, y: float | int, correct: bool) -> None:
     """A tick or a cross, drawn as lines: the font has neither."""
     s = 4 * SCALE
     if correct:

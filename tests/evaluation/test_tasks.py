@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -124,8 +126,8 @@ def test_predictions_equal_those_of_the_interface(model, evaluation):
     for sample, text in zip(evaluation.samples, evaluation.predictions["model"], strict=True):
         picture = model.embed_features(model.encode_images(DATA.images[[sample.picture]]))
         words = model.embed_tokens(model.tokenizer.encode(sample.prompt))[None]
-        embeddings = np.concatenate([picture, words], axis=1)
-        assert model.generate(embeddings, max_steps=6, temperature=0)[0].strip() == text
+        embeddings = jnp.concatenate([picture, words], axis=1)
+        assert model.generate(embeddings, max_steps=6, temperature=0.0)[0].strip() == text
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -187,7 +189,10 @@ def test_vqa_rule_with_one_answer_is_exact_match():
         ({"dataset": with_test_split()}, "'test' is empty"),
         ({"dataset": with_test_split(Sample(0, "p", " a", "caption"))}, "the same picture"),
         ({"dataset": with_test_split(Sample(0, "w" * 999, " a", "k"), Sample(1, "p", " a", "k"))}, "longest bucket"),
-        ({"dataset": with_test_split(Sample(None, "p", " a", "k"))}, "without a picture"),
+        (
+            {"dataset": with_test_split(SimpleNamespace(picture=None, prompt="p", answer=" a", kind="k"))},
+            "without a picture",
+        ),
         ({"dataset": with_test_split(Sample(0, "", " a", "k"), Sample(1, "p", " a", "k"))}, "empty prompt"),
         ({"dataset": dataclasses.replace(DATA, evaluation={"test": DATA.evaluation["test"]})}, "no training split"),
         ({"dataset": dataclasses.replace(DATA, images=DATA.images[:, ::2, ::2])}, "32 pixels a side"),
