@@ -7,29 +7,28 @@ Prints the table and writes results.json, predictions.jsonl and report.html into
 test, or a limit, is part of their names.
 """
 
+import argparse
 import sys
-
-from absl import app, flags
+from pathlib import Path
 
 from magma_jax.config import ConfigError
 from magma_jax.evaluation.tasks import EvaluationError, evaluate_run
 from magma_jax.training.checkpoint import CheckpointError
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Run folder.")
-SPLIT = flags.DEFINE_string("split", "test", "Split of the run's data set.")
-LIMIT = flags.DEFINE_integer("limit", None, "At most this many captions and this many questions; default: all.")
-OVERVIEW = flags.DEFINE_string("overview", None, "PNG file to draw twelve pictures with their texts to.")
 
-
-def main(argv: list[str]) -> None:
-    """Reads flags, evaluates."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+def main() -> None:
+    """Reads the command line and evaluates."""
+    parser = argparse.ArgumentParser(description="Evaluates the newest checkpoint of a run that train.py made.")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
+    parser.add_argument("--split", default="test", help="default: %(default)s")
+    parser.add_argument("--limit", type=int, help="at most this many captions and this many questions; default: all")
+    parser.add_argument("--overview", type=Path, metavar="PNG", help="also draw twelve pictures with their texts")
+    arguments = parser.parse_args()
     try:
-        evaluate_run(WORKDIR.value, SPLIT.value, LIMIT.value, OVERVIEW.value)
+        evaluate_run(arguments.workdir, arguments.split, arguments.limit, arguments.overview)
     except (CheckpointError, ConfigError, EvaluationError) as error:
         sys.exit(f"eval.py: {error}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()
