@@ -14,7 +14,7 @@ class Deferred:
     checkpoint larger than memory passes through. The same object in two places is one tensor with two names.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 

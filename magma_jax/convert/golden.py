@@ -117,14 +117,10 @@ def read_golden(path: str | Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise GoldenError(f"{path}: no such golden file")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise GoldenError(f"{path}: holds a single array; a golden file is an .npz of named arrays")
-            return {name: file[name] for name in file.files}
-    except GoldenError:
-        raise
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise GoldenError(f"{path}: not an .npz of plain arrays ({error}); write it with numpy.savez") from None
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (AttributeError, TypeError, ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise GoldenError(f"{path}: not an .npz of named, plain arrays ({error}); write it with numpy.savez") from None
 
 
 def inputs_of(golden: Mapping[str, np.ndarray], name: str, shape: tuple[int | None, ...], kinds: str) -> np.ndarray:

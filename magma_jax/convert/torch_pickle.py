@@ -8,11 +8,11 @@ Why not ``pickle.Unpickler`` with a strict ``find_class``? Its BUILD sets attrib
 returned, and its memo and byte-array instructions allocate as much memory as the file claims to need.
 """
 
+import io
 import math
 import pickletools
 import warnings
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Global:
     name: str
 
 
-def unpickle(stream: BinaryIO, storages: dict[str, Storage], max_nbytes: int = 0) -> object:
+def unpickle(stream: io.BytesIO, storages: dict[str, Storage], max_nbytes: int = 0) -> object:
     """Reads one pickle from ``stream``, up to and including its last instruction.
 
     Every storage it mentions is added to ``storages``, not yet located. No tensor may be larger than

@@ -39,7 +39,7 @@ def generate(
     *,
     max_new_tokens: int,
     sampling: SamplingConfig,
-    eos_id: int | None,
+    eos_id: int | Int[Array, ""] | None,
     return_logits: bool = False,
 ) -> Generation:
     """Continues every prompt by up to ``max_new_tokens`` tokens.
@@ -51,7 +51,7 @@ def generate(
         keys: one random key a row; step i of a row draws with ``fold_in(key, i)``.
         max_new_tokens: N; the caller has checked that it fits the context (``inference.api``).
         sampling: how a token is drawn.
-        eos_id: id that ends a row; None to never end early.
+        eos_id: id that ends a row, may be traced; None to never end early.
         return_logits: also return all logits (B, N, V).
     """
     batch, length, _ = embeddings.shape

@@ -12,10 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from magma_jax.typing import Array, Float, Int, PRNGKey
 
-Initializer = Callable[[PRNGKey, tuple[int, ...], jnp.dtype], Array]
+Initializer = Callable[[PRNGKey, tuple[int, ...], DTypeLike], Array]
 
 
 def normal(std: float) -> Initializer:
@@ -32,13 +33,13 @@ def clipped_normal(std: float) -> Initializer:
     return init
 
 
-def fan_in_uniform(key: PRNGKey, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+def fan_in_uniform(key: PRNGKey, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Uniform in ±1/sqrt(fan in) for weights ``(out, in, ...)``: PyTorch's default, which the original keeps."""
     bound = 1 / math.sqrt(math.prod(shape[1:]))
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound).astype(dtype)
 
 
-def zeros(key: PRNGKey, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+def zeros(key: PRNGKey, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """All zeros."""
     return jnp.zeros(shape, dtype)
 
@@ -56,7 +57,7 @@ class Linear(nnx.Module):
         use_bias: bool = True,
         weight_init: Initializer = fan_in_uniform,
         bias_init: Initializer = zeros,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ):
         self.weight = param(weight_init(rngs.params(), (out_features, in_features), dtype))
         self.bias = param(bias_init(rngs.params(), (out_features,), dtype)) if use_bias else None
@@ -70,18 +71,25 @@ class Embedding(nnx.Module):
     """Table of shape (rows, width)."""
 
     def __init__(
-        self, rows: int, width: int, *, param: type[nnx.Param], rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+        self,
+        rows: int,
+        width: int,
+        *,
+        param: type[nnx.Param],
+        rngs: nnx.Rngs,
+        weight_init: Initializer,
+        dtype: DTypeLike = jnp.float32,
     ):
-        self.weight = param(normal(0.02)(rngs.params(), (rows, width), dtype))
+        self.weight = param(weight_init(rngs.params(), (rows, width), dtype))
 
-    def __call__(self, ids: Int[Array, "..."], dtype: jnp.dtype) -> Float[Array, "... D"]:
+    def __call__(self, ids: Int[Array, "..."], dtype: DTypeLike) -> Float[Array, "... D"]:
         return self.weight[...][ids].astype(dtype)
 
 
 class LayerNorm(nnx.Module):
     """LayerNorm over the last axis, computed in fp32, returned in the dtype of its input."""
 
-    def __init__(self, width: int, *, param: type[nnx.Param], eps: float = 1e-5, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, width: int, *, param: type[nnx.Param], eps: float = 1e-5, dtype: DTypeLike = jnp.float32):
         self.eps = eps
         self.weight = param(jnp.ones((width,), dtype))
         self.bias = param(jnp.zeros((width,), dtype))

@@ -52,7 +52,7 @@ def cross_entropy(logits: Float[Array, "B S V"], labels: Int[Array, "B S"]) -> t
     return jnp.where(counted, losses, 0.0).sum(), counted.sum()
 
 
-def accuracy(logits: Float[Array, "B S V"], labels: Int[Array, "B S"]) -> Float[Array, ""]:
+def accuracy(logits: Float[Array, "B S V"], labels: Int[Array, "B S"]) -> Int[Array, ""]:
     """Number of counted labels that are the most likely token."""
     return jnp.sum((jax.lax.stop_gradient(logits).argmax(-1) == labels) & (labels != IGNORED))
 
