@@ -15,26 +15,28 @@ def get_config() -> ConfigDict:
                 "kind": "gptj",
                 "layers": 4,
                 "width": 256,
-                "heads": 4,
-                "rotary_dim": 32,
+                "heads": 8,
+                "rotary_dim": 16,
                 "feed_forward": 1024,
                 "vocab_rows": 2049,
                 "head_rows": 2049,
                 "context_length": 128,
+                # The size of a prefix behind its LayerNorm, so that pictures and words speak equally loud.
+                "embedding_std": 0.5,
             },
-            "data": {"name": "openmoji_text", "length": 64, "lines": 100_000, "vocab_size": 2048},
+            "data": {"name": "openmoji_text", "length": 64, "lines": 120_000, "vocab_size": 2048},
             "optim": {
                 "learning_rate": 2e-3,
                 "schedule": "cosine",
                 "warmup_steps": 50,
-                "final_fraction": 0.05,
+                "final_fraction": 0.03,
                 "b2": 0.98,
                 "weight_decay": 0.05,
                 "clip_norm": 1.0,
                 # Here, and only here, the language model learns.
                 "groups": {"language": "rest"},
             },
-            "steps": 400,
+            "steps": 2000,
             "batch_size": 32,
         }
     )

@@ -45,7 +45,7 @@ def dataset() -> Dataset:
     def batches(batch_size, seed):
         return sample_batches([samples], [1.0], tokenizer, batch_size=batch_size, length=40, seed=seed)
 
-    return Dataset(tokenizer, batches, np.stack(images), {"train": samples, "test": samples})
+    return Dataset(tokenizer, batches, np.stack(images), evaluation={"train": samples, "test": samples})
 
 
 def run_config(**changes) -> RunConfig:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from magma_jax import __version__
 from magma_jax.config import from_dict, to_dict
 from magma_jax.convert import keymap
 from magma_jax.convert.infer import InferenceError, infer_config
@@ -22,6 +21,7 @@ from magma_jax.data.tokenizer import gpt2_tokenizer
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Params, abstract
 from magma_jax.training.checkpoint import CheckpointError, read_model_json, read_params, write_model_folder
+from magma_jax.version import __version__
 
 TORCH_FILE = "torch.json"
 BUFFER_FILE = "torch_buffers.npz"

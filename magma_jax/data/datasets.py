@@ -12,6 +12,7 @@ import numpy as np
 from magma_jax.data import openmoji, openmoji_text
 from magma_jax.data.pipeline import sample_batches, text_batches
 from magma_jax.data.tokenizer import Tokenizer, train_bpe
+from magma_jax.training.losses import IGNORED
 from magma_jax.typing import UInt8
 
 # The vocabulary that the committed language model was trained with.
@@ -53,6 +54,7 @@ class Dataset:
         tokenizer: of its texts.
         batches: ``(batch_size, seed)`` to endless batches, see ``data.pipeline``.
         images: every picture, uint8 (N, size, size, 3); None for text alone.
+        learned: rows of the pictures that may be learned from; all by default.
         evaluation: split to samples, in a fixed order; empty for text alone.
         records: what is known of every picture, in the order of ``images``.
     """
@@ -60,6 +62,7 @@ class Dataset:
     tokenizer: Tokenizer
     batches: Callable[[int, int], grain.IterDataset]
     images: UInt8[np.ndarray, "N H W 3"] | None = None
+    learned: Sequence[int] | None = None
     evaluation: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     records: Sequence[Any] = ()
 
@@ -94,15 +97,21 @@ def _openmoji(config: DataConfig) -> Dataset:
     for split in ("validation", "test"):
         held_out = [record for record in records if record.split == split]
         evaluation[split] = openmoji.captions(held_out) + openmoji.questions(held_out)
-    return Dataset(tokenizer, batches, images, evaluation, records)
+    rows = [record.index for record in learned]
+    return Dataset(tokenizer, batches, images, rows, evaluation, records)
 
 
 def _openmoji_text(config: DataConfig) -> Dataset:
     records, _ = openmoji.load(Path(config.cache_dir).expanduser(), config.image_size)
     lines = openmoji_text.lines(records, config.lines)
-    tokenizer = train_bpe(lines, config.vocab_size)
-    tokens = np.array([i for line in lines for i in (*tokenizer.encode(line), tokenizer.eos_id)], np.int32)
+    tokenizer = train_bpe([words + text for words, text in lines], config.vocab_size)
+    tokens, labels = [], []
+    for words, text in lines:
+        given, learned = tokenizer.encode(words), [*tokenizer.encode(text), tokenizer.eos_id]
+        tokens += given + learned
+        labels += [IGNORED] * len(given) + learned
+    arrays = np.array(tokens, np.int32), np.array(labels, np.int32)
     return Dataset(
         tokenizer,
-        lambda batch_size, seed: text_batches(tokens, batch_size=batch_size, length=config.length, seed=seed),
+        lambda batch_size, seed: text_batches(*arrays, batch_size=batch_size, length=config.length, seed=seed),
     )

@@ -356,14 +356,17 @@ def _ask(pictures: Sequence[Picture], rng: np.random.Generator) -> dict[str, lis
         genders[p.concept].add(p.gender)
     # As frequent among the wrong suggestions as among the right ones, so that the question tells nothing.
     concepts = [p.concept for p in body]
+    several = len(set(concepts)) > 1
 
     def add(picture: Picture, kind: str, question: str, answer: str) -> None:
         asked[kind].append(Sample(picture.index, f"Q: {question} A:", f" {answer}", kind))
 
     def yes_no(picture: Picture, kind: str, question: str, true: str, others: Sequence[str]) -> None:
-        wrong = [other for other in others if other != true]
-        yes = rng.random() < 0.5
-        add(picture, kind, question.format(true if yes else rng.choice(wrong)), "yes" if yes else "no")
+        yes, other = rng.random() < 0.5, true
+        # Drawn again until it differs: a list of all that differ, made for each of many pictures, takes minutes.
+        while not yes and other == true:
+            other = others[rng.integers(len(others))]
+        add(picture, kind, question.format(other), "yes" if yes else "no")
 
     for p in singles:
         tone = p.tones[0] if p.tones else DEFAULT_TONE
@@ -382,7 +385,8 @@ def _ask(pictures: Sequence[Picture], rng: np.random.Generator) -> dict[str, lis
             add(p, "hair", "What is special about the hair?", match[2].removesuffix(" hair"))
     for p in body:
         add(p, "what", "What does it show?", p.concept)
-        yes_no(p, "is what", "Does it show {}?", p.concept, concepts)
+        if several:
+            yes_no(p, "is what", "Does it show {}?", p.concept, concepts)
         add(p, "count", "How many people are there?", ("none", "one", "two", "three", "four")[p.people])
         add(p, "hand", "Is it a hand?", "yes" if p.kind == "hand" else "no")
     for p in pictures:

@@ -17,8 +17,11 @@ from magma_jax.data.openmoji import TONES, Picture, questions
 _FRAMES = ("A picture of {}", "A drawing of {}", "This is {}.", "It shows {}.", "There is {} here.")
 
 
-def lines(pictures: Sequence[Picture], count: int, seed: int = 0) -> list[str]:
+def lines(pictures: Sequence[Picture], count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Returns about ``count`` lines of text, half captions and half questions with answers.
+
+    A line is a pair: the loose words before it, if any, which nobody could predict, and what is to be learned.
+
 
     ``pictures`` are all pictures. No line holds a held-out combination: neither in its caption nor in the words before
     a question.
@@ -50,13 +53,13 @@ def lines(pictures: Sequence[Picture], count: int, seed: int = 0) -> list[str]:
         picture = compose()
         if (picture.base, picture.tones) not in held_out:
             made.append(dataclasses.replace(picture, index=len(made)))
-    out = [f"{_words(p, rng)}{str(rng.choice(_FRAMES, p=(0.6, *[0.1] * 4))).format(p.caption)}" for p in made]
+    out = [(_words(p, rng), str(rng.choice(_FRAMES, p=(0.6, *[0.1] * 4))).format(p.caption)) for p in made]
     asked = questions(made, seed)
     for kind in sorted({q.kind for q in asked}):
         rows = [q for q in asked if q.kind == kind]
         # The kinds that need most practice are those with many answers or a comparison.
         for i in rng.permutation(len(rows))[: count // (6 if "what" in kind else 24)]:
-            out.append(_words(made[rows[i].picture], rng) + rows[i].prompt + rows[i].answer)
+            out.append((_words(made[rows[i].picture], rng), rows[i].prompt + rows[i].answer))
     return [out[i] for i in rng.permutation(len(out))]
 
 

@@ -56,9 +56,12 @@ def sample_batches(
     return mixed.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
 
 
-def text_batches(tokens: Int[np.ndarray, " N"], *, batch_size: int, length: int, seed: int) -> grain.IterDataset:
-    """Endless batches of ``length`` consecutive tokens of one long text, every token of which is learned."""
-    blocks = tokens[: len(tokens) // length * length].reshape(-1, length)
+def text_batches(
+    tokens: Int[np.ndarray, " N"], labels: Int[np.ndarray, " N"], *, batch_size: int, length: int, seed: int
+) -> grain.IterDataset:
+    """Endless batches of ``length`` consecutive tokens of one long text, with their labels."""
+    end = len(tokens) // length * length
+    blocks = np.stack([array[:end].reshape(-1, length) for array in (tokens, labels)], axis=1)
     dataset = grain.MapDataset.source(blocks).seed(seed).shuffle().repeat()
-    dataset = dataset.map(lambda block: {"tokens": block, "labels": block}).batch(batch_size)
+    dataset = dataset.map(lambda block: {"tokens": block[0], "labels": block[1]}).batch(batch_size)
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))

@@ -30,6 +30,7 @@ class GPTJConfig:
         head_rows: rows of the head; ids that the table lacks are never sampled.
         context_length: positions the model was trained on, in tokens.
         rotary_dim: features of each head that rotary embedding turns.
+        embedding_std: standard deviation of a fresh embedding table.
         dtype: dtype the weights are stored in.
     """
 
@@ -43,6 +44,7 @@ class GPTJConfig:
     context_length: int = 2048
     rotary_base: float = 10_000.0
     layernorm_eps: float = 1e-5
+    embedding_std: float = 0.02
     dtype: str = "float32"
     kind: Literal["gptj"] = "gptj"
 
@@ -162,7 +164,14 @@ class GPTJ(nnx.Module):
     ):
         self.config = config
         dtype = jnp.dtype(config.dtype)
-        self.wte = Embedding(config.vocab_rows, config.width, param=LanguageParam, dtype=dtype, rngs=rngs)
+        self.wte = Embedding(
+            config.vocab_rows,
+            config.width,
+            param=LanguageParam,
+            weight_init=normal(config.embedding_std),
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.layers = stack(lambda rngs: Block(config, mlp_adapter, attn_adapter, rngs=rngs), config.layers, rngs)
         self.ln_f = _layernorm(config)
         self.lm_head = Linear(

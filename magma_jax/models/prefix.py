@@ -14,7 +14,7 @@ from flax import nnx
 
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.layers import LayerNorm, Linear, dropout
-from magma_jax.nn.modules import PrefixParam
+from magma_jax.nn.modules import PrefixParam, Statistic
 from magma_jax.nn.stack import scan, stack
 from magma_jax.typing import Array, Float, PRNGKey
 
@@ -29,12 +29,15 @@ class PrefixConfig:
         image_positions: vectors a picture becomes with a pooled encoder (Frozen uses 2); a grid fixes its own number.
         layernorm: LayerNorm behind the dropout.
         dropout: rate during training (paper: 0.1).
+        standardize: features are brought to zero mean and unit variance per channel, with statistics of training
+            pictures that the run fills in once (``training.pictures``); for encoders whose channels differ in scale.
     """
 
     mapping: Literal["linear", "mlp", "transformer"] = "linear"
     image_positions: int = 2
     layernorm: bool = True
     dropout: float = 0.1
+    standardize: bool = False
     transformer_layers: int = 2
     transformer_heads: int = 8
 
@@ -70,6 +73,9 @@ class ImagePrefix(nnx.Module):
         inputs, mlp = encoder.config.channels, config.mapping == "mlp"
         self.proj_in = Linear(inputs, width, param=PrefixParam, rngs=rngs) if mlp else None
         self.proj = Linear(width if mlp else inputs, outputs, param=PrefixParam, rngs=rngs)
+        channels = (encoder.config.channels,)
+        self.feature_mean = Statistic(jnp.zeros(channels)) if config.standardize else None
+        self.feature_std = Statistic(jnp.ones(channels)) if config.standardize else None
         self.transformer = (
             stack(
                 lambda rngs: PrefixTransformerLayer(width, config.transformer_heads, rngs=rngs),
@@ -83,6 +89,9 @@ class ImagePrefix(nnx.Module):
 
     def project(self, features: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
         """The mapping alone: (B, P, C) to (B, P, D), pooled (B, C) to (B, P * D)."""
+        if self.feature_mean is not None:
+            scaled = (features.astype(jnp.float32) - self.feature_mean[...]) / self.feature_std[...]
+            features = scaled.astype(features.dtype)
         if self.proj_in is not None:
             features = jax.nn.gelu(self.proj_in(features))
         return self.proj(features)

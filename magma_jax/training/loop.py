@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from magma_jax.nn.modules import Params, abstract, parameter_count, split
 from magma_jax.training.checkpoint import MODEL_FILE, RunCheckpoints, read_model_json, read_params, write_model_folder
 from magma_jax.training.losses import LOSSES, LossOptions
 from magma_jax.training.optim import OptimConfig, label_parameters, make_optimizer, partition
-from magma_jax.training.pictures import picture_loader
+from magma_jax.training.pictures import feature_statistics, picture_loader
 from magma_jax.training.step import TrainState, init_state, make_train_step
 from magma_jax.training.weights import load_weights
 
@@ -93,7 +94,7 @@ def train(config: RunConfig, workdir: str | Path) -> Run:
     graphdef, shapes, types = abstract(functools.partial(_create, config))
     labels = label_parameters(types, config.optim.groups)
     optimizer = make_optimizer(config.optim, labels)
-    _prepare_folder(config, workdir, dataset, shapes, labels)
+    _prepare_folder(config, workdir, dataset, graphdef, shapes)
 
     # The base folder holds every parameter as the run started; what learns is replaced by the checkpoint's.
     trainable, frozen, statistics = partition(read_params(workdir, shapes), labels)
@@ -168,7 +169,7 @@ def _create(config: RunConfig) -> nnx.Module:
 
 
 def _prepare_folder(
-    config: RunConfig, workdir: Path, dataset: Dataset, shapes: Mapping[str, Any], labels: Mapping[str, str]
+    config: RunConfig, workdir: Path, dataset: Dataset, graphdef: nnx.GraphDef, shapes: Mapping[str, Any]
 ) -> None:
     """Writes the run's base folder, or checks that the one there belongs to this config."""
     if (workdir / MODEL_FILE).exists():
@@ -190,7 +191,10 @@ def _prepare_folder(
 
     # Under jit only what is returned is computed: pretrained parts are not first filled with noise.
     params = {**pretrained, **jax.jit(fresh)()}
-    params = {path: params[path].astype(shapes[path].dtype) for path in shapes}
+    params = {path: jnp.asarray(params[path], shapes[path].dtype) for path in shapes}
+    if dataset.images is not None:
+        learned = dataset.images if dataset.learned is None else dataset.images[np.asarray(dataset.learned)]
+        params |= feature_statistics(learned, graphdef, params)
     metadata = {"model": to_dict(config.model), "groups": dict(config.optim.groups), "run": to_dict(config)}
     write_model_folder(workdir, metadata, params, lambda folder: dataset.tokenizer.save(folder / "tokenizer"))
 

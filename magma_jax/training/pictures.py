@@ -35,6 +35,23 @@ def picture_loader(
     return lambda batch: _without(batch) | {"features": features[batch["pictures"]]}
 
 
+def feature_statistics(
+    images: UInt8[np.ndarray, "N H W 3"], graphdef: nnx.GraphDef, params: Params, pictures: int = 512
+) -> Params:
+    """Mean and standard deviation per channel of the features of ``pictures`` pictures, evenly spaced.
+
+    For a prefix that standardizes its features; empty for others.
+    """
+    if "image_prefix/feature_mean" not in params:
+        return {}
+    chosen = np.unique(np.linspace(0, len(images) - 1, pictures).astype(int))
+    features = encode_all(images[chosen], graphdef, params)
+    axes = tuple(range(features.ndim - 1))
+    # A channel that never varies is left at its own scale.
+    std = np.maximum(features.std(axes), 1e-3)
+    return {"image_prefix/feature_mean": features.mean(axes), "image_prefix/feature_std": std}
+
+
 def encode_all(
     images: UInt8[np.ndarray, "N H W 3"], graphdef: nnx.GraphDef, params: Params, batch_size: int = 64
 ) -> Float[np.ndarray, "N ..."]:

@@ -151,9 +151,10 @@ def test_questions_depend_on_the_seed_alone(pictures):
 
 def test_text_has_no_held_out_combination(pictures):
     held_out = [p for p in pictures if p.split != "train"]
-    lines = openmoji_text.lines(pictures, 4000, seed=1)
-    assert len(lines) > 3000
-    assert lines == openmoji_text.lines(pictures, 4000, seed=1)
+    pairs = openmoji_text.lines(pictures, 4000, seed=1)
+    assert len(pairs) > 3000
+    assert pairs == openmoji_text.lines(pictures, 4000, seed=1)
+    lines = [words + text for words, text in pairs]
     # "clapping hands" alone is a concept, which a question may name; after "picture of" it is a caption.
     captions = [p.caption if p.tones else f"picture of {p.caption}" for p in held_out]
     text = "".join(f"{line}\n" for line in lines)

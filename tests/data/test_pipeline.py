@@ -69,6 +69,9 @@ def test_another_seed_gives_another_order():
 
 
 def test_text_is_cut_into_whole_blocks():
-    batches = iter(text_batches(np.arange(23, dtype=np.int32), batch_size=2, length=5, seed=0))
-    seen = np.concatenate([next(batches)["tokens"] for _ in range(2)])
+    tokens = np.arange(23, dtype=np.int32)
+    batches = iter(text_batches(tokens, -tokens, batch_size=2, length=5, seed=0))
+    parts = [next(batches) for _ in range(2)]
+    seen, labels = (np.concatenate([part[name] for part in parts]) for name in ("tokens", "labels"))
     assert sorted(map(tuple, seen)) == [tuple(range(i, i + 5)) for i in range(0, 20, 5)]
+    np.testing.assert_array_equal(labels, -seen)
