@@ -18,8 +18,9 @@ from magma_jax.nn.modules import EncoderParam
 from magma_jax.nn.stack import scan, stack
 from magma_jax.typing import Array, Float
 
-# Keeps the variance of relu(x) at one for a unit normal x: sqrt(2 / (1 - 1/pi)).
-RELU_GAMMA = math.sqrt(2 / (1 - 1 / math.pi))
+# Keeps the variance of relu(x) at about one for a unit normal x. timm's measured number, which its weights were trained
+# with; the exact sqrt(2 / (1 - 1/pi)) = 1.71286 is 0.06 % less.
+RELU_GAMMA = 1.7139588594436646
 
 
 @dataclasses.dataclass(frozen=True)
