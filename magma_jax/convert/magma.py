@@ -76,11 +76,17 @@ def write_torch_magma(
     """
     dtype = np.asarray(params["lm/wte/weight"][:1]).dtype
     buffers = attention_buffers(config, dtype)
-    module = keymap.to_theirs(magma_table(config, buffers), params)
-    module |= {key: array for key, array in source.get("buffers", {}).items() if key in module}
-    order = {key: i for i, key in enumerate(source.get("keys", ()))}
-    ordered = dict(sorted(module.items(), key=lambda item: order.get(item[0], len(order))))
-    write_torch_file(path, {"module": ordered, **source.get("counters", {})})
+    table = magma_table(config, buffers)
+    module = keymap.to_theirs(table, params)
+    for key, array in source.get("buffers", {}).items():
+        module |= {name: array for name in (key, _second_name(key)) if name in module}
+    if "keys" in source:
+        # A file may lack second names and buffers; it gets none that it did not have.
+        order = {key: i for i, key in enumerate(source["keys"])}
+        weights = keymap.to_theirs([entry for entry in table if isinstance(entry, Rule)], params)
+        module = {key: tensor for key, tensor in module.items() if key in order or key in weights}
+        module = dict(sorted(module.items(), key=lambda item: order.get(item[0], len(order))))
+    write_torch_file(path, {"module": module, **source.get("counters", {})})
 
 
 def from_torch(checkpoint: str | Path, out: str | Path, model_config: Mapping[str, Any] | None = None) -> MagmaConfig:
@@ -159,5 +165,8 @@ def _unusual_buffers(config: MagmaConfig, tensors: Mapping[str, Any]) -> dict[st
         array = tensor.read()
         if array.tobytes() != usual[tensor.dtype][name].tobytes() or array.shape != usual[tensor.dtype][name].shape:
             unusual[key] = np.array(array)
-            unusual[key.replace("lm.transformer.h.", "transformer.", 1)] = unusual[key]
     return unusual
+
+
+def _second_name(key: str) -> str:
+    return key.replace("lm.transformer.h.", "transformer.", 1)
