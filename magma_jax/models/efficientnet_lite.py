@@ -64,15 +64,20 @@ class EfficientNetLiteConfig:
     Attributes:
         image_size: pixels per side, a multiple of 32; the grid has image_size / 32 positions per side.
         taps: layers whose outputs, averaged over each cell of the grid, are joined to one feature vector a cell:
-            "stem", the number of a block from 0 to 15, or "head" (the last layer). Early layers know colours.
+            "stem", the number of a block from 0 to 15, or "head" (the last layer).
+        statistics: layers whose mean and standard deviation per channel over the whole picture are added to the
+            features of every cell. Of early layers they tell the colours that occur, wherever they do, which the
+            last layers forget: from those alone a linear classifier reads 60 % of the quick start's skin tones
+            (validation, one person), from ("stem", 0, 2) 97 %.
     """
 
     image_size: int = 128
     taps: tuple[str | int, ...] = ("head",)
+    statistics: tuple[str | int, ...] = ()
     kind: Literal["efficientnet_lite"] = "efficientnet_lite"
 
     def __post_init__(self):
-        unknown = [tap for tap in self.taps if tap not in ("stem", "head", *range(len(BLOCKS)))]
+        unknown = [tap for tap in (*self.taps, *self.statistics) if tap not in ("stem", "head", *range(len(BLOCKS)))]
         if unknown or not self.taps:
             raise ValueError(f"taps: {unknown or 'none given'}; choose among 'stem', 0 to {len(BLOCKS) - 1}, 'head'")
         if self.image_size % 32:
@@ -81,8 +86,8 @@ class EfficientNetLiteConfig:
     @property
     def channels(self) -> int:
         """Channels of the grid."""
-        widths = {"stem": _STEM, "head": _HEAD}
-        return sum(BLOCKS[tap].out_channels if isinstance(tap, int) else widths[tap] for tap in self.taps)
+        widths = {"stem": _STEM, "head": _HEAD, **{i: block.out_channels for i, block in enumerate(BLOCKS)}}
+        return sum(widths[tap] for tap in self.taps) + 2 * sum(widths[layer] for layer in self.statistics)
 
     @property
     def positions(self) -> int:
@@ -162,7 +167,12 @@ class EfficientNetLite(nnx.Module):
     ) -> Float[Array, "B P C"]:
         """Normalised pictures to the grid, row by row."""
         outputs = self.layers(images, batch_norm)
-        return jnp.concatenate([_cells(outputs[tap], self.config.image_size // 32) for tap in self.config.taps], -1)
+        side = self.config.image_size // 32
+        parts = [_cells(outputs[tap], side) for tap in self.config.taps]
+        for layer in self.config.statistics:
+            for statistic in (outputs[layer].mean((1, 2)), outputs[layer].std((1, 2))):
+                parts.append(jnp.repeat(statistic[:, None], side * side, axis=1))
+        return jnp.concatenate(parts, axis=-1)
 
 
 def _cells(x: Float[Array, "B h w C"], side: int) -> Float[Array, "B P C"]:

@@ -71,6 +71,18 @@ def test_taps_join_layers_averaged_over_cells(pretrained):
     np.testing.assert_allclose(features[0, 2, -1280:], layers["head"][0, 1, 0], atol=1e-5)
 
 
+def test_statistics_are_added_to_every_cell(pretrained):
+    config = EfficientNetLiteConfig(image_size=64, statistics=("stem", 2))
+    images = normalised(picture())
+    graphdef, _ = split(EfficientNetLite(config, rngs=nnx.Rngs(0)))
+    features = merge(graphdef, pretrained[1])(images)
+    assert features.shape == (1, 4, config.channels) == (1, 4, 1280 + 2 * (32 + 24))
+    np.testing.assert_array_equal(features[..., :1280], merge(*pretrained)(images))
+    layers = merge(*pretrained).layers(images)
+    want = [f(layers[layer][0], (0, 1)) for layer in ("stem", 2) for f in (jnp.mean, jnp.std)]
+    np.testing.assert_allclose(features[0, :, 1280:], np.tile(np.concatenate(want), (4, 1)), atol=1e-5)
+
+
 @pytest.mark.parametrize(("size", "kernel", "stride"), [(7, 3, 1), (8, 3, 2), (7, 5, 2), (8, 5, 1)])
 def test_depthwise_equals_grouped_convolution(size, kernel, stride):
     layer = DepthwiseConv2d(6, kernel, stride, rngs=nnx.Rngs(1))
@@ -99,7 +111,9 @@ def test_frozen_statistics_are_no_parameters():
     assert statistics == {path for path in types if "running" in path or "tracked" in path}
 
 
-@pytest.mark.parametrize("wrong", [{"taps": (16,)}, {"taps": ()}, {"taps": ("neck",)}, {"image_size": 100}])
+@pytest.mark.parametrize(
+    "wrong", [{"taps": (16,)}, {"taps": ()}, {"taps": ("neck",)}, {"statistics": (99,)}, {"image_size": 100}]
+)
 def test_bad_config(wrong):
     with pytest.raises(ValueError, match=r"taps|image_size"):
         EfficientNetLiteConfig(**wrong)
