@@ -29,9 +29,8 @@ from magma_jax.convert import keymap
 from magma_jax.convert.golden import GoldenError, inputs_of
 from magma_jax.convert.magma_table import magma_table
 from magma_jax.models.magma import MagmaConfig, MagmaModel
-from magma_jax.nn.convolution import BatchNormMode
 from magma_jax.nn.modules import Params, abstract, merge
-from magma_jax.training.losses import IGNORED, caption_labels, cross_entropy
+from magma_jax.training.losses import IGNORED, LossOptions, LossResult, caption_labels, caption_loss
 from magma_jax.training.optim import OptimConfig, label_parameters, make_optimizer, partition
 from magma_jax.training.step import init_state, make_train_step
 
@@ -68,10 +67,14 @@ class Subject:
         self.eos_id = int(self.settings.get("eos_token", EOS_TOKEN))
         self.graphdef, _, types = abstract(lambda: MagmaModel(self.config, rngs=nnx.Rngs(0)))
         self.labels = label_parameters(types, OptimConfig().groups)
-        prefix = merge(self.graphdef, self.params).image_positions
-        if self.captions.shape[1] <= prefix:
-            raise GoldenError(f"golden input 'captions' must be longer than a picture's {prefix} positions")
-        self.tokens = self.captions[:, : self.captions.shape[1] - prefix]
+        self.positions = merge(self.graphdef, self.params).image_positions
+        if self.captions.shape[1] <= self.positions:
+            raise GoldenError(f"golden input 'captions' must be longer than a picture's {self.positions} positions")
+
+    def batch(self, images: np.ndarray, captions: np.ndarray) -> dict[str, jax.Array]:
+        """A batch for the loss; as in the original, prefix and words together are as long as ``captions``."""
+        tokens = jnp.asarray(captions[:, : captions.shape[1] - self.positions])
+        return {"images": jnp.asarray(images), "tokens": tokens, "labels": caption_labels(tokens, self.eos_id)}
 
     def names(self, pattern: str) -> list[re.Match]:
         """The golden names that match."""
@@ -89,21 +92,17 @@ def forward(subject: Subject) -> Quantities:
     asked = {match[2] for match in subject.names(r"block(\d+)/(\w+)") if match[2] in BLOCK_FIELDS}
     asked = {BLOCK_FIELDS[name] for name in asked} | {match[1] for match in subject.names(r"past_(key|value)_\d+")}
     collect = tuple(sorted(asked | ({"out"} if "hidden_states" in subject.golden else set())))
-    batch = {"images": subject.images, "tokens": subject.tokens}
+    batch = subject.batch(subject.images, subject.captions)
     if subject.names(r"grad_eval/.*|grad_norms_eval"):
         trainable, frozen, statistics = partition(subject.params, subject.labels)
-        result, loss, grads = _evaluate(
-            subject.graphdef, trainable, frozen | statistics, batch, subject.eos_id, collect
-        )
+        result, loss, grads = _evaluate(subject.graphdef, trainable, frozen | statistics, batch, collect)
         yield from _gradients(subject, grads, "eval")
     else:
-        result, loss = _forward(subject.graphdef, subject.params, batch, subject.eos_id, collect)
+        result, loss = _forward(subject.graphdef, subject.params, batch, collect)
     collected = result.pop("collected")
     yield from result.items()
     yield "loss", loss
-    positions = subject.captions.shape[1] - subject.tokens.shape[1]
-    labels = np.asarray(caption_labels(jnp.asarray(subject.tokens), subject.eos_id))
-    yield "labels", np.pad(labels, ((0, 0), (positions, 0)), constant_values=IGNORED)
+    yield "labels", np.pad(batch["labels"], ((0, 0), (subject.positions, 0)), constant_values=IGNORED)
     for match in subject.names(r"block(\d+)/(\w+)"):
         if match[2] in BLOCK_FIELDS and int(match[1]) < subject.config.lm.layers:
             yield match[0], collected[BLOCK_FIELDS[match[2]]][int(match[1])]
@@ -120,8 +119,8 @@ def half_precision(subject: Subject) -> Quantities:
         config = dataclasses.replace(subject.config, dtype=jnp.dtype(dtype).name)
         graphdef, _, _ = abstract(lambda config=config: MagmaModel(config, rngs=nnx.Rngs(0)))
         params = cast(subject.params, dtype)
-        batch = {"images": subject.images, "tokens": subject.tokens}
-        result, loss = _forward(graphdef, params, batch, subject.eos_id, ("out",))
+        batch = subject.batch(subject.images, subject.captions)
+        result, loss = _forward(graphdef, params, batch, ("out",))
         yield f"{name}/loss", loss
         yield f"{name}/prefix", result["prefix"]
         yield f"{name}/hidden_last", result["hidden_states"][-1]
@@ -135,13 +134,13 @@ def training(subject: Subject) -> Quantities:
     yield "train/prefix", _train_prefix(subject.graphdef, subject.params, subject.images)
     trainable, frozen, statistics = partition(subject.params, subject.labels)
     optimizer = optax.chain(_keep_gradients(), make_optimizer(_optimizer(subject.settings), subject.labels))
-    step = jax.jit(make_train_step(subject.graphdef, functools.partial(_caption_loss, subject.eos_id), optimizer))
-    batches = [{"images": subject.images, "tokens": subject.tokens}]
+    step = jax.jit(make_train_step(subject.graphdef, _train_loss, optimizer))
+    batches = [subject.batch(subject.images, subject.captions)]
     has_steps = "opt/images_1" in subject.golden
     if has_steps:
         images = inputs_of(subject.golden, "opt/images_1", subject.golden["images"].shape, "f")
         captions = inputs_of(subject.golden, "opt/captions_1", subject.captions.shape, "iu").astype(np.int32)
-        batches += [{"images": _pictures(images), "tokens": captions[:, : subject.tokens.shape[1]]}, batches[0]]
+        batches += [subject.batch(_pictures(images), captions), batches[0]]
 
     state, history = init_state(trainable, statistics, optimizer), []
     for i, batch in enumerate(batches):
@@ -166,7 +165,7 @@ def training(subject: Subject) -> Quantities:
         yield "opt/param_delta_norms", _by_name(subject, "opt/param_names", moved)
     if "opt/eval_loss_after" in subject.golden:
         params = state.trainable | frozen | state.statistics
-        yield "opt/eval_loss_after", _loss(subject.graphdef, params, batches[0], subject.eos_id)
+        yield "opt/eval_loss_after", _loss(subject.graphdef, params, batches[0])
 
 
 def cast(params: Params, dtype: Any) -> Params:
@@ -219,12 +218,10 @@ def _keep_gradients() -> optax.GradientTransformation:
     return optax.GradientTransformation(zeros, lambda updates, state, params=None: (updates, updates))
 
 
-def _caption_loss(eos_id: int, model: MagmaModel, batch: Mapping[str, Any], key: Any, mode: BatchNormMode = "batch"):
-    features = model.encode_images(batch["images"], batch_norm=mode)
-    loss, count = cross_entropy(
-        model.caption_logits(features, batch["tokens"]), caption_labels(batch["tokens"], eos_id)
-    )
-    return loss, count, {}
+def _train_loss(model: MagmaModel, batch: Mapping[str, Any], key: Any) -> LossResult:
+    """The library's loss with BatchNorm as in the original's training; its dropout was off in the golden runs."""
+    del key
+    return caption_loss(model, batch, None, options=LossOptions(batch_norm="batch"))
 
 
 def _run(model: MagmaModel, batch: Mapping[str, Any], collect: tuple[str, ...]) -> dict[str, Any]:
@@ -247,28 +244,25 @@ def _run(model: MagmaModel, batch: Mapping[str, Any], collect: tuple[str, ...]) 
     return result
 
 
-def _mean_loss(model: MagmaModel, batch: Mapping[str, Any], eos_id: int) -> Any:
-    loss, count, _ = _caption_loss(eos_id, model, batch, None, "frozen")
+def _mean_loss(model: MagmaModel, batch: Mapping[str, Any]) -> Any:
+    loss, count, _ = caption_loss(model, batch, None, options=LossOptions())
     return loss / count
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "eos_id"))
-def _loss(graphdef, params, batch, eos_id):
-    return _mean_loss(merge(graphdef, params), batch, eos_id)
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def _loss(graphdef, params, batch):
+    return _mean_loss(merge(graphdef, params), batch)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "eos_id", "collect"))
-def _forward(graphdef, params, batch, eos_id, collect):
+@functools.partial(jax.jit, static_argnames=("graphdef", "collect"))
+def _forward(graphdef, params, batch, collect):
     model = merge(graphdef, params)
-    return _run(model, batch, collect), _mean_loss(model, batch, eos_id)
+    return _run(model, batch, collect), _mean_loss(model, batch)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "eos_id", "collect"))
-def _evaluate(graphdef, trainable, rest, batch, eos_id, collect):
-    def mean(trainable):
-        return _mean_loss(merge(graphdef, trainable, rest), batch, eos_id)
-
-    loss, grads = jax.value_and_grad(mean)(trainable)
+@functools.partial(jax.jit, static_argnames=("graphdef", "collect"))
+def _evaluate(graphdef, trainable, rest, batch, collect):
+    loss, grads = jax.value_and_grad(lambda params: _mean_loss(merge(graphdef, params, rest), batch))(trainable)
     return _run(merge(graphdef, trainable, rest), batch, collect), loss, grads
 
 

@@ -57,11 +57,11 @@ def accuracy(logits: Float[Array, "B S V"], labels: Int[Array, "B S"]) -> Int[Ar
     return jnp.sum((jax.lax.stop_gradient(logits).argmax(-1) == labels) & (labels != IGNORED))
 
 
-def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey, *, options: LossOptions) -> LossResult:
+def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> LossResult:
     """Next-token loss of the words behind a picture (paper, equation 3).
 
     ``batch`` holds ``tokens`` and ``labels`` (B, S), and either ``images`` (normalised pictures) or ``features``
-    (what a frozen encoder made of them, computed once).
+    (what a frozen encoder made of them, computed once). ``key=None`` means no dropout.
     """
     features = (
         batch["features"]
