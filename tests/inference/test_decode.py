@@ -1,0 +1,121 @@
+"""The decode loop on token level; the golden tests show that it gives the original's tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from magma_jax.inference.decode import generate
+from magma_jax.inference.sampling import SamplingConfig, row_keys
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.modules import merge, split
+from tests import tiny
+
+STEPS = 8
+LENGTHS = (3, 11, 1, 7)
+GREEDY, DRAWN = SamplingConfig(), SamplingConfig(temperature=1.5, top_k=50, top_p=0.9)
+
+
+@pytest.fixture(scope="module")
+def model():
+    definition, params = split(MagmaModel(tiny.MODEL, rngs=nnx.Rngs(0)))
+    # Random weights answer with one token only; larger ones do not.
+    return definition, {path: 4 * leaf if leaf.ndim > 1 else leaf for path, leaf in params.items()}
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(length, 32)).astype(np.float32) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def run(model):
+    """Prompts, one seed each, a config and an end to (tokens, lengths, logits, cache)."""
+    definition, params = model
+
+    def one(embeddings, lengths, keys, eos_id, sampling):
+        options = {"max_new_tokens": STEPS, "sampling": sampling, "eos_id": eos_id, "return_logits": True}
+        return generate(merge(definition, params), embeddings, lengths, keys, **options)
+
+    jitted = jax.jit(one, static_argnums=4)
+
+    def call(rows, seeds, sampling=GREEDY, eos_id=-1, garbage=0.0, width=11):
+        padded = np.full((len(rows), width, 32), garbage, np.float32)
+        for i, row in enumerate(rows):
+            padded[i, : len(row)] = row
+        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        return jitted(padded, np.array([len(row) for row in rows], np.int32), keys, eos_id, sampling)
+
+    return call
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_a_row_gives_what_it_gives_alone(run, prompts, sampling):
+    together = run(prompts, range(4), sampling)
+    assert len({tuple(row) for row in np.asarray(together.tokens).tolist()}) == 4
+    for i, prompt in enumerate(prompts):
+        alone = run([prompt], [i], sampling)
+        np.testing.assert_array_equal(together.tokens[i], alone.tokens[0])
+        np.testing.assert_allclose(together.logits[i], alone.logits[0], atol=1e-3)
+
+
+def test_neighbours_order_and_padding_change_nothing(run, prompts):
+    first = run(prompts, range(4), DRAWN)
+    turned = run(prompts[::-1], range(3, -1, -1), DRAWN, garbage=1e3)
+    np.testing.assert_array_equal(turned.tokens[::-1], first.tokens)
+    other_seed = run(prompts, [0, 1, 2, 99], DRAWN)
+    np.testing.assert_array_equal(other_seed.tokens[:3], first.tokens[:3])
+    assert (other_seed.tokens[3] != first.tokens[3]).any()
+
+
+def test_every_logit_is_that_of_the_whole_sequence_without_a_cache(model, run, prompts):
+    definition, params = model
+    result = run(prompts, range(4))
+    module = merge(definition, params)
+    for i, prompt in enumerate(prompts):
+        words = module.embed_tokens(result.tokens[i : i + 1])
+        sequence = jnp.concatenate([prompt[None], words], axis=1)
+        hidden = module(sequence).hidden[:, len(prompt) - 1 : -1]
+        np.testing.assert_allclose(module.logits(hidden)[0], result.logits[i], atol=1e-3)
+
+
+def test_each_row_stops_at_its_own_end(run, prompts):
+    free = np.asarray(run(prompts, range(4)).tokens)
+    eos = int(free[1, 2])
+    ended = run(prompts, range(4), eos_id=eos)
+    for row, tokens in enumerate(free):
+        at = int(np.argmax(tokens == eos)) if eos in tokens else STEPS
+        assert int(ended.lengths[row]) == at
+        np.testing.assert_array_equal(ended.tokens[row, :at], tokens[:at])
+        assert (np.asarray(ended.tokens)[row, at:] == eos).all()
+    assert int(ended.lengths[1]) <= 2
+
+
+def test_the_loop_ends_with_the_last_row(run, prompts):
+    eos = int(run(prompts[:1], [0]).tokens[0, 0])
+    ended = run(prompts[:1], [0], eos_id=eos)
+    assert int(ended.lengths[0]) == 0
+    # Nothing was computed behind the end.
+    assert not np.asarray(ended.logits)[0, 1:].any()
+    assert not np.asarray(ended.cache.key)[:, 0, 11:].any()
+
+
+def test_rows_of_the_head_without_an_embedding_are_never_drawn(model, prompts):
+    definition, params = model
+    rows = tiny.MODEL.lm.vocab_rows
+    biased = params | {"lm/lm_head/bias": params["lm/lm_head/bias"].at[rows:].set(1e4)}
+    options = {"max_new_tokens": STEPS, "eos_id": None}
+    for sampling in (GREEDY, DRAWN):
+
+        @jax.jit
+        def one(params, embeddings, sampling=sampling):
+            keys = row_keys(jax.random.key(0), 1)
+            lengths = jnp.array([embeddings.shape[1]])
+            return generate(merge(definition, params), embeddings, lengths, keys, sampling=sampling, **options)
+
+        result = one(biased, prompts[0][None])
+        assert int(result.tokens.max()) < rows
+        np.testing.assert_array_equal(result.tokens, one(params, prompts[0][None]).tokens)
+        assert int(result.lengths[0]) == STEPS
