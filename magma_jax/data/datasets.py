@@ -1,6 +1,7 @@
 """Data sets by name: what a config's ``data.name`` stands for."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -31,6 +32,7 @@ class DataConfig:
         cache_dir: where rasterised drawings are kept between runs.
         weights: how often each source of ``openmoji`` is drawn: captions of people and hands, captions of things,
             questions.
+        questions: kinds of questions of ``openmoji``, see ``data.openmoji.questions``.
         question_draws: draws of the balanced questions that make up their source.
         lines: lines of text that ``openmoji_text`` composes.
         vocab_size: entries of the vocabulary that ``openmoji_text`` learns.
@@ -41,6 +43,7 @@ class DataConfig:
     image_size: int = 128
     cache_dir: str = "~/.cache/magma_jax"
     weights: tuple[float, ...] = (0.375, 0.125, 0.5)
+    questions: tuple[str, ...] = ("tone", "gender", "hair", "facing", "what", "count", "hand", "flag")
     question_draws: int = 8
     lines: int = 100_000
     vocab_size: int = 2048
@@ -81,7 +84,8 @@ def _openmoji(config: DataConfig) -> Dataset:
     living = [sample for sample in captions if records[sample.picture].gender is not None]
     things = [sample for sample in captions if records[sample.picture].gender is None]
     # A draw balances the answers by leaving pictures out, so several draws together see more of them.
-    questions = [sample for draw in range(config.question_draws) for sample in openmoji.questions(learned, draw)]
+    ask = functools.partial(openmoji.questions, kinds=config.questions)
+    questions = [sample for draw in range(config.question_draws) for sample in ask(learned, draw)]
 
     def batches(batch_size: int, seed: int) -> grain.IterDataset:
         return sample_batches(
@@ -93,10 +97,10 @@ def _openmoji(config: DataConfig) -> Dataset:
             seed=seed,
         )
 
-    evaluation = {"train": captions + openmoji.questions(learned)}
+    evaluation = {"train": captions + ask(learned)}
     for split in ("validation", "test"):
         held_out = [record for record in records if record.split == split]
-        evaluation[split] = openmoji.captions(held_out) + openmoji.questions(held_out)
+        evaluation[split] = openmoji.captions(held_out) + ask(held_out)
     rows = [record.index for record in learned]
     return Dataset(tokenizer, batches, images, rows, evaluation, records)
 
