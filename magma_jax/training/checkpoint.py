@@ -48,7 +48,7 @@ def write_model_folder(
     Raises:
         CheckpointError: something already stands at ``path``.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # Orbax takes no other
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(
             f"{path}: already exists and is not an empty folder; choose another name or remove it first"
@@ -91,7 +91,7 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct], *,
     Raises:
         CheckpointError: a path is missing in the folder, or has another shape.
     """
-    folder = Path(path) / PARAMS
+    folder = Path(path).absolute() / PARAMS
     if not folder.is_dir():
         raise CheckpointError(f"{path}: not a model folder (no {PARAMS}/)")
     stored = _flatten(ocp.metadata(folder).metadata)

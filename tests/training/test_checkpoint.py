@@ -28,6 +28,12 @@ def test_parameters_come_back_in_their_own_dtype_or_in_another(folder):
     assert read_model_json(folder)["model"] == {"width": 3}
 
 
+def test_relative_paths_serve(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    write_model_folder("other", {}, PARAMS)
+    assert read_params("other", {"a/c": jax.ShapeDtypeStruct((3,), jnp.float32)}).keys() == {"a/c"}
+
+
 def test_only_what_is_named_is_read(folder):
     assert read_params(folder, {"a/c": jax.ShapeDtypeStruct((3,), jnp.float32)}).keys() == {"a/c"}
 
