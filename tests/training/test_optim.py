@@ -149,19 +149,23 @@ def test_accumulation_equals_the_large_batch(problem, stepped):
         np.testing.assert_allclose(leaf, stepped[0].trainable[path], atol=2e-3)
 
 
-def test_accumulated_gradients_equal_those_of_the_large_batch(problem):
-    """With plain descent, whose step is the gradient itself."""
-    whole, _ = run(problem, optax.sgd(1.0))
+@pytest.fixture(scope="module")
+def descended(problem):
+    """One step of plain descent, which is the gradient itself."""
+    return run(problem, optax.sgd(1.0))
+
+
+def test_accumulated_gradients_equal_those_of_the_large_batch(problem, descended):
+    whole, _ = descended
     parts, _ = run(problem, optax.sgd(1.0), accumulate=4)
     for path, leaf in parts.trainable.items():
         start = problem[1][0][path]
         np.testing.assert_allclose(leaf - start, whole.trainable[path] - start, atol=1e-5)
 
 
-def test_clipping_sees_the_norm_of_trainable_gradients_only(problem):
+def test_clipping_sees_the_norm_of_trainable_gradients_only(problem, descended):
     _, (trainable, _, _), labels, _ = problem
-    _, metrics = run(problem, optax.sgd(1.0))
-    norm = float(metrics["grad_norm"])
+    norm = float(descended[1]["grad_norm"])
     state, _ = run(problem, optax.chain(optax.clip_by_global_norm(norm / 4), optax.sgd(1.0)))
     moved = {path: state.trainable[path] - trainable[path] for path in trainable}
     np.testing.assert_allclose(optax.tree.norm(moved), norm / 4, rtol=1e-3)
