@@ -12,7 +12,7 @@ from pathlib import Path
 
 from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file
 from magma_jax.convert.torch_reader import TorchFileError
-from magma_jax.evaluation.tasks import evaluate_run
+from magma_jax.evaluation.tasks import EvaluationError, evaluate_run
 from magma_jax.training.checkpoint import CheckpointError
 from magma_jax.training.loop import RunConfig, train
 
@@ -30,7 +30,9 @@ def main() -> None:
         train(config, workdir)
         if config.evaluate:
             evaluate_run(workdir)
-    except (ConfigError, CheckpointError, TorchFileError) as error:
+            print(f"\nReport: {workdir / 'report.html'}")
+            print(f"A picture of your own: python -m magma_jax.generate --checkpoint {workdir} picture.png")
+    except (ConfigError, CheckpointError, EvaluationError, TorchFileError) as error:
         sys.exit(f"train.py: {error}")
 
 

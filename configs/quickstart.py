@@ -1,6 +1,6 @@
 """The quick start: a frozen language model learns to describe drawings that it was never shown.
 
-    python train.py
+python train.py
 """
 
 from ml_collections import ConfigDict
