@@ -97,6 +97,7 @@ def modified_resnet(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_rn50x16_equals_open_clip(modified_resnet):
     torch = pytest.importorskip("torch")
     config = dataclasses.replace(CLIP_RESNETS["RN50x16"], attention_pool=True)
