@@ -28,7 +28,7 @@ def test_the_python_block_runs(tmp_path, monkeypatch, capsys):
 
 def test_commands_name_files_that_exist():
     commands = re.findall(r"```bash\n(.*?)```", README, re.S)
-    for name in re.findall(r"[\w/]+\.(?:py|txt)\b", "\n".join(commands)):
+    for name in re.findall(r"[\w/-]+\.(?:py|txt)\b", "\n".join(commands)):
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
         assert (ROOT / name).is_file(), name

@@ -94,7 +94,10 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct], *,
     folder = Path(path).absolute() / PARAMS
     if not folder.is_dir():
         raise CheckpointError(f"{path}: not a model folder (no {PARAMS}/)")
-    stored = _flatten(ocp.metadata(folder).metadata)
+    try:
+        stored = _flatten(ocp.metadata(folder).metadata)
+    except Exception as error:  # Orbax raises whatever its storage layer met
+        raise _damaged(folder, error) from error
     problems = [f"{name} is missing" for name in shapes if name not in stored]
     problems += [
         f"{name} has shape {tuple(stored[name].shape)}, expected {tuple(shape.shape)}"
@@ -105,7 +108,10 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct], *,
         raise CheckpointError(f"{path}: does not fit the model: " + "; ".join(problems))
     placeholders = {name: ocp.PLACEHOLDER for name in stored if name not in shapes}
     wanted = {name: _with_sharding(stored[name] if keep_dtype else shape) for name, shape in shapes.items()}
-    loaded = _flatten(ocp.load(folder, _nest(placeholders | wanted)))
+    try:
+        loaded = _flatten(ocp.load(folder, _nest(placeholders | wanted)))
+    except Exception as error:
+        raise _damaged(folder, error) from error
     return {name: loaded[name] for name in shapes}
 
 
@@ -161,6 +167,11 @@ class RunCheckpoints:
     def close(self) -> None:
         """Waits for a save in progress and closes."""
         self._checkpointer.close()
+
+
+def _damaged(folder: Path, error: Exception) -> CheckpointError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return CheckpointError(f"{folder}: cannot be read, probably damaged ({reason:.200}); write it again")
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -70,6 +70,16 @@ def test_folders_that_are_no_models(tmp_path):
         read_model_json(tmp_path)
 
 
+@pytest.mark.parametrize("victim", ["_METADATA", "manifest.ocdbt"])
+def test_damaged_parameters_are_named(folder, victim):
+    found = sorted((folder / "params").rglob(victim))
+    assert found
+    for path in found:
+        path.write_bytes(b"{")
+    with pytest.raises(CheckpointError, match="probably damaged"):
+        read_params(folder, {"a/c": jax.ShapeDtypeStruct((3,), jnp.float32)})
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
