@@ -11,9 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from magma_jax.config import ConfigError
-from magma_jax.evaluation.tasks import EvaluationError, evaluate_run
-from magma_jax.training.checkpoint import CheckpointError
+from magma_jax.evaluation.tasks import evaluate_run
 
 
 def main() -> None:
@@ -26,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         evaluate_run(arguments.workdir, arguments.split, arguments.limit, arguments.overview)
-    except (CheckpointError, ConfigError, EvaluationError) as error:
+    except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
         sys.exit(f"eval.py: {error}")
 
 

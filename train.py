@@ -10,10 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file
-from magma_jax.convert.torch_reader import TorchFileError
-from magma_jax.evaluation.tasks import EvaluationError, evaluate_run
-from magma_jax.training.checkpoint import CheckpointError
+from magma_jax.config import apply_overrides, from_dict, load_config_file
+from magma_jax.evaluation.tasks import evaluate_run
 from magma_jax.training.loop import RunConfig, train
 
 
@@ -32,7 +30,8 @@ def main() -> None:
             evaluate_run(workdir)
             print(f"\nReport: {workdir / 'report.html'}")
             print(f"A picture of your own: python -m magma_jax.generate --checkpoint {workdir} picture.png")
-    except (ConfigError, CheckpointError, EvaluationError, TorchFileError) as error:
+    # The package's own errors are ValueErrors; FloatingPointError is a loss that is no number.
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
 
 

@@ -1,6 +1,7 @@
 """MAGMA checkpoints: the published PyTorch layout to our parameters, and back, bit for bit."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ from magma_jax.convert.torch_writer import write_torch_file
 from magma_jax.data.tokenizer import gpt2_tokenizer
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Params, abstract
-from magma_jax.training.checkpoint import CheckpointError, read_model_json, read_params, write_model_folder
+from magma_jax.training.checkpoint import (
+    CheckpointError,
+    read_model_json,
+    read_trained_params,
+    write_model_folder,
+)
 from magma_jax.version import __version__
 
 TORCH_FILE = "torch.json"
@@ -99,10 +105,15 @@ def from_torch(checkpoint: str | Path, out: str | Path, model_config: Mapping[st
         raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
     config, params, source = read_torch_magma(checkpoint, model_config)
 
+    counters = {key: value for key, value in source["counters"].items() if _is_json(value)}
+    dropped = sorted(set(source["counters"]) - set(counters), key=str)
+    if dropped:
+        print(f"{checkpoint}: not kept, since no weights: {', '.join(map(str, dropped))}", file=sys.stderr)
+
     def extras(folder: Path) -> None:
         gpt2_tokenizer().save(folder / "tokenizer")
         np.savez_compressed(folder / BUFFER_FILE, **source["buffers"])
-        (folder / TORCH_FILE).write_text(json.dumps({key: source[key] for key in ("counters", "keys")}))
+        (folder / TORCH_FILE).write_text(json.dumps({"counters": counters, "keys": source["keys"]}))
 
     metadata = {"model": to_dict(config), "source": source["file"], "magma_jax": __version__}
     write_model_folder(out, metadata, params, extras)
@@ -128,9 +139,17 @@ def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
 
 
 def read_model_folder(folder: str | Path) -> tuple[MagmaConfig, Params]:
-    """Config and parameters of a model folder, in the dtypes it stores."""
+    """Config and parameters of a model folder or a trained run, in the dtypes it stores."""
     config = from_dict(MagmaConfig, read_model_json(folder)["model"], "model.json: model")
-    return config, read_params(folder, model_shapes(config), keep_dtype=True)
+    _, shapes, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))
+    return config, read_trained_params(folder, shapes, types, keep_dtype=True)
+
+
+def _is_json(value: object) -> bool:
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
 
 
 def _in_stored_dtypes(shapes: Mapping[str, Any], table: Table, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def encoder_table(
 ) -> list[Entry]:
     """An encoder alone, or inside MAGMA under the given prefixes of both sides' names."""
     tables = {CLIPResNetConfig: _clip_resnet, CLIPViTConfig: _clip_vit, NFResNetConfig: _nf_resnet}
+    if type(config) not in tables:
+        raise ValueError(f"an encoder of kind {config.kind} has no place in the published layout of MAGMA")
     return list(tables[type(config)](config, theirs, ours))
 
 

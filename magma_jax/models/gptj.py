@@ -188,8 +188,10 @@ class GPTJ(nnx.Module):
         return self.wte(ids, dtype)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """fp32 logits of the final hidden states."""
-        return self.lm_head(hidden).astype(jnp.float32)
+        """fp32 logits of the final hidden states, also where these are of lower precision."""
+        weight = self.lm_head.weight[...].astype(hidden.dtype)
+        logits = jnp.einsum("...i,oi->...o", hidden, weight, preferred_element_type=jnp.float32)
+        return logits + self.lm_head.bias[...].astype(jnp.float32)
 
     def init_cache(self, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
         """An empty cache with room for positions 0 to ``slots`` - 1 of ``batch`` rows."""

@@ -21,6 +21,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from magma_jax.nn.modules import Params
+from magma_jax.training.optim import label_parameters, partition
 from magma_jax.training.step import TrainState
 
 MODEL_FILE = "model.json"
@@ -78,9 +79,12 @@ def read_model_json(path: str | Path) -> dict[str, Any]:
             f"{path}: not a model folder (no {MODEL_FILE}); give the folder that train.py or convert wrote"
         )
     try:
-        return json.loads(file.read_text())
+        metadata = json.loads(file.read_text())
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(metadata, dict) or "model" not in metadata:
+        raise CheckpointError(f"{file}: holds no model config; write the folder again")
+    return metadata
 
 
 def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct], *, keep_dtype: bool = False) -> Params:
@@ -115,15 +119,28 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct], *,
     return {name: loaded[name] for name in shapes}
 
 
+def read_trained_params(
+    path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any], *, keep_dtype: bool = False
+) -> Params:
+    """Parameters of a model folder, or of a run folder with what its newest checkpoint has trained."""
+    if not (Path(path) / CHECKPOINTS).is_dir():
+        return read_params(path, shapes, keep_dtype=keep_dtype)
+    trainable, frozen, statistics = partition(shapes, label_parameters(types, read_model_json(path).get("groups", {})))
+    with RunCheckpoints(path) as checkpoints:
+        trained = checkpoints.restore_params(trainable, statistics)
+    return read_params(path, frozen, keep_dtype=keep_dtype) | trained
+
+
 class RunCheckpoints:
     """Checkpoints of a run, ``checkpoints/STEP/``, newest kept."""
 
-    def __init__(self, workdir: str | Path, *, keep: int = 2):
+    def __init__(self, workdir: str | Path, *, writing: bool = False, keep: int = 2):
         self._checkpointer = ocp.training.Checkpointer(
             Path(workdir).absolute() / CHECKPOINTS,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+            # Half-written steps of a killed run; a reader must leave alone what a trainer is writing.
+            cleanup_tmp_directories=writing,
         )
 
     def latest_step(self) -> int | None:
@@ -156,7 +173,10 @@ class RunCheckpoints:
         step = self.latest_step()
         if step is None:
             raise CheckpointError(f"{self._checkpointer.directory}: holds no checkpoint")
-        return self._checkpointer.load_checkpointables(step, wanted)
+        try:
+            return self._checkpointer.load_checkpointables(step, wanted)
+        except Exception as error:  # Orbax raises whatever its storage layer met
+            raise _damaged(Path(self._checkpointer.directory) / str(step), error) from error
 
     def __enter__(self) -> "RunCheckpoints":
         return self

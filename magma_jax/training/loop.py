@@ -62,6 +62,11 @@ class RunConfig:
     evaluate: bool = False
 
     def __post_init__(self):
+        for name in ("batch_size", "accumulate", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps < 0:
+            raise ValueError(f"steps must not be negative, got {self.steps}")
         if self.optim.steps is None:
             object.__setattr__(self, "optim", dataclasses.replace(self.optim, steps=self.steps))
         if self.optim.steps and self.optim.warmup_steps >= self.optim.steps:
@@ -106,13 +111,15 @@ def train(config: RunConfig, workdir: str | Path) -> Run:
         f"{parameter_count(frozen):,} are frozen; {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
     batches = iter(dataset.batches(config.batch_size, config.seed))
-    with RunCheckpoints(workdir) as checkpoints:
+    with RunCheckpoints(workdir, writing=True) as checkpoints:
         if checkpoints.latest_step() is not None:
             state, position = checkpoints.restore(state)
             batches.set_state(position)
             say(f"resuming after step {int(state.step)}")
         run = Run(config, workdir, dataset, graphdef, frozen, state)
-        prepare = picture_loader(dataset.images, graphdef, {**frozen, **trainable, **statistics}, labels)
+        prepare = picture_loader(
+            dataset.images, graphdef, {**frozen, **trainable, **statistics}, labels, config.loss.batch_norm
+        )
         _steps(run, optimizer, batches, prepare, checkpoints)
     return run
 
@@ -175,7 +182,7 @@ def _prepare_folder(
     if (workdir / MODEL_FILE).exists():
         theirs = read_model_json(workdir).get("run")
         changed = _differences(theirs or {}, to_dict(config))
-        # More steps continue a run; anything else would make another run of it.
+        # More steps of the same schedule continue a run; anything else would make another run of it.
         changed = [name for name in changed if name not in ("steps", "evaluate", "log_every", "checkpoint_every")]
         if changed:
             raise ConfigError(

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from magma_jax.data.images import normalize
 from magma_jax.models.encoders import ENCODERS
+from magma_jax.nn.convolution import BatchNormMode
 from magma_jax.nn.modules import Params, merge
 from magma_jax.typing import Array, Float, UInt8
 
@@ -17,7 +18,11 @@ Batch = dict[str, np.ndarray]
 
 
 def picture_loader(
-    images: UInt8[np.ndarray, "N H W 3"] | None, graphdef: nnx.GraphDef, params: Params, labels: Mapping[str, str]
+    images: UInt8[np.ndarray, "N H W 3"] | None,
+    graphdef: nnx.GraphDef,
+    params: Params,
+    labels: Mapping[str, str],
+    batch_norm: BatchNormMode,
 ) -> Callable[[Batch], Batch]:
     """Builds the function that replaces ``pictures`` in a batch by ``features`` or ``images``.
 
@@ -28,8 +33,9 @@ def picture_loader(
         return lambda batch: batch
     kind = merge(graphdef, params).config.encoder.kind
     entry = ENCODERS[kind]
-    learns = any(label == "encoder" for path, label in labels.items() if path.startswith("image_prefix/encoder/"))
-    if learns:
+    encoder = [label for path, label in labels.items() if path.startswith("image_prefix/encoder/")]
+    updates = batch_norm == "batch" and "statistic" in encoder
+    if updates or any(label in ("encoder", "rest") for label in encoder):
         return lambda batch: _without(batch) | {"images": normalize(images[batch["pictures"]], entry.mean, entry.std)}
     features = encode_all(images, graphdef, params)
     return lambda batch: _without(batch) | {"features": features[batch["pictures"]]}

@@ -1,5 +1,7 @@
 """PyTorch file to model folder and back: the same keys in the same order, the same bits; and what is refused."""
 
+import dataclasses
+import json
 import pickle
 import shutil
 import zipfile
@@ -12,6 +14,8 @@ from magma_jax.convert.magma import from_torch, read_torch_magma, to_torch
 from magma_jax.convert.torch_reader import open_torch_file, state_dict
 from magma_jax.convert.torch_writer import write_torch_file
 from magma_jax.convert.verify import read_model_config
+from magma_jax.training import loop
+from tests import tiny
 
 CASES = ["none", "v1_mlp_normal", "v2_mlp_attn_normal", "mlp_parallel", "scaled_parallel_ln", "vit_mlp_normal"]
 
@@ -207,3 +211,23 @@ def test_sizes_that_no_tensor_tells(golden_checkpoint, tmp_path, capsys):
     assert main(["from-torch", str(tmp_path / "absent.pt"), str(tmp_path / "out")]) == 2
     assert "absent.pt: No such file" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_a_trained_run_is_written_with_what_it_learned(tmp_path, monkeypatch):
+    config = tiny.run_config(steps=1, model=dataclasses.replace(tiny.MODEL, encoder=tiny.RESNET))
+    monkeypatch.setattr(loop, "load_dataset", lambda config: tiny.dataset())
+    run = loop.train(config, tmp_path / "run")
+    to_torch(tmp_path / "run", tmp_path / "run.pt")
+    with open_torch_file(tmp_path / "run.pt") as file:
+        written = file.tree["module"]["image_prefix.proj.weight"].read()
+    np.testing.assert_array_equal(written, run.state.trainable["image_prefix/proj/weight"])
+
+
+def test_what_is_no_weight_and_no_number_is_left_out_and_named(golden_checkpoint, golden, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    tree = torch.load(golden_checkpoint("none"), weights_only=True) | {"names": {"a", "b"}}
+    torch.save(tree, tmp_path / "with_set.pt")
+    config = json.loads((golden / "none.json").read_text())
+    from_torch(tmp_path / "with_set.pt", tmp_path / "out", config)
+    assert "not kept, since no weights: names" in capsys.readouterr().err
+    to_torch(tmp_path / "out", tmp_path / "back.pt")

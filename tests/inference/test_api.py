@@ -56,6 +56,8 @@ def test_one_seed_draws_differently_for_equal_prompts(model):
     batch = model.preprocess_batch([["a red"]] * 4)
     result = model.generate_tokens(batch, 8, SamplingConfig(temperature=2.0), seed=0)
     assert len({tuple(row) for row in np.asarray(result.tokens).tolist()}) > 1
+    alone = model.generate_tokens(model.preprocess_inputs(["a red"]), 8, SamplingConfig(temperature=2.0), seed=[0])
+    np.testing.assert_array_equal(alone.tokens[0], result.tokens[0])
     with pytest.raises(ValueError, match="2 seeds for 4 rows"):
         model.generate_tokens(batch, 8, seed=[0, 1])
 

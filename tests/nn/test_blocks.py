@@ -11,6 +11,7 @@ from flax import nnx
 from magma_jax.models.gptj import GPTJ, GPTJConfig
 from magma_jax.nn.adapters import Adapter, AdapterConfig
 from magma_jax.nn.attention import causal_mask, dot_product_attention, prefix_mask
+from magma_jax.nn.convolution import BatchNorm
 from magma_jax.nn.modules import AdapterParam, merge, split, variable_types
 from magma_jax.nn.rotary import apply_rotary, rotary_table
 from magma_jax.nn.stack import scan
@@ -208,3 +209,19 @@ def test_padding_on_the_right_leaves_the_loss_unchanged(language_model):
     long = loss(params, np.pad(ids, padding, constant_values=3), np.pad(labels, padding, constant_values=IGNORED))
     assert int(short[1]) == int(long[1]) == 16
     np.testing.assert_allclose(long[0], short[0], rtol=1e-6)
+
+
+def test_batch_norm_is_synchronised_over_devices():
+    norm = BatchNorm(4)
+    definition, params = split(norm)
+    images = jax.random.normal(jax.random.key(0), (16, 3, 3, 4)) * jnp.arange(1, 17)[:, None, None, None]
+
+    @jax.jit
+    def run(params, images):
+        norm = merge(definition, params)
+        return norm(images, "batch"), split(norm)[1]
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(images, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    for one, several in zip(jax.tree.leaves(run(params, images)), jax.tree.leaves(run(params, sharded)), strict=True):
+        np.testing.assert_allclose(several, one, rtol=1e-5, atol=1e-5)

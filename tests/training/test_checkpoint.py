@@ -58,8 +58,8 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(folder, tmp_path)
 
 def test_an_empty_folder_may_be_filled(tmp_path):
     (tmp_path / "empty").mkdir()
-    write_model_folder(tmp_path / "empty", {}, PARAMS)
-    assert read_model_json(tmp_path / "empty") == {}
+    write_model_folder(tmp_path / "empty", {"model": {}}, PARAMS)
+    assert read_model_json(tmp_path / "empty") == {"model": {}}
 
 
 def test_folders_that_are_no_models(tmp_path):
@@ -67,6 +67,9 @@ def test_folders_that_are_no_models(tmp_path):
         read_model_json(tmp_path)
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
+        read_model_json(tmp_path)
+    (tmp_path / "model.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds no model config"):
         read_model_json(tmp_path)
 
 

@@ -91,6 +91,9 @@ def test_batch_norm_in_batch_mode_updates_its_statistics(tmp_path):
     model = dataclasses.replace(tiny.MODEL, encoder=tiny.RESNET)
     for mode, expected in (("frozen", 0), ("batch", 1)):
         config = tiny.run_config(steps=1, model=model, loss=LossOptions(batch_norm=mode))
+        # Frozen too: features computed once would never see the batch.
+        groups = {**config.optim.groups, "encoder": "frozen"}
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, groups=groups))
         run = loop.train(config, tmp_path / mode)
         assert int(run.state.statistics["image_prefix/encoder/bn1/num_batches_tracked"]) == expected
 
