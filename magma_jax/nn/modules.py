@@ -50,16 +50,21 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     return graphdef, {path: variable.get_value() for path, variable in _variables(state)}
 
 
-def merge(graphdef: nnx.GraphDef, *params: Mapping[str, Any]) -> Any:
-    """Rebuilds the module of ``split`` from one or several flat dicts that together hold every path."""
-    nested: dict = {}
-    for path, value in (item for part in params for item in part.items()):
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat dict with paths as keys, as nested dicts."""
+    nested: dict[str, Any] = {}
+    for path, leaf in flat.items():
         *parents, name = path.split("/")
         node = nested
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = value
-    return nnx.merge(graphdef, nested)
+        node[name] = leaf
+    return nested
+
+
+def merge(graphdef: nnx.GraphDef, *params: Mapping[str, Any]) -> Any:
+    """Rebuilds the module of ``split`` from one or several flat dicts that together hold every path."""
+    return nnx.merge(graphdef, nest({path: value for part in params for path, value in part.items()}))
 
 
 def variable_types(module: nnx.Module) -> dict[str, type[nnx.Variable]]:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from magma_jax.nn.modules import Params
+from magma_jax.nn.modules import Params, nest
 from magma_jax.training.optim import label_parameters, partition
 from magma_jax.training.step import TrainState
 
@@ -58,7 +58,7 @@ def write_model_folder(
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         (temporary / MODEL_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
-        ocp.save(temporary / PARAMS, _nest(_as_jax(params)))
+        ocp.save(temporary / PARAMS, nest(_as_jax(params)))
         write_extras(temporary)
         os.chmod(temporary, 0o755)
         os.rename(temporary, path)
@@ -113,7 +113,7 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct], *,
     placeholders = {name: ocp.PLACEHOLDER for name in stored if name not in shapes}
     wanted = {name: _with_sharding(stored[name] if keep_dtype else shape) for name, shape in shapes.items()}
     try:
-        loaded = _flatten(ocp.load(folder, _nest(placeholders | wanted)))
+        loaded = _flatten(ocp.load(folder, nest(placeholders | wanted)))
     except Exception as error:
         raise _damaged(folder, error) from error
     return {name: loaded[name] for name in shapes}
@@ -205,17 +205,6 @@ def _abstract(tree: Any) -> Any:
 
 def _as_jax(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return nested
 
 
 def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
