@@ -21,7 +21,7 @@ Metrics = dict[str, Array]
 class TrainState:
     """All that training changes; frozen parameters are passed beside it and are not part of it."""
 
-    step: Array
+    step: Any  # int32 scalar; anything in a tree of shapes or shardings
     trainable: Params
     statistics: Params
     opt_state: Any
