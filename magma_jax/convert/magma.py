@@ -21,12 +21,8 @@ from magma_jax.convert.torch_writer import write_torch_file
 from magma_jax.data.tokenizer import gpt2_tokenizer
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Params, abstract
-from magma_jax.training.checkpoint import (
-    CheckpointError,
-    read_model_json,
-    read_trained_params,
-    write_model_folder,
-)
+from magma_jax.training.checkpoint import read_trained_params
+from magma_jax.training.model_folder import CheckpointError, read_model_json, write_model_folder
 from magma_jax.version import __version__
 
 TORCH_FILE = "torch.json"

@@ -5,17 +5,12 @@ describes the objects, ``NAME/data/KEY`` holds the bytes of one storage. Before,
 number, protocol version, machine, objects, storage keys), then each storage's element count and bytes.
 """
 
-import contextlib
 import io
-import mmap
 import os
 import struct
 import zipfile
-from collections.abc import Mapping
-from pathlib import Path
 
-import numpy as np
-
+from magma_jax.convert.byte_file import ByteFile, WeightFileError
 from magma_jax.convert.torch_pickle import BadPickle, unpickle
 from magma_jax.convert.torch_storage import LazyTensor, Storage
 
@@ -32,7 +27,7 @@ LEGACY_PROTOCOL = 1001
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
-class TorchFileError(ValueError):
+class TorchFileError(WeightFileError):
     """A file that cannot be read as a PyTorch checkpoint: which file, why, and what to do, in one line."""
 
 
@@ -43,15 +38,12 @@ class TorchFile:
     each tensor or parameter. Arrays that were read stay valid after the file is closed; unread tensors do not.
     """
 
-    def __init__(self, path: Path, tree: object, storages: Mapping[str, Storage], mapped: mmap.mmap):
-        self.path, self.tree = path, tree
-        self._storages, self._mapped = storages, mapped
+    def __init__(self, tree: object, file: ByteFile):
+        self.path, self.tree, self._file = file.path, tree, file
 
     def close(self) -> None:
-        """Lets go of the file; the memory map itself goes with the last array read from it."""
-        for storage in self._storages.values():
-            storage.buffer = None
-        _unmap(self._mapped)
+        """Lets go of the file."""
+        self._file.close()
 
     def __enter__(self) -> "TorchFile":
         return self
@@ -66,28 +58,26 @@ def open_torch_file(path: str | os.PathLike) -> TorchFile:
     Reads the description of the tensors; their bytes are read when asked for. Raises TorchFileError, or
     OSError if there is no such file.
     """
-    path = Path(path)
     storages: dict[str, Storage] = {}
-    with path.open("rb") as file:
-        head = file.read(1024)
+    file = ByteFile(path)
+    try:
+        head = file[:1024]
         if not head:
-            raise TorchFileError(f"{path}: the file is empty; the download failed, fetch it again")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        try:
-            if head.startswith(b"PK\x03\x04"):
-                tree = _read_zip(file, mapped, storages)
-            elif head[:1] == b"\x80" and LEGACY_MAGIC in head[:32]:
-                tree = _read_legacy(mapped, storages)
-            else:
-                raise BadPickle(_what_else(head))
-        except BadPickle as error:
-            _unmap(mapped)
+            raise BadPickle("the file is empty; the download failed, fetch it again")
+        if head.startswith(b"PK\x03\x04"):
+            tree = _read_zip(file, storages)
+        elif head[:1] == b"\x80" and LEGACY_MAGIC in head[:32]:
+            tree = _read_legacy(file, storages)
+        else:
+            raise BadPickle(_what_else(head))
+    except BaseException as error:
+        file.close()
+        if isinstance(error, BadPickle):
             raise TorchFileError(f"{path}: {error}") from error
-    # Through frombuffer, because it holds on to the map: closing that under a plain ndarray would be a crash.
-    content = np.frombuffer(mapped, np.uint8)
+        raise
     for storage in storages.values():
-        storage.buffer = content
-    return TorchFile(path, tree, storages, mapped)
+        storage.file = file
+    return TorchFile(tree, file)
 
 
 def state_dict(tree: object) -> tuple[dict[str, LazyTensor], dict]:
@@ -114,8 +104,8 @@ def state_dict(tree: object) -> tuple[dict[str, LazyTensor], dict]:
     return weights, {key: value for key, value in tree.items() if key not in weights}
 
 
-def _read_zip(file: io.BufferedReader, mapped: mmap.mmap, storages: dict[str, Storage]) -> object:
-    entries = _zip_entries(file, mapped)
+def _read_zip(file: ByteFile, storages: dict[str, Storage]) -> object:
+    entries = _zip_entries(file)
     roots = [name.removesuffix("data.pkl") for name in entries if name.split("/")[1:] == ["data.pkl"]]
     if len(roots) != 1:
         raise BadPickle("it is a zip archive, but not one of PyTorch: there is no single NAME/data.pkl in it")
@@ -127,13 +117,13 @@ def _read_zip(file: io.BufferedReader, mapped: mmap.mmap, storages: dict[str, St
         )
     if root + "byteorder" in entries:
         start, nbytes = entries[root + "byteorder"]
-        if mapped[start : start + min(nbytes, 16)] != b"little":
+        if file[start : start + min(nbytes, 16)] != b"little":
             raise BadPickle("it was written by a big-endian machine, which is not supported")
 
     start, nbytes = entries[root + "data.pkl"]
     if nbytes > MAX_PICKLE_NBYTES:
         raise BadPickle(f"its pickle takes {nbytes} bytes, more than the limit of {MAX_PICKLE_NBYTES}")
-    tree = unpickle(io.BytesIO(mapped[start : start + nbytes]), storages, len(mapped))
+    tree = unpickle(io.BytesIO(file[start : start + nbytes]), storages, len(file))
     for storage in storages.values():
         name = f"{root}data/{storage.key}"
         if name not in entries:
@@ -145,10 +135,10 @@ def _read_zip(file: io.BufferedReader, mapped: mmap.mmap, storages: dict[str, St
     return tree
 
 
-def _zip_entries(file: io.BufferedReader, mapped: mmap.mmap) -> dict[str, tuple[int, int]]:
+def _zip_entries(file: ByteFile) -> dict[str, tuple[int, int]]:
     """Name -> (position in the file, size), for an archive in which every byte has at most one owner."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(file.path) as archive:
             infos, directory_start = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
         raise BadPickle(f"the zip archive is cut short or damaged ({error}); fetch it again") from error
@@ -162,12 +152,12 @@ def _zip_entries(file: io.BufferedReader, mapped: mmap.mmap) -> dict[str, tuple[
         if name in entries or name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
             raise BadPickle(f"entry {name!r} is there twice or leads out of the archive; do not trust this file")
         data = info.header_offset + _LOCAL_HEADER.size
-        header = mapped[info.header_offset : data]
+        header = file[info.header_offset : data]
         if info.header_offset < end or data > directory_start or not header.startswith(b"PK\x03\x04"):
             raise BadPickle(f"entry {name!r} does not lie where the archive says; the file is damaged")
         name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(header)[-2:]
         encoded = name.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-        if mapped[data : data + name_nbytes] != encoded:
+        if file[data : data + name_nbytes] != encoded:
             raise BadPickle(f"entry {name!r} has another name inside the archive; the file is damaged")
         start = data + name_nbytes + extra_nbytes
         end = start + info.file_size
@@ -177,13 +167,13 @@ def _zip_entries(file: io.BufferedReader, mapped: mmap.mmap) -> dict[str, tuple[
     return entries
 
 
-def _read_legacy(mapped: mmap.mmap, storages: dict[str, Storage]) -> object:
-    stream = io.BytesIO(mapped[:MAX_PICKLE_NBYTES])
+def _read_legacy(file: ByteFile, storages: dict[str, Storage]) -> object:
+    stream = io.BytesIO(file[:MAX_PICKLE_NBYTES])
     _, protocol, machine = (unpickle(stream, {}) for _ in range(3))
     little_endian = isinstance(machine, dict) and machine.get("little_endian") is True
     if protocol != LEGACY_PROTOCOL or not little_endian:
         raise BadPickle("it has another legacy protocol or a big-endian byte order, which are not supported")
-    tree = unpickle(stream, storages, len(mapped))
+    tree = unpickle(stream, storages, len(file))
     keys = unpickle(stream, {})
     names = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
     if sorted(names) != sorted(storages):
@@ -193,9 +183,9 @@ def _read_legacy(mapped: mmap.mmap, storages: dict[str, Storage]) -> object:
     for key in names:
         storage, start = storages[key], position + 8
         position = start + storage.nbytes
-        if position > len(mapped):
-            raise BadPickle(f"it is cut short by {position - len(mapped)} bytes or more; fetch it again")
-        numel = int.from_bytes(mapped[start - 8 : start], "little", signed=True)
+        if position > len(file):
+            raise BadPickle(f"it is cut short by {position - len(file)} bytes or more; fetch it again")
+        numel = int.from_bytes(file[start - 8 : start], "little", signed=True)
         if numel != storage.numel:
             raise BadPickle(f"storage {key!r} should have {storage.numel} elements but has {numel}")
         storage.start = start
@@ -223,8 +213,3 @@ def _what_else(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return "it is a tar archive, as PyTorch wrote them until 0.1.9; unpack it or save it again"
     return f"it is no PyTorch checkpoint: it starts with {head[:16]!r}; check where it came from"
-
-
-def _unmap(mapped: mmap.mmap) -> None:
-    with contextlib.suppress(BufferError):  # arrays still look at it
-        mapped.close()

@@ -1,9 +1,12 @@
 """What a PyTorch checkpoint calls its element types, and tensors whose bytes are still in the file."""
 
+import math
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+
+from magma_jax.convert.byte_file import ByteFile
 
 # PyTorch's dtype name -> ours.
 DTYPES = {
@@ -33,12 +36,12 @@ STORAGES = {
 
 @dataclass(eq=False)
 class Storage:
-    """A run of ``numel`` elements in the file; ``buffer`` and ``start`` (bytes) are set once located."""
+    """A run of ``numel`` elements in a file; ``file`` and ``start`` (bytes) are set once located."""
 
     key: str
     dtype: np.dtype
     numel: int
-    buffer: np.ndarray | None = None
+    file: ByteFile | None = None
     start: int = 0
 
     @property
@@ -68,22 +71,34 @@ class LazyTensor:
         """Hashable; equal exactly for tensors over the same elements of the same open file."""
         return self._storage, self._offset, self.shape, self._strides, self.dtype
 
-    def read(self) -> np.ndarray:
-        """The values: a read-only view on the mapped file wherever the file's alignment allows one.
+    @property
+    def position(self) -> tuple[str, int]:
+        """File and byte at which the tensor begins: reading in this order reads a file from front to back."""
+        file = self._storage.file
+        return str(file.path) if file else "", self._storage.start + self._offset * self.dtype.itemsize
 
-        Raises ValueError if the file was closed.
+    def read(self) -> np.ndarray:
+        """The values, in memory of their own; read-only, since an expanded tensor repeats its elements.
+
+        Raises ValueError if the file was closed, WeightFileError if it became shorter.
         """
         storage, size = self._storage, self.dtype.itemsize
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
-        if storage.buffer is None:
-            raise ValueError("this tensor's checkpoint was closed: read it inside the `with` block")
-        buffer, start = storage.buffer, storage.start + self._offset * size
-        if start % size:  # only the legacy format packs storages without padding
-            buffer, start = buffer[storage.start : storage.start + storage.nbytes].copy(), self._offset * size
-        array = np.ndarray(self.shape, self.dtype, buffer, start, [s * size for s in self._strides])
+        if storage.file is None:
+            raise ValueError("this tensor's storage was never located in a file")
+        # From the first element to the last, which is all of it unless the tensor is a view.
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self._strides, strict=True))
+        content = storage.file.read(storage.start + self._offset * size, extent * size)
+        array = np.ndarray(self.shape, self.dtype, content, strides=[s * size for s in self._strides])
         array.flags.writeable = False
         return array
 
     def __repr__(self) -> str:
         return f"LazyTensor(shape={self.shape}, dtype={self.dtype})"
+
+
+def contiguous(file: ByteFile, key: str, dtype: np.dtype, shape: tuple[int, ...], start: int) -> LazyTensor:
+    """A tensor that lies in row-major order from byte ``start`` of ``file`` on."""
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return LazyTensor(Storage(key, dtype, math.prod(shape), file, start), dtype, 0, shape, strides)

@@ -33,7 +33,8 @@ from magma_jax.inference.decode import generate
 from magma_jax.inference.sampling import SamplingConfig, row_keys
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import Params, abstract, merge
-from magma_jax.training.checkpoint import CHECKPOINTS, CheckpointError, RunCheckpoints, read_model_json
+from magma_jax.training.checkpoint import CHECKPOINTS, RunCheckpoints
+from magma_jax.training.model_folder import CheckpointError, read_model_json
 from magma_jax.training.pictures import encode_all
 from magma_jax.typing import Array, Float, Int
 

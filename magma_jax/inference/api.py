@@ -27,7 +27,8 @@ from magma_jax.inference.sampling import SamplingConfig, row_keys
 from magma_jax.models.encoders import ENCODERS
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Params, abstract, merge
-from magma_jax.training.checkpoint import read_model_json, read_trained_params
+from magma_jax.training.checkpoint import read_trained_params
+from magma_jax.training.model_folder import read_model_json
 from magma_jax.typing import Array, Float, Int
 
 # Prompts are padded to one of these lengths (then to multiples of the last), so few programs are compiled.

@@ -19,8 +19,9 @@ from magma_jax.config import ConfigError, to_dict
 from magma_jax.data.datasets import DataConfig, Dataset, load_dataset
 from magma_jax.models import MODELS, ModelConfig
 from magma_jax.nn.modules import Params, abstract, parameter_count, split
-from magma_jax.training.checkpoint import MODEL_FILE, RunCheckpoints, read_model_json, read_params, write_model_folder
+from magma_jax.training.checkpoint import RunCheckpoints
 from magma_jax.training.losses import LOSSES, LossOptions
+from magma_jax.training.model_folder import MODEL_FILE, read_model_json, read_params, write_model_folder
 from magma_jax.training.optim import OptimConfig, label_parameters, make_optimizer, partition
 from magma_jax.training.pictures import feature_statistics, picture_loader
 from magma_jax.training.step import TrainState, init_state, make_train_step

@@ -21,7 +21,7 @@ from magma_jax.inference.api import Magma
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.training import loop
-from magma_jax.training.checkpoint import CheckpointError, write_model_folder
+from magma_jax.training.model_folder import CheckpointError, write_model_folder
 from tests import tiny
 
 DATA = tiny.dataset()

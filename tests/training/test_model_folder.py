@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from magma_jax.config import ConfigError
-from magma_jax.training.checkpoint import CheckpointError, read_model_json, read_params, write_model_folder
+from magma_jax.training.model_folder import CheckpointError, read_model_json, read_params, write_model_folder
 from magma_jax.training.weights import load_weights
 
 PARAMS = {"a/b": jnp.arange(6.0).reshape(2, 3), "a/c": np.ones(3, np.float16), "n": jnp.zeros((), jnp.int32)}

@@ -1,0 +1,52 @@
+"""Bytes of a file by position, without mapping it: a map's pages would count as the process's memory."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+class WeightFileError(ValueError):
+    """A weight file that cannot be read: which file, why, and what to do, in one line."""
+
+
+class ByteFile:
+    """A file open for reading at any position; safe to use from several threads.
+
+    ``file[start:stop]`` gives bytes, at most as many as there are; ``len(file)`` is the size when it was opened.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._descriptor: int | None = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._nbytes = os.fstat(self._descriptor).st_size
+
+    def __len__(self) -> int:
+        return self._nbytes
+
+    def __getitem__(self, place: slice) -> bytes:
+        start, stop, _ = place.indices(self._nbytes)
+        return self.read(start, max(0, stop - start)).tobytes()
+
+    def read(self, start: int, nbytes: int) -> np.ndarray:
+        """``nbytes`` bytes from ``start`` on, as a new uint8 array.
+
+        Raises:
+            ValueError: the file was closed. WeightFileError: it has become shorter.
+        """
+        if self._descriptor is None:
+            raise ValueError("this tensor's checkpoint was closed: read it inside the `with` block")
+        content = np.empty(nbytes, np.uint8)
+        done = 0
+        while done < nbytes:  # Linux reads at most 2 GiB at once
+            count = os.preadv(self._descriptor, [content[done:].data], start + done)
+            if not count:
+                raise WeightFileError(f"{self.path}: became shorter while it was read; fetch it again")
+            done += count
+        return content
+
+    def close(self) -> None:
+        """Closes the file; may be called twice."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
