@@ -20,6 +20,7 @@ from magma_jax.data.datasets import DataConfig, Dataset, load_dataset
 from magma_jax.models import MODELS, ModelConfig
 from magma_jax.nn.modules import Params, abstract, parameter_count, split
 from magma_jax.training.checkpoint import RunCheckpoints
+from magma_jax.training.early_stopping import ValidationConfig
 from magma_jax.training.losses import LOSSES, LossOptions
 from magma_jax.training.model_folder import MODEL_FILE, read_model_json, read_params, write_model_folder
 from magma_jax.training.optim import OptimConfig, label_parameters, make_optimizer, partition
@@ -46,6 +47,8 @@ class RunConfig:
         seed: of fresh weights, data order and dropout.
         log_every: steps between lines of metrics.
         checkpoint_every: steps between checkpoints; the last step is always one.
+        keep_checkpoints: newest checkpoints that are kept, beside that of the best validation.
+        validation: when the run is validated and ends early.
         evaluate: whether the run ends with the evaluation of ``eval.py``.
     """
 
@@ -60,10 +63,12 @@ class RunConfig:
     seed: int = 0
     log_every: int = 20
     checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    validation: ValidationConfig = ValidationConfig()
     evaluate: bool = False
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "log_every", "checkpoint_every"):
+        for name in ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps < 0:
