@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from magma_jax.convert.hub import local_path
 from magma_jax.convert.magma import from_torch, to_torch
 from magma_jax.convert.verify import read_model_config, verify
 
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     config_help = "JSON with what tensors cannot tell: lm (n_heads, rotary_dim, seq_len), encoder (res, heads)"
 
     command = commands.add_parser("from-torch", help="PyTorch checkpoint to model folder")
-    command.add_argument("checkpoint", help="PyTorch file in the published layout")
+    command.add_argument("checkpoint", help="PyTorch file in the published layout, or its hf:// address")
     command.add_argument("out", help="model folder to write; must not exist")
     command.add_argument("--model-config", help=config_help)
     command.set_defaults(run=_from_torch)
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_to_torch)
 
     command = commands.add_parser("verify", help="compare a checkpoint with what the original computed")
-    command.add_argument("checkpoint", help="PyTorch file, model folder or run folder")
+    command.add_argument("checkpoint", help="PyTorch file or its hf:// address, model folder or run folder")
     command.add_argument("--golden", required=True, help="NPZ of inputs and the original's results")
     command.add_argument("--model-config", help=f"{config_help}; default: the .json beside the golden file")
     command.add_argument("--json", action="store_true", help="machine-readable result on standard output")
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _from_torch(options: argparse.Namespace) -> int:
     model_config = read_model_config(options.model_config) if options.model_config else None
-    config = from_torch(options.checkpoint, options.out, model_config)
+    config = from_torch(local_path(options.checkpoint), options.out, model_config)
     lm = config.lm
     print(f"{options.out}: {lm.layers} layers of width {lm.width}, {config.encoder.kind}, vocabulary {lm.vocab_rows}")
     return 0
@@ -72,7 +73,7 @@ def _to_torch(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     model_config = read_model_config(options.model_config) if options.model_config else None
-    result = verify(options.checkpoint, options.golden, model_config)
+    result = verify(local_path(options.checkpoint), options.golden, model_config)
     print(json.dumps(result.as_json(), indent=2) if options.json else result.as_table())
     return 0 if result.ok else 1
 

@@ -70,14 +70,16 @@ class Magma:
         """Loads a run folder of ``train.py``, a converted model folder, or a PyTorch checkpoint file.
 
         Args:
-            path: folder or file.
+            path: folder, file, or ``hf://OWNER/NAME[@REVISION][/FILE]`` for a file that is fetched first.
             dtype: dtype of weights and activations, such as ``bfloat16``; default: the config's.
 
         Raises:
-            CheckpointError: not such a folder. TorchFileError, KeyMapError: a PyTorch file that cannot be read, or
+            CheckpointError: not such a folder. HubError: not fetched. TorchFileError, KeyMapError: a PyTorch file that cannot be read, or
                 whose keys do not fit a MAGMA model.
         """
-        path = Path(path)
+        from magma_jax.convert.hub import local_path
+
+        path = local_path(path)
         if path.is_file():
             from magma_jax.convert.magma import read_torch_magma
 
