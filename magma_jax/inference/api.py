@@ -160,7 +160,7 @@ class Magma:
                 f"the longest prompt has {longest} positions and {max_steps} new tokens were asked for, but the "
                 f"context holds {context}; shorten the prompt or lower max_steps"
             )
-        padded = _pad_to_bucket(batch.embeddings)
+        padded = _pad_to_bucket(batch.embeddings, context)
         return _generate(
             self._graphdef,
             self.params,
@@ -207,7 +207,7 @@ class Magma:
         bad = [i for i in ids if not 0 <= i < rows]
         if bad:
             raise ValueError(f"token id {bad[0]} is outside the embedding table of {rows} rows")
-        return self.params["lm/wte/weight"][np.asarray(ids, np.int32)].astype(self.config.dtype)
+        return merge(self._graphdef, self.params).embed_tokens(jnp.asarray(ids, jnp.int32)[None])[0]
 
     def remove_adapters(self) -> "Magma":
         """The same model without adapters: its text logits are those of the language model, bit for bit."""
@@ -263,11 +263,12 @@ def _as_batch(embeddings: Array | PromptBatch) -> PromptBatch:
     return PromptBatch(embeddings, jnp.full(embeddings.shape[0], embeddings.shape[1]))
 
 
-def _pad_to_bucket(embeddings: Float[Array, "B S D"]) -> Float[Array, "B S2 D"]:
+def _pad_to_bucket(embeddings: Float[Array, "B S D"], context: int) -> Float[Array, "B S2 D"]:
     length = embeddings.shape[1]
     last = LENGTH_BUCKETS[-1]
     bucket = next((b for b in LENGTH_BUCKETS if b >= length), -(-length // last) * last)
-    return jnp.pad(embeddings, ((0, 0), (0, bucket - length), (0, 0)))
+    # Learned positions end with the context.
+    return jnp.pad(embeddings, ((0, 0), (0, max(min(bucket, context) - length, 0)), (0, 0)))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "sampling", "eos_id", "return_logits"))
@@ -283,7 +284,7 @@ def _forward(graphdef, params, embeddings, outputs) -> ForwardOutput:
     hidden_states = None
     if outputs[0]:
         inner = output.collected["out"][:-1]
-        hidden_states = jnp.concatenate([embeddings[None].astype(inner.dtype), inner, output.hidden[None]])
+        hidden_states = jnp.concatenate([output.inputs[None].astype(inner.dtype), inner, output.hidden[None]])
     return ForwardOutput(model.logits(output.hidden), hidden_states, output.collected.get("attentions"))
 
 

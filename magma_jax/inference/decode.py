@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from magma_jax.inference.sampling import SamplingConfig, sample, step_keys
-from magma_jax.models.gptj import KVCache
+from magma_jax.models.decoder import KVCache
 from magma_jax.typing import Array, Float, Int, Key
 
 

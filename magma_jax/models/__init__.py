@@ -3,10 +3,11 @@
 from typing import TypeAlias
 
 from magma_jax.models.gptj import GPTJ, GPTJConfig
+from magma_jax.models.language_models import LANGUAGE_MODELS, LanguageModelConfig
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 
-ModelConfig: TypeAlias = MagmaConfig | GPTJConfig
+ModelConfig: TypeAlias = MagmaConfig | LanguageModelConfig
 
-MODELS = {"magma": MagmaModel, "gptj": GPTJ}
+MODELS = {"magma": MagmaModel, **LANGUAGE_MODELS}
 
 __all__ = ["GPTJ", "MODELS", "GPTJConfig", "MagmaConfig", "MagmaModel", "ModelConfig"]

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from magma_jax.models.clip_resnet import CLIPResNetConfig
+from magma_jax.models.decoder import KVCache, LMOutput
 from magma_jax.models.encoders import EncoderConfig, build_encoder
-from magma_jax.models.gptj import GPTJ, GPTJConfig, KVCache, LMOutput
+from magma_jax.models.gptj import GPTJConfig
+from magma_jax.models.language_models import LanguageModelConfig, build_language_model
 from magma_jax.models.prefix import ImagePrefix, PrefixConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.convolution import BatchNormMode
 from magma_jax.nn.layers import Linear
 from magma_jax.nn.modules import HeadParam
 from magma_jax.nn.stack import Remat
-from magma_jax.typing import Array, Float, Int, PRNGKey
+from magma_jax.typing import Array, Bool, Float, Int, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class MagmaConfig:
         dtype: dtype of activations; LayerNorm, softmax, rotary angles, logits and loss are fp32 regardless.
     """
 
-    lm: GPTJConfig = GPTJConfig()
+    lm: LanguageModelConfig = GPTJConfig()
     encoder: EncoderConfig = CLIPResNetConfig()
     prefix: PrefixConfig = PrefixConfig()
     mlp_adapter: AdapterConfig | None = None
@@ -50,7 +52,8 @@ class MagmaModel(nnx.Module):
         self.config = config
         encoder = build_encoder(config.encoder, rngs=rngs)
         self.image_prefix = ImagePrefix(encoder, config.lm.width, config.prefix, rngs=rngs)
-        self.lm = GPTJ(config.lm, mlp_adapter=config.mlp_adapter, attn_adapter=config.attn_adapter, rngs=rngs)
+        adapters = {"mlp_adapter": config.mlp_adapter, "attn_adapter": config.attn_adapter}
+        self.lm = build_language_model(config.lm, **adapters, rngs=rngs)
         self.class_head = (
             Linear(config.lm.width, config.classes, param=HeadParam, rngs=rngs) if config.classes else None
         )
@@ -90,12 +93,13 @@ class MagmaModel(nnx.Module):
         embeddings: Float[Array, "B S D"],
         *,
         positions: Int[Array, "B S"] | None = None,
+        mask: Bool[Array, "#B #S T"] | None = None,
         cache: KVCache | None = None,
         collect: tuple[str, ...] = (),
         remat: Remat = "none",
     ) -> LMOutput:
         """Runs the language model with its adapters over any mixture of prefixes and word embeddings."""
-        return self.lm(embeddings, positions=positions, cache=cache, collect=collect, remat=remat)
+        return self.lm(embeddings, positions=positions, mask=mask, cache=cache, collect=collect, remat=remat)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """fp32 logits of the final hidden states."""

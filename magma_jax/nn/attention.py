@@ -40,13 +40,17 @@ def dot_product_attention(
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H K"],
     mask: Bool[Array, "#B #S T"] | None,
+    *,
+    scaled: bool = True,
 ) -> tuple[Float[Array, "B S H K"], Float[Array, "B H S T"]]:
     """Returns the weighted values and the attention weights; scores and softmax are fp32.
 
-    ``mask=None`` lets every query see every key. Weights that nobody uses are removed by the compiler.
+    ``mask=None`` lets every query see every key; ``scaled`` divides the scores by sqrt(K). Weights that nobody uses are
+    removed by the compiler.
     """
     scores = jnp.einsum("bshk,bthk->bhst", q, k, preferred_element_type=jnp.float32)
-    scores = scores / math.sqrt(q.shape[-1])
+    if scaled:
+        scores = scores / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, MASKED_SCORE)
     weights = jax.nn.softmax(scores, axis=-1)

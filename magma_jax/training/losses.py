@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from magma_jax.models.gptj import GPTJ
+from magma_jax.models.decoder import Decoder
+from magma_jax.models.language_models import LANGUAGE_MODELS
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.convolution import BatchNormMode
 from magma_jax.nn.stack import Remat
@@ -72,7 +73,7 @@ def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, option
     return _token_loss(logits, batch["labels"])
 
 
-def language_loss(model: GPTJ, batch: Batch, key: PRNGKey, *, options: LossOptions) -> LossResult:
+def language_loss(model: Decoder, batch: Batch, key: PRNGKey, *, options: LossOptions) -> LossResult:
     """Next-token loss of text alone; ``batch`` holds ``tokens`` and ``labels`` (B, S)."""
     embeddings = model.embed(batch["tokens"][:, :-1])
     logits = model.logits(model(embeddings, remat=options.remat).hidden)
@@ -80,7 +81,10 @@ def language_loss(model: GPTJ, batch: Batch, key: PRNGKey, *, options: LossOptio
 
 
 # By the ``kind`` of the model's config.
-LOSSES: dict[str, Callable[..., LossResult]] = {"magma": caption_loss, "gptj": language_loss}
+LOSSES: dict[str, Callable[..., LossResult]] = {
+    "magma": caption_loss,
+    **dict.fromkeys(LANGUAGE_MODELS, language_loss),
+}
 
 
 def _token_loss(logits: Float[Array, "B S V"], labels: Int[Array, "B S"]) -> LossResult:

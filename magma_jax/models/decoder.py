@@ -1,0 +1,278 @@
+"""What the language models share: embedding, layers with a cache and adapters, final LayerNorm, logits.
+
+A language model is a subclass of ``Decoder`` that builds its parts, and an ``Attention`` that says how an input
+becomes queries, keys and values. Block, cache, loop over layers and head stand here once.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from magma_jax.nn.adapters import Adapter, AdapterConfig
+from magma_jax.nn.attention import causal_mask, dot_product_attention
+from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal
+from magma_jax.nn.modules import LanguageParam
+from magma_jax.nn.rotary import rotary_table
+from magma_jax.nn.stack import Remat, scan
+from magma_jax.typing import Array, Bool, Float, Int
+
+# Where the MLP reads. With LN_1 and LN_2 the two LayerNorms of a layer:
+#   shared      x + attention(LN_1 x) + mlp(LN_1 x)
+#   parallel    x + attention(LN_1 x) + mlp(LN_2 x)
+#   sequential  y + mlp(LN_2 y), y = x + attention(LN_1 x)
+Residual = Literal["shared", "parallel", "sequential"]
+
+Activation = Literal["gelu", "gelu_tanh", "relu"]
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@runtime_checkable
+class DecoderConfig(Protocol):
+    """Fields that every language model's config has, under these names."""
+
+    kind: str
+    layers: int
+    width: int
+    heads: int
+    feed_forward: int
+    vocab_rows: int  # rows of the embedding table
+    head_rows: int  # rows of the head; ids that the table lacks are never sampled
+    context_length: int  # positions the model was trained on, in tokens
+    layernorm_eps: float
+    dtype: str  # that the weights are stored in
+
+
+class KVCache(NamedTuple):
+    """Keys (after rotary) and values of every layer: (L, B, T, H, K) each, T slots, slot = position."""
+
+    key: Array
+    value: Array
+
+
+class BlockOutput(NamedTuple):
+    """Everything a block computes; what nobody reads is removed by the compiler."""
+
+    ln_1: Array  # (B, S, D) input of attention
+    attn_inner: Array  # (B, S, D) attention without its adapter
+    attn: Array  # (B, S, D) attention with its adapter
+    mlp_inner: Array  # (B, S, D) MLP without its adapter
+    mlp: Array  # (B, S, D) MLP with its adapter
+    out: Array  # (B, S, D)
+    attentions: Array  # (B, H, S, T) attention weights, fp32
+    key: Array  # (B, S, H, K) after rotary
+    value: Array  # (B, S, H, K)
+
+
+class LMOutput(NamedTuple):
+    """Result of a language model's call; ``collected`` holds what was asked for, stacked over layers."""
+
+    inputs: Array  # (B, S, D) input of the first block: the embeddings, with positions where these are learned
+    hidden: Array  # (B, S, D) after the final LayerNorm
+    cache: KVCache | None
+    collected: dict[str, Array]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; a subclass has ``out_proj`` and gives ``heads_of``."""
+
+    scaled = True  # scores are divided by sqrt(K)
+
+    def heads_of(self, x: Array, rotary: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
+        """Queries, keys and values (B, S, H, K) of an input (B, S, D)."""
+        raise NotImplementedError
+
+    def __call__(self, x, mask, rotary, store):
+        """``store(key, value)`` puts new keys and values where they belong and returns those to attend to."""
+        q, k, v = self.heads_of(x, rotary)
+        out, weights = dot_product_attention(q, *store(k, v), mask, scaled=self.scaled)
+        return self.out_proj(out.reshape(x.shape)), weights, k, v
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: DecoderConfig, activation: Activation, *, rngs: nnx.Rngs):
+        self.activation = activation
+        self.c_fc = linear(config, config.width, config.feed_forward, rngs=rngs)
+        self.c_proj = linear(config, config.feed_forward, config.width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each followed by its adapter if it has one (MAGMA, section 3.1)."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        attention: Attention,
+        mlp_adapter: AdapterConfig | None,
+        attn_adapter: AdapterConfig | None,
+        *,
+        residual: Residual,
+        activation: Activation = "gelu_tanh",
+        rngs: nnx.Rngs,
+    ):
+        self.residual = residual
+        self.ln_1 = layernorm(config)
+        self.attn = attention
+        self.ln_2 = None if residual == "shared" else layernorm(config)
+        self.mlp = MLP(config, activation, rngs=rngs)
+        self.mlp_adapter = mlp_adapter and Adapter(config.width, mlp_adapter, rngs=rngs)
+        self.attn_adapter = attn_adapter and Adapter(config.width, attn_adapter, rngs=rngs)
+
+    def __call__(self, x, mask, rotary, store) -> BlockOutput:
+        h = self.ln_1(x)
+        attn_inner, attentions, key, value = self.attn(h, mask, rotary, store)
+        attn = attn_inner if self.attn_adapter is None else self.attn_adapter(h, attn_inner)
+        m = h if self.ln_2 is None else self.ln_2(x if self.residual == "parallel" else x + attn)
+        mlp_inner = self.mlp(m)
+        mlp = mlp_inner if self.mlp_adapter is None else self.mlp_adapter(m, mlp_inner)
+        return BlockOutput(h, attn_inner, attn, mlp_inner, mlp, x + attn + mlp, attentions, key, value)
+
+
+class Decoder(nnx.Module):
+    """A language model from embeddings to hidden states; ``embed`` before it, ``logits`` after it.
+
+    A subclass sets ``config``, the embedding table ``wte``, stacked ``layers`` and the final LayerNorm ``ln_f``; where
+    it has them, a head ``lm_head`` (None: the embedding table is the head too, one parameter with two uses) and a
+    table of learned positions ``wpe``, rotary positions, or ``windows``: for every layer how many positions a query
+    sees, itself included, or None for all.
+    """
+
+    config: DecoderConfig
+    lm_head: Linear | None = None
+    wpe: Embedding | None = None
+    rotary: tuple[int, float] | None = None  # features of each head that are turned, and the base
+    windows: tuple[int | None, ...] | None = None
+
+    def embed(self, ids: Int[Array, "B S"], dtype: Any = jnp.float32) -> Float[Array, "B S D"]:
+        """Word embeddings; ids must be below ``vocab_rows`` (JAX clamps what is not)."""
+        return self.wte(ids, dtype)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """fp32 logits of the final hidden states, also where these are of lower precision."""
+        weight, bias = (self.wte.weight, None) if self.lm_head is None else (self.lm_head.weight, self.lm_head.bias)
+        weight = weight[...].astype(hidden.dtype)
+        logits = jnp.einsum("...i,oi->...o", hidden, weight, preferred_element_type=jnp.float32)
+        return logits if bias is None else logits + bias[...].astype(jnp.float32)
+
+    def init_cache(self, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
+        """An empty cache with room for positions 0 to ``slots`` - 1 of ``batch`` rows."""
+        config = self.config
+        shape = (config.layers, batch, slots, config.heads, config.width // config.heads)
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B S D"],
+        *,
+        positions: Int[Array, "B S"] | None = None,
+        mask: Bool[Array, "#B #S T"] | None = None,
+        cache: KVCache | None = None,
+        collect: tuple[str, ...] = (),
+        remat: Remat = "none",
+    ) -> LMOutput:
+        """Runs all layers.
+
+        Args:
+            embeddings: word embeddings and image prefixes in one sequence.
+            positions: position of every embedding, per row (default 0, 1, ...). With a cache they are also the
+                slots that the new keys and values are written to.
+            mask: what each query may see (default causal); with a cache, T is its number of slots.
+            cache: keys and values of earlier positions. Slots after a query's position are never seen, so right
+                padding may leave garbage there; later tokens overwrite it.
+            collect: fields of ``BlockOutput`` to return for every layer, with a leading axis L.
+            remat: what the backward pass recomputes, see ``nn.stack``.
+
+        Raises:
+            ValueError: more embeddings than the table of learned positions has rows.
+        """
+        batch, length, _ = embeddings.shape
+        if positions is None:
+            if self.wpe is not None and length > self.config.context_length:
+                raise ValueError(
+                    f"{length} positions exceed the context of {self.config.context_length}, which is all that a "
+                    "language model with learned positions knows; shorten the sequence"
+                )
+            positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        keys = positions if cache is None else jnp.arange(cache.key.shape[2])
+        if mask is None:
+            mask = causal_mask(positions, keys)
+        x = embeddings if self.wpe is None else embeddings + self.wpe(positions, embeddings.dtype)
+        rotary = None if self.rotary is None else rotary_table(positions, *self.rotary)
+        windows = distances = None
+        if self.windows is not None:
+            windows = jnp.array([np.iinfo(np.int32).max if window is None else window for window in self.windows])
+            distances = positions[..., :, None] - keys[..., None, :]
+
+        def body(layer, carry, inputs):
+            x, cache = carry
+            index, window = inputs
+            updated = cache
+
+            def store(key, value):
+                nonlocal updated
+                if cache is None:
+                    return key, value
+                # In the loop's carry and written in place: stacking per-layer caches would copy them every step.
+                rows = jnp.arange(batch)[:, None]
+                updated = KVCache(
+                    cache.key.at[index, rows, positions].set(key.astype(cache.key.dtype)),
+                    cache.value.at[index, rows, positions].set(value.astype(cache.value.dtype)),
+                )
+                return updated.key[index], updated.value[index]
+
+            visible = mask if window is None else mask & (distances < window)
+            output = layer(x, visible, rotary, store)
+            return (output.out, updated), {name: getattr(output, name) for name in collect}
+
+        layers = jnp.arange(self.config.layers)
+        (out, cache), collected = scan(self.layers, body, (x, cache), (layers, windows), remat=remat)
+        return LMOutput(x, self.ln_f(out), cache, collected)
+
+    def remove_adapters(self) -> None:
+        """Removes every adapter: what is left computes exactly what the language model computed before."""
+        self.layers.mlp_adapter = None
+        self.layers.attn_adapter = None
+
+
+def embedding(config: DecoderConfig, rows: int, std: float, *, rngs: nnx.Rngs) -> Embedding:
+    """A table of the language model's width, filled with N(0, ``std``)."""
+    options = {"param": LanguageParam, "weight_init": normal(std), "dtype": jnp.dtype(config.dtype), "rngs": rngs}
+    return Embedding(rows, config.width, **options)
+
+
+def linear(
+    config: DecoderConfig, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs
+) -> Linear:
+    """A linear layer of the language model, filled with N(0, 0.02)."""
+    return Linear(
+        in_features,
+        out_features,
+        param=LanguageParam,
+        use_bias=use_bias,
+        weight_init=normal(0.02),
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
+
+
+def layernorm(config: DecoderConfig) -> LayerNorm:
+    """A LayerNorm of the language model."""
+    return LayerNorm(config.width, param=LanguageParam, eps=config.layernorm_eps, dtype=jnp.dtype(config.dtype))
+
+
+def check_heads(config: DecoderConfig) -> None:
+    """Raises ValueError where the heads do not divide the width."""
+    if config.width % config.heads:
+        raise ValueError(f"language model: {config.heads} heads do not divide the width {config.width}")
