@@ -30,8 +30,8 @@ BATCH_AXES = ("data", "fsdp")
 # The first matching row names an axis for each of the last dimensions; dimensions before them (the layers of a
 # stack) are whole on every device. Weights are (out, in), convolutions (out, in, height, width).
 TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    (r"lm/.*(q_proj|k_proj|v_proj|c_fc)/weight", ("model", "fsdp")),
-    (r"lm/.*(q_proj|k_proj|v_proj|c_fc)/bias", ("model",)),
+    (r"lm/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/weight", ("model", "fsdp")),
+    (r"lm/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/bias", ("model",)),
     (r"lm/.*(out_proj|c_proj)/weight", ("fsdp", "model")),
     (r"lm/lm_head/weight", ("model", "fsdp")),
     (r"lm/lm_head/bias", ("model",)),
