@@ -12,7 +12,8 @@ from pathlib import Path
 
 from magma_jax.config import apply_overrides, from_dict, load_config_file
 from magma_jax.evaluation.tasks import evaluate_run
-from magma_jax.training.loop import RunConfig, train
+from magma_jax.training.config import RunConfig
+from magma_jax.training.loop import train
 
 
 def main() -> None:

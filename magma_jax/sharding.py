@@ -133,6 +133,15 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, shardings)
 
 
+def place(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    """Arrays that every process holds whole, each in the dtype and at the place of its shape."""
+
+    def one(array: np.ndarray, to: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_callback(to.shape, to.sharding, lambda index: array[index].astype(to.dtype))
+
+    return {path: one(np.asarray(array), shapes[path]) for path, array in arrays.items()}
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file, to_dict
 from magma_jax.models.magma import MagmaConfig
-from magma_jax.training.loop import RunConfig
+from magma_jax.training.config import RunConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magma_jax.training import loop
+from magma_jax.training import setup
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -18,8 +18,8 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_python_block_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "load_dataset", lambda config: tiny.dataset())
-    loop.train(tiny.run_config(steps=1), "runs/quickstart")
+    monkeypatch.setattr(setup, "load_dataset", lambda config: tiny.dataset())
+    tiny.train(tiny.run_config(steps=1), "runs/quickstart")
     Image.fromarray(np.zeros((50, 40, 3), np.uint8)).save("picture.png")
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(block, "README.md", "exec"), {})

@@ -1,7 +1,9 @@
 """A MAGMA model and a data set small enough for tests."""
 
 import dataclasses
+from pathlib import Path
 
+import jax
 import numpy as np
 
 from magma_jax.data.datasets import DataConfig, Dataset
@@ -14,8 +16,10 @@ from magma_jax.models.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.prefix import PrefixConfig
 from magma_jax.nn.adapters import AdapterConfig
-from magma_jax.training.loop import RunConfig
+from magma_jax.training import loop
+from magma_jax.training.config import RunConfig
 from magma_jax.training.optim import OptimConfig
+from magma_jax.training.setup import Run
 
 # Compiles slowly on a CPU, so only tests of BatchNorm use it.
 RESNET = CLIPResNetConfig(blocks=(1, 2, 1, 1), width=8, image_size=64)
@@ -60,3 +64,8 @@ def run_config(**changes) -> RunConfig:
         checkpoint_every=1,
     )
     return dataclasses.replace(config, **changes)
+
+
+def train(config: RunConfig, workdir: str | Path) -> Run:
+    """Trains on one device: eight take longer to compile."""
+    return loop.train(config, workdir, jax.devices()[:1])

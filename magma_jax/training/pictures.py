@@ -1,7 +1,7 @@
 """From the picture rows of a batch to what the loss wants: normalised pictures, or features computed once."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -10,19 +10,15 @@ from tqdm import tqdm
 
 from magma_jax.data.images import normalize
 from magma_jax.models.encoders import ENCODERS
-from magma_jax.nn.convolution import BatchNormMode
 from magma_jax.nn.modules import Params, merge
+from magma_jax.training.program import Program
 from magma_jax.typing import Array, Float, UInt8
 
 Batch = dict[str, np.ndarray]
 
 
 def picture_loader(
-    images: UInt8[np.ndarray, "N H W 3"] | None,
-    graphdef: nnx.GraphDef,
-    params: Params,
-    labels: Mapping[str, str],
-    batch_norm: BatchNormMode,
+    images: UInt8[np.ndarray, "N H W 3"] | None, program: Program, params: Params
 ) -> Callable[[Batch], Batch]:
     """Builds the function that replaces ``pictures`` in a batch by ``features`` or ``images``.
 
@@ -31,13 +27,12 @@ def picture_loader(
     """
     if images is None:
         return lambda batch: batch
-    kind = merge(graphdef, params).config.encoder.kind
-    entry = ENCODERS[kind]
-    encoder = [label for path, label in labels.items() if path.startswith("image_prefix/encoder/")]
-    updates = batch_norm == "batch" and "statistic" in encoder
+    entry = ENCODERS[program.config.model.encoder.kind]
+    encoder = [label for path, label in program.labels.items() if path.startswith("image_prefix/encoder/")]
+    updates = program.config.loss.batch_norm == "batch" and "statistic" in encoder
     if updates or any(label in ("encoder", "rest") for label in encoder):
         return lambda batch: _without(batch) | {"images": normalize(images[batch["pictures"]], entry.mean, entry.std)}
-    features = encode_all(images, graphdef, params)
+    features = encode_all(images, program.graphdef, params)
     return lambda batch: _without(batch) | {"features": features[batch["pictures"]]}
 
 

@@ -69,7 +69,8 @@ def make_train_step(
         if accumulate == 1:
             statistics, (grads, loss, count, metrics) = part(state.statistics, batch, key)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            # Every n-th row, not n blocks: a block would lie on some devices and leave the others idle.
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
             keys = jax.random.split(key, accumulate)
 
             def body(carry, inputs):

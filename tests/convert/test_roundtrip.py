@@ -14,7 +14,7 @@ from magma_jax.convert.magma import from_torch, read_torch_magma, to_torch
 from magma_jax.convert.torch_reader import open_torch_file, state_dict
 from magma_jax.convert.torch_writer import write_torch_file
 from magma_jax.convert.verify import read_model_config
-from magma_jax.training import loop
+from magma_jax.training import setup
 from tests import tiny
 
 CASES = ["none", "v1_mlp_normal", "v2_mlp_attn_normal", "mlp_parallel", "scaled_parallel_ln", "vit_mlp_normal"]
@@ -215,8 +215,8 @@ def test_sizes_that_no_tensor_tells(golden_checkpoint, tmp_path, capsys):
 
 def test_a_trained_run_is_written_with_what_it_learned(tmp_path, monkeypatch):
     config = tiny.run_config(steps=1, model=dataclasses.replace(tiny.MODEL, encoder=tiny.RESNET))
-    monkeypatch.setattr(loop, "load_dataset", lambda config: tiny.dataset())
-    run = loop.train(config, tmp_path / "run")
+    monkeypatch.setattr(setup, "load_dataset", lambda config: tiny.dataset())
+    run = tiny.train(config, tmp_path / "run")
     to_torch(tmp_path / "run", tmp_path / "run.pt")
     with open_torch_file(tmp_path / "run.pt") as file:
         written = file.tree["module"]["image_prefix.proj.weight"].read()

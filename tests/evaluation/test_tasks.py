@@ -20,7 +20,7 @@ from magma_jax.evaluation.results import CONDITIONS
 from magma_jax.inference.api import Magma
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
-from magma_jax.training import loop
+from magma_jax.training import setup
 from magma_jax.training.model_folder import CheckpointError, write_model_folder
 from tests import tiny
 
@@ -44,8 +44,8 @@ def finished(tmp_path_factory):
     optim = dataclasses.replace(config.optim, groups=config.optim.groups | {"language": "rest"})
     workdir = tmp_path_factory.mktemp("runs") / "colours"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_dataset", lambda config: DATA)
-        loop.train(dataclasses.replace(config, optim=optim), workdir)
+        patch.setattr(setup, "load_dataset", lambda config: DATA)
+        tiny.train(dataclasses.replace(config, optim=optim), workdir)
     return workdir
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from magma_jax.config import ConfigError
 from magma_jax.inference.api import Magma
-from magma_jax.training import loop
+from magma_jax.training import loop, setup
 from magma_jax.training.losses import LossOptions
 from tests import tiny
 
@@ -18,16 +18,16 @@ from tests import tiny
 def squares(monkeypatch):
     """The tiny data set in place of the drawings."""
     data = tiny.dataset()
-    monkeypatch.setattr(loop, "load_dataset", lambda config: data)
+    monkeypatch.setattr(setup, "load_dataset", lambda config: data)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of four steps."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(loop, "load_dataset", lambda config: tiny.dataset())
+        monkeypatch.setattr(setup, "load_dataset", lambda config: tiny.dataset())
         workdir = tmp_path_factory.mktemp("run") / "four"
-        return loop.train(tiny.run_config(), workdir)
+        return tiny.train(tiny.run_config(), workdir)
 
 
 def _metrics(run):
@@ -39,7 +39,7 @@ def _arrays(run):
 
 
 def test_frozen_leaves_keep_their_bits_and_others_change(finished, tmp_path):
-    start = loop.train(tiny.run_config(steps=0), tmp_path / "start")
+    start = tiny.train(tiny.run_config(steps=0), tmp_path / "start")
     assert start.frozen
     assert all("_adapter" not in path and path.startswith("lm/") for path in start.frozen)
     for path, leaf in start.frozen.items():
@@ -56,8 +56,8 @@ def test_losses_are_finite_and_logged_every_step(finished):
 
 def test_two_steps_then_two_more_equal_four_bit_for_bit(finished, tmp_path):
     schedule = dataclasses.replace(tiny.run_config().optim, steps=4)
-    loop.train(tiny.run_config(steps=2, optim=schedule), tmp_path / "run")
-    resumed = loop.train(tiny.run_config(steps=4, optim=schedule), tmp_path / "run")
+    tiny.train(tiny.run_config(steps=2, optim=schedule), tmp_path / "run")
+    resumed = tiny.train(tiny.run_config(steps=4, optim=schedule), tmp_path / "run")
     expected, got = _arrays(finished), _arrays(resumed)
     assert expected.keys() == got.keys()
     for path, leaf in expected.items():
@@ -67,20 +67,20 @@ def test_two_steps_then_two_more_equal_four_bit_for_bit(finished, tmp_path):
 
 def test_a_finished_run_is_not_trained_again(finished):
     before = _arrays(finished)
-    again = loop.train(tiny.run_config(), finished.workdir)
+    again = tiny.train(tiny.run_config(), finished.workdir)
     for path, leaf in _arrays(again).items():
         np.testing.assert_array_equal(leaf, before[path], err_msg=path)
 
 
 def test_another_config_in_the_same_folder_is_refused(finished):
     with pytest.raises(ConfigError, match=r"another config \(batch_size\)"):
-        loop.train(tiny.run_config(batch_size=2), finished.workdir)
+        tiny.train(tiny.run_config(batch_size=2), finished.workdir)
 
 
 def test_a_frozen_encoder_is_run_once_and_has_no_optimizer_state(tmp_path):
     config = tiny.run_config()
     groups = {**config.optim.groups, "encoder": "frozen"}
-    run = loop.train(
+    run = tiny.train(
         dataclasses.replace(config, optim=dataclasses.replace(config.optim, groups=groups)), tmp_path / "run"
     )
     assert not any("encoder" in path for path in run.state.trainable)
@@ -94,7 +94,7 @@ def test_batch_norm_in_batch_mode_updates_its_statistics(tmp_path):
         # Frozen too: features computed once would never see the batch.
         groups = {**config.optim.groups, "encoder": "frozen"}
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, groups=groups))
-        run = loop.train(config, tmp_path / mode)
+        run = tiny.train(config, tmp_path / mode)
         assert int(run.state.statistics["image_prefix/encoder/bn1/num_batches_tracked"]) == expected
 
 
@@ -108,5 +108,5 @@ def test_a_run_folder_loads_for_inference_with_the_trained_weights(finished):
 
 def test_the_step_compiles_once(tmp_path, caplog):
     with jax.log_compiles():
-        loop.train(tiny.run_config(), tmp_path / "run")
+        tiny.train(tiny.run_config(), tmp_path / "run")
     assert sum("Finished XLA compilation of jit(train_step)" in message for message in caplog.messages) == 1

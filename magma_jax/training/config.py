@@ -1,0 +1,62 @@
+"""What a run is made of: the root of every config file."""
+
+import dataclasses
+
+from magma_jax.data.datasets import DataConfig
+from magma_jax.models import ModelConfig
+from magma_jax.sharding import MeshConfig
+from magma_jax.training.early_stopping import ValidationConfig
+from magma_jax.training.losses import LossOptions
+from magma_jax.training.optim import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run.
+
+    Attributes:
+        model: what is trained.
+        data: what it is trained on.
+        optim: who learns and how.
+        loss: how the forward pass of training runs.
+        mesh: how devices are arranged; it may change between two parts of a run.
+        weights: path prefix to the name of a pretrained part, see ``training.weights``; the rest starts fresh.
+        steps: optimizer steps.
+        batch_size: samples a step.
+        accumulate: parts that a batch is run in, to save memory.
+        seed: of fresh weights, data order and dropout.
+        log_every: steps between lines of metrics.
+        checkpoint_every: steps between checkpoints; the last step is always one.
+        keep_checkpoints: newest checkpoints that are kept, beside that of the best validation.
+        validation: when the run is validated and ends early.
+        evaluate: whether the run ends with the evaluation of ``eval.py``.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    loss: LossOptions = LossOptions()
+    mesh: MeshConfig = MeshConfig()
+    weights: dict[str, str] = dataclasses.field(default_factory=dict)
+    steps: int = 1000
+    batch_size: int = 64
+    accumulate: int = 1
+    seed: int = 0
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    validation: ValidationConfig = ValidationConfig()
+    evaluate: bool = False
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps < 0:
+            raise ValueError(f"steps must not be negative, got {self.steps}")
+        if self.optim.steps is None:
+            object.__setattr__(self, "optim", dataclasses.replace(self.optim, steps=self.steps))
+        if self.optim.steps and self.optim.warmup_steps >= self.optim.steps:
+            raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} leave nothing of {self.optim.steps} steps")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
