@@ -1,0 +1,106 @@
+"""Data sets in their released formats, to the library's own.
+
+python -m magma_jax.data convert --from coco captions_val2014.json data/coco_val --images val2014
+python -m magma_jax.data convert --from vqav2 v2_OpenEnded_mscoco_val2014_questions.json data/vqa --images val2014
+python -m magma_jax.data convert --from folder my_pictures data/mine
+python -m magma_jax.data show data/mine
+"""
+
+import argparse
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from magma_jax.data.convert import ConvertOptions, convert
+from magma_jax.data.images import MAX_PIXELS
+from magma_jax.data.prepare import Check, Fingerprint, PrepareOptions
+from magma_jax.data.readers import READERS, SELF_CONTAINED
+from magma_jax.data.records import DataError
+from magma_jax.data.stored import StoredRecords
+
+
+def main() -> None:
+    """Reads the command line and converts or shows."""
+    parser = argparse.ArgumentParser(prog="python -m magma_jax.data", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("convert", help="write a data set folder", description="Writes a data set folder.")
+    one.add_argument("source", type=Path, help="annotation file, or the folder for formats that hold their pictures")
+    one.add_argument("out", type=Path, help="folder to write")
+    one.add_argument("--from", dest="format", required=True, choices=READERS, metavar="FORMAT", help=", ".join(READERS))
+    one.add_argument("--images", type=Path, help="folder below which the pictures lie")
+    one.add_argument("--option", nargs="*", default=[], metavar="KEY=VALUE", help="options of the format")
+    one.add_argument("--shard-records", type=int, default=ConvertOptions.shard_records, help="default: %(default)s")
+    one.add_argument("--workers", type=int, help="processes, 0 for none beside this one; default: one a core")
+    one.add_argument("--check", choices=get_args(Check), default="decode", help="default: %(default)s")
+    one.add_argument("--duplicates", choices=get_args(Fingerprint), default="none", help="leave out duplicates by")
+    one.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="default: %(default)s")
+    one.add_argument(
+        "--max-skipped", type=float, default=ConvertOptions.max_skipped, help="share; default: %(default)s"
+    )
+    two = commands.add_parser("show", help="print what a data set folder holds")
+    two.add_argument("folder", type=Path)
+    two.add_argument("--limit", type=int, default=3, help="records to print; default: %(default)s")
+    arguments = parser.parse_args()
+    try:
+        _convert(arguments) if arguments.command == "convert" else _show(arguments)
+    except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
+        sys.exit(f"magma_jax.data: {error}")
+    except KeyboardInterrupt:
+        sys.exit("magma_jax.data: interrupted; run the same command again to go on")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    reader = READERS[arguments.format]
+    options = _options(arguments.format, arguments.option)
+    if arguments.images is None and arguments.format not in SELF_CONTAINED:
+        raise DataError(f"--from {arguments.format} needs --images, the folder of the pictures")
+    info = convert(
+        reader(arguments.source, arguments.images, **options),
+        arguments.out,
+        ConvertOptions(
+            PrepareOptions(arguments.check, arguments.max_pixels, arguments.duplicates),
+            arguments.shard_records,
+            arguments.workers,
+            arguments.max_skipped,
+        ),
+        source={"format": arguments.format, "file": arguments.source.name, **options},
+    )
+    print(f"{arguments.out}: {info['records']} records, {info['captions']} captions, {info['questions']} questions")
+    for reason, count in info["skipped"].items():
+        print(f"left out: {count} x {reason}")
+
+
+def _options(name: str, pairs: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` strings as keyword arguments of the format's reader."""
+    parameters = inspect.signature(READERS[name]).parameters.values()
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key not in known:
+            raise DataError(f"--option {pair}: expected KEY=VALUE; {name} has: {', '.join(known) or 'no options'}")
+        if isinstance(known[key], bool):
+            if value.lower() not in ("true", "false"):
+                raise DataError(f"--option {pair}: expected true or false")
+            options[key] = value.lower() == "true"
+        else:
+            options[key] = value
+    return options
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    records = StoredRecords(arguments.folder)
+    print(json.dumps(records.info, indent=2, ensure_ascii=False))
+    for row in range(min(arguments.limit, len(records))):
+        record = records[row]
+        print(f"\n{record.id}  ({len(record.image)} bytes)")
+        for caption in record.captions:
+            print(f"  {caption}")
+        for question in record.questions:
+            print(f"  {question.text}  {', '.join(dict.fromkeys(question.answers))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Readers of public data sets in the formats they are released in, by name.
+
+A reader is called as ``reader(source, images, **options)`` and gives ``Record`` or ``Skipped``, in an order that
+depends on the files alone. What makes a whole file unusable raises ``DataError``.
+"""
+
+from collections.abc import Callable, Iterator
+
+from magma_jax.data.readers.coco import read_coco, read_karpathy
+from magma_jax.data.readers.folders import read_folder, read_magma, read_tfds
+from magma_jax.data.readers.questions import (
+    read_gqa,
+    read_hateful_memes,
+    read_snli_ve,
+    read_vizwiz,
+    read_vqa,
+)
+from magma_jax.data.readers.regions import read_localized_narratives, read_visual_genome
+from magma_jax.data.readers.web import read_cc3m, read_cc12m, read_img2dataset, read_laion, read_wit
+from magma_jax.data.records import Record, Skipped
+
+Reader = Callable[..., Iterator[Record | Skipped]]
+
+READERS: dict[str, Reader] = {
+    "coco": read_coco,
+    "coco_karpathy": read_karpathy,
+    "nocaps": read_coco,
+    "vqav2": read_vqa,
+    "okvqa": read_vqa,
+    "gqa": read_gqa,
+    "vizwiz": read_vizwiz,
+    "snli_ve": read_snli_ve,
+    "hateful_memes": read_hateful_memes,
+    "visual_genome": read_visual_genome,
+    "localized_narratives": read_localized_narratives,
+    "cc3m": read_cc3m,
+    "cc12m": read_cc12m,
+    "laion": read_laion,
+    "wit": read_wit,
+    "img2dataset": read_img2dataset,
+    "tfds": read_tfds,
+    "magma": read_magma,
+    "folder": read_folder,
+}
+
+# These hold their pictures themselves, so no folder of pictures is given.
+SELF_CONTAINED = frozenset({"img2dataset", "tfds", "magma", "folder"})

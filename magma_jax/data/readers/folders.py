@@ -1,0 +1,104 @@
+"""Folders: pictures with a text file each, the original's own layout, and data sets that TFDS has prepared."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from magma_jax.data.readers.common import PICTURE_SUFFIXES, field, read_json
+from magma_jax.data.records import DataError, FileSlice, Record, Skipped
+
+
+def read_folder(source: Path, images: Path | None = None) -> Iterator[Record | Skipped]:
+    """Pictures anywhere below a folder, each with its captions in ``SAME_NAME.txt``, one a line."""
+    if not source.is_dir():
+        raise DataError(f"{source}: no such folder")
+    pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not pictures:
+        raise DataError(f"{source}: holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
+    for path in pictures:
+        key, text = path.relative_to(source).with_suffix("").as_posix(), path.with_suffix(".txt")
+        if not text.is_file():
+            yield Skipped(key, "picture without an annotation")
+            continue
+        try:
+            captions = tuple(line.strip() for line in text.read_bytes().decode().splitlines() if line.strip())
+        except UnicodeDecodeError:
+            yield Skipped(key, "caption is not UTF-8")
+            continue
+        yield Record(key, FileSlice(str(path)), captions) if captions else Skipped(key, "empty caption")
+
+
+def read_magma(source: Path, images: Path | None = None) -> Iterator[Record | Skipped]:
+    """The original's folder: ``image_data/K/N.json`` with captions and metadata, ``images/K/X.jpg``.
+
+    Without ``image_path`` the picture is ``images/K/N.jpg``.
+    """
+    files = sorted((source / "image_data").rglob("*.json"))
+    if not files:
+        raise DataError(f"{source}: no image_data/*/*.json; give the folder that holds images/ and image_data/")
+    for file in files:
+        entry = read_json(file)
+        place = file.relative_to(source / "image_data").with_suffix("")
+        path = source / entry.get("image_path", f"images/{place.as_posix()}.jpg")
+        captions = tuple(caption.strip() for caption in field(entry, "captions", str(file)) if caption.strip())
+        if not path.resolve().is_relative_to(source.resolve()):
+            raise DataError(f"{file}: image_path {entry['image_path']!r} leads out of {source}")
+        if not path.is_file():
+            yield Skipped(place.as_posix(), "picture missing")
+        elif not captions:
+            yield Skipped(place.as_posix(), "empty caption")
+        else:
+            known = entry.get("metadata") or {}
+            yield Record(place.as_posix(), FileSlice(str(path)), captions, metadata=known)
+
+
+def read_tfds(
+    source: Path, images: Path | None = None, *, split: str = "train", image: str = "image", caption: str = ""
+) -> Iterator[Record | Skipped]:
+    """A data set that TFDS has prepared as array_record; reading needs no TensorFlow.
+
+    Args:
+        source: folder of the prepared data set, ``DATA_DIR/NAME[/CONFIG]/VERSION``.
+        images: not used.
+        split: of the data set.
+        image: the feature that is the picture; its encoded bytes are kept.
+        caption: the feature that holds the text or texts, nested ones by slashes (``captions/text``); by default the
+            first of ``captions/text``, ``caption``, ``captions``, ``text`` that there is.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(source)
+        data = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+    except (ValueError, KeyError, OSError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{source}: not a data set that TFDS prepared as array_record, split {split!r} ({reason:.200})"
+        ) from None
+    names = [caption] if caption else ["captions/text", "caption", "captions", "text"]
+    for row in range(len(data)):
+        example = data[row]
+        texts = next((found for name in names if (found := _feature(example, name)) is not None), None)
+        if texts is None:
+            raise DataError(f"{source}: no feature {' or '.join(names)} (there is: {', '.join(example)})")
+        captions = tuple(text for text in map(_text, texts if not isinstance(texts, bytes | str) else [texts]) if text)
+        key = _text(_feature(example, f"{image}/id") or _feature(example, "id") or str(row))
+        yield Record(key, bytes(example[image]), captions) if captions else Skipped(key, "empty caption")
+
+
+def _feature(example: Mapping[str, Any], name: str) -> Any:
+    value: Any = example
+    if name in example:
+        return example[name]
+    for part in name.split("/"):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and all(isinstance(item, Mapping) and part in item for item in value):
+            value = [item[part] for item in value]
+        else:
+            return None
+    return value
+
+
+def _text(value: Any) -> str:
+    return (value.decode(errors="replace") if isinstance(value, bytes) else str(value)).strip()

@@ -1,0 +1,59 @@
+"""Descriptions of parts of a picture: Visual Genome regions, Localized Narratives."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from magma_jax.data.readers.common import PictureFolder, field, metadata, read_json, read_json_lines
+from magma_jax.data.records import DataError, Record, Skipped
+
+BOX = ("region_id", "x", "y", "width", "height")
+
+
+def read_visual_genome(source: Path, images: Path) -> Iterator[Record | Skipped]:
+    """``region_descriptions.json``: every phrase is a caption; ``metadata["regions"]`` holds the boxes, in that order.
+
+    Boxes are in pixels and as in the file, where x and y may be negative.
+    """
+    pictures = PictureFolder(images)
+    for entry in read_json(source):
+        key = entry.get("image_id", entry.get("id"))
+        if key is None:
+            raise DataError(f"{source}: an entry has neither image_id nor id; is this region_descriptions.json?")
+        regions = [region for region in field(entry, "regions", f"{source}: image {key}") if region.get("phrase")]
+        captions = tuple(region["phrase"].strip() for region in regions)
+        picture = pictures.find(f"{key}.jpg")
+        if picture is None:
+            yield Skipped(str(key), "picture missing")
+        elif not captions:
+            yield Skipped(str(key), "picture without an annotation")
+        else:
+            yield Record(str(key), picture, captions, metadata={"regions": [metadata(r, BOX) for r in regions]})
+
+
+def read_localized_narratives(source: Path, images: Path, *, traces: bool = False) -> Iterator[Record | Skipped]:
+    """Localized Narratives, JSON lines, one file or a folder of shards; one record an annotator and picture.
+
+    Args:
+        source: the file, or a folder whose ``.jsonl`` files are read in the order of their names.
+        images: folder of the pictures: of COCO, Flickr30k, ADE20k or Open Images.
+        traces: keep the mouse traces and the timed words in the metadata (they are large).
+    """
+    files = sorted(source.glob("*.jsonl")) if source.is_dir() else [source]
+    if not files:
+        raise DataError(f"{source}: holds no .jsonl files")
+    pictures = PictureFolder(images)
+    kept = ("dataset_id", "annotator_id", "voice_recording") + (("timed_caption", "traces") if traces else ())
+    for file in files:
+        for number, entry in read_json_lines(file):
+            where = f"{file}: line {number}"
+            image, caption = str(field(entry, "image_id", where)), field(entry, "caption", where).strip()
+            key = f"{image}/{entry.get('annotator_id', 0)}"
+            names = [f"{image}.jpg", f"{image.zfill(12)}.jpg"]
+            names += [f"COCO_{split}2014_{image.zfill(12)}.jpg" for split in ("train", "val")]
+            picture = pictures.find(*names)
+            if picture is None:
+                yield Skipped(key, "picture missing")
+            elif not caption:
+                yield Skipped(key, "empty caption")
+            else:
+                yield Record(key, picture, (caption,), metadata=metadata(entry, kept))

@@ -1,0 +1,219 @@
+"""Pictures gathered from the web: img2dataset's tar files, and the lists of addresses that they were gathered from.
+
+The lists (CC3M, CC12M, LAION, WIT) name pictures by URL alone, and what was downloaded lies in tar files that
+img2dataset wrote, each member beside a JSON that repeats its URL. So a list is joined with such a folder by URL.
+"""
+
+import csv
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+
+from magma_jax.data.readers.common import PICTURE_SUFFIXES, read_lines
+from magma_jax.data.records import DataError, FileSlice, Record, Skipped
+
+WIT_COLUMNS = (
+    "language",
+    "page_url",
+    "image_url",
+    "page_title",
+    "section_title",
+    "hierarchical_section_title",
+    "caption_reference_description",
+    "caption_attribution_description",
+    "caption_alt_text_description",
+    "mime_type",
+    "original_height",
+    "original_width",
+    "is_main_image",
+    "attribution_passes_lang_id",
+    "page_changed_recently",
+    "context_page_description",
+    "context_section_description",
+)
+# What img2dataset records of a download itself, of no use for training.
+_DOWNLOAD_FIELDS = ("status", "error_message", "key", "caption", "exif")
+
+
+def read_img2dataset(source: Path, images: Path | None = None) -> Iterator[Record | Skipped]:
+    """A folder of ``00000.tar`` with ``KEY.jpg``, ``KEY.txt``, ``KEY.json``; keys may have gaps.
+
+    The caption is the ``.txt``, or ``caption`` of the ``.json`` where there is none. Columns of the ``.json`` and of
+    the ``.parquet`` beside the tar, joined by key, become metadata.
+    """
+    for tar in _tars(source):
+        rows = _parquet_rows(tar.with_suffix(".parquet"))
+        for key, members in _samples(tar):
+            known = {**rows.get(key, {}), **_json_of(members, tar)}
+            picture = _picture_of(members)
+            if picture is None:
+                yield Skipped(key, "picture missing")
+                continue
+            try:
+                caption = members[".txt"].read().decode() if ".txt" in members else known.get("caption") or ""
+            except UnicodeDecodeError:
+                yield Skipped(key, "caption is not UTF-8")
+                continue
+            if not caption.strip():
+                yield Skipped(key, "empty caption")
+                continue
+            extra = {name: value for name, value in known.items() if name not in _DOWNLOAD_FIELDS}
+            yield Record(key, picture, (caption.strip(),), metadata=extra)
+
+
+def read_cc3m(source: Path, images: Path) -> Iterator[Record | Skipped]:
+    """Conceptual Captions 3M: lines of caption, tab, URL; ``images`` is a folder that img2dataset wrote."""
+    return _joined_lines(source, images, caption=0, url=1)
+
+
+def read_cc12m(source: Path, images: Path) -> Iterator[Record | Skipped]:
+    """Conceptual 12M: lines of URL, tab, caption, the other way round than CC3M."""
+    return _joined_lines(source, images, caption=1, url=0)
+
+
+def read_laion(source: Path, images: Path) -> Iterator[Record | Skipped]:
+    """LAION's parquet lists (``URL``, ``TEXT``, ...), a file or a folder, joined with img2dataset's folder by URL."""
+    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    downloads = _by_url(images)
+    row = 0
+    for file in files:
+        for values in _parquet(file):
+            row += 1
+            lower = {name.lower(): value for name, value in values.items()}
+            if "url" not in lower or "text" not in lower:
+                raise DataError(f"{file}: no columns URL and TEXT (there is: {', '.join(values)})")
+            extra = {name: value for name, value in lower.items() if name not in ("url", "text")}
+            yield _joined(str(row), lower["url"], lower["text"], downloads, extra)
+
+
+def read_wit(source: Path, images: Path, *, language: str = "") -> Iterator[Record | Skipped]:
+    """WIT ``.tsv.gz``, 17 columns: reference, attribution and alt text are the captions, in this order.
+
+    Args:
+        source: a file, or a folder of ``.tsv.gz`` files.
+        images: a folder that img2dataset wrote.
+        language: keep only this one, such as ``en``.
+    """
+    files = sorted(source.glob("*.tsv*")) if source.is_dir() else [source]
+    downloads = _by_url(images)
+    captions = WIT_COLUMNS[6:9]
+    for file in files:
+        for number, line in read_lines(file):
+            key = f"{file.name.split('.')[0]}/{number}"
+            try:
+                values = next(csv.reader([line.decode()], delimiter="\t", quoting=csv.QUOTE_NONE))
+            except UnicodeDecodeError:
+                yield Skipped(key, "caption is not UTF-8")
+                continue
+            if tuple(values) == WIT_COLUMNS:  # released files open with their header
+                continue
+            if len(values) != len(WIT_COLUMNS):
+                raise DataError(f"{file}: line {number} has {len(values)} columns, WIT has {len(WIT_COLUMNS)}")
+            row = dict(zip(WIT_COLUMNS, values, strict=True))
+            if language and row["language"] != language:
+                continue
+            texts = tuple(dict.fromkeys(row[name].strip() for name in captions if row[name].strip()))
+            extra = {name: row[name] for name in ("language", "page_title", "section_title", "page_url", "image_url")}
+            picture = downloads.get(row["image_url"])
+            if picture is None:
+                yield Skipped(key, "picture not downloaded")
+            elif not texts:
+                yield Skipped(key, "empty caption")
+            else:
+                yield Record(key, picture, texts, metadata=extra)
+
+
+def _joined_lines(source: Path, images: Path, *, caption: int, url: int) -> Iterator[Record | Skipped]:
+    downloads = _by_url(images)
+    for number, line in read_lines(source):
+        columns = line.split(b"\t")
+        if len(columns) != 2:
+            raise DataError(f"{source}: line {number} has {len(columns)} columns, expected 2")
+        if b"://" not in columns[url]:
+            raise DataError(f"{source}: line {number} has no URL in column {url + 1}; cc3m and cc12m differ in order")
+        try:
+            text, address = columns[caption].decode(), columns[url].decode()
+        except UnicodeDecodeError:
+            yield Skipped(str(number), "caption is not UTF-8")
+            continue
+        yield _joined(str(number), address, text, downloads, {})
+
+
+def _joined(
+    key: str, url: str, caption: str | None, downloads: Mapping[str, FileSlice], extra: Mapping[str, Any]
+) -> Record | Skipped:
+    if url not in downloads:
+        return Skipped(key, "picture not downloaded")
+    if not (caption or "").strip():
+        return Skipped(key, "empty caption")
+    return Record(key, downloads[url], (caption.strip(),), metadata={**extra, "url": url})
+
+
+def _by_url(folder: Path) -> dict[str, FileSlice]:
+    found = {}
+    for tar in _tars(folder):
+        for _, members in _samples(tar):
+            picture, url = _picture_of(members), _json_of(members, tar).get("url")
+            if picture is not None and url:
+                found[url] = picture
+    return found
+
+
+def _tars(folder: Path) -> list[Path]:
+    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else [folder]
+    if not tars:
+        raise DataError(f"{folder}: holds no .tar files; give the folder that img2dataset wrote")
+    return tars
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, FileSlice]]]:
+    """Key and members by suffix of every sample of a tar; members of one key stand together (webdataset's rule)."""
+    try:
+        with tarfile.open(path) as tar:
+            key, members = None, {}
+            for member in tar:
+                tar.members = []  # or the archive remembers every member it has passed
+                if not member.isfile():
+                    continue
+                stem, _, suffix = member.name.rpartition("/")[2].partition(".")
+                if stem != key:
+                    if key is not None:
+                        yield key, members
+                    key, members = stem, {}
+                members["." + suffix.lower()] = FileSlice(str(path), member.offset_data, member.size)
+            if key is not None:
+                yield key, members
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{path}: not a whole tar archive ({error}); fetch it again") from None
+
+
+def _picture_of(members: Mapping[str, FileSlice]) -> FileSlice | None:
+    return next((members[suffix] for suffix in PICTURE_SUFFIXES if suffix in members), None)
+
+
+def _json_of(members: Mapping[str, FileSlice], tar: Path) -> dict[str, Any]:
+    if ".json" not in members:
+        return {}
+    try:
+        return json.loads(members[".json"].read())
+    except ValueError as error:
+        raise DataError(f"{tar}: a .json member is no valid JSON ({error}); fetch the file again") from None
+
+
+def _parquet_rows(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in _parquet(path) if row.get("key")} if path.is_file() else {}
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a whole parquet file ({error}); fetch it again") from None

@@ -1,0 +1,120 @@
+"""The record: one picture and everything that is said about it.
+
+Readers turn every data set into records, the converter stores them, the pipeline draws samples from them. A picture
+with five captions, or with a dozen questions, is one record, so its bytes are stored once.
+
+Stored, a record is one MessagePack map with the keys of ``Record``; ``image`` holds the bytes of the picture file as
+they were found, never decoded and encoded again.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+
+class DataError(ValueError):
+    """Data that is missing, damaged or not in the format it should be; one line with file and remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSlice:
+    """Bytes of a file, or of a part of it such as a member of a tar archive."""
+
+    path: str
+    offset: int = 0
+    nbytes: int | None = None
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            DataError: the file ends before the slice does.
+            OSError: the file cannot be opened or read.
+        """
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            content = file.read() if self.nbytes is None else file.read(self.nbytes)
+        if self.nbytes is not None and len(content) < self.nbytes:
+            raise DataError(f"{self.path}: ends {self.nbytes - len(content)} bytes before it should; fetch it again")
+        return content
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question or statement about a picture.
+
+    Attributes:
+        id: as in the data set, unique in its split.
+        text: the question; for entailment the hypothesis.
+        answers: what annotators answered, one each, in the order of the file; a class name for classification;
+            empty where the split keeps its answers secret.
+        metadata: what else the data set says, JSON values by its own names.
+    """
+
+    id: str
+    text: str
+    answers: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A picture with its captions and questions.
+
+    Attributes:
+        id: unique in its data set and split.
+        image: encoded bytes, or where they lie.
+        captions: as in the data set, without surrounding space.
+        questions: see ``Question``.
+        metadata: what else the data set says, JSON values by its own names.
+    """
+
+    id: str
+    image: bytes | FileSlice
+    captions: tuple[str, ...] = ()
+    questions: tuple[Question, ...] = ()
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def image_bytes(self) -> bytes:
+        """The encoded picture."""
+        return self.image if isinstance(self.image, bytes) else self.image.read()
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """What a reader found and cannot give as a record: which, and why, in words that group well when counted."""
+
+    id: str
+    reason: str
+
+
+def pack(record: Record) -> bytes:
+    """A record as it is stored, its picture read."""
+    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    fields["questions"] = [dataclasses.asdict(question) for question in record.questions]
+    return msgpack.packb(fields | {"image": record.image_bytes()})
+
+
+def unpack(content: bytes) -> Record:
+    """The inverse of ``pack``.
+
+    Raises:
+        DataError: the bytes are no stored record.
+    """
+    try:
+        fields = msgpack.unpackb(content)
+        questions = tuple(
+            Question(**(question | {"answers": tuple(question["answers"])})) for question in fields.pop("questions")
+        )
+        return Record(questions=questions, captions=tuple(fields.pop("captions")), **fields)
+    except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
+        raise DataError(f"not a stored record ({error}); convert the data set again") from None
+
+
+def file_slice(path: str | os.PathLike) -> FileSlice:
+    """The whole of a file."""
+    return FileSlice(str(Path(path)))
