@@ -74,8 +74,8 @@ class Magma:
             dtype: dtype of weights and activations, such as ``bfloat16``; default: the config's.
 
         Raises:
-            CheckpointError: not such a folder. HubError: not fetched. TorchFileError, KeyMapError: a PyTorch file that cannot be read, or
-                whose keys do not fit a MAGMA model.
+            CheckpointError: not such a folder. HubError: not fetched. TorchFileError, KeyMapError: a PyTorch file that
+                cannot be read, or whose keys do not fit a MAGMA model.
         """
         from magma_jax.convert.hub import local_path
 
