@@ -36,6 +36,11 @@ _FUNCTIONS = {
     "torch._utils._rebuild_parameter_with_state",
     "torch._tensor._rebuild_from_type_v2",
 }
+# How TorchScript writes lists and typed containers.
+_SCRIPT_LISTS = {f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor")}
+_SCRIPT_FUNCTIONS = {*_SCRIPT_LISTS, "torch.jit._pickle.restore_type_tag"}
+# TorchScript gives every class that it compiled a name below this one; their code lies elsewhere in the archive.
+_SCRIPT_CLASSES = "__torch__."
 
 # numpy's limit on the number of axes.
 _MAX_NDIM = 64
@@ -53,13 +58,18 @@ class Global:
     name: str
 
 
-def unpickle(stream: io.BytesIO, storages: dict[str, Storage], max_nbytes: int = 0) -> object:
+class Attributes(dict):
+    """The attributes of a TorchScript object by name, and nothing of its class: it has no methods and runs nothing."""
+
+
+def unpickle(stream: io.BytesIO, storages: dict[str, Storage], max_nbytes: int = 0, *, script: bool = False) -> object:
     """Reads one pickle from ``stream``, up to and including its last instruction.
 
     Every storage it mentions is added to ``storages``, not yet located. No tensor may be larger than
-    ``max_nbytes``. Raises BadPickle for anything that a checkpoint of tensors and plain values does not need.
+    ``max_nbytes``. With ``script`` the objects of a TorchScript archive are read too, each as ``Attributes``. Raises
+    BadPickle for anything that a checkpoint of tensors and plain values does not need.
     """
-    machine = _Machine(storages, max_nbytes)
+    machine = _Machine(storages, max_nbytes, script)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python's, for stray backslashes in names
@@ -73,8 +83,9 @@ def unpickle(stream: io.BytesIO, storages: dict[str, Storage], max_nbytes: int =
 
 
 class _Machine:
-    def __init__(self, storages: dict[str, Storage], max_nbytes: int):
+    def __init__(self, storages: dict[str, Storage], max_nbytes: int, script: bool):
         self.stack, self.marks, self.memo = [], [], {}
+        self.script = script
         self.storages, self.max_nbytes, self.result = storages, max_nbytes, None
 
     def step(self, op: str, arg: object) -> None:
@@ -128,20 +139,22 @@ class _Machine:
             case "SETITEMS":
                 self.fill(self.pop_mark(), dict)
             case "GLOBAL":
-                stack.append(_allowed(".".join(arg.split(" ", 1))))
+                stack.append(self.named(".".join(arg.split(" ", 1))))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                stack.append(_allowed(".".join([module, name])))
+                stack.append(self.named(".".join([module, name])))
             case "BINPERSID":
                 stack.append(self.storage(stack.pop()))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(self.rebuild(function, arguments))
+            case "NEWOBJ" if self.script:
+                arguments, cls = stack.pop(), stack.pop()
+                if not isinstance(cls, Global) or not cls.name.startswith(_SCRIPT_CLASSES) or arguments != ():
+                    raise BadPickle("its pickle makes an object that TorchScript does not write")
+                stack.append(Attributes())
             case "BUILD":
-                # Only PyTorch's `_metadata` of a state dict comes this way; the weights do not depend on it.
-                stack.pop()
-                if type(stack[-1]) is not dict:
-                    raise BadPickle("its pickle sets the attributes of an object that is no state dict")
+                self.build(stack.pop())
             case "STOP":
                 self.result = stack.pop()
                 if stack or self.marks:
@@ -168,6 +181,21 @@ class _Machine:
             container.update(items)
         else:
             container.extend(items)
+
+    def named(self, name: str) -> Global:
+        if self.script and (name in _SCRIPT_FUNCTIONS or name.startswith(_SCRIPT_CLASSES)):
+            return Global(name)
+        return _allowed(name)
+
+    def build(self, state: object) -> None:
+        target = self.stack[-1]
+        if type(target) is Attributes:
+            if type(state) is not dict or not all(isinstance(name, str) for name in state):
+                raise BadPickle("an object in it has a state that is no dict of attributes, such as quantized weights")
+            target.update(state)
+        # Otherwise only PyTorch's `_metadata` of a state dict comes this way; the weights do not depend on it.
+        elif type(target) is not dict:
+            raise BadPickle("its pickle sets the attributes of an object that is no state dict")
 
     def storage(self, pid: object) -> Storage:
         match pid:
@@ -221,6 +249,10 @@ class _Machine:
                 (Global(inner), Global(cls), tuple(inner_args), _),
             ) if cls in _TENSOR_CLASSES and inner.startswith("torch._utils._rebuild_"):
                 return self.rebuild(Global(inner), inner_args)
+            case name, (list(items),) if name in _SCRIPT_LISTS:
+                return items
+            case "torch.jit._pickle.restore_type_tag", (list() | dict() as container, str()):
+                return container
         raise BadPickle(f"its pickle calls {function.name} with arguments that PyTorch does not write")
 
     def tensor(self, storage, dtype, offset, shape, strides, flags=None) -> LazyTensor:

@@ -3,6 +3,9 @@
 Two formats exist. Since PyTorch 1.6 a checkpoint is a zip archive of stored entries: ``NAME/data.pkl``
 describes the objects, ``NAME/data/KEY`` holds the bytes of one storage. Before, it was a row of pickles (magic
 number, protocol version, machine, objects, storage keys), then each storage's element count and bytes.
+
+TorchScript archives, as OpenAI published CLIP in, are zip archives too, with compiled code beside the tensors. The
+code is not looked at: the parameters and buffers come back under the names that ``state_dict()`` gives them.
 """
 
 import io
@@ -11,7 +14,7 @@ import struct
 import zipfile
 
 from magma_jax.convert.byte_file import ByteFile, WeightFileError
-from magma_jax.convert.torch_pickle import BadPickle, unpickle
+from magma_jax.convert.torch_pickle import Attributes, BadPickle, unpickle
 from magma_jax.convert.torch_storage import LazyTensor, Storage
 
 __all__ = ["LazyTensor", "TorchFile", "TorchFileError", "open_torch_file", "state_dict"]
@@ -19,6 +22,9 @@ __all__ = ["LazyTensor", "TorchFile", "TorchFileError", "open_torch_file", "stat
 # The pickle of the largest published MAGMA takes 0.5 MiB. A hostile one can make Python allocate some
 # hundred times its own size, so there is a limit.
 MAX_PICKLE_NBYTES = 16 * 2**20
+
+# CLIP's largest file has 600 modules, nested seven deep.
+MAX_SCRIPT_MODULES, MAX_SCRIPT_DEPTH = 20_000, 32
 
 # The number 0x1950a86a20f9469cfc6c, pickled: with the pickle's header before it, how every legacy file starts.
 LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
@@ -110,11 +116,7 @@ def _read_zip(file: ByteFile, storages: dict[str, Storage]) -> object:
     if len(roots) != 1:
         raise BadPickle("it is a zip archive, but not one of PyTorch: there is no single NAME/data.pkl in it")
     (root,) = roots
-    if root + "constants.pkl" in entries or any(name.startswith(root + "code/") for name in entries):
-        raise BadPickle(
-            "it is a TorchScript archive, which is not supported yet; "
-            "load it with torch.jit.load and torch.save its state_dict()"
-        )
+    script = root + "constants.pkl" in entries
     if root + "byteorder" in entries:
         start, nbytes = entries[root + "byteorder"]
         if file[start : start + min(nbytes, 16)] != b"little":
@@ -123,7 +125,7 @@ def _read_zip(file: ByteFile, storages: dict[str, Storage]) -> object:
     start, nbytes = entries[root + "data.pkl"]
     if nbytes > MAX_PICKLE_NBYTES:
         raise BadPickle(f"its pickle takes {nbytes} bytes, more than the limit of {MAX_PICKLE_NBYTES}")
-    tree = unpickle(io.BytesIO(file[start : start + nbytes]), storages, len(file))
+    tree = unpickle(io.BytesIO(file[start : start + nbytes]), storages, len(file), script=script)
     for storage in storages.values():
         name = f"{root}data/{storage.key}"
         if name not in entries:
@@ -132,7 +134,25 @@ def _read_zip(file: ByteFile, storages: dict[str, Storage]) -> object:
         # A storage viewed under a wider dtype may end in a fraction of an element.
         if not 0 <= nbytes - storage.nbytes < storage.dtype.itemsize:
             raise BadPickle(f"storage {name!r} should have {storage.nbytes} bytes but has {nbytes}")
-    return tree
+    return _script_tensors(tree) if script else tree
+
+
+def _script_tensors(module: object) -> dict[str, LazyTensor]:
+    """The tensors of nested modules by dotted name."""
+    tensors: dict[str, LazyTensor] = {}
+    waiting, seen = [("", module)], 0
+    while waiting:
+        prefix, module = waiting.pop()
+        seen += 1
+        # A pickle can make an object contain itself, or one object a thousand others many times over.
+        if seen > MAX_SCRIPT_MODULES or prefix.count(".") > MAX_SCRIPT_DEPTH:
+            raise BadPickle("its modules contain each other without end; do not trust this file")
+        if not isinstance(module, Attributes):
+            continue
+        tensors |= {prefix + name: value for name, value in module.items() if isinstance(value, LazyTensor)}
+        modules = [(f"{prefix}{name}.", value) for name, value in module.items() if isinstance(value, Attributes)]
+        waiting += reversed(modules)
+    return tensors
 
 
 def _zip_entries(file: ByteFile) -> dict[str, tuple[int, int]]:
@@ -147,7 +167,10 @@ def _zip_entries(file: ByteFile) -> dict[str, tuple[int, int]]:
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         name = info.orig_filename
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        # The code of a TorchScript archive is compressed, and never read.
+        is_code = name.split("/")[1:2] == ["code"]
+        stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+        if not stored and not is_code:
             raise BadPickle(f"entry {name!r} is compressed, which PyTorch never does; unpack and store it")
         if name in entries or name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
             raise BadPickle(f"entry {name!r} is there twice or leads out of the archive; do not trust this file")
@@ -160,10 +183,10 @@ def _zip_entries(file: ByteFile) -> dict[str, tuple[int, int]]:
         if file[data : data + name_nbytes] != encoded:
             raise BadPickle(f"entry {name!r} has another name inside the archive; the file is damaged")
         start = data + name_nbytes + extra_nbytes
-        end = start + info.file_size
+        end = start + info.compress_size
         if end > directory_start:
             raise BadPickle(f"entry {name!r} reaches past the end of the archive; fetch it again")
-        entries[name] = start, info.file_size
+        entries[name] = start, info.compress_size
     return entries
 
 

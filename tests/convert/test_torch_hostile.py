@@ -195,11 +195,9 @@ def test_refuses_incomplete_archives(tmp_path):
     refuses(tmp_path / "x.pt", "not one of PyTorch")
     archive(tmp_path / "x.pt", [("a/data.pkl", tensor_code()), ("a/byteorder", b"big")])
     refuses(tmp_path / "x.pt", "big-endian")
-    archive(tmp_path / "x.pt", [("a/data.pkl", b""), ("a/constants.pkl", b""), ("a/code/x.py", b"")])
-    refuses(tmp_path / "x.pt", "TorchScript archive, which is not supported yet")
 
 
-@pytest.mark.parametrize("name", ["zip.pt", "legacy.pt"])
+@pytest.mark.parametrize("name", ["zip.pt", "legacy.pt", "script.pt"])
 def test_refuses_truncated_files(tmp_path, name):
     content = (FIXTURES / name).read_bytes()
     for length in [*range(1, len(content), 97), len(content) - 1]:
