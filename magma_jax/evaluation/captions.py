@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from magma_jax.typing import Float
+from magma_jax.typing import Float, Int
 
 Ngrams = Counter[tuple[str, ...]]
 
@@ -23,22 +23,34 @@ def bleu(
     The brevity penalty sums, over the pictures, the reference length closest to the hypothesis (the shorter of two
     equally close).
     """
-    matched, possible = np.zeros(max_order), np.zeros(max_order)
-    length = reference_length = 0
-    for hypothesis, alternatives in zip(hypotheses, references, strict=True):
+    return bleu_of_counts(bleu_counts(hypotheses, references, max_order).sum(0))
+
+
+def bleu_counts(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]], max_order: int = 4
+) -> Int[np.ndarray, "N columns"]:
+    """What each picture adds to corpus BLEU: matched n-grams by order, possible ones by order, the two lengths."""
+    rows = np.zeros((len(hypotheses), 2 * max_order + 2), np.int64)
+    for row, hypothesis, alternatives in zip(rows, hypotheses, references, strict=True):
         words = hypothesis.split()
         lengths = [len(reference.split()) for reference in alternatives]
-        length += len(words)
-        reference_length += min(lengths, key=lambda n: (abs(n - len(words)), n))
         most = Counter()
         for reference in alternatives:
             most |= _ngrams(reference, max_order)
         for ngram, count in _ngrams(hypothesis, max_order).items():
-            matched[len(ngram) - 1] += min(count, most[ngram])
-        possible += [max(0, len(words) - order) for order in range(max_order)]
+            row[len(ngram) - 1] += min(count, most[ngram])
+        row[max_order : 2 * max_order] = [max(0, len(words) - order) for order in range(max_order)]
+        row[-2:] = len(words), min(lengths, key=lambda n: (abs(n - len(words)), n))
+    return rows
+
+
+def bleu_of_counts(counts: Int[np.ndarray, " columns"]) -> Float[np.ndarray, " orders"]:
+    """BLEU-1, BLEU-2, ... of the summed rows of ``bleu_counts``."""
+    orders = (len(counts) - 2) // 2
+    matched, possible, (length, reference_length) = counts[:orders], counts[orders : 2 * orders], counts[-2:]
     # The two small numbers are coco-caption's: no division by zero, and a score for what matches nothing.
     precision = (matched + 1e-15) / (possible + 1e-9)
-    scores = np.cumprod(precision) ** (1 / np.arange(1, max_order + 1))
+    scores = np.cumprod(precision) ** (1 / np.arange(1, orders + 1))
     ratio = (length + 1e-15) / (reference_length + 1e-9)
     return scores * math.exp(1 - 1 / ratio) if ratio < 1 else scores
 

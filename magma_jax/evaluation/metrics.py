@@ -13,9 +13,9 @@ from types import MappingProxyType
 import numpy as np
 
 from magma_jax.evaluation import vqa
-from magma_jax.evaluation.captions import bleu, cider_d, rouge_l
+from magma_jax.evaluation.captions import bleu_counts, bleu_of_counts, cider_d, rouge_l
 from magma_jax.evaluation.ptb import ptb_tokenize
-from magma_jax.typing import Float
+from magma_jax.typing import Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,19 @@ class Scores:
         total: score of the whole set by name. BLEU and ROUGE-L run from 0 to 1, CIDEr from 0 to 10, accuracies from
             0 to 100.
         per_sample: the samples' own scores by name, where their mean is the total. Corpus BLEU has none.
+        bleu_counts: what each sample adds to corpus BLEU, see ``captions.bleu_counts``; None for other metrics.
     """
 
     total: dict[str, float]
     per_sample: dict[str, Float[np.ndarray, " N"]]
+    bleu_counts: Int[np.ndarray, "N columns"] | None = None
+
+    def resampled(self, rows: Int[np.ndarray, " N"]) -> dict[str, float]:
+        """The totals of another draw of the samples. Rarities of CIDEr stay those of the whole set."""
+        totals = {name: float(values[rows].mean()) for name, values in self.per_sample.items()}
+        if self.bleu_counts is not None:
+            totals |= _named_bleu(bleu_of_counts(self.bleu_counts[rows].sum(0)))
+        return {name: totals[name] for name in self.total}
 
     def by_group(self, groups: Sequence[Hashable]) -> dict[Hashable, dict[str, float]]:
         """Means of the per-sample scores for each value of ``groups`` (one a sample), such as question types.
@@ -66,13 +75,10 @@ def coco(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sco
 def nlgeval(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
     """The same scores on the captions as they are: case, punctuation and all (nlg-eval, used for MAGMA's table)."""
     _check(predictions, references)
-    orders = bleu(predictions, references)
+    counts = bleu_counts(predictions, references)
     per_sample = {"CIDEr": cider_d(predictions, references), "ROUGE-L": rouge_l(predictions, references)}
-    return Scores(
-        {f"BLEU-{i}": float(score) for i, score in enumerate(orders, start=1)}
-        | {name: float(values.mean()) for name, values in per_sample.items()},
-        per_sample,
-    )
+    means = {name: float(values.mean()) for name, values in per_sample.items()}
+    return Scores(_named_bleu(bleu_of_counts(counts.sum(0))) | means, per_sample, counts)
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
@@ -88,6 +94,10 @@ def exact_match_relaxed(predictions: Sequence[str], references: Sequence[Sequenc
 
     _check(predictions, references)
     return exact_match([relax(p) for p in predictions], [[relax(a) for a in answers] for answers in references])
+
+
+def _named_bleu(orders: Float[np.ndarray, " orders"]) -> dict[str, float]:
+    return {f"BLEU-{i}": float(score) for i, score in enumerate(orders, start=1)}
 
 
 def _accuracy(

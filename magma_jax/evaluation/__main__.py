@@ -1,0 +1,38 @@
+"""Scores prediction files in the official formats, without a model.
+
+python -m magma_jax.evaluation score --protocol vqa_official --references v2_mscoco_val2014_annotations.json \\
+    --predictions results.json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from magma_jax.evaluation.bootstrap import DRAWS
+from magma_jax.evaluation.protocols import PROTOCOLS
+from magma_jax.evaluation.score import score_files
+
+
+def main() -> None:
+    """Reads the command line and scores."""
+    parser = argparse.ArgumentParser(prog="python -m magma_jax.evaluation", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("score", help="score a file of predictions", description="Scores a prediction file.")
+    one.add_argument("--protocol", required=True, choices=PROTOCOLS, metavar="NAME", help=", ".join(PROTOCOLS))
+    one.add_argument("--references", required=True, type=Path, help="the official file of annotations")
+    one.add_argument("--predictions", required=True, type=Path, help="list of predictions, .json or .jsonl")
+    one.add_argument("--draws", type=int, default=DRAWS, help="of the bootstrap; default: %(default)s")
+    one.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args()
+    try:
+        if arguments.draws < 1:
+            raise ValueError(f"--draws must be at least 1, got {arguments.draws}")
+        result = score_files(arguments.protocol, arguments.references, arguments.predictions, draws=arguments.draws)
+    except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
+        sys.exit(f"magma_jax.evaluation: {error}")
+    print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if arguments.json else result.table())
+
+
+if __name__ == "__main__":
+    main()
