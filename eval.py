@@ -1,4 +1,4 @@
-"""Evaluates a run that train.py made: its newest checkpoint, on a split that it did not learn from.
+"""Evaluates a run that train.py made, on a split that it did not learn from.
 
     python eval.py
     python eval.py --workdir runs/quickstart --split validation --limit 50
@@ -16,7 +16,7 @@ from magma_jax.evaluation.tasks import evaluate_run
 
 def main() -> None:
     """Reads the command line and evaluates."""
-    parser = argparse.ArgumentParser(description="Evaluates the newest checkpoint of a run that train.py made.")
+    parser = argparse.ArgumentParser(description="Evaluates a run that train.py made.")
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="at most this many captions and this many questions; default: all")

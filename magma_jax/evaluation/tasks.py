@@ -61,11 +61,12 @@ class EvaluationError(ValueError):
 def evaluate_run(
     workdir: str | Path, split: str = "test", limit: int | None = None, overview: str | Path | None = None
 ) -> Evaluation:
-    """Evaluates the newest checkpoint of a run, prints the table and writes its files into the run folder.
+    """Evaluates a run, prints the table and writes its files into the run folder.
 
-    The files are ``results.json``, ``predictions.jsonl`` and ``report.html``. Another split than ``test``, or a limit,
-    is part of their names (``results-validation-50.json``), so that it never passes for the full result. ``overview``
-    names a PNG file that gets twelve pictures with their texts.
+    A run is evaluated at its best validated step, or at its newest if it was not validated. The files are
+    ``results.json``, ``predictions.jsonl`` and ``report.html``. Another split than ``test``, or a limit, is part of
+    their names (``results-validation-50.json``), so that it never passes for the full result. ``overview`` names a
+    PNG file that gets twelve pictures with their texts.
 
     Raises:
         CheckpointError: the folder holds no run, or none with a checkpoint. ConfigError: a run of another kind of
@@ -77,7 +78,7 @@ def evaluate_run(
         raise CheckpointError(f"{workdir}: holds no checkpoint of a run; give the --workdir that train.py trained in")
     model = Magma.from_checkpoint(workdir)
     with RunCheckpoints(workdir) as checkpoints:
-        stamp = {"checkpoint_step": checkpoints.latest_step(), "training_seed": run["seed"]}
+        stamp = {"checkpoint_step": checkpoints.result_step(), "training_seed": run["seed"]}
     dataset = load_dataset(from_dict(DataConfig, run["data"], "model.json: run.data"))
     evaluation = evaluate(model, dataset, split, limit, stamp=stamp)
     suffix = ("" if split == "test" and limit is None else f"-{split}") + ("" if limit is None else f"-{limit}")

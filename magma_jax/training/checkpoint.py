@@ -1,36 +1,45 @@
 """Checkpoints of a run: the model folder of the frozen base, written once, and what training changes.
 
-``checkpoints/STEP/`` holds trainable parameters, running statistics, optimizer state, step and data iterator, as plain
-nested dicts. Orbax is known here and in ``model_folder`` only. A folder appears under its final name only when it is
-whole.
+    checkpoints/STEP/params/       trainable parameters and running statistics
+                     optimizer/    state of the optimizer, step, root random key
+                     progress/     position of the data iterator, best validated step
+                     SHA256SUMS    of all these files
+
+A step appears under its name only when it is whole. Orbax is known here and in ``model_folder`` only.
 """
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.experimental import multihost_utils
 
 from magma_jax.nn.modules import Params
-from magma_jax.training.model_folder import (
-    CheckpointError,
-    as_jax,
-    damaged,
-    read_model_json,
-    read_params,
-    with_sharding,
-)
+from magma_jax.training.checksums import find_damage, write_checksums
+from magma_jax.training.early_stopping import BestStep
+from magma_jax.training.model_folder import CheckpointError, as_jax, read_model_json, read_params, with_sharding
 from magma_jax.training.optim import label_parameters, partition
 from magma_jax.training.step import TrainState
+from magma_jax.typing import PRNGKey
 
 CHECKPOINTS = "checkpoints"
+
+# Orbax writes these after the sums, on giving the folder its name.
+WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 def read_trained_params(
     path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any], *, keep_dtype: bool = False
 ) -> Params:
-    """Parameters of a model folder, or of a run folder with what its newest checkpoint has trained."""
+    """Parameters of a model folder, or of a run folder with what it has trained, see ``RunCheckpoints.result_step``."""
     if not (Path(path) / CHECKPOINTS).is_dir():
         return read_params(path, shapes, keep_dtype=keep_dtype)
     trainable, frozen, statistics = partition(shapes, label_parameters(types, read_model_json(path).get("groups", {})))
@@ -39,63 +48,252 @@ def read_trained_params(
     return read_params(path, frozen, keep_dtype=keep_dtype) | trained
 
 
+@dataclasses.dataclass
+class Snapshot:
+    """All that a run needs to go on, beside its frozen parameters.
+
+    Attributes:
+        state: what training changes.
+        key: root random key.
+        data: position of the data iterator, plain JSON values. With several processes that of the first is kept, so
+            it must count what all of them have seen.
+        best: the best validated step so far.
+    """
+
+    state: TrainState
+    key: PRNGKey
+    data: dict[str, Any]
+    best: BestStep = BestStep()
+
+
 class RunCheckpoints:
-    """Checkpoints of a run, ``checkpoints/STEP/``, newest kept."""
+    """The checkpoints of a run folder: the newest ones and that of the best validated step.
+
+    A step whose files have changed since they were written is damaged. The one before is used instead, with a line
+    on stderr; a writer moves damaged steps to ``STEP.damaged``, a reader leaves the folder as it is.
+
+    Args:
+        workdir: the run folder.
+        writing: whether steps are saved here; one run folder has one writer (which may be many processes).
+        keep: number of newest steps that are kept.
+    """
 
     def __init__(self, workdir: str | Path, *, writing: bool = False, keep: int = 2):
+        self._folder = Path(workdir).absolute() / CHECKPOINTS
+        self._writing = writing
+        self._kept = _KeptStep()
+        self._saving: ocp.AsyncResponse[bool] | None = None
+        self._saving_step = 0
+        policies = ocp.training.preservation_policies
+        logging.getLogger("absl").addFilter(_is_no_traceback)
+        context = ocp.Context()
+        # Despite its name this is called before the folder gets its final name, by the first process alone. Orbax
+        # copies its options deeply: a bound method would come with a copy of this object.
+        context.async_options.post_finalization_callback = lambda: self._write_checksums()
+        context.checkpointables_options.registry = ocp.handlers.local_registry().add(
+            ocp.handlers.JsonHandler, checkpointable_name="progress"
+        )
         self._checkpointer = ocp.training.Checkpointer(
-            Path(workdir).absolute() / CHECKPOINTS,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            self._folder,
+            context=context,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self._kept]),
             # Half-written steps of a killed run; a reader must leave alone what a trainer is writing.
             cleanup_tmp_directories=writing,
         )
 
     def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint, or None."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        """The newest step, whole or damaged; None if there is none."""
+        return max(self._steps(), default=None)
 
-    def save(self, step: int, state: TrainState, data_state: Mapping[str, Any]) -> None:
-        """Saves in the background; ``data_state`` is JSON (the position of the data iterator)."""
-        params = {"trainable": state.trainable, "statistics": state.statistics}
-        optimizer = {"step": state.step, "opt_state": state.opt_state}
-        self._checkpointer.save_checkpointables_async(
-            step, {"params": as_jax(params), "optimizer": as_jax(optimizer), "data": dict(data_state)}
+    def save(self, snapshot: Snapshot) -> None:
+        """Copies the snapshot to the host, then writes it in the background; waits for the save before it.
+
+        Raises:
+            CheckpointError: the save before this one has failed.
+        """
+        step, state = int(snapshot.state.step), snapshot.state
+        self._kept.step = snapshot.best.step
+        contents = {
+            "params": as_jax({"trainable": state.trainable, "statistics": state.statistics}),
+            "optimizer": as_jax(_optimizer_part(state, snapshot.key)),
+            "progress": {"data": dict(snapshot.data), "best": snapshot.best.to_json()},
+        }
+        self._finish_save()
+        self._saving_step = step
+        self._saving = self._checkpointer.save_checkpointables_async(step, contents, force=True)
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background; does not wait for one that is under way."""
+        if self._saving is not None and not self._checkpointer.is_saving_in_progress():
+            self._finish_save()
+
+    def restore(self, state: TrainState, key: PRNGKey) -> Snapshot:
+        """The newest whole step, on the dtypes and shardings of ``state`` and ``key``, whatever mesh wrote it.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        wanted = {
+            "params": _abstract({"trainable": state.trainable, "statistics": state.statistics}),
+            "optimizer": _abstract(_optimizer_part(state, key)),
+            "progress": None,
+        }
+        _, loaded = self._load(self._newest_first(), wanted)
+        optimizer, progress = loaded["optimizer"], loaded["progress"]
+        key = jax.random.wrap_key_data(optimizer.pop("key"), impl=jax.random.key_impl(key))
+        snapshot = Snapshot(
+            TrainState(**loaded["params"], **optimizer), key, progress["data"], BestStep(**progress["best"])
         )
-
-    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restores the newest step onto the dtypes and shardings of ``state``; returns it and the data state."""
-        params = {"trainable": state.trainable, "statistics": state.statistics}
-        optimizer = {"step": state.step, "opt_state": state.opt_state}
-        loaded = self._load({"params": _abstract(params), "optimizer": _abstract(optimizer), "data": None})
-        return TrainState(**loaded["params"], **loaded["optimizer"]), loaded["data"]
+        self._kept.step = snapshot.best.step
+        return snapshot
 
     def restore_params(self, trainable: Params, statistics: Params) -> Params:
-        """The trained parameters and statistics of the newest step, for inference."""
-        wanted = _abstract({"trainable": trainable, "statistics": statistics})
-        loaded = self._load({"params": wanted})["params"]
+        """The trained parameters and statistics of ``result_step``, for inference."""
+        wanted = {"params": _abstract({"trainable": trainable, "statistics": statistics})}
+        loaded = self._load([self.result_step()], wanted)[1]["params"]
         return loaded["trainable"] | loaded["statistics"]
 
-    def _load(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        step = self.latest_step()
-        if step is None:
-            raise CheckpointError(f"{self._checkpointer.directory}: holds no checkpoint")
-        try:
-            return self._checkpointer.load_checkpointables(step, wanted)
-        except Exception as error:  # Orbax raises whatever its storage layer met
-            raise damaged(Path(self._checkpointer.directory) / str(step), error) from error
+    def result_step(self) -> int:
+        """The step that stands for the run: the best validated one, or the newest if none was validated.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        step, loaded = self._load(self._newest_first(), {"progress": None}, checked=("params", "progress"))
+        best = loaded["progress"]["best"]["step"]
+        if best is None or best not in self._steps():
+            return step
+        problem = _from_first_process(lambda: self._find_damage(best, ("params",)))
+        self._report({} if problem is None else {best: problem}, step)
+        return best if problem is None else step
 
     def __enter__(self) -> "RunCheckpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if kind is None:  # else the first error is the one to tell
+                raise
 
     def close(self) -> None:
-        """Waits for a save in progress and closes."""
-        self._checkpointer.close()
+        """Waits for a save in progress and closes.
+
+        Raises:
+            CheckpointError: that save has failed.
+        """
+        try:
+            self._finish_save()
+        finally:
+            self._checkpointer.close()
+
+    def _finish_save(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saving.result()
+        except Exception as error:  # whatever the storage layer met, such as a full disk
+            with contextlib.suppress(Exception):
+                self._checkpointer.wait()  # Orbax raises the same error once more in every thread
+            folder = self._folder / str(self._saving_step)
+            raise CheckpointError(f"{folder}: could not be saved ({_reason(error)})") from error
+
+    def _write_checksums(self) -> None:
+        # Under its temporary name, which begins with the step and a dot.
+        (folder,) = self._folder.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")
+        write_checksums(folder, leave_out=WRITTEN_LAST)
+
+    def _steps(self) -> list[int]:
+        """Every step that has a folder, also one that Orbax no longer takes for finished."""
+        return [int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()]
+
+    def _newest_first(self) -> list[int]:
+        return sorted(self._steps(), reverse=True)
+
+    def _load(
+        self, steps: Sequence[int], wanted: dict[str, Any], checked: Sequence[str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """The first of ``steps`` that is whole (in the items ``checked``), and what it holds of ``wanted``."""
+        damage: dict[int, str] = {}
+        for step in steps:
+            problem = _from_first_process(lambda step=step: self._find_damage(step, checked or tuple(wanted)))
+            if problem is None:
+                try:
+                    loaded = self._checkpointer.load_checkpointables(step, wanted)
+                except Exception as error:  # Orbax raises whatever its storage layer met
+                    problem = _reason(error)
+                    if jax.process_count() > 1:  # the others may have succeeded, and would wait for this one
+                        raise CheckpointError(f"{self._folder / str(step)}: cannot be read ({problem})") from error
+                else:
+                    self._report(damage, step)
+                    return step, loaded
+            damage[step] = problem
+        if not damage:
+            raise CheckpointError(f"{self._folder}: holds no checkpoint")
+        found = "; ".join(f"{step}: {problem}" for step, problem in damage.items())
+        raise CheckpointError(f"{self._folder}: every checkpoint is damaged ({found}); begin in another folder")
+
+    def _find_damage(self, step: int, items: Sequence[str]) -> str | None:
+        if all(known.step != step for known in self._checkpointer.checkpoints):
+            return "not marked as finished"
+        return find_damage(self._folder / str(step), below=items)
+
+    def _report(self, damage: Mapping[int, str], used: int) -> None:
+        for step, problem in damage.items():
+            folder = self._folder / str(step)
+            moved = ""
+            if self._writing:
+                aside = _from_first_process(lambda folder=folder: _move_aside(folder))
+                moved = f", moved to {aside}"
+            if jax.process_index() == 0:
+                print(f"{folder}: damaged ({problem}){moved}; using {self._folder / str(used)}", file=sys.stderr)
+        if damage and self._writing:
+            self._checkpointer.reload()
+
+
+@dataclasses.dataclass
+class _KeptStep:
+    """Preservation policy: one step that is kept however old it is."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+def _is_no_traceback(record: logging.LogRecord) -> bool:
+    """For Orbax, which logs a failed save five times over before it raises the error, which is told in one line."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _optimizer_part(state: TrainState, key: PRNGKey) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state, "key": jax.random.key_data(key)}
 
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(with_sharding, tree)
+
+
+def _reason(error: Exception) -> str:
+    return f"{next(iter(str(error).splitlines()), type(error).__name__):.200}"
+
+
+def _move_aside(folder: Path) -> str:
+    names = [f"{folder.name}.damaged", *(f"{folder.name}.damaged-{i}" for i in range(2, 1000))]
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    os.rename(folder, aside)
+    return str(aside)
+
+
+def _from_first_process(ask: Callable[[], str | None]) -> str | None:
+    """The first process's answer, for all: they must agree, and its view of a shared disk is as good as any."""
+    if jax.process_count() == 1:
+        return ask()
+    buffer = np.zeros(1024, np.uint8)
+    if jax.process_index() == 0:
+        text = (ask() or "").encode()[: len(buffer)]
+        buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    answer = bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).rstrip(b"\0").decode(errors="replace")
+    return answer or None

@@ -10,10 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 from magma_jax.sharding import place_batch, replicated
-from magma_jax.training.checkpoint import RunCheckpoints
+from magma_jax.training.checkpoint import RunCheckpoints, Snapshot
 from magma_jax.training.config import RunConfig
 from magma_jax.training.pictures import picture_loader
 from magma_jax.training.setup import Run, prepare_run, say
+from magma_jax.typing import PRNGKey
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,19 +29,26 @@ def train(config: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] 
     """
     run = prepare_run(config, workdir, devices)
     batches = iter(run.dataset.batches(config.batch_size, config.seed))
-    with RunCheckpoints(run.workdir, writing=True) as checkpoints:
+    key = jax.device_put(jax.random.key(config.seed), replicated(run.program.mesh))
+    with RunCheckpoints(run.workdir, writing=True, keep=config.keep_checkpoints) as checkpoints:
         if checkpoints.latest_step() is not None:
-            run.state, position = checkpoints.restore(run.state)
-            batches.set_state(position)
+            snapshot = checkpoints.restore(run.state, key)
+            run.state, key = snapshot.state, snapshot.key
+            batches.set_state(snapshot.data)
             say(f"resuming after step {int(run.state.step)}")
         prepare = picture_loader(run.dataset.images, run.program, run.params)
-        _steps(run, batches, prepare, checkpoints)
+        _steps(run, batches, key, prepare, checkpoints)
     return run
 
 
-def _steps(run: Run, batches: Iterator[Batch], prepare: Callable[[Batch], Batch], checkpoints: RunCheckpoints) -> None:
+def _steps(
+    run: Run,
+    batches: Iterator[Batch],
+    key: PRNGKey,
+    prepare: Callable[[Batch], Batch],
+    checkpoints: RunCheckpoints,
+) -> None:
     config, mesh = run.config, run.program.mesh
-    key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
     first = int(run.state.step)
     started = time.perf_counter()
     metrics_file = (run.workdir / METRICS_FILE).open("a")
@@ -51,6 +59,7 @@ def _steps(run: Run, batches: Iterator[Batch], prepare: Callable[[Batch], Batch]
             batch = place_batch(prepare(next(batches)), mesh)
             run.state, metrics = run.program.step(run.state, run.frozen, batch, key)
             bar.update()
+            checkpoints.check()
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 values = {name: float(value) for name, value in metrics.items()}
@@ -68,4 +77,4 @@ def _steps(run: Run, batches: Iterator[Batch], prepare: Callable[[Batch], Batch]
                         f"{values['samples_per_second']:.0f} samples/s  {left:.0f} s left"
                     )
             if done % config.checkpoint_every == 0 or done == config.steps:
-                checkpoints.save(done, run.state, batches.get_state())
+                checkpoints.save(Snapshot(run.state, key, batches.get_state()))
