@@ -105,15 +105,15 @@ class MagmaModel(nnx.Module):
         """fp32 logits of the final hidden states."""
         return self.lm.logits(hidden)
 
-    def caption_logits(
+    def caption_hidden(
         self,
         features: Float[Array, "B ..."],
         tokens: Int[Array, "B S"],
         *,
         dropout_key: PRNGKey | None = None,
         remat: Remat = "none",
-    ) -> Float[Array, "B S V"]:
-        """Logits that predict each of ``tokens`` from the picture and the tokens before it.
+    ) -> Float[Array, "B S D"]:
+        """Final hidden states, from which ``logits`` predicts each of ``tokens`` by the picture and what precedes it.
 
         The first token is predicted from the last position of the picture. Padding on the right changes nothing for
         the tokens before it, so S is any length that holds the batch.
@@ -122,7 +122,7 @@ class MagmaModel(nnx.Module):
         # The last token predicts nothing that is asked for, so it is not run.
         embeddings = jnp.concatenate([prefix, self.embed_tokens(tokens[:, :-1])], axis=1)
         hidden = self(embeddings, remat=remat).hidden
-        return self.logits(hidden[:, prefix.shape[1] - 1 :])
+        return hidden[:, prefix.shape[1] - 1 :]
 
     def class_logits(self, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"]) -> Float[Array, "B classes"]:
         """fp32 class scores from the last-layer embedding of each row's last token (position ``lengths`` - 1)."""

@@ -1,26 +1,22 @@
-"""Next-token loss."""
+"""The loss of each kind of model: from a batch to hidden states, labels and their cross-entropy."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import TypeAlias
 
-import jax
 import jax.numpy as jnp
-import optax
 
 from magma_jax.models.decoder import Decoder
 from magma_jax.models.language_models import LANGUAGE_MODELS
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.convolution import BatchNormMode
 from magma_jax.nn.stack import Remat
+from magma_jax.training.cross_entropy import IGNORED, cross_entropy
 from magma_jax.typing import Array, Float, Int, PRNGKey
 
 Batch: TypeAlias = dict[str, Array]
 # Summed loss, number of tokens it sums over, summed metrics.
 LossResult: TypeAlias = tuple[Array, Array, dict[str, Array]]
-
-# Marks positions that carry no loss (PyTorch's convention, which the original's labels follow).
-IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +39,6 @@ def caption_labels(tokens: Int[Array, "B S"], eos_id: int) -> Int[Array, "B S"]:
     return jnp.where(behind_first_eos, IGNORED, tokens)
 
 
-def cross_entropy(logits: Float[Array, "B S V"], labels: Int[Array, "B S"]) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Sum of the loss over the labels that are not ``IGNORED``, and their number.
-
-    Returning both lets devices and accumulation steps form one token-weighted mean instead of a mean of means.
-    """
-    counted = labels != IGNORED
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, labels, 0))
-    return jnp.where(counted, losses, 0.0).sum(), counted.sum()
-
-
-def accuracy(logits: Float[Array, "B S V"], labels: Int[Array, "B S"]) -> Int[Array, ""]:
-    """Number of counted labels that are the most likely token."""
-    return jnp.sum((jax.lax.stop_gradient(logits).argmax(-1) == labels) & (labels != IGNORED))
-
-
 def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> LossResult:
     """Next-token loss of the words behind a picture (paper, equation 3).
 
@@ -69,15 +50,15 @@ def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, option
         if "features" in batch
         else model.encode_images(batch["images"], batch_norm=options.batch_norm)
     )
-    logits = model.caption_logits(features, batch["tokens"], dropout_key=key, remat=options.remat)
-    return _token_loss(logits, batch["labels"])
+    hidden = model.caption_hidden(features, batch["tokens"], dropout_key=key, remat=options.remat)
+    return _token_loss(model, hidden, batch["labels"])
 
 
 def language_loss(model: Decoder, batch: Batch, key: PRNGKey, *, options: LossOptions) -> LossResult:
     """Next-token loss of text alone; ``batch`` holds ``tokens`` and ``labels`` (B, S)."""
     embeddings = model.embed(batch["tokens"][:, :-1])
-    logits = model.logits(model(embeddings, remat=options.remat).hidden)
-    return _token_loss(logits, batch["labels"][:, 1:])
+    hidden = model(embeddings, remat=options.remat).hidden
+    return _token_loss(model, hidden, batch["labels"][:, 1:])
 
 
 # By the ``kind`` of the model's config.
@@ -87,6 +68,6 @@ LOSSES: dict[str, Callable[..., LossResult]] = {
 }
 
 
-def _token_loss(logits: Float[Array, "B S V"], labels: Int[Array, "B S"]) -> LossResult:
-    loss, count = cross_entropy(logits, labels)
-    return loss, count, {"accuracy": accuracy(logits, labels)}
+def _token_loss(model: MagmaModel | GPTJ, hidden: Float[Array, "B S D"], labels: Int[Array, "B S"]) -> LossResult:
+    loss, count, predicted = cross_entropy(model.logits, hidden, labels)
+    return loss, count, {"accuracy": predicted}

@@ -72,16 +72,16 @@ def test_caption_logits_are_those_of_the_whole_sequence():
     prefix = model.embed_features(features)
     whole = model(jnp.concatenate([prefix, model.embed_tokens(tokens)], axis=1)).hidden
     expected = model.logits(whole)[:, prefix.shape[1] - 1 : -1]
-    np.testing.assert_allclose(model.caption_logits(features, tokens), expected, atol=1e-5)
+    np.testing.assert_allclose(model.logits(model.caption_hidden(features, tokens)), expected, atol=1e-5)
 
 
-def test_padding_on_the_right_changes_no_logit_before_it():
+def test_padding_on_the_right_changes_nothing_before_it():
     model = _model()
     tokens = jax.random.randint(jax.random.key(0), (2, 7), 0, 300)
     features = jax.random.normal(jax.random.key(1), (2, 4, 32))
     padded = jnp.pad(tokens, ((0, 0), (0, 20)), constant_values=298)
     np.testing.assert_allclose(
-        model.caption_logits(features, padded)[:, :7], model.caption_logits(features, tokens), atol=1e-5
+        model.caption_hidden(features, padded)[:, :7], model.caption_hidden(features, tokens), atol=1e-5
     )
 
 

@@ -15,7 +15,7 @@ from magma_jax.nn.convolution import BatchNorm
 from magma_jax.nn.modules import AdapterParam, merge, split, variable_types
 from magma_jax.nn.rotary import apply_rotary, rotary_table
 from magma_jax.nn.stack import scan
-from magma_jax.training.losses import IGNORED, cross_entropy
+from magma_jax.training.cross_entropy import IGNORED, cross_entropy
 
 CONFIG = GPTJConfig(layers=3, width=32, heads=4, rotary_dim=4, feed_forward=64, vocab_rows=50, head_rows=60)
 KINDS = ["normal", "parallel", "scaled_parallel"]
@@ -201,8 +201,7 @@ def test_padding_on_the_right_leaves_the_loss_unchanged(language_model):
     @jax.jit
     def loss(params, ids, labels):
         model = merge(definition, params)
-        logits = model.logits(model(model.embed(ids[:, :-1])).hidden)
-        return cross_entropy(logits, labels[:, 1:])
+        return cross_entropy(model.logits, model(model.embed(ids[:, :-1])).hidden, labels[:, 1:])
 
     short = loss(params, ids, labels)
     padding = ((0, 0), (0, 2048 - 9))
