@@ -7,6 +7,7 @@ from magma_jax.models import ModelConfig
 from magma_jax.sharding import MeshConfig
 from magma_jax.training.early_stopping import ValidationConfig
 from magma_jax.training.losses import LossOptions
+from magma_jax.training.nonfinite import Policy
 from magma_jax.training.optim import OptimConfig
 
 
@@ -28,6 +29,9 @@ class RunConfig:
         log_every: steps between lines of metrics.
         checkpoint_every: steps between checkpoints; the last step is always one.
         keep_checkpoints: newest checkpoints that are kept, beside that of the best validation.
+        nonfinite: what a loss or gradient that is not a finite number does: the run will ``stop``, or ``skip``
+            the step, which then changes nothing; its batch is written to the run folder.
+        nonfinite_limit: how many steps in a row may be skipped before the run stops all the same.
         validation: when the run is validated and ends early.
         evaluate: whether the run ends with the evaluation of ``eval.py``.
     """
@@ -45,6 +49,8 @@ class RunConfig:
     log_every: int = 20
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    nonfinite: Policy = "stop"
+    nonfinite_limit: int = 10
     validation: ValidationConfig = ValidationConfig()
     evaluate: bool = False
 
@@ -52,6 +58,8 @@ class RunConfig:
         for name in ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.nonfinite_limit < 0:
+            raise ValueError(f"nonfinite_limit must not be negative, got {self.nonfinite_limit}")
         if self.steps < 0:
             raise ValueError(f"steps must not be negative, got {self.steps}")
         if self.optim.steps is None:

@@ -72,29 +72,21 @@ def _summed(project, hidden, labels, *weights):
 
 
 def _forward(project, hidden, labels, *weights):
-    learned = [weight.perturbed for weight in weights]
-    values = [weight.value for weight in weights]
+    values = dict(enumerate(weight.value for weight in weights))
+    learned = {i: values[i] for i, weight in enumerate(weights) if weight.perturbed}
 
     def body(carry, inputs):
         loss, predicted, gradients = carry
         hidden, labels = inputs
-
-        def logits_of(hidden, *learning):
-            learning = iter(learning)
-            return project(hidden, *(next(learning) if l else v for l, v in zip(learned, values, strict=True)))
-
-        learning = [value for l, value in zip(learned, values, strict=True) if l]
-        logits, pullback = jax.vjp(logits_of, hidden, *learning)
+        logits, pullback = jax.vjp(lambda h, w: project(h, *(values | w).values()), hidden, learned)
         new_loss, new_predicted, logits_gradient = _losses(logits, labels)
-        hidden_gradient, *new = pullback(logits_gradient)
-        gradients = [old + part for old, part in zip(gradients, new, strict=True)]
+        hidden_gradient, new = pullback(logits_gradient)
+        gradients = jax.tree.map(jnp.add, gradients, new)
         return (loss + new_loss, predicted + new_predicted, gradients), hidden_gradient
 
-    zeros = [jnp.zeros_like(value) for l, value in zip(learned, values, strict=True) if l]
-    start = (jnp.zeros(()), jnp.zeros((), jnp.int32), zeros)
+    start = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, learned))
     (loss, predicted, gradients), hidden_gradient = jax.lax.scan(body, start, (hidden.value, labels.value))
-    gradients = iter(gradients)
-    return (loss, predicted), (hidden_gradient, [next(gradients) if l else None for l in learned])
+    return (loss, predicted), (hidden_gradient, [gradients.get(i) for i in values])
 
 
 def _backward(project, gradients, cotangents):

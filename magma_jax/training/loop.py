@@ -12,6 +12,7 @@ from tqdm import tqdm
 from magma_jax.sharding import place_batch, replicated
 from magma_jax.training.checkpoint import RunCheckpoints, Snapshot
 from magma_jax.training.config import RunConfig
+from magma_jax.training.nonfinite import NonfiniteGuard
 from magma_jax.training.pictures import picture_loader
 from magma_jax.training.setup import Run, prepare_run, say
 from magma_jax.typing import PRNGKey
@@ -26,6 +27,7 @@ def train(config: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] 
 
     Raises:
         ConfigError: the folder holds a run of another config, or the config does not fit the devices.
+        FloatingPointError: a loss or gradient is not finite, see ``training.nonfinite``.
     """
     run = prepare_run(config, workdir, devices)
     batches = iter(run.dataset.batches(config.batch_size, config.seed))
@@ -49,6 +51,7 @@ def _steps(
     checkpoints: RunCheckpoints,
 ) -> None:
     config, mesh = run.config, run.program.mesh
+    guard = NonfiniteGuard(config.nonfinite, config.nonfinite_limit, run.workdir, key, say)
     first = int(run.state.step)
     started = time.perf_counter()
     metrics_file = (run.workdir / METRICS_FILE).open("a")
@@ -56,15 +59,19 @@ def _steps(
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=None)
     with metrics_file, bar:
         for step in range(first, config.steps):
-            batch = place_batch(prepare(next(batches)), mesh)
-            run.state, metrics = run.program.step(run.state, run.frozen, batch, key)
+            batch = prepare(next(batches))
+            run.state, metrics = run.program.step(run.state, run.frozen, place_batch(batch, mesh), key)
+            guard.watch(step, metrics.pop("nonfinite"), batch)
             bar.update()
             checkpoints.check()
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
+            logged = done % config.log_every == 0 or done == config.steps
+            saved = done % config.checkpoint_every == 0 or done == config.steps
+            if logged or saved:
+                guard.check()
+            if logged:
                 values = {name: float(value) for name, value in metrics.items()}
-                if not np.isfinite(values["loss"]):
-                    raise FloatingPointError(f"loss is {values['loss']} at step {done}; lower optim.learning_rate")
+                values["skipped_steps"] = guard.skipped
                 elapsed = time.perf_counter() - started
                 values["samples_per_second"] = (done - first) * config.batch_size / elapsed
                 metrics_file.write(json.dumps({"step": done, "seconds": elapsed, **values}) + "\n")
@@ -76,5 +83,5 @@ def _steps(
                         f"step {done}/{config.steps}  loss {values['loss']:.3f}  "
                         f"{values['samples_per_second']:.0f} samples/s  {left:.0f} s left"
                     )
-            if done % config.checkpoint_every == 0 or done == config.steps:
+            if saved:
                 checkpoints.save(Snapshot(run.state, key, batches.get_state()))

@@ -68,6 +68,6 @@ LOSSES: dict[str, Callable[..., LossResult]] = {
 }
 
 
-def _token_loss(model: MagmaModel | GPTJ, hidden: Float[Array, "B S D"], labels: Int[Array, "B S"]) -> LossResult:
+def _token_loss(model: MagmaModel | Decoder, hidden: Float[Array, "B S D"], labels: Int[Array, "B S"]) -> LossResult:
     loss, count, predicted = cross_entropy(model.logits, hidden, labels)
     return loss, count, {"accuracy": predicted}

@@ -22,7 +22,7 @@ from magma_jax.training.step import TrainState
 from magma_jax.training.weights import load_weights
 
 # What may differ between two parts of one run: how long it is, what is watched, and on how many devices it runs.
-MAY_CHANGE = ("steps", "evaluate", "log_every", "checkpoint_every", "mesh")
+MAY_CHANGE = ("steps", "evaluate", "log_every", "checkpoint_every", "mesh", "nonfinite", "nonfinite_limit")
 
 
 @dataclasses.dataclass

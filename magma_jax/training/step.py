@@ -47,8 +47,10 @@ def make_train_step(
 
     With ``accumulate`` = n the batch is run in n parts whose loss sums, token counts and gradients add up, so the
     result is the step of the whole batch (BatchNorm in batch mode sees the parts). The key of a step is
-    ``fold_in(root_key, step)``. Metrics: ``loss`` (mean over tokens), ``grad_norm`` (before clipping), and the loss
-    function's sums divided by the token count.
+    ``fold_in(root_key, step)``. Metrics: ``loss`` (mean over tokens), ``grad_norm`` (before clipping), ``nonfinite``,
+    and the loss function's sums divided by the token count.
+
+    If the loss or the norm of the gradient is no finite number, ``nonfinite`` is 1 and nothing but ``step`` changes.
     """
 
     def sums(trainable: Params, frozen: Params, statistics: Params, batch: Batch, key: PRNGKey):
@@ -90,6 +92,11 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {name: value / count for name, value in metrics.items()}
         metrics |= {"loss": loss / count, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, trainable, statistics, opt_state), metrics
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["nonfinite"] = 1 - finite.astype(jnp.int32)
+        # Here and not on the host: the state is donated, and it must not be lost to a NaN that is noticed later.
+        old, new = (state.trainable, state.statistics, state.opt_state), (trainable, statistics, opt_state)
+        kept = jax.tree.map(lambda old, new: jnp.where(finite, new, old), old, new)
+        return TrainState(state.step + 1, *kept), metrics
 
     return train_step

@@ -68,9 +68,9 @@ def test_counts_and_predicted_labels_come_with_the_loss():
 
 def test_rows_without_labels_give_zero_and_no_gradient():
     hidden, labels, weight, bias = problem()
-    value, gradient = jax.value_and_grad(
-        lambda h: in_stretches(h, jnp.full_like(labels, IGNORED), weight, bias, 4)[0]
-    )(hidden)
+    value, gradient = jax.value_and_grad(lambda h: in_stretches(h, jnp.full_like(labels, IGNORED), weight, bias, 4)[0])(
+        hidden
+    )
     assert value == 0
     assert not gradient.any()
 
