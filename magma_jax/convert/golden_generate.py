@@ -141,7 +141,7 @@ class _Batch:
 def _generate(graphdef, params, embeddings, lengths, eos_id, steps):
     keys = row_keys(jax.random.key(0), embeddings.shape[0])
     options: dict[str, Any] = {"sampling": SamplingConfig(), "eos_id": eos_id, "return_logits": True}
-    return generate(merge(graphdef, params), embeddings, lengths, keys, max_new_tokens=steps, **options)
+    return generate(merge(graphdef, params).lm, embeddings, lengths, keys, max_new_tokens=steps, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))

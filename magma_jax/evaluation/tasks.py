@@ -290,7 +290,7 @@ def _generate(
     prefix = model.embed_features(features)
     embeddings = jnp.concatenate([prefix, model.embed_tokens(tokens)], axis=1)
     result = generate(
-        model,
+        model.lm,
         embeddings,
         prefix.shape[1] + lengths,
         row_keys(jax.random.key(0), len(tokens)),  # unused by greedy decoding

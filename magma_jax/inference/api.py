@@ -160,7 +160,7 @@ class Magma:
                 f"the longest prompt has {longest} positions and {max_steps} new tokens were asked for, but the "
                 f"context holds {context}; shorten the prompt or lower max_steps"
             )
-        padded = _pad_to_bucket(batch.embeddings, context)
+        padded = _pad_to_bucket(batch.embeddings)
         return _generate(
             self._graphdef,
             self.params,
@@ -263,17 +263,16 @@ def _as_batch(embeddings: Array | PromptBatch) -> PromptBatch:
     return PromptBatch(embeddings, jnp.full(embeddings.shape[0], embeddings.shape[1]))
 
 
-def _pad_to_bucket(embeddings: Float[Array, "B S D"], context: int) -> Float[Array, "B S2 D"]:
+def _pad_to_bucket(embeddings: Float[Array, "B S D"]) -> Float[Array, "B S2 D"]:
     length = embeddings.shape[1]
     last = LENGTH_BUCKETS[-1]
     bucket = next((b for b in LENGTH_BUCKETS if b >= length), -(-length // last) * last)
-    # Learned positions end with the context.
-    return jnp.pad(embeddings, ((0, 0), (0, max(min(bucket, context) - length, 0)), (0, 0)))
+    return jnp.pad(embeddings, ((0, 0), (0, bucket - length), (0, 0)))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "sampling", "eos_id", "return_logits"))
 def _generate(graphdef, params, embeddings, lengths, keys, **options) -> Generation:
-    return generate(merge(graphdef, params), embeddings, lengths, keys, **options)
+    return generate(merge(graphdef, params).lm, embeddings, lengths, keys, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "outputs"))

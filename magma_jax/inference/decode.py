@@ -4,13 +4,13 @@ Prompts of a batch may differ in length. They are padded on the right; each row 
 own next position and sees only slots up to it, so it computes what it computes alone. The cache is allocated once.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from magma_jax.inference.sampling import SamplingConfig, sample, step_keys
-from magma_jax.models.decoder import KVCache
+from magma_jax.models.decoder import Decoder, KVCache
 from magma_jax.typing import Array, Float, Int, Key
 
 
@@ -32,7 +32,7 @@ class Generation(NamedTuple):
 
 
 def generate(
-    model: Any,
+    lm: Decoder,
     embeddings: Float[Array, "B S D"],
     lengths: Int[Array, " B"],
     keys: Key[Array, " B"],
@@ -45,7 +45,7 @@ def generate(
     """Continues every prompt by up to ``max_new_tokens`` tokens.
 
     Args:
-        model: a ``MagmaModel``, or another with its ``init_cache``, call, ``logits`` and ``embed_tokens``.
+        lm: a language model, with adapters or without.
         embeddings: prompts, padded on the right to S.
         lengths: true length of each prompt, at least 1.
         keys: one random key a row; step i of a row draws with ``fold_in(key, i)``.
@@ -55,9 +55,9 @@ def generate(
         return_logits: also return all logits (B, N, V).
     """
     batch, length, _ = embeddings.shape
-    vocab_rows = model.config.lm.vocab_rows
-    cache = model.lm.init_cache(batch, length + max_new_tokens, model.dtype)
-    output = model(embeddings, cache=cache)
+    vocab_rows = lm.config.vocab_rows
+    cache = lm.init_cache(batch, length + max_new_tokens, embeddings.dtype)
+    output = lm(embeddings, cache=cache)
     last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     rows = jnp.arange(batch)
 
@@ -77,11 +77,11 @@ def generate(
 
     def body(carry):
         step, state, cache = carry
-        embedded = model.embed_tokens(state[0][:, step - 1, None])
-        output = model(embedded, positions=(lengths + step - 1)[:, None], cache=cache)
-        return step + 1, choose(step, model.logits(output.hidden[:, 0]), state), output.cache
+        embedded = lm.embed(state[0][:, step - 1, None], embeddings.dtype)
+        output = lm(embedded, positions=(lengths + step - 1)[:, None], cache=cache)
+        return step + 1, choose(step, lm.logits(output.hidden[:, 0]), state), output.cache
 
-    logits = model.logits(last)
+    logits = lm.logits(last)
     state = (
         jnp.full((batch, max_new_tokens), 0 if eos_id is None else eos_id, jnp.int32),
         jnp.zeros(batch, bool),

@@ -195,11 +195,12 @@ class Decoder(nnx.Module):
             remat: what the backward pass recomputes, see ``nn.stack``.
 
         Raises:
-            ValueError: more embeddings than the table of learned positions has rows.
+            ValueError: without a cache, more embeddings than a table of learned positions has rows.
         """
         batch, length, _ = embeddings.shape
         if positions is None:
-            if self.wpe is not None and length > self.config.context_length:
+            # Prompts may be padded past the context: what stands there is garbage that nobody sees.
+            if self.wpe is not None and cache is None and length > self.config.context_length:
                 raise ValueError(
                     f"{length} positions exceed the context of {self.config.context_length}, which is all that a "
                     "language model with learned positions knows; shorten the sequence"

@@ -37,7 +37,7 @@ def run(model):
 
     def one(embeddings, lengths, keys, eos_id, sampling):
         options = {"max_new_tokens": STEPS, "sampling": sampling, "eos_id": eos_id, "return_logits": True}
-        return generate(merge(definition, params), embeddings, lengths, keys, **options)
+        return generate(merge(definition, params).lm, embeddings, lengths, keys, **options)
 
     jitted = jax.jit(one, static_argnums=4)
 
@@ -113,7 +113,7 @@ def test_rows_of_the_head_without_an_embedding_are_never_drawn(model, prompts):
         def one(params, embeddings, sampling=sampling):
             keys = row_keys(jax.random.key(0), 1)
             lengths = jnp.array([embeddings.shape[1]])
-            return generate(merge(definition, params), embeddings, lengths, keys, sampling=sampling, **options)
+            return generate(merge(definition, params).lm, embeddings, lengths, keys, sampling=sampling, **options)
 
         result = one(biased, prompts[0][None])
         assert int(result.tokens.max()) < rows

@@ -1,0 +1,171 @@
+"""Language models as Hugging Face publishes them: keys to parameters, both ways and exactly.
+
+    with open_language_model("pythia-410m") as (config, plan):
+        params = {path: tensor.read() for path, tensor in plan.items()}
+
+All weights are (out, in) on both sides but GPT-2's, whose files hold (in, out).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from magma_jax.convert.deferred import Deferred
+from magma_jax.convert.files import open_tensors
+from magma_jax.convert.hf_config import read_config
+from magma_jax.convert.keymap import Alias, Ignored, KeyMapError, Rule, to_ours
+from magma_jax.convert.keymap_rules import match_theirs
+from magma_jax.models.language_models import LanguageModelConfig, build_language_model
+from magma_jax.nn.modules import abstract
+
+Entry = Rule | Alias | Ignored
+
+
+@contextlib.contextmanager
+def open_language_model(
+    path: str | os.PathLike, dtype: str | None = None
+) -> Iterator[tuple[LanguageModelConfig, dict[str, Deferred]]]:
+    """Opens a published language model: its config, and for every parameter how to read it.
+
+    Args:
+        path: a folder with ``config.json`` and weights, or a file of weights beside a ``config.json``.
+        dtype: dtype of the parameters; default: that of the file.
+
+    Raises:
+        LanguageModelError: no ``config.json``, or one of a model that is not offered here. WeightFileError,
+        TorchFileError: weights that cannot be read. KeyMapError: weights that do not fit the config.
+    """
+    path = Path(path)
+    config = read_config(path)
+    with open_tensors(path) as weights:
+        table = language_model_table(config, weights.tensors)
+        config = dataclasses.replace(config, dtype=dtype or _stored_dtype(table, weights.tensors))
+        shapes = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))[1]
+        try:
+            plan = to_ours(table, weights.tensors, shapes)
+        except KeyMapError as error:
+            raise KeyMapError(f"{path}: {error}") from None
+        yield config, plan
+
+
+def language_model_table(config: LanguageModelConfig, keys: Mapping[str, Any] | None = None) -> list[Entry]:
+    """Keys to paths. ``keys`` are those of a file, which may lack the usual root; by default they have it."""
+    table, root = TABLES[config.kind]
+    has_root = keys is None or any(key.startswith(root) for key in keys)
+    return table(root if has_root else "")
+
+
+def _gptj_table(root: str) -> list[Entry]:
+    layer = root + "h.{layer}."
+    return [
+        Rule(f"{root}wte.weight", "wte/weight"),
+        *_pair(f"{layer}ln_1", "layers/ln_1"),
+        *(
+            Rule(f"{layer}attn.{name}.weight", f"layers/attn/{name}/weight", stack="layer")
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+        ),
+        *_pair(f"{layer}mlp.fc_in", "layers/mlp/c_fc"),
+        *_pair(f"{layer}mlp.fc_out", "layers/mlp/c_proj"),
+        *_pair(f"{root}ln_f", "ln_f"),
+        *_pair("lm_head", "lm_head"),
+        *_masks(f"{layer}attn."),
+    ]
+
+
+def _gpt2_table(root: str) -> list[Entry]:
+    layer = root + "h.{layer}."
+    names = {
+        "attn.c_attn": "attn/qkv_proj",
+        "attn.c_proj": "attn/out_proj",
+        "mlp.c_fc": "mlp/c_fc",
+        "mlp.c_proj": "mlp/c_proj",
+    }
+    transposed = {"stack": "layer", "to_ours": np.transpose, "to_theirs": np.transpose}
+    return [
+        *_tables_and_norms(root),
+        *(Rule(f"{layer}{theirs}.weight", f"layers/{ours}/weight", **transposed) for theirs, ours in names.items()),
+        *(Rule(f"{layer}{theirs}.bias", f"layers/{ours}/bias", stack="layer") for theirs, ours in names.items()),
+        *_masks(f"{layer}attn."),
+    ]
+
+
+def _gpt_neo_table(root: str) -> list[Entry]:
+    layer = root + "h.{layer}."
+    attention = f"{layer}attn.attention."
+    return [
+        *_tables_and_norms(root),
+        *(
+            Rule(f"{attention}{name}.weight", f"layers/attn/{name}/weight", stack="layer")
+            for name in ("q_proj", "k_proj", "v_proj")
+        ),
+        *_pair(f"{attention}out_proj", "layers/attn/out_proj"),
+        *_pair(f"{layer}mlp.c_fc", "layers/mlp/c_fc"),
+        *_pair(f"{layer}mlp.c_proj", "layers/mlp/c_proj"),
+        *_masks(attention),
+    ]
+
+
+def _gpt_neox_table(root: str) -> list[Entry]:
+    layer = root + "layers.{layer}."
+    names = {
+        "input_layernorm": "ln_1",
+        "attention.query_key_value": "attn/qkv_proj",
+        "attention.dense": "attn/out_proj",
+        "post_attention_layernorm": "ln_2",
+        "mlp.dense_h_to_4h": "mlp/c_fc",
+        "mlp.dense_4h_to_h": "mlp/c_proj",
+    }
+    return [
+        Rule(f"{root}embed_in.weight", "wte/weight"),
+        *(rule for theirs, ours in names.items() for rule in _pair(layer + theirs, f"layers/{ours}")),
+        *_pair(f"{root}final_layer_norm", "ln_f"),
+        Rule("embed_out.weight", "lm_head/weight"),
+        *_masks(f"{layer}attention."),
+        Ignored(f"{layer}attention.rotary_emb.inv_freq"),
+    ]
+
+
+# The table of each kind, and the name that all keys but the head's stand under; files of GPT-2 may go without.
+TABLES: dict[str, tuple[Callable[[str], list[Entry]], str]] = {
+    "gptj": (_gptj_table, "transformer."),
+    "gpt2": (_gpt2_table, "transformer."),
+    "gpt_neo": (_gpt_neo_table, "transformer."),
+    "gpt_neox": (_gpt_neox_table, "gpt_neox."),
+}
+
+
+def _tables_and_norms(root: str) -> list[Entry]:
+    """What GPT-2 and GPT-Neo have in common; their head is the embedding table."""
+    return [
+        Rule(f"{root}wte.weight", "wte/weight"),
+        Alias("lm_head.weight", f"{root}wte.weight"),
+        Rule(f"{root}wpe.weight", "wpe/weight"),
+        *_pair(root + "h.{layer}.ln_1", "layers/ln_1"),
+        *_pair(root + "h.{layer}.ln_2", "layers/ln_2"),
+        *_pair(f"{root}ln_f", "ln_f"),
+    ]
+
+
+def _pair(theirs: str, ours: str) -> list[Rule]:
+    stack = "layer" if "{layer}" in theirs else None
+    return [Rule(f"{theirs}.{part}", f"{ours}/{part}", stack=stack) for part in ("weight", "bias")]
+
+
+def _masks(attention: str) -> list[Ignored]:
+    """Causal masks, which older files hold in every layer."""
+    return [Ignored(f"{attention}bias"), Ignored(f"{attention}masked_bias")]
+
+
+def _stored_dtype(table: list[Entry], tensors: Mapping[str, Any]) -> str:
+    """The dtype that holds every weight of a file."""
+    rules = [entry for entry in table if isinstance(entry, Rule)]
+    dtypes = [t.dtype for key, t in tensors.items() if any(match_theirs(rule, key) is not None for rule in rules)]
+    return functools.reduce(jnp.promote_types, dtypes).name if dtypes else "float32"
