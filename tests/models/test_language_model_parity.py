@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from magma_jax.convert.files import open_tensors
 from magma_jax.convert.keymap import to_theirs
 from magma_jax.convert.language_models import language_model_table, open_language_model
+from magma_jax.inference.decode import generate
+from magma_jax.inference.sampling import SamplingConfig, row_keys
 from magma_jax.models.language_models import build_language_model
 from magma_jax.nn.modules import abstract, merge
-from tests import tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -32,9 +35,7 @@ def gpt_neo(**changes):
     sizes = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "intermediate_size": 48, "vocab_size": 97}
     kinds = [[["global", "local"], 1], [["local"], 1]]
     return transformers.GPTNeoForCausalLM(
-        transformers.GPTNeoConfig(
-            **sizes, attention_types=kinds, window_size=5, max_position_embeddings=32, **changes
-        )
+        transformers.GPTNeoConfig(**sizes, attention_types=kinds, window_size=5, max_position_embeddings=32, **changes)
     )
 
 
@@ -42,9 +43,7 @@ def gpt_neox(**changes):
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
     rope = {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_type": "default"}
     return transformers.GPTNeoXForCausalLM(
-        transformers.GPTNeoXConfig(
-            **sizes, vocab_size=97, max_position_embeddings=32, rope_parameters=rope, **changes
-        )
+        transformers.GPTNeoXConfig(**sizes, vocab_size=97, max_position_embeddings=32, rope_parameters=rope, **changes)
     )
 
 
@@ -65,20 +64,20 @@ MODELS = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def both(request, tmp_path_factory):
-    """The PyTorch model, and ours from the folder it saved: (theirs, config, definition, params)."""
+    """The PyTorch model, and ours from the folder it saved: (folder, theirs, config, definition, params)."""
     torch.manual_seed(0)
     theirs = MODELS[request.param](attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            # Large enough for attention to choose and for greedy tokens to differ.
-            scale = 0.3 if parameter.ndim > 1 else 0.5
-            parameter.copy_(torch.randn_like(parameter) * scale + ("norm" in name or "ln_" in name) * (parameter.ndim == 1))
+            # Large enough for attention to choose, and for greedy tokens to differ.
+            is_norm = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1) + is_norm)
     folder = tmp_path_factory.mktemp("hf")
     theirs.save_pretrained(folder)
     with open_language_model(folder) as (config, plan):
         params = {path: jnp.asarray(tensor.read()) for path, tensor in plan.items()}
-    definition = abstract(lambda: build_language_model(config, rngs=tiny.rngs()))[0]
-    return theirs, config, definition, params
+    definition = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))[0]
+    return folder, theirs, config, definition, params
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def ids():
 
 def test_forward(both, ids):
     """Logits, hidden states before every block, and attention weights."""
-    theirs, config, definition, params = both
+    _, theirs, config, definition, params = both
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids), output_hidden_states=True, output_attentions=True)
 
@@ -100,25 +99,20 @@ def test_forward(both, ids):
 
     logits, output = run(params, ids)
     hidden = [output.inputs, *output.collected["out"][:-1], output.hidden]
-    scale = float(np.abs(expected.logits.numpy()).max())
-    np.testing.assert_allclose(logits, expected.logits.numpy(), atol=1e-5 * scale)
+    wanted = expected.logits.numpy()
+    np.testing.assert_allclose(logits, wanted, atol=1e-5 * np.abs(wanted).max())
     for found, wanted in zip(hidden, expected.hidden_states, strict=True):
         np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
     assert len(expected.attentions) == config.layers
     for found, wanted in zip(output.collected["attentions"], expected.attentions, strict=True):
-        np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
+        # Scores that are not scaled are larger, and so is what rounding leaves of them.
+        np.testing.assert_allclose(found, wanted.numpy(), atol=5e-5)
 
 
-def test_greedy_tokens(both, ids):
-    """Cached decoding from a padded batch of two lengths, against each row alone in transformers."""
-    theirs, _, definition, params = both
-    lengths = np.array([LENGTH, LENGTH - 7], np.int32)
-    expected = [
-        theirs.generate(
-            torch.from_numpy(row[None, :length]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0, length:].numpy()
-        for row, length in zip(ids, lengths, strict=True)
-    ]
+def test_cached_decoding(both, ids):
+    """A padded batch of two lengths, against each row alone in transformers: greedy tokens and all their logits."""
+    _, theirs, _, definition, params = both
+    lengths = [LENGTH, LENGTH - 7]
     options = {"max_new_tokens": NEW, "sampling": SamplingConfig(), "eos_id": None, "return_logits": True}
 
     @jax.jit
@@ -126,17 +120,24 @@ def test_greedy_tokens(both, ids):
         model = merge(definition, params)
         return generate(model, model.embed(ids), lengths, row_keys(jax.random.key(0), ROWS), **options)
 
-    result = run(params, ids, lengths)
-    np.testing.assert_array_equal(result.tokens, expected)
-    assert len({tuple(row) for row in expected}) == ROWS
-    assert all(len(set(row)) > 2 for row in expected)
+    result = run(params, ids, np.array(lengths, np.int32))
+    for row, length in enumerate(lengths):
+        prompt = torch.from_numpy(ids[row : row + 1, :length])
+        greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        whole = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
+        np.testing.assert_array_equal(result.tokens[row], whole[0, length:].numpy())
+        with torch.no_grad():
+            logits = theirs(whole).logits[0, length - 1 : -1].numpy()
+        np.testing.assert_allclose(result.logits[row], logits, atol=1e-5 * np.abs(logits).max())
 
 
 def test_conversion_back_gives_the_same_bits(both):
-    theirs, config, _, params = both
-    state = theirs.state_dict()
+    folder, _, config, _, params = both
     written = to_theirs(language_model_table(config), params)
-    masks = {key for key in state if key.endswith(("attn.bias", "attention.bias", "masked_bias"))}
-    assert set(written) == set(state) - masks
-    for key, tensor in written.items():
-        assert tensor.read().tobytes() == state[key].numpy().tobytes(), key
+    # The second name of a tied head; safetensors hold a tensor once.
+    if "lm_head/weight" not in params:
+        del written["lm_head.weight"]
+    with open_tensors(folder) as weights:
+        assert set(written) == set(weights.tensors)
+        for key, tensor in weights.tensors.items():
+            assert written[key].read().tobytes() == tensor.read().tobytes(), key
