@@ -1,19 +1,23 @@
 """Command line of the conversion.
 
-    python -m magma_jax.convert from-torch CKPT.pt OUT [--model-config FILE.json]
+    python -m magma_jax.convert from-torch CKPT OUT [--model-config FILE.json]
     python -m magma_jax.convert to-torch FOLDER CKPT.pt
-    python -m magma_jax.convert verify CKPT.pt --golden FILE.npz [--model-config FILE.json] [--json]
+    python -m magma_jax.convert to-safetensors FOLDER CKPT.safetensors
+    python -m magma_jax.convert verify A B [--tolerance X] [--json]
+    python -m magma_jax.convert verify CKPT --golden FILE.npz [--model-config FILE.json] [--json]
 
-Exit status: 0 done, 1 a quantity is past its tolerance, 2 unusable input (one message on standard error).
+Exit status: 0 done, 1 two sides differ, 2 unusable input (one message on standard error). See docs/conversion.md.
 """
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.hub import local_path
-from magma_jax.convert.magma import from_torch, to_torch
+from magma_jax.convert.magma import from_torch, to_safetensors, to_torch
 from magma_jax.convert.verify import read_model_config, verify
 
 # The package's own errors are ValueErrors; each says what is wrong with which file.
@@ -37,20 +41,25 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     config_help = "JSON with what tensors cannot tell: lm (n_heads, rotary_dim, seq_len), encoder (res, heads)"
 
-    command = commands.add_parser("from-torch", help="PyTorch checkpoint to model folder")
-    command.add_argument("checkpoint", help="PyTorch file in the published layout, or its hf:// address")
+    command = commands.add_parser("from-torch", help="checkpoint with the published keys to model folder")
+    command.add_argument("checkpoint", help="PyTorch or safetensors file, folder of shards, or an hf:// address")
     command.add_argument("out", help="model folder to write; must not exist")
     command.add_argument("--model-config", help=config_help)
     command.set_defaults(run=_from_torch)
 
-    command = commands.add_parser("to-torch", help="model folder to PyTorch checkpoint")
-    command.add_argument("folder", help="model folder")
-    command.add_argument("checkpoint", help="PyTorch file to write; must not exist")
-    command.set_defaults(run=_to_torch)
+    for name, kind, function in (("to-torch", "PyTorch", to_torch), ("to-safetensors", "safetensors", to_safetensors)):
+        command = commands.add_parser(name, help=f"model folder to {kind} file")
+        command.add_argument("folder", help="model folder or run folder")
+        command.add_argument("checkpoint", help=f"{kind} file to write; must not exist")
+        command.set_defaults(run=functools.partial(_export, function))
 
-    command = commands.add_parser("verify", help="compare a checkpoint with what the original computed")
-    command.add_argument("checkpoint", help="PyTorch file or its hf:// address, model folder or run folder")
-    command.add_argument("--golden", required=True, help="NPZ of inputs and the original's results")
+    command = commands.add_parser(
+        "verify", help="compare two checkpoints tensor by tensor, or one with what the original computed"
+    )
+    command.add_argument("checkpoint", help="weight file, folder of shards, hf:// address, model or run folder")
+    command.add_argument("other", nargs="?", help="the checkpoint to compare with, of the same or another kind")
+    command.add_argument("--tolerance", type=float, default=0.0, help="difference that counts as equal; default 0")
+    command.add_argument("--golden", help="instead of another checkpoint: NPZ of inputs and the original's results")
     command.add_argument("--model-config", help=f"{config_help}; default: the .json beside the golden file")
     command.add_argument("--json", action="store_true", help="machine-readable result on standard output")
     command.set_defaults(run=_verify)
@@ -65,15 +74,20 @@ def _from_torch(options: argparse.Namespace) -> int:
     return 0
 
 
-def _to_torch(options: argparse.Namespace) -> int:
-    to_torch(options.folder, options.checkpoint)
+def _export(function: Callable[[str, str], None], options: argparse.Namespace) -> int:
+    function(options.folder, options.checkpoint)
     print(f"{options.checkpoint}: written")
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    model_config = read_model_config(options.model_config) if options.model_config else None
-    result = verify(local_path(options.checkpoint), options.golden, model_config)
+    if (options.other is None) == (options.golden is None):
+        raise ValueError("verify takes either two checkpoints or one and --golden FILE.npz")
+    if options.other is not None:
+        result = compare_checkpoints(local_path(options.checkpoint), local_path(options.other), options.tolerance)
+    else:
+        model_config = read_model_config(options.model_config) if options.model_config else None
+        result = verify(local_path(options.checkpoint), options.golden, model_config)
     print(json.dumps(result.as_json(), indent=2) if options.json else result.as_table())
     return 0 if result.ok else 1
 

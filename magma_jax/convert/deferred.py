@@ -12,16 +12,32 @@ class Deferred:
 
     Readers give these, the key map turns them into others, and writers call ``read`` for one at a time, so a
     checkpoint larger than memory passes through. The same object in two places is one tensor with two names.
+
+    Attributes:
+        shape: None if it cannot be told.
+        dtype: NumPy dtype, ml_dtypes included.
+        read: gives the array.
+        rows: of a stack of layers, every layer by itself, so that nobody needs to read the whole stack; else empty.
+        position: file and byte where it begins, if it comes from a file: an order in which reading is quick.
     """
 
     shape: tuple[int, ...] | None
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    rows: tuple["Deferred", ...] = ()
+    position: tuple[str, int] = ("", 0)
 
 
 def read_array(tensor: object) -> np.ndarray:
     """The values of anything with ``read()`` (a promised tensor), or of a plain array of any library."""
     return tensor.read() if hasattr(tensor, "read") else np.asarray(tensor)
+
+
+def read_row(tensor: object, row: int) -> np.ndarray:
+    """One entry of the leading axis, without reading the others where that is possible."""
+    if rows := getattr(tensor, "rows", ()):
+        return rows[row].read()
+    return read_array(tensor)[row] if hasattr(tensor, "read") else np.asarray(tensor[row])
 
 
 def alias_key(tensor: object) -> object:

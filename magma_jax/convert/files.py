@@ -41,11 +41,13 @@ class Weights:
             ``alias_key`` (equal for two names of the same elements) and ``position`` (file and byte).
         others: what stands beside the tensors: counters of a checkpoint, metadata of safetensors.
         files: the files that hold them, in the order of reading.
+        metadata_is_text: ``others`` are the metadata of a safetensors file, not objects of a checkpoint.
     """
 
     tensors: dict[str, LazyTensor]
     others: dict[Any, Any]
     files: tuple[Path, ...]
+    metadata_is_text: bool = False
 
 
 @contextlib.contextmanager
@@ -66,7 +68,7 @@ def open_tensors(path: str | os.PathLike) -> Iterator[Weights]:
             yield _open_index(path, stack)
         else:
             tensors, others = _open_one(path, stack)
-            yield Weights(tensors, others, (path,))
+            yield Weights(tensors, others, (path,), path.suffix == ".safetensors")
 
 
 def _inside(folder: Path) -> Path:

@@ -15,13 +15,16 @@ layer as its leading axis. Nothing is loaded while names are matched: the result
 Reading and writing account for every key. What does not fit is collected, and one ``KeyMapError`` lists it.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
+import ml_dtypes
 import numpy as np
 
 from magma_jax.convert import keymap_patterns as patterns
 from magma_jax.convert.deferred import Deferred, alias_key, read_array
+from magma_jax.convert.deferred import read_row as read_one_row
 from magma_jax.convert.keymap_report import KeyMapError, Report, describe
 from magma_jax.convert.keymap_rules import Alias, Ignored, Rule, Table, check_table, match_theirs, rules_for
 
@@ -186,7 +189,17 @@ def _our_array(
             stack[row] = read_row(row)
         return stack
 
-    return Deferred(shape, dtype, read_stack if stacked else lambda: read_row(None))
+    if not stacked:
+        return Deferred(shape, dtype, lambda: read_row(None), position=_position(foreign, rows))
+    layers = tuple(
+        Deferred(wanted, dtype, functools.partial(read_row, row), position=_position(foreign, {row: rows[row]}))
+        for row in sorted(rows)
+    )
+    return Deferred(shape, dtype, read_stack, layers, _position(foreign, rows))
+
+
+def _position(foreign: Mapping[str, object], rows: Mapping[int | None, tuple[Rule, str]]) -> tuple[str, int]:
+    return min((getattr(foreign[key], "position", ("", 0)) for _, key in rows.values()), default=("", 0))
 
 
 def _their_tensor(key: str, rule: Rule, array: object, row: int | None, dtype: object) -> Deferred:
@@ -197,9 +210,7 @@ def _their_tensor(key: str, rule: Rule, array: object, row: int | None, dtype: o
         stored = np.dtype(np.int64)
 
     def read() -> np.ndarray:
-        # A row is cut out before it leaves the device, but a promised stack has to be read whole.
-        source = array.read() if hasattr(array, "read") else array
-        tensor = np.asarray(source if row is None else source[row])
+        tensor = read_array(array) if row is None else read_one_row(array, row)
         return _cast(rule.to_theirs(tensor) if rule.to_theirs else tensor, stored, key)
 
     return Deferred(_shape_after(rule.to_theirs, shape), stored, read)
@@ -233,10 +244,12 @@ def _cast(array: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
         return array
     with np.errstate(over="ignore"):
         cast = array.astype(dtype)
-    if _kind(dtype) == "float":
-        holds = np.array_equal(np.isfinite(cast), np.isfinite(array))
-    else:
+    if _kind(dtype) != "float":
         holds = np.array_equal(cast, array)
+    elif ml_dtypes.finfo(dtype).max >= ml_dtypes.finfo(array.dtype).max:
+        holds = True  # a wider range: nothing can overflow
+    else:
+        holds = np.array_equal(np.isfinite(cast), np.isfinite(array))
     if not holds:
         raise KeyMapError(f"{key}: {dtype.name} cannot hold a value of this {array.dtype.name} tensor")
     return cast

@@ -1,8 +1,11 @@
 """MAGMA checkpoints: the published PyTorch layout to our parameters, and back, bit for bit."""
 
+import contextlib
 import json
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +15,34 @@ from flax import nnx
 
 from magma_jax.config import from_dict, to_dict
 from magma_jax.convert import keymap
+from magma_jax.convert.deferred import alias_key
+from magma_jax.convert.files import open_tensors
+from magma_jax.convert.hashing import hashing
 from magma_jax.convert.infer import InferenceError, infer_config
 from magma_jax.convert.keymap_patterns import fill
 from magma_jax.convert.keymap_rules import Rule, Table, match_theirs
-from magma_jax.convert.magma_table import BUFFERS, attention_buffers, magma_table
-from magma_jax.convert.torch_reader import TorchFileError, open_torch_file, state_dict
+from magma_jax.convert.magma_table import BUFFERS, attention_buffers, is_weight, magma_table
+from magma_jax.convert.progress import writing
+from magma_jax.convert.safetensors_file import write_safetensors
 from magma_jax.convert.torch_writer import write_torch_file
 from magma_jax.data.tokenizer import gpt2_tokenizer
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Params, abstract
-from magma_jax.training.checkpoint import read_trained_params
-from magma_jax.training.model_folder import CheckpointError, read_model_json, write_model_folder
+from magma_jax.training.checkpoint import read_what_was_trained
+from magma_jax.training.model_folder import (
+    CheckpointError,
+    in_dtype,
+    nbytes_of,
+    open_params,
+    read_model_json,
+    write_model_folder,
+)
 from magma_jax.version import __version__
 
 TORCH_FILE = "torch.json"
 BUFFER_FILE = "torch_buffers.npz"
+# Of a safetensors file's metadata: the config, as JSON.
+CONFIG_KEY = "magma_config"
 
 
 def model_shapes(config: MagmaConfig) -> dict[str, Any]:
@@ -34,111 +50,182 @@ def model_shapes(config: MagmaConfig) -> dict[str, Any]:
     return abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[1]
 
 
-def read_torch_magma(
-    path: str | Path, model_config: Mapping[str, Any] | None = None
-) -> tuple[MagmaConfig, Params, dict[str, Any]]:
-    """Reads a PyTorch checkpoint in the published layout; needs no PyTorch and runs no code.
+@dataclass(frozen=True)
+class OpenMagma:
+    """A model whose parameters are not read yet.
+
+    Attributes:
+        config: its sizes.
+        params: path to ``Deferred``; valid inside the block that opened them.
+        source: what ``to_torch`` needs to write the same file again: the counters beside the weights, the order of
+            the keys, and buffers that differ from the recomputed ones.
+        files: where the parameters come from.
+    """
+
+    config: MagmaConfig
+    params: Params
+    source: dict[str, Any]
+    files: tuple[Path, ...]
+
+
+@contextlib.contextmanager
+def open_torch_magma(
+    path: str | Path, model_config: Mapping[str, Any] | None = None, dtype: str | None = None
+) -> Iterator[OpenMagma]:
+    """Opens a checkpoint in the published layout of keys; needs no PyTorch and runs no code.
 
     Args:
-        path: the file (DeepSpeed dict or bare state dict, zip or legacy format, fp16 or fp32).
+        path: anything that ``open_tensors`` opens: a PyTorch file (DeepSpeed dict or bare state dict), safetensors,
+            or a folder of shards.
         model_config: what the tensors cannot tell, see ``convert.infer``.
-
-    Returns:
-        The config, the parameters in the dtypes of the file, and what ``to-torch`` needs to write the same file
-        again: the counters beside the weights, and buffers that differ from the recomputed ones.
+        dtype: dtype of all floating parameters; default: as in the file.
 
     Raises:
-        TorchFileError, InferenceError, KeyMapError: with one message that names everything that does not fit.
+        WeightFileError, InferenceError, KeyMapError: with one message that names everything that does not fit.
     """
-    path = Path(path)
-    with open_torch_file(path) as file:
+    with open_tensors(path) as weights:
+        tensors = weights.tensors
         try:
-            tensors, counters = state_dict(file.tree)
-            config = infer_config(tensors, model_config)
+            described = weights.others.get(CONFIG_KEY)
+            if isinstance(described, str):  # safetensors that this library wrote
+                config = from_dict(MagmaConfig, json.loads(described), f"{CONFIG_KEY}: model")
+            else:
+                config = infer_config(tensors, model_config)
             table = magma_table(config)
-            plan = keymap.to_ours(table, tensors, _in_stored_dtypes(model_shapes(config), table, tensors))
-            params = {name: np.array(tensor.read()) for name, tensor in plan.items()}
-        except (TorchFileError, InferenceError, keymap.KeyMapError) as error:
+            shapes = model_shapes(config)
+            target = _in_stored_dtypes(shapes, table, tensors) if dtype is None else in_dtype(shapes, dtype)
+            params = keymap.to_ours(table, tensors, target)
+            source = {
+                "counters": {} if weights.metadata_is_text else weights.others,
+                "keys": list(tensors),
+                "buffers": _unusual_buffers(config, tensors),
+            }
+        except (InferenceError, keymap.KeyMapError) as error:
             raise type(error)(f"{path}: {error}") from None
-        source = {
-            "file": path.name,
-            "counters": counters,
-            "keys": list(tensors),
-            "buffers": _unusual_buffers(config, tensors),
-        }
-    return config, params, source
+        yield OpenMagma(config, params, source, weights.files)
 
 
-def write_torch_magma(
-    path: str | Path, config: MagmaConfig, params: Mapping[str, Any], source: Mapping[str, Any]
-) -> None:
-    """Writes the published layout, ``{"module": state_dict}`` and the counters of ``source``.
+def read_torch_magma(
+    path: str | Path,
+    model_config: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+) -> tuple[MagmaConfig, Params]:
+    """Config and parameters of a checkpoint in the published layout, see ``open_torch_magma``.
 
-    The file appears under its name only when it is whole.
+    ``place(path, array)`` takes each array as soon as it is read, to move it to its devices. The largest come first,
+    so that an array and its copy meet when little else is in memory.
     """
-    dtype = np.asarray(params["lm/wte/weight"][:1]).dtype
-    buffers = attention_buffers(config, dtype)
-    table = magma_table(config, buffers)
-    module = keymap.to_theirs(table, params)
-    for key, array in source.get("buffers", {}).items():
+    with open_torch_magma(path, model_config, dtype) as model:
+        order = sorted(model.params, key=lambda name: -math.prod(model.params[name].shape))
+        params = {name: place(name, model.params[name].read()) for name in order}
+        return model.config, {name: params[name] for name in model.params}
+
+
+def published_module(model: OpenMagma) -> dict[str, Any]:
+    """All tensors of a model under the published keys, second names and buffers included, in the source's order."""
+    buffers = attention_buffers(model.config, np.dtype(model.params["lm/wte/weight"].dtype))
+    table = magma_table(model.config, buffers)
+    module = keymap.to_theirs(table, model.params)
+    for key, array in model.source.get("buffers", {}).items():
         module |= {name: array for name in (key, _second_name(key)) if name in module}
-    if "keys" in source:
+    if "keys" in model.source:
         # A file may lack second names and buffers; it gets none that it did not have.
-        order = {key: i for i, key in enumerate(source["keys"])}
-        weights = keymap.to_theirs([entry for entry in table if isinstance(entry, Rule)], params)
-        module = {key: tensor for key, tensor in module.items() if key in order or key in weights}
+        order = {key: i for i, key in enumerate(model.source["keys"])}
+        module = {key: tensor for key, tensor in module.items() if key in order or is_weight(key)}
         module = dict(sorted(module.items(), key=lambda item: order.get(item[0], len(order))))
-    write_torch_file(path, {"module": module, **source.get("counters", {})})
+    return module
 
 
 def from_torch(checkpoint: str | Path, out: str | Path, model_config: Mapping[str, Any] | None = None) -> MagmaConfig:
-    """Converts a PyTorch checkpoint to a model folder; nothing is written unless everything fits.
+    """Converts a checkpoint in the published layout to a model folder; nothing is written unless everything fits.
+
+    Tensors pass through one at a time, in the order of the file, and stay in its dtypes.
 
     Raises:
-        CheckpointError: something already stands at ``out``. And whatever ``read_torch_magma`` raises.
+        CheckpointError: something already stands at ``out``, or the disk is too small. And whatever
+            ``open_torch_magma`` raises.
     """
     if Path(out).exists():  # checked again before writing; here it saves reading 12 GB for nothing
         raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
-    config, params, source = read_torch_magma(checkpoint, model_config)
+    with open_torch_magma(checkpoint, model_config) as model:
+        source = model.source
+        counters = {key: value for key, value in source["counters"].items() if _is_json(value)}
+        dropped = sorted(set(source["counters"]) - set(counters), key=str)
+        if dropped:
+            print(f"{checkpoint}: not kept, since no weights: {', '.join(map(str, dropped))}", file=sys.stderr)
 
-    counters = {key: value for key, value in source["counters"].items() if _is_json(value)}
-    dropped = sorted(set(source["counters"]) - set(counters), key=str)
-    if dropped:
-        print(f"{checkpoint}: not kept, since no weights: {', '.join(map(str, dropped))}", file=sys.stderr)
+        def extras(folder: Path) -> None:
+            gpt2_tokenizer().save(folder / "tokenizer")
+            np.savez_compressed(folder / BUFFER_FILE, **source["buffers"])
+            (folder / TORCH_FILE).write_text(json.dumps({"counters": counters, "keys": source["keys"]}))
 
-    def extras(folder: Path) -> None:
-        gpt2_tokenizer().save(folder / "tokenizer")
-        np.savez_compressed(folder / BUFFER_FILE, **source["buffers"])
-        (folder / TORCH_FILE).write_text(json.dumps({"counters": counters, "keys": source["keys"]}))
+        with hashing(model.files) as digests, writing(out, nbytes_of(model.params)) as progress:
 
-    metadata = {"model": to_dict(config), "source": source["file"], "magma_jax": __version__}
-    write_model_folder(out, metadata, params, extras)
-    return config
+            def metadata() -> dict[str, Any]:
+                return {
+                    "model": to_dict(model.config),
+                    "source": {"file": Path(checkpoint).name, "sha256": digests()},
+                    "magma_jax": __version__,
+                }
+
+            write_model_folder(out, metadata, model.params, extras, progress)
+    return model.config
 
 
 def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
-    """Writes a model folder as a PyTorch checkpoint in the published layout.
+    """Writes a model folder as a PyTorch checkpoint in the published layout, layer by layer.
 
     Raises:
-        FileExistsError: something already stands at ``checkpoint``.
+        FileExistsError: something already stands at ``checkpoint``. CheckpointError: no model folder.
+        OutputError: the disk is too small.
     """
-    folder, checkpoint = Path(folder), Path(checkpoint)
-    if checkpoint.exists():
-        raise FileExistsError(f"{checkpoint}: already exists; choose another name or remove it first")
-    config, params = read_model_folder(folder)
+    _absent(checkpoint)
+    model = open_model_folder(folder)
+    module = published_module(model)
+    with writing(checkpoint, nbytes_of({alias_key(tensor): tensor for tensor in module.values()})) as progress:
+        write_torch_file(checkpoint, {"module": module, **model.source.get("counters", {})}, progress)
+
+
+def to_safetensors(folder: str | Path, out: str | Path) -> None:
+    """Writes a model folder as one safetensors file with the published keys, without buffers and second names.
+
+    The config goes into the file's metadata, so ``open_torch_magma`` needs no other.
+
+    Raises: as ``to_torch``.
+    """
+    _absent(out)
+    model = open_model_folder(folder)
+    rules = [entry for entry in magma_table(model.config) if isinstance(entry, Rule)]
+    tensors = keymap.to_theirs(rules, model.params)
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(to_dict(model.config)), "magma_jax": __version__}
+    with writing(out, nbytes_of(tensors)) as progress:
+        write_safetensors(out, tensors, metadata, progress)
+
+
+def open_model_folder(folder: str | Path) -> OpenMagma:
+    """Config and parameters of a model folder or a trained run, in the dtypes it stores.
+
+    The parameters of a model folder are read when asked for; what a run has trained is read at once.
+    """
+    folder = Path(folder)
+    config = from_dict(MagmaConfig, read_model_json(folder)["model"], "model.json: model")
+    shapes, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[1:]
+    params = open_params(folder)
+    if misfits := [path for path in shapes if path not in params or params[path].shape != shapes[path].shape]:
+        raise CheckpointError(f"{folder}: does not fit its config in {', '.join(misfits[:5])}; write it again")
+    params = {path: params[path] for path in shapes} | read_what_was_trained(folder, shapes, types)
     source: dict[str, Any] = {}
     if (folder / TORCH_FILE).is_file():
         source = json.loads((folder / TORCH_FILE).read_text())
         with np.load(folder / BUFFER_FILE) as buffers:
             source["buffers"] = dict(buffers)
-    write_torch_magma(checkpoint, config, params, source)
+    return OpenMagma(config, params, source, (folder,))
 
 
-def read_model_folder(folder: str | Path) -> tuple[MagmaConfig, Params]:
-    """Config and parameters of a model folder or a trained run, in the dtypes it stores."""
-    config = from_dict(MagmaConfig, read_model_json(folder)["model"], "model.json: model")
-    _, shapes, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))
-    return config, read_trained_params(folder, shapes, types, keep_dtype=True)
+def _absent(path: str | Path) -> None:
+    if Path(path).exists():
+        raise FileExistsError(f"{path}: already exists; choose another name or remove it first")
 
 
 def _is_json(value: object) -> bool:

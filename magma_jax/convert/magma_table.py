@@ -11,6 +11,7 @@ An adapter is a sequence (LayerNorm,) linear, activation, linear; the indices co
 """
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -172,6 +173,12 @@ def _nf_resnet(config: NFResNetConfig, theirs: str, ours: str) -> Iterator[Rule]
 # Buffers of every attention layer. They hold no knowledge: masks, constants, and rotary tables that an fp16
 # checkpoint rounds (1.3e-3 in the logits), so they are recomputed.
 BUFFERS = ("bias", "masked_bias", "scale_attn", "sin", "cos")
+
+
+def is_weight(key: str) -> bool:
+    """Whether a key of the published layout is more than a second name or a buffer that can be recomputed."""
+    second_name = re.match(r"transformer\.\d+\.", key) or key == "word_embedding.weight"
+    return not second_name and not (".attention." in key and key.rsplit(".", 1)[-1] in BUFFERS)
 
 
 def attention_buffers(config: MagmaConfig, dtype: np.dtype) -> dict[str, np.ndarray]:

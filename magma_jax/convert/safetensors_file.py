@@ -5,13 +5,10 @@ memory to write one, so the bytes themselves go through here: eight bytes with t
 (name -> dtype, shape, first and last byte), and the tensors' bytes.
 """
 
-import contextlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from magma_jax.convert.byte_file import ByteFile, WeightFileError
 from magma_jax.convert.deferred import read_array
 from magma_jax.convert.torch_storage import DTYPES, LazyTensor, contiguous
+from magma_jax.output import whole_output
 
 # The format's name -> PyTorch's.
 _NAMES = {
@@ -75,8 +73,8 @@ def write_safetensors(
 
     Raises:
         TypeError: an element type that the format lacks. ValueError: a tensor is not as announced.
+        OutputError: the disk is too small.
     """
-    path = Path(path)
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     # Wide elements first keeps every tensor aligned to its own element size.
@@ -91,20 +89,13 @@ def write_safetensors(
         header[name] = {"dtype": names[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with temporary.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                array = read_array(tensors[name])
-                if (array.shape, array.dtype) != (tuple(tensors[name].shape), tensors[name].dtype):
-                    raise ValueError(f"{name}: announced and read shape or dtype differ")
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                progress(array.nbytes)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with whole_output(path, nbytes=8 + len(text) + end) as partial, partial.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            array = read_array(tensors[name])
+            if (array.shape, array.dtype) != (tuple(tensors[name].shape), tensors[name].dtype):
+                raise ValueError(f"{name}: announced and read shape or dtype differ")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            progress(array.nbytes)
+        file.flush()
+        os.fsync(file.fileno())

@@ -4,19 +4,18 @@ The zip format of PyTorch >= 1.6 (see torch_reader). Tensors are asked for one a
 file is written, so a checkpoint larger than memory passes through.
 """
 
-import contextlib
 import math
 import os
-import secrets
 import struct
 import zipfile
 from collections import OrderedDict
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 
 from magma_jax.convert.deferred import alias_key, read_array
 from magma_jax.convert.torch_storage import DTYPES, STORAGES
+from magma_jax.output import whole_output
 
 # PyTorch places every storage at a multiple of 64 bytes so that it can be mapped into memory.
 ALIGNMENT = 64
@@ -29,45 +28,41 @@ _PADDING_ID = 0x4246  # the id of PyTorch's own padding field: "FB"
 _MAX_DEPTH = 100
 
 
-def write_torch_file(path: str | os.PathLike, tree: object) -> None:
+def write_torch_file(
+    path: str | os.PathLike, tree: object, progress: Callable[[int], None] = lambda nbytes: None
+) -> None:
     """Writes ``tree`` so that ``torch.load(path, weights_only=True)`` gives it back.
 
     ``tree`` is made of dicts, lists, tuples, strings, numbers, booleans, None, and tensors: NumPy arrays
     (ml_dtypes' bfloat16 included) or anything with ``shape``, ``dtype`` and ``read()``, such as ``Deferred``
     or a ``LazyTensor`` of another file. The same object in two places becomes two tensors that share one
-    storage, as tied weights do in PyTorch; so do two LazyTensors over the same elements.
+    storage, as tied weights do in PyTorch; so do two LazyTensors over the same elements. ``progress`` is called
+    with the number of bytes after every storage.
 
     The file appears under its name only when it is complete; on any error the previous file stays.
-    Raises TypeError for what the format cannot hold, ValueError if a deferred tensor is not as announced.
+    Raises TypeError for what the format cannot hold, ValueError if a deferred tensor is not as announced,
+    OutputError if the disk is too small.
     """
-    path = Path(path)
     pickled = _Pickled(tree)  # before touching the disk: a wrong leaf is found at once
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                _write_entry(archive, "data.pkl", bytes(pickled.code))
-                _write_entry(archive, "byteorder", b"little")
-                for key, tensor in enumerate(pickled.tensors):
-                    _write_entry(archive, f"data/{key}", tensor)
-                _write_entry(archive, "version", b"3\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # Without this a power cut may forget the new name. Not every system can open a directory.
-    with contextlib.suppress(OSError):
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    nbytes = len(pickled.code) + sum(_nbytes(tensor) + 2 * ALIGNMENT for tensor in pickled.tensors)
+    with whole_output(path, nbytes=nbytes) as partial, partial.open("xb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            _write_entry(archive, "data.pkl", bytes(pickled.code))
+            _write_entry(archive, "byteorder", b"little")
+            for key, tensor in enumerate(pickled.tensors):
+                _write_entry(archive, f"data/{key}", tensor)
+                progress(_nbytes(tensor))
+            _write_entry(archive, "version", b"3\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _nbytes(tensor: object) -> int:
+    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
 def _write_entry(archive: zipfile.ZipFile, name: str, content: object) -> None:
-    nbytes = len(content) if isinstance(content, bytes) else math.prod(content.shape) * content.dtype.itemsize
+    nbytes = len(content) if isinstance(content, bytes) else _nbytes(content)
     info = zipfile.ZipInfo(f"{ROOT}/{name}")  # its date stays at 1980: equal trees give equal files
     large = nbytes > zipfile.ZIP64_LIMIT
     header = _LOCAL_HEADER_NBYTES + len(info.filename) + large * _ZIP64_EXTRA_NBYTES + 4

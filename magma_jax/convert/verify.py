@@ -73,7 +73,7 @@ def verify(checkpoint: str | Path, golden: str | Path, model_config: Mapping[str
         loaded = Magma.from_checkpoint(checkpoint)
         config, params = loaded.config, loaded.params
     else:
-        config, params, _ = read_torch_magma(checkpoint, model_config)
+        config, params = read_torch_magma(checkpoint, model_config)
     config = dataclasses.replace(config, dtype="float32")
     subject = Subject(config, cast(params, jnp.float32), arrays, model_config or {})
 

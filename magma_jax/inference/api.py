@@ -10,7 +10,7 @@ Names follow the original. Nothing here has state that a call could change: the 
 import dataclasses
 import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from magma_jax.config import from_dict
+from magma_jax.convert.hub import local_path
+from magma_jax.convert.magma import read_torch_magma
 from magma_jax.data.images import ImageInput, normalize, to_uint8
 from magma_jax.data.tokenizer import Tokenizer, gpt2_tokenizer
 from magma_jax.inference.decode import Generation, generate
@@ -27,8 +30,9 @@ from magma_jax.inference.sampling import SamplingConfig, row_keys
 from magma_jax.models.encoders import ENCODERS
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Params, abstract, merge
+from magma_jax.sharding import parameter_shardings, parameter_spec, placed
 from magma_jax.training.checkpoint import read_trained_params
-from magma_jax.training.model_folder import read_model_json
+from magma_jax.training.model_folder import in_dtype, read_model_json
 from magma_jax.typing import Array, Float, Int
 
 # Prompts are padded to one of these lengths (then to multiples of the last), so few programs are compiled.
@@ -66,29 +70,46 @@ class Magma:
         self._graphdef = _graphdef(config)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, *, dtype: str | None = None) -> "Magma":
-        """Loads a run folder of ``train.py``, a converted model folder, or a PyTorch checkpoint file.
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        model_config: Mapping[str, Any] | None = None,
+    ) -> "Magma":
+        """Loads a run folder of ``train.py``, a converted model folder, or a PyTorch or safetensors checkpoint.
+
+        Every tensor goes straight to its dtype and devices: loading takes hardly more memory than the model.
 
         Args:
             path: folder, file, or ``hf://OWNER/NAME[@REVISION][/FILE]`` for a file that is fetched first.
-            dtype: dtype of weights and activations, such as ``bfloat16``; default: the config's.
+            dtype: dtype of weights and activations, such as ``bfloat16``; default: the config's, which is
+                ``float32`` for a checkpoint file.
+            mesh: devices to spread the weights over, by the table of ``magma_jax.sharding``; default: one device.
+            model_config: what the tensors of a checkpoint file cannot tell, see ``convert.infer``.
 
         Raises:
-            CheckpointError: not such a folder. HubError: not fetched. TorchFileError, KeyMapError: a PyTorch file that
-                cannot be read, or whose keys do not fit a MAGMA model.
+            CheckpointError: not such a folder. HubError: not fetched. WeightFileError, InferenceError, KeyMapError: a
+                file that cannot be read, or whose keys do not fit a MAGMA model.
         """
-        from magma_jax.convert.hub import local_path
-
         path = local_path(path)
-        if path.is_file():
-            from magma_jax.convert.magma import read_torch_magma
+        if path.is_file() or any(path.glob("*.index.json")):
 
-            config, params, _ = read_torch_magma(path)
-            return cls(*_cast(config, params, dtype), gpt2_tokenizer())
+            def place(name: str, array: np.ndarray) -> Array:
+                spec = PartitionSpec() if mesh is None else parameter_spec(name, array.shape, mesh)
+                return jax.device_put(array, None if mesh is None else NamedSharding(mesh, spec))
+
+            config, params = read_torch_magma(path, model_config, dtype or "float32", place)
+            return cls(dataclasses.replace(config, dtype=dtype or "float32"), params, gpt2_tokenizer())
         config = from_dict(MagmaConfig, read_model_json(path)["model"], "model.json: model")
+        config = dataclasses.replace(config, dtype=dtype or config.dtype)
         _, shapes, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))
+        shapes = in_dtype(shapes, jnp.dtype(config.dtype))
+        if mesh is not None:
+            shapes = placed(shapes, parameter_shardings(shapes, mesh))
         tokenizer = Tokenizer.load(path / "tokenizer")
-        return cls(*_cast(config, read_trained_params(path, shapes, types), dtype), tokenizer)
+        return cls(config, read_trained_params(path, shapes, types), tokenizer)
 
     def preprocess_inputs(self, inputs: Prompt) -> Float[Array, "1 S D"]:
         """Turns one prompt, any sequence of ``ImageInput`` and text, into embeddings; ``inputs`` is not changed.
@@ -244,17 +265,6 @@ def _row_keys(seed: int | Sequence[int], rows: int) -> Array:
 @functools.cache
 def _graphdef(config: MagmaConfig) -> nnx.GraphDef:
     return abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[0]
-
-
-def _cast(config: MagmaConfig, params: Params, dtype: str | None) -> tuple[MagmaConfig, Params]:
-    config = dataclasses.replace(config, dtype=dtype or config.dtype)
-    target = jnp.dtype(config.dtype)
-
-    def cast(leaf: Any) -> Array:
-        leaf = jnp.asarray(leaf)
-        return leaf.astype(target) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    return config, {path: cast(leaf) for path, leaf in params.items()}
 
 
 def _as_batch(embeddings: Array | PromptBatch) -> PromptBatch:

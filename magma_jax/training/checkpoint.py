@@ -5,7 +5,7 @@
                      progress/     position of the data iterator, best validated step
                      SHA256SUMS    of all these files
 
-A step appears under its name only when it is whole. Orbax is known here and in ``model_folder`` only.
+A step appears under its name only when it is whole. Orbax is known here and in ``array_files`` only.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from magma_jax.nn.modules import Params
 from magma_jax.training.checksums import find_damage, write_checksums
 from magma_jax.training.early_stopping import BestStep
-from magma_jax.training.model_folder import CheckpointError, as_jax, read_model_json, read_params, with_sharding
+from magma_jax.training.model_folder import CheckpointError, read_model_json, read_params, with_sharding
 from magma_jax.training.optim import label_parameters, partition
 from magma_jax.training.step import TrainState
 from magma_jax.typing import PRNGKey
@@ -36,16 +36,23 @@ CHECKPOINTS = "checkpoints"
 WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
-def read_trained_params(
-    path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any], *, keep_dtype: bool = False
-) -> Params:
-    """Parameters of a model folder, or of a run folder with what it has trained, see ``RunCheckpoints.result_step``."""
+def read_trained_params(path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any]) -> Params:
+    """Parameters of a model folder, or of a run folder with what it has trained, see ``RunCheckpoints.result_step``.
+
+    Each comes straight to the dtype and sharding of ``shapes``.
+    """
+    trained = read_what_was_trained(path, shapes, types)
+    base = read_params(path, {name: shape for name, shape in shapes.items() if name not in trained})
+    return {name: trained[name] if name in trained else base[name] for name in shapes}
+
+
+def read_what_was_trained(path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any]) -> Params:
+    """Trained parameters and statistics of a run folder's result step; none for a model folder."""
     if not (Path(path) / CHECKPOINTS).is_dir():
-        return read_params(path, shapes, keep_dtype=keep_dtype)
-    trainable, frozen, statistics = partition(shapes, label_parameters(types, read_model_json(path).get("groups", {})))
+        return {}
+    trainable, _, statistics = partition(shapes, label_parameters(types, read_model_json(path).get("groups", {})))
     with RunCheckpoints(path) as checkpoints:
-        trained = checkpoints.restore_params(trainable, statistics)
-    return read_params(path, frozen, keep_dtype=keep_dtype) | trained
+        return checkpoints.restore_params(trainable, statistics)
 
 
 @dataclasses.dataclass
@@ -114,8 +121,8 @@ class RunCheckpoints:
         step, state = int(snapshot.state.step), snapshot.state
         self._kept.step = snapshot.best.step
         contents = {
-            "params": as_jax({"trainable": state.trainable, "statistics": state.statistics}),
-            "optimizer": as_jax(_optimizer_part(state, snapshot.key)),
+            "params": _as_jax({"trainable": state.trainable, "statistics": state.statistics}),
+            "optimizer": _as_jax(_optimizer_part(state, snapshot.key)),
             "progress": {"data": dict(snapshot.data), "best": snapshot.best.to_json()},
         }
         self._finish_save()
@@ -297,3 +304,7 @@ def _from_first_process(ask: Callable[[], str | None]) -> str | None:
         buffer[: len(text)] = np.frombuffer(text, np.uint8)
     answer = bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).rstrip(b"\0").decode(errors="replace")
     return answer or None
+
+
+def _as_jax(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)

@@ -1,27 +1,31 @@
 """Model folders: a model's config and all its parameters on disk.
 
     model.json    config, source, settings of a run
-    params/       every parameter, written by Orbax as nested dicts
+    params/       every parameter, nested dicts as Orbax loads them
     tokenizer/    the vocabulary
 
 A folder appears under its final name only when it is whole.
 """
 
 import json
-import os
-import shutil
-import tempfile
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint.experimental.v1 as ocp
+import jax.numpy as jnp
+import numpy as np
 
-from magma_jax.nn.modules import Params, nest
+from magma_jax.convert.deferred import Deferred
+from magma_jax.nn.modules import Params
+from magma_jax.output import OutputError, whole_output
+from magma_jax.training.array_files import array_shapes, open_arrays, read_arrays, write_arrays
 
 MODEL_FILE = "model.json"
 PARAMS = "params"
+# Room on the disk for all that is not a parameter.
+_OTHER_NBYTES = 32 * 2**20
 
 
 class CheckpointError(ValueError):
@@ -30,36 +34,49 @@ class CheckpointError(ValueError):
 
 def write_model_folder(
     path: str | Path,
-    metadata: Mapping[str, Any],
-    params: Params,
+    metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+    params: Mapping[str, Any],
     write_extras: Callable[[Path], None] = lambda folder: None,
+    progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Writes a model folder: builds it under a temporary name beside ``path``, then renames it.
+    """Writes a model folder: builds it under another name beside ``path``, then renames it.
 
     Args:
-        metadata: goes to ``model.json``; holds at least ``model``, the config.
-        params: flat dict of all parameters.
-        write_extras: adds files such as the tokenizer to the temporary folder.
+        metadata: goes to ``model.json``; holds at least ``model``, the config. A function is called last, when all
+            parameters have been read (it may hold a hash of what they were read from).
+        params: flat dict of all parameters: arrays, or ``Deferred`` that are read while they are written, stacks
+            layer by layer, so that a model larger than memory passes through.
+        write_extras: adds files such as the tokenizer.
+        progress: called with the number of bytes whenever some have been written.
 
     Raises:
-        CheckpointError: something already stands at ``path``.
+        CheckpointError: something already stands at ``path``, or the disk is too small.
     """
     path = Path(path).absolute()  # Orbax takes no other
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(
-            f"{path}: already exists and is not an empty folder; choose another name or remove it first"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path}: already exists; choose another name or remove it first")
     try:
-        (temporary / MODEL_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
-        ocp.save(temporary / PARAMS, nest(as_jax(params)))
-        write_extras(temporary)
-        os.chmod(temporary, 0o755)
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        with whole_output(path, nbytes=nbytes_of(params) + _OTHER_NBYTES) as partial:
+            partial.mkdir()
+            write_arrays(partial / PARAMS, params, progress)
+            write_extras(partial)
+            values = metadata() if callable(metadata) else metadata
+            (partial / MODEL_FILE).write_text(json.dumps(values, indent=2) + "\n")
+    except OutputError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def nbytes_of(params: Mapping[Any, Any]) -> int:
+    """Size in bytes of arrays or shapes."""
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in params.values())
+
+
+def in_dtype(shapes: Mapping[str, Any], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes with another floating dtype; whole numbers stay."""
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
+        for path, leaf in shapes.items()
+    }
 
 
 def read_model_json(path: str | Path) -> dict[str, Any]:
@@ -82,10 +99,10 @@ def read_model_json(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct], *, keep_dtype: bool = False) -> Params:
+def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
     """Reads the parameters of a model folder, each straight to the dtype and sharding of ``shapes``.
 
-    Paths of the folder that ``shapes`` does not name are not read. With ``keep_dtype`` the stored dtypes stay.
+    Paths of the folder that ``shapes`` does not name are not read.
 
     Raises:
         CheckpointError: a path is missing in the folder, or has another shape.
@@ -94,7 +111,7 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct], *,
     if not folder.is_dir():
         raise CheckpointError(f"{path}: not a model folder (no {PARAMS}/)")
     try:
-        stored = _flatten(ocp.metadata(folder).metadata)
+        stored = array_shapes(folder)
     except Exception as error:  # Orbax raises whatever its storage layer met
         raise damaged(folder, error) from error
     problems = [f"{name} is missing" for name in shapes if name not in stored]
@@ -105,13 +122,25 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct], *,
     ]
     if problems:
         raise CheckpointError(f"{path}: does not fit the model: " + "; ".join(problems))
-    placeholders = {name: ocp.PLACEHOLDER for name in stored if name not in shapes}
-    wanted = {name: with_sharding(stored[name] if keep_dtype else shape) for name, shape in shapes.items()}
     try:
-        loaded = _flatten(ocp.load(folder, nest(placeholders | wanted)))
+        return read_arrays(folder, {name: with_sharding(shape) for name, shape in shapes.items()}, stored)
     except Exception as error:
         raise damaged(folder, error) from error
-    return {name: loaded[name] for name in shapes}
+
+
+def open_params(path: str | Path) -> dict[str, Deferred]:
+    """Every parameter of a model folder, unread; a stack's layers can be read one by one.
+
+    Raises:
+        CheckpointError: not a model folder, or a damaged one.
+    """
+    folder = Path(path).absolute() / PARAMS
+    if not folder.is_dir():
+        raise CheckpointError(f"{path}: not a model folder (no {PARAMS}/)")
+    try:
+        return open_arrays(folder)
+    except Exception as error:
+        raise damaged(folder, error) from error
 
 
 def damaged(folder: Path, error: Exception) -> CheckpointError:
@@ -121,21 +150,6 @@ def damaged(folder: Path, error: Exception) -> CheckpointError:
 
 
 def with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding of an array or a shape; default: the first device."""
+    """Shape, dtype and sharding (default: the first device) of an array or a shape."""
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def as_jax(tree: Any) -> Any:
-    """``tree`` with every leaf on a device, as Orbax saves it."""
-    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)
-
-
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -1,0 +1,19 @@
+"""How far a conversion is: a line that says what will be written, and a bar where somebody watches."""
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, nbytes: int) -> Iterator[Callable[[int], None]]:
+    """Says on standard error what goes where; gives a function to be called with bytes that are done."""
+    free = shutil.disk_usage(Path(path).absolute().parent).free
+    print(f"{path}: writing {nbytes / 1e9:.2f} GB, {free / 1e9:.1f} GB are free", file=sys.stderr)
+    # disable=None: no bar in a log file.
+    with tqdm(total=nbytes, unit="B", unit_scale=True, disable=None, leave=False, file=sys.stderr) as bar:
+        yield bar.update

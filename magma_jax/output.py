@@ -1,0 +1,93 @@
+"""Output that appears under its final name only when it is whole."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class OutputError(ValueError):
+    """A place where nothing can be written; one line with the remedy."""
+
+
+@contextlib.contextmanager
+def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
+    """Gives a name beside ``path`` to write a file or a folder under, and renames it when the block ends.
+
+    On an error what was written is removed. What a killed process left is removed by the next one that writes the
+    same ``path``; a lock keeps two living ones apart. A file at ``path`` is replaced, an empty folder filled.
+
+    Args:
+        path: where the output shall appear; its folder is made if needed.
+        nbytes: size of the output. If the disk has less room, nothing is begun.
+
+    Raises:
+        OutputError: no room, another process is writing there, or a folder with something in it stands there.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() and any(path.iterdir()):
+        raise OutputError(f"{path}: already exists and is not an empty folder; choose another name or remove it first")
+    partial = path.with_name(f".{path.name}.partial")
+    with _locked(path):
+        _remove(partial)
+        check_room(path.parent, nbytes)
+        try:
+            yield partial
+            os.rename(partial, path)
+        except BaseException:
+            _remove(partial)
+            raise
+        # Without this a power cut may forget the new name. Not every system can open a directory.
+        with contextlib.suppress(OSError):
+            _sync(path.parent)
+
+
+def check_room(folder: str | os.PathLike, nbytes: int) -> None:
+    """Raises OutputError if the disk of ``folder`` has less than ``nbytes`` free."""
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise OutputError(
+            f"{folder}: {nbytes / 1e9:.2f} GB are needed, but only {free / 1e9:.2f} GB are free; "
+            "free some space or choose another disk"
+        )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    name = path.with_name(f".{path.name}.lock")
+    while True:
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one who held it may have removed this very file in between: then the lock locks nothing.
+            if os.path.exists(name) and os.path.samestat(os.fstat(descriptor), os.stat(name)):
+                break
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OutputError(f"{path}: another process is writing it; wait for it or choose another name") from None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        os.unlink(name)
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
