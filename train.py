@@ -22,12 +22,18 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs/quickstart.py")
     parser.add_argument("--workdir", type=Path, help="run folder; default: runs/ and the name of the config")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the config")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="continue the run in the folder, if there is one; --no-resume refuses to (default: --resume)",
+    )
     arguments = parser.parse_args()
     workdir = arguments.workdir or Path("runs") / arguments.config.stem
     try:
         config = from_dict(RunConfig, apply_overrides(load_config_file(arguments.config), arguments.set))
-        train(config, workdir)
-        if config.evaluate:
+        run = train(config, workdir, resume=arguments.resume)
+        if config.evaluate and not run.interrupted:
             evaluate_run(workdir)
             print(f"\nReport: {workdir / 'report.html'}")
             print(f"A picture of your own: python -m magma_jax.generate --checkpoint {workdir} picture.png")

@@ -40,17 +40,19 @@ class BestStep:
         step: of the lowest validation loss, None before the first validation.
         loss: that loss, in nats a token.
         waited: validations since then.
+        validated: step of the last validation.
     """
 
     step: int | None = None
     loss: float | None = None
     waited: int = 0
+    validated: int = 0
 
     def after(self, step: int, loss: float, min_delta: float = 0.0) -> "BestStep":
         """The best step once ``step`` has been validated; a loss that is no number is never an improvement."""
         if loss < (float("inf") if self.loss is None else self.loss - min_delta):
-            return BestStep(step, loss)
-        return dataclasses.replace(self, waited=self.waited + 1)
+            return BestStep(step, loss, validated=step)
+        return dataclasses.replace(self, waited=self.waited + 1, validated=step)
 
     def exhausts(self, config: ValidationConfig) -> bool:
         """Whether the run has waited long enough for an improvement."""

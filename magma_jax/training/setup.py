@@ -2,33 +2,37 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from magma_jax.config import ConfigError, to_dict
-from magma_jax.convert.deferred import read_array
+from magma_jax.config import to_dict
 from magma_jax.data.datasets import Dataset, load_dataset
 from magma_jax.nn.modules import Params, parameter_count
 from magma_jax.sharding import make_mesh, place
 from magma_jax.training.config import RunConfig
-from magma_jax.training.model_folder import MODEL_FILE, read_model_json, read_params, write_model_folder
+from magma_jax.training.continuation import continued_config
+from magma_jax.training.early_stopping import BestStep
+from magma_jax.training.model_folder import MODEL_FILE, read_params, write_model_folder
 from magma_jax.training.optim import partition
 from magma_jax.training.pictures import feature_statistics
 from magma_jax.training.program import Program, build_program
 from magma_jax.training.step import TrainState
-from magma_jax.training.weights import open_weights
-
-# What may differ between two parts of one run: how long it is, what is watched, and on how many devices it runs.
-MAY_CHANGE = ("steps", "evaluate", "log_every", "checkpoint_every", "mesh", "nonfinite", "nonfinite_limit")
+from magma_jax.training.weights import load_weights
 
 
 @dataclasses.dataclass
 class Run:
-    """A run that is ready to train or has been trained."""
+    """A run that is ready to train or has been trained.
+
+    Attributes:
+        frozen: parameters that do not change.
+        state: what training changes.
+        best: the best validated step so far.
+        interrupted: whether it was stopped before its end, by a signal.
+    """
 
     config: RunConfig
     workdir: Path
@@ -36,6 +40,8 @@ class Run:
     program: Program
     frozen: Params
     state: TrainState
+    best: BestStep = BestStep()
+    interrupted: bool = False
 
     @property
     def params(self) -> Params:
@@ -43,19 +49,23 @@ class Run:
         return {**self.frozen, **self.state.trainable, **self.state.statistics}
 
 
-def prepare_run(config: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Run:
+def prepare_run(
+    config: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | None = None, *, resume: bool = True
+) -> Run:
     """Makes the run folder, or opens the one there; its state is that before the first step.
 
     Raises:
-        ConfigError: the folder holds a run of another config, or the config does not fit the devices.
+        ConfigError: the folder holds a run that may not be continued, see ``training.continuation``, or the config
+            does not fit the devices.
     """
     workdir = Path(workdir)
+    config, notes = continued_config(config, workdir, resume=resume)
+    for note in notes:
+        say(note)
     program = build_program(config, make_mesh(config.mesh, devices))
     say(f"preparing data: {config.data.name}")
     dataset = load_dataset(config.data)
-    if (workdir / MODEL_FILE).exists():
-        _check_same_run(config, workdir)
-    else:
+    if not (workdir / MODEL_FILE).exists():
         _write_base_folder(program, workdir, dataset)
     # The base folder holds every parameter as the run started; what learns is replaced by the checkpoint's.
     params = read_params(workdir, program.params)
@@ -75,11 +85,9 @@ def say(message: str) -> None:
 
 def _write_base_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
     config, shapes = program.config, program.params
-    params: Params = {}
-    with open_weights(config.model, config.weights, shapes) as pretrained:
-        for path, tensor in pretrained.params.items():  # one at a time on its way to the devices
-            params |= place({path: read_array(tensor)}, {path: shapes[path]})
-    params |= program.fresh_params([path for path in shapes if path not in params])
+    pretrained = load_weights(config.weights, shapes)
+    params = place(pretrained, {path: shapes[path] for path in pretrained})
+    params |= program.fresh_params([path for path in shapes if path not in pretrained])
     params = {path: params[path] for path in shapes}
     if dataset.images is not None:
         learned = dataset.images if dataset.learned is None else dataset.images[np.asarray(dataset.learned)]
@@ -87,22 +95,3 @@ def _write_base_folder(program: Program, workdir: Path, dataset: Dataset) -> Non
         params |= place(statistics, {path: shapes[path] for path in statistics})
     metadata = {"model": to_dict(config.model), "groups": dict(config.optim.groups), "run": to_dict(config)}
     write_model_folder(workdir, metadata, params, lambda folder: dataset.tokenizer.save(folder / "tokenizer"))
-
-
-def _check_same_run(config: RunConfig, workdir: Path) -> None:
-    changed = _differences(read_model_json(workdir).get("run") or {}, to_dict(config))
-    changed = [name for name in changed if name.split(".")[0] not in MAY_CHANGE]
-    if changed:
-        raise ConfigError(
-            f"{workdir}: holds a run with another config ({', '.join(changed[:5])}); choose another --workdir"
-        )
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for key in sorted(set(old) | set(new)):
-        if isinstance(old.get(key), Mapping) and isinstance(new.get(key), Mapping):
-            names += _differences(old[key], new[key], f"{prefix}{key}.")
-        elif old.get(key) != new.get(key):
-            names.append(prefix + key)
-    return names

@@ -19,12 +19,12 @@ def _follow(losses, min_delta=0.0):
     ("losses", "min_delta", "expected"),
     [
         ([], 0.0, BestStep()),
-        ([3.0, 2.0, 1.0], 0.0, BestStep(3, 1.0, 0)),
-        ([3.0, 1.0, 2.0, 1.0], 0.0, BestStep(2, 1.0, 2)),  # as good is not better
-        ([3.0, 2.95, 2.92], 0.1, BestStep(1, 3.0, 2)),  # small steps do not add up to an improvement
-        ([3.0, 2.95, 2.85], 0.1, BestStep(3, 2.85, 0)),
-        ([3.0, float("nan"), float("inf")], 0.0, BestStep(1, 3.0, 2)),
-        ([float("nan")], 0.0, BestStep(None, None, 1)),
+        ([3.0, 2.0, 1.0], 0.0, BestStep(3, 1.0, 0, 3)),
+        ([3.0, 1.0, 2.0, 1.0], 0.0, BestStep(2, 1.0, 2, 4)),  # as good is not better
+        ([3.0, 2.95, 2.92], 0.1, BestStep(1, 3.0, 2, 3)),  # small steps do not add up to an improvement
+        ([3.0, 2.95, 2.85], 0.1, BestStep(3, 2.85, 0, 3)),
+        ([3.0, float("nan"), float("inf")], 0.0, BestStep(1, 3.0, 2, 3)),
+        ([float("nan")], 0.0, BestStep(None, None, 1, 1)),
     ],
 )
 def test_the_best_step_and_the_validations_since(losses, min_delta, expected):

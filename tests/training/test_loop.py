@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -38,6 +42,15 @@ def _arrays(run):
     return {"/".join(map(str, path)): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(run.state)}
 
 
+def _assert_same_bits(run, other):
+    expected, got = _arrays(run), _arrays(other)
+    assert expected.keys() == got.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(leaf, got[path], err_msg=path)
+    losses = ({entry["step"]: entry["loss"] for entry in _metrics(run)} for run in (run, other))
+    assert next(losses) == next(losses)
+
+
 def test_frozen_leaves_keep_their_bits_and_others_change(finished, tmp_path):
     start = tiny.train(tiny.run_config(steps=0), tmp_path / "start")
     assert start.frozen
@@ -58,11 +71,22 @@ def test_two_steps_then_two_more_equal_four_bit_for_bit(finished, tmp_path):
     schedule = dataclasses.replace(tiny.run_config().optim, steps=4)
     tiny.train(tiny.run_config(steps=2, optim=schedule), tmp_path / "run")
     resumed = tiny.train(tiny.run_config(steps=4, optim=schedule), tmp_path / "run")
-    expected, got = _arrays(finished), _arrays(resumed)
-    assert expected.keys() == got.keys()
-    for path, leaf in expected.items():
-        np.testing.assert_array_equal(leaf, got[path], err_msg=path)
-    assert [e["loss"] for e in _metrics(finished)] == [e["loss"] for e in _metrics(resumed)]
+    _assert_same_bits(finished, resumed)
+
+
+@pytest.mark.parametrize("when", ["saving", pytest.param("between", marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, when):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "tests.training.killed", str(run), when]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == (["1", "2", "3.orbax-checkpoint-tmp"] if when == "saving" else ["2"])
+    resumed = tiny.train(tiny.run_config(checkpoint_every=2 if when == "between" else 1), run)
+    _assert_same_bits(finished, resumed)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == (
+        ["3", "4"] if when == "saving" else ["2", "4"]
+    )
 
 
 def test_a_finished_run_is_not_trained_again(finished):
@@ -73,7 +97,7 @@ def test_a_finished_run_is_not_trained_again(finished):
 
 
 def test_another_config_in_the_same_folder_is_refused(finished):
-    with pytest.raises(ConfigError, match=r"another config \(batch_size\)"):
+    with pytest.raises(ConfigError, match=r"another config \(batch_size is 4 there and 2 here\)"):
         tiny.train(tiny.run_config(batch_size=2), finished.workdir)
 
 

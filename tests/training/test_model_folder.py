@@ -13,8 +13,7 @@ from magma_jax.training.model_folder import (
     read_params,
     write_model_folder,
 )
-from magma_jax.training.weights import open_weights
-from tests import tiny
+from magma_jax.training.weights import load_weights
 
 PARAMS = {"a/b": jnp.arange(6.0).reshape(2, 3), "a/c": np.ones(3, np.float16), "n": jnp.zeros((), jnp.int32)}
 
@@ -95,11 +94,11 @@ def test_damaged_parameters_are_named(folder, victim):
     ("names", "message"),
     [
         ({"lm": "gpt5"}, "unknown source 'gpt5'; known: quickstart_lm"),
-        ({"lm": "none.safetensors"}, "unknown source .none.safetensors."),
+        ({"lm": "none.safetensors"}, "no such file"),
         ({"nowhere": "quickstart_lm"}, "no parameter below nowhere/"),
         ({"lm": "quickstart_lm"}, "does not fit the model"),
     ],
 )
 def test_pretrained_parts_that_do_not_fit(names, message):
     with pytest.raises(ConfigError, match=message):
-        open_weights(tiny.MODEL, names, {"lm/wte/weight": jax.ShapeDtypeStruct((3, 4), jnp.float32)}).__enter__()
+        load_weights(names, {"lm/wte/weight": jax.ShapeDtypeStruct((3, 4), jnp.float32)})

@@ -1,0 +1,81 @@
+"""The loss on samples that the run does not learn from: always the same ones, in the same order, without dropout."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from magma_jax.config import ConfigError
+from magma_jax.data.pipeline import encode_sample
+from magma_jax.nn.modules import Params, merge
+from magma_jax.sharding import place_batch, replicated
+from magma_jax.training.config import RunConfig
+from magma_jax.training.losses import IGNORED, LOSSES
+from magma_jax.training.setup import Run
+from magma_jax.training.step import TrainState
+from magma_jax.typing import Array
+
+Batch = dict[str, np.ndarray]
+
+
+def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[], float]:
+    """Builds the function that returns the loss of the run's present state, in nats a token.
+
+    It is the loss of training, summed over all tokens and divided by their number, so that batches of different
+    lengths and mesh shapes do not matter. BatchNorm uses its running statistics.
+
+    Args:
+        prepare: fetches the pictures of a batch, see ``training.pictures``.
+
+    Raises:
+        ConfigError: the data set has no such split.
+    """
+    config, mesh = run.config, run.program.mesh
+    # A part of a batch, as the step runs it at once, fits in memory and divides by the devices.
+    batches = _batches(run, config.batch_size // config.accumulate)
+    options = dataclasses.replace(config.loss, batch_norm="frozen")
+    loss_function = functools.partial(LOSSES[config.model.kind], options=options)
+
+    def loss_sum(state: TrainState, frozen: Params, batch: dict[str, Array]):
+        model = merge(run.program.graphdef, state.trainable, frozen, state.statistics)
+        loss, count, _ = loss_function(model, batch, None)
+        return loss, count
+
+    loss_sum = jax.jit(loss_sum, out_shardings=replicated(mesh))
+
+    def validate() -> float:
+        sums = [loss_sum(run.state, run.frozen, place_batch(prepare(batch), mesh)) for batch in batches]
+        losses, counts = zip(*jax.device_get(sums), strict=True)
+        return float(np.sum(losses, dtype=np.float64) / np.sum(counts, dtype=np.float64))
+
+    return validate
+
+
+def chosen_samples(config: RunConfig, evaluation: dict[str, Sequence[Any]]) -> list[Any]:
+    """The samples of the data set that a config validates on, see ``ValidationConfig``.
+
+    Raises:
+        ConfigError: the data set has no such split, or an empty one.
+    """
+    split, limit = config.validation.split, config.validation.samples
+    samples = evaluation.get(split, ())
+    if not samples:
+        known = ", ".join(name for name, found in evaluation.items() if found)
+        raise ConfigError(f"validation.split {split!r}: {config.data.name} has {known or 'no samples to validate on'}")
+    rows = np.unique(np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int))
+    return [samples[row] for row in rows]
+
+
+def _batches(run: Run, size: int) -> list[Batch]:
+    samples = chosen_samples(run.config, run.dataset.evaluation)
+    rows = [encode_sample(sample, run.dataset.tokenizer, run.config.data.length) for sample in samples]
+    # The last batch is filled up with rows that count no token.
+    filler = {**rows[0], "labels": np.full_like(rows[0]["labels"], IGNORED)}
+    rows += [filler] * (-len(rows) % size)
+    return [
+        {name: np.stack([row[name] for row in rows[start : start + size]]) for name in filler}
+        for start in range(0, len(rows), size)
+    ]

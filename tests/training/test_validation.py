@@ -1,0 +1,54 @@
+"""The validation loss: over tokens, whatever the batches, on samples that stay the same."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from magma_jax.config import ConfigError
+from magma_jax.data.pipeline import encode_sample
+from magma_jax.nn.modules import merge
+from magma_jax.training import setup
+from magma_jax.training.early_stopping import ValidationConfig
+from magma_jax.training.losses import LossOptions, caption_loss
+from magma_jax.training.pictures import picture_loader
+from magma_jax.training.validation import chosen_samples, make_validation
+from tests import tiny
+
+
+def test_the_loss_is_the_mean_over_tokens_in_batches_of_any_size(tmp_path, monkeypatch):
+    data = tiny.dataset()
+    monkeypatch.setattr(setup, "load_dataset", lambda config: data)
+    config = tiny.run_config(validation=ValidationConfig(every=1, split="test"))
+    run = setup.prepare_run(config, tmp_path / "run", jax.devices()[:1])
+    prepare = picture_loader(data.images, run.program, run.params)
+    # One sample after the other; eight samples make batches of 3, 3 and 2.
+    model = merge(run.program.graphdef, run.params)
+    one = jax.jit(lambda batch: caption_loss(model, batch, None, options=LossOptions())[:2])
+    rows = [encode_sample(sample, data.tokenizer, config.data.length) for sample in data.evaluation["test"]]
+    sums = [one(prepare({name: np.asarray(array)[None] for name, array in row.items()})) for row in rows]
+    losses, counts = (np.array(values, np.float64) for values in zip(*sums, strict=True))
+    assert len(set(counts)) > 1  # else a mean of means would pass
+    expected = losses.sum() / counts.sum()
+    for batch_size in (8, 3):
+        run.config = dataclasses.replace(config, batch_size=batch_size)
+        validate = make_validation(run, prepare)
+        assert validate() == pytest.approx(expected, rel=1e-6)
+        assert validate() == validate()
+
+
+def test_the_samples_are_evenly_spaced_and_always_the_same():
+    samples = list(range(100))
+
+    def chosen(number, split="test"):
+        config = tiny.run_config(validation=ValidationConfig(every=1, split=split, samples=number))
+        return chosen_samples(config, {"train": samples, "test": samples, "empty": []})
+
+    assert chosen(4) == [0, 33, 66, 99]
+    assert chosen(100) == chosen(1000) == samples
+    for split in ("empty", "validation"):
+        with pytest.raises(ConfigError, match=f"validation.split '{split}': openmoji has train, test$"):
+            chosen(4, split)
+    with pytest.raises(ConfigError, match="has no samples to validate on"):
+        chosen_samples(tiny.run_config(), {})
