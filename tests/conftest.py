@@ -1,7 +1,10 @@
 """Before anything imports JAX: eight devices on the CPU, quick compilation, and shape annotations that are checked."""
 
+import importlib.util
 import lzma
 import os
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,3 +42,24 @@ def golden_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
 def golden() -> Path:
     """The folder of golden arrays and settings."""
     return GOLDEN
+
+
+@pytest.fixture
+def modified_resnet(monkeypatch):
+    """open_clip's class, imported without the package's own start: that needs a torchvision that fits torch."""
+    torch = pytest.importorskip("torch")
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None:
+        pytest.skip("open_clip is not installed")
+    package = types.ModuleType("open_clip")
+    package.__path__ = list(spec.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "open_clip", package)
+    vision = {name: types.ModuleType(name) for name in ("torchvision", "torchvision.ops", "torchvision.ops.misc")}
+    vision["torchvision.ops.misc"].FrozenBatchNorm2d = torch.nn.Module
+    for name, module in vision.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("open_clip.utils", "open_clip.modified_resnet"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module("open_clip.modified_resnet").ModifiedResNet
+    for name in ("open_clip.utils", "open_clip.modified_resnet"):
+        sys.modules.pop(name, None)

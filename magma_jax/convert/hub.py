@@ -31,13 +31,15 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 SCHEME = "hf://"
 
-# Names that libraries give to weights, in the order in which they are preferred where a repository has several.
+# Names that libraries give to weights, in the order in which they are preferred where a repository has several. That
+# of open_clip is first: its repositories may hold the same model once more in names that are not read here.
 WEIGHTS = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
     *("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"),
-    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "mp_rank_00_model_states.pt"),
+    "mp_rank_00_model_states.pt",
 )
 # Small files that tell what weights do not; fetched beside them where they exist.
-SETTINGS = ("config.json", "open_clip_config.json")
+SETTINGS = ("config.json", "tokenizer.json", "open_clip_config.json")
 
 _READ_NBYTES = 2**24
 

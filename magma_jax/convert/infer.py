@@ -41,8 +41,8 @@ def infer_config(tensors: Mapping[str, Any], model_config: Mapping[str, Any] | N
     """
     known = model_config or {}
     lm = _language_model(tensors, known.get("lm") or {})
-    encoder = _encoder(tensors, known.get("encoder") or {})
     proj = _shape(tensors, "image_prefix.proj.weight")
+    encoder = encoder_config(tensors, known.get("encoder") or {}, "image_prefix.enc.", features=proj[1])
     pooled = encoder.positions is None
     if not pooled and proj[0] != lm.width:
         raise InferenceError(
@@ -114,11 +114,19 @@ def _adapter(tensors: Mapping[str, Any], place: str, width: int) -> AdapterConfi
     return AdapterConfig(kind, width // bottleneck, layernorm)
 
 
-def _encoder(tensors: Mapping[str, Any], known: Mapping[str, Any]) -> EncoderConfig:
-    enc = "image_prefix.enc."
-    if f"{enc}layer1.0.conv1.weight" in tensors:
-        blocks = tuple(_count(tensors, rf"image_prefix\.enc\.layer{i}\.(\d+)\.conv1\.weight") for i in range(1, 5))
-        width = _shape(tensors, f"{enc}conv3.weight")[0]
+def encoder_config(
+    tensors: Mapping[str, Any], known: Mapping[str, Any], root: str = "", features: int | None = None
+) -> EncoderConfig:
+    """Infers the config of an encoder whose keys begin with ``root``, in CLIP's or the original's names.
+
+    ``features`` is the width that its user expects; it tells a vision transformer's pooled output from the grid.
+
+    Raises:
+        InferenceError: another encoder, or one whose picture size must be ``known``.
+    """
+    if f"{root}layer1.0.conv1.weight" in tensors:
+        blocks = tuple(_count(tensors, rf"{re.escape(root)}layer{i}\.(\d+)\.conv1\.weight") for i in range(1, 5))
+        width = _shape(tensors, f"{root}conv3.weight")[0]
         sizes = {(c.blocks, c.width): c for c in CLIP_RESNETS.values()}
         published = sizes.get((blocks, width))
         if published is None and "res" not in known:
@@ -128,28 +136,28 @@ def _encoder(tensors: Mapping[str, Any], known: Mapping[str, Any]) -> EncoderCon
             )
         base = published or CLIPResNetConfig(blocks, width)
         return dataclasses.replace(base, image_size=int(known.get("res", base.image_size)))
-    if f"{enc}class_embedding" in tensors:
-        width, _, patch, _ = _shape(tensors, f"{enc}conv1.weight")
-        pooled = f"{enc}proj" in tensors and _shape(tensors, "image_prefix.proj.weight")[1] != width
-        side = round((_shape(tensors, f"{enc}positional_embedding")[0] - 1) ** 0.5)
+    if f"{root}class_embedding" in tensors:
+        width, _, patch, _ = _shape(tensors, f"{root}conv1.weight")
+        pooled = f"{root}proj" in tensors and features not in (None, width)
+        side = round((_shape(tensors, f"{root}positional_embedding")[0] - 1) ** 0.5)
         return CLIPViTConfig(
-            layers=_count(tensors, r"image_prefix\.enc\.transformer\.resblocks\.(\d+)\.ln_1\.weight"),
+            layers=_count(tensors, rf"{re.escape(root)}transformer\.resblocks\.(\d+)\.ln_1\.weight"),
             width=width,
             heads=int(known.get("heads", width // 64)),  # every published CLIP has heads of 64
             patch=patch,
             image_size=side * patch,
-            embedding_width=_shape(tensors, f"{enc}proj")[1] if pooled else CLIPViTConfig.embedding_width,
+            embedding_width=_shape(tensors, f"{root}proj")[1] if pooled else CLIPViTConfig.embedding_width,
             output="pooled" if pooled else "grid",
         )
-    if f"{enc}0.0.conv.weight" in tensors:
+    if f"{root}0.0.conv.weight" in tensors:
         stages = range(4)
         return NFResNetConfig(
-            blocks=tuple(_count(tensors, rf"image_prefix\.enc\.0\.1\.{i}\.(\d+)\.conv1\.weight") for i in stages),
-            stage_channels=tuple(_shape(tensors, f"{enc}0.1.{i}.0.conv3.weight")[0] for i in stages),
-            stem_channels=_shape(tensors, f"{enc}0.0.conv.weight")[0],
+            blocks=tuple(_count(tensors, rf"{re.escape(root)}0\.1\.{i}\.(\d+)\.conv1\.weight") for i in stages),
+            stage_channels=tuple(_shape(tensors, f"{root}0.1.{i}.0.conv3.weight")[0] for i in stages),
+            stem_channels=_shape(tensors, f"{root}0.0.conv.weight")[0],
             image_size=int(known.get("res", NFResNetConfig.image_size)),
         )
-    raise InferenceError("image_prefix.enc.* is neither a CLIP ResNet, a CLIP ViT nor an NF-ResNet")
+    raise InferenceError(f"{root}* is neither a CLIP ResNet, a CLIP ViT nor an NF-ResNet")
 
 
 def _count(tensors: Mapping[str, Any], pattern: str) -> int:

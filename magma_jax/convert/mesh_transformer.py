@@ -86,6 +86,11 @@ def is_mesh_transformer(path: Path) -> bool:
     return (path / "shard_0" / "0.npz").is_file()
 
 
+def mesh_transformer_files(folder: str | Path) -> tuple[Path, ...]:
+    """The files of a checkpoint."""
+    return tuple(sorted(Path(folder).glob("shard_*/*.npz")))
+
+
 def open_mesh_transformer(folder: str | Path) -> dict[str, Deferred]:
     """The tensors of a slim checkpoint under the names of Hugging Face's GPT-J, each read when asked for.
 

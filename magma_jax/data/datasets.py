@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,7 +12,7 @@ import grain
 import numpy as np
 
 from magma_jax.data import openmoji, openmoji_text
-from magma_jax.data.pipeline import sample_batches, text_batches
+from magma_jax.data.pipeline import Overlong, sample_batches, text_batches
 from magma_jax.data.tokenizer import Tokenizer, train_bpe
 from magma_jax.training.losses import IGNORED
 from magma_jax.typing import UInt8
@@ -27,7 +28,11 @@ class DataConfig:
     Attributes:
         name: ``openmoji`` (captions and questions about drawings) or ``openmoji_text`` (text alone, for the
             language model and its vocabulary).
-        length: tokens of a sample or block, the bucket that all are padded to.
+        length: tokens of a block or, at most, of a sample; shorter ones are padded to it.
+        buckets: shorter lengths, ascending, that batches of shorter samples are padded to instead; every length in use
+            is compiled once.
+        pack: how many samples of ``length`` tokens in all may share a row, in place of padding; 1 for one a row.
+        overlong: samples of more tokens are an ``error``, or ``truncate`` cuts and counts them.
         image_size: pixels per side.
         cache_dir: where rasterised drawings are kept between runs.
         weights: how often each source of ``openmoji`` is drawn: captions of people, whose gender is known or open;
@@ -40,6 +45,9 @@ class DataConfig:
 
     name: Literal["openmoji", "openmoji_text"]
     length: int = 32
+    buckets: tuple[int, ...] = ()
+    pack: int = 1
+    overlong: Overlong = "error"
     image_size: int = 128
     cache_dir: str = "~/.cache/magma_jax"
     weights: tuple[float, ...] = (0.375, 0.125, 0.5)
@@ -47,6 +55,17 @@ class DataConfig:
     question_draws: int = 8
     lines: int = 100_000
     vocab_size: int = 2048
+
+    def __post_init__(self):
+        lengths = (0, *self.buckets, self.length)
+        if any(shorter >= longer for shorter, longer in itertools.pairwise(lengths)):
+            raise ValueError(f"data.buckets {self.buckets} must ascend and stay below data.length {self.length}")
+        if self.pack < 1:
+            raise ValueError(f"data.pack must be at least 1, got {self.pack}")
+        if self.pack > 1 and self.buckets:
+            raise ValueError("data.pack fills rows of data.length: set data.buckets to (), or data.pack to 1")
+        if self.name == "openmoji_text" and (self.buckets or self.pack > 1):
+            raise ValueError("openmoji_text is cut into blocks of data.length; data.buckets and data.pack do not apply")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +114,9 @@ def _openmoji(config: DataConfig) -> Dataset:
             batch_size=batch_size,
             length=config.length,
             seed=seed,
+            buckets=config.buckets,
+            pack=config.pack,
+            overlong=config.overlong,
         )
 
     evaluation = {"train": captions + ask(learned)}

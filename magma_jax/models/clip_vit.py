@@ -6,6 +6,7 @@ models.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -27,6 +28,8 @@ class CLIPViTConfig:
 
     Attributes:
         embedding_width: width of CLIP's image embedding, which ``pooled`` returns.
+        activation: ``quick_gelu`` is the sigmoid approximation of GELU that OpenAI's models use; most that open_clip
+            trained use ``gelu``. The weights do not tell.
         output: ``pooled`` (projected class token) or ``grid`` (patch tokens after the last LayerNorm, width D).
     """
 
@@ -36,6 +39,7 @@ class CLIPViTConfig:
     patch: int = 32
     image_size: int = 224
     embedding_width: int = 512
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     output: Literal["pooled", "grid"] = "pooled"
     kind: Literal["clip_vit"] = "clip_vit"
 
@@ -73,10 +77,18 @@ class SelfAttention(nnx.Module):
         return self.out_proj(out.reshape(x.shape))
 
 
-class ResidualBlock(nnx.Module):
-    """Pre-LayerNorm transformer block with CLIP's sigmoid approximation of GELU."""
+def _quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return x * jax.nn.sigmoid(1.702 * x)
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+
+ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
+
+
+class ResidualBlock(nnx.Module):
+    """Pre-LayerNorm transformer block."""
+
+    def __init__(self, config: CLIPViTConfig, *, rngs: nnx.Rngs):
+        width, heads, self.activation = config.width, config.heads, config.activation
         self.ln_1 = LayerNorm(width, param=EncoderParam)
         self.attn = SelfAttention(width, heads, rngs=rngs)
         self.ln_2 = LayerNorm(width, param=EncoderParam)
@@ -85,8 +97,7 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         x = x + self.attn(self.ln_1(x))
-        h = self.c_fc(self.ln_2(x))
-        return x + self.c_proj(h * jax.nn.sigmoid(1.702 * h))
+        return x + self.c_proj(ACTIVATIONS[self.activation](self.c_fc(self.ln_2(x))))
 
 
 class CLIPViT(nnx.Module):
@@ -100,7 +111,7 @@ class CLIPViT(nnx.Module):
         self.class_embedding = EncoderParam(scale * jax.random.normal(rngs.params(), (width,)))
         self.positional_embedding = EncoderParam(scale * jax.random.normal(rngs.params(), (patches + 1, width)))
         self.ln_pre = LayerNorm(width, param=EncoderParam)
-        self.blocks = stack(lambda rngs: ResidualBlock(width, config.heads, rngs=rngs), config.layers, rngs)
+        self.blocks = stack(lambda rngs: ResidualBlock(config, rngs=rngs), config.layers, rngs)
         self.ln_post = LayerNorm(width, param=EncoderParam)
         self.proj = (
             EncoderParam(scale * jax.random.normal(rngs.params(), (width, config.embedding_width)))

@@ -17,6 +17,7 @@ from magma_jax.models.gptj import GPTJConfig
 from magma_jax.models.language_models import LanguageModelConfig, build_language_model
 from magma_jax.models.prefix import ImagePrefix, PrefixConfig
 from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.nn.attention import causal_mask, same_segment
 from magma_jax.nn.convolution import BatchNormMode
 from magma_jax.nn.layers import Linear
 from magma_jax.nn.modules import HeadParam
@@ -124,6 +125,47 @@ class MagmaModel(nnx.Module):
         hidden = self(embeddings, remat=remat).hidden
         return hidden[:, prefix.shape[1] - 1 :]
 
+    def packed_hidden(
+        self,
+        features: Float[Array, "B N ..."],
+        tokens: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        *,
+        dropout_key: PRNGKey | None = None,
+        remat: Remat = "none",
+    ) -> Float[Array, "B S D"]:
+        """``caption_hidden`` of rows that hold up to N samples each, see ``data.batching``.
+
+        A row is its N pictures, then its tokens. Each position sees those of its own sample, at or before itself; for
+        two samples of one picture position p and two words w, and one word of padding:
+
+            p1 p2 w1 w1 w2 w2 --
+             1  .  .  .  .  .  .
+             .  1  .  .  .  .  .
+             1  .  1  .  .  .  .
+             1  .  1  1  .  .  .
+             .  1  .  .  1  .  .
+             .  1  .  .  1  1  .
+             .  .  .  .  .  .  1
+        """
+        batch, slots, *shape = features.shape
+        prefix = self.embed_features(features.reshape(batch * slots, *shape), dropout_key=dropout_key)
+        size = prefix.shape[1]
+        embeddings = jnp.concatenate([prefix.reshape(batch, slots * size, -1), self.embed_tokens(tokens)], axis=1)
+
+        slot, place = jnp.divmod(jnp.arange(slots * size), size)
+        owner = _behind(slot + 1, segments)
+        all_positions = _behind(place, size + positions)
+        mask = same_segment(owner) & causal_mask(all_positions, all_positions)
+        hidden = self(embeddings, positions=all_positions, mask=mask, remat=remat).hidden
+
+        # A token is predicted from the one before it, the first of a sample from the end of its picture.
+        end_of_picture = segments * size - 1
+        before = slots * size - 1 + jnp.arange(tokens.shape[1])
+        predictor = jnp.where((positions == 0) & (segments > 0), end_of_picture, before)
+        return jnp.take_along_axis(hidden, predictor[:, :, None], axis=1)
+
     def class_logits(self, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"]) -> Float[Array, "B classes"]:
         """fp32 class scores from the last-layer embedding of each row's last token (position ``lengths`` - 1)."""
         if self.class_head is None:
@@ -135,3 +177,8 @@ class MagmaModel(nnx.Module):
     def remove_adapters(self) -> None:
         """Removes every adapter; the language model's own logits come back bit for bit."""
         self.lm.remove_adapters()
+
+
+def _behind(pictures: Int[Array, " P"], words: Int[Array, "B S"]) -> Int[Array, "B T"]:
+    """What is the same in every row for its pictures, followed by what each row says of its words."""
+    return jnp.concatenate([jnp.broadcast_to(pictures, (words.shape[0], pictures.shape[0])), words], axis=1)

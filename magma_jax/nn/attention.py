@@ -35,6 +35,11 @@ def prefix_mask(
     return causal_mask(queries, keys) | in_prefix
 
 
+def same_segment(segments: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
+    """True where query and key belong to the same sample of a row that holds several."""
+    return segments[:, :, None] == segments[:, None, :]
+
+
 def dot_product_attention(
     q: Float[Array, "B S H K"],
     k: Float[Array, "B T H K"],

@@ -58,6 +58,10 @@ class RunConfig:
         for name in ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.data.pack > 1 and self.loss.batch_norm == "batch":
+            raise ValueError(
+                "rows with data.pack have empty places for pictures, which loss.batch_norm=batch would count"
+            )
         if self.nonfinite_limit < 0:
             raise ValueError(f"nonfinite_limit must not be negative, got {self.nonfinite_limit}")
         if self.steps < 0:

@@ -73,7 +73,7 @@ def _steps(
 ) -> None:
     config, mesh = run.config, run.program.mesh
     guard = NonfiniteGuard(config.nonfinite, config.nonfinite_limit, run.workdir, key, say)
-    first = int(run.state.step)
+    first, truncated = int(run.state.step), 0
     started = time.perf_counter()
     metrics_file = (run.workdir / METRICS_FILE).open("a")
     # disable=None: a bar on a terminal, nothing elsewhere, where the lines of metrics tell instead.
@@ -88,6 +88,7 @@ def _steps(
         goes_on, done = milestones.begin(first), first
         while goes_on:
             batch = prepare(next(batches))
+            truncated += int(batch.pop("truncated", np.zeros(())).sum())
             run.state, metrics = run.program.step(run.state, run.frozen, place_batch(batch, mesh), key)
             guard.watch(done, metrics.pop("nonfinite"), batch)
             bar.update()
@@ -96,6 +97,8 @@ def _steps(
                 guard.check()
                 values = {name: float(value) for name, value in metrics.items()}
                 values["skipped_steps"] = guard.skipped
+                if config.data.overlong == "truncate":
+                    values["truncated_samples"] = truncated
                 elapsed = time.perf_counter() - started
                 values["samples_per_second"] = (done - first) * config.batch_size / elapsed
                 record(done, {"seconds": elapsed, **values})

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from magma_jax.models.decoder import Decoder
 from magma_jax.models.language_models import LANGUAGE_MODELS
 from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.attention import causal_mask, same_segment
 from magma_jax.nn.convolution import BatchNormMode
 from magma_jax.nn.stack import Remat
 from magma_jax.training.cross_entropy import IGNORED, cross_entropy
@@ -43,22 +44,39 @@ def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, option
     """Next-token loss of the words behind a picture (paper, equation 3).
 
     ``batch`` holds ``tokens`` and ``labels`` (B, S), and either ``images`` (normalised pictures) or ``features``
-    (what a frozen encoder made of them, computed once). ``key=None`` means no dropout.
+    (what a frozen encoder made of them, computed once). ``key=None`` means no dropout. If rows hold several samples,
+    ``segments`` and ``positions`` (B, S) say which, and pictures and features have a second axis, see
+    ``data.batching``.
     """
-    features = (
-        batch["features"]
-        if "features" in batch
-        else model.encode_images(batch["images"], batch_norm=options.batch_norm)
-    )
-    hidden = model.caption_hidden(features, batch["tokens"], dropout_key=key, remat=options.remat)
+    if "features" in batch:
+        features = batch["features"]
+    else:
+        *leading, height, width, channels = batch["images"].shape
+        images = batch["images"].reshape(-1, height, width, channels)
+        features = model.encode_images(images, batch_norm=options.batch_norm)
+        features = features.reshape(*leading, *features.shape[1:])
+    forward = {"dropout_key": key, "remat": options.remat}
+    if "segments" in batch:
+        hidden = model.packed_hidden(features, batch["tokens"], batch["segments"], batch["positions"], **forward)
+    else:
+        hidden = model.caption_hidden(features, batch["tokens"], **forward)
     return _token_loss(model, hidden, batch["labels"])
 
 
 def language_loss(model: Decoder, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> LossResult:
-    """Next-token loss of text alone; ``batch`` holds ``tokens`` and ``labels`` (B, S)."""
-    embeddings = model.embed(batch["tokens"][:, :-1])
-    hidden = model(embeddings, remat=options.remat).hidden
-    return _token_loss(model, hidden, batch["labels"][:, 1:])
+    """Next-token loss of text alone; ``batch`` holds ``tokens`` and ``labels`` (B, S).
+
+    If rows hold several samples, ``segments`` and ``positions`` (B, S) say which, see ``data.batching``.
+    """
+    tokens, labels = batch["tokens"][:, :-1], batch["labels"][:, 1:]
+    positions = mask = None
+    if "segments" in batch:
+        segments, positions = batch["segments"], batch["positions"][:, :-1]
+        mask = same_segment(segments[:, :-1]) & causal_mask(positions, positions)
+        # The first token of a sample follows nothing.
+        labels = jnp.where(segments[:, 1:] == segments[:, :-1], labels, IGNORED)
+    hidden = model(model.embed(tokens), positions=positions, mask=mask, remat=options.remat).hidden
+    return _token_loss(model, hidden, labels)
 
 
 # By the ``kind`` of the model's config.

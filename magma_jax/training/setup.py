@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from magma_jax.config import to_dict
+from magma_jax.convert.deferred import read_array
 from magma_jax.data.datasets import Dataset, load_dataset
 from magma_jax.nn.modules import Params, parameter_count
 from magma_jax.sharding import make_mesh, place
@@ -20,7 +21,7 @@ from magma_jax.training.optim import partition
 from magma_jax.training.pictures import feature_statistics
 from magma_jax.training.program import Program, build_program
 from magma_jax.training.step import TrainState
-from magma_jax.training.weights import load_weights
+from magma_jax.training.weights import open_weights
 
 
 @dataclasses.dataclass
@@ -85,9 +86,11 @@ def say(message: str) -> None:
 
 def _write_base_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
     config, shapes = program.config, program.params
-    pretrained = load_weights(config.weights, shapes)
-    params = place(pretrained, {path: shapes[path] for path in pretrained})
-    params |= program.fresh_params([path for path in shapes if path not in pretrained])
+    params: Params = {}
+    with open_weights(config.model, config.weights, shapes) as pretrained:
+        for path, tensor in pretrained.params.items():  # one at a time on its way to the devices
+            params |= place({path: read_array(tensor)}, {path: shapes[path]})
+    params |= program.fresh_params([path for path in shapes if path not in params])
     params = {path: params[path] for path in shapes}
     if dataset.images is not None:
         learned = dataset.images if dataset.learned is None else dataset.images[np.asarray(dataset.learned)]

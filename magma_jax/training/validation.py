@@ -5,15 +5,18 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 
 from magma_jax.config import ConfigError
+from magma_jax.data.batching import PaddedBatches
 from magma_jax.data.pipeline import encode_sample
 from magma_jax.nn.modules import Params, merge
 from magma_jax.sharding import place_batch, replicated
 from magma_jax.training.config import RunConfig
-from magma_jax.training.losses import IGNORED, LOSSES
+from magma_jax.training.cross_entropy import IGNORED
+from magma_jax.training.losses import LOSSES
 from magma_jax.training.setup import Run
 from magma_jax.training.step import TrainState
 from magma_jax.typing import Array
@@ -70,12 +73,18 @@ def chosen_samples(config: RunConfig, evaluation: dict[str, Sequence[Any]]) -> l
 
 
 def _batches(run: Run, size: int) -> list[Batch]:
+    data, tokenizer = run.config.data, run.dataset.tokenizer
     samples = chosen_samples(run.config, run.dataset.evaluation)
-    rows = [encode_sample(sample, run.dataset.tokenizer, run.config.data.length) for sample in samples]
+    rows = [encode_sample(sample, tokenizer, data.length, overlong=data.overlong) for sample in samples]
     # The last batch is filled up with rows that count no token.
     filler = {**rows[0], "labels": np.full_like(rows[0]["labels"], IGNORED)}
     rows += [filler] * (-len(rows) % size)
-    return [
-        {name: np.stack([row[name] for row in rows[start : start + size]]) for name in filler}
-        for start in range(0, len(rows), size)
-    ]
+    padded = PaddedBatches(
+        grain.MapDataset.source(rows),
+        batch_size=size,
+        rows=range(size),
+        buckets=(data.length,),
+        pad_id=tokenizer.eos_id,
+        seed=0,
+    )
+    return [padded[i] for i in range(len(padded))]

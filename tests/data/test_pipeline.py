@@ -23,15 +23,14 @@ def _batches(**changes):
 def test_labels_are_the_answer_and_one_end_of_text():
     encoded = encode_sample(Sample(4, "A picture of", " a cat", "caption"), TOKENIZER, 10)
     prompt, answer = TOKENIZER.encode("A picture of"), TOKENIZER.encode(" a cat")
-    expected = [*[IGNORED] * len(prompt), *answer, TOKENIZER.eos_id]
-    np.testing.assert_array_equal(encoded["labels"], expected + [IGNORED] * (10 - len(expected)))
-    np.testing.assert_array_equal(encoded["tokens"], TOKENIZER.pad_to([*prompt, *answer, TOKENIZER.eos_id], 10))
+    np.testing.assert_array_equal(encoded["labels"], [*[IGNORED] * len(prompt), *answer, TOKENIZER.eos_id])
+    np.testing.assert_array_equal(encoded["tokens"], [*prompt, *answer, TOKENIZER.eos_id])
     assert encoded["pictures"] == 4
 
 
 def test_the_prompt_is_learned_if_asked():
     encoded = encode_sample(Sample(4, "A", " cat", "caption"), TOKENIZER, 5, learn_prompt=True)
-    np.testing.assert_array_equal(encoded["labels"][:3], encoded["tokens"][:3])
+    np.testing.assert_array_equal(encoded["labels"], encoded["tokens"])
 
 
 def test_a_text_spelling_the_end_token_does_not_end_the_sample():
@@ -42,6 +41,25 @@ def test_a_text_spelling_the_end_token_does_not_end_the_sample():
 def test_a_sample_that_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match=r"has \d+ tokens, but data\.length is 4"):
         encode_sample(Sample(0, "A picture of", " a cat", "caption"), TOKENIZER, 4)
+
+
+def test_a_sample_that_does_not_fit_is_cut_and_counted_if_asked():
+    sample = Sample(0, "A picture of", " a cat", "caption")
+    whole = encode_sample(sample, TOKENIZER, 10, overlong="truncate")
+    cut = encode_sample(sample, TOKENIZER, 4, overlong="truncate")
+    assert (whole["truncated"], cut["truncated"]) == (0, 1)
+    for name in ("tokens", "labels"):
+        np.testing.assert_array_equal(cut[name], whole[name][:4])
+    batches = iter(_batches(length=5, overlong="truncate"))
+    np.testing.assert_array_equal(next(batches)["truncated"], [1, 1, 1])
+
+
+def test_batches_of_several_lengths_and_packed_ones_come_from_the_same_samples():
+    buckets, packed = next(iter(_batches(buckets=(6, 8)))), next(iter(_batches(length=30, pack=4)))
+    assert buckets["tokens"].shape[1] in (6, 8, 12)
+    assert packed["tokens"].shape == (3, 30)
+    assert packed["pictures"].shape == (3, 4)
+    assert packed["segments"].max() > 1
 
 
 def test_every_sample_of_a_source_comes_before_any_comes_again():

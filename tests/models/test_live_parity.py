@@ -1,9 +1,6 @@
 """Parity with the PyTorch models of transformers and open_clip, random weights, where these are installed."""
 
 import dataclasses
-import importlib.util
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -74,27 +71,6 @@ def test_gptj_equals_transformers():
         np.testing.assert_allclose(output.collected["attentions"][i], expected.attentions[i].numpy(), atol=1e-5)
         if i + 1 < config.layers:
             np.testing.assert_allclose(output.collected["out"][i], expected.hidden_states[i + 1].numpy(), atol=2e-4)
-
-
-@pytest.fixture
-def modified_resnet(monkeypatch):
-    """open_clip's class, imported without the package's own start: that needs a torchvision that fits torch."""
-    torch = pytest.importorskip("torch")
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None:
-        pytest.skip("open_clip is not installed")
-    package = types.ModuleType("open_clip")
-    package.__path__ = list(spec.submodule_search_locations)
-    monkeypatch.setitem(sys.modules, "open_clip", package)
-    vision = {name: types.ModuleType(name) for name in ("torchvision", "torchvision.ops", "torchvision.ops.misc")}
-    vision["torchvision.ops.misc"].FrozenBatchNorm2d = torch.nn.Module
-    for name, module in vision.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    for name in ("open_clip.utils", "open_clip.modified_resnet"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("open_clip.modified_resnet").ModifiedResNet
-    for name in ("open_clip.utils", "open_clip.modified_resnet"):
-        sys.modules.pop(name, None)
 
 
 @pytest.mark.slow

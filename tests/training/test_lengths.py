@@ -1,0 +1,124 @@
+"""Bucketed, packed and padded to 2048: the same loss and gradients, and as many programs as lengths in use."""
+
+import dataclasses
+import functools
+
+import grain
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from magma_jax.data.batching import packed_batches, padded_batches
+from magma_jax.data.datasets import DataConfig
+from magma_jax.data.pipeline import sample_batches
+from magma_jax.models.gpt2 import GPT2, GPT2Config
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.modules import merge, split, variable_types
+from magma_jax.training import setup
+from magma_jax.training.cross_entropy import IGNORED
+from magma_jax.training.losses import LossOptions, caption_loss, language_loss
+from magma_jax.training.optim import label_parameters, partition
+from tests import tiny
+
+LENGTHS = [3, 13, 6, 2, 9, 5, 14, 4]
+EOS = 298
+
+MAGMA = dataclasses.replace(tiny.MODEL, lm=dataclasses.replace(tiny.MODEL.lm, layers=1))
+GPT2_TINY = GPT2Config(layers=1, width=32, heads=2, feed_forward=64, vocab_rows=300, context_length=2048)
+
+CASES = {
+    "captions": (lambda: MagmaModel(MAGMA, rngs=nnx.Rngs(0)), caption_loss),
+    # Learned positions, where a wrong one shows at once.
+    "text": (lambda: GPT2(GPT2_TINY, rngs=nnx.Rngs(0)), language_loss),
+}
+GROUPS = {"language": "rest", "encoder": "encoder", "prefix": "rest", "adapter": "rest"}
+
+
+def _samples():
+    """Samples of many lengths, most with some tokens that are not learned, and another picture each."""
+    rng = np.random.default_rng(0)
+    for i, length in enumerate(LENGTHS):
+        tokens = rng.integers(0, 290, length).astype(np.int32)
+        labels = np.where(np.arange(length) < i % 3, IGNORED, tokens).astype(np.int32)
+        yield {"tokens": tokens, "labels": labels, "pictures": np.int32(i)}
+
+
+def _batches(form):
+    source = grain.MapDataset.source(list(_samples()))
+    if form == "packed":
+        return packed_batches(source, batch_size=3, rows=range(3), length=24, pack=4, pad_id=EOS)
+    buckets = {"bucketed": (8, 16), "padded": (2048,)}[form]
+    # A window of buckets is sixteen batches: every sample comes eight times.
+    source = source.repeat(8) if form == "bucketed" else source
+    return padded_batches(source, batch_size=4, rows=range(4), buckets=buckets, pad_id=EOS, seed=0)
+
+
+@functools.cache
+def _mean(case, form):
+    """Loss and gradients of the mean over all labels of all batches."""
+    create, loss = CASES[case]
+    model = create()
+    graphdef, params = split(model)
+    learned, frozen, _ = partition(params, label_parameters(variable_types(model), GROUPS))
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def sums(learned, batch):
+        value, count, _ = loss(merge(graphdef, learned, frozen), batch, None, options=LossOptions())
+        return value, count
+
+    pictures = np.random.default_rng(1).normal(size=(len(LENGTHS), 64, 64, 3)).astype(np.float32)
+    parts = []
+    for batch in _batches(form):
+        rows = batch.pop("pictures")
+        if case == "captions":
+            batch["images"] = pictures[rows]
+        (value, count), gradients = sums(learned, batch)
+        parts.append((value, count, gradients))
+    value, count, gradients = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    return value / count, int(count) // (8 if form == "bucketed" else 1), jax.tree.map(lambda g: g / count, gradients)
+
+
+@pytest.mark.parametrize("form", ["bucketed", "packed"])
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_those_of_padding_to_2048(case, form):
+    expected, count, gradients = _mean(case, "padded")
+    value, same, ours = _mean(case, form)
+    assert same == count
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for path, gradient in gradients.items():
+        scale = float(np.abs(gradient).max())
+        np.testing.assert_allclose(ours[path], gradient, atol=1e-5 * scale + 1e-9, err_msg=path)
+
+
+def test_one_program_for_every_bucket_in_use(monkeypatch, tmp_path, caplog):
+    data = tiny.dataset()
+    samples = data.evaluation["train"]
+
+    def batches(batch_size, seed, *rows):
+        options = {"batch_size": batch_size, "length": 40, "seed": seed, "buckets": (10,)}
+        return sample_batches([samples], [1.0], data.tokenizer, **options)
+
+    monkeypatch.setattr(setup, "load_dataset", lambda config: dataclasses.replace(data, batches=batches))
+    config = tiny.run_config(steps=4, log_every=4, checkpoint_every=4)
+    first = iter(batches(config.batch_size, config.seed))
+    lengths = {next(first)["tokens"].shape[1] for _ in range(config.steps)}
+    assert len(lengths) == 2
+    with jax.log_compiles():
+        tiny.train(config, tmp_path / "run")
+    assert sum("Finished XLA compilation of jit(train_step)" in m for m in caplog.messages) == len(lengths)
+
+
+def test_lengths_that_contradict_each_other_are_refused():
+    DataConfig(name="openmoji", length=64, buckets=(16, 32))
+    with pytest.raises(ValueError, match=r"data\.buckets \(32, 16\) must ascend and stay below data\.length 64"):
+        DataConfig(name="openmoji", length=64, buckets=(32, 16))
+    with pytest.raises(ValueError, match=r"must ascend and stay below data\.length 32"):
+        DataConfig(name="openmoji", length=32, buckets=(32,))
+    with pytest.raises(ValueError, match=r"data\.pack fills rows"):
+        DataConfig(name="openmoji", length=64, buckets=(32,), pack=2)
+    with pytest.raises(ValueError, match="cut into blocks"):
+        DataConfig(name="openmoji_text", pack=2)
+    with pytest.raises(ValueError, match=r"loss\.batch_norm=batch would count"):
+        tiny.run_config(data=DataConfig(name="openmoji", pack=2), loss=LossOptions(batch_norm="batch"))
