@@ -21,7 +21,7 @@ import numpy as np
 from magma_jax.convert.golden import GoldenError, inputs_of
 from magma_jax.convert.golden_run import Quantities, Subject
 from magma_jax.inference.decode import Generation, generate
-from magma_jax.inference.sampling import SamplingConfig, mask_missing_ids, remove_after_eos, row_keys
+from magma_jax.inference.sampling import SamplingConfig, mask_missing_ids, remove_after_eos, row_keys, sampling_rows
 from magma_jax.nn.modules import merge
 from magma_jax.typing import Array
 
@@ -140,7 +140,11 @@ class _Batch:
 @functools.partial(jax.jit, static_argnames=("graphdef", "steps"))
 def _generate(graphdef, params, embeddings, lengths, eos_id, steps):
     keys = row_keys(jax.random.key(0), embeddings.shape[0])
-    options: dict[str, Any] = {"sampling": SamplingConfig(), "eos_id": eos_id, "return_logits": True}
+    options: dict[str, Any] = {
+        "sampling": sampling_rows([SamplingConfig()] * embeddings.shape[0]),
+        "eos_id": eos_id,
+        "return_logits": True,
+    }
     return generate(merge(graphdef, params).lm, embeddings, lengths, keys, max_new_tokens=steps, **options)
 
 

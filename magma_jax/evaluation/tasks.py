@@ -30,7 +30,7 @@ from magma_jax.evaluation.report import write_report
 from magma_jax.evaluation.results import CAPTION, Evaluation, table, write_predictions, write_results
 from magma_jax.inference.api import Magma
 from magma_jax.inference.decode import generate
-from magma_jax.inference.sampling import SamplingConfig, row_keys
+from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import Params, abstract, merge
 from magma_jax.training.checkpoint import CHECKPOINTS, RunCheckpoints
@@ -295,7 +295,7 @@ def _generate(
         prefix.shape[1] + lengths,
         row_keys(jax.random.key(0), len(tokens)),  # unused by greedy decoding
         max_new_tokens=max_new_tokens,
-        sampling=SamplingConfig(temperature=0.0),
+        sampling=sampling_rows([SamplingConfig()] * len(tokens)),
         eos_id=eos_id,
     )
     return result.tokens, result.lengths

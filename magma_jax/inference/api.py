@@ -26,7 +26,7 @@ from magma_jax.convert.magma import read_torch_magma
 from magma_jax.data.images import ImageInput, normalize, to_uint8
 from magma_jax.data.tokenizer import Tokenizer, gpt2_tokenizer
 from magma_jax.inference.decode import Generation, generate
-from magma_jax.inference.sampling import SamplingConfig, row_keys
+from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
 from magma_jax.models.encoders import ENCODERS
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Params, abstract, merge
@@ -156,7 +156,7 @@ class Magma:
         Raises:
             ValueError: prompt and new tokens exceed the context, or a sampling value out of range.
         """
-        sampling = SamplingConfig(temperature, top_k, top_p, compat)
+        sampling = SamplingConfig(temperature, top_k, top_p, compat=compat)
         result = self.generate_tokens(embeddings, max_steps, sampling, seed=seed)
         tokens, lengths = np.asarray(result.tokens), np.asarray(result.lengths)
         return [self.tokenizer.decode(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)]
@@ -189,7 +189,8 @@ class Magma:
             batch.lengths,
             _row_keys(seed, padded.shape[0]),
             max_new_tokens=max_steps,
-            sampling=sampling,
+            sampling=sampling_rows([sampling] * padded.shape[0]),
+            compat=sampling.compat,
             eos_id=self.tokenizer.eos_id,
             return_logits=return_logits,
         )
@@ -280,7 +281,7 @@ def _pad_to_bucket(embeddings: Float[Array, "B S D"]) -> Float[Array, "B S2 D"]:
     return jnp.pad(embeddings, ((0, 0), (0, bucket - length), (0, 0)))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "sampling", "eos_id", "return_logits"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "compat", "eos_id", "return_logits"))
 def _generate(graphdef, params, embeddings, lengths, keys, **options) -> Generation:
     return generate(merge(graphdef, params).lm, embeddings, lengths, keys, **options)
 

@@ -1,7 +1,9 @@
-"""Generation in one compiled program: prefill, then a loop that stays on the device until every row has ended.
+"""Generation on the device: a prefill, then steps that stay there until every row has ended.
 
-Prompts of a batch may differ in length. They are padded on the right; each row writes its new keys and values at its
-own next position and sees only slots up to it, so it computes what it computes alone. The cache is allocated once.
+The unit is ``Rows``: a batch in which every row is at its own place. Each row writes its new keys and values at its own
+next position and sees only slots up to it, has its own sampling numbers, key and limit, and so gives what it gives
+alone, whoever its neighbours are. ``generate`` makes rows of a batch of prompts and runs them to their ends; the
+engine (``inference.engine``) keeps rows alive and lets requests join and leave.
 """
 
 from typing import NamedTuple
@@ -9,26 +11,130 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magma_jax.inference.sampling import SamplingConfig, sample, step_keys
+from magma_jax.inference.sampling import Compat, SamplingRows, sample
 from magma_jax.models.decoder import Decoder, KVCache
-from magma_jax.typing import Array, Float, Int, Key
+from magma_jax.typing import Array, Bool, Float, Int, Key
+
+
+class Rows(NamedTuple):
+    """A batch in the middle of decoding.
+
+    Attributes:
+        cache: keys and values of everything before ``token``.
+        token: (B,) the newest token of each row, not yet run through the model.
+        position: (B,) position of ``token``.
+        count: (B,) tokens drawn so far, ``token`` included.
+        limit: (B,) tokens wanted at most.
+        done: (B,) rows that have drawn the end of text or their limit, and idle ones.
+        keys: (B,) random key of each row; token i is drawn with ``fold_in(key, i)``.
+        sampling: numbers of each row.
+        seen: (B, V) tokens that prompt and answer have, for the repetition penalty; None where no row has one.
+    """
+
+    cache: KVCache
+    token: Array
+    position: Array
+    count: Array
+    limit: Array
+    done: Array
+    keys: Array
+    sampling: SamplingRows
+    seen: Array | None
+
+
+class Drawn(NamedTuple):
+    """What one step drew: tokens (B,), their log-probabilities under the model (B,), and the logits (B, V)."""
+
+    token: Array
+    logprob: Array
+    logits: Array
 
 
 class Generation(NamedTuple):
     """New tokens of every row.
 
     Attributes:
-        tokens: (B, N); from the eos that ends a row on, every entry is that eos.
+        tokens: (B, N); behind the end of a row every entry is the eos.
         lengths: (B,) number of tokens before the eos, at most N.
-        logits: (B, N, V) that each token was chosen from, zeros where a finished batch stopped early; None unless
-            asked for.
+        logprobs: (B, N) log-probability of each token under the model, whatever the sampling made of it.
+        logits: (B, N, V) that each token was chosen from, zeros behind the end; None unless asked for.
         cache: keys and values of prompts and all but the last of the new tokens.
     """
 
     tokens: Array
     lengths: Array
+    logprobs: Array
     logits: Array | None
     cache: KVCache
+
+
+def prefill(
+    lm: Decoder,
+    embeddings: Float[Array, "B S D"],
+    lengths: Int[Array, " B"],
+    keys: Key[Array, " B"],
+    sampling: SamplingRows,
+    limit: Int[Array, " B"],
+    *,
+    slots: int,
+    eos_id: int | Int[Array, ""] | None,
+    seen: Bool[Array, "B V"] | None = None,
+    compat: Compat = None,
+) -> tuple[Rows, Drawn]:
+    """Runs prompts of any lengths, padded on the right, and draws the first token of each.
+
+    ``slots`` is the size of the cache: what the rows may grow to, prompt included.
+    """
+    batch = embeddings.shape[0]
+    output = lm(embeddings, cache=lm.init_cache(batch, slots, embeddings.dtype))
+    last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    zeros = jnp.zeros(batch, jnp.int32)
+    rows = Rows(output.cache, zeros, lengths - 1, zeros, limit, limit < 1, keys, sampling, seen)
+    return _draw(lm, rows, lm.logits(last), eos_id, compat)
+
+
+def advance(
+    lm: Decoder, rows: Rows, *, eos_id: int | Int[Array, ""] | None, compat: Compat = None
+) -> tuple[Rows, Drawn]:
+    """Runs the newest token of every row and draws the next. Rows that are done compute, and stay what they are."""
+    embedded = lm.embed(rows.token[:, None], rows.cache.key.dtype)
+    output = lm(embedded, positions=rows.position[:, None], cache=rows.cache)
+    return _draw(lm, rows._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), eos_id, compat)
+
+
+def run(
+    lm: Decoder,
+    rows: Rows,
+    steps: int,
+    *,
+    eos_id: int | Int[Array, ""] | None,
+    compat: Compat = None,
+    keep_logits: bool = False,
+) -> tuple[Rows, Drawn]:
+    """Up to ``steps`` steps, fewer if all rows end.
+
+    Returns the rows, and what was drawn with a column a step, (B, N) and (B, N, V); logits are None unless kept. The
+    first ``count`` (after) - ``count`` (before) columns of a row are its new tokens; behind them stands the eos.
+    """
+    batch = rows.token.shape[0]
+    drawn = Drawn(
+        jnp.full((batch, steps), 0 if eos_id is None else eos_id, jnp.int32),
+        jnp.zeros((batch, steps)),
+        jnp.zeros((batch, steps, lm.config.head_rows)) if keep_logits else None,
+    )
+
+    def unfinished(carry):
+        step, rows, _ = carry
+        return (step < steps) & ~rows.done.all()
+
+    def body(carry):
+        step, rows, drawn = carry
+        rows, new = advance(lm, rows, eos_id=eos_id, compat=compat)
+        new = new if keep_logits else new._replace(logits=None)
+        return step + 1, rows, jax.tree.map(lambda all_, one: all_.at[:, step].set(one), drawn, new)
+
+    _, rows, drawn = jax.lax.while_loop(unfinished, body, (jnp.int32(0), rows, drawn))
+    return rows, drawn
 
 
 def generate(
@@ -38,9 +144,12 @@ def generate(
     keys: Key[Array, " B"],
     *,
     max_new_tokens: int,
-    sampling: SamplingConfig,
+    sampling: SamplingRows,
     eos_id: int | Int[Array, ""] | None,
+    limit: Int[Array, " B"] | None = None,
     return_logits: bool = False,
+    seen: Bool[Array, "B V"] | None = None,
+    compat: Compat = None,
 ) -> Generation:
     """Continues every prompt by up to ``max_new_tokens`` tokens.
 
@@ -48,49 +157,47 @@ def generate(
         lm: a language model, with adapters or without.
         embeddings: prompts, padded on the right to S.
         lengths: true length of each prompt, at least 1.
-        keys: one random key a row; step i of a row draws with ``fold_in(key, i)``.
+        keys: one random key a row; token i of a row is drawn with ``fold_in(key, i)``.
         max_new_tokens: N; the caller has checked that it fits the context (``inference.api``).
-        sampling: how a token is drawn.
+        sampling: how each row's tokens are drawn.
         eos_id: id that ends a row, may be traced; None to never end early.
+        limit: tokens wanted of each row, where that is fewer than N.
         return_logits: also return all logits (B, N, V).
+        seen: tokens that the prompts have, where a row has a repetition penalty.
+        compat: static, see ``SamplingConfig``.
     """
     batch, length, _ = embeddings.shape
-    vocab_rows = lm.config.vocab_rows
-    cache = lm.init_cache(batch, length + max_new_tokens, embeddings.dtype)
-    output = lm(embeddings, cache=cache)
-    last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    rows = jnp.arange(batch)
-
-    def choose(step, logits, state):
-        tokens, done, kept = state
-        drawn = sample(logits, step_keys(keys, step), sampling, vocab_rows).astype(jnp.int32)
-        if eos_id is not None:
-            drawn = jnp.where(done, eos_id, drawn)
-            done = done | (drawn == eos_id)
-        if kept is not None:
-            kept = kept.at[:, step].set(logits)
-        return tokens.at[rows, step].set(drawn), done, kept
-
-    def unfinished(carry):
-        step, (_, done, _), _ = carry
-        return (step < max_new_tokens) & ~done.all()
-
-    def body(carry):
-        step, state, cache = carry
-        embedded = lm.embed(state[0][:, step - 1, None], embeddings.dtype)
-        output = lm(embedded, positions=(lengths + step - 1)[:, None], cache=cache)
-        return step + 1, choose(step, lm.logits(output.hidden[:, 0]), state), output.cache
-
-    logits = lm.logits(last)
-    state = (
-        jnp.full((batch, max_new_tokens), 0 if eos_id is None else eos_id, jnp.int32),
-        jnp.zeros(batch, bool),
-        jnp.zeros((batch, max_new_tokens, logits.shape[-1])) if return_logits else None,
+    limit = jnp.full(batch, max_new_tokens) if limit is None else limit
+    options = {"eos_id": eos_id, "compat": compat}
+    rows, first = prefill(
+        lm, embeddings, lengths, keys, sampling, limit, slots=length + max_new_tokens, seen=seen, **options
     )
-    carry = (jnp.int32(1), choose(0, logits, state), output.cache)
-    _, (tokens, _, kept), cache = jax.lax.while_loop(unfinished, body, carry)
-    if eos_id is None:
-        ended = jnp.full(batch, max_new_tokens)
-    else:
-        ended = jnp.sum(jnp.cumsum(tokens == eos_id, axis=1) == 0, axis=1)
-    return Generation(tokens, ended, kept, cache)
+    rows, rest = run(lm, rows, max_new_tokens - 1, keep_logits=return_logits, **options)
+    first = first if return_logits else first._replace(logits=None)
+    drawn = jax.tree.map(lambda one, others: jnp.concatenate([one[:, None], others], axis=1), first, rest)
+    counts = rows.count
+    if eos_id is not None:
+        # The eos itself is no part of the answer.
+        counts = jnp.minimum(counts, jnp.sum(jnp.cumsum(drawn.token == eos_id, axis=1) == 0, axis=1))
+    return Generation(drawn.token, counts, drawn.logprob, drawn.logits, rows.cache)
+
+
+def _draw(
+    lm: Decoder, rows: Rows, logits: Float[Array, "B V"], eos_id: int | Int[Array, ""] | None, compat: Compat
+) -> tuple[Rows, Drawn]:
+    keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.count)
+    table = lm.config.vocab_rows
+    token = sample(logits, keys, rows.sampling, table_rows=table, seen=rows.seen, compat=compat).astype(jnp.int32)
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :table]), token[:, None], axis=1)[:, 0]
+    alive = ~rows.done
+    count = rows.count + alive
+    done = rows.done | (count >= rows.limit)
+    if eos_id is not None:
+        token = jnp.where(alive, token, eos_id)
+        done = done | (token == eos_id)
+    seen = rows.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(token)), token].max(alive)
+    # A row that is done keeps its position: what it goes on to compute is written where nothing is read.
+    rows = rows._replace(token=token, position=rows.position + alive, count=count, done=done, seen=seen)
+    return rows, Drawn(token, logprob, logits)

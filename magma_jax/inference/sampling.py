@@ -1,16 +1,19 @@
 """From logits to the next token: pure functions on fp32 logits, all jittable.
 
-The order is the common one: temperature, top-k, top-p, draw. Each filter sees what the one before it left, so
-top-p counts its mass on the tempered, top-k-filtered distribution. Dropped tokens get the finite ``MASKED``,
-never -inf, and have probability zero.
+The order is the common one: repetition penalty, temperature, top-k, top-p, min-p, draw. Each filter sees what the one
+before it left, so top-p counts its mass on the tempered, top-k-filtered distribution. Dropped tokens get the finite
+``MASKED``, never -inf, and have probability zero.
 
-``SamplingConfig(compat="upstream")`` draws as the original does: top-k, its top-p rule, temperature last.
+What a request asks for is a ``SamplingConfig``; what a compiled program takes is ``SamplingRows``, the same numbers as
+arrays, one a row: other numbers need no other program, and rows of one batch may ask for different things.
+
+``compat="upstream"`` draws as the original does: top-k, its top-p rule, temperature last.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +24,22 @@ from magma_jax.typing import Array, Bool, Float, Int, Key, PRNGKey
 # Low enough for a softmax to give exactly 0 beside any logit, high enough to survive fp32 arithmetic.
 MASKED = -1e30
 
+Compat: TypeAlias = Literal["upstream"] | None
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How to choose the next token. Hashable: pass it as a static argument.
+    """How to choose the next token.
 
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token (the lowest id among equals) and ignores
-            the rest of this class.
+            the filters.
         top_k: how many of the likeliest tokens stay; 0 keeps all.
         top_p: the smallest set of likeliest tokens with at least this mass stays; 1 (or 0, as in the
             original) keeps all.
+        min_p: tokens with less than this share of the likeliest token's probability go; 0 keeps all.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that the prompt or the
+            answer already has (Keskar et al. 2019); 1 for none.
         compat: None, or "upstream" for the original's rules and order.
 
     Raises:
@@ -41,18 +49,45 @@ class SamplingConfig:
     temperature: float | int = 0.0
     top_k: int = 0
     top_p: float | int = 1.0
-    compat: Literal["upstream"] | None = None
+    min_p: float | int = 0.0
+    repetition_penalty: float | int = 1.0
+    compat: Compat = None
 
     def __post_init__(self):
         # NaN fails every comparison, so each condition states what is allowed.
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or positive and finite, got {self.temperature}")
-        if not (isinstance(self.top_k, int) and self.top_k >= 0):
+        if not (isinstance(self.top_k, int) and 0 <= self.top_k < 2**31):
             raise ValueError(f"top_k must be a whole number, 0 or positive, got {self.top_k}")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must lie between 0 and 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie between 0 and 1, got {self.min_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be positive and finite, got {self.repetition_penalty}")
         if self.compat not in (None, "upstream"):
             raise ValueError(f"compat must be None or 'upstream', got {self.compat!r}")
+
+
+class SamplingRows(NamedTuple):
+    """The numbers of one ``SamplingConfig`` a row, (B,) each."""
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    repetition_penalty: Array
+
+
+def sampling_rows(configs: Sequence[SamplingConfig]) -> SamplingRows:
+    """Puts the numbers of one config a row into arrays; ``compat`` is left to the caller."""
+    kinds = {"top_k": np.int32}
+    return SamplingRows(
+        *(
+            jnp.asarray(np.array([getattr(config, name) for config in configs], kinds.get(name, np.float32)))
+            for name in SamplingRows._fields
+        )
+    )
 
 
 def row_keys(key: PRNGKey, rows: int) -> Key[Array, "{rows}"]:
@@ -67,85 +102,101 @@ def step_keys(keys: Key[Array, " B"], step: int | Int[Array, ""]) -> Key[Array, 
 
 def sample(
     logits: Float[Array, "B V"],
-    keys: Key[Array, " B"] | None,
-    config: SamplingConfig,
+    keys: Key[Array, " B"],
+    rows: SamplingRows,
+    *,
     table_rows: int | None = None,
+    seen: Bool[Array, "B V"] | None = None,
+    compat: Compat = None,
 ) -> Int[Array, " B"]:
-    """Draws one token a row. A row's draw depends on its own logits and key, not on its neighbours.
+    """Draws one token a row. A row's draw depends on its own logits, numbers and key, not on its neighbours.
 
     Args:
         logits: any float dtype; everything is computed in fp32.
-        keys: one key a row (``row_keys``); may be None when ``config.temperature`` is 0.
-        config: static under jit.
+        keys: one key a row (``row_keys``); of no effect on rows of temperature 0.
+        rows: what each row asks for.
         table_rows: ids from here on have no embedding and are never drawn.
-
-    Raises:
-        ValueError: keys missing where something is drawn.
+        seen: tokens that each row's prompt and answer already have, for the repetition penalty.
+        compat: static; see ``SamplingConfig``.
     """
     logits = logits.astype(jnp.float32)
     if table_rows is not None:
         logits = mask_missing_ids(logits, table_rows)
-    if config.temperature == 0:
-        return jnp.argmax(logits, axis=-1)
-    if keys is None:
-        raise ValueError(f"temperature {config.temperature} draws at random: pass one key a row")
-    return jax.vmap(jax.random.categorical)(keys, filter_logits(logits, config))
+    if seen is not None:
+        logits = penalize_repetition(logits, seen, rows.repetition_penalty)
+    likeliest = jnp.argmax(logits, axis=-1)
+
+    def draw() -> Int[Array, " B"]:
+        drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, rows, compat=compat))
+        return jnp.where(rows.temperature == 0, likeliest, drawn)
+
+    # Sorting a vocabulary takes as long as a small model's step, so a batch of greedy rows does without.
+    return jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: likeliest)
 
 
-def filter_logits(logits: Float[Array, "B V"], config: SamplingConfig) -> Float[Array, "B V"]:
-    """The logits that ``sample`` draws from: tempered and filtered in the order ``config`` names.
+def filter_logits(logits: Float[Array, "B V"], rows: SamplingRows, *, compat: Compat = None) -> Float[Array, "B V"]:
+    """The logits that ``sample`` draws from: tempered and filtered, in the order of this module.
 
-    ``softmax`` of the result is the distribution. Not for temperature 0, which draws nothing.
+    ``softmax`` of the result is the distribution. Rows of temperature 0, which draw nothing, come back unchanged.
     """
-    if config.compat == "upstream":
-        if config.top_k:
-            logits = top_k(logits, config.top_k, ties="last")
-        if config.top_p:
-            logits = top_p_upstream(logits, config.top_p)
-        return apply_temperature(logits, config.temperature)
-    logits = apply_temperature(logits, config.temperature)
-    if config.top_k:
-        logits = top_k(logits, config.top_k)
-    if 0 < config.top_p < 1:
-        logits = top_p(logits, config.top_p)
-    return logits
+    if compat == "upstream":
+        kept = jnp.where((rows.top_k > 0)[:, None], top_k(logits, rows.top_k, ties="last"), logits)
+        kept = jnp.where((rows.top_p > 0)[:, None], top_p_upstream(kept, rows.top_p), kept)
+        return apply_temperature(kept, rows.temperature)
+    logits = apply_temperature(logits, rows.temperature)
+    filters = (rows.top_k > 0) | ((rows.top_p > 0) & (rows.top_p < 1)) | (rows.min_p > 0)
+    return jax.lax.cond(jnp.any(filters), lambda: _likeliest_prefix(logits, rows), lambda: logits)
 
 
-def apply_temperature(logits: Float[Array, "B V"], temperature: float | int) -> Float[Array, "B V"]:
-    """``logits / temperature``, where dropped tokens stay dropped at any temperature above 0."""
-    return jnp.where(logits <= MASKED, MASKED, logits / temperature)
+def apply_temperature(
+    logits: Float[Array, "B V"], temperature: float | int | Float[Array, " B"]
+) -> Float[Array, "B V"]:
+    """``logits / temperature``, where dropped tokens stay dropped; rows of temperature 0 are left as they are."""
+    divisor = jnp.asarray(temperature, jnp.float32)
+    divisor = jnp.broadcast_to(jnp.where(divisor > 0, divisor, 1.0), logits.shape[:1])[:, None]
+    return jnp.where(logits <= MASKED, MASKED, logits / divisor)
 
 
-def top_k(logits: Float[Array, "B V"], k: int, ties: Literal["first", "last"] = "first") -> Float[Array, "B V"]:
+def penalize_repetition(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]
+) -> Float[Array, "B V"]:
+    """Makes tokens that were ``seen`` less likely, for penalties above 1."""
+    factor = penalty[:, None]
+    penalized = jnp.where(logits > 0, logits / factor, logits * factor)
+    return jnp.where(seen & (logits > MASKED), penalized, logits)
+
+
+def top_k(
+    logits: Float[Array, "B V"], k: int | Int[Array, " B"], ties: Literal["first", "last"] = "first"
+) -> Float[Array, "B V"]:
     """Keeps exactly ``k`` tokens a row (all, if there are fewer) and masks the rest.
 
     Among equal logits the lowest ids stay, as in argmax. The original's choice among equals follows no rule
     (its sort is not stable); ``ties="last"``, the highest ids, is what it did in the recorded case.
     """
-    k = min(k, logits.shape[-1])
     ordered = logits[:, ::-1] if ties == "last" else logits
-    _, kept = jax.lax.top_k(ordered, k)
-    keep = jax.vmap(lambda row: jnp.zeros(logits.shape[-1], bool).at[row].set(True))(kept)
+    rank = _rank(jnp.argsort(ordered, axis=-1, descending=True, stable=True))
+    keep = rank < jnp.broadcast_to(k, logits.shape[:1])[:, None]
     return _keep(logits, keep[:, ::-1] if ties == "last" else keep)
 
 
-def top_p(logits: Float[Array, "B V"], p: float | int) -> Float[Array, "B V"]:
+def top_p(logits: Float[Array, "B V"], p: float | int | Float[Array, " B"]) -> Float[Array, "B V"]:
     """Keeps the smallest set of likeliest tokens whose mass is at least ``p`` (Holtzman et al. 2020).
 
     At least one token stays. Among equal logits the lowest ids stay. The original's first release equals
     ``top_p(logits, 1 - p)``. At p = 1 fp32 rounding may drop a tail of mass below 1e-6.
     """
     order, before = _mass_before(logits)
-    return _keep(logits, _unsort((before < p).at[:, 0].set(True), order))
+    return _keep(logits, _unsort((before < _column(p)).at[:, 0].set(True), order))
 
 
-def top_p_upstream(logits: Float[Array, "B V"], p: float | int) -> Float[Array, "B V"]:
+def top_p_upstream(logits: Float[Array, "B V"], p: float | int | Float[Array, " B"]) -> Float[Array, "B V"]:
     """The original's rule, for comparison: keeps the likeliest token and the unlikely tail.
 
     Dropped are the likely tokens after the first, as long as the mass before them is below ``1 - p``.
     """
     order, before = _mass_before(logits)
-    return _keep(logits, _unsort((before >= 1 - p).at[:, 0].set(True), order))
+    return _keep(logits, _unsort((before >= 1 - _column(p)).at[:, 0].set(True), order))
 
 
 def mask_missing_ids(logits: Float[Array, "B V"], table_rows: int) -> Float[Array, "B V"]:
@@ -178,11 +229,40 @@ def _keep(logits: Float[Array, "B V"], keep: Bool[Array, "*B V"]) -> Float[Array
     return jnp.where(keep, logits, jnp.asarray(MASKED, logits.dtype))
 
 
+def _column(value: float | int | Float[Array, " B"]) -> Float[Array, "..."]:
+    return jnp.asarray(value, jnp.float32)[..., None]
+
+
+def _likeliest_prefix(logits: Float[Array, "B V"], rows: SamplingRows) -> Float[Array, "B V"]:
+    """Top-k, top-p and min-p with one sort: each keeps the first so many of the likeliest tokens."""
+    vocabulary = logits.shape[-1]
+    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+    ordered = jnp.take_along_axis(logits, order, axis=-1)
+    count = jnp.where(rows.top_k > 0, rows.top_k, vocabulary)[:, None]
+    ordered = jnp.where(jnp.arange(vocabulary) < count, ordered, MASKED)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = _before(probabilities)
+    mass = rows.top_p[:, None]
+    keep = (ordered > MASKED) & ((before < mass) | (mass <= 0) | (mass >= 1))
+    keep &= probabilities >= rows.min_p[:, None] * probabilities[:, :1]
+    return _keep(logits, _unsort(keep.at[:, 0].set(True), order))
+
+
+def _rank(order: Int[Array, "B V"]) -> Int[Array, "B V"]:
+    places = jnp.broadcast_to(jnp.arange(order.shape[-1]), order.shape)
+    return jnp.put_along_axis(jnp.zeros_like(order), order, places, axis=-1, inplace=False)
+
+
 def _mass_before(logits: Float[Array, "B V"]) -> tuple[Int[Array, "B V"], Float[Array, "B V"]]:
     """Ids from likely to unlikely (equals by id), and for each the probability of all before it."""
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    return order, jnp.pad(jnp.cumsum(probabilities[:, :-1], axis=-1), ((0, 0), (1, 0)))
+    return order, _before(probabilities)
+
+
+def _before(probabilities: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """The sum of all entries before each."""
+    return jnp.pad(jnp.cumsum(probabilities[:, :-1], axis=-1), ((0, 0), (1, 0)))
 
 
 def _unsort(values: Bool[Array, "B V"], order: Int[Array, "B V"]) -> Bool[Array, "B V"]:

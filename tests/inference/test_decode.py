@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from magma_jax.inference.decode import generate
-from magma_jax.inference.sampling import SamplingConfig, row_keys
+from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import merge, split
 from tests import tiny
@@ -36,7 +36,8 @@ def run(model):
     definition, params = model
 
     def one(embeddings, lengths, keys, eos_id, sampling):
-        options = {"max_new_tokens": STEPS, "sampling": sampling, "eos_id": eos_id, "return_logits": True}
+        options = {"max_new_tokens": STEPS, "eos_id": eos_id, "return_logits": True}
+        options["sampling"] = sampling_rows([sampling] * len(lengths))
         return generate(merge(definition, params).lm, embeddings, lengths, keys, **options)
 
     jitted = jax.jit(one, static_argnums=4)
@@ -110,7 +111,7 @@ def test_rows_of_the_head_without_an_embedding_are_never_drawn(model, prompts):
     for sampling in (GREEDY, DRAWN):
 
         @jax.jit
-        def one(params, embeddings, sampling=sampling):
+        def one(params, embeddings, sampling=sampling_rows([sampling])):
             keys = row_keys(jax.random.key(0), 1)
             lengths = jnp.array([embeddings.shape[1]])
             return generate(merge(definition, params).lm, embeddings, lengths, keys, sampling=sampling, **options)
@@ -119,3 +120,48 @@ def test_rows_of_the_head_without_an_embedding_are_never_drawn(model, prompts):
         assert int(result.tokens.max()) < rows
         np.testing.assert_array_equal(result.tokens, one(params, prompts[0][None]).tokens)
         assert int(result.lengths[0]) == STEPS
+
+
+def test_rows_of_one_batch_may_ask_for_different_things(model, prompts):
+    definition, params = model
+    configs = [
+        SamplingConfig(),
+        SamplingConfig(temperature=1.5),
+        SamplingConfig(temperature=1.0, top_k=3, min_p=0.05),
+        SamplingConfig(temperature=0.8, top_p=0.5, repetition_penalty=1.3),
+    ]
+    compiled = []
+
+    @jax.jit
+    def one(embeddings, lengths, keys, sampling, limit):
+        compiled.append(embeddings.shape)
+        seen = jnp.zeros((len(lengths), tiny.MODEL.lm.head_rows), bool)
+        options = {"max_new_tokens": STEPS, "eos_id": -1, "limit": limit, "seen": seen}
+        return generate(merge(definition, params).lm, embeddings, lengths, keys, sampling=sampling, **options)
+
+    def call(rows, seeds, configs, limits):
+        padded = np.zeros((len(rows), 11, 32), np.float32)
+        for i, row in enumerate(rows):
+            padded[i, : len(row)] = row
+        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        lengths = np.array([len(row) for row in rows], np.int32)
+        return one(padded, lengths, keys, sampling_rows(configs), np.array(limits, np.int32))
+
+    together = call(prompts, range(4), configs, [8, 3, 8, 5])
+    np.testing.assert_array_equal(together.lengths, [8, 3, 8, 5])
+    for i, prompt in enumerate(prompts):
+        alone = call([prompt], [i], configs[i : i + 1], [8])
+        wanted = int(together.lengths[i])
+        np.testing.assert_array_equal(together.tokens[i, :wanted], alone.tokens[0, :wanted])
+        assert (together.tokens[i, wanted:] == -1).all()
+    # Other numbers are no other program.
+    call(prompts, range(4), configs[::-1], [1, 2, 3, 4])
+    assert len(compiled) == 2
+
+
+def test_logprobs_are_those_of_the_model_whatever_the_sampling(run, prompts):
+    result = run(prompts, range(4), DRAWN)
+    table = tiny.MODEL.lm.vocab_rows
+    expected = jax.nn.log_softmax(result.logits[..., :table], axis=-1)
+    expected = np.take_along_axis(np.asarray(expected), np.asarray(result.tokens)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(result.logprobs, expected, atol=1e-5)

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magma_jax.inference import sampling
 from magma_jax.inference.sampling import (
     MASKED,
     SamplingConfig,
     apply_temperature,
-    filter_logits,
     mask_missing_ids,
     remove_after_eos,
     row_keys,
-    sample,
+    sampling_rows,
     step_keys,
     top_k,
     top_p,
@@ -26,6 +26,17 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "golden"
 with np.load(FIXTURES / "sampling.npz") as file:
     GOLDEN = dict(file)
 LOGITS = jnp.asarray(GOLDEN["logits"])
+
+
+def filter_logits(logits, config):
+    """All rows by one config."""
+    return sampling.filter_logits(logits, sampling_rows([config] * len(logits)), compat=config.compat)
+
+
+def sample(logits, keys, config, **options):
+    """All rows by one config."""
+    keys = row_keys(jax.random.key(0), len(logits)) if keys is None else keys
+    return sampling.sample(logits, keys, sampling_rows([config] * len(logits)), compat=config.compat, **options)
 
 
 def settings(name: str) -> list[str]:
@@ -99,6 +110,30 @@ def test_the_order_is_temperature_then_top_k_then_top_p():
         assert_same_tokens_kept(filter_logits(logits, SamplingConfig(temperature=1, top_p=off)), logits)
 
 
+def test_min_p_is_a_share_of_the_likeliest():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    for share, count in ((0.0, 4), (0.2, 3), (0.5, 2), (1.0, 1)):
+        kept = filter_logits(logits, SamplingConfig(temperature=1, min_p=share))
+        assert (np.asarray(kept) > MASKED).sum() == count, share
+
+
+def test_one_sort_gives_what_the_filters_give_one_after_the_other():
+    for k, p in ((5, 0.9), (50, 0.3), (0, 0.7), (7, 1.0)):
+        step = apply_temperature(LOGITS, 0.8)
+        step = top_k(step, k) if k else step
+        step = top_p(step, p) if p < 1 else step
+        np.testing.assert_array_equal(filter_logits(LOGITS, SamplingConfig(0.8, k, p)), step)
+
+
+def test_repetition_penalty_lowers_what_was_seen():
+    logits = jnp.array([[2.0, -1.0, 1.5, MASKED]])
+    seen = jnp.array([[True, True, False, True]])
+    penalized = sampling.penalize_repetition(logits, seen, jnp.array([2.0]))
+    np.testing.assert_allclose(penalized, [[1.0, -2.0, 1.5, np.float32(MASKED)]])
+    assert sample(logits, None, SamplingConfig(repetition_penalty=2.0), seen=seen)[0] == 2
+    assert sample(logits, None, SamplingConfig(), seen=seen)[0] == 0
+
+
 def test_draws_follow_the_distribution():
     config = SamplingConfig(temperature=0.7, top_k=10, top_p=0.9)
     rows = jnp.broadcast_to(LOGITS[2], (20_000, LOGITS.shape[1]))
@@ -131,8 +166,6 @@ def test_temperature_zero_is_argmax_without_keys():
     config = SamplingConfig(temperature=0, top_k=3, top_p=0.5)
     np.testing.assert_array_equal(sample(LOGITS, None, config), np.argmax(LOGITS, axis=-1))
     assert sample(jnp.zeros((1, 5)), None, config)[0] == 0
-    with pytest.raises(ValueError, match="one key a row"):
-        sample(LOGITS, None, SamplingConfig(temperature=1.0))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1.0, 1e30])
@@ -168,6 +201,10 @@ def test_everything_is_finite_in_half_precision_and_at_low_temperature():
         {"top_p": -0.01},
         {"top_p": 1.01},
         {"top_p": math.nan},
+        {"min_p": -0.01},
+        {"min_p": math.nan},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.nan},
     ],
     ids=str,
 )
