@@ -1,7 +1,7 @@
-"""A run of four steps that kills its own process: ``python -m tests.training.killed WORKDIR WHEN``.
+"""A run of four steps that stops its own process: ``python -m tests.training.killed WORKDIR WHEN``.
 
-WHEN is ``between``: after step 3, behind the checkpoint of step 2; or ``saving``: when the arrays of step 3's
-checkpoint are on disk, and it has not got its name yet.
+WHEN is ``asked``: by SIGTERM in step 2; or killed ``between``: after step 3, behind the checkpoint of step 2; or
+killed while ``saving``: when the arrays of step 3's checkpoint are on disk, and it has not got its name yet.
 """
 
 import os
@@ -26,6 +26,16 @@ def main(workdir: str, when: str) -> None:
 
         Milestones.after = kill_after_step_3
         tiny.train(tiny.run_config(checkpoint_every=2), workdir)
+    elif when == "asked":
+        after = Milestones.after
+
+        def ask_in_step_2(self: Milestones, step: int) -> bool:
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return after(self, step)
+
+        Milestones.after = ask_in_step_2
+        tiny.train(tiny.run_config(checkpoint_every=4), workdir)
     else:
         write = checkpoint.write_checksums
         checkpoint.write_checksums = lambda folder, leave_out: (

@@ -74,19 +74,31 @@ def test_two_steps_then_two_more_equal_four_bit_for_bit(finished, tmp_path):
     _assert_same_bits(finished, resumed)
 
 
-@pytest.mark.parametrize("when", ["saving", pytest.param("between", marks=pytest.mark.slow)])
-def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, when):
+@pytest.mark.parametrize(
+    ("when", "every", "left", "kept"),
+    [
+        ("saving", 1, ["1", "2", "3.orbax-checkpoint-tmp"], ["3", "4"]),
+        pytest.param("between", 2, ["2"], ["2", "4"], marks=pytest.mark.slow),
+        pytest.param("asked", 4, ["2"], ["2", "4"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path, when, every, left, kept):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "tests.training.killed", str(run), when]
-    killed = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    left = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert left == (["1", "2", "3.orbax-checkpoint-tmp"] if when == "saving" else ["2"])
-    resumed = tiny.train(tiny.run_config(checkpoint_every=2 if when == "between" else 1), run)
-    _assert_same_bits(finished, resumed)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == (
-        ["3", "4"] if when == "saving" else ["2", "4"]
-    )
+    stopped = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    if when == "asked":
+        assert stopped.returncode == 0, stopped.stderr
+        line = "SIGTERM: stopped after step 2 of 4, which is saved; start again to continue"
+        assert stopped.stderr.splitlines()[-1] == line
+    else:
+        assert stopped.returncode == -signal.SIGKILL, stopped.stderr
+
+    def steps():
+        return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+    assert steps() == left
+    _assert_same_bits(finished, tiny.train(tiny.run_config(checkpoint_every=every), run))
+    assert steps() == kept
 
 
 def test_a_finished_run_is_not_trained_again(finished):
