@@ -1,62 +1,19 @@
-"""Language models as Hugging Face publishes them: keys to parameters, both ways and exactly.
-
-    with open_language_model("pythia-410m") as (config, plan):
-        params = {path: tensor.read() for path, tensor in plan.items()}
+"""Keys of language models as Hugging Face publishes them, one table a kind, both ways and exactly.
 
 All weights are (out, in) on both sides but GPT-2's, whose files hold (in, out).
 """
 
-import contextlib
-import dataclasses
-import functools
-import os
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from magma_jax.convert.deferred import Deferred
-from magma_jax.convert.files import open_tensors
-from magma_jax.convert.hf_config import read_config
-from magma_jax.convert.keymap import Alias, Ignored, KeyMapError, Rule, to_ours
-from magma_jax.convert.keymap_rules import match_theirs
-from magma_jax.models.language_models import LanguageModelConfig, build_language_model
-from magma_jax.nn.modules import abstract
+from magma_jax.convert.keymap import Alias, Ignored, Rule
+from magma_jax.models.language_models import LanguageModelConfig
 
 Entry = Rule | Alias | Ignored
 
 
-@contextlib.contextmanager
-def open_language_model(
-    path: str | os.PathLike, dtype: str | None = None
-) -> Iterator[tuple[LanguageModelConfig, dict[str, Deferred]]]:
-    """Opens a published language model: its config, and for every parameter how to read it.
-
-    Args:
-        path: a folder with ``config.json`` and weights, or a file of weights beside a ``config.json``.
-        dtype: dtype of the parameters; default: that of the file.
-
-    Raises:
-        LanguageModelError: no ``config.json``, or one of a model that is not offered here. WeightFileError,
-        TorchFileError: weights that cannot be read. KeyMapError: weights that do not fit the config.
-    """
-    path = Path(path)
-    config = read_config(path)
-    with open_tensors(path) as weights:
-        table = language_model_table(config, weights.tensors)
-        config = dataclasses.replace(config, dtype=dtype or _stored_dtype(table, weights.tensors))
-        shapes = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))[1]
-        try:
-            plan = to_ours(table, weights.tensors, shapes)
-        except KeyMapError as error:
-            raise KeyMapError(f"{path}: {error}") from None
-        yield config, plan
-
-
-def language_model_table(config: LanguageModelConfig, keys: Mapping[str, Any] | None = None) -> list[Entry]:
+def language_model_table(config: LanguageModelConfig, keys: Iterable[str] | None = None) -> list[Entry]:
     """Keys to paths. ``keys`` are those of a file, which may lack the usual root; by default they have it."""
     table, root = TABLES[config.kind]
     has_root = keys is None or any(key.startswith(root) for key in keys)
@@ -162,10 +119,3 @@ def _pair(theirs: str, ours: str) -> list[Rule]:
 def _masks(attention: str) -> list[Ignored]:
     """Causal masks, which older files hold in every layer."""
     return [Ignored(f"{attention}bias"), Ignored(f"{attention}masked_bias")]
-
-
-def _stored_dtype(table: list[Entry], tensors: Mapping[str, Any]) -> str:
-    """The dtype that holds every weight of a file."""
-    rules = [entry for entry in table if isinstance(entry, Rule)]
-    dtypes = [t.dtype for key, t in tensors.items() if any(match_theirs(rule, key) is not None for rule in rules)]
-    return functools.reduce(jnp.promote_types, dtypes).name if dtypes else "float32"

@@ -100,9 +100,10 @@ def _compare(path: Path, found: LanguageModelConfig, config: LanguageModelConfig
 def _rows(config: LanguageModelConfig, table: list[Any], tensors: Mapping[str, Any]) -> dict[str, int]:
     """The numbers of rows that the file has; both occur in files that do not agree with their own config."""
     rows = {}
+    fields = [field.name for field in dataclasses.fields(config)]
     for entry in table:
         for field, paths in _TABLES.items():
-            if hasattr(config, field) and getattr(entry, "ours", None) == paths[0] and entry.theirs in tensors:
+            if field in fields and getattr(entry, "ours", None) == paths[0] and entry.theirs in tensors:
                 rows[field] = tensors[entry.theirs].shape[0]
     return rows
 

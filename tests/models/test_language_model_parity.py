@@ -9,10 +9,12 @@ import pytest
 from flax import nnx
 
 from magma_jax.convert.files import open_tensors
+from magma_jax.convert.hf_config import read_config
 from magma_jax.convert.keymap import to_theirs
-from magma_jax.convert.language_models import language_model_table, open_language_model
+from magma_jax.convert.language_models import language_model_table
+from magma_jax.convert.lm_sources import open_lm
 from magma_jax.inference.decode import generate
-from magma_jax.inference.sampling import SamplingConfig, row_keys
+from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
 from magma_jax.models.language_models import build_language_model
 from magma_jax.nn.modules import abstract, merge
 
@@ -56,8 +58,9 @@ MODELS = {
     "gpt2": gpt2,
     "gpt_neo": gpt_neo,
     "gpt_neox": gpt_neox,
-    "gpt_neox sequential": functools.partial(gpt_neox, use_parallel_residual=False, hidden_act="gelu_fast"),
-    "gpt_neox without biases": functools.partial(gpt_neox, attention_bias=False),
+    "gpt_neox sequential": functools.partial(
+        gpt_neox, use_parallel_residual=False, hidden_act="gelu_fast", attention_bias=False
+    ),
     "gptj": gptj,
 }
 
@@ -74,7 +77,8 @@ def both(request, tmp_path_factory):
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1) + is_norm)
     folder = tmp_path_factory.mktemp("hf")
     theirs.save_pretrained(folder)
-    with open_language_model(folder) as (config, plan):
+    config = read_config(folder)
+    with open_lm(folder, config) as (plan, _):
         params = {path: jnp.asarray(tensor.read()) for path, tensor in plan.items()}
     definition = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))[0]
     return folder, theirs, config, definition, params
@@ -113,7 +117,8 @@ def test_cached_decoding(both, ids):
     """A padded batch of two lengths, against each row alone in transformers: greedy tokens and all their logits."""
     _, theirs, _, definition, params = both
     lengths = [LENGTH, LENGTH - 7]
-    options = {"max_new_tokens": NEW, "sampling": SamplingConfig(), "eos_id": None, "return_logits": True}
+    options = {"sampling": sampling_rows([SamplingConfig()] * ROWS)}
+    options |= {"max_new_tokens": NEW, "eos_id": None, "return_logits": True}
 
     @jax.jit
     def run(params, ids, lengths):

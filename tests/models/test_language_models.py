@@ -1,0 +1,242 @@
+"""What holds for every language model: sizes, positions and masks, adapters, and a place in MAGMA."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from magma_jax.inference.decode import generate
+from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
+from magma_jax.models.gpt2 import GPT2Config
+from magma_jax.models.gpt_neo import GPTNeoConfig
+from magma_jax.models.gpt_neox import GPTNeoXConfig
+from magma_jax.models.gptj import GPTJConfig
+from magma_jax.models.language_models import PUBLISHED_LANGUAGE_MODELS, build_language_model
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.nn.modules import AdapterParam, LanguageParam, abstract, merge, parameter_count, split, variable_types
+from magma_jax.training.optim import OptimConfig, label_parameters, partition
+from tests import tiny
+
+SIZES = {"layers": 3, "width": 32, "heads": 4, "feed_forward": 64, "vocab_rows": 50, "context_length": 24}
+TINY = {
+    "gptj": GPTJConfig(**SIZES, rotary_dim=4, head_rows=60),
+    "gpt2": GPT2Config(**SIZES),
+    "gpt_neo": GPTNeoConfig(**SIZES, window=3),
+    "gpt_neox": GPTNeoXConfig(**SIZES, rotary_dim=4),
+    "gpt_neox sequential": GPTNeoXConfig(**SIZES, rotary_dim=4, parallel_residual=False),
+}
+LEARNED_POSITIONS = ["gpt2", "gpt_neo"]
+
+# Numbers of transformers' models without a second count of tied weights (the slow test counts them again); Pythia's are
+# those of its paper, table 1, GPT-NeoX-20B's and GPT-J's those of their model cards.
+COUNTS = {
+    "EleutherAI/gpt-j-6b": 6_050_882_784,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "EleutherAI/gpt-neo-125m": 125_198_592,
+    "EleutherAI/gpt-neo-1.3B": 1_315_575_808,
+    "EleutherAI/gpt-neo-2.7B": 2_651_307_520,
+    "EleutherAI/pythia-70m": 70_426_624,
+    "EleutherAI/pythia-160m": 162_322_944,
+    "EleutherAI/pythia-410m": 405_334_016,
+    "EleutherAI/pythia-1b": 1_011_781_632,
+    "EleutherAI/pythia-1.4b": 1_414_647_808,
+    "EleutherAI/pythia-2.8b": 2_775_208_960,
+    "EleutherAI/pythia-6.9b": 6_857_302_016,
+    "EleutherAI/pythia-12b": 11_846_072_320,
+    "EleutherAI/gpt-neox-20b": 20_554_567_680,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_LANGUAGE_MODELS)
+def test_published_sizes(name):
+    config = PUBLISHED_LANGUAGE_MODELS[name]
+    _, shapes, types = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))
+    assert parameter_count(shapes) == COUNTS[name]
+    assert set(types.values()) == {LanguageParam}
+    # A tied head is one leaf.
+    assert ("lm_head/weight" in shapes) == (config.kind in ("gptj", "gpt_neox"))
+
+
+@functools.cache
+def bare(name):
+    definition, params = split(build_language_model(TINY[name], rngs=nnx.Rngs(0)))
+    # Larger weights than fresh ones, so that layers matter and attention chooses.
+    return definition, {path: 8 * leaf if leaf.ndim > 2 else leaf for path, leaf in params.items()}
+
+
+@functools.cache
+def runner(name):
+    definition, _ = bare(name)
+
+    @jax.jit
+    def run(params, embeddings, positions=None, mask=None):
+        model = merge(definition, params)
+        return model.logits(model(embeddings, positions=positions, mask=mask).hidden)
+
+    return run
+
+
+def embeddings_of(batch, length):
+    return 0.02 * jax.random.normal(jax.random.key(0), (batch, length, 32))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_two_documents_in_one_row_give_what_they_give_alone(name):
+    """A mask keeps them apart and positions start again; local attention and learned positions follow both."""
+    run, params = runner(name), bare(name)[1]
+    both = embeddings_of(1, 16)
+    document = jnp.repeat(jnp.arange(2), jnp.array([7, 9]), total_repeat_length=16)
+    positions = jnp.concatenate([jnp.arange(7), jnp.arange(9)])[None]
+    at = jnp.arange(16)
+    mask = (document[:, None] == document) & (at <= at[:, None])
+    packed = run(params, both, positions, mask[None])[0]
+    # What stands behind a document changes nothing in it.
+    first, second = run(params, jnp.stack([both[0], jnp.roll(both[0], -7, axis=0)]))
+    np.testing.assert_allclose(packed[:7], first[:7], atol=1e-4)
+    np.testing.assert_allclose(packed[7:], second[:9], atol=1e-4)
+    assert not np.allclose(packed[7:], first[7:], atol=1e-2)
+
+
+def test_local_layers_see_their_window_within_any_mask():
+    definition, params = bare("gpt_neo")
+
+    @jax.jit
+    def run(params, embeddings, mask):
+        return merge(definition, params)(embeddings, mask=mask, collect=("attentions",)).collected["attentions"]
+
+    at = np.arange(12)
+    seen = run(params, embeddings_of(1, 12), jnp.broadcast_to(at != 4, (1, 12, 12)))[:, 0, 0] > 0
+    expected = np.broadcast_to(at != 4, (12, 12))
+    np.testing.assert_array_equal(seen[0], expected)
+    np.testing.assert_array_equal(seen[1], expected & (at[:, None] - at < 3))
+    np.testing.assert_array_equal(seen[2], expected)
+
+
+@pytest.mark.parametrize("name", LEARNED_POSITIONS)
+def test_learned_positions_end_with_the_context(name):
+    params = bare(name)[1]
+    with pytest.raises(ValueError, match=r"25 positions exceed the context of 24"):
+        runner(name)(params, embeddings_of(1, 25))
+    assert runner(name)(params, embeddings_of(1, 24)).shape == (1, 24, 50)
+
+
+def test_padding_may_pass_the_context():
+    """The last new token stands on the last position, whatever the prompt was padded to."""
+    definition, params = bare("gpt2")
+    prompt = embeddings_of(1, 20)
+    options = {"sampling": sampling_rows([SamplingConfig()])}
+    options |= {"max_new_tokens": 4, "eos_id": None, "return_logits": True}
+
+    @jax.jit
+    def run(params, embeddings):
+        keys = row_keys(jax.random.key(0), 1)
+        return generate(merge(definition, params), embeddings, jnp.array([20]), keys, **options)
+
+    exact, padded = (run(params, jnp.pad(prompt, ((0, 0), (0, more), (0, 0)))) for more in (0, 12))
+    np.testing.assert_array_equal(padded.tokens, exact.tokens)
+    np.testing.assert_allclose(padded.logits, exact.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LEARNED_POSITIONS)
+def test_positions_go_on_through_a_picture(name):
+    """A picture of four positions, then words: the first word stands on position 4."""
+    config = dataclasses.replace(tiny.MODEL, lm=TINY[name], mlp_adapter=None, attn_adapter=None)
+    definition, shapes, _ = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))
+    params = {path: jnp.ones(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
+    params["lm/wpe/weight"] = embeddings_of(1, 24)[0]
+
+    @jax.jit
+    def run(params, features, words):
+        model = merge(definition, params)
+        sequence = jnp.concatenate([model.embed_features(features), model.embed_tokens(words)], axis=1)
+        return sequence, model(sequence).inputs
+
+    sequence, inputs = run(params, jnp.ones((1, 4, 32)), jnp.array([[5, 6, 7]]))
+    np.testing.assert_array_equal(inputs[0], sequence[0] + params["lm/wpe/weight"][:7])
+
+
+def with_adapters(name, mlp, attn):
+    return build_language_model(TINY[name], mlp_adapter=mlp, attn_adapter=attn, rngs=nnx.Rngs(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "mlp", "attn"),
+    [
+        ("gpt2", "normal", "parallel"),
+        ("gpt_neo", "scaled_parallel", "normal"),
+        ("gpt_neox", "parallel", "scaled_parallel"),
+        ("gpt_neox sequential", "normal", "normal"),
+    ],
+)
+def test_adapters_in_both_places(name, mlp, attn):
+    """Fresh ones change nothing; only they learn; without them the language model is there again, bit for bit."""
+    model = with_adapters(name, AdapterConfig(mlp, init="zero_up"), AdapterConfig(attn, init="zero_up"))
+    types = variable_types(model)
+    definition, params = split(model)
+    learns, frozen, _ = partition(params | bare(name)[1], label_parameters(types, OptimConfig().groups))
+    assert {types[path] for path in learns} == {AdapterParam}
+    assert set(frozen) == set(bare(name)[1])
+    embeddings = embeddings_of(2, 12)
+    expected = runner(name)(frozen, embeddings)
+
+    def logits(learns, remove=False):
+        model = merge(definition, learns, frozen)
+        if remove:
+            model.remove_adapters()
+        logits = model.logits(model(embeddings).hidden)
+        return jnp.square(logits).mean(), logits
+
+    run = jax.jit(jax.value_and_grad(logits, has_aux=True))
+    np.testing.assert_allclose(run(learns)[0][1], expected, atol=1e-5)
+    rng = np.random.default_rng(0)
+    trained = {path: leaf + rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in learns.items()}
+    (_, changed), gradients = run(trained)
+    assert not np.allclose(changed, expected, atol=1e-2)
+    assert all(float(jnp.abs(leaf[0]).max()) > 0 for leaf in gradients.values())
+    np.testing.assert_array_equal(jax.jit(functools.partial(logits, remove=True))(trained)[1], expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_an_mlp_adapter_reads_what_its_mlp_reads(name):
+    """The second LayerNorm's output: of the sum where the parts follow each other, of the input where not."""
+    definition, params = split(with_adapters(name, AdapterConfig("parallel", init="zero_up"), None))
+    params["layers/mlp_adapter/up/weight"] += 1.0
+
+    @jax.jit
+    def run(params, x):
+        model = merge(definition, params)
+        output = model(x, collect=("attn", "mlp_inner", "mlp", "out"))
+        first = {field: value[0] for field, value in output.collected.items()}
+        layer_definition, layers = split(model.layers)
+        layer = merge(layer_definition, {path: leaf[0] for path, leaf in layers.items()})
+        h = layer.ln_2(output.inputs + first["attn"] if name == "gpt2" else output.inputs)
+        mlp = layer.mlp(h)
+        return first, (mlp, layer.mlp_adapter(h, mlp), output.inputs + first["attn"] + first["mlp"])
+
+    first, (mlp, adapted, out) = run(params, embeddings_of(1, 6))
+    np.testing.assert_allclose(first["mlp_inner"], mlp, atol=1e-5)
+    np.testing.assert_allclose(first["mlp"], adapted, atol=1e-5)
+    np.testing.assert_allclose(first["out"], out, atol=1e-5)
+    assert not np.allclose(adapted, mlp, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: GPT2Config(heads=5), "5 heads do not divide the width 768"),
+        (lambda: GPTNeoConfig(window=0), "window must be at least 1, got 0"),
+        (lambda: GPTNeoConfig(attention=()), "attention names no kind of layer"),
+        (lambda: GPTNeoXConfig(rotary_dim=65), "rotary_dim 65 must be even and fit in one head"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        config()
