@@ -14,6 +14,7 @@ from magma_jax.config import apply_overrides, from_dict, load_config_file
 from magma_jax.evaluation.tasks import evaluate_run
 from magma_jax.training.config import RunConfig
 from magma_jax.training.loop import train
+from magma_jax.training.profiler import StepRange
 
 
 def main() -> None:
@@ -28,11 +29,13 @@ def main() -> None:
         default=True,
         help="continue the run in the folder, if there is one; --no-resume refuses to (default: --resume)",
     )
+    parser.add_argument("--profile-steps", metavar="FIRST:LAST", help="trace these steps for TensorBoard, as in 10:15")
     arguments = parser.parse_args()
     workdir = arguments.workdir or Path("runs") / arguments.config.stem
     try:
         config = from_dict(RunConfig, apply_overrides(load_config_file(arguments.config), arguments.set))
-        run = train(config, workdir, resume=arguments.resume)
+        profile = StepRange.parse(arguments.profile_steps) if arguments.profile_steps else None
+        run = train(config, workdir, resume=arguments.resume, profile=profile)
         if config.evaluate and not run.interrupted:
             evaluate_run(workdir)
             print(f"\nReport: {workdir / 'report.html'}")

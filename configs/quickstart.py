@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
             "weights": {"lm": "quickstart_lm", "image_prefix/encoder": "efficientnet_lite0"},
             "steps": 600,
             "batch_size": 64,
+            "watch": {"samples_every": 200},
             "evaluate": True,
         }
     )

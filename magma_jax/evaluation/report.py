@@ -2,25 +2,42 @@
 
 import base64
 import io
-import json
 from collections import defaultdict
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from magma_jax.data.datasets import Dataset
 from magma_jax.evaluation.charts import line_chart
-from magma_jax.evaluation.results import CAPTION, CONDITIONS, Evaluation, cells, figures_of, replace_file, summary
+from magma_jax.evaluation.results import (
+    CAPTION,
+    CONDITIONS,
+    Evaluation,
+    cells,
+    figures_of,
+    question_of,
+    replace_file,
+    summary,
+)
+from magma_jax.training.metrics import read_lines
 from magma_jax.typing import UInt8
 
 PICTURE_SIZE = 96
 # Flat drawings look the same in 64 colours and take half the bytes.
 PICTURE_COLOURS = 64
+
+# Figures of metrics.jsonl that are drawn where a run has them.
+CURVES = {
+    "loss": "loss (nats a token)",
+    "validation_loss": "validation loss (nats a token)",
+    "grad_norm": "norm of the gradient",
+    "learning_rate": "learning rate",
+    "samples_per_second": "samples/s",
+}
 
 ATTRIBUTION = (
     'Pictures: <a href="https://openmoji.org">OpenMoji</a>, the open-source emoji and icon project, licence '
@@ -81,7 +98,7 @@ def _kinds(evaluation: Evaluation) -> str:
         return ""
     examples = {}
     for sample in evaluation.samples:
-        examples.setdefault(sample.kind, _question(sample.prompt))
+        examples.setdefault(sample.kind, question_of(sample))
     rows = [["VQA accuracy % by kind", "questions", *CONDITIONS, "example"]]
     for kind, count in counts.items():
         values = [figures_of(evaluation.figures, condition)["vqa_by_kind"][kind] for condition in CONDITIONS]
@@ -90,32 +107,17 @@ def _kinds(evaluation: Evaluation) -> str:
 
 
 def _charts(metrics_file: Path) -> str:
-    lines, unreadable = _read_metrics(metrics_file)
+    lines, unreadable = read_lines(metrics_file)
     if not lines:
         return f"<p>No training metrics: {escape(metrics_file.name)} is missing or empty.</p>"
     notes = [f"{unreadable} unreadable lines of {metrics_file.name} are left out."] if unreadable else []
     charts = []
-    for name, label in (("loss", "loss (nats a token)"), ("samples_per_second", "samples/s")):
+    for name, label in CURVES.items():
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             steps, values = zip(*points, strict=True)
             charts.append(f"<figure>{line_chart(steps, values, 'step', label)}</figure>")
     return f'<div class="charts">{"".join(charts)}</div>' + "".join(f'<p class="soft">{note}</p>' for note in notes)
-
-
-def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines by step, and how many could not be read (a run that was killed may leave half a line)."""
-    by_step: dict[int, dict[str, Any]] = {}
-    unreadable = 0
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line)
-                # A resumed run writes the steps after its checkpoint again; the later line counts.
-                by_step[values["step"]] = values
-            except (ValueError, KeyError, TypeError):
-                unreadable += 1
-    return [by_step[step] for step in sorted(by_step)], unreadable
 
 
 def _cards(evaluation: Evaluation, dataset: Dataset) -> list[str]:
@@ -130,7 +132,7 @@ def _cards(evaluation: Evaluation, dataset: Dataset) -> list[str]:
         for i in sorted(members, key=lambda i: evaluation.samples[i].kind != CAPTION):
             sample = evaluation.samples[i]
             is_caption = sample.kind == CAPTION
-            question = "" if is_caption else f"{escape(_question(sample.prompt))} "
+            question = "" if is_caption else f"{escape(question_of(sample))} "
             text = f'<span class="said">{escape(said[i]) or "(nothing)"}</span>'
             correction = "" if right[i] else f' <span class="soft">truth: {escape(truths[i])}</span>'
             mark, word = ("&#10003;", "right") if right[i] else ("&#10007;", "wrong")
@@ -146,7 +148,3 @@ def _cards(evaluation: Evaluation, dataset: Dataset) -> list[str]:
             f'height="{PICTURE_SIZE}" alt="{escape(truth)}"><ul>{"".join(items)}</ul></article>'
         )
     return cards
-
-
-def _question(prompt: str) -> str:
-    return prompt.strip().removeprefix("Q:").removesuffix("A:").strip()

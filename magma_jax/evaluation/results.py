@@ -49,6 +49,11 @@ class Evaluation:
         return [text == truth for text, truth in zip(self.predictions[condition], self.truths, strict=True)]
 
 
+def question_of(sample: Any) -> str:
+    """The question of a sample without the letters around it; empty for a caption."""
+    return "" if sample.kind == CAPTION else sample.prompt.strip().removeprefix("Q:").removesuffix("A:").strip()
+
+
 def figures_of(figures: Mapping[str, Any], condition: str) -> Mapping[str, Any]:
     """One condition's figures out of the whole."""
     return figures if condition == "model" else figures[condition]

@@ -250,7 +250,7 @@ def _answer(
                 batch = wanted[start : start + batch_size]
                 # The last batch is filled up, so that one program serves all of a bucket.
                 filled = batch + batch[-1:] * (batch_size - len(batch))
-                tokens, lengths = _generate(
+                tokens, lengths = generate_greedy(
                     graphdef,
                     model.params,
                     features[[row for row, _ in filled]],
@@ -275,7 +275,7 @@ def _bucket(prompt: str, length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "eos_id"))
-def _generate(
+def generate_greedy(
     graphdef: nnx.GraphDef,
     params: Params,
     features: Float[Array, "B ..."],

@@ -7,6 +7,7 @@ from magma_jax.models import ModelConfig
 from magma_jax.sharding import MeshConfig
 from magma_jax.training.early_stopping import ValidationConfig
 from magma_jax.training.losses import LossOptions
+from magma_jax.training.metrics import WatchConfig
 from magma_jax.training.nonfinite import Policy
 from magma_jax.training.optim import OptimConfig
 
@@ -33,6 +34,7 @@ class RunConfig:
             the step, which then changes nothing; its batch is written to the run folder.
         nonfinite_limit: how many steps in a row may be skipped before the run stops all the same.
         validation: when the run is validated and ends early.
+        watch: what is recorded beside ``metrics.jsonl``.
         evaluate: whether the run ends with the evaluation of ``eval.py``.
     """
 
@@ -52,6 +54,7 @@ class RunConfig:
     nonfinite: Policy = "stop"
     nonfinite_limit: int = 10
     validation: ValidationConfig = ValidationConfig()
+    watch: WatchConfig = WatchConfig()
     evaluate: bool = False
 
     def __post_init__(self):

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "watch",
     "validation.every",
     "validation.patience",
     "validation.min_delta",

@@ -104,6 +104,7 @@ def step_flops(
     *,
     batch_size: int,
     length: int,
+    pack: int = 1,
     cached_features: bool = False,
 ) -> StepFlops:
     """Counts the operations of one optimizer step.
@@ -113,13 +114,14 @@ def step_flops(
         shapes: its parameters, arrays or ``jax.ShapeDtypeStruct`` by path.
         labels: who learns, see ``training.optim.label_parameters``.
         batch_size: rows of the batch, over all devices and accumulation parts.
-        length: tokens of a row, without the positions of its picture.
+        length: tokens of a row, without the positions of its pictures.
+        pack: pictures that a row has room for; with more than one the rows are packed, see ``data.batching``.
         cached_features: whether the batch brings the features of a frozen encoder instead of pictures.
 
     Raises:
         ValueError: a matrix whose number of inputs a row no rule tells.
     """
-    vectors = _vectors(model, length)
+    vectors = _vectors(model, length, pack)
     learns = {path for path, label in labels.items() if label in ("encoder", "rest")}
     encoder_learns = any(path.startswith(ENCODER) for path in learns)
     matrices = {path: math.prod(leaf.shape) for path, leaf in shapes.items() if path.endswith("weight")}
@@ -142,9 +144,11 @@ def step_flops(
     encoder = 0
     if model.kind == "magma":
         if model.prefix.mapping == "transformer":
-            attention += 12 * vectors["picture"] ** 2 * language.width * model.prefix.transformer_layers
+            attention += (
+                12 * pack * (vectors["picture"] // pack) ** 2 * language.width * model.prefix.transformer_layers
+            )
         if not cached_features:
-            encoder = (3 if encoder_learns else 1) * encoder_flops(model.encoder)
+            encoder = (3 if encoder_learns else 1) * pack * encoder_flops(model.encoder)
     return StepFlops(*(batch_size * count for count in (counts[False], counts[True], attention, encoder)))
 
 
@@ -197,16 +201,17 @@ def _inputs(path: str) -> str | None:
     raise ValueError(f"parameter {path}: training.flops.INPUTS does not say what it multiplies")
 
 
-def _vectors(model: ModelConfig, length: int) -> dict[str, int]:
-    """Vectors of one row by name. The last token predicts nothing, so it is not run."""
+def _vectors(model: ModelConfig, length: int, pack: int) -> dict[str, int]:
+    """Vectors of one row by name."""
     if model.kind != "magma":
         return {"positions": length - 1, "predicted": length - 1, "row": 1}
     grid = model.encoder.positions
-    picture = grid or model.prefix.image_positions
+    picture = pack * (grid or model.prefix.image_positions)
     return {
-        "positions": picture + length - 1,
+        # The last token predicts nothing; in a row that is not packed it is not run.
+        "positions": picture + length - (1 if pack == 1 else 0),
         "predicted": length,  # the picture's last position predicts the first token
         "picture": picture,
-        "features": grid or 1,
+        "features": pack * (grid or 1),
         "row": 1,
     }

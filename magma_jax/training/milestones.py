@@ -1,6 +1,7 @@
 """What happens between two steps of a run: validation, checkpoints, and the decision to stop."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from magma_jax.training.checkpoint import RunCheckpoints, Snapshot
@@ -18,6 +19,7 @@ class Milestones:
         position: gives the position of the data iterator.
         validate: gives the validation loss of ``run.state``; None without validation.
         record: takes a step and its figures, ``validation_loss``.
+        pause: makes a context for what is not training, so that it counts for no step.
         settle: raises if the steps so far are not to be kept; called before each save.
     """
 
@@ -30,11 +32,12 @@ class Milestones:
         stop: StopRequest,
         validate: Callable[[], float] | None,
         record: Callable[[int, Mapping[str, float]], None],
+        pause: Callable[[], AbstractContextManager[None]],
         settle: Callable[[], None],
     ):
         self._run, self._key, self._position = run, key, position
         self._checkpoints, self._stop, self._validate = checkpoints, stop, validate
-        self._record, self._settle = record, settle
+        self._record, self._pause, self._settle = record, pause, settle
 
     def begin(self, step: int) -> bool:
         """Whether a run that has done ``step`` steps goes on."""
@@ -55,7 +58,8 @@ class Milestones:
         goes_on = not (last or run.interrupted or self._run_dry())
         if improved or not goes_on or step % config.checkpoint_every == 0:
             self._settle()
-            self._checkpoints.save(Snapshot(run.state, self._key, self._position(), run.best))
+            with self._pause():
+                self._checkpoints.save(Snapshot(run.state, self._key, self._position(), run.best))
         return goes_on
 
     def _validation_is_due(self, step: int) -> bool:
@@ -65,7 +69,8 @@ class Milestones:
     def _validate_now(self, step: int) -> bool:
         """Validates; returns whether this is the best step so far."""
         run, config = self._run, self._run.config.validation
-        loss = self._validate()
+        with self._pause():
+            loss = self._validate()
         run.best = run.best.after(step, loss, config.min_delta)
         improved = run.best.step == step
         waited = f"best {run.best.loss:.4f} at step {run.best.step}" if run.best.step else "no best step yet"

@@ -28,12 +28,17 @@ def picture_loader(
     if images is None:
         return lambda batch: batch
     entry = ENCODERS[program.config.model.encoder.kind]
-    encoder = [label for path, label in program.labels.items() if path.startswith("image_prefix/encoder/")]
-    updates = program.config.loss.batch_norm == "batch" and "statistic" in encoder
-    if updates or any(label in ("encoder", "rest") for label in encoder):
+    if not features_are_fixed(program):
         return lambda batch: _without(batch) | {"images": normalize(images[batch["pictures"]], entry.mean, entry.std)}
     features = encode_all(images, program.graphdef, params)
     return lambda batch: _without(batch) | {"features": features[batch["pictures"]]}
+
+
+def features_are_fixed(program: Program) -> bool:
+    """Whether training changes nothing that the features of a picture depend on."""
+    encoder = [label for path, label in program.labels.items() if path.startswith("image_prefix/encoder/")]
+    updates = program.config.loss.batch_norm == "batch" and "statistic" in encoder
+    return not updates and not any(label in ("encoder", "rest") for label in encoder)
 
 
 def feature_statistics(
@@ -54,13 +59,18 @@ def feature_statistics(
 
 
 def encode_all(
-    images: UInt8[np.ndarray, "N H W 3"], graphdef: nnx.GraphDef, params: Params, batch_size: int = 64
+    images: UInt8[np.ndarray, "N H W 3"],
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch_size: int = 64,
+    *,
+    progress: bool = True,
 ) -> Float[np.ndarray, "N ..."]:
-    """Features of every picture, with a progress bar."""
+    """Features of every picture, with a progress bar on terminals."""
     entry = ENCODERS[merge(graphdef, params).config.encoder.kind]
     starts = range(0, len(images), batch_size)
     parts = []
-    for start in tqdm(starts, desc="encoding pictures", unit="batch", disable=None):
+    for start in tqdm(starts, desc="encoding pictures", unit="batch", disable=None if progress else True):
         pixels = images[start : start + batch_size]
         # The last batch is filled up, so that one program serves all.
         padded = np.concatenate([pixels, np.repeat(pixels[-1:], batch_size - len(pixels), axis=0)])

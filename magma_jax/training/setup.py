@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from magma_jax.config import to_dict
 from magma_jax.convert.deferred import read_array
@@ -80,8 +81,8 @@ def prepare_run(
 
 
 def say(message: str) -> None:
-    """One line for whoever watches the run."""
-    print(message, file=sys.stderr, flush=True)
+    """One line for whoever watches the run, above the progress bar if there is one."""
+    tqdm.write(message, file=sys.stderr)
 
 
 def _write_base_folder(program: Program, workdir: Path, dataset: Dataset) -> None:

@@ -46,6 +46,15 @@ def test_full_size_v2_by_hand():
     assert 1.4 < usual / (flops.frozen + flops.trained) < 1.5
 
 
+def test_packed_rows_have_room_for_several_pictures():
+    """Two pictures of four positions each and all 20 tokens of a row are run; the whole square of scores counts."""
+    flops = count(tiny.MODEL, batch_size=3, length=20, pack=2)
+    single = count(tiny.MODEL, batch_size=3, length=20)
+    assert flops.encoder == 2 * single.encoder
+    assert flops.attention == 3 * 12 * (2 * 4 + 20) ** 2 * 32 * 2
+    assert single.attention == 3 * 12 * (4 + 19) ** 2 * 32 * 2
+
+
 def test_vit_encoder_by_hand():
     config = CLIPViTConfig()
     tokens, width = config.positions or 0, config.width

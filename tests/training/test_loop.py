@@ -13,8 +13,9 @@ import pytest
 
 from magma_jax.config import ConfigError
 from magma_jax.inference.api import Magma
-from magma_jax.training import loop, setup
+from magma_jax.training import setup
 from magma_jax.training.losses import LossOptions
+from magma_jax.training.metrics import METRICS_FILE
 from tests import tiny
 
 
@@ -35,7 +36,7 @@ def finished(tmp_path_factory):
 
 
 def _metrics(run):
-    return [json.loads(line) for line in (run.workdir / loop.METRICS_FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (run.workdir / METRICS_FILE).read_text().splitlines()]
 
 
 def _arrays(run):

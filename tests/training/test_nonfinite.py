@@ -44,11 +44,6 @@ def _leaves(run):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
-def _leaves(run):
-    state = (run.state.trainable, run.state.statistics, run.state.opt_state)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-
-
 def test_a_skipped_step_changes_nothing_and_its_batch_is_kept(poisoned, tmp_path, capsys):
     config = tiny.run_config(nonfinite="skip", steps=2)
     start = tiny.train(dataclasses.replace(config, steps=0), tmp_path / "run")
@@ -57,7 +52,7 @@ def test_a_skipped_step_changes_nothing_and_its_batch_is_kept(poisoned, tmp_path
     assert int(run.state.step) == 2
     for before, after in zip(_leaves(start), _leaves(run), strict=True):
         np.testing.assert_array_equal(after, before)
-    lines = [json.loads(line) for line in (run.workdir / loop.METRICS_FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == [1, 2]
     path = run.workdir / "nonfinite" / "step_000002.npz"
     assert f"step 2: loss or gradient is not finite; its batch is in {path}" in capsys.readouterr().err

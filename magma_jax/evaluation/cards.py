@@ -1,0 +1,110 @@
+"""Pictures with what a model says of them, as one picture: a grid of cards, right texts green and wrong ones red."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from magma_jax.typing import UInt8
+
+COLUMNS = 4
+# Pixels: width of a card, space around it, side of a picture.
+CARD, MARGIN, PICTURE = 300, 14, 104
+SOFT, LINE, RIGHT, WRONG = "#5b646d", "#dfe3e7", "#1a7f47", "#b3352b"
+# Drawn at twice the size and shrunk: smooth edges and letters.
+SCALE = 2
+FIRST_SIZE, NEXT_SIZE = 15, 13
+
+
+class Line(NamedTuple):
+    """What a model said, the truth, and the question, which a caption does not have."""
+
+    said: str
+    truth: str
+    question: str = ""
+
+
+class Card(NamedTuple):
+    """A picture, uint8 (h, w, 3), and the lines under it."""
+
+    pixels: np.ndarray
+    lines: Sequence[Line]
+
+
+def draw_cards(cards: Sequence[Card]) -> UInt8[np.ndarray, "H W 3"]:
+    """The grid, 1200 pixels wide.
+
+    The letters come from the font inside Pillow, so the picture is the same on every machine. The font has ASCII
+    letters only; for others stands a question mark.
+    """
+    drawn = [_draw(card) for card in cards]
+    rows = [drawn[start : start + COLUMNS] for start in range(0, len(drawn), COLUMNS)]
+    heights = [max(height for _, height in row) + 2 * MARGIN * SCALE for row in rows]
+    canvas = Image.new("RGB", (COLUMNS * CARD * SCALE, sum(heights)), "white")
+    draw = ImageDraw.Draw(canvas)
+    gap, top = MARGIN * SCALE // 2, 0
+    for row, height in zip(rows, heights, strict=True):
+        for column, (card, used) in enumerate(row):
+            left = column * CARD * SCALE
+            canvas.paste(card.crop((0, 0, card.width, used)), (left + 2 * gap, top + 2 * gap))
+            frame = (left + gap, top + gap, left + CARD * SCALE - gap, top + height - gap)
+            draw.rounded_rectangle(frame, radius=8 * SCALE, outline=LINE, width=SCALE)
+        top += height
+    return np.asarray(canvas.reduce(SCALE))
+
+
+def _draw(card: Card) -> tuple[Image.Image, int]:
+    """A picture with its texts, and the height that they take."""
+    width, side = (CARD - 2 * MARGIN) * SCALE, PICTURE * SCALE
+    texts = [_words(line) for line in card.lines]
+    sizes = [FIRST_SIZE, *[NEXT_SIZE] * len(texts)]
+    # A line of text takes one height a word at most.
+    room = sum((len(words) + 1) * round(size * 1.3) * SCALE for words, size in zip(texts, sizes, strict=False))
+    image = Image.new("RGB", (width, side + 8 * SCALE + room), "white")
+    draw = ImageDraw.Draw(image)
+    picture = Image.fromarray(card.pixels).resize((side, side), Image.Resampling.LANCZOS)
+    image.paste(picture, ((width - side) // 2, 0))
+    y = side + 8 * SCALE
+    for line, words, size in zip(card.lines, texts, sizes, strict=False):
+        _mark(draw, 5 * SCALE, y + size * SCALE * 0.55, line.said == line.truth)
+        y = _write(draw, 16 * SCALE, y, width, words, size) + 5 * SCALE
+    return image, y
+
+
+def _words(line: Line) -> list[tuple[str, str]]:
+    """Words with their colours: question, what was said, and the truth if that is something else."""
+    right = line.said == line.truth
+    parts = [(line.question, SOFT), (line.said or "(nothing)", RIGHT if right else WRONG)]
+    parts += [] if right else [(f"(truth: {line.truth})", SOFT)]
+    return [(_ascii(word), colour) for text, colour in parts for word in text.split()]
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, left: int, y: int, right: int, words: Sequence[tuple[str, str]], size: int
+) -> int:
+    """Writes coloured words into lines between ``left`` and ``right``; returns where the next line begins."""
+    font = ImageFont.load_default(size * SCALE)
+    line_height = round(size * 1.3) * SCALE
+    x = left
+    for word, colour in words:
+        length = font.getlength(word)
+        if x > left and x + length > right:
+            x, y = left, y + line_height
+        draw.text((x, y), word, font=font, fill=colour)
+        x += length + font.getlength(" ")
+    return y + line_height
+
+
+def _mark(draw: ImageDraw.ImageDraw, x: float | int, y: float | int, correct: bool) -> None:
+    """A tick or a cross, drawn as lines: the font has neither."""
+    s = 4 * SCALE
+    if correct:
+        draw.line([(x - s, y), (x - s / 3, y + s * 0.7), (x + s, y - s * 0.8)], fill=RIGHT, width=2 * SCALE)
+    else:
+        draw.line([(x - s * 0.8, y - s * 0.8), (x + s * 0.8, y + s * 0.8)], fill=WRONG, width=2 * SCALE)
+        draw.line([(x - s * 0.8, y + s * 0.8), (x + s * 0.8, y - s * 0.8)], fill=WRONG, width=2 * SCALE)
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "replace").decode()

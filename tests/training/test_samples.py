@@ -1,0 +1,64 @@
+"""Samples in the run: which are chosen, and what is left of them."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from magma_jax.data.openmoji import Sample
+from magma_jax.training import setup
+from magma_jax.training.metrics import WatchConfig
+from magma_jax.training.samples import choose
+from tests import tiny
+from tests.training import events
+
+EVERY_TWO = WatchConfig(samples_every=2, samples=3, samples_split="test", samples_tokens=6)
+
+
+@pytest.fixture(autouse=True)
+def squares(monkeypatch):
+    monkeypatch.setattr(setup, "load_dataset", lambda config: tiny.dataset())
+
+
+def test_pictures_are_spread_and_kinds_go_round():
+    samples = []
+    for row in range(10):
+        samples += [Sample(row, "A picture of", f" thing {row}", "caption")] * (row != 9)
+        samples += [Sample(row, f"Q: {kind}? A:", " yes", kind) for kind in ("colour", "size")]
+    chosen = choose(samples, 5)
+    assert [(sample.picture, sample.kind) for sample in chosen] == [
+        (0, "caption"),
+        (0, "colour"),
+        (2, "caption"),
+        (2, "size"),
+        (4, "caption"),
+        (4, "colour"),
+        (6, "caption"),
+        (6, "size"),
+        (8, "caption"),
+        (8, "colour"),
+    ]
+    assert {sample.picture for sample in choose(samples, 99)} == set(range(10))
+
+
+def test_a_run_leaves_pictures_and_lines(tmp_path):
+    config = tiny.run_config(watch=EVERY_TWO)
+    groups = {**config.optim.groups, "encoder": "frozen"}
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, groups=groups))
+    run = tiny.train(config, tmp_path / "run")
+    assert sorted(path.name for path in (run.workdir / "samples").iterdir()) == ["000002.png", "000004.png"]
+    lines = [json.loads(line) for line in (run.workdir / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2] * 6 + [4] * 6
+    assert {(line["picture"], line["kind"]) for line in lines} == {
+        (row, kind) for row in (0, 1, 2) for kind in ("caption", "colour")
+    }
+    assert all(line["said"] and line["truth"] for line in lines)
+    file = events.pictures(run.workdir / "tensorboard")["samples"][4]
+    shown = np.asarray(Image.open(io.BytesIO(file)))
+    np.testing.assert_array_equal(shown, np.asarray(Image.open(run.workdir / "samples" / "000004.png")))
+    assert shown.shape[1] == 1200
+    # The first card shows the first picture: a red square.
+    np.testing.assert_array_equal(shown[60, 150], tiny.COLOURS["red"])
