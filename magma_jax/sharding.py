@@ -30,15 +30,15 @@ BATCH_AXES = ("data", "fsdp")
 # The first matching row names an axis for each of the last dimensions; dimensions before them (the layers of a
 # stack) are whole on every device. Weights are (out, in), convolutions (out, in, height, width).
 TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    (r"lm/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/weight", ("model", "fsdp")),
-    (r"lm/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/bias", ("model",)),
-    (r"lm/.*(out_proj|c_proj)/weight", ("fsdp", "model")),
-    (r"lm/lm_head/weight", ("model", "fsdp")),
-    (r"lm/lm_head/bias", ("model",)),
+    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/weight", ("model", "fsdp")),
+    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/bias", ("model",)),
+    (r"(lm/)?layers/.*(out_proj|c_proj)/weight", ("fsdp", "model")),
+    (r"(lm/)?lm_head/weight", ("model", "fsdp")),
+    (r"(lm/)?lm_head/bias", ("model",)),
     # By width: vocabularies such as 50,258 rows divide by nothing.
-    (r"lm/w[tp]e/weight", (None, ("fsdp", "model"))),
-    (r"lm/.*_adapter/down/weight", (None, "fsdp")),
-    (r"lm/.*_adapter/up/weight", ("fsdp", None)),
+    (r"(lm/)?w[tp]e/weight", (None, ("fsdp", "model"))),
+    (r"(lm/)?layers/.*_adapter/down/weight", (None, "fsdp")),
+    (r"(lm/)?layers/.*_adapter/up/weight", ("fsdp", None)),
     (r"image_prefix/encoder/.*(conv\w*|downsample)/weight", ("fsdp", None, None, None)),
     (r"image_prefix/.*(proj|proj_in|qkv|c_fc)/weight", ("fsdp", None)),
 )

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from magma_jax import sharding
 from magma_jax.models.encoders import PUBLISHED_ENCODERS
+from magma_jax.models.language_models import PUBLISHED_LANGUAGE_MODELS, build_language_model
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.modules import abstract
@@ -54,6 +55,19 @@ def test_a_dimension_that_does_not_divide_stays_whole():
 def test_a_large_parameter_without_a_row_is_an_error():
     with pytest.raises(ValueError, match=r"no row of sharding\.TABLE"):
         sharding.parameter_spec("lm/new/matrix", (2048, 2048), make_mesh(MeshConfig()))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "EleutherAI/gpt-neo-125m", "EleutherAI/pythia-70m", "EleutherAI/gpt-j-6b"])
+def test_a_language_model_alone_lies_as_it_does_inside_magma(name):
+    config = PUBLISHED_LANGUAGE_MODELS[name]
+    shapes = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))[1]
+    mesh = make_mesh(MeshConfig(fsdp=4, model=2))
+    inside = {f"lm/{path}": shape for path, shape in shapes.items()}
+    alone = sharding.parameter_shardings(shapes, mesh)
+    assert {f"lm/{path}": place for path, place in alone.items()} == sharding.parameter_shardings(inside, mesh)
+    held = sum(int(np.prod(alone[path].shard_shape(shape.shape))) for path, shape in shapes.items())
+    # GPT-J's table and head have 50,400 rows; biases and norms are whole on every device.
+    assert held < 1.02 * sum(shape.size for shape in shapes.values()) / 8
 
 
 def test_moments_lie_where_their_parameters_lie():

@@ -15,8 +15,8 @@ from magma_jax.convert.language_models import language_model_table
 from magma_jax.convert.lm_sources import open_lm
 from magma_jax.inference.decode import generate
 from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
-from magma_jax.models.language_models import build_language_model
-from magma_jax.nn.modules import abstract, merge
+from magma_jax.models.language_models import PUBLISHED_LANGUAGE_MODELS, build_language_model
+from magma_jax.nn.modules import abstract, merge, parameter_count
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -146,3 +146,45 @@ def test_conversion_back_gives_the_same_bits(both):
         assert set(written) == set(weights.tensors)
         for key, tensor in weights.tensors.items():
             assert written[key].read().tobytes() == tensor.read().tobytes(), key
+
+
+HF_SETTINGS = {
+    "gptj": lambda c: transformers.GPTJConfig(
+        n_layer=c.layers,
+        n_embd=c.width,
+        n_head=c.heads,
+        rotary_dim=c.rotary_dim,
+        vocab_size=c.vocab_rows,
+        tie_word_embeddings=False,
+    ),
+    "gpt2": lambda c: transformers.GPT2Config(n_layer=c.layers, n_embd=c.width, n_head=c.heads),
+    "gpt_neo": lambda c: transformers.GPTNeoConfig(
+        num_layers=c.layers,
+        hidden_size=c.width,
+        num_heads=c.heads,
+        attention_types=[[["global", "local"], c.layers // 2]],
+    ),
+    "gpt_neox": lambda c: transformers.GPTNeoXConfig(
+        num_hidden_layers=c.layers,
+        hidden_size=c.width,
+        num_attention_heads=c.heads,
+        intermediate_size=c.feed_forward,
+        vocab_size=c.vocab_rows,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED_LANGUAGE_MODELS)
+def test_full_size_counts(name):
+    """Keys, shapes and the number of parameters of the full-size model, without memory."""
+    config = PUBLISHED_LANGUAGE_MODELS[name]
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(HF_SETTINGS[config.kind](config))
+    shapes = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))[1]
+    assert parameter_count(shapes) == sum(parameter.numel() for parameter in theirs.parameters())
+    ours = {key: tuple(tensor.shape) for key, tensor in to_theirs(language_model_table(config), shapes).items()}
+    ours["lm_head.weight"] = ours.pop("embed_out.weight", ours.get("lm_head.weight"))  # its name inside transformers 5
+    masks = (".attn.bias", ".attention.bias", "masked_bias")
+    state = {key: tuple(value.shape) for key, value in theirs.state_dict().items() if not key.endswith(masks)}
+    assert ours == state
