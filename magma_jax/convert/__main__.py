@@ -3,10 +3,12 @@
     python -m magma_jax.convert from-torch CKPT OUT [--model-config FILE.json]
     python -m magma_jax.convert to-torch FOLDER CKPT.pt
     python -m magma_jax.convert to-safetensors FOLDER CKPT.safetensors
+    python -m magma_jax.convert compose --lm LM --encoder ENCODER --config CONFIG.py OUT [--set KEY=VALUE ...]
     python -m magma_jax.convert verify A B [--tolerance X] [--json]
     python -m magma_jax.convert verify CKPT --golden FILE.npz [--model-config FILE.json] [--json]
 
-Exit status: 0 done, 1 two sides differ, 2 unusable input (one message on standard error). See docs/conversion.md.
+Exit status: 0 done, 1 two sides differ, 2 unusable input (one message on standard error). See docs/conversion.md
+and docs/sources.md.
 """
 
 import argparse
@@ -15,10 +17,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
+from magma_jax.config import apply_overrides, from_dict, load_config_file
 from magma_jax.convert.compare import compare_checkpoints
+from magma_jax.convert.compose import compose
 from magma_jax.convert.hub import local_path
 from magma_jax.convert.magma import from_torch, to_safetensors, to_torch
 from magma_jax.convert.verify import read_model_config, verify
+from magma_jax.training.config import RunConfig
 
 # The package's own errors are ValueErrors; each says what is wrong with which file.
 ERRORS = (ValueError, OSError)
@@ -53,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("checkpoint", help=f"{kind} file to write; must not exist")
         command.set_defaults(run=functools.partial(_export, function))
 
+    command = commands.add_parser("compose", help="published language model and encoder to a model folder to train")
+    command.add_argument("--lm", required=True, help="folder, file or hf:// address, such as hf://EleutherAI/gpt-j-6b")
+    command.add_argument("--encoder", required=True, help="CLIP or NF-ResNet: file or hf:// address")
+    command.add_argument("--config", required=True, help="config of the runs, such as configs/magma_v2.py")
+    command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the config")
+    command.add_argument("out", help="model folder to write; must not exist")
+    command.set_defaults(run=_compose)
+
     command = commands.add_parser(
         "verify", help="compare two checkpoints tensor by tensor, or one with what the original computed"
     )
@@ -71,6 +84,13 @@ def _from_torch(options: argparse.Namespace) -> int:
     config = from_torch(local_path(options.checkpoint), options.out, model_config)
     lm = config.lm
     print(f"{options.out}: {lm.layers} layers of width {lm.width}, {config.encoder.kind}, vocabulary {lm.vocab_rows}")
+    return 0
+
+
+def _compose(options: argparse.Namespace) -> int:
+    config = from_dict(RunConfig, apply_overrides(load_config_file(options.config), options.set))
+    made = compose(config, options.lm, options.encoder, options.out)
+    print(f"{options.out}: {made.trainable:,} parameters learn ({made.fresh:,} are fresh), {made.frozen:,} are frozen")
     return 0
 
 

@@ -10,13 +10,13 @@ _BLOCK_NBYTES = 8 * 2**20
 
 
 @contextlib.contextmanager
-def hashing(files: Sequence[Path]) -> Iterator[Callable[[], dict[str, str]]]:
-    """Hashes files in a thread while the block runs; the function it gives waits and returns name -> hex digest.
+def hashing(files: Sequence[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
+    """Hashes files in a thread while the block runs; the function it gives waits and returns path -> hex digest.
 
     Whoever reads the same files from front to back in the block shares the disk's reads through the system's cache.
     Leaving the block early ends the thread. An error in reading is raised by the function.
     """
-    digests: dict[str, str] = {}
+    digests: dict[Path, str] = {}
     errors: list[OSError] = []
     stop = threading.Event()
 
@@ -24,11 +24,11 @@ def hashing(files: Sequence[Path]) -> Iterator[Callable[[], dict[str, str]]]:
         try:
             for path in files:
                 if (digest := _sha256(path, stop)) is not None:
-                    digests[path.name] = digest
+                    digests[path] = digest
         except OSError as error:
             errors.append(error)
 
-    def result() -> dict[str, str]:
+    def result() -> dict[Path, str]:
         thread.join()
         if errors:
             raise errors[0]

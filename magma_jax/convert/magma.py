@@ -163,9 +163,10 @@ def from_torch(checkpoint: str | Path, out: str | Path, model_config: Mapping[st
         with hashing(model.files) as digests, writing(out, nbytes_of(model.params)) as progress:
 
             def metadata() -> dict[str, Any]:
+                sums = {file.name: digest for file, digest in digests().items()}
                 return {
                     "model": to_dict(model.config),
-                    "source": {"file": Path(checkpoint).name, "sha256": digests()},
+                    "source": {"file": Path(checkpoint).name, "sha256": sums},
                     "magma_jax": __version__,
                 }
 

@@ -22,6 +22,8 @@ class RunConfig:
         optim: who learns and how.
         loss: how the forward pass of training runs.
         mesh: how devices are arranged; it may change between two parts of a run.
+        base: model folder that the run starts from, such as ``convert compose`` writes; frozen parameters stay there
+            and are not copied. None: start from ``weights``.
         weights: path prefix to the name of a pretrained part, see ``training.weights``; the rest starts fresh.
         steps: optimizer steps.
         batch_size: samples a step.
@@ -43,6 +45,7 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     loss: LossOptions = LossOptions()
     mesh: MeshConfig = MeshConfig()
+    base: str | None = None
     weights: dict[str, str] = dataclasses.field(default_factory=dict)
     steps: int = 1000
     batch_size: int = 64
@@ -67,6 +70,8 @@ class RunConfig:
             )
         if self.nonfinite_limit < 0:
             raise ValueError(f"nonfinite_limit must not be negative, got {self.nonfinite_limit}")
+        if self.base and self.weights:
+            raise ValueError("base holds the whole model: give either base or weights")
         if self.steps < 0:
             raise ValueError(f"steps must not be negative, got {self.steps}")
         if self.optim.steps is None:

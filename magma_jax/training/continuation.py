@@ -53,7 +53,7 @@ def continued_config(config: RunConfig, workdir: Path, *, resume: bool = True) -
     if config.optim.steps == config.steps != length == stored["steps"]:
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=length))
         notes = [_schedule_note(config, workdir)]
-    differing = _differences(_with_defaults(stored), to_dict(config))
+    differing = differences(_with_defaults(stored), to_dict(config))
     # With statistics of the batch, the parts that it is run in make a difference.
     fixed = {"accumulate"} if config.loss.batch_norm == "batch" else set()
     differing = {name: pair for name, pair in differing.items() if name in fixed or not _may_change(name)}
@@ -94,12 +94,13 @@ def _may_change(name: str) -> bool:
     return any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the values that differ between two nested configs, each with both values."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(set(old) | set(new)):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found |= _differences(a, b, f"{prefix}{key}.")
+            found |= differences(a, b, f"{prefix}{key}.")
         elif a != b:
             found[prefix + key] = (a, b)
     return found

@@ -4,9 +4,11 @@
     params/       every parameter, nested dicts as Orbax loads them
     tokenizer/    the vocabulary
 
-A folder appears under its final name only when it is whole.
+A folder may lack parameters and say in ``model.json`` which folder has them, its base: so runs share one frozen
+language model. A folder appears under its final name only when it is whole.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -24,6 +26,7 @@ from magma_jax.training.array_files import array_shapes, open_arrays, read_array
 
 MODEL_FILE = "model.json"
 PARAMS = "params"
+BASE = "base"
 # Room on the disk for all that is not a parameter.
 _OTHER_NBYTES = 32 * 2**20
 
@@ -99,13 +102,38 @@ def read_model_json(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
+def base_reference(base: str | Path) -> dict[str, str]:
+    """What ``model.json`` says, under ``BASE``, of the folder that holds the parameters which its own lacks."""
+    return {"path": str(Path(base).absolute()), "sha256": _identity(base)}
+
+
+def base_folder(path: str | Path) -> Path | None:
+    """The base of a model folder, None if it holds every parameter itself.
+
+    Raises:
+        CheckpointError: the base is not where it was, or is another model now.
+    """
+    reference = read_model_json(path).get(BASE)
+    if reference is None:
+        return None
+    base = Path(reference["path"])
+    if not (base / MODEL_FILE).is_file():
+        raise CheckpointError(
+            f"{path}: its frozen parameters are in {base}, which is not there; put it back, or correct {BASE}.path in "
+            f"{Path(path) / MODEL_FILE}"
+        )
+    if _identity(base) != reference["sha256"]:
+        raise CheckpointError(f"{path}: its base {base} has been replaced by another model; put the old one back")
+    return base
+
+
 def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
     """Reads the parameters of a model folder, each straight to the dtype and sharding of ``shapes``.
 
-    Paths of the folder that ``shapes`` does not name are not read.
+    Paths of the folder that ``shapes`` does not name are not read; those that it lacks come from its base.
 
     Raises:
-        CheckpointError: a path is missing in the folder, or has another shape.
+        CheckpointError: a path is missing in the folder, or has another shape; or the base is missing.
     """
     folder = Path(path).absolute() / PARAMS
     if not folder.is_dir():
@@ -114,6 +142,11 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
         stored = array_shapes(folder)
     except Exception as error:  # Orbax raises whatever its storage layer met
         raise damaged(folder, error) from error
+    absent = {name: shape for name, shape in shapes.items() if name not in stored}
+    if absent and (base := base_folder(path)):
+        inherited = read_params(base, absent)
+        own = read_params(path, {name: shape for name, shape in shapes.items() if name in stored})
+        return {name: inherited[name] if name in inherited else own[name] for name in shapes}
     problems = [f"{name} is missing" for name in shapes if name not in stored]
     problems += [
         f"{name} has shape {tuple(stored[name].shape)}, expected {tuple(shape.shape)}"
@@ -129,7 +162,7 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
 
 
 def open_params(path: str | Path) -> dict[str, Deferred]:
-    """Every parameter of a model folder, unread; a stack's layers can be read one by one.
+    """Every parameter of a model folder and its base, unread; a stack's layers can be read one by one.
 
     Raises:
         CheckpointError: not a model folder, or a damaged one.
@@ -137,10 +170,18 @@ def open_params(path: str | Path) -> dict[str, Deferred]:
     folder = Path(path).absolute() / PARAMS
     if not folder.is_dir():
         raise CheckpointError(f"{path}: not a model folder (no {PARAMS}/)")
+    base = base_folder(path)
+    inherited = open_params(base) if base else {}
     try:
-        return open_arrays(folder)
+        return inherited | open_arrays(folder)
     except Exception as error:
         raise damaged(folder, error) from error
+
+
+def _identity(folder: str | Path) -> str:
+    # The metadata tells the sources by their hashes, the seed and the config; the parameters follow from these.
+    read_model_json(folder)
+    return hashlib.sha256((Path(folder) / MODEL_FILE).read_bytes()).hexdigest()
 
 
 def damaged(folder: Path, error: Exception) -> CheckpointError:

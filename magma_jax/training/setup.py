@@ -10,10 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from magma_jax.config import to_dict
-from magma_jax.convert.deferred import read_array
 from magma_jax.data.datasets import Dataset, load_dataset
 from magma_jax.nn.modules import Params, parameter_count
 from magma_jax.sharding import make_mesh, place
+from magma_jax.training.base import own_paths, starting_params
 from magma_jax.training.config import RunConfig
 from magma_jax.training.continuation import continued_config
 from magma_jax.training.early_stopping import BestStep
@@ -22,7 +22,6 @@ from magma_jax.training.optim import partition
 from magma_jax.training.pictures import feature_statistics
 from magma_jax.training.program import Program, build_program
 from magma_jax.training.step import TrainState
-from magma_jax.training.weights import open_weights
 
 
 @dataclasses.dataclass
@@ -87,15 +86,11 @@ def say(message: str) -> None:
 
 def _write_base_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
     config, shapes = program.config, program.params
-    params: Params = {}
-    with open_weights(config.model, config.weights, shapes) as pretrained:
-        for path, tensor in pretrained.params.items():  # one at a time on its way to the devices
-            params |= place({path: read_array(tensor)}, {path: shapes[path]})
-    params |= program.fresh_params([path for path in shapes if path not in params])
-    params = {path: params[path] for path in shapes}
+    params, base = starting_params(program)
     if dataset.images is not None:
         learned = dataset.images if dataset.learned is None else dataset.images[np.asarray(dataset.learned)]
         statistics = feature_statistics(learned, program.graphdef, params)
         params |= place(statistics, {path: shapes[path] for path in statistics})
-    metadata = {"model": to_dict(config.model), "groups": dict(config.optim.groups), "run": to_dict(config)}
+    params = {path: params[path] for path in own_paths(program)}
+    metadata = {"model": to_dict(config.model), "groups": dict(config.optim.groups), "run": to_dict(config), **base}
     write_model_folder(workdir, metadata, params, lambda folder: dataset.tokenizer.save(folder / "tokenizer"))

@@ -96,8 +96,8 @@ def _open(
     path = local_path(name)
     if not path.exists():
         raise ConfigError(
-            f"weights.{prefix}: unknown source {name!r}; known: {', '.join(SOURCES)}, "
-            "an hf:// address, a file or folder"
+            f"weights.{prefix}: {name!r} is no file or folder, no hf:// address and none of the known sources "
+            f"({', '.join(SOURCES)})"
         )
     with contextlib.ExitStack() as stack:
         if path.suffix == ".safetensors":

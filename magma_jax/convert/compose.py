@@ -1,0 +1,108 @@
+"""A MAGMA model that is ready to be trained, from a published language model and a published image encoder.
+
+Both are read tensor by tensor and never held whole. The language model is stored once, in the dtype of the config's
+``model.lm.dtype``: runs that start from the folder refer to it (``base`` in a run's config). Adapters, prefix and head
+are fresh, from the config's seed: the same that a run of that config would make for itself.
+"""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from magma_jax.config import ConfigError, to_dict
+from magma_jax.convert.hashing import hashing
+from magma_jax.convert.hub import local_path
+from magma_jax.convert.lm_sources import read_tokenizer
+from magma_jax.convert.progress import writing
+from magma_jax.models.magma import MagmaConfig
+from magma_jax.nn.modules import Params, abstract, parameter_count, split
+from magma_jax.training.config import RunConfig
+from magma_jax.training.model_folder import CheckpointError, nbytes_of, write_model_folder
+from magma_jax.training.optim import label_parameters, partition
+from magma_jax.training.program import create_model
+from magma_jax.training.weights import open_weights
+from magma_jax.version import __version__
+
+
+@dataclasses.dataclass(frozen=True)
+class Composition:
+    """How many parameters a composed model has, by what a run of its config does with them."""
+
+    frozen: int
+    trainable: int
+    fresh: int
+
+
+def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Composition:
+    """Writes a model folder to start runs from.
+
+    Args:
+        config: of the runs; its model and seed count here.
+        lm: a language model, see ``convert.lm_sources``: folder, file or ``hf://`` address.
+        encoder: an image encoder, see ``convert.encoder_sources``: file or ``hf://`` address, or a name in
+            ``training.weights.SOURCES``.
+        out: the folder; must not exist.
+
+    Raises:
+        ConfigError: not the config of a MAGMA model, or sources that do not fit it. CheckpointError: something
+        already stands at ``out``, or the disk is too small. HubError, WeightFileError, TorchFileError, KeyMapError,
+        LanguageModelError: a source that cannot be read.
+    """
+    if not isinstance(config.model, MagmaConfig):
+        raise ConfigError(f"compose: the config's model is a {config.model.kind}, but a magma is composed")
+    if Path(out).exists():  # checked again before writing; here it saves fetching 12 GB for nothing
+        raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
+    lm_path = local_path(lm)
+    tokenizer = read_tokenizer(lm_path, config.model.lm)
+    _, shapes, types = abstract(functools.partial(create_model, config))
+    names = {"lm": str(lm_path), "image_prefix/encoder": encoder}
+    with open_weights(config.model, names, shapes) as pretrained:
+        fresh = _fresh(config, [path for path in shapes if path not in pretrained.params])
+        params = {path: {**pretrained.params, **fresh}[path] for path in shapes}
+        files = [file for group in pretrained.files.values() for file in group]
+        with hashing(files) as digests, writing(out, nbytes_of(params)) as progress:
+
+            def metadata() -> dict[str, Any]:
+                found = digests()
+                sources = {
+                    prefix: {
+                        "from": {"lm": lm, "image_prefix/encoder": encoder}[prefix],
+                        **_commit(group),
+                        "sha256": {_name(file, lm_path): found[file] for file in group},
+                    }
+                    for prefix, group in pretrained.files.items()
+                }
+                return {
+                    "model": to_dict(config.model),
+                    "groups": dict(config.optim.groups),
+                    "source": {**sources, "seed": config.seed},
+                    "magma_jax": __version__,
+                }
+
+            write_model_folder(out, metadata, params, lambda folder: tokenizer.save(folder / "tokenizer"), progress)
+    trainable, frozen, _ = partition(shapes, label_parameters(types, config.optim.groups))
+    return Composition(parameter_count(frozen), parameter_count(trainable), parameter_count(fresh))
+
+
+def _fresh(config: RunConfig, paths: list[str]) -> Params:
+    def create() -> Params:
+        params = split(create_model(config))[1]
+        return {path: params[path] for path in paths}
+
+    # Under jit only what is returned is computed: the pretrained parts are not first filled with noise.
+    return jax.jit(create)()
+
+
+def _name(file: Path, folder: Path) -> str:
+    """A file's name, within the folder if it lies in that."""
+    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) and file != folder else file.name
+
+
+def _commit(files: tuple[Path, ...]) -> dict[str, str]:
+    """The commit of files that lie in the hub's cache."""
+    found = re.search(r"/snapshots/([0-9a-f]{40})/", files[0].as_posix()) if files else None
+    return {"commit": found[1]} if found else {}

@@ -1,0 +1,172 @@
+"""A model put together from published parts, and runs that start from it without copying what is frozen."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from magma_jax.config import ConfigError, to_dict
+from magma_jax.convert.__main__ import main
+from magma_jax.convert.compose import compose
+from magma_jax.convert.magma import model_shapes
+from magma_jax.convert.torch_writer import write_torch_file
+from magma_jax.inference.api import Magma
+from magma_jax.models.clip_vit import CLIPViTConfig
+from magma_jax.models.magma import MagmaConfig
+from magma_jax.models.prefix import PrefixConfig
+from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.training import setup
+from magma_jax.training.model_folder import CheckpointError, open_params, read_model_json, read_params
+from tests import tiny
+from tests.convert import published
+
+ENCODER = CLIPViTConfig(layers=1, width=32, heads=2, patch=32, image_size=64, embedding_width=16, output="grid")
+MODEL = MagmaConfig(
+    lm=dataclasses.replace(published.GPTJ, dtype="bfloat16"),
+    encoder=ENCODER,
+    prefix=PrefixConfig(dropout=0.1),
+    mlp_adapter=AdapterConfig(downsample_factor=4),
+    attn_adapter=AdapterConfig(downsample_factor=4),
+)
+CONFIG = tiny.run_config(model=MODEL, seed=7, steps=2)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    lm = published.gptj_folder(folder / "gptj")
+    tensors, encoder = published.clip_tensors(ENCODER)
+    write_torch_file(folder / "clip.pt", {"state_dict": tensors})
+    return folder, lm, encoder
+
+
+@pytest.fixture(scope="module")
+def composed(sources, tmp_path_factory):
+    out = tmp_path_factory.mktemp("composed") / "model"
+    made = compose(CONFIG, str(sources[0] / "gptj"), str(sources[0] / "clip.pt"), out)
+    return out, made
+
+
+def test_every_parameter_is_published_or_fresh(sources, composed):
+    folder, lm, encoder = sources
+    out, made = composed
+    stored = open_params(out)
+    assert stored.keys() == model_shapes(MODEL).keys()
+    prefix = ("image_prefix/proj", "image_prefix/ln")
+    fresh = {path for path in stored if "_adapter/" in path or path.startswith(prefix)}
+    expected = {f"lm/{path}": leaf for path, leaf in lm.items()}
+    expected |= {f"image_prefix/encoder/{path}": leaf for path, leaf in encoder.items()}
+    assert fresh == stored.keys() - expected.keys()
+    for path, tensor in stored.items():
+        array = tensor.read()
+        assert array.dtype.name == ("bfloat16" if path in expected and path.startswith("lm/") else "float32")
+        if path in expected:
+            np.testing.assert_array_equal(array, expected[path].astype(array.dtype), path)
+    assert made.frozen == sum(leaf.size for leaf in lm.values())
+    assert made.fresh == sum(np.prod(stored[path].shape) for path in fresh)
+    assert made.trainable == made.fresh + sum(leaf.size for leaf in encoder.values())
+
+    # The source is on record.
+    source = read_model_json(out)["source"]
+    digest = hashlib.sha256((folder / "clip.pt").read_bytes()).hexdigest()
+    assert source["image_prefix/encoder"] == {"from": str(folder / "clip.pt"), "sha256": {"clip.pt": digest}}
+    assert list(source["lm"]["sha256"]) == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert source["seed"] == 7
+
+
+def test_fresh_parts_are_those_of_a_run(sources, composed, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "load_dataset", lambda config: tiny.dataset())
+    names = {"lm": str(sources[0] / "gptj"), "image_prefix/encoder": str(sources[0] / "clip.pt")}
+    run = setup.prepare_run(dataclasses.replace(CONFIG, weights=names), tmp_path / "run", jax.devices()[:1])
+    for path, tensor in open_params(composed[0]).items():
+        np.testing.assert_array_equal(tensor.read(), np.asarray(run.params[path]), path)
+
+
+def test_runs_share_the_frozen_part_of_their_base(composed, tmp_path, monkeypatch):
+    base = shutil.copytree(composed[0], tmp_path / "base")
+    monkeypatch.setattr(setup, "load_dataset", lambda config: tiny.dataset())
+    config = dataclasses.replace(CONFIG, base=str(base))
+    run = tiny.train(config, tmp_path / "run")
+    start = open_params(base)
+    for path, leaf in run.frozen.items():
+        np.testing.assert_array_equal(np.asarray(leaf), start[path].read())
+    assert not np.array_equal(run.state.trainable["image_prefix/proj/weight"], start["image_prefix/proj/weight"].read())
+    metadata = read_model_json(tmp_path / "run")
+    assert metadata["base"]["path"] == str(base)
+    (tmp_path / "alone").mkdir()
+    shutil.copytree(tmp_path / "run" / "params", tmp_path / "alone" / "params")
+    (tmp_path / "alone" / "model.json").write_text(json.dumps({"model": metadata["model"]}))
+    assert open_params(tmp_path / "alone").keys() == run.state.trainable.keys() | run.state.statistics.keys()
+
+    # Every reader follows the reference.
+    shapes = model_shapes(MODEL)
+    assert read_params(tmp_path / "run", shapes).keys() == shapes.keys()
+    loaded = Magma.from_checkpoint(tmp_path / "run")
+    np.testing.assert_array_equal(
+        np.asarray(loaded.params["lm/wte/weight"]), start["lm/wte/weight"].read().astype(np.float32)
+    )
+    np.testing.assert_array_equal(
+        loaded.params["image_prefix/proj/weight"], run.state.trainable["image_prefix/proj/weight"]
+    )
+
+    # The run goes on, from the same base only.
+    assert (
+        int(tiny.train(dataclasses.replace(config, steps=3, optim=run.config.optim), tmp_path / "run").state.step) == 3
+    )
+    metadata = json.loads((base / "model.json").read_text())
+    (base / "model.json").write_text(json.dumps(metadata | {"source": {}}))
+    with pytest.raises(CheckpointError, match=r"its base .* has been replaced by another model"):
+        read_params(tmp_path / "run", shapes)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"which is not there; put it back, or correct base.path"):
+        Magma.from_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (dataclasses.replace(MODEL, lm=dataclasses.replace(MODEL.lm, rotary_dim=2)), r"another model \(lm.rotary_dim"),
+        (dataclasses.replace(MODEL, mlp_adapter=None), r"another model \(mlp_adapter"),
+    ],
+)
+def test_a_base_of_another_model(composed, tmp_path, monkeypatch, model, message):
+    monkeypatch.setattr(setup, "load_dataset", lambda config: tiny.dataset())
+    with pytest.raises(ConfigError, match=message):
+        tiny.train(dataclasses.replace(CONFIG, model=model, base=str(composed[0])), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_base_and_weights_exclude_each_other():
+    with pytest.raises(ValueError, match="either base or weights"):
+        dataclasses.replace(CONFIG, base="x", weights={"lm": "y"})
+
+
+def test_the_command_line(sources, tmp_path, capsys):
+    folder = sources[0]
+    config = tmp_path / "config.py"
+    values = f"    return ConfigDict({to_dict(CONFIG)!r})\n"
+    config.write_text("from ml_collections import ConfigDict\n\n\ndef get_config():\n" + values)
+    command = ["compose", "--lm", str(folder / "gptj"), "--encoder", str(folder / "clip.pt"), "--config", str(config)]
+    assert main([*command, str(tmp_path / "out"), "--set", "seed=3"]) == 0
+    assert f"{tmp_path / 'out'}: " in capsys.readouterr().out
+    assert read_model_json(tmp_path / "out")["source"]["seed"] == 3
+
+    before = sorted(tmp_path.iterdir())
+    for changed, message in (
+        ([*command, str(tmp_path / "out")], "already exists"),
+        ([*command, str(tmp_path / "new"), "--set", "model.encoder.layers=2"], "it has layers 1, not 2"),
+        ([*command, str(tmp_path / "new"), "--set", "model.lm.vocab_rows=999"], "has 310 rows"),
+        (
+            ["compose", "--lm", str(tmp_path / "no"), *command[3:], str(tmp_path / "new")],
+            "is no file or folder",
+        ),
+    ):
+        assert main(changed) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
