@@ -67,7 +67,7 @@ class Magma:
 
     def __init__(self, config: MagmaConfig, params: Params, tokenizer: Tokenizer):
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self._graphdef = _graphdef(config)
+        self.graphdef = _graphdef(config)
 
     @classmethod
     def from_checkpoint(
@@ -183,7 +183,7 @@ class Magma:
             )
         padded = _pad_to_bucket(batch.embeddings)
         return _generate(
-            self._graphdef,
+            self.graphdef,
             self.params,
             padded,
             batch.lengths,
@@ -212,16 +212,16 @@ class Magma:
                 f"{embeddings.shape[1]} positions exceed the context of {self.config.lm.context_length}; "
                 "shorten the prompt"
             )
-        return _forward(self._graphdef, self.params, embeddings, (bool(output_hidden_states), bool(output_attentions)))
+        return _forward(self.graphdef, self.params, embeddings, (bool(output_hidden_states), bool(output_attentions)))
 
     def encode_images(self, pixels: np.ndarray) -> Float[Array, "B ..."]:
         """Encoder features of uint8 pictures (B, size, size, 3) at the encoder's size."""
         entry = ENCODERS[self.config.encoder.kind]
-        return _encode(self._graphdef, self.params, normalize(pixels, entry.mean, entry.std))
+        return _encode(self.graphdef, self.params, normalize(pixels, entry.mean, entry.std))
 
     def embed_features(self, features: Float[Array, "B ..."]) -> Float[Array, "B P D"]:
         """Word-like vectors of encoder features."""
-        return _project(self._graphdef, self.params, features)
+        return _project(self.graphdef, self.params, features)
 
     def embed_tokens(self, ids: Sequence[int]) -> Float[Array, "S D"]:
         """Word embeddings of token ids; ids without a row in the table are an error."""
@@ -229,7 +229,7 @@ class Magma:
         bad = [i for i in ids if not 0 <= i < rows]
         if bad:
             raise ValueError(f"token id {bad[0]} is outside the embedding table of {rows} rows")
-        return merge(self._graphdef, self.params).embed_tokens(jnp.asarray(ids, jnp.int32)[None])[0]
+        return merge(self.graphdef, self.params).embed_tokens(jnp.asarray(ids, jnp.int32)[None])[0]
 
     def remove_adapters(self) -> "Magma":
         """The same model without adapters: its text logits are those of the language model, bit for bit."""
@@ -238,20 +238,30 @@ class Magma:
         return Magma(config, params, self.tokenizer)
 
     def _embed_prompt(self, prompt: Prompt, row: int) -> Float[Array, "S D"]:
-        if isinstance(prompt, str | ImageInput):
-            raise ValueError("a prompt is a list, such as [ImageInput('x.png'), 'Describe:']")
         parts = []
-        for item in prompt:
+        for item in check_prompt(prompt):
             if isinstance(item, ImageInput):
                 pixels = to_uint8(item.load(), self.config.encoder.image_size)
                 parts.append(self.embed_features(self.encode_images(pixels[None]))[0])
-            elif isinstance(item, str):
-                parts.append(self.embed_tokens(self.tokenizer.encode(item)))
             else:
-                raise ValueError(f"a prompt holds text and ImageInput, not {type(item).__name__}: {item!r:.80}")
+                parts.append(self.embed_tokens(self.tokenizer.encode(item)))
         if not sum(part.shape[0] for part in parts):
             raise ValueError(f"prompt {row} is empty: give at least one picture or one word")
         return jnp.concatenate(parts)
+
+
+def check_prompt(prompt: Prompt) -> list[str | ImageInput]:
+    """The items of a prompt.
+
+    Raises:
+        ValueError: no list, or an item that is neither text nor picture.
+    """
+    if isinstance(prompt, str | ImageInput):
+        raise ValueError("a prompt is a list, such as [ImageInput('x.png'), 'Describe:']")
+    for item in prompt:
+        if not isinstance(item, str | ImageInput):
+            raise ValueError(f"a prompt holds text and ImageInput, not {type(item).__name__}: {item!r:.80}")
+    return list(prompt)
 
 
 def _row_keys(seed: int | Sequence[int], rows: int) -> Array:

@@ -90,7 +90,7 @@ def prefill(
     last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     zeros = jnp.zeros(batch, jnp.int32)
     rows = Rows(output.cache, zeros, lengths - 1, zeros, limit, limit < 1, keys, sampling, seen)
-    return _draw(lm, rows, lm.logits(last), eos_id, compat)
+    return draw(lm, rows, lm.logits(last), eos_id, compat)
 
 
 def advance(
@@ -99,7 +99,7 @@ def advance(
     """Runs the newest token of every row and draws the next. Rows that are done compute, and stay what they are."""
     embedded = lm.embed(rows.token[:, None], rows.cache.key.dtype)
     output = lm(embedded, positions=rows.position[:, None], cache=rows.cache)
-    return _draw(lm, rows._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), eos_id, compat)
+    return draw(lm, rows._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), eos_id, compat)
 
 
 def run(
@@ -182,9 +182,10 @@ def generate(
     return Generation(drawn.token, counts, drawn.logprob, drawn.logits, rows.cache)
 
 
-def _draw(
-    lm: Decoder, rows: Rows, logits: Float[Array, "B V"], eos_id: int | Int[Array, ""] | None, compat: Compat
+def draw(
+    lm: Decoder, rows: Rows, logits: Float[Array, "B V"], eos_id: int | Int[Array, ""] | None, compat: Compat = None
 ) -> tuple[Rows, Drawn]:
+    """Draws the next token of every row from its logits, and moves on the rows that are not done."""
     keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.count)
     table = lm.config.vocab_rows
     token = sample(logits, keys, rows.sampling, table_rows=table, seen=rows.seen, compat=compat).astype(jnp.int32)

@@ -179,6 +179,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B S"] | None = None,
         mask: Bool[Array, "#B #S T"] | None = None,
         cache: KVCache | None = None,
+        cache_rows: Int[Array, " B"] | None = None,
         collect: tuple[str, ...] = (),
         remat: Remat = "none",
     ) -> LMOutput:
@@ -191,6 +192,8 @@ class Decoder(nnx.Module):
             mask: what each query may see (default causal); with a cache, T is its number of slots.
             cache: keys and values of earlier positions. Slots after a query's position are never seen, so right
                 padding may leave garbage there; later tokens overwrite it.
+            cache_rows: rows of the cache that the batch stands for (default: all, in order), so that one request can
+                be run inside the cache of many.
             collect: fields of ``BlockOutput`` to return for every layer, with a leading axis L.
             remat: what the backward pass recomputes, see ``nn.stack``.
 
@@ -226,12 +229,14 @@ class Decoder(nnx.Module):
                 if cache is None:
                     return key, value
                 # In the loop's carry and written in place: stacking per-layer caches would copy them every step.
-                rows = jnp.arange(batch)[:, None]
+                rows = jnp.arange(batch) if cache_rows is None else cache_rows
                 updated = KVCache(
-                    cache.key.at[index, rows, positions].set(key.astype(cache.key.dtype)),
-                    cache.value.at[index, rows, positions].set(value.astype(cache.value.dtype)),
+                    cache.key.at[index, rows[:, None], positions].set(key.astype(cache.key.dtype)),
+                    cache.value.at[index, rows[:, None], positions].set(value.astype(cache.value.dtype)),
                 )
-                return updated.key[index], updated.value[index]
+                if cache_rows is None:
+                    return updated.key[index], updated.value[index]
+                return updated.key[index, cache_rows], updated.value[index, cache_rows]
 
             visible = mask if window is None else mask & (distances < window)
             output = layer(x, visible, rotary, store)

@@ -1,0 +1,142 @@
+"""The programs of continuous batching: a fixed number of slots, each a row that one request has for a while.
+
+Everything has a declared shape: the slots and their cache, a table of encoded pictures, prompts padded to one of a few
+lengths. So the programs are few, all are compiled before the first request, and none after it.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from magma_jax.data.images import normalize
+from magma_jax.inference.decode import Drawn, Rows, draw, run
+from magma_jax.inference.sampling import SamplingRows
+from magma_jax.nn.modules import Params, merge
+from magma_jax.typing import Array, Bool, Float, Int, PRNGKey, UInt8
+
+# A position of a prompt that is a word and no part of a picture.
+WORD = -1
+
+
+class Admission(NamedTuple):
+    """What a slot is given: the part of a prompt that its cache does not hold yet, and what is wanted.
+
+    Attributes:
+        slot: which.
+        start: positions that the slot's cache already holds.
+        length: positions that are new, padding not counted.
+        tokens: (S,) ids, padded; anything where a picture stands.
+        pictures: (S,) row of the picture table times P plus the position in the picture, or ``WORD``.
+        seen: (V,) tokens of the whole prompt.
+        key: random key of the request.
+        sampling: its numbers, (1,) each.
+        limit: tokens wanted at most.
+    """
+
+    slot: Array
+    start: Array
+    length: Array
+    tokens: Array
+    pictures: Array
+    seen: Array
+    key: Array
+    sampling: SamplingRows
+    limit: Array
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "slots", "context", "pictures"))
+def empty_slots(
+    graphdef: nnx.GraphDef, params: Params, slots: int, context: int, pictures: int
+) -> tuple[Rows, Float[Array, "C P D"]]:
+    """Idle rows with room for ``context`` positions each, and an empty table of pictures."""
+    model = merge(graphdef, params)
+    zeros = jnp.zeros(slots, jnp.int32)
+    ones = jnp.ones(slots, jnp.float32)
+    sampling = SamplingRows(0 * ones, zeros, ones, 0 * ones, ones)
+    keys = jax.random.split(jax.random.key(0), slots)
+    seen = jnp.zeros((slots, model.config.lm.head_rows), bool)
+    cache = model.lm.init_cache(slots, context, model.dtype)
+    rows = Rows(cache, zeros, zeros, zeros, zeros, jnp.ones(slots, bool), keys, sampling, seen)
+    return rows, jnp.zeros((pictures, model.image_positions, model.config.lm.width), model.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "mean", "std"), donate_argnames=("table",))
+def add_picture(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    table: Float[Array, "C P D"],
+    pixels: UInt8[Array, "1 h w 3"],
+    row: Int[Array, ""],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Float[Array, "C P D"]:
+    """Encodes a picture into a row of the table."""
+    embedded = merge(graphdef, params).embed_images(normalize(pixels, mean, std))
+    return table.at[row].set(embedded[0].astype(table.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "eos_id"), donate_argnames=("rows",))
+def admit(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    rows: Rows,
+    table: Float[Array, "C P D"],
+    admission: Admission,
+    *,
+    eos_id: int,
+) -> tuple[Rows, Drawn]:
+    """Runs a prompt, pictures and words in one program, in the cache of its slot, and draws the first token."""
+    model = merge(graphdef, params)
+    slot, start = admission.slot, admission.start
+    words = model.embed_tokens(admission.tokens[None])
+    pictures = table.reshape(-1, table.shape[-1])[jnp.maximum(admission.pictures, 0)]
+    embeddings = jnp.where((admission.pictures == WORD)[None, :, None], words, pictures[None])
+    positions = start + jnp.arange(admission.tokens.shape[0])
+    output = model.lm(embeddings, positions=positions[None], cache=rows.cache, cache_rows=slot[None])
+    logits = model.logits(jnp.take(output.hidden, admission.length - 1, axis=1))
+    zero = jnp.zeros(1, jnp.int32)
+    limit = admission.limit[None]
+    one = Rows(
+        output.cache,
+        zero,
+        (start + admission.length - 1)[None],
+        zero,
+        limit,
+        limit < 1,
+        admission.key[None],
+        admission.sampling,
+        admission.seen[None],
+    )
+    one, drawn = draw(model.lm, one, logits, eos_id)
+    others = jax.tree.map(
+        lambda all_, new: all_.at[slot].set(new[0]), rows._replace(cache=None), one._replace(cache=None)
+    )
+    return others._replace(cache=output.cache), drawn._replace(logits=None)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "steps", "eos_id"), donate_argnames=("rows",))
+def decode(graphdef: nnx.GraphDef, params: Params, rows: Rows, *, steps: int, eos_id: int) -> tuple[Rows, Drawn]:
+    """Up to ``steps`` tokens for every slot, see ``inference.decode.run``."""
+    return run(merge(graphdef, params).lm, rows, steps, eos_id=eos_id)
+
+
+@functools.partial(jax.jit, donate_argnames=("rows",))
+def release(rows: Rows, which: Bool[Array, " B"]) -> Rows:
+    """Makes slots idle, whatever they were doing."""
+    return rows._replace(done=rows.done | which)
+
+
+@functools.partial(jax.jit, donate_argnames=("rows",))
+def copy_prompt(rows: Rows, source: Int[Array, ""], target: Int[Array, ""]) -> Rows:
+    """Copies the cache of one slot to another, where two prompts begin alike."""
+    return rows._replace(cache=jax.tree.map(lambda all_: all_.at[:, target].set(all_[:, source]), rows.cache))
+
+
+def request_key(seed: int) -> PRNGKey:
+    """The key that ``Magma.generate`` gives a row with this seed of its own."""
+    return jax.random.fold_in(jax.random.key(seed), 0)

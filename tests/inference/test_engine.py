@@ -1,0 +1,281 @@
+"""Continuous batching: whoever the neighbours are, a request gives what it gives alone, and nothing compiles late."""
+
+import dataclasses
+import threading
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from magma_jax.data.images import ImageInput
+from magma_jax.inference import slots
+from magma_jax.inference.api import Magma
+from magma_jax.inference.compilations import count_compilations
+from magma_jax.inference.engine import Engine, EngineConfig, QueueFull
+from magma_jax.inference.requests import Answer, EngineError, RequestOptions
+from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.modules import split
+from tests import tiny
+
+GREEDY = SamplingConfig()
+# Few sizes, so that few programs are compiled.
+SIZES = EngineConfig(slots=3, context=64, pictures=4, steps=4)
+ONE = dataclasses.replace(SIZES, slots=1, queue=3)
+
+
+def square(name):
+    return ImageInput(Image.new("RGB", (64, 64), tiny.COLOURS[name]))
+
+
+PROMPTS = [
+    [square("red"), "A picture of"],
+    ["a"],
+    [square("blue"), "Q: What colour is it? A:"],
+    [square("red"), "Q: What colour is it? A:"],
+    ["A picture of a red square", square("green"), " and"],
+    [square("red"), "A picture of"],
+]
+OPTIONS = [
+    RequestOptions(12, GREEDY, seed=1),
+    RequestOptions(3, SamplingConfig(temperature=1.5), seed=2),
+    RequestOptions(9, SamplingConfig(temperature=1.0, top_k=20), seed=3),
+    RequestOptions(1, GREEDY, seed=4),
+    RequestOptions(17, SamplingConfig(temperature=0.9, top_p=0.8), seed=5),
+    RequestOptions(12, SamplingConfig(temperature=1.0), seed=6),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    params = split(MagmaModel(tiny.MODEL, rngs=nnx.Rngs(0)))[1]
+    # Random weights answer with one token only; larger ones do not.
+    return Magma(tiny.MODEL, {k: 4 * v if v.ndim > 1 else v for k, v in params.items()}, tiny.dataset().tokenizer)
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """What every prompt gives through the interface for single runs."""
+    answers = []
+    for prompt, options in zip(PROMPTS, OPTIONS, strict=True):
+        embeddings = model.preprocess_inputs(prompt)
+        result = model.generate_tokens(embeddings, 17, options.sampling, seed=[options.seed])
+        answers.append(np.asarray(result.tokens)[0, : int(result.lengths[0])].tolist()[: options.max_new_tokens])
+    return answers
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    with Engine(model, SIZES) as engine:
+        engine.warmup()
+        yield engine
+
+
+def test_every_request_gives_what_it_gives_alone(engine, alone):
+    tickets = [engine.submit(prompt, options) for prompt, options in zip(PROMPTS, OPTIONS, strict=True)]
+    for ticket in tickets:
+        ticket.text()
+    assert [ticket.tokens for ticket in tickets] == alone
+
+
+def test_many_threads_in_any_order(engine, alone):
+    rng = np.random.default_rng(0)
+    chosen = rng.integers(0, len(PROMPTS), 24)
+    answers = {}
+
+    def ask(i):
+        ticket = engine.submit(PROMPTS[chosen[i]], OPTIONS[chosen[i]])
+        ticket.text()
+        answers[i] = ticket.tokens
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(answers[i] == alone[chosen[i]] for i in range(24))
+
+
+def test_nothing_is_compiled_after_the_warmup(engine):
+    with count_compilations() as compiled:
+        for prompt, options in zip(PROMPTS, OPTIONS, strict=True):
+            engine.submit(prompt, options).text()
+        engine.submit(["other words, other numbers"], RequestOptions(5, SamplingConfig(0.3, 7, 0.6, 0.1, 1.2))).text()
+    assert compiled.count == 0
+
+
+def test_a_compilation_is_counted():
+    with count_compilations() as compiled:
+        jax.jit(lambda x: x * 3 + 1)(np.arange(7))
+    assert compiled.count >= 1
+
+
+def test_a_prompt_that_begins_like_another_uses_its_cache(model, alone):
+    with Engine(model, SIZES) as engine:
+        shots = ["one two three four five six seven eight nine ten "]
+        first = engine.submit([*shots, square("red"), "a"], RequestOptions(4))
+        first.text()
+        second = engine.submit([*shots, square("blue"), "a"], RequestOptions(4))
+        second.text()
+        encoded = engine.encode([*shots, square("blue"), "a"])
+        assert first.reused_tokens == 0
+        assert second.reused_tokens == encoded.owners.index(next(o for o in encoded.owners if o))
+        again = engine.submit([*shots, square("blue"), "a"], RequestOptions(4))
+        assert again.text() == second.text()
+        # All but the last position, whose logits are wanted.
+        assert again.reused_tokens == again.prompt_tokens - 1
+        assert engine.stats().pictures_encoded == 2
+    with Engine(model, dataclasses.replace(SIZES, reuse=False)) as plain:
+        ticket = plain.submit([*shots, square("blue"), "a"], RequestOptions(4))
+        assert ticket.text() == second.text()
+        assert ticket.reused_tokens == 0
+
+
+def test_while_one_runs_its_prompt_is_copied_for_another(model):
+    with Engine(model, SIZES) as engine:
+        prompt = ["one two three four five six seven eight nine ten "]
+        running = engine.submit(prompt, RequestOptions(15, SamplingConfig(temperature=1.0), seed=1))
+        next(iter(running))
+        copied = engine.submit(prompt, RequestOptions(15, SamplingConfig(temperature=1.0), seed=1))
+        assert copied.text() == running.text()
+        assert copied.reused_tokens >= copied.prompt_tokens - 1
+
+
+def test_more_pictures_than_the_table_holds_are_encoded_again(engine, alone):
+    before = engine.stats().pictures_encoded
+    for name in ("red", "green", "blue", "white"):
+        engine.submit([square(name), "x" * 3], RequestOptions(2)).text()
+    odd = ImageInput(Image.new("RGB", (64, 64), (1, 2, 3)))
+    engine.submit([odd, "A"], RequestOptions(2)).text()
+    assert engine.stats().pictures_encoded > before
+    ticket = engine.submit(PROMPTS[0], OPTIONS[0])
+    ticket.text()
+    assert ticket.tokens == alone[0]
+
+
+def test_an_answer_arrives_in_pieces_that_join_to_the_whole(engine, model, alone):
+    ticket = engine.submit(PROMPTS[0], OPTIONS[0])
+    pieces = list(ticket)
+    assert len(pieces) > 2
+    assert "".join(piece.text for piece in pieces) == model.tokenizer.decode(alone[0])
+    assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish in ("stop", "length")
+    assert all(len(piece.tokens) == len(piece.logprobs) for piece in pieces)
+    assert all(logprob <= 0 for piece in pieces for logprob in piece.logprobs)
+
+
+def test_a_cancelled_request_leaves_its_slot(model):
+    with Engine(model, ONE) as engine:
+        # Sampled, so that it does not happen to end at once.
+        long = engine.submit(["a"], RequestOptions(60, SamplingConfig(temperature=5.0), seed=3))
+        waiting = engine.submit(["a red"], RequestOptions(2))
+        never = engine.submit(["a blue"], RequestOptions(2))
+        never.cancel()
+        next(iter(long))
+        long.cancel()
+        waiting.text()
+        assert never.text() == ""
+        assert long.finish in ("cancelled", "stop")
+        assert never.finish == "cancelled"
+        assert engine.stats()[:2] == (0, 0)
+
+
+def test_a_full_queue_and_impossible_requests_are_refused(model):
+    with Engine(model, ONE) as engine:
+        with pytest.raises(ValueError, match="60 new tokens were asked for, but the context holds 64"):
+            engine.submit(["one two three four five six seven"], RequestOptions(60))
+        colours = [ImageInput(Image.new("RGB", (64, 64), (i, 0, 0))) for i in range(5)]
+        with pytest.raises(ValueError, match="has 5 pictures, at most 4"):
+            engine.submit(colours)
+        with pytest.raises(ValueError, match="prompt is empty"):
+            engine.submit([""])
+        hot = RequestOptions(60, SamplingConfig(temperature=5.0))
+        running = engine.submit(["a"], hot)
+        next(iter(running))  # it has its slot
+        waiting = [engine.submit(["a"], hot) for _ in range(3)]
+        with pytest.raises(QueueFull, match="3 requests are waiting"):
+            engine.submit(["a"], hot)
+        for ticket in (running, *waiting):
+            ticket.cancel()
+    with pytest.raises(EngineError, match="shutting down"):
+        engine.submit(["a"], RequestOptions(1))
+
+
+def test_a_failure_is_told_to_the_callers_and_survived(model, monkeypatch, alone):
+    with Engine(model, SIZES) as engine:
+        original = slots.decode
+
+        def broken(*arguments, **options):
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(slots, "decode", broken)
+        ticket = engine.submit(PROMPTS[0], OPTIONS[0])
+        with pytest.raises(EngineError, match=r"generation failed \(MemoryError: no room\)"):
+            ticket.text()
+        monkeypatch.setattr(slots, "decode", original)
+        ticket = engine.submit(PROMPTS[0], OPTIONS[0])
+        ticket.text()
+        assert ticket.tokens == alone[0]
+
+
+def test_draining_finishes_what_was_taken(model):
+    engine = Engine(model, ONE)
+    tickets = [engine.submit(["a"], RequestOptions(8)) for _ in range(2)]
+    engine.close(drain=True)
+    assert all(ticket.finish in ("stop", "length") for ticket in tickets)
+
+
+# Text
+
+
+@pytest.fixture
+def spoken(model):
+    """Pieces of text that an answer shows while its tokens come one at a time."""
+
+    def show(text, stop=()):
+        tokens = model.tokenizer.encode(text)
+        answer = Answer(model.tokenizer, stop)
+        pieces = []
+        for i, token in enumerate(tokens):
+            new, used = answer.add([token], last=i == len(tokens) - 1)
+            pieces.append(new)
+            if used is not None:
+                return pieces, "stopped"
+        return pieces, "ended"
+
+    return show
+
+
+def test_characters_are_shown_whole(spoken):
+    pieces, _ = spoken("caf\u00e9 \U0001f600!")
+    assert "".join(pieces) == "caf\u00e9 \U0001f600!"
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_stop_texts_end_the_answer_and_are_not_shown(spoken):
+    pieces, how = spoken("red\nQ: next", stop=("\nQ:", "never"))
+    assert ("".join(pieces), how) == ("red", "stopped")
+    pieces, how = spoken("red\nQuick", stop=("\nQ:",))
+    assert ("".join(pieces), how) == ("red\nQuick", "ended")
+
+
+def test_tokens_behind_a_stop_text_do_not_count(model):
+    tokens = model.tokenizer.encode("red square. And more")
+    text, used = Answer(model.tokenizer, ["."]).add(tokens, last=True)
+    assert text == "red square"
+    assert model.tokenizer.decode(tokens[:used]).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"stop": ("",)}, "empty text"),
+        ({"sampling": SamplingConfig(compat="upstream")}, "compat is for single runs"),
+    ],
+)
+def test_wrong_options_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        RequestOptions(**options)
