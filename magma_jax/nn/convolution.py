@@ -1,5 +1,6 @@
 """Convolution, pooling and BatchNorm on pictures of shape (B, height, width, channels)."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -40,13 +41,66 @@ class Conv2d(nnx.Module):
 def conv2d(
     x: Float[Array, "B h w i"], weight: Float[Array, "o i k k"], stride: int, padding: int
 ) -> Float[Array, "B h2 w2 o"]:
-    """Convolution with symmetric zero padding."""
+    """Convolution with symmetric zero padding.
+
+    On a CPU it is a matmul with the pixels under the kernel side by side: XLA:CPU runs convolutions inside of loops,
+    and many gradients of convolutions, 10 to 100 times slower than that.
+    """
     if weight.shape[2] == 1 and stride == 1 and padding == 0:
-        # A matmul: XLA's backward pass of a 1x1 convolution is many times slower on a CPU.
         return jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
+    return _conv2d(stride, padding, x, weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _conv2d(stride: int, padding: int, x: Array, weight: Array) -> Array:
+    return jax.lax.platform_dependent(
+        x,
+        weight,
+        cpu=functools.partial(_windows_matmul, stride, padding),
+        default=functools.partial(_convolve, stride, padding),
+    )
+
+
+def _forward(stride, padding, x, weight):
+    # Kept for the gradient is x, not the copies of its pixels, of which there are kernel x kernel.
+    return _conv2d(stride, padding, x, weight), (x, weight)
+
+
+def _backward(stride, padding, kept, gradient):
+    def transposed(function):
+        function = functools.partial(function, stride, padding)
+
+        # A convolution is linear in each of its arguments, so its gradients are transposes and need no forward pass.
+        def gradients(x, weight, gradient):
+            (dx,) = jax.linear_transpose(lambda x: function(x, weight), x)(gradient)
+            (dweight,) = jax.linear_transpose(lambda weight: function(x, weight), weight)(gradient)
+            return dx, dweight
+
+        return gradients
+
+    return jax.lax.platform_dependent(*kept, gradient, cpu=transposed(_windows_matmul), default=transposed(_convolve))
+
+
+_conv2d.defvjp(_forward, _backward)
+
+
+def _convolve(stride: int, padding: int, x: Array, weight: Array) -> Array:
     return jax.lax.conv_general_dilated(
         x, weight, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "OIHW", "NHWC")
     )
+
+
+def _windows_matmul(stride: int, padding: int, x: Array, weight: Array) -> Array:
+    kernel = weight.shape[2]
+    rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in x.shape[1:3])
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    windows = [
+        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
+        for i in range(kernel)
+        for j in range(kernel)
+    ]
+    matrix = weight.transpose(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    return jnp.einsum("bhwi,oi->bhwo", jnp.concatenate(windows, -1), matrix)
 
 
 def average_pool(x: Float[Array, "B h w C"], size: int) -> Float[Array, "B h2 w2 C"]:

@@ -164,7 +164,7 @@ def encoder_flops(config: EncoderConfig) -> int:
 def matmul_flops(jaxpr: Any) -> int:
     """Operations of the matmuls and convolutions in a ``jaxpr``, loop bodies multiplied by their trip count.
 
-    ``while`` loops count once: their trip count is not known.
+    ``while`` loops count once: their trip count is not known. Of branches the most expensive one counts.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -179,6 +179,8 @@ def matmul_flops(jaxpr: Any) -> int:
             # The gradient of a strided convolution is one over pixels spread apart; zeros between them are no work.
             skipped = outputs * math.prod(params["lhs_dilation"])
             total += 2 * equation.outvars[0].aval.size * math.prod(kernel) // skipped
+        elif name == "cond":
+            total += max(map(matmul_flops, jaxprs_in_params(params)))
         else:
             inner = sum(map(matmul_flops, jaxprs_in_params(params)))
             total += inner * (params["length"] if name == "scan" else 1)

@@ -1,0 +1,127 @@
+"""The training step of ``train_step.py`` in PyTorch: transformers' GPT-J with adapters, and a CLIP ResNet."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import train_step as sizes
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import GPTJConfig
+from transformers.models.gptj.modeling_gptj import GPTJBlock
+
+
+class Adapted(nn.Module):
+    """An MLP followed by a bottleneck adapter."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        bottleneck = sizes.WIDTH // 4
+        self.mlp, self.down, self.up = mlp, nn.Linear(sizes.WIDTH, bottleneck), nn.Linear(bottleneck, sizes.WIDTH)
+        for parameter in (*self.down.parameters(), *self.up.parameters()):
+            nn.init.normal_(parameter, std=1e-3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.mlp(x)
+        return y + self.up(functional.relu(self.down(y)))
+
+
+class Bottleneck(nn.Module):
+    """CLIP's bottleneck: the stride is an average pool."""
+
+    def __init__(self, inputs: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.conv3, self.bn3 = nn.Conv2d(channels, 4 * channels, 1, bias=False), nn.BatchNorm2d(4 * channels)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.shortcut = nn.Identity()
+        if stride > 1 or inputs != 4 * channels:
+            conv = nn.Conv2d(inputs, 4 * channels, 1, bias=False)
+            self.shortcut = nn.Sequential(self.pool, conv, nn.BatchNorm2d(4 * channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = functional.relu(self.bn1(self.conv1(x)))
+        y = functional.relu(self.bn2(self.conv2(y)))
+        return functional.relu(self.bn3(self.conv3(self.pool(y))) + self.shortcut(x))
+
+
+def resnet(blocks: tuple[int, ...] = (3, 4, 6, 3), width: int = 64) -> nn.Sequential:
+    """CLIP's RN50 without its attention pool: (B, 3, 224, 224) to (B, 2048, 7, 7)."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in ((3, width // 2, 2), (width // 2, width // 2, 1), (width // 2, width, 1)):
+        conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+    layers.append(nn.AvgPool2d(2))
+    inputs = width
+    for stage, count in enumerate(blocks):
+        channels = width * 2**stage
+        for block in range(count):
+            layers.append(Bottleneck(inputs, channels, 2 if stage and not block else 1))
+            inputs = 4 * channels
+    return nn.Sequential(*layers)
+
+
+class Magma(nn.Module):
+    """Encoder, prefix and language model; only encoder, prefix and adapters learn."""
+
+    def __init__(self, remat: bool):
+        super().__init__()
+        self.remat = remat
+        config = GPTJConfig(
+            n_embd=sizes.WIDTH,
+            n_layer=sizes.LAYERS,
+            n_head=sizes.HEADS,
+            n_inner=sizes.FEED_FORWARD,
+            rotary_dim=sizes.WIDTH // sizes.HEADS,
+            attn_implementation="eager",
+        )
+        self.wte = nn.Embedding(sizes.VOCAB_ROWS, sizes.WIDTH)
+        self.layers = nn.ModuleList(GPTJBlock(config, layer_idx=i) for i in range(sizes.LAYERS))
+        self.ln_f, self.head = nn.LayerNorm(sizes.WIDTH), nn.Linear(sizes.WIDTH, sizes.HEAD_ROWS)
+        self.requires_grad_(False)
+        for layer in self.layers:
+            layer.mlp = Adapted(layer.mlp)
+        self.encoder, self.proj, self.ln = resnet(), nn.Linear(2048, sizes.WIDTH), nn.LayerNorm(sizes.WIDTH)
+
+    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        grid = self.encoder(images).flatten(2).transpose(1, 2)
+        prefix = self.ln(functional.dropout(self.proj(grid), 0.1))
+        x = torch.cat([prefix, self.wte(tokens[:, :-1])], dim=1)
+        length = x.shape[1]
+        positions = torch.arange(length)[None].expand(len(x), -1)
+        mask = torch.full((length, length), torch.finfo(x.dtype).min).triu(1)[None, None]
+        for layer in self.layers:
+            options = {"attention_mask": mask, "position_ids": positions}
+            x = checkpoint(layer, x, use_reentrant=False, **options) if self.remat else layer(x, **options)
+            x = x[0] if isinstance(x, tuple) else x
+        logits = self.head(self.ln_f(x))
+        # The original computes the logits of all positions and leaves those of the picture out of the loss.
+        predicting = logits[:, prefix.shape[1] - 1 :]
+        return functional.cross_entropy(predicting.flatten(0, 1), tokens.flatten())
+
+
+def make_step(remat: str, batch_norm: str, threads: int) -> tuple[Callable[[], float], dict[str, Any]]:
+    """Returns the step, which gives its loss, and what there is to report before the first one."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = Magma(remat != "none")
+    model.encoder.train(batch_norm == "batch")
+    encoder = list(model.encoder.parameters())
+    inside = {id(parameter) for parameter in encoder}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    groups = [{"params": encoder, "lr": sizes.ENCODER_RATE}, {"params": rest, "lr": sizes.RATE}]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    images = torch.randn(sizes.BATCH, 3, sizes.IMAGE_SIZE, sizes.IMAGE_SIZE)
+    tokens = torch.randint(sizes.VOCAB_ROWS, (sizes.BATCH, sizes.POSITIONS - sizes.IMAGE_POSITIONS + 1))
+
+    def step() -> float:
+        loss = model(images, tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([*encoder, *rest], sizes.CLIP_NORM)
+        optimizer.step()
+        return loss.item()
+
+    return step, {}

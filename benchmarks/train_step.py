@@ -1,0 +1,162 @@
+"""Time, memory and compile time of one training step of a mid-size MAGMA, as JSON.
+
+    python benchmarks/train_step.py                      # without and with rematerialisation
+    python benchmarks/train_step.py --torch              # beside the same step in PyTorch, taking turns
+
+The model: GPT-J with 6 layers of width 1024 and 16 heads (rotary over all 64 features of a head, feed-forward 4096, the
+published vocabulary of 50,258 and 50,400 rows), an RN50 encoder at 224 pixels (49 positions), adapters behind every
+MLP with a quarter of the width, batch 4, 256 positions (49 of the picture, 207 of text), fp32. The language model is
+frozen; encoder, prefix and adapters learn, with gradient clipping and Adam. All pixels and tokens are random.
+
+Every variant runs in a process of its own, so that its peak memory is its own. They take turns, one step each, so that
+whatever else the machine does slows them alike; the minimum is the figure least disturbed. ``cpu_seconds`` is the time
+of all threads. The first step after compilation is not counted.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+LAYERS, WIDTH, HEADS, FEED_FORWARD = 6, 1024, 16, 4096
+VOCAB_ROWS, HEAD_ROWS = 50258, 50400
+BATCH, POSITIONS, IMAGE_SIZE, IMAGE_POSITIONS = 4, 256, 224, 49
+ENCODER_RATE, RATE, CLIP_NORM = 2e-6, 8e-4, 1.0
+
+
+def main() -> None:
+    """Reads the command line, runs the variants and prints JSON."""
+    parser = argparse.ArgumentParser(description="Time, memory and compile time of a mid-size training step, as JSON.")
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed (default %(default)s)")
+    parser.add_argument("--remat", nargs="*", default=["none", "full"], choices=["none", "dots", "full"])
+    parser.add_argument("--batch-norm", default="batch", choices=["batch", "frozen"])
+    parser.add_argument("--torch", action="store_true", help="also time PyTorch (needs torch and transformers)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="PyTorch's (default: all, as XLA uses)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        _work(arguments)
+        return
+    results: dict[str, Any] = {"model": sys.modules[__name__].__doc__.split("\n\n")[2].replace("\n", " ")}
+    for remat in arguments.remat:
+        names = [f"jax-{remat}"] + [f"torch-{remat}"] * arguments.torch
+        results |= _take_turns(names, arguments)
+        if arguments.torch:
+            ours, theirs = (results[name]["seconds_min"] for name in names)
+            results[f"ratio-{remat}"] = round(ours / theirs, 3)
+    print(json.dumps(results, indent=2))
+
+
+def _take_turns(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    options = ["--batch-norm", arguments.batch_norm, "--threads", str(arguments.threads)]
+    workers, results = {}, {}
+    for name in names:  # one after the other: compile times are undisturbed
+        command = [sys.executable, __file__, "--worker", name, *options]
+        workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        results[name] = json.loads(_ask(workers[name], "prepare"))
+    turns = [
+        {name: json.loads(_ask(worker, "step")) for name, worker in workers.items()} for _ in range(arguments.steps)
+    ]
+    for name, worker in workers.items():
+        seconds = [turn[name]["seconds"] for turn in turns]
+        results[name] |= {
+            "seconds_median": round(statistics.median(seconds), 3),
+            "seconds_min": round(min(seconds), 3),
+            "cpu_seconds": round(statistics.median(turn[name]["cpu_seconds"] for turn in turns), 3),
+            "losses": [turn[name]["loss"] for turn in turns],
+            **json.loads(_ask(worker, "end")),
+        }
+        worker.communicate()  # closes its input, which ends it
+    return results
+
+
+def _ask(worker: subprocess.Popen, request: str) -> str:
+    worker.stdin.write(request + "\n")
+    worker.stdin.flush()
+    answer = worker.stdout.readline()
+    if not answer:
+        sys.exit(f"train_step.py: {' '.join(worker.args)} ended without an answer")
+    return answer
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    """Answers requests on standard input, one line of JSON each."""
+    framework, remat = arguments.worker.split("-")
+    step: Callable[[], float] | None = None
+    for line in sys.stdin:
+        if line.strip() == "prepare":
+            if framework == "jax":
+                step, answer = _jax_step(remat, arguments.batch_norm)
+            else:
+                import torch_reference
+
+                step, answer = torch_reference.make_step(remat, arguments.batch_norm, arguments.threads)
+            step()
+        elif line.strip() == "step":
+            start, cpu = time.perf_counter(), time.process_time()
+            loss = step()
+            answer = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "loss": loss}
+        else:
+            # Kilobytes on Linux.
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            answer = {"peak_gigabytes": round(peak / 1e9, 2)}
+        print(json.dumps(answer), flush=True)
+
+
+def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[str, Any]]:
+    import functools
+
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from magma_jax.models.clip_resnet import CLIP_RESNETS
+    from magma_jax.models.gptj import GPTJConfig
+    from magma_jax.models.magma import MagmaConfig, MagmaModel
+    from magma_jax.nn.adapters import AdapterConfig
+    from magma_jax.nn.modules import abstract, split
+    from magma_jax.training.losses import LossOptions, caption_loss
+    from magma_jax.training.optim import OptimConfig, label_parameters, make_optimizer, partition
+    from magma_jax.training.step import init_state, make_train_step
+
+    lm = GPTJConfig(LAYERS, WIDTH, HEADS, WIDTH // HEADS, FEED_FORWARD, VOCAB_ROWS, HEAD_ROWS)
+    config = MagmaConfig(lm, CLIP_RESNETS["RN50"], mlp_adapter=AdapterConfig(downsample_factor=4))
+    optim = OptimConfig(RATE, ENCODER_RATE, schedule="constant", b2=0.95, clip_norm=CLIP_NORM)
+
+    def create():
+        return MagmaModel(config, rngs=nnx.Rngs(0))
+
+    graphdef, _, types = abstract(create)
+    labels = label_parameters(types, optim.groups)
+    optimizer = make_optimizer(optim, labels)
+    trainable, frozen, averages = partition(jax.jit(lambda: split(create())[1])(), labels)
+    state = jax.jit(functools.partial(init_state, optimizer=optimizer))(trainable, averages)
+    del trainable, averages  # the step donates the state, so nothing else may hold its arrays
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCAB_ROWS, (BATCH, POSITIONS - IMAGE_POSITIONS + 1), np.int32)
+    images = rng.standard_normal((BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
+    batch = {"tokens": tokens, "labels": tokens, "images": images}
+    key = jax.random.key(0)
+
+    loss = functools.partial(caption_loss, options=LossOptions(batch_norm=batch_norm, remat=remat))
+    function = jax.jit(make_train_step(graphdef, loss, optimizer), donate_argnums=0)
+    start = time.perf_counter()
+    compiled = function.lower(state, frozen, batch, key).compile()
+    compile_seconds = round(time.perf_counter() - start, 1)
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = compiled(state, frozen, batch, key)
+        return float(metrics["loss"])
+
+    return step, {"compile_seconds": compile_seconds}
+
+
+if __name__ == "__main__":
+    main()
