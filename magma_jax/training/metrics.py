@@ -25,17 +25,17 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 
-# TensorBoard shows figures in groups, by the word before the slash.
-GROUPS = {
-    "speed": (
-        "samples_per_second",
-        "tokens_per_second",
-        "step_seconds",
-        "model_flops_per_second",
-        "mfu",
-        "input_wait",
-        "device_memory_bytes",
-    ),
+# What is shown under "speed" and not under "train".
+SPEED = {
+    "seconds",
+    "compile_seconds",
+    "samples_per_second",
+    "tokens_per_second",
+    "step_seconds",
+    "input_wait",
+    "model_flops_per_second",
+    "mfu",
+    "device_memory_bytes",
 }
 
 
@@ -124,7 +124,7 @@ class Wandb(Writer):
         try:
             import wandb
         except ModuleNotFoundError:
-            raise ConfigError("watch.wandb needs the package wandb: pip install 'magma_jax[wandb]'") from None
+            raise ConfigError("watch.wandb needs another package: pip install wandb") from None
         self._wandb = wandb
         folder = Path(workdir) / WANDB
         folder.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ class Wandb(Writer):
             name=Path(workdir).name,
             id=id_file.read_text().strip(),
             resume="allow",
-            dir=str(folder),
+            dir=str(workdir),  # it makes a folder wandb/ in there
             config=dict(config),
         )
         # W&B's own step only rises; a run that lost steps in a crash counts them again.
@@ -174,11 +174,10 @@ class Writers(Writer):
 
 
 def tag(name: str) -> str:
-    """The name of a figure in TensorBoard: with its group in front."""
-    if "/" in name:
-        return name
-    group = next((group for group, names in GROUPS.items() if name in names), "train")
-    return f"{group}/{name}"
+    """The name of a figure in TensorBoard, which groups figures by the word before the slash."""
+    if name.startswith("validation_"):
+        return name.replace("_", "/", 1)
+    return f"speed/{name}" if name in SPEED else f"train/{name}"
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """What the model says while it learns: the same pictures every time, with a caption and a question each."""
 
+import functools
 import io
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -13,6 +15,7 @@ from magma_jax.evaluation.cards import Card, Line, draw_cards
 from magma_jax.evaluation.results import CAPTION, question_of, replace_file
 from magma_jax.evaluation.tasks import generate_greedy
 from magma_jax.nn.modules import Params
+from magma_jax.sharding import replicated
 from magma_jax.training.metrics import append_line, cut_after
 from magma_jax.training.pictures import encode_all, features_are_fixed
 from magma_jax.training.setup import Run
@@ -59,6 +62,14 @@ class Sampler:
                 f"{positions + longest + watch.samples_tokens} positions, but the context holds "
                 f"{model.lm.context_length}; lower it"
             )
+        answer = functools.partial(
+            generate_greedy,
+            run.program.graphdef,
+            max_new_tokens=watch.samples_tokens,
+            eos_id=dataset.tokenizer.eos_id,
+        )
+        # Every process gets all answers, wherever they were computed.
+        self._generate = jax.jit(answer, out_shardings=replicated(run.program.mesh))
         if writing:
             cut_after(run.workdir / SAMPLES_FILE, int(run.state.step))
 
@@ -73,15 +84,8 @@ class Sampler:
             sizes = {} if fixed else {"batch_size": len(images)}
             features = encode_all(images, run.program.graphdef, params, **sizes, progress=False)
             self._features = features if fixed else None
-        tokens, lengths = generate_greedy(
-            run.program.graphdef,
-            params,
-            features[[self._rows.index(int(sample.picture)) for sample in self._samples]],
-            self._tokens,
-            self._lengths,
-            max_new_tokens=run.config.watch.samples_tokens,
-            eos_id=tokenizer.eos_id,
-        )
+        shown = features[[self._rows.index(int(sample.picture)) for sample in self._samples]]
+        tokens, lengths = self._generate(params, shown, self._tokens, self._lengths)
         said = [
             tokenizer.decode(row[:length].tolist()).strip()
             for row, length in zip(np.asarray(tokens), np.asarray(lengths), strict=True)

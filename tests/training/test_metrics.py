@@ -73,7 +73,7 @@ def test_a_resumed_run_purges_later_steps_in_tensorboard(tmp_path):
 
 
 def test_groups_of_figures():
-    assert [tag(name) for name in ("loss", "mfu", "validation/loss")] == ["train/loss", "speed/mfu", "validation/loss"]
+    assert [tag(name) for name in ("loss", "mfu", "validation_loss")] == ["train/loss", "speed/mfu", "validation/loss"]
 
 
 class FakeWandb(types.ModuleType):
@@ -118,5 +118,5 @@ def test_weights_and_biases(tmp_path, monkeypatch):
 
 def test_a_missing_wandb_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"pip install 'magma_jax\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"watch\.wandb needs another package: pip install wandb"):
         Wandb(tmp_path, "squares", {})
