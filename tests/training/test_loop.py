@@ -14,6 +14,8 @@ import pytest
 from magma_jax.config import ConfigError
 from magma_jax.inference.api import Magma
 from magma_jax.training import setup
+from magma_jax.training.checkpoint import RunCheckpoints
+from magma_jax.training.early_stopping import ValidationConfig
 from magma_jax.training.losses import LossOptions
 from magma_jax.training.metrics import METRICS_FILE
 from tests import tiny
@@ -100,6 +102,28 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path, whe
     assert steps() == left
     _assert_same_bits(finished, tiny.train(tiny.run_config(checkpoint_every=every), run))
     assert steps() == kept
+
+
+@pytest.mark.slow
+def test_a_run_without_improvement_ends_early_and_stands_at_its_best_step(tmp_path):
+    # Nothing improves by ten nats, so the first validation stays the best.
+    validation = ValidationConfig(every=1, split="test", samples=5, patience=2, min_delta=10.0)
+    run = tiny.train(tiny.run_config(validation=validation, keep_checkpoints=1), tmp_path / "run")
+    assert (int(run.state.step), run.best.step, run.best.waited) == (3, 1, 2)
+    assert sorted(path.name for path in (run.workdir / "checkpoints").iterdir()) == ["1", "3"]
+    losses = {entry["step"]: entry["validation_loss"] for entry in _metrics(run) if "validation_loss" in entry}
+    assert losses.keys() == {1, 2, 3}
+    assert losses[1] == pytest.approx(run.best.loss)
+    assert losses[3] < losses[1]  # it did learn
+    with RunCheckpoints(run.workdir) as checkpoints:
+        assert checkpoints.result_step() == 1
+    params = Magma.from_checkpoint(run.workdir).params
+    assert all(not np.array_equal(leaf, params[path]) for path, leaf in run.state.trainable.items())
+    again = tiny.train(tiny.run_config(validation=validation, keep_checkpoints=1), run.workdir)
+    assert int(again.state.step) == 3
+    more = dataclasses.replace(validation, patience=3)
+    again = tiny.train(tiny.run_config(validation=more, keep_checkpoints=1), run.workdir)
+    assert (int(again.state.step), again.best.waited) == (4, 3)
 
 
 def test_a_finished_run_is_not_trained_again(finished):
