@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax.config import from_dict
 from magma_jax.inference.decode import generate
 from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
 from magma_jax.models.gpt2 import GPT2Config
@@ -16,7 +19,7 @@ from magma_jax.models.gpt_neo import GPTNeoConfig
 from magma_jax.models.gpt_neox import GPTNeoXConfig
 from magma_jax.models.gptj import GPTJConfig
 from magma_jax.models.language_models import PUBLISHED_LANGUAGE_MODELS, build_language_model
-from magma_jax.models.magma import MagmaModel
+from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.modules import AdapterParam, LanguageParam, abstract, merge, parameter_count, split, variable_types
 from magma_jax.training.optim import OptimConfig, label_parameters, partition
@@ -240,3 +243,15 @@ def test_an_mlp_adapter_reads_what_its_mlp_reads(name):
 def test_sizes_that_do_not_fit_are_named(config, message):
     with pytest.raises(ValueError, match=message):
         config()
+
+
+def test_the_documentation_names_every_size_and_runs():
+    text = (Path(__file__).parents[2] / "docs" / "language_models.md").read_text()
+    for name, config in PUBLISHED_LANGUAGE_MODELS.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{config.kind}` "))
+        assert f"`{name}`" in row or f"`-{name.split('-')[-1]}`" in row
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict = {}
+    exec(compile(blocks[0], "language_models.md", "exec"), names)
+    assert from_dict(MagmaConfig, names["model"]).lm.dtype == "bfloat16"
+    exec(compile(blocks[1].partition("\nconfig =")[0], "language_models.md", "exec"), names)
