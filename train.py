@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from magma_jax.config import apply_overrides, from_dict, load_config_file
+from magma_jax.distributed import one_of_several
 from magma_jax.evaluation.tasks import evaluate_run
 from magma_jax.training.config import RunConfig
 from magma_jax.training.loop import train
@@ -30,13 +31,16 @@ def main() -> None:
         help="continue the run in the folder, if there is one; --no-resume refuses to (default: --resume)",
     )
     parser.add_argument("--profile-steps", metavar="FIRST:LAST", help="trace these steps for TensorBoard, as in 10:15")
+    parser.add_argument("--distributed", action="store_true", help="as one of several processes: docs/training.md")
     arguments = parser.parse_args()
     workdir = arguments.workdir or Path("runs") / arguments.config.stem
     try:
         config = from_dict(RunConfig, apply_overrides(load_config_file(arguments.config), arguments.set))
         profile = StepRange.parse(arguments.profile_steps) if arguments.profile_steps else None
-        run = train(config, workdir, resume=arguments.resume, profile=profile)
-        if config.evaluate and not run.interrupted:
+        with one_of_several(arguments.distributed):
+            run = train(config, workdir, resume=arguments.resume, profile=profile)
+        # Evaluation runs in one process.
+        if config.evaluate and not run.interrupted and not arguments.distributed:
             evaluate_run(workdir)
             print(f"\nReport: {workdir / 'report.html'}")
             print(f"A picture of your own: python -m magma_jax.generate --checkpoint {workdir} picture.png")

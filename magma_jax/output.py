@@ -30,7 +30,7 @@ def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() and any(path.iterdir()):
         raise OutputError(f"{path}: already exists and is not an empty folder; choose another name or remove it first")
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_name(path)
     with _locked(path):
         _remove(partial)
         check_room(path.parent, nbytes)
@@ -43,6 +43,11 @@ def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
         # Without this a power cut may forget the new name. Not every system can open a directory.
         with contextlib.suppress(OSError):
             _sync(path.parent)
+
+
+def partial_name(path: Path) -> Path:
+    """Where ``whole_output`` builds what shall appear at ``path``."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def check_room(folder: str | os.PathLike, nbytes: int) -> None:

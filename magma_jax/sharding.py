@@ -133,15 +133,6 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, shardings)
 
 
-def place(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-    """Arrays that every process holds whole, each in the dtype and at the place of its shape."""
-
-    def one(array: np.ndarray, to: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.make_array_from_callback(to.shape, to.sharding, lambda index: array[index].astype(to.dtype))
-
-    return {path: one(np.asarray(array), shapes[path]) for path, array in arrays.items()}
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -157,13 +148,28 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in BATCH_AXES)
 
 
-def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Params:
-    """Puts the rows of this process on its devices, as its part of the global batch.
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Rows of a global batch that the devices of this process hold, ascending; all of them with one process.
 
-    With several processes ``batch`` holds this process's rows only, in the order of its devices in the mesh.
+    Processes that share a part of ``model`` hold the same rows.
     """
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in parts for row in range(*part.indices(batch_size))})
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> Params:
+    """Puts the ``local_rows`` of a global batch, which ``batch`` holds in their order, on the devices."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for name, rows in batch.items()}
+    position = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
+
+    def place_rows(rows: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, stop, _ = index[0].indices(batch_size)
+            return rows[position[first] : position[first] + stop - first]
+
+        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)
+
+    return {name: place_rows(np.asarray(rows)) for name, rows in batch.items()}
 
 
 def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -89,6 +89,6 @@ def test_a_mesh_that_does_not_fit_the_devices_is_an_error():
 
 def test_rows_of_a_batch_are_split_over_data_and_fsdp():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
-    batch = sharding.place_batch({"tokens": np.arange(8).reshape(4, 2)}, mesh)["tokens"]
+    batch = sharding.place_batch({"tokens": np.arange(8).reshape(4, 2)}, mesh, 4)["tokens"]
     assert batch.sharding.shard_shape(batch.shape) == (1, 2)
     assert sharding.batch_shards(mesh) == 4

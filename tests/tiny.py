@@ -46,8 +46,8 @@ def dataset() -> Dataset:
         samples.append(Sample(row, "Q: What colour is it? A:", f" {name}", "colour"))
     tokenizer = train_bpe([sample.prompt + sample.answer for sample in samples], 299)
 
-    def batches(batch_size, seed):
-        return sample_batches([samples], [1.0], tokenizer, batch_size=batch_size, length=40, seed=seed)
+    def batches(batch_size, seed, rows):
+        return sample_batches([samples], [1.0], tokenizer, batch_size=batch_size, length=40, seed=seed, rows=rows)
 
     return Dataset(tokenizer, batches, np.stack(images), evaluation={"train": samples, "test": samples})
 

@@ -74,7 +74,8 @@ class Dataset:
 
     Attributes:
         tokenizer: of its texts.
-        batches: ``(batch_size, seed)`` to endless batches, see ``data.pipeline``.
+        batches: ``(batch_size, seed, rows)`` to endless batches, of which this process wants ``rows``; see
+            ``data.pipeline``.
         images: every picture, uint8 (N, size, size, 3); None for text alone.
         learned: rows of the pictures that may be learned from; all by default.
         evaluation: split to samples, in a fixed order; empty for text alone.
@@ -82,7 +83,7 @@ class Dataset:
     """
 
     tokenizer: Tokenizer
-    batches: Callable[[int, int], grain.IterDataset]
+    batches: Callable[[int, int, Sequence[int]], grain.IterDataset]
     images: UInt8[np.ndarray, "N H W 3"] | None = None
     learned: Sequence[int] | None = None
     evaluation: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
@@ -106,7 +107,7 @@ def _openmoji(config: DataConfig) -> Dataset:
     ask = functools.partial(openmoji.questions, kinds=config.questions)
     questions = [sample for draw in range(config.question_draws) for sample in ask(learned, draw)]
 
-    def batches(batch_size: int, seed: int) -> grain.IterDataset:
+    def batches(batch_size: int, seed: int, rows: Sequence[int]) -> grain.IterDataset:
         return sample_batches(
             [living, things, questions],
             config.weights,
@@ -114,6 +115,7 @@ def _openmoji(config: DataConfig) -> Dataset:
             batch_size=batch_size,
             length=config.length,
             seed=seed,
+            rows=rows,
             buckets=config.buckets,
             pack=config.pack,
             overlong=config.overlong,
@@ -139,5 +141,7 @@ def _openmoji_text(config: DataConfig) -> Dataset:
     arrays = np.array(tokens, np.int32), np.array(labels, np.int32)
     return Dataset(
         tokenizer,
-        lambda batch_size, seed: text_batches(*arrays, batch_size=batch_size, length=config.length, seed=seed),
+        lambda batch_size, seed, rows: text_batches(
+            *arrays, batch_size=batch_size, length=config.length, seed=seed, rows=rows
+        ),
     )

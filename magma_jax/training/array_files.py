@@ -24,6 +24,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 import tensorstore as ts
 
 from magma_jax.convert.deferred import Deferred, read_array, read_row
+from magma_jax.distributed import is_main
 from magma_jax.nn.modules import Params, nest
 
 # Files of this size: few enough for a file system, small enough for a device that needs a part of an array.
@@ -56,6 +57,8 @@ def write_arrays(
     context.array.saving.use_compression = False
     with context, _without_warnings():
         ocp.save(folder, nest({path: np.zeros(1, np.dtype(leaf.dtype)) for path, leaf in params.items()}))
+    if not is_main():  # Orbax lets no process save alone; all the rest is the first one's
+        return
     places = _places(folder)
     stores = {path: _create(places[path], leaf) for path, leaf in params.items()}
     pieces = sorted(itertools.chain.from_iterable(_pieces(path, leaf) for path, leaf in params.items()))

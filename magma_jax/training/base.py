@@ -1,47 +1,93 @@
-"""Where a run starts: fresh, from pretrained parts, or from a base folder whose frozen parameters are not copied."""
+"""Where a run starts: fresh, from pretrained parts, or from a base folder whose frozen parameters are not copied.
 
+The run's folder is a model folder with the parameters as the run starts; what learns is replaced by the checkpoints'.
+"""
+
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from magma_jax.config import ConfigError, from_dict, to_dict
-from magma_jax.convert.deferred import read_array
+from magma_jax.convert.deferred import Deferred, read_array
+from magma_jax.data.datasets import Dataset
+from magma_jax.distributed import is_main
 from magma_jax.nn.modules import Params
-from magma_jax.sharding import place
+from magma_jax.sharding import MeshConfig, make_mesh, parameter_shardings, placed
 from magma_jax.training.checkpoint import CHECKPOINTS
 from magma_jax.training.config import RunConfig
 from magma_jax.training.continuation import differences
-from magma_jax.training.model_folder import BASE, base_reference, read_model_json, read_params
-from magma_jax.training.program import Program
+from magma_jax.training.model_folder import BASE, base_reference, open_params, read_model_json, write_model_folder
+from magma_jax.training.pictures import feature_statistics
+from magma_jax.training.program import Program, fresh_params
 from magma_jax.training.weights import open_weights
 
 # What a run's model may have otherwise than its base: how it is run and stored, and how fresh parts would begin.
 MAY_DIFFER = ("dtype", "lm.dtype", "lm.embedding_std", "prefix.dropout", "mlp_adapter.init", "attn_adapter.init")
 
 
-def starting_params(program: Program) -> tuple[Params, dict[str, Any]]:
-    """The parameters that a run starts with, and what its ``model.json`` says of those that it will not hold itself.
-
-    With a base, frozen parameters are left out, unless they are needed to compute the statistics of features.
+def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
+    """Writes the folder of a new run; with several processes all call this, and the first one does the work.
 
     Raises:
         ConfigError: weights or a base that do not fit the model. CheckpointError: no model folder.
     """
-    config, shapes = program.config, program.params
+    config = program.config
     if config.base is not None:
         _check_base(config)
-        needed = shapes if "image_prefix/feature_mean" in shapes else own_paths(program)
-        return read_params(config.base, {path: shapes[path] for path in needed}), {BASE: base_reference(config.base)}
-    params: Params = {}
-    with open_weights(config.model, config.weights, shapes) as pretrained:
-        for path, tensor in pretrained.params.items():  # one at a time on its way to the devices
-            params |= place({path: read_array(tensor)}, {path: shapes[path]})
-    return params | program.fresh_params([path for path in shapes if path not in params]), {}
+    metadata = {"model": to_dict(config.model), "groups": dict(config.optim.groups), "run": to_dict(config)}
+    metadata |= {} if config.base is None else {BASE: base_reference(config.base)}
+    with _starting_params(program, dataset) if is_main() else contextlib.nullcontext(program.params) as params:
+        own = {path: params[path] for path in program.params if _is_own(program, path)}
+        write_model_folder(workdir, metadata, own, lambda folder: dataset.tokenizer.save(folder / "tokenizer"))
 
 
-def own_paths(program: Program) -> list[str]:
-    """The parameters that a run's folder holds: all, or those that are not frozen if it has a base."""
-    everything = program.config.base is None
-    return [path for path in program.params if everything or program.labels[path] != "frozen"]
+@contextlib.contextmanager
+def _starting_params(program: Program, dataset: Dataset) -> Iterator[Params]:
+    """Parameters on their way from files to a folder, unread; fresh ones on the devices of this process alone."""
+    config, devices = program.config, program.mesh.local_devices
+    mesh = make_mesh(MeshConfig(fsdp=len(devices)), devices)
+    shapes = placed(program.params, parameter_shardings(program.params, mesh))
+    with _opened(config, shapes) as stored:
+        params = {path: _in_dtype(tensor, shapes[path].dtype) for path, tensor in stored.items()}
+        params |= fresh_params(config, {path: shape for path, shape in shapes.items() if path not in params})
+        if dataset.images is not None:
+            learned = dataset.images if dataset.learned is None else dataset.images[np.asarray(dataset.learned)]
+            params |= feature_statistics(learned, program.graphdef, params)
+        yield params
+
+
+@contextlib.contextmanager
+def _opened(config: RunConfig, shapes: Params) -> Iterator[Params]:
+    if config.base is None:
+        with open_weights(config.model, config.weights, shapes) as pretrained:
+            yield pretrained.params
+        return
+    stored = open_params(config.base)
+    wrong = [path for path in shapes if path not in stored or tuple(stored[path].shape) != shapes[path].shape]
+    if wrong:
+        raise ConfigError(f"base: {config.base} lacks {', '.join(wrong[:5])} of the model's shape; compose it again")
+    yield {path: stored[path] for path in shapes}
+
+
+def _is_own(program: Program, path: str) -> bool:
+    """Whether the run's folder holds a parameter itself: all of them, or what is not frozen if it has a base."""
+    return program.config.base is None or program.labels[path] != "frozen"
+
+
+def _in_dtype(tensor: Any, dtype: Any) -> Any:
+    dtype = np.dtype(dtype)
+    if tensor.dtype == dtype:
+        return tensor
+    return Deferred(
+        tuple(tensor.shape),
+        dtype,
+        lambda: read_array(tensor).astype(dtype),
+        tuple(_in_dtype(row, dtype) for row in getattr(tensor, "rows", ())),
+        getattr(tensor, "position", ("", 0)),
+    )
 
 
 def _check_base(config: RunConfig) -> None:

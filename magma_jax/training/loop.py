@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from magma_jax.sharding import place_batch, replicated
+from magma_jax.distributed import say
+from magma_jax.sharding import local_rows, place_batch, replicated
 from magma_jax.training.checkpoint import RunCheckpoints
 from magma_jax.training.config import RunConfig
 from magma_jax.training.interruption import StopRequest
@@ -14,7 +15,7 @@ from magma_jax.training.milestones import Milestones
 from magma_jax.training.nonfinite import NonfiniteGuard
 from magma_jax.training.pictures import picture_loader
 from magma_jax.training.profiler import StepRange
-from magma_jax.training.setup import Run, prepare_run, say
+from magma_jax.training.setup import Run, prepare_run
 from magma_jax.training.validation import make_validation
 from magma_jax.training.watch import Watch
 from magma_jax.typing import PRNGKey
@@ -44,9 +45,10 @@ def train(
         FloatingPointError: a loss or gradient is not finite, see ``training.nonfinite``.
     """
     run = prepare_run(config, workdir, devices, resume=resume)
-    config = run.config
-    batches = iter(run.dataset.batches(config.batch_size, config.seed))
-    key = jax.device_put(jax.random.key(config.seed), replicated(run.program.mesh))
+    config, mesh = run.config, run.program.mesh
+    batches = iter(run.dataset.batches(config.batch_size, config.seed, local_rows(mesh, config.batch_size)))
+    # Made on the mesh: with several processes no other array may go into the step.
+    key = jax.jit(jax.random.key, static_argnums=0, out_shardings=replicated(mesh))(config.seed)
     with (
         StopRequest() as stop,
         RunCheckpoints(run.workdir, writing=True, keep=config.keep_checkpoints) as checkpoints,
@@ -91,7 +93,7 @@ def _steps(
             rows = prepare(next(batches))
             if truncated:
                 truncated["truncated_samples"] += int(rows.pop("truncated").sum())
-            batch = place_batch(rows, mesh)
+            batch = place_batch(rows, mesh, config.batch_size)
         watch.begin(step + 1, rows)
         run.state, metrics = run.program.step(run.state, run.frozen, batch, key)
         guard.watch(step, metrics.pop("nonfinite"), rows)

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from magma_jax.distributed import say
 from magma_jax.training.checkpoint import RunCheckpoints, Snapshot
 from magma_jax.training.interruption import StopRequest
-from magma_jax.training.setup import Run, say
+from magma_jax.training.setup import Run
 from magma_jax.typing import PRNGKey
 
 

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from magma_jax.convert.deferred import Deferred
+from magma_jax.distributed import barrier, is_main
 from magma_jax.nn.modules import Params
-from magma_jax.output import OutputError, whole_output
+from magma_jax.output import OutputError, partial_name, whole_output
 from magma_jax.training.array_files import array_shapes, open_arrays, read_arrays, write_arrays
 
 MODEL_FILE = "model.json"
@@ -44,6 +45,8 @@ def write_model_folder(
 ) -> None:
     """Writes a model folder: builds it under another name beside ``path``, then renames it.
 
+    With several processes all must call this. The first one's parameters are written; the others may give shapes.
+
     Args:
         metadata: goes to ``model.json``; holds at least ``model``, the config. A function is called last, when all
             parameters have been read (it may hold a hash of what they were read from).
@@ -56,17 +59,24 @@ def write_model_folder(
         CheckpointError: something already stands at ``path``, or the disk is too small.
     """
     path = Path(path).absolute()  # Orbax takes no other
+    if not is_main():
+        barrier("model folder begun")
+        write_arrays(partial_name(path) / PARAMS, params)
+        barrier("model folder written")
+        return
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path}: already exists; choose another name or remove it first")
     try:
         with whole_output(path, nbytes=nbytes_of(params) + _OTHER_NBYTES) as partial:
             partial.mkdir()
+            barrier("model folder begun")
             write_arrays(partial / PARAMS, params, progress)
             write_extras(partial)
             values = metadata() if callable(metadata) else metadata
             (partial / MODEL_FILE).write_text(json.dumps(values, indent=2) + "\n")
     except OutputError as error:
         raise CheckpointError(str(error)) from None
+    barrier("model folder written")
 
 
 def nbytes_of(params: Mapping[Any, Any]) -> int:

@@ -2,19 +2,27 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
+from magma_jax.convert.deferred import read_array
 from magma_jax.data.images import normalize
+from magma_jax.distributed import is_main
 from magma_jax.models.encoders import ENCODERS
 from magma_jax.nn.modules import Params, merge
+from magma_jax.sharding import batch_shards, local_rows, place_batch, replicated
 from magma_jax.training.program import Program
 from magma_jax.typing import Array, Float, UInt8
 
 Batch = dict[str, np.ndarray]
+
+ENCODER = "image_prefix/encoder/"
 
 
 def picture_loader(
@@ -30,13 +38,13 @@ def picture_loader(
     entry = ENCODERS[program.config.model.encoder.kind]
     if not features_are_fixed(program):
         return lambda batch: _without(batch) | {"images": normalize(images[batch["pictures"]], entry.mean, entry.std)}
-    features = encode_all(images, program.graphdef, params)
+    features = encode_all(images, program.graphdef, params, program.mesh)
     return lambda batch: _without(batch) | {"features": features[batch["pictures"]]}
 
 
 def features_are_fixed(program: Program) -> bool:
     """Whether training changes nothing that the features of a picture depend on."""
-    encoder = [label for path, label in program.labels.items() if path.startswith("image_prefix/encoder/")]
+    encoder = [label for path, label in program.labels.items() if path.startswith(ENCODER)]
     updates = program.config.loss.batch_norm == "batch" and "statistic" in encoder
     return not updates and not any(label in ("encoder", "rest") for label in encoder)
 
@@ -62,26 +70,48 @@ def encode_all(
     images: UInt8[np.ndarray, "N H W 3"],
     graphdef: nnx.GraphDef,
     params: Params,
+    mesh: Mesh | None = None,
     batch_size: int = 64,
     *,
     progress: bool = True,
 ) -> Float[np.ndarray, "N ..."]:
-    """Features of every picture, with a progress bar on terminals."""
-    entry = ENCODERS[merge(graphdef, params).config.encoder.kind]
-    starts = range(0, len(images), batch_size)
+    """Features of every picture, with a progress bar; on a ``mesh`` all its devices, and processes, share the work."""
+    encoder = {path: _on_devices(leaf) for path, leaf in params.items() if path.startswith(ENCODER)}
+    # Of the rest a module needs to know that it is there.
+    rest = tuple((p, jax.ShapeDtypeStruct(x.shape, x.dtype)) for p, x in params.items() if not p.startswith(ENCODER))
+    entry = ENCODERS[merge(graphdef, dict(rest), encoder).config.encoder.kind]
+    if mesh is None:
+        rows, out = list(range(batch_size)), None
+    else:
+        batch_size = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
+        rows, out = local_rows(mesh, batch_size), replicated(mesh)
     parts = []
-    for start in tqdm(starts, desc="encoding pictures", unit="batch", disable=None if progress else True):
-        pixels = images[start : start + batch_size]
-        # The last batch is filled up, so that one program serves all.
-        padded = np.concatenate([pixels, np.repeat(pixels[-1:], batch_size - len(pixels), axis=0)])
-        features = _encode(graphdef, params, normalize(padded, entry.mean, entry.std))
-        parts.append(np.asarray(features)[: len(pixels)])
-    return np.concatenate(parts)
+    quiet = None if progress and is_main() else True  # None: a bar on a terminal, nothing elsewhere
+    for start in tqdm(range(0, len(images), batch_size), desc="encoding pictures", unit="batch", disable=quiet):
+        # The last batch is filled up with its last picture, so that one program serves all.
+        chosen = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
+        pixels = {"images": normalize(images[chosen[rows]], entry.mean, entry.std)}
+        if mesh is not None:
+            pixels = place_batch(pixels, mesh, batch_size)
+        parts.append(np.asarray(_encode(graphdef, rest, encoder, pixels["images"], out=out)))
+    return np.concatenate(parts)[: len(images)]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
-def _encode(graphdef: nnx.GraphDef, params: Params, images: Float[Array, "B H W 3"]) -> Float[Array, "B ..."]:
-    return merge(graphdef, params).encode_images(images)
+@functools.partial(jax.jit, static_argnames=("graphdef", "rest", "out"))
+def _encode(
+    graphdef: nnx.GraphDef,
+    rest: tuple[tuple[str, jax.ShapeDtypeStruct], ...],
+    encoder: Params,
+    images: Float[Array, "B H W 3"],
+    *,
+    out: NamedSharding | None,
+) -> Float[Array, "B ..."]:
+    features = merge(graphdef, dict(rest), encoder).encode_images(images)
+    return features if out is None else jax.lax.with_sharding_constraint(features, out)
+
+
+def _on_devices(leaf: Any) -> Array:
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(read_array(leaf))
 
 
 def _without(batch: Batch) -> Batch:

@@ -5,7 +5,7 @@ Both the training loop and the ahead-of-time plan start here, so what is planned
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -53,16 +53,6 @@ class Program:
     frozen: Params
     step: Callable[..., Any]
 
-    def fresh_params(self, paths: list[str]) -> Params:
-        """New parameters, made where they belong; the config's seed gives the same values on every mesh."""
-
-        def create() -> Params:
-            params = split(create_model(self.config))[1]
-            return {path: params[path] for path in paths}
-
-        # Under jit only what is returned is computed: pretrained parts are not first filled with noise.
-        return jax.jit(create, out_shardings={path: self.params[path].sharding for path in paths})()
-
     def init_state(self, params: Params) -> TrainState:
         """The state before the first step, of ``params`` of the whole model."""
         trainable, _, statistics = partition(params, self.labels)
@@ -103,6 +93,17 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
     )
     params = {path: {**state.trainable, **frozen, **state.statistics}[path] for path in shapes}
     return Program(config, mesh, graphdef, labels, optimizer, params, state, frozen, step)
+
+
+def fresh_params(config: RunConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    """New parameters for the paths of ``shapes``, made where they belong; the same values on every mesh."""
+
+    def create() -> Params:
+        params = split(create_model(config))[1]
+        return {path: params[path] for path in shapes}
+
+    # Under jit only what is returned is computed: pretrained parts are not first filled with noise.
+    return jax.jit(create, out_shardings=_shardings(dict(shapes)))()
 
 
 def create_model(config: RunConfig) -> nnx.Module:

@@ -82,7 +82,7 @@ class Sampler:
             # The features of a frozen encoder come from the program that has encoded the training pictures.
             fixed = features_are_fixed(run.program)
             sizes = {} if fixed else {"batch_size": len(images)}
-            features = encode_all(images, run.program.graphdef, params, **sizes, progress=False)
+            features = encode_all(images, run.program.graphdef, params, run.program.mesh, **sizes, progress=False)
             self._features = features if fixed else None
         shown = features[[self._rows.index(int(sample.picture)) for sample in self._samples]]
         tokens, lengths = self._generate(params, shown, self._tokens, self._lengths)

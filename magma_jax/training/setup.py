@@ -1,25 +1,21 @@
 """From a config to a run that is ready to train: data, run folder, starting weights, state."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
-from tqdm import tqdm
 
-from magma_jax.config import to_dict
 from magma_jax.data.datasets import Dataset, load_dataset
+from magma_jax.distributed import agreed, say
 from magma_jax.nn.modules import Params, parameter_count
-from magma_jax.sharding import make_mesh, place
-from magma_jax.training.base import own_paths, starting_params
+from magma_jax.sharding import make_mesh
+from magma_jax.training.base import write_run_folder
 from magma_jax.training.config import RunConfig
 from magma_jax.training.continuation import continued_config
 from magma_jax.training.early_stopping import BestStep
-from magma_jax.training.model_folder import MODEL_FILE, read_params, write_model_folder
+from magma_jax.training.model_folder import MODEL_FILE, read_params
 from magma_jax.training.optim import partition
-from magma_jax.training.pictures import feature_statistics
 from magma_jax.training.program import Program, build_program
 from magma_jax.training.step import TrainState
 
@@ -66,8 +62,8 @@ def prepare_run(
     program = build_program(config, make_mesh(config.mesh, devices))
     say(f"preparing data: {config.data.name}")
     dataset = load_dataset(config.data)
-    if not (workdir / MODEL_FILE).exists():
-        _write_base_folder(program, workdir, dataset)
+    if not agreed((workdir / MODEL_FILE).exists()):
+        write_run_folder(program, workdir, dataset)
     # The base folder holds every parameter as the run started; what learns is replaced by the checkpoint's.
     params = read_params(workdir, program.params)
     frozen = partition(params, program.labels)[1]
@@ -77,20 +73,3 @@ def prepare_run(
         f"{program.mesh.size} {program.mesh.devices.flat[0].platform} device(s)"
     )
     return Run(config, workdir, dataset, program, frozen, state)
-
-
-def say(message: str) -> None:
-    """One line for whoever watches the run, above the progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
-
-
-def _write_base_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
-    config, shapes = program.config, program.params
-    params, base = starting_params(program)
-    if dataset.images is not None:
-        learned = dataset.images if dataset.learned is None else dataset.images[np.asarray(dataset.learned)]
-        statistics = feature_statistics(learned, program.graphdef, params)
-        params |= place(statistics, {path: shapes[path] for path in statistics})
-    params = {path: params[path] for path in own_paths(program)}
-    metadata = {"model": to_dict(config.model), "groups": dict(config.optim.groups), "run": to_dict(config), **base}
-    write_model_folder(workdir, metadata, params, lambda folder: dataset.tokenizer.save(folder / "tokenizer"))

@@ -13,7 +13,7 @@ from magma_jax.config import ConfigError
 from magma_jax.data.batching import PaddedBatches
 from magma_jax.data.pipeline import encode_sample
 from magma_jax.nn.modules import Params, merge
-from magma_jax.sharding import place_batch, replicated
+from magma_jax.sharding import local_rows, place_batch, replicated
 from magma_jax.training.config import RunConfig
 from magma_jax.training.cross_entropy import IGNORED
 from magma_jax.training.losses import LOSSES
@@ -38,7 +38,8 @@ def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[],
     """
     config, mesh = run.config, run.program.mesh
     # A part of a batch, as the step runs it at once, fits in memory and divides by the devices.
-    batches = _batches(run, config.batch_size // config.accumulate)
+    size = config.batch_size // config.accumulate
+    batches = _batches(run, size)
     options = dataclasses.replace(config.loss, batch_norm="frozen")
     loss_function = functools.partial(LOSSES[config.model.kind], options=options)
 
@@ -50,7 +51,7 @@ def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[],
     loss_sum = jax.jit(loss_sum, out_shardings=replicated(mesh))
 
     def validate() -> float:
-        sums = [loss_sum(run.state, run.frozen, place_batch(prepare(batch), mesh)) for batch in batches]
+        sums = [loss_sum(run.state, run.frozen, place_batch(prepare(batch), mesh, size)) for batch in batches]
         losses, counts = zip(*jax.device_get(sums), strict=True)
         return float(np.sum(losses, dtype=np.float64) / np.sum(counts, dtype=np.float64))
 
@@ -82,7 +83,7 @@ def _batches(run: Run, size: int) -> list[Batch]:
     padded = PaddedBatches(
         grain.MapDataset.source(rows),
         batch_size=size,
-        rows=range(size),
+        rows=local_rows(run.program.mesh, size),
         buckets=(data.length,),
         pad_id=tokenizer.eos_id,
         seed=0,

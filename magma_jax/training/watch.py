@@ -16,12 +16,13 @@ import optax
 from tqdm import tqdm
 
 from magma_jax.config import to_dict
+from magma_jax.distributed import say
 from magma_jax.training.flops import peak_flops, step_flops
 from magma_jax.training.metrics import METRICS_FILE, TENSORBOARD, JsonLines, TensorBoard, Wandb, Writer, Writers
 from magma_jax.training.optim import make_schedule
 from magma_jax.training.profiler import Profiler, StepRange
 from magma_jax.training.samples import Sampler
-from magma_jax.training.setup import Run, say
+from magma_jax.training.setup import Run
 from magma_jax.training.throughput import Meter, Window, count_batch, device_memory
 
 Metrics = Mapping[str, Any]
