@@ -7,7 +7,9 @@ No two tensors have equal values, and activations stay finite, so outputs can be
 """
 
 import argparse
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from magma_jax.models.magma import MagmaConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.training.model_folder import nbytes_of
 
-# Half-precision noise that every tensor takes its values from, each at another place.
+# Noise that every tensor takes its values from, each at another place.
 NOISE_NUMBERS = 2**23
 
 
@@ -34,7 +36,13 @@ def main(path: Path, layers: int, width: int, seed: int) -> None:
         mlp_adapter=AdapterConfig(downsample_factor=8),
         attn_adapter=AdapterConfig(downsample_factor=8),
     )
-    noise = np.random.default_rng(seed).standard_normal(NOISE_NUMBERS, np.float32).astype(np.float16)
+    normal = np.random.default_rng(seed).standard_normal(NOISE_NUMBERS, np.float32)
+
+    @functools.lru_cache(maxsize=16)  # few kinds of tensors take most of the file
+    def noise(spread: float, mean: float) -> np.ndarray:
+        """Twice the same numbers, so that every place has enough behind it."""
+        return np.tile((normal * np.float32(spread) + np.float32(mean)).astype(np.float16), 2)
+
     shapes = model_shapes(config)
     params = {name: _random(name, leaf, noise, number) for number, (name, leaf) in enumerate(shapes.items())}
     table = magma_table(config, attention_buffers(config, np.dtype(np.float16)))
@@ -43,7 +51,7 @@ def main(path: Path, layers: int, width: int, seed: int) -> None:
         write_torch_file(path, {"module": module, "global_steps": 1}, progress)
 
 
-def _random(path: str, leaf: object, noise: np.ndarray, number: int) -> Deferred:
+def _random(path: str, leaf: object, noise: Callable[[float, float], np.ndarray], number: int) -> Deferred:
     """One parameter, its layers at places of their own."""
     if np.issubdtype(leaf.dtype, np.integer):
         return Deferred(leaf.shape, np.dtype(leaf.dtype), lambda: np.full(leaf.shape, number, leaf.dtype))
@@ -56,15 +64,10 @@ def _random(path: str, leaf: object, noise: np.ndarray, number: int) -> Deferred
     spread = min(0.02 if path.startswith("lm/") else 1.0, fan_in**-0.5) if fan_in else 0.01
 
     def values(row: int) -> np.ndarray:
-        count = int(np.prod(inner))
-        # An odd stride: the places of a few thousand rows are all different.
+        # Odd factors: the places of a few thousand rows are all different.
         start = (number * 7919 + row * 104729) % NOISE_NUMBERS
-        array = np.resize(np.roll(noise, -start), count) if count < NOISE_NUMBERS else np.empty(count, half)
-        if count >= NOISE_NUMBERS:
-            rolled = np.roll(noise, -start)
-            for begin in range(0, count, NOISE_NUMBERS):
-                array[begin : begin + NOISE_NUMBERS] = rolled[: count - begin]
-        return (array * half.type(spread) + half.type(is_scale)).reshape(inner)
+        scaled = noise(spread, float(is_scale))[start : start + NOISE_NUMBERS]
+        return np.resize(scaled, inner)
 
     if not stacked:
         return Deferred(leaf.shape, half, lambda: values(0))
