@@ -1,6 +1,7 @@
 """MAGMA checkpoints: the published PyTorch layout to our parameters, and back, bit for bit."""
 
 import contextlib
+import functools
 import json
 import math
 import sys
@@ -47,7 +48,12 @@ CONFIG_KEY = "magma_config"
 
 def model_shapes(config: MagmaConfig) -> dict[str, Any]:
     """Shape and dtype of every parameter, without memory."""
-    return abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[1]
+    return dict(_abstract_model(config)[0])
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_model(config: MagmaConfig) -> tuple[Params, dict[str, type[nnx.Variable]]]:
+    return abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[1:]
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ def open_model_folder(folder: str | Path) -> OpenMagma:
     """
     folder = Path(folder)
     config = from_dict(MagmaConfig, read_model_json(folder)["model"], "model.json: model")
-    shapes, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[1:]
+    shapes, types = _abstract_model(config)
     params = open_params(folder)
     if misfits := [path for path in shapes if path not in params or params[path].shape != shapes[path].shape]:
         raise CheckpointError(f"{folder}: does not fit its config in {', '.join(misfits[:5])}; write it again")
@@ -250,7 +256,7 @@ def _in_stored_dtypes(shapes: Mapping[str, Any], table: Table, tensors: Mapping[
         )
     return {
         path: jax.ShapeDtypeStruct(shape.shape, next(iter(found[path])))
-        if path in found and np.issubdtype(shape.dtype, np.floating)
+        if path in found and np.issubdtype(shape.dtype, np.floating) and "float" in next(iter(found[path])).name
         else shape
         for path, shape in shapes.items()
     }

@@ -59,18 +59,18 @@ def write_arrays(
         ocp.save(folder, nest({path: np.zeros(1, np.dtype(leaf.dtype)) for path, leaf in params.items()}))
     if not is_main():  # Orbax lets no process save alone; all the rest is the first one's
         return
-    places = _places(folder)
+    places = _places(folder, params)
     stores = {path: _create(places[path], leaf) for path, leaf in params.items()}
     pieces = sorted(itertools.chain.from_iterable(_pieces(path, leaf) for path, leaf in params.items()))
     waiting: deque[tuple[Any, int]] = deque()
     for _, path, row in pieces:
         leaf = params[path]
-        array = np.ascontiguousarray(read_array(leaf) if row is None else read_row(leaf, row))
+        array = np.asarray(read_array(leaf) if row is None else read_row(leaf, row), order="C")
         shape = tuple(leaf.shape) if row is None else tuple(leaf.shape[1:])
-        if array.reshape(shape or ()).shape != shape or array.dtype != leaf.dtype:
+        if array.shape != shape or array.dtype != leaf.dtype:
             raise ValueError(f"{path}: announced as {shape} {leaf.dtype}, read as {array.shape} {array.dtype}")
-        store = stores[path] if row is None else stores[path][row]
-        write = store.write(array.reshape(shape), can_reference_source_data_indefinitely=True)
+        store = stores[path].result() if row is None else stores[path].result()[row]
+        write = store.write(array, can_reference_source_data_indefinitely=True)
         waiting.append((write, array.nbytes))
         while waiting and sum(nbytes for _, nbytes in waiting) > _IN_FLIGHT_NBYTES:
             _finish(waiting, progress)
@@ -114,15 +114,15 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _places(folder: Path) -> dict[str, Path]:
+def _places(folder: Path, params: Mapping[str, Any]) -> dict[str, Path]:
     """Path of a parameter to its folder of zarr format 2."""
     found = {file.parent.name.replace(".", "/"): file.parent for file in folder.glob("*/*/.zarray")}
-    if found.keys() != array_shapes(folder).keys():
+    if found.keys() != params.keys():
         raise RuntimeError(f"{folder}: this release of orbax-checkpoint lays arrays out in another way")
     return found
 
 
-def _create(place: Path, leaf: Any) -> ts.TensorStore:
+def _create(place: Path, leaf: Any) -> ts.Future:
     return ts.open(
         {
             "driver": "zarr",
@@ -136,7 +136,7 @@ def _create(place: Path, leaf: Any) -> ts.TensorStore:
         chunk_layout=ts.ChunkLayout(chunk_shape=_chunk_shape(leaf)),
         create=True,
         delete_existing=True,
-    ).result()
+    )
 
 
 def _chunk_shape(leaf: Any) -> tuple[int, ...]:

@@ -1,48 +1,25 @@
 """PyTorch file to model folder and back: the same keys in the same order, the same bits; and what is refused."""
 
 import dataclasses
+import hashlib
 import json
-import pickle
 import shutil
-import zipfile
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
+from magma_jax.convert import magma
 from magma_jax.convert.__main__ import main
-from magma_jax.convert.magma import from_torch, read_torch_magma, to_torch
-from magma_jax.convert.torch_reader import open_torch_file, state_dict
-from magma_jax.convert.torch_writer import write_torch_file
+from magma_jax.convert.compare import compare_checkpoints
+from magma_jax.convert.magma import from_torch, open_model_folder, read_torch_magma, to_safetensors, to_torch
+from magma_jax.convert.torch_reader import open_torch_file
 from magma_jax.convert.verify import read_model_config
-from magma_jax.training import setup
+from magma_jax.version import __version__
 from tests import tiny
+from tests.convert.checkpoints import contents, rewrite
 
 CASES = ["none", "v1_mlp_normal", "v2_mlp_attn_normal", "mlp_parallel", "scaled_parallel_ln", "vit_mlp_normal"]
-
-
-def contents(path):
-    """Counters and tensors as bytes, in the file's order."""
-    with open_torch_file(path) as file:
-        tensors, counters = state_dict(file.tree)
-        bits = [(key, t.dtype, t.shape, np.ascontiguousarray(t.read()).tobytes()) for key, t in tensors.items()]
-        groups = {}
-        for key, tensor in tensors.items():
-            groups.setdefault(tensor.alias_key, set()).add(key)
-        return counters, bits, sorted(map(sorted, groups.values()))
-
-
-def rewrite(source, target, change):
-    """Copies a checkpoint after ``change(module)``."""
-    with open_torch_file(source) as file:
-        tree = dict(file.tree)
-        # Names of one storage stay names of one array.
-        arrays = {}
-        for tensor in tree["module"].values():
-            arrays.setdefault(tensor.alias_key, np.array(tensor.read()))
-        tree["module"] = {key: arrays[tensor.alias_key] for key, tensor in tree["module"].items()}
-    change(tree["module"])
-    write_torch_file(target, tree)
-    return target
 
 
 def to_half(only=""):
@@ -102,88 +79,6 @@ def test_a_file_without_second_names_and_buffers_gets_none(golden, golden_checkp
     assert contents(tmp_path / "back.pt") == contents(source)
 
 
-def _missing(module):
-    del module["image_prefix.proj.bias"]
-    del module["lm.transformer.h.1.ln_1.bias"], module["transformer.1.ln_1.bias"]
-
-
-def _extra(module):
-    module["lm.transformer.h.0.new.weight"] = np.zeros(3, np.float32)
-
-
-def _wrong_shape(module):
-    module["image_prefix.ln.weight"] = np.zeros(65, np.float32)
-
-
-def _alias_differs(module):
-    module["word_embedding.weight"] = module["word_embedding.weight"] + 1
-
-
-def _mixed_layers(module):
-    for key in ("lm.transformer.h.1.ln_1.weight", "transformer.1.ln_1.weight"):
-        module[key] = module["lm.transformer.h.1.ln_1.weight"].astype(np.float16)
-
-
-def _not_magma(module):
-    for key in [key for key in module if key.startswith("lm.")]:
-        del module[key]
-
-
-@pytest.mark.parametrize(
-    ("change", "messages"),
-    [
-        (_missing, ["image_prefix.proj.bias", "lm.transformer.h.{layer}.ln_1.bias", "missing [1]"]),
-        (_extra, ["keys that no rule knows", "lm.transformer.h.0.new.weight"]),
-        (_wrong_shape, ["wrong shapes", "image_prefix.ln.weight"]),
-        (_alias_differs, ["aliases that differ", "word_embedding.weight"]),
-        (_mixed_layers, ["different dtypes", "lm.transformer.h.1.ln_1.weight"]),
-        (_not_magma, ["not a MAGMA checkpoint"]),
-    ],
-)
-def test_tensors_that_do_not_fit(change, messages, golden, golden_checkpoint, tmp_path, capsys):
-    bad = rewrite(golden_checkpoint("v1_mlp_normal"), tmp_path / "bad.pt", change)
-    error = refused(bad, tmp_path, golden, capsys)
-    for message in ["bad.pt", *messages]:
-        assert message in error
-
-
-def refused(bad, tmp_path, golden, capsys):
-    """Converts, expects exit status 2 and nothing written, returns the message."""
-    before = sorted(tmp_path.iterdir())
-    config = str(golden / "v1_mlp_normal.json")
-    assert main(["from-torch", str(bad), str(tmp_path / "out"), "--model-config", config]) == 2
-    assert sorted(tmp_path.iterdir()) == before
-    return capsys.readouterr().err
-
-
-class _CallsAFunction:
-    def __reduce__(self):
-        return print, ("executed",)
-
-
-def test_files_that_are_no_checkpoints(golden, golden_checkpoint, tmp_path, capsys):
-    whole = golden_checkpoint("none").read_bytes()
-    files = {
-        "page.pt": (b"<!DOCTYPE html><html>Sign in</html>", "web page"),
-        "empty.pt": (b"", "empty"),
-        "cut.pt": (whole[: len(whole) // 2], "cut short"),
-        "text.pt": (b"hello", "no PyTorch checkpoint"),
-    }
-    for name, (content, message) in files.items():
-        (tmp_path / name).write_bytes(content)
-        error = refused(tmp_path / name, tmp_path, golden, capsys)
-        assert error.startswith(f"error: {tmp_path / name}: ")
-        assert message in error
-        assert error.count("\n") == 1
-
-    with zipfile.ZipFile(tmp_path / "call.pt", "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({"module": _CallsAFunction()}, protocol=2))
-        archive.writestr("archive/version", "3\n")
-    error = refused(tmp_path / "call.pt", tmp_path, golden, capsys)
-    assert "call.pt" in error
-    assert "executed" not in error
-
-
 def test_existing_output_stays_untouched(golden, golden_checkpoint, tmp_path, capsys):
     config = golden / "none.json"
     from_torch(golden_checkpoint("none"), tmp_path / "model", read_model_config(config))
@@ -231,3 +126,53 @@ def test_what_is_no_weight_and_no_number_is_left_out_and_named(golden_checkpoint
     from_torch(tmp_path / "with_set.pt", tmp_path / "out", config)
     assert "not kept, since no weights: names" in capsys.readouterr().err
     to_torch(tmp_path / "out", tmp_path / "back.pt")
+
+
+def test_through_safetensors(golden, golden_checkpoint, tmp_path):
+    source = golden_checkpoint("v2_mlp_attn_normal")
+    from_torch(source, tmp_path / "model", read_model_config(golden / "v2_mlp_attn_normal.json"))
+    to_safetensors(tmp_path / "model", tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", "np") as file:
+        assert not any(key.startswith("transformer.") or key.endswith("masked_bias") for key in file.keys())  # noqa: SIM118
+        assert json.loads(file.metadata()["magma_config"])["lm"]["layers"] == 3
+    # The config travels in the file, and no buffer has to tell it.
+    config = from_torch(tmp_path / "x.safetensors", tmp_path / "again")
+    assert config == open_model_folder(tmp_path / "model").config
+    assert compare_checkpoints(tmp_path / "model", tmp_path / "again").ok
+    to_torch(tmp_path / "again", tmp_path / "back.pt")
+    assert compare_checkpoints(tmp_path / "back.pt", source).ok
+
+
+def test_model_json_tells_the_source(golden, golden_checkpoint, tmp_path):
+    source = golden_checkpoint("none")
+    from_torch(source, tmp_path / "model", read_model_config(golden / "none.json"))
+    metadata = json.loads((tmp_path / "model" / "model.json").read_text())
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert metadata["source"] == {"file": source.name, "sha256": {source.name: digest}}
+    assert metadata["magma_jax"] == __version__
+
+
+def test_an_interrupted_conversion_can_be_run_again(golden, golden_checkpoint, tmp_path, monkeypatch):
+    config = read_model_config(golden / "none.json")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(magma, "gpt2_tokenizer", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            from_torch(golden_checkpoint("none"), tmp_path / "model", config)
+    assert not any(tmp_path.iterdir())
+    # As a killed process leaves it.
+    (tmp_path / ".model.partial" / "params").mkdir(parents=True)
+    from_torch(golden_checkpoint("none"), tmp_path / "model", config)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_without_room(golden, golden_checkpoint, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    command = ["from-torch", str(golden_checkpoint("none")), str(tmp_path / "model")]
+    assert main([*command, "--model-config", str(golden / "none.json")]) == 2
+    assert "but only 0.00 GB are free" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
