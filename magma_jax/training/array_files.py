@@ -79,13 +79,20 @@ def write_arrays(
 
 
 def open_arrays(folder: Path) -> dict[str, Deferred]:
-    """Every array of a folder that Orbax or ``write_arrays`` wrote, unread; stacks can be read row by row."""
-    return {path: _deferred(_open(folder, path)) for path in array_shapes(folder)}
-
-
-def array_shapes(folder: Path) -> dict[str, Any]:
-    """Shape and dtype of every array by path."""
-    return flatten(ocp.metadata(folder).metadata)
+    """Every array of a folder that Orbax or ``write_arrays`` wrote, unread; stacks can be read layer by layer."""
+    (metadata,) = folder.glob("*/_METADATA")
+    layout = json.loads(metadata.read_text())
+    driver = "zarr3" if layout["use_zarr3"] else "zarr"
+    base = {"driver": "file", "path": f"{metadata.parent}/"}
+    stores = {}
+    for entry in layout["tree_metadata"].values():
+        keys = [key["key"] for key in entry["key_metadata"]]
+        name = ".".join(keys)
+        kvstore = {"driver": "file", "path": f"{metadata.parent}/{name}/"}
+        if layout["use_ocdbt"]:  # one database of all arrays, as Orbax writes by default
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        stores["/".join(keys)] = ts.open({"driver": driver, "kvstore": kvstore}, read=True, open=True)
+    return {path: _deferred(store.result()) for path, store in stores.items()}
 
 
 def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], stored: Mapping[str, Any]) -> Params:
@@ -167,18 +174,6 @@ def _finish(waiting: deque[tuple[Any, int]], progress: Callable[[int], None]) ->
     write, nbytes = waiting.popleft()
     write.result()
     progress(nbytes)
-
-
-def _open(folder: Path, path: str) -> ts.TensorStore:
-    (metadata,) = folder.glob("*/_METADATA")
-    layout = json.loads(metadata.read_text())
-    name = path.replace("/", ".")
-    kvstore: dict[str, Any] = {"driver": "file", "path": f"{metadata.parent}/{name}/"}
-    if layout["use_ocdbt"]:  # as ocp.save lays out by default
-        base = {"driver": "file", "path": f"{metadata.parent}/"}
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-    driver = "zarr3" if layout["use_zarr3"] else "zarr"
-    return ts.open({"driver": driver, "kvstore": kvstore}, read=True, open=True).result()
 
 
 def _deferred(store: ts.TensorStore) -> Deferred:

@@ -8,7 +8,6 @@ A folder may lack parameters and say in ``model.json`` which folder has them, it
 language model. A folder appears under its final name only when it is whole.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from magma_jax.convert.deferred import Deferred
 from magma_jax.distributed import barrier, is_main
 from magma_jax.nn.modules import Params
 from magma_jax.output import OutputError, partial_name, whole_output
-from magma_jax.training.array_files import array_shapes, open_arrays, read_arrays, write_arrays
+from magma_jax.training.array_files import open_arrays, read_arrays, write_arrays
 
 MODEL_FILE = "model.json"
 PARAMS = "params"
@@ -145,13 +144,7 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
     Raises:
         CheckpointError: a path is missing in the folder, or has another shape; or the base is missing.
     """
-    folder = Path(path).absolute() / PARAMS
-    if not folder.is_dir():
-        raise CheckpointError(f"{path}: not a model folder (no {PARAMS}/)")
-    try:
-        stored = array_shapes(folder)
-    except Exception as error:  # Orbax raises whatever its storage layer met
-        raise damaged(folder, error) from error
+    stored = _open_own_params(path)
     absent = {name: shape for name, shape in shapes.items() if name not in stored}
     if absent and (base := base_folder(path)):
         inherited = read_params(base, absent)
@@ -165,9 +158,10 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
     ]
     if problems:
         raise CheckpointError(f"{path}: does not fit the model: " + "; ".join(problems))
+    folder = Path(path).absolute() / PARAMS
     try:
         return read_arrays(folder, {name: with_sharding(shape) for name, shape in shapes.items()}, stored)
-    except Exception as error:
+    except Exception as error:  # as Orbax does
         raise damaged(folder, error) from error
 
 
@@ -177,21 +171,18 @@ def open_params(path: str | Path) -> dict[str, Deferred]:
     Raises:
         CheckpointError: not a model folder, or a damaged one.
     """
+    base = base_folder(path)
+    return (open_params(base) if base else {}) | _open_own_params(path)
+
+
+def _open_own_params(path: str | Path) -> dict[str, Deferred]:
     folder = Path(path).absolute() / PARAMS
     if not folder.is_dir():
         raise CheckpointError(f"{path}: not a model folder (no {PARAMS}/)")
-    base = base_folder(path)
-    inherited = open_params(base) if base else {}
     try:
-        return inherited | open_arrays(folder)
-    except Exception as error:
+        return open_arrays(folder)
+    except Exception as error:  # TensorStore raises whatever it met
         raise damaged(folder, error) from error
-
-
-def _identity(folder: str | Path) -> str:
-    # The metadata tells the sources by their hashes, the seed and the config; the parameters follow from these.
-    read_model_json(folder)
-    return hashlib.sha256((Path(folder) / MODEL_FILE).read_bytes()).hexdigest()
 
 
 def damaged(folder: Path, error: Exception) -> CheckpointError:

@@ -15,6 +15,7 @@ from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.magma import from_torch, open_model_folder, read_torch_magma, to_safetensors, to_torch
 from magma_jax.convert.torch_reader import open_torch_file
 from magma_jax.convert.verify import read_model_config
+from magma_jax.training import setup
 from magma_jax.version import __version__
 from tests import tiny
 from tests.convert.checkpoints import contents, rewrite

@@ -12,7 +12,7 @@ from magma_jax.convert.deferred import Deferred
 from magma_jax.nn.modules import nest
 from magma_jax.sharding import MeshConfig, make_mesh
 from magma_jax.training import array_files
-from magma_jax.training.array_files import array_shapes, flatten, open_arrays, read_arrays, write_arrays
+from magma_jax.training.array_files import flatten, open_arrays, read_arrays, write_arrays
 
 PARAMS = {
     "lm/layers/weight": np.arange(3 * 16 * 8, dtype=np.float16).reshape(3, 16, 8),
@@ -49,14 +49,13 @@ def test_orbax_reads_what_was_written(tmp_path):
 @pytest.mark.usefixtures("small_chunks")
 def test_on_any_mesh_and_in_another_dtype(tmp_path):
     write_arrays(tmp_path / "x", PARAMS)
-    stored = array_shapes(tmp_path / "x")
     mesh = make_mesh(MeshConfig(fsdp=4, model=2))
     spec = PartitionSpec(None, ("fsdp", "model"))
     wanted = {
         "lm/layers/weight": jax.ShapeDtypeStruct((3, 16, 8), jnp.bfloat16, sharding=NamedSharding(mesh, spec)),
         "lm/wte": jax.ShapeDtypeStruct((10, 4), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())),
     }
-    loaded = read_arrays(tmp_path / "x", wanted, stored)
+    loaded = read_arrays(tmp_path / "x", wanted, open_arrays(tmp_path / "x"))
     assert {path: leaf.sharding for path, leaf in loaded.items()} == {p: w.sharding for p, w in wanted.items()}
     assert loaded["lm/layers/weight"].addressable_shards[0].data.shape == (3, 2, 8)
     assert_same(loaded, {path: PARAMS[path].astype(leaf.dtype) for path, leaf in wanted.items()})
