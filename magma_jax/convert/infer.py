@@ -126,7 +126,7 @@ def encoder_config(
     """
     if f"{root}layer1.0.conv1.weight" in tensors:
         blocks = tuple(_count(tensors, rf"{re.escape(root)}layer{i}\.(\d+)\.conv1\.weight") for i in range(1, 5))
-        width = _shape(tensors, f"{root}conv3.weight")[0]
+        width = _shape(tensors, f"{root}conv3.weight", 4)[0]
         sizes = {(c.blocks, c.width): c for c in CLIP_RESNETS.values()}
         published = sizes.get((blocks, width))
         if published is None and "res" not in known:
@@ -137,7 +137,7 @@ def encoder_config(
         base = published or CLIPResNetConfig(blocks, width)
         return dataclasses.replace(base, image_size=int(known.get("res", base.image_size)))
     if f"{root}class_embedding" in tensors:
-        width, _, patch, _ = _shape(tensors, f"{root}conv1.weight")
+        width, _, patch, _ = _shape(tensors, f"{root}conv1.weight", 4)
         pooled = f"{root}proj" in tensors and features not in (None, width)
         side = round((_shape(tensors, f"{root}positional_embedding")[0] - 1) ** 0.5)
         return CLIPViTConfig(
@@ -153,8 +153,8 @@ def encoder_config(
         stages = range(4)
         return NFResNetConfig(
             blocks=tuple(_count(tensors, rf"{re.escape(root)}0\.1\.{i}\.(\d+)\.conv1\.weight") for i in stages),
-            stage_channels=tuple(_shape(tensors, f"{root}0.1.{i}.0.conv3.weight")[0] for i in stages),
-            stem_channels=_shape(tensors, f"{root}0.0.conv.weight")[0],
+            stage_channels=tuple(_shape(tensors, f"{root}0.1.{i}.0.conv3.weight", 4)[0] for i in stages),
+            stem_channels=_shape(tensors, f"{root}0.0.conv.weight", 4)[0],
             image_size=int(known.get("res", NFResNetConfig.image_size)),
         )
     raise InferenceError(f"{root}* is neither a CLIP ResNet, a CLIP ViT nor an NF-ResNet")
@@ -165,7 +165,10 @@ def _count(tensors: Mapping[str, Any], pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
-def _shape(tensors: Mapping[str, Any], key: str) -> tuple[int, ...]:
+def _shape(tensors: Mapping[str, Any], key: str, axes: int = 2) -> tuple[int, ...]:
     if key not in tensors:
         raise InferenceError(f"the tensor {key} is missing")
-    return tuple(tensors[key].shape)
+    shape = tuple(tensors[key].shape)
+    if len(shape) != axes:
+        raise InferenceError(f"the tensor {key} has shape {list(shape)}, but should have {axes} axes")
+    return shape
