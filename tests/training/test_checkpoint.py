@@ -88,6 +88,21 @@ def test_everything_comes_back_on_any_mesh(tmp_path):
         assert restored.key.sharding.is_equivalent_to(whole, 0)
 
 
+def test_a_save_holds_its_step_though_the_next_steps_reuse_its_memory(tmp_path):
+    # Random and large enough to be written while the steps run.
+    trainable = {"lm/layers/attn/q_proj/weight": jax.random.normal(jax.random.key(0), (4, 1024, 1024))}
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = step(init_state(trainable, {}, OPTIMIZER))
+    wanted = np.array(state.trainable["lm/layers/attn/q_proj/weight"])
+    with RunCheckpoints(tmp_path, writing=True) as checkpoints:
+        checkpoints.save(Snapshot(state, jax.random.key(0), {}))
+        for _ in range(4):
+            state = step(state)
+    with RunCheckpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(state, jax.random.key(0)).state
+    np.testing.assert_array_equal(restored.trainable["lm/layers/attn/q_proj/weight"], wanted)
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     best = BestStep()
     snapshots = []
@@ -233,5 +248,7 @@ def test_a_failed_save_is_raised_and_costs_no_older_step(workdir, monkeypatch, c
         with pytest.raises(CheckpointError, match=r"/5: could not be saved .*No space left"):
             outlive(checkpoints)
     assert "Traceback" not in capfd.readouterr().err
-    _assert_equal(_restore(workdir, writing=True), _snapshot(4))
-    assert _steps(workdir) == ["3", "4"]
+    _assert_equal(_restore(workdir), _snapshot(4))
+    monkeypatch.undo()
+    _save(workdir, _snapshot(6), keep=3)
+    assert _steps(workdir) == ["3", "4", "6"]
