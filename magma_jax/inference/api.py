@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from magma_jax.compile import jit
 from magma_jax.config import from_dict
 from magma_jax.convert.hub import local_path
 from magma_jax.convert.magma import read_torch_magma
@@ -291,12 +292,12 @@ def _pad_to_bucket(embeddings: Float[Array, "B S D"]) -> Float[Array, "B S2 D"]:
     return jnp.pad(embeddings, ((0, 0), (0, bucket - length), (0, 0)))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "compat", "eos_id", "return_logits"))
+@jit(static_argnames=("graphdef", "max_new_tokens", "compat", "eos_id", "return_logits"))
 def _generate(graphdef, params, embeddings, lengths, keys, **options) -> Generation:
     return generate(merge(graphdef, params).lm, embeddings, lengths, keys, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "outputs"))
+@jit(static_argnames=("graphdef", "outputs"))
 def _forward(graphdef, params, embeddings, outputs) -> ForwardOutput:
     model = merge(graphdef, params)
     collect = tuple(name for name, wanted in zip(("out", "attentions"), outputs, strict=True) if wanted)
@@ -308,11 +309,11 @@ def _forward(graphdef, params, embeddings, outputs) -> ForwardOutput:
     return ForwardOutput(model.logits(output.hidden), hidden_states, output.collected.get("attentions"))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
+@jit(static_argnames=("graphdef",))
 def _encode(graphdef, params, images):
     return merge(graphdef, params).encode_images(images)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
+@jit(static_argnames=("graphdef",))
 def _project(graphdef, params, features):
     return merge(graphdef, params).embed_features(features)

@@ -1,0 +1,40 @@
+"""Programs on weights of half precision: the temporaries stay far below the weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from magma_jax.convert.magma import model_shapes
+from magma_jax.inference import api
+from magma_jax.inference.sampling import SamplingConfig, sampling_rows
+from magma_jax.training.model_folder import in_dtype, nbytes_of
+from tests import tiny
+
+LM = dataclasses.replace(tiny.MODEL.lm, layers=24, width=128, feed_forward=512, heads=2)
+CONFIG = dataclasses.replace(tiny.MODEL, lm=LM, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("program", ["forward", "generate"])
+def test_layers_are_widened_one_at_a_time(program):
+    params = in_dtype(model_shapes(CONFIG), jnp.bfloat16)
+    embeddings = jax.ShapeDtypeStruct((1, 32, LM.width), jnp.bfloat16)
+    graphdef = api._graphdef(CONFIG)
+    if program == "forward":
+        lowered = api._forward.lower(graphdef, params, embeddings, (False, False))
+    else:
+        lowered = api._generate.lower(
+            graphdef,
+            params,
+            embeddings,
+            jnp.array([20]),
+            jax.random.split(jax.random.key(0), 1),
+            max_new_tokens=3,
+            sampling=sampling_rows([SamplingConfig()]),
+            compat=None,
+            eos_id=0,
+            return_logits=False,
+        )
+    temporaries = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < nbytes_of(params) / 3
