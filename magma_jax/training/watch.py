@@ -148,8 +148,13 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         # disable=None: a bar on a terminal, nothing elsewhere, where lines tell instead.
-        disable = None if self._main else True
-        self._bar = tqdm(total=self._run.config.steps, initial=self._first, unit="step", disable=disable)
+        self._bar = tqdm(
+            total=self._run.config.steps,
+            initial=self._first,
+            bar_format="{n}/{total} |{bar}| {elapsed}<{remaining}{postfix}",
+            dynamic_ncols=True,
+            disable=None if self._main else True,
+        )
         self._meter = Meter()
         return self
 
@@ -182,19 +187,19 @@ class Watch:
         return samples * jax.process_count(), tokens * jax.process_count(), self._flops[length]
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
-        parts = [f"loss {values['loss']:.3f}"]
-        left = ""
+        loss, steps = f"loss {values['loss']:.3f}", self._run.config.steps
+        short, long = [loss], [f"step {step}/{steps}", loss]
         if "step_seconds" in values:
-            parts.append(f"{values['samples_per_second']:.0f} samples/s")
-            parts.append("{:.3g}{} tokens/s".format(*scaled(values["tokens_per_second"])))
+            samples, wait = f"{values['samples_per_second']:.0f} samples/s", f"data wait {values['input_wait']:.0%}"
+            tokens = "{:.3g}{} tokens/s".format(*scaled(values["tokens_per_second"]))
             flops = "{:.3g} {}FLOP/s".format(*scaled(values["model_flops_per_second"]))
-            parts.append(f"MFU {values['mfu']:.1%}" if "mfu" in values else flops)
-            parts.append(f"data wait {values['input_wait']:.0%}")
-            steps = self._run.config.steps - step
-            left = duration(steps * values["step_seconds"]) + " left" if steps else ""
-        self._bar.set_postfix_str(", ".join(parts))
-        if self._main and self._bar.disable:
-            self._say("  ".join([f"step {step}/{self._run.config.steps}", *parts, left]).rstrip())
+            mfu = [f"MFU {values['mfu']:.1%}"] if "mfu" in values else []
+            short += [samples, *mfu, wait]
+            long += [samples, tokens, flops, *mfu, wait]
+            long += [duration((steps - step) * values["step_seconds"]) + " left"] if step < steps else []
+        self._bar.set_postfix_str(", ".join(short))
+        if self._bar.disable:
+            self._say("  ".join(long))
 
     def _summary(self) -> None:
         total, meter = self._meter.total, self._meter

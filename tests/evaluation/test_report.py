@@ -140,6 +140,17 @@ def test_curves_have_labelled_axes(tmp_path, evaluation, metrics):
     assert {"loss (nats a token)", "samples/s", "step"} <= set(page.text)
 
 
+def test_a_run_that_was_validated_has_that_curve_too(tmp_path, evaluation, metrics):
+    with metrics.open("a") as file:
+        file.write('{"step": 4, "validation_loss": 2.0}\n{"step": 8, "validation_loss": 1.5}\n')
+    labels = [svg["aria-label"] for svg in Page(report(tmp_path, evaluation, metrics)).all("svg")]
+    assert labels == [
+        "loss (nats a token) over step",
+        "validation loss (nats a token) over step",
+        "samples/s over step",
+    ]
+
+
 def test_a_resumed_run_draws_each_step_once_and_half_a_line_is_counted(tmp_path, evaluation, metrics):
     with metrics.open("a") as file:
         file.write('{"step": 9, "lo')
