@@ -16,7 +16,7 @@ import optax
 from tqdm import tqdm
 
 from magma_jax.config import to_dict
-from magma_jax.distributed import say
+from magma_jax.distributed import is_main, say
 from magma_jax.training.flops import peak_flops, step_flops
 from magma_jax.training.metrics import METRICS_FILE, TENSORBOARD, JsonLines, TensorBoard, Wandb, Writer, Writers
 from magma_jax.training.optim import make_schedule
@@ -51,11 +51,11 @@ class Watch:
         self._run, config = run, run.config
         self.counts: Callable[[], dict[str, int]] = dict
         self._first = int(run.state.step)
-        self._main = jax.process_index() == 0
+        self._main = is_main()
         self._sampler = Sampler(run, writing=self._main) if config.watch.samples_every else None
         tensorboard = run.workdir / TENSORBOARD
         profile = profile if self._main else None
-        self._profiler = Profiler(profile, tensorboard, done=self._first, end=config.steps, say=self._say)
+        self._profiler = Profiler(profile, tensorboard, done=self._first, end=config.steps, say=say)
         writing = self._main and self._first < config.steps
         self._writers, self._seconds_before = _open_writers(run) if writing else (Writers([]), 0.0)
         mesh = run.program.mesh
@@ -112,7 +112,7 @@ class Watch:
             self._compile_started = None
             self._compile_seconds += seconds
             self._unwritten["compile_seconds"] = self._unwritten.get("compile_seconds", 0.0) + seconds
-            self._say(f"step {step} took {duration(seconds)}, compilation included")
+            say(f"step {step} took {duration(seconds)}, compilation included")
         self.flush()
         if self._profiler.ends(step):
             with self.paused():
@@ -170,7 +170,7 @@ class Watch:
             self._summary()
 
     def _size(self) -> tuple[int, int, int]:
-        """Samples, tokens and operations of the batch; what other processes hold is taken to be as much as here."""
+        """Samples, tokens and operations of the batch; what other processes hold is reckoned from the rows here."""
         config, program = self._run.config, self._run.program
         length = self._batch["tokens"].shape[1]
         if length not in self._flops:
@@ -184,7 +184,8 @@ class Watch:
                 cached_features="features" in self._batch,
             ).total
         samples, tokens = count_batch(self._batch, self._run.dataset.tokenizer.pad_id)
-        return samples * jax.process_count(), tokens * jax.process_count(), self._flops[length]
+        share = len(self._batch["tokens"]) / config.batch_size
+        return round(samples / share), round(tokens / share), self._flops[length]
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         loss, steps = f"loss {values['loss']:.3f}", self._run.config.steps
@@ -199,7 +200,7 @@ class Watch:
             long += [duration((steps - step) * values["step_seconds"]) + " left"] if step < steps else []
         self._bar.set_postfix_str(", ".join(short))
         if self._bar.disable:
-            self._say("  ".join(long))
+            say("  ".join(long))
 
     def _summary(self) -> None:
         total, meter = self._meter.total, self._meter
@@ -207,15 +208,11 @@ class Watch:
         if not total.steps or training <= 0:
             return
         tokens = "{:.3g}{}".format(*scaled(total.tokens / training))
-        self._say(
+        say(
             f"steps {self._first + 1} to {int(self._run.state.step)} took {duration(meter.elapsed)}: "
             f"{total.samples / training:.0f} samples/s, {tokens} tokens/s; beside that "
             f"{duration(self._compile_seconds)} compiling, {duration(meter.paused_seconds)} samples and checkpoints"
         )
-
-    def _say(self, message: str) -> None:
-        if self._main:
-            say(message)
 
 
 def _open_writers(run: Run) -> tuple[Writers, float]:

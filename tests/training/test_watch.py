@@ -154,6 +154,14 @@ def test_a_loss_that_is_no_number_is_left_out_of_json(make_run):
     assert lines(run)[0]["grad_norm"] == 1.0
 
 
+def test_a_process_that_holds_half_of_the_rows_counts_all(make_run):
+    run = make_run(steps=4, batch_size=8)
+    drive(run)
+    for line in lines(run):
+        assert line["samples_per_second"] * line["step_seconds"] == pytest.approx(8)
+        assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(48)
+
+
 def test_another_process_writes_nothing(make_run, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     run = make_run(steps=4)
