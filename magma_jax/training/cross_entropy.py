@@ -106,11 +106,11 @@ def _losses(logits, labels):
     # devices, picking would gather the logits.
     is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
     largest = logits.max(-1)
-    exponentials = jnp.exp(logits - largest[..., None])
-    total = exponentials.sum(-1)
+    log_total = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(-1))
     label_logit = jnp.where(is_label, logits, 0).sum(-1)
-    loss = jnp.where(counted, jnp.log(total) + largest - label_logit, 0).sum()
-    gradient = jnp.where(counted[..., None], exponentials / total[..., None] - is_label, 0)
+    loss = jnp.where(counted, log_total - label_logit, 0).sum()
+    # Exponentials anew: keeping those above would cost as much memory as the logits.
+    gradient = jnp.where(counted[..., None], jnp.exp(logits - log_total[..., None]) - is_label, 0)
     return loss, jnp.sum(counted & (label_logit >= largest)), gradient
 
 
