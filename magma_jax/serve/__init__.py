@@ -1,0 +1,1 @@
+"""The server: the OpenAI chat-completions shape over continuous batching, and a page to try it."""

@@ -1,0 +1,78 @@
+"""Serves a checkpoint.
+
+    python -m magma_jax.serve --checkpoint runs/quickstart
+    python -m magma_jax.serve --checkpoint runs/quickstart --host 0.0.0.0 --api-key-file key.txt
+
+OpenAI's chat completions at /v1/chat/completions, a page to try it at /, /health and /metrics.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from magma_jax.inference.api import Magma
+from magma_jax.inference.engine import Engine, EngineConfig
+
+
+def main() -> None:
+    """Reads the command line, loads and serves until it is told to stop."""
+    try:
+        import uvicorn
+
+        from magma_jax.serve.app import ServerConfig, create_app
+        from magma_jax.serve.fetch import FetchRules
+        from magma_jax.serve.pictures import PictureRules
+    except ModuleNotFoundError as error:
+        sys.exit(f"magma_jax.serve: {error.name} is missing; pip install fastapi uvicorn prometheus_client")
+    arguments = _parser().parse_args()
+    try:
+        key = arguments.api_key_file.read_text().strip() if arguments.api_key_file else None
+        if key == "":
+            raise ValueError(f"{arguments.api_key_file}: holds no key")
+        fetch = FetchRules(tuple(arguments.allow_domain)) if arguments.allow_domain else None
+        rules = PictureRules(arguments.max_pictures, folder=arguments.folder, fetch=fetch)
+        config = ServerConfig(
+            arguments.name or Path(arguments.checkpoint).name,
+            key,
+            timeout=arguments.timeout,
+            pictures=rules,
+        )
+        sizes = EngineConfig(arguments.slots, arguments.context, queue=arguments.queue)
+        model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype)
+    except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
+        sys.exit(f"magma_jax.serve: {error}")
+    app = create_app(Engine(model, sizes), config)
+    print(f"compiling, then serving {config.model} on http://{arguments.host}:{arguments.port}", file=sys.stderr)
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        log_level="warning",
+        timeout_graceful_shutdown=int(arguments.timeout),
+        timeout_keep_alive=10,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m magma_jax.serve", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="run folder, model folder, or PyTorch checkpoint")
+    parser.add_argument("--name", help="of the model in the API; default: the checkpoint's")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument("--dtype", help="of weights and activations, such as bfloat16")
+    parser.add_argument(
+        "--slots", type=int, default=EngineConfig.slots, help="requests at a time; default: %(default)s"
+    )
+    parser.add_argument("--context", type=int, help="positions of a request; default: the model's")
+    parser.add_argument("--queue", type=int, default=EngineConfig.queue, help="waiting at most; default: %(default)s")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take; default: %(default)s")
+    parser.add_argument("--api-key-file", type=Path, help="file with the key that every route asks for")
+    parser.add_argument("--max-pictures", type=int, default=16, help="in a request; default: %(default)s")
+    parser.add_argument("--folder", type=Path, help="pictures below it may be named by file: URLs")
+    parser.add_argument("--allow-domain", nargs="*", default=[], help="hosts that pictures are fetched from")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Fetches a picture by URL without being made to reach what the server can reach and its callers must not.
+
+Every hop is checked: scheme, domain, and the address that is then connected to, so that neither a redirect nor a name
+that resolves differently the second time leads inside. Time and size are bounded while the body comes in.
+"""
+
+import contextlib
+import dataclasses
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from urllib.parse import urljoin, urlsplit
+
+# What is not a public host although ``ipaddress`` calls it global, or hides another address inside.
+_TUNNELS = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "2002::/16",  # 6to4
+        "2001::/32",  # Teredo
+        "64:ff9b::/96",  # NAT64
+        "64:ff9b:1::/48",  # NAT64, local use
+        "::ffff:0:0/96",  # IPv4-mapped
+        "::/96",  # IPv4-compatible
+    )
+)
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_CHUNK = 64 * 1024
+
+Resolver = Callable[[str, int], Sequence[str]]
+
+
+class FetchError(ValueError):
+    """A picture that was not fetched: one line that says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchRules:
+    """What may be fetched.
+
+    Attributes:
+        domains: hosts, each with its subdomains; nothing else is ever contacted.
+        max_bytes: of the body.
+        timeout: seconds for everything, redirects included.
+        redirects: at most.
+        private: lets private addresses through; for tests on loopback.
+    """
+
+    domains: tuple[str, ...] = ()
+    max_bytes: int = 10 * 2**20
+    timeout: float = 5.0
+    redirects: int = 3
+    private: bool = False
+
+
+def resolve(host: str, port: int) -> list[str]:
+    """All addresses of a host name."""
+    return [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def is_public(address: str) -> bool:
+    """Whether an address belongs to the public internet: no private, loopback, link-local, shared or tunnel range."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if any(ip in network for network in _TUNNELS if ip.version == network.version):
+        return False
+    return ip.is_global and not ip.is_multicast
+
+
+def fetch(url: str, rules: FetchRules, *, resolver: Resolver = resolve) -> bytes:
+    """The body behind a URL.
+
+    Raises:
+        FetchError: not allowed, not there, too large, too slow, or a redirect too many.
+    """
+    deadline = time.monotonic() + rules.timeout
+    for _ in range(rules.redirects + 1):
+        host, port, address = _checked(url, rules, resolver)
+        connection = _connect(url, host, port, address, deadline)
+        try:
+            response, body = _get(connection, url, rules, deadline)
+        finally:
+            connection.close()
+        if response.status in _REDIRECTS and (location := response.getheader("Location")):
+            url = urljoin(url, location)
+            continue
+        if response.status != 200:
+            raise FetchError(f"{_short(url)}: the host answered {response.status}")
+        return body
+    raise FetchError(f"{_short(url)}: more than {rules.redirects} redirects")
+
+
+def _checked(url: str, rules: FetchRules, resolver: Resolver) -> tuple[str, int, str]:
+    """Host, port and the address to connect to."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise FetchError(f"{_short(url)}: not a URL ({error})") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise FetchError(f"{_short(url)}: only http and https URLs are fetched")
+    if parts.username or parts.password:
+        raise FetchError(f"{_short(url)}: URLs with a user name are not fetched")
+    host = host.rstrip(".").lower()
+    if not any(host == domain or host.endswith(f".{domain}") for domain in rules.domains):
+        raise FetchError(f"{_short(url)}: {host} is not among the allowed domains")
+    port = port or (443 if parts.scheme == "https" else 80)
+    try:
+        addresses = list(resolver(host, port))
+    except (OSError, UnicodeError) as error:
+        raise FetchError(f"{_short(url)}: {host} cannot be resolved ({error})") from None
+    if not addresses:
+        raise FetchError(f"{_short(url)}: {host} has no address")
+    if not rules.private and not all(is_public(address) for address in addresses):
+        raise FetchError(f"{_short(url)}: {host} leads to an address that is not public")
+    return host, port, addresses[0]
+
+
+def _connect(url: str, host: str, port: int, address: str, deadline: float) -> http.client.HTTPConnection:
+    """A connection to the address that was checked, in the name of the host."""
+    try:
+        raw = socket.create_connection((address, port), timeout=_left(deadline, url))
+        if urlsplit(url).scheme == "https":
+            raw = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+    except TimeoutError:
+        raise _too_slow(url) from None
+    except OSError as error:
+        raise FetchError(f"{_short(url)}: cannot connect ({error})") from None
+    connection = http.client.HTTPConnection(host, port)
+    connection.sock = raw
+    return connection
+
+
+def _get(
+    connection: http.client.HTTPConnection, url: str, rules: FetchRules, deadline: float
+) -> tuple[http.client.HTTPResponse, bytes]:
+    parts = urlsplit(url)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    # Timeouts of a socket are for single waits, and a host may send a byte a second for ever.
+    alarm = threading.Timer(_left(deadline, url), _hang_up, [connection.sock])
+    alarm.start()
+    stack = contextlib.ExitStack()
+    stack.callback(alarm.cancel)
+    try:
+        connection.putrequest("GET", target, skip_accept_encoding=True)
+        connection.putheader("Accept", "image/*")
+        connection.putheader("Accept-Encoding", "identity")
+        connection.putheader("User-Agent", "magma_jax")
+        connection.endheaders()
+        response = connection.getresponse()
+        stack.callback(response.close)
+        if response.status != 200:
+            return response, b""
+        if response.getheader("Content-Encoding", "identity") != "identity":
+            raise FetchError(f"{_short(url)}: the host sent a compressed body")
+        declared = response.getheader("Content-Length", "0")
+        if declared.isdigit() and int(declared) > rules.max_bytes:
+            raise _too_large(url, rules)
+        body = bytearray()
+        while chunk := response.read1(_CHUNK):
+            body += chunk
+            if len(body) > rules.max_bytes:
+                raise _too_large(url, rules)
+        _left(deadline, url)  # a connection that was hung up looks like one that has ended
+        if declared.isdigit() and len(body) < int(declared):
+            raise FetchError(f"{_short(url)}: the host broke off")
+        return response, bytes(body)
+    except FetchError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        _left(deadline, url)
+        reason = " ".join(str(error).split())
+        raise FetchError(f"{_short(url)}: the host broke off or does not speak HTTP ({reason:.80})") from None
+    finally:
+        stack.close()
+
+
+def _hang_up(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
+
+
+def _left(deadline: float, url: str) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise _too_slow(url)
+    return left
+
+
+def _too_slow(url: str) -> FetchError:
+    return FetchError(f"{_short(url)}: took too long")
+
+
+def _too_large(url: str, rules: FetchRules) -> FetchError:
+    return FetchError(f"{_short(url)}: larger than the limit of {rules.max_bytes} bytes")
+
+
+def _short(url: str) -> str:
+    return url if len(url) <= 100 else f"{url[:97]}..."

@@ -1,0 +1,163 @@
+"""The OpenAI chat-completions shape: what a request may hold, and how it becomes a prompt."""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from magma_jax.inference.requests import RequestOptions
+from magma_jax.inference.sampling import SamplingConfig
+
+MAX_STOPS = 8
+MAX_CHOICES = 8
+
+
+class RequestError(ValueError):
+    """A request that cannot be served: HTTP status, one line, and the field it is about."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TextPart(_Strict):
+    """Text inside a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(_Strict):
+    """Where a picture is; ``detail`` is taken and ignored: there is one resolution."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(_Strict):
+    """A picture inside a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(_Strict):
+    """One turn; contents may mix pictures and text in any order."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+
+
+class StreamOptions(_Strict):
+    """Whether the last chunk of a stream counts tokens."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_Strict):
+    """Body of ``POST /v1/chat/completions``. ``top_k``, ``min_p`` and ``repetition_penalty`` are additions."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: bool = False
+    user: str | None = None
+
+    # Named by the standard and not served: refused unless they ask for nothing.
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    top_logprobs: int | None = None
+
+    @field_validator("temperature", "top_p", "min_p", "repetition_penalty", mode="before")
+    @classmethod
+    def _whole_numbers_are_numbers(cls, value: Any) -> Any:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _stops(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value or []
+        if len(texts) > MAX_STOPS or not all(texts):
+            raise ValueError(f"give at most {MAX_STOPS} texts, none of them empty")
+        return value
+
+    @model_validator(mode="after")
+    def _unsupported(self) -> "ChatRequest":
+        for name in ("frequency_penalty", "presence_penalty", "top_logprobs"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported; repetition_penalty and logprobs are")
+        return self
+
+    def options(self, default_tokens: int) -> list[RequestOptions]:
+        """One set of options for each of the ``n`` choices, of seeds ``seed``, ``seed + 1``, ..."""
+        sampling = SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        wanted = self.max_completion_tokens or self.max_tokens or default_tokens
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return [RequestOptions(wanted, sampling, self.seed + i, stop) for i in range(self.n)]
+
+    def items(self) -> list[str | ImageURL]:
+        """Texts and pictures in the order of the prompt.
+
+        MAGMA continues text and knows no roles: contents follow each other as they are, except that an answer is set
+        off by a space before and a line break behind, as between question and answer of a few-shot prompt.
+        """
+        items: list[str | ImageURL] = []
+        for i, message in enumerate(self.messages):
+            parts = (
+                [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+            )
+            if message.role == "assistant":
+                text = "".join(part.text for part in parts if isinstance(part, TextPart)).strip()
+                if any(isinstance(part, ImagePart) for part in parts):
+                    raise RequestError("an assistant's message holds text alone", param=f"messages.{i}.content")
+                items.append(f" {text}" + ("\n" if i + 1 < len(self.messages) else ""))
+                continue
+            items += [part.text if isinstance(part, TextPart) else part.image_url for part in parts]
+        return [item for item in items if item != ""]
+
+
+def parse(content: Any) -> ChatRequest:
+    """Checks a decoded body.
+
+    Raises:
+        RequestError: with the first thing that is wrong.
+    """
+    if isinstance(content, dict):
+        # Clients send null for what they do not set.
+        content = {key: value for key, value in content.items() if value is not None}
+    try:
+        return ChatRequest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"][:6])
+        message = first["msg"].removeprefix("Value error, ")
+        raise RequestError(f"{where}: {message}" if where else message, param=where or None) from None
+
+
+def finite(constant: str) -> Any:
+    """For ``json.loads(parse_constant=...)``: NaN and Infinity are no JSON."""
+    raise ValueError(f"{constant} is not a number of JSON")
+
+
+def probability(logprob: float) -> float:
+    """A log-probability as JSON can hold it: -inf has no place there."""
+    return logprob if math.isfinite(logprob) else -9999.0

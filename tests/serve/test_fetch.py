@@ -1,0 +1,171 @@
+"""URLs: what is refused before a connection, at the connection, and while the body comes."""
+
+import dataclasses
+import socketserver
+import threading
+import time
+
+import pytest
+
+from magma_jax.serve.fetch import FetchError, FetchRules, fetch, is_public
+
+RULES = FetchRules(domains=("pictures.example",), max_bytes=1000, timeout=0.5, redirects=3, private=True)
+
+
+def here(host, port):
+    return ["127.0.0.1"]
+
+
+INSIDE = """
+    127.0.0.1 10.0.0.1 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 255.255.255.255 ::1 ::
+    fe80::1 fc00::1 ff02::1 ::ffff:8.8.8.8 ::ffff:127.0.0.1 2002:7f00:1::1 2002:808:808::1 64:ff9b::7f00:1
+    64:ff9b::808:808 64:ff9b:1::1 2001::1 ::127.0.0.1 fe80::1%eth0 198.18.0.1 192.0.2.1
+"""
+
+
+@pytest.mark.parametrize("address", INSIDE.split())
+def test_addresses_inside_are_not_public(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111"])
+def test_addresses_outside_are(address):
+    assert is_public(address)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("ftp://pictures.example/x", "only http and https"),
+        ("http:///x", "only http and https"),
+        ("http://user:secret@pictures.example/x", "with a user name"),
+        ("http://other.example/x", "not among the allowed domains"),
+        ("http://evilpictures.example/x", "not among the allowed domains"),
+        ("http://pictures.example.evil.example/x", "not among the allowed domains"),
+        ("http://127.0.0.1/x", "not among the allowed domains"),
+        ("http://pictures.example:99999/x", "not a URL"),
+        ("http://[::1/x", "not a URL"),
+    ],
+)
+def test_urls_that_are_refused_unseen(url, says):
+    def never(host, port):
+        raise AssertionError("resolved")
+
+    with pytest.raises(FetchError, match=says):
+        fetch(url, RULES, resolver=never)
+
+
+@pytest.mark.parametrize("addresses", [["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["::ffff:10.0.0.1"], []])
+def test_a_name_that_leads_inside_is_not_connected_to(addresses):
+    rules = dataclasses.replace(RULES, private=False)
+    with pytest.raises(FetchError, match=r"not public|has no address"):
+        fetch("http://pictures.example/x", rules, resolver=lambda host, port: addresses)
+
+
+@pytest.fixture
+def host():
+    """A host that answers each request with the next of given bytes; slow ones are lists of pieces."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.server.asked.append(self.request.recv(65536).decode())
+            answer = self.server.answers.pop(0) if len(self.server.answers) > 1 else self.server.answers[0]
+            try:
+                for piece in answer if isinstance(answer, list) else [answer]:
+                    self.request.sendall(piece)
+                    if isinstance(answer, list):
+                        time.sleep(0.1)
+            except OSError:
+                pass
+
+    class Server(socketserver.ThreadingTCPServer):
+        allow_reuse_address = daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.asked = []
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+
+        def answering(*answers, path="/x.png", **changes):
+            server.answers = list(answers)
+            url = f"http://pictures.example:{server.server_address[1]}{path}"
+            return fetch(url, dataclasses.replace(RULES, **changes), resolver=here)
+
+        answering.asked = server.asked
+        yield answering
+        server.shutdown()
+        thread.join()
+
+
+def ok(body, *headers):
+    return b"\r\n".join([b"HTTP/1.1 200 OK", *headers, b"Connection: close", b"", body])
+
+
+def moved(location):
+    return f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()
+
+
+def test_a_body_is_fetched_in_the_name_of_the_host(host):
+    assert host(ok(b"picture")) == b"picture"
+    assert host.asked[0].startswith("GET /x.png HTTP/1.1\r\nHost: pictures.example")
+    assert host(ok(b"picture"), path="/x?a=1#part") == b"picture"
+    assert host.asked[1].startswith("GET /x?a=1 HTTP/1.1")
+
+
+def test_redirects_are_followed_and_checked(host):
+    assert host(moved("/y.png"), ok(b"there")) == b"there"
+    with pytest.raises(FetchError, match=r"127\.0\.0\.1 is not among the allowed domains"):
+        host(moved("http://127.0.0.1/admin"))
+    with pytest.raises(FetchError, match="only http and https"):
+        host(moved("file:///etc/passwd"))
+
+
+def test_an_endless_chain_of_redirects_ends(host):
+    asked = len(host.asked)
+    with pytest.raises(FetchError, match="more than 3 redirects"):
+        host(moved("/again"))
+    assert len(host.asked) - asked == 4
+
+
+def test_a_name_that_changes_its_mind_between_two_hops_is_caught(host):
+    answers = iter([["127.0.0.1"], ["10.0.0.1"]])
+    rules = dataclasses.replace(RULES, private=False)
+    seen = []
+
+    def changing(name, port):
+        seen.append(name)
+        return next(answers)
+
+    with pytest.raises(FetchError, match="not public"):
+        fetch("http://pictures.example/x", rules, resolver=changing)
+    # One resolution a hop, and the connection is made to what it gave.
+    assert seen == ["pictures.example"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (ok(b"x" * 2000), "larger than the limit of 1000"),
+        (ok(b"", b"Content-Length: 5000000"), "larger than the limit of 1000"),
+        (ok(b"x" * 10, b"Content-Encoding: gzip"), "compressed body"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "answered 404"),
+        (b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n", "answered 302"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP"),
+        (b"", "broke off"),
+        (ok(b"short", b"Content-Length: 500"), "broke off"),
+        ([ok(b"x")] + [b"x"] * 20, "took too long"),
+        ([b"HTTP/1.1 200 OK\r\n"] + [b"X-A: b\r\n"] * 20, "took too long"),
+    ],
+    ids=["large", "declared", "gzip", "404", "no location", "ssh", "nothing", "short", "slow body", "slow headers"],
+)
+def test_hosts_that_misbehave(host, answer, says):
+    started = time.monotonic()
+    with pytest.raises(FetchError, match=says) as error:
+        host(answer)
+    assert time.monotonic() - started < 2
+    assert "\n" not in str(error.value)
+
+
+def test_nobody_listening_is_one_line():
+    with pytest.raises(FetchError, match="cannot connect"):
+        fetch("http://pictures.example:1/x", RULES, resolver=here)

@@ -1,0 +1,306 @@
+"""The server through its socket: the official client, streams, limits, and what hostile requests get."""
+
+import base64
+import dataclasses
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from flax import nnx
+from PIL import Image
+
+from magma_jax.data.images import ImageInput
+from magma_jax.inference.api import Magma
+from magma_jax.inference.compilations import count_compilations
+from magma_jax.inference.engine import Engine, EngineConfig
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.modules import split
+from magma_jax.serve.app import ServerConfig, create_app
+from magma_jax.serve.pictures import PictureRules, data_uri
+from tests import tiny
+
+SIZES = EngineConfig(slots=3, context=64, pictures=4, steps=4)
+RULES = PictureRules(max_pictures=3, max_bytes=100_000, max_pixels=1_000_000)
+
+
+@pytest.fixture(scope="module")
+def model():
+    params = split(MagmaModel(tiny.MODEL, rngs=nnx.Rngs(0)))[1]
+    return Magma(tiny.MODEL, {k: 4 * v if v.ndim > 1 else v for k, v in params.items()}, tiny.dataset().tokenizer)
+
+
+class Running:
+    """A server on a free port, in a thread."""
+
+    def __init__(self, model, config, sizes=SIZES):
+        self.engine = Engine(model, sizes)
+        settings = uvicorn.Config(create_app(self.engine, config), port=0, log_level="error", lifespan="on")
+        self.server = uvicorn.Server(settings)
+        self.server.install_signal_handlers = lambda: None
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=30)
+
+    def chat(self, **body):
+        return self.http.post("/v1/chat/completions", json={"messages": user("a"), **body})
+
+    def stop(self):
+        self.http.close()
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    running = Running(model, ServerConfig(model="tiny", timeout=20, pictures=RULES, max_body_bytes=1_000_000))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def square(name):
+    return Image.new("RGB", (64, 64), tiny.COLOURS[name])
+
+
+def user(*parts):
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": data_uri(part)}}
+        for part in parts
+    ]
+    return [{"role": "user", "content": content}]
+
+
+def expected(model, *prompt, steps=12):
+    items = [item if isinstance(item, str) else ImageInput(item) for item in prompt]
+    return model.generate(model.preprocess_inputs(items), max_steps=steps, temperature=0.0)[0]
+
+
+def test_the_official_client_gets_what_python_gives(client, model):
+    messages = user(square("red"), "A picture of")
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0)
+    assert answer.choices[0].message.content == expected(model, square("red"), "A picture of")
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.object == "chat.completion"
+    assert [entry.id for entry in client.models.list()] == ["tiny"]
+
+
+def test_the_official_client_streams(client, model):
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=user("A ", square("blue"), " and"),
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == expected(model, "A ", square("blue"), " and")
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
+    assert chunks[-1].usage.completion_tokens > 0
+
+
+def test_several_choices_logprobs_seeds_and_stop_texts(client):
+    options = {"model": "tiny", "messages": user("a red"), "max_tokens": 8, "temperature": 1.5}
+    first = client.chat.completions.create(**options, n=3, seed=7, logprobs=True)
+    texts = [choice.message.content for choice in first.choices]
+    assert len(set(texts)) > 1
+    again = client.chat.completions.create(**options, seed=8)
+    assert again.choices[0].message.content == texts[1]
+    entries = first.choices[0].logprobs.content
+    assert entries
+    assert all(entry.logprob <= 0 for entry in entries)
+    whole = max(texts, key=len)
+    seed = 7 + texts.index(whole)
+    cut = client.chat.completions.create(**options, seed=seed, stop=[whole[2:4]])
+    assert cut.choices[0].message.content == whole[: whole.index(whole[2:4])]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_turns_are_a_few_shot_prompt(server, model):
+    question = "Q: What colour? A:"
+    messages = [
+        *user(square("red"), question),
+        {"role": "assistant", "content": "red"},
+        *user(square("blue"), question),
+    ]
+    response = server.chat(messages=messages, max_tokens=4)
+    prompt = (square("red"), question + " red\n", square("blue"), question)
+    assert response.json()["choices"][0]["message"]["content"] == expected(model, *prompt, steps=4)
+
+
+def test_nothing_compiles_while_serving(server):
+    server.chat(messages=user(square("green"), "a"), max_tokens=3)
+    with count_compilations() as compiled:
+        for temperature in (0.0, 0.5, 1.1):
+            for text in ("a", "A picture of a red square"):
+                answer = server.chat(messages=user(square("white"), text), max_tokens=3, temperature=temperature)
+                assert answer.status_code == 200
+    assert compiled.count == 0
+
+
+def test_health_metrics_and_the_page(server):
+    assert server.http.get("/health").json() == {"status": "ok"}
+    server.http.get("/no/such/place")
+    text = server.http.get("/metrics").text
+    assert 'magma_requests_total{route="/v1/chat/completions",status="200"}' in text
+    assert 'route="other",status="404"' in text
+    assert "magma_new_tokens" in text
+    page = server.http.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert server.http.get("/nothing").json()["error"]["message"] == "nothing at GET /nothing"
+
+
+def png(width, height, mode="1"):
+    buffer = io.BytesIO()
+    Image.new(mode, (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def noise():
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def uri(content, kind="image/png"):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def with_url(url):
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
+HOSTILE = {
+    "no JSON": (b"{", 400, "is no JSON"),
+    "not UTF-8": (b'{"messages": "\xff"}', 400, "is not UTF-8"),
+    "nested": (b"[" * 200_000, 400, "is no JSON"),
+    "NaN": (b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', 400, "NaN is not a number"),
+    "too long": (b"x" * 1_100_000, 413, "more than 1000000 bytes"),
+    "no object": (b"[1]", 400, "valid dictionary"),
+    "no messages": (b"{}", 400, "messages: Field required"),
+    "empty messages": ({"messages": []}, 400, "messages"),
+    "unknown field": ({"tools": []}, 400, "tools: Extra inputs"),
+    "wrong type": ({"max_tokens": "8"}, 400, "max_tokens: Input should be a valid integer"),
+    "a boolean": ({"max_tokens": True}, 400, "max_tokens"),
+    "negative": ({"max_tokens": -1}, 400, "max_tokens"),
+    "negative temperature": ({"temperature": -0.5}, 400, "temperature"),
+    "huge temperature": ({"temperature": 1e300}, 400, "temperature"),
+    "huge seed": ({"seed": 2**80}, 400, "seed"),
+    "huge top_k": ({"top_k": 10**12}, 400, "top_k"),
+    "top_p": ({"top_p": 1.5}, 400, "top_p"),
+    "too many choices": ({"n": 1000}, 400, "n: "),
+    "too many stops": ({"stop": ["a"] * 100}, 400, "at most 8 texts"),
+    "empty stop": ({"stop": ""}, 400, "none of them empty"),
+    "unsupported": ({"frequency_penalty": 0.5}, 400, "frequency_penalty is not supported"),
+    "beyond the context": ({"max_tokens": 5000}, 400, "the context holds 64"),
+    "another model": ({"model": "gpt-9"}, 404, "the model here is 'tiny'"),
+    "empty prompt": ({"messages": [{"role": "user", "content": ""}]}, 400, "prompt is empty"),
+    "strange role": ({"messages": [{"role": "root", "content": "a"}]}, 400, "messages.0.role"),
+    "picture in an answer": (
+        {"messages": [{"role": "assistant", "content": user(square("red"))[0]["content"]}]},
+        400,
+        "holds text alone",
+    ),
+    "10,000 pictures": ({"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "x"}}] * 10_000}]}, 400, "has 10000 pictures, at most 3"),
+    "many pictures": ({"messages": user(*[square("red")] * 4)}, 400, "has 4 pictures, at most 3"),
+    "http URL": (with_url("http://127.0.0.1/x.png"), 400, "by http URL are not enabled"),
+    "file URL": (with_url("file:///etc/passwd"), 400, "by file: URL are not enabled"),
+    "ftp URL": (with_url("ftp://example.com/x.png"), 400, "pictures come as data: URIs"),
+    "plain path": (with_url("/etc/passwd"), 400, "pictures come as data: URIs"),
+    "broken base64": (with_url("data:image/png;base64,@@@"), 400, "broken base64"),
+    "no base64": (with_url("data:text/html,<b>"), 400, "without ;base64"),
+    "empty picture": (with_url("data:image/png;base64,"), 400, "empty"),
+    "no picture": (with_url(uri(b"<svg/>", "image/svg+xml")), 400, "no image in one of the formats"),
+    "too many bytes": (with_url(uri(b"\x89PNG" + bytes(150_000))), 400, "more than 100000 bytes"),
+    "a bomb": (with_url(uri(png(8_000, 8_000))), 400, "the limit is 1000000"),
+    "cut short": (with_url(uri(noise()[:6000])), 400, "truncated or damaged"),
+    "a TIFF": (with_url(uri(b"II*\x00" + bytes(100))), 400, "no image in one of the formats"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_requests_get_one_clear_line_soon(server, name):
+    body, status, says = HOSTILE[name]
+    if isinstance(body, dict):
+        body = json.dumps({"messages": user("a"), **body}).encode()
+    started = time.perf_counter()
+    response = server.http.post("/v1/chat/completions", content=body)
+    assert time.perf_counter() - started < 2
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert says in error["message"]
+    assert "\n" not in error["message"]
+    assert server.http.get("/health").status_code == 200
+
+
+def test_a_client_that_leaves_frees_its_slot(server):
+    body = json.dumps({"messages": user("a"), "max_tokens": 60, "temperature": 50.0, "stream": True}).encode()
+    before = server.engine.stats().finished
+    for _ in range(6):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and server.engine.stats()[:2] != (0, 0):
+        time.sleep(0.02)
+    assert server.engine.stats()[:2] == (0, 0)
+    assert server.engine.stats().finished >= before
+    assert server.chat(max_tokens=2).status_code == 200
+
+
+def test_a_key_is_asked_for_on_every_route(model):
+    config = ServerConfig(model="tiny", api_key="s\u00e9cret", pictures=RULES)
+    running = Running(model, config)
+    try:
+        for route in ("/", "/health", "/metrics", "/v1/models", "/nothing"):
+            assert running.http.get(route).status_code == 401
+            assert running.http.get(route, headers={"Authorization": "Bearer wrong"}).status_code == 401
+            assert running.http.get(route, headers={"Authorization": "Basic !!!"}).status_code == 401
+        response = running.chat()
+        assert response.json()["error"]["message"] == "wrong or missing API key"
+        assert "Basic" in response.headers["www-authenticate"]
+        bearer = {"Authorization": "Bearer s\u00e9cret".encode()}
+        assert running.http.get("/health", headers=bearer).status_code == 200
+        assert running.http.get("/", auth=("anyone", "s\u00e9cret")).status_code == 200
+    finally:
+        running.stop()
+
+
+def test_a_full_queue_says_429_and_a_slow_answer_504(model):
+    sizes = dataclasses.replace(SIZES, slots=1, queue=3)
+    running = Running(model, ServerConfig(model="tiny", timeout=0.3, pictures=RULES), sizes)
+    try:
+        running.engine._admit_waiting = lambda: time.sleep(0.01)  # nobody gets a slot
+        codes = []
+        threads = [threading.Thread(target=lambda: codes.append(running.chat().status_code)) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(codes) == [429, 429, 504, 504, 504]
+    finally:
+        running.stop()
