@@ -3,6 +3,7 @@
     python -m magma_jax.convert from-torch CKPT OUT [--model-config FILE.json]
     python -m magma_jax.convert to-torch FOLDER CKPT.pt
     python -m magma_jax.convert to-safetensors FOLDER CKPT.safetensors
+    python -m magma_jax.convert to-hf FOLDER OUT
     python -m magma_jax.convert compose --lm LM --encoder ENCODER --config CONFIG.py OUT [--set KEY=VALUE ...]
     python -m magma_jax.convert verify A B [--tolerance X] [--json]
     python -m magma_jax.convert verify CKPT --golden FILE.npz [--model-config FILE.json] [--json]
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from magma_jax.config import apply_overrides, from_dict, load_config_file
 from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.compose import compose
+from magma_jax.convert.hf_export import to_hf
 from magma_jax.convert.hub import local_path
 from magma_jax.convert.magma import from_torch, to_safetensors, to_torch
 from magma_jax.convert.verify import read_model_config, verify
@@ -52,10 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model-config", help=config_help)
     command.set_defaults(run=_from_torch)
 
-    for name, kind, function in (("to-torch", "PyTorch", to_torch), ("to-safetensors", "safetensors", to_safetensors)):
-        command = commands.add_parser(name, help=f"model folder to {kind} file")
+    for name, kind, function in (
+        ("to-torch", "PyTorch file", to_torch),
+        ("to-safetensors", "safetensors file", to_safetensors),
+        ("to-hf", "Hugging Face folder of the language model alone", to_hf),
+    ):
+        command = commands.add_parser(name, help=f"model folder to {kind}")
         command.add_argument("folder", help="model folder or run folder")
-        command.add_argument("checkpoint", help=f"{kind} file to write; must not exist")
+        command.add_argument("out", help=f"{kind} to write; must not exist")
         command.set_defaults(run=functools.partial(_export, function))
 
     command = commands.add_parser("compose", help="published language model and encoder to a model folder to train")
@@ -95,8 +101,8 @@ def _compose(options: argparse.Namespace) -> int:
 
 
 def _export(function: Callable[[str, str], None], options: argparse.Namespace) -> int:
-    function(options.folder, options.checkpoint)
-    print(f"{options.checkpoint}: written")
+    function(options.folder, options.out)
+    print(f"{options.out}: written")
     return 0
 
 

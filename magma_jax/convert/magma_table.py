@@ -33,6 +33,8 @@ def magma_table(config: MagmaConfig, buffers: Mapping[str, np.ndarray] | None = 
 
     ``buffers`` gives the attention buffers to write, by the names of ``BUFFERS``; they are ignored on reading.
     """
+    if config.lm.kind != "gptj":
+        raise ValueError(f"a language model of kind {config.lm.kind} has no place in the published layout of MAGMA")
     blocks = list(_blocks(config, buffers or {}))
     mirrored = [Alias(_mirror(entry.theirs), entry.theirs) for entry in blocks]
     return [
