@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from magma_jax.config import apply_overrides, from_dict, load_config_file
+from magma_jax.config import apply_overrides, config_name, from_dict, load_config_file
 from magma_jax.distributed import one_of_several
 from magma_jax.evaluation.tasks import evaluate_run
 from magma_jax.training.config import RunConfig
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--profile-steps", metavar="FIRST:LAST", help="trace these steps for TensorBoard, as in 10:15")
     parser.add_argument("--distributed", action="store_true", help="as one of several processes: docs/training.md")
     arguments = parser.parse_args()
-    workdir = arguments.workdir or Path("runs") / arguments.config.stem
+    workdir = arguments.workdir or Path("runs") / config_name(arguments.config)
     try:
         config = from_dict(RunConfig, apply_overrides(load_config_file(arguments.config), arguments.set))
         profile = StepRange.parse(arguments.profile_steps) if arguments.profile_steps else None

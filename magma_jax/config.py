@@ -6,6 +6,7 @@ A field that may hold one of several dataclasses is told apart by their ``kind``
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import json
 import types
 import typing
@@ -53,18 +54,43 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def load_config_file(path: str | Path) -> ml_collections.ConfigDict:
-    """Executes a config file and returns the result of its ``get_config()``."""
-    path = Path(path)
-    if not path.is_file():
+    """Executes a config file and returns the result of its ``get_config()``.
+
+    ``FILE.py:NAME`` gives ``get_config("NAME")``: one file may describe several runs.
+
+    Raises:
+        ConfigError: no such file, no ``get_config``, or a NAME that the file does not know.
+    """
+    file, name = _split_name(path)
+    if not file.is_file():
         raise ConfigError(f"{path}: no such config file; see configs/ for those that ship")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path}: not a Python file; a config is a .py file with a function get_config()")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path}: has no function get_config()")
-    return module.get_config()
+    takes_name = bool(inspect.signature(module.get_config).parameters)
+    if takes_name and name is None:
+        raise ConfigError(f"{path}: describes several runs; choose one: {path}:NAME, {module.get_config.__doc__}")
+    if name is not None and not takes_name:
+        raise ConfigError(f"{path}: {file.name} describes one run; leave out :{name}")
+    try:
+        return module.get_config(name) if takes_name else module.get_config()
+    except KeyError as error:
+        raise ConfigError(f"{path}: unknown run {error}; {module.get_config.__doc__}") from None
+
+
+def config_name(path: str | Path) -> str:
+    """What a run of this config is called: ``magma_v1`` for configs/magma_v1.py, ``file-NAME`` for file.py:NAME."""
+    file, name = _split_name(path)
+    return file.stem if name is None else f"{file.stem}-{name}"
+
+
+def _split_name(path: str | Path) -> tuple[Path, str | None]:
+    head, colon, name = str(path).rpartition(".py:")
+    return (Path(head + ".py"), name) if colon else (Path(path), None)
 
 
 def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:

@@ -109,9 +109,10 @@ def _adapter(tensors: Mapping[str, Any], place: str, width: int) -> AdapterConfi
     parallel = any(key.startswith(f"{head}module.") for key in tensors)
     scaled = f"{head}adapter_scale" in tensors
     kind = "scaled_parallel" if scaled else "parallel" if parallel else "normal"
-    if width % bottleneck:
-        raise InferenceError(f"{nested}: a bottleneck of {bottleneck} does not divide the width {width}")
-    return AdapterConfig(kind, width // bottleneck, layernorm)
+    factor = width // max(bottleneck, 1)
+    if not factor or width // factor != bottleneck:
+        raise InferenceError(f"{nested}: a bottleneck of {bottleneck} is no whole part of the width {width}")
+    return AdapterConfig(kind, factor, layernorm)
 
 
 def encoder_config(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
+from magma_jax.config import ConfigError
 from magma_jax.data import openmoji, openmoji_text
 from magma_jax.data.pipeline import Overlong, sample_batches, text_batches
 from magma_jax.data.tokenizer import Tokenizer, train_bpe
@@ -26,14 +27,15 @@ class DataConfig:
     """What a run learns from.
 
     Attributes:
-        name: ``openmoji`` (captions and questions about drawings) or ``openmoji_text`` (text alone, for the
-            language model and its vocabulary).
+        name: ``openmoji`` (captions and questions about drawings), ``openmoji_text`` (text alone, for the
+            language model and its vocabulary), or ``folders`` (those that ``python -m magma_jax.data`` wrote).
+        folders: split to the folders of ``folders``.
         length: tokens of a block or, at most, of a sample; shorter ones are padded to it.
         buckets: shorter lengths, ascending, that batches of shorter samples are padded to instead; every length in use
             is compiled once.
         pack: how many samples of ``length`` tokens in all may share a row, in place of padding; 1 for one a row.
         overlong: samples of more tokens are an ``error``, or ``truncate`` cuts and counts them.
-        image_size: pixels per side.
+        image_size: pixels per side of a drawing; pictures of ``folders`` take the encoder's.
         cache_dir: where rasterised drawings are kept between runs.
         weights: how often each source of ``openmoji`` is drawn: captions of people, whose gender is known or open;
             captions of everything else; questions.
@@ -43,7 +45,8 @@ class DataConfig:
         vocab_size: entries of the vocabulary that ``openmoji_text`` learns.
     """
 
-    name: Literal["openmoji", "openmoji_text"]
+    name: Literal["openmoji", "openmoji_text", "folders"]
+    folders: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     length: int = 32
     buckets: tuple[int, ...] = ()
     pack: int = 1
@@ -91,7 +94,13 @@ class Dataset:
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Loads or builds the data set that a config names."""
+    """Loads or builds the data set that a config names.
+
+    Raises:
+        ConfigError: data that training does not read yet.
+    """
+    if config.name == "folders":
+        raise ConfigError("data.name folders: training from data set folders is not there yet, only openmoji is")
     return {"openmoji": _openmoji, "openmoji_text": _openmoji_text}[config.name](config)
 
 

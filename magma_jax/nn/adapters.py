@@ -27,7 +27,7 @@ class AdapterConfig:
 
     Attributes:
         kind: where the adapter reads and how it is added, see the module's docstring.
-        downsample_factor: width of the model divided by the width of the bottleneck.
+        downsample_factor: width of the model divided by the width of the bottleneck, which is rounded down.
         layernorm: a LayerNorm before the bottleneck.
         activation: name in ``ACTIVATIONS``; the original uses relu.
         init: ``original`` fills both linear layers with N(0, 1e-3), clipped at two sigma; ``zero_up`` leaves the
@@ -46,8 +46,8 @@ class Adapter(nnx.Module):
     """Bottleneck adapter around a module with input ``x`` and output ``y``, both of width D."""
 
     def __init__(self, width: int, config: AdapterConfig, *, rngs: nnx.Rngs):
-        if width % config.downsample_factor:
-            raise ValueError(f"adapter downsample_factor {config.downsample_factor} does not divide the width {width}")
+        if not 0 < config.downsample_factor <= width:
+            raise ValueError(f"adapter downsample_factor {config.downsample_factor} leaves nothing of width {width}")
         self.config = config
         bottleneck = width // config.downsample_factor
         # Either way the adapted model starts as the language model it adapts (nearly so in the original).

@@ -104,8 +104,13 @@ def test_fresh_adapters_are_small_and_clipped():
     weight = params["down/weight"]
     assert float(weight.std()) == pytest.approx(0.96e-3, rel=0.02)
     assert float((jnp.abs(weight) == jnp.abs(weight).max()).mean()) == pytest.approx(0.0455, abs=0.005)
-    with pytest.raises(ValueError, match="does not divide the width 10"):
-        Adapter(10, AdapterConfig(downsample_factor=4), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="leaves nothing of width 10"):
+        Adapter(10, AdapterConfig(downsample_factor=16), rngs=nnx.Rngs(0))
+
+
+def test_bottlenecks_are_rounded_down():
+    """As in the original: the paper's factors 12 and 6 do not divide 4096."""
+    assert split(Adapter(32, AdapterConfig(downsample_factor=12), rngs=nnx.Rngs(0)))[1]["down/weight"].shape == (2, 32)
 
 
 @pytest.mark.parametrize(("mlp", "attn"), [(kind, None) for kind in KINDS] + [(None, "normal"), ("normal", "parallel")])

@@ -1,0 +1,26 @@
+"""MAGMA finetuned on SNLI-VE (paper, section 4.1.3 and appendix A): three classes, read from the last text token.
+
+    python train.py --config configs/finetune_snli_ve.py --set mesh.fsdp=16
+
+Starts from models/magma_long: the run of configs/magma_long.py, written out as a model folder; the classification
+head is new. The model is there, its classification loss is not yet.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from magma_jax.config import load_config_file
+
+
+def get_config() -> ConfigDict:
+    config = load_config_file(Path(__file__).with_name("magma_long.py"))
+    config.base = "models/magma_long"
+    config.model.classes = 3
+    config.data.folders = {"train": ("data/snli_ve_train",), "validation": ("data/snli_ve_val",)}
+    # Appendix A: pretraining's settings at lower rates. How often to validate and how long to wait is ours.
+    config.optim.learning_rate = 3e-4
+    config.optim.encoder_learning_rate = 1.5e-6
+    config.steps = 10_000
+    config.validation = {"every": 250, "samples": 4096, "patience": 4}
+    return config
