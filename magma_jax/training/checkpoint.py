@@ -10,18 +10,19 @@ A step appears under its name only when it is whole. Orbax is known here and in 
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
+from magma_jax.distributed import barrier, is_main, say
 from magma_jax.nn.modules import Params
 from magma_jax.training.checksums import find_damage, write_checksums
 from magma_jax.training.early_stopping import BestStep
@@ -34,6 +35,8 @@ CHECKPOINTS = "checkpoints"
 
 # Orbax writes these after the sums, on giving the folder its name.
 WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+T = TypeVar("T")
 
 
 def read_trained_params(path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any]) -> Params:
@@ -145,7 +148,7 @@ class RunCheckpoints:
             "optimizer": _abstract(_optimizer_part(state, key)),
             "progress": None,
         }
-        _, loaded = self._load(self._newest_first(), wanted)
+        _, loaded = self._load(self._steps(), wanted)
         optimizer, progress = loaded["optimizer"], loaded["progress"]
         key = jax.random.wrap_key_data(optimizer.pop("key"), impl=jax.random.key_impl(key))
         snapshot = Snapshot(
@@ -166,7 +169,7 @@ class RunCheckpoints:
         Raises:
             CheckpointError: there is none.
         """
-        step, loaded = self._load(self._newest_first(), {"progress": None}, checked=("params", "progress"))
+        step, loaded = self._load(self._steps(), {"progress": None}, checked=("params", "progress"))
         best = loaded["progress"]["best"]["step"]
         if best is None or best not in self._steps():
             return step
@@ -213,11 +216,12 @@ class RunCheckpoints:
         write_checksums(folder, leave_out=WRITTEN_LAST)
 
     def _steps(self) -> list[int]:
-        """Every step that has a folder, also one that Orbax no longer takes for finished."""
-        return [int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()]
+        """Every step that has a folder, also one that Orbax no longer takes for finished; the newest first."""
 
-    def _newest_first(self) -> list[int]:
-        return sorted(self._steps(), reverse=True)
+        def look() -> list[int]:
+            return sorted((int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()), reverse=True)
+
+        return _from_first_process(look)
 
     def _load(
         self, steps: Sequence[int], wanted: dict[str, Any], checked: Sequence[str] | None = None
@@ -254,8 +258,7 @@ class RunCheckpoints:
             if self._writing:
                 aside = _from_first_process(lambda folder=folder: _move_aside(folder))
                 moved = f", moved to {aside}"
-            if jax.process_index() == 0:
-                print(f"{folder}: damaged ({problem}){moved}; using {self._folder / str(used)}", file=sys.stderr)
+            say(f"{folder}: damaged ({problem}){moved}; using {self._folder / str(used)}")
         if damage and self._writing:
             self._checkpointer.reload()
 
@@ -294,16 +297,16 @@ def _move_aside(folder: Path) -> str:
     return str(aside)
 
 
-def _from_first_process(ask: Callable[[], str | None]) -> str | None:
-    """The first process's answer, for all: they must agree, and its view of a shared disk is as good as any."""
+def _from_first_process(ask: Callable[[], T]) -> T:
+    """The first process's answer, plain JSON values, for all: they must agree, and may see a disk differently."""
     if jax.process_count() == 1:
         return ask()
-    buffer = np.zeros(1024, np.uint8)
-    if jax.process_index() == 0:
-        text = (ask() or "").encode()[: len(buffer)]
-        buffer[: len(text)] = np.frombuffer(text, np.uint8)
-    answer = bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).rstrip(b"\0").decode(errors="replace")
-    return answer or None
+    text = json.dumps(ask()).encode() if is_main() else b""
+    # Reading a large checkpoint takes longer than a collective waits.
+    barrier("checkpoint")
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text))))
+    buffer = np.frombuffer(text.ljust(size), np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
 
 
 def _as_jax(tree: Any) -> Any:

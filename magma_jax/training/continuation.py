@@ -7,7 +7,7 @@ from typing import Any
 
 from magma_jax.config import ConfigError, from_dict, to_dict
 from magma_jax.training.config import RunConfig
-from magma_jax.training.model_folder import MODEL_FILE, read_model_json
+from magma_jax.training.model_folder import read_model_json
 from magma_jax.training.optim import make_schedule
 
 # What may differ between two parts of one run, since it leaves the parameters as they are but for rounding: how long
@@ -34,15 +34,12 @@ MAY_CHANGE = (
 def continued_config(config: RunConfig, workdir: Path, *, resume: bool = True) -> tuple[RunConfig, list[str]]:
     """The config that goes on with the run in ``workdir``, and lines that say what is unexpected about it.
 
-    Without a run there it is ``config``. The length of the learning rate's schedule is settled when a run starts:
-    other ``steps`` do not stretch it.
+    The length of the learning rate's schedule is settled when a run starts: other ``steps`` do not stretch it.
 
     Raises:
-        ConfigError: the folder holds a run and ``resume`` is false, or it holds another run, or none of its further
-            steps would learn anything.
+        ConfigError: ``resume`` is false, or the folder holds another run, or none of its further steps would learn
+            anything.
     """
-    if not (workdir / MODEL_FILE).exists():
-        return config, []
     stored = read_model_json(workdir).get("run")
     if stored is None:
         raise ConfigError(f"{workdir}: holds a model that was not trained here; choose another --workdir")

@@ -56,13 +56,15 @@ def prepare_run(
             does not fit the devices.
     """
     workdir = Path(workdir)
-    config, notes = continued_config(config, workdir, resume=resume)
-    for note in notes:
-        say(note)
+    exists = agreed((workdir / MODEL_FILE).exists())
+    if exists:
+        config, notes = continued_config(config, workdir, resume=resume)
+        for note in notes:
+            say(note)
     program = build_program(config, make_mesh(config.mesh, devices))
     say(f"preparing data: {config.data.name}")
     dataset = load_dataset(config.data)
-    if not agreed((workdir / MODEL_FILE).exists()):
+    if not exists:
         write_run_folder(program, workdir, dataset)
     # The base folder holds every parameter as the run started; what learns is replaced by the checkpoint's.
     params = read_params(workdir, program.params)

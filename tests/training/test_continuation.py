@@ -23,10 +23,6 @@ def folder(tmp_path):
     return write
 
 
-def test_without_a_run_the_config_stays_as_it_is(tmp_path):
-    assert continued_config(tiny.run_config(), tmp_path, resume=False) == (tiny.run_config(), [])
-
-
 @pytest.mark.parametrize(
     "changes",
     [
