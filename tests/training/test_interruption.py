@@ -1,11 +1,26 @@
 """Signals: the first one is noted, the second one acts as it does elsewhere."""
 
+import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
+import jax
 import pytest
 
+from magma_jax.config import from_dict
+from magma_jax.sharding import make_mesh
+from magma_jax.training.checkpoint import RunCheckpoints
+from magma_jax.training.config import RunConfig
 from magma_jax.training.interruption import StopRequest
+from magma_jax.training.model_folder import read_model_json
+from magma_jax.training.program import build_program
+from tests import tiny
 
 
 @pytest.fixture(params=[signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
@@ -50,3 +65,44 @@ def test_other_threads_get_no_signals():
     thread.start()
     thread.join()
     assert seen == [(before, False)]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_one_process_reads_it(tmp_path):
+    run, script = tmp_path / "run", Path(__file__).with_name("process.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, str(script), str(run), "2", "4", "1", "100000"]
+    processes = [
+        subprocess.Popen(command, env={**shared, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        while not any((run / "checkpoints").glob("[0-9]")):
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.2)
+        processes[1].send_signal(signal.SIGTERM)
+        first, second = (process.communicate(timeout=300)[1] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], first + second
+    (step,) = re.findall(r"SIGTERM: stopped after step (\d+) of 100000, which is saved", first)
+    assert "stopped after" not in second  # the first process speaks for both
+
+    config = from_dict(RunConfig, read_model_json(run)["run"])
+    program = build_program(config, make_mesh(tiny.run_config().mesh, jax.devices()[:1]))
+    with RunCheckpoints(run) as checkpoints:
+        snapshot = checkpoints.restore(program.state, jax.random.key(0))
+    assert int(snapshot.state.step) == int(step)
+    assert snapshot.data == {"next_index": int(step)}  # batches, whoever read them
+    assert snapshot.state.trainable["image_prefix/proj/weight"].devices() == {jax.devices()[0]}
