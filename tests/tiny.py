@@ -16,6 +16,7 @@ from magma_jax.models.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.prefix import PrefixConfig
 from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.sharding import MeshConfig
 from magma_jax.training import loop
 from magma_jax.training.config import RunConfig
 from magma_jax.training.optim import OptimConfig
@@ -69,3 +70,10 @@ def run_config(**changes) -> RunConfig:
 def train(config: RunConfig, workdir: str | Path) -> Run:
     """Trains on one device: eight take longer to compile."""
     return loop.train(config, workdir, jax.devices()[:1])
+
+
+def mesh_config(mesh: MeshConfig, steps: int) -> RunConfig:
+    """A run with much dropout and a batch for up to eight devices; its schedule does not depend on ``steps``."""
+    model = dataclasses.replace(MODEL, prefix=PrefixConfig(dropout=0.5))
+    config = run_config(model=model, mesh=mesh, steps=steps, batch_size=8)
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=8))

@@ -1,14 +1,15 @@
-"""One process of a tiny run: ``python process.py WORKDIR DATA FSDP MODEL STEPS``."""
+"""One of several processes of a tiny run: ``python process.py WORKDIR DATA FSDP MODEL STEPS``.
 
+Prints a hash of what it holds of the trained state. With ``DIES_AFTER`` set it kills itself after so many steps.
+"""
+
+import hashlib
 import os
+import signal
 import sys
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-
+import jax
+import numpy as np
 
 from magma_jax.distributed import one_of_several
 from magma_jax.sharding import MeshConfig
@@ -17,11 +18,30 @@ from tests import tiny
 
 
 def main() -> None:
-    workdir, data, fsdp, model, steps = sys.argv[1], *map(int, sys.argv[2:])
+    workdir, (data, fsdp, model, steps) = sys.argv[1], map(int, sys.argv[2:])
     setup.load_dataset = lambda config: tiny.dataset()
-    config = tiny.run_config(mesh=MeshConfig(data, fsdp, model), steps=steps, batch_size=8)
-    with one_of_several("JAX_PROCESS_ID" in os.environ):
-        loop.train(config, workdir)
+    if "DIES_AFTER" in os.environ:
+        _die_after(int(os.environ["DIES_AFTER"]))
+    with one_of_several():
+        run = loop.train(tiny.mesh_config(MeshConfig(data, fsdp, model), steps), workdir)
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(run.state):
+            for shard in leaf.addressable_shards:
+                digest.update(np.asarray(shard.data).tobytes())
+        print(digest.hexdigest())
+
+
+def _die_after(steps: int) -> None:
+    place_batch, placed = loop.place_batch, 0
+
+    def place_or_die(*arguments):
+        nonlocal placed
+        placed += 1
+        if placed > steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return place_batch(*arguments)
+
+    loop.place_batch = place_or_die
 
 
 if __name__ == "__main__":
