@@ -43,7 +43,7 @@ def run(command: Sequence[str | Path]) -> dict[str, object]:
 
 def main(options: argparse.Namespace) -> dict[str, object]:
     """Runs the steps in order."""
-    scratch = options.scratch
+    scratch = options.scratch.absolute()
     scratch.mkdir(parents=True, exist_ok=True)
     source, copy, folder, back = (scratch / name for name in ("source.pt", "copy.pt", "model", "back.pt"))
     convert = [sys.executable, "-m", "magma_jax.convert"]

@@ -12,7 +12,8 @@ from tqdm import tqdm
 @contextlib.contextmanager
 def writing(path: str | Path, nbytes: int) -> Iterator[Callable[[int], None]]:
     """Says on standard error what goes where; gives a function to be called with bytes that are done."""
-    free = shutil.disk_usage(Path(path).absolute().parent).free
+    existing = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(existing).free
     print(f"{path}: writing {nbytes / 1e9:.2f} GB, {free / 1e9:.1f} GB are free", file=sys.stderr)
     # disable=None: no bar in a log file.
     with tqdm(total=nbytes, unit="B", unit_scale=True, disable=None, leave=False, file=sys.stderr) as bar:

@@ -132,7 +132,8 @@ def test_what_is_no_weight_and_no_number_is_left_out_and_named(golden_checkpoint
 def test_through_safetensors(golden, golden_checkpoint, tmp_path):
     source = golden_checkpoint("v2_mlp_attn_normal")
     from_torch(source, tmp_path / "model", read_model_config(golden / "v2_mlp_attn_normal.json"))
-    to_safetensors(tmp_path / "model", tmp_path / "x.safetensors")
+    to_safetensors(tmp_path / "model", tmp_path / "new" / "x.safetensors")
+    (tmp_path / "new" / "x.safetensors").rename(tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "np") as file:
         assert not any(key.startswith("transformer.") or key.endswith("masked_bias") for key in file.keys())  # noqa: SIM118
         assert json.loads(file.metadata()["magma_config"])["lm"]["layers"] == 3
