@@ -53,6 +53,8 @@ def test_on_a_mesh(kind, folder, tmp_path):
         assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim), name
     c_fc = model.params["lm/layers/mlp/c_fc/weight"]
     assert c_fc.addressable_shards[0].data.size == c_fc.size // 8
+    if kind == "safetensors":
+        return
     alone = Magma.from_checkpoint(path)
     ids = alone.embed_tokens([1, 2, 3])[None]
     np.testing.assert_allclose(model(jax.device_get(ids)).logits, alone(ids).logits, atol=2e-4)
