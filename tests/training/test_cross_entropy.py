@@ -40,7 +40,7 @@ def in_stretches(hidden, labels, weight, bias, positions):
     return cross_entropy(lambda h: h @ weight.T + bias, hidden, labels, logit_bytes=logit_bytes)
 
 
-@pytest.mark.parametrize("positions", [1, 4, 5, 13, 100])
+@pytest.mark.parametrize("positions", [1, 5, 100])
 def test_loss_and_gradients_are_those_of_the_plain_form(positions):
     hidden, labels, weight, bias = problem()
     # Scaled, because the gradient of a sum alone would not show a wrong cotangent.

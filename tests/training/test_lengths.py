@@ -1,7 +1,8 @@
-"""Bucketed, packed and padded to 2048: the same loss and gradients, and as many programs as lengths in use."""
+"""Bucketed, packed, padded and padded to 2048: the same loss and gradients, and as many programs as lengths in use."""
 
 import dataclasses
 import functools
+import json
 
 import grain
 import jax
@@ -18,6 +19,7 @@ from magma_jax.nn.modules import merge, split, variable_types
 from magma_jax.training import setup
 from magma_jax.training.cross_entropy import IGNORED
 from magma_jax.training.losses import LossOptions, caption_loss, language_loss
+from magma_jax.training.metrics import METRICS_FILE
 from magma_jax.training.optim import label_parameters, partition
 from tests import tiny
 
@@ -32,7 +34,8 @@ CASES = {
     # Learned positions, where a wrong one shows at once.
     "text": (lambda: GPT2(GPT2_TINY, rngs=nnx.Rngs(0)), language_loss),
 }
-GROUPS = {"language": "rest", "encoder": "encoder", "prefix": "rest", "adapter": "rest"}
+# The encoder works on pictures alone, so its features may stand for it.
+GROUPS = {"language": "rest", "encoder": "frozen", "prefix": "rest", "adapter": "rest"}
 
 
 def _samples():
@@ -48,7 +51,7 @@ def _batches(form):
     source = grain.MapDataset.source(list(_samples()))
     if form == "packed":
         return packed_batches(source, batch_size=3, rows=range(3), length=24, pack=4, pad_id=EOS)
-    buckets = {"bucketed": (8, 16), "padded": (2048,)}[form]
+    buckets = (8, 16) if form == "bucketed" else (form,)
     # A window of buckets is sixteen batches: every sample comes eight times.
     source = source.repeat(8) if form == "bucketed" else source
     return padded_batches(source, batch_size=4, rows=range(4), buckets=buckets, pad_id=EOS, seed=0)
@@ -68,22 +71,23 @@ def _mean(case, form):
         value, count, _ = loss(merge(graphdef, learned, frozen), batch, None, options=LossOptions())
         return value, count
 
-    pictures = np.random.default_rng(1).normal(size=(len(LENGTHS), 64, 64, 3)).astype(np.float32)
+    features = np.random.default_rng(1).normal(size=(len(LENGTHS), 4, 32)).astype(np.float32)
     parts = []
     for batch in _batches(form):
         rows = batch.pop("pictures")
         if case == "captions":
-            batch["images"] = pictures[rows]
+            batch["features"] = features[rows]
         (value, count), gradients = sums(learned, batch)
         parts.append((value, count, gradients))
     value, count, gradients = jax.tree.map(lambda *leaves: sum(leaves), *parts)
     return value / count, int(count) // (8 if form == "bucketed" else 1), jax.tree.map(lambda g: g / count, gradients)
 
 
+@pytest.mark.parametrize("length", [24, pytest.param(2048, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["bucketed", "packed"])
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients_are_those_of_padding_to_2048(case, form):
-    expected, count, gradients = _mean(case, "padded")
+def test_loss_and_gradients_are_those_of_padding(case, form, length):
+    expected, count, gradients = _mean(case, length)
     value, same, ours = _mean(case, form)
     assert same == count
     np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -92,22 +96,37 @@ def test_loss_and_gradients_are_those_of_padding_to_2048(case, form):
         np.testing.assert_allclose(ours[path], gradient, atol=1e-5 * scale + 1e-9, err_msg=path)
 
 
-def test_one_program_for_every_bucket_in_use(monkeypatch, tmp_path, caplog):
+def _run(monkeypatch, workdir, steps, pack=1, **lengths):
+    """A run on the tiny data set with batches of these lengths, and the shapes of their tokens."""
     data = tiny.dataset()
-    samples = data.evaluation["train"]
 
-    def batches(batch_size, seed, *rows):
-        options = {"batch_size": batch_size, "length": 40, "seed": seed, "buckets": (10,)}
-        return sample_batches([samples], [1.0], data.tokenizer, **options)
+    def batches(batch_size, seed, rows=None):
+        options = {"batch_size": batch_size, "length": 40, "seed": seed, "rows": rows, "pack": pack, **lengths}
+        return sample_batches([data.evaluation["train"]], [1.0], data.tokenizer, **options)
 
     monkeypatch.setattr(setup, "load_dataset", lambda config: dataclasses.replace(data, batches=batches))
-    config = tiny.run_config(steps=4, log_every=4, checkpoint_every=4)
+    data_config = DataConfig(name="openmoji", length=40, pack=pack, **lengths)
+    config = tiny.run_config(steps=steps, log_every=steps, checkpoint_every=steps, data=data_config)
     first = iter(batches(config.batch_size, config.seed))
-    lengths = {next(first)["tokens"].shape[1] for _ in range(config.steps)}
-    assert len(lengths) == 2
+    shapes = [next(first)["tokens"].shape for _ in range(steps)]
+    return tiny.train(config, workdir), shapes
+
+
+@pytest.mark.slow
+def test_one_program_for_every_bucket_in_use(monkeypatch, tmp_path, caplog):
     with jax.log_compiles():
-        tiny.train(config, tmp_path / "run")
-    assert sum("Finished XLA compilation of jit(train_step)" in m for m in caplog.messages) == len(lengths)
+        _, shapes = _run(monkeypatch, tmp_path / "run", steps=4, buckets=(10,))
+    assert set(shapes) == {(4, 10), (4, 40)}
+    assert sum("Finished XLA compilation of jit(train_step)" in m for m in caplog.messages) == 2
+
+
+@pytest.mark.slow
+def test_packed_rows_are_trained_with_the_pictures_of_their_samples(monkeypatch, tmp_path):
+    run, shapes = _run(monkeypatch, tmp_path / "run", steps=2, pack=4)
+    assert set(shapes) == {(4, 40)}
+    line = json.loads((run.workdir / METRICS_FILE).read_text().splitlines()[-1])
+    assert np.isfinite(line["loss"])
+    assert line["grad_norm"] > 0
 
 
 def test_lengths_that_contradict_each_other_are_refused():

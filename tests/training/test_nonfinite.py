@@ -20,7 +20,7 @@ def squares(monkeypatch):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Puts a NaN into a picture of the given steps (0, 1, ...)."""
+    """Puts a NaN into the features of a picture in the given steps (0, 1, ...)."""
     original = loop.picture_loader
 
     def poison(*steps):
@@ -34,9 +34,16 @@ def poisoned(monkeypatch):
 
 
 def _with_nan(batch):
-    images = batch["images"].copy()
-    images[0, 0, 0, 0] = np.nan
-    return batch | {"images": images}
+    features = batch["features"].copy()
+    features[0, 0, 0] = np.nan
+    return batch | {"features": features}
+
+
+def _config(**changes):
+    """With an encoder that is frozen, which compiles in half the time."""
+    config = tiny.run_config(**changes)
+    optim = dataclasses.replace(config.optim, groups={**config.optim.groups, "encoder": "frozen"})
+    return dataclasses.replace(config, optim=optim)
 
 
 def _leaves(run):
@@ -45,7 +52,7 @@ def _leaves(run):
 
 
 def test_a_skipped_step_changes_nothing_and_its_batch_is_kept(poisoned, tmp_path, capsys):
-    config = tiny.run_config(nonfinite="skip", steps=2)
+    config = _config(nonfinite="skip", steps=2)
     start = tiny.train(dataclasses.replace(config, steps=0), tmp_path / "run")
     poisoned(0, 1)
     run = tiny.train(config, tmp_path / "run")
@@ -57,16 +64,17 @@ def test_a_skipped_step_changes_nothing_and_its_batch_is_kept(poisoned, tmp_path
     path = run.workdir / "nonfinite" / "step_000002.npz"
     assert f"step 2: loss or gradient is not finite; its batch is in {path}" in capsys.readouterr().err
     with np.load(path) as file:
-        assert np.isnan(file["images"][0, 0, 0, 0]).all()
+        assert np.isnan(file["features"][0, 0, 0])
         assert file["tokens"].shape == (4, 40)
         assert file["step"] == 1
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
         np.testing.assert_array_equal(file["key"], jax.random.key_data(key))
 
 
+@pytest.mark.slow
 def test_stop_ends_the_run_at_the_last_good_state(poisoned, tmp_path):
     poisoned(1)
-    config = tiny.run_config(checkpoint_every=3, log_every=3)
+    config = _config(checkpoint_every=3, log_every=3)
     with pytest.raises(FloatingPointError, match=r"step 2: .*its batch is in .*step_000002\.npz; lower") as error:
         tiny.train(config, tmp_path / "run")
     assert "\n" not in str(error.value)

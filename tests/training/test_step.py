@@ -17,7 +17,7 @@ from magma_jax.sharding import MeshConfig, make_mesh
 from magma_jax.training.cross_entropy import IGNORED
 from magma_jax.training.losses import LossOptions, caption_loss
 from magma_jax.training.optim import OptimConfig, label_parameters, make_optimizer, partition
-from magma_jax.training.program import build_program
+from magma_jax.training.program import build_program, fresh_params
 from magma_jax.training.step import init_state, make_train_step
 from tests import tiny
 
@@ -44,7 +44,7 @@ def _text_step(mesh, accumulate):
         mesh=mesh,
     )
     program = build_program(config, make_mesh(mesh, jax.devices()[: 1 if mesh.data == 1 else 8]))
-    params = program.fresh_params(list(program.params))
+    params = fresh_params(config, program.params)
     compiled = program.step.lower(program.state, program.frozen, _uneven_text(), jax.random.key(0)).compile()
     _, metrics = program.step(program.init_state(params), {}, _uneven_text(), jax.random.key(0))
     return compiled.as_text(), metrics
@@ -86,6 +86,7 @@ def by_dtype():
     return results
 
 
+@pytest.mark.slow
 def test_in_bfloat16_what_learns_and_the_loss_stay_fp32(by_dtype):
     state, metrics, frozen = by_dtype["bfloat16"]
     assert {leaf.dtype for path, leaf in frozen.items() if path.startswith("lm/")} == {jnp.dtype("bfloat16")}
@@ -94,6 +95,7 @@ def test_in_bfloat16_what_learns_and_the_loss_stay_fp32(by_dtype):
     assert metrics["loss"].dtype == metrics["grad_norm"].dtype == jnp.dtype("float32")
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_fp32(by_dtype):
     expected, near = by_dtype["float32"][1], by_dtype["bfloat16"][1]
     np.testing.assert_allclose(near["loss"], expected["loss"], rtol=1e-3)
