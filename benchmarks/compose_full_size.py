@@ -1,0 +1,289 @@
+"""Composes a full-size MAGMA v2 from random published files and trains it one step; prints JSON.
+
+python benchmarks/compose_full_size.py --scratch /data/scratch    # 28 GB of disk, 22 GB of memory, some ten minutes
+python benchmarks/compose_full_size.py --scratch /tmp/small --layers 2 --width 256
+
+The files are a GPT-J-6B as Hugging Face's folders hold it (fp16, sharded safetensors, 50,400 rows) and a CLIP RN50x16
+as OpenAI's TorchScript archives do (fp16; made with PyTorch, read without). Every step is a process of its own: its
+wall time and the largest memory that was ever resident (``ru_maxrss``). ``--steps`` runs a part. Frozen weights are
+bf16; activations are fp32, in which a CPU computes faster.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+STEPS = ("make-lm", "make-encoder", "compose", "train")
+SHARDS = 4
+# Of text, behind the 144 positions of a picture.
+TOKENS = 16
+
+
+def main(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs the steps in order."""
+    scratch = options.scratch
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / "config.py").write_text(
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({config(options)!r})\n"
+    )
+    worker = [sys.executable, __file__, "--scratch", scratch, "--layers", options.layers, "--width", options.width]
+    compose = [sys.executable, "-m", "magma_jax.convert", "compose", "--lm", scratch / "gpt-j"]
+    compose += ["--encoder", scratch / "RN50x16.pt", "--config", scratch / "config.py", scratch / "model"]
+    results = {}
+    for step in options.steps:
+        print(f"{step} ...", file=sys.stderr, flush=True)
+        results[step] = run(compose if step == "compose" else [*worker, "--worker", step])
+        print(json.dumps({step: results[step]}), file=sys.stderr, flush=True)
+    if not options.keep:
+        shutil.rmtree(scratch)
+    return results
+
+
+def run(command: Sequence[Any]) -> dict[str, Any]:
+    """Runs a command to its end; its times, its peak memory and what it printed."""
+    start = time.perf_counter()
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed with status {process.returncode}\n{output}")
+    return {
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
+        "result": json.loads(output) if output.startswith("{") else output.strip(),
+    }
+
+
+def config(options: argparse.Namespace) -> dict[str, Any]:
+    """A run of MAGMA v2: adapters of an eighth of the width behind attention and MLP, the language model in bf16."""
+    adapter = {"downsample_factor": 8}
+    rotary = 64 * options.width // 4096
+    return {
+        "model": {
+            "kind": "magma",
+            "lm": {
+                "kind": "gptj",
+                "layers": options.layers,
+                "width": options.width,
+                "feed_forward": 4 * options.width,
+                "rotary_dim": rotary,
+                "dtype": "bfloat16",
+            },
+            "encoder": {"kind": "clip_resnet"},  # RN50x16
+            "mlp_adapter": adapter,
+            "attn_adapter": adapter,
+        },
+        "data": {"name": "openmoji"},  # not used: one batch is made up
+        "optim": {"clip_norm": 1.0},
+        "loss": {"remat": "full"},
+        "batch_size": 1,
+        "steps": 1,
+    }
+
+
+def make_lm(options: argparse.Namespace) -> dict[str, Any]:
+    """Writes a random GPT-J as Hugging Face's folders hold it."""
+    import dataclasses
+
+    import numpy as np
+    from flax import nnx
+
+    from magma_jax.config import from_dict
+    from magma_jax.convert.deferred import Deferred
+    from magma_jax.convert.keymap import to_theirs
+    from magma_jax.convert.language_models import language_model_table
+    from magma_jax.convert.safetensors_file import write_safetensors
+    from magma_jax.models.gptj import GPTJConfig
+    from magma_jax.models.language_models import build_language_model
+    from magma_jax.nn.modules import abstract, parameter_count
+
+    lm = from_dict(GPTJConfig, config(options)["model"]["lm"])
+    lm = dataclasses.replace(lm, vocab_rows=50400, head_rows=50400, dtype="float16")
+    folder = options.scratch / "gpt-j"
+    folder.mkdir()
+    settings = {"model_type": "gptj", "n_layer": lm.layers, "n_embd": lm.width, "n_head": lm.heads}
+    settings |= {"rotary_dim": lm.rotary_dim, "n_inner": None, "vocab_size": lm.vocab_rows, "n_positions": 2048}
+    settings |= {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+    noise = (0.02 * np.random.default_rng(0).standard_normal(2**24)).astype(np.float16)
+
+    def random(path: str, shape: tuple[int, ...]) -> Deferred:
+        start, mean = hash(path) % 1000, 1 if "ln_" in path and path.endswith("weight") else 0
+        return Deferred(shape, noise.dtype, lambda: np.resize(noise[start:], shape) + np.float16(mean))
+
+    shapes = abstract(lambda: build_language_model(lm, rngs=nnx.Rngs(0)))[1]
+    # Rows are made one by one, so that no stack is held.
+    params = {
+        path: Deferred(
+            shape.shape,
+            noise.dtype,
+            lambda: np.empty(0),
+            tuple(random(f"{path}{i}", shape.shape[1:]) for i in range(lm.layers)),
+        )
+        if path.startswith("layers/")
+        else random(path, shape.shape)
+        for path, shape in shapes.items()
+    }
+    tensors = to_theirs(language_model_table(lm), params)
+    weight_map = {}
+    for i, names in enumerate(np.array_split(sorted(tensors), SHARDS)):
+        file = f"model-{i + 1:05}-of-{SHARDS:05}.safetensors"
+        write_safetensors(folder / file, {str(name): tensors[name] for name in names})
+        weight_map |= {str(name): file for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    nbytes = sum(file.stat().st_size for file in folder.iterdir())
+    return {"parameters": parameter_count(shapes), "gb": round(nbytes / 1e9, 2), "tensors": len(tensors)}
+
+
+def make_encoder(options: argparse.Namespace) -> dict[str, Any]:
+    """Writes a random RN50x16 as a TorchScript archive: modules of CLIP's names around its tensors."""
+    import dataclasses
+    import warnings
+
+    import numpy as np
+    import torch
+    from flax import nnx
+
+    from magma_jax.convert.keymap import to_theirs
+    from magma_jax.convert.magma_table import encoder_table
+    from magma_jax.models.clip_resnet import CLIP_RESNETS, CLIPResNet
+    from magma_jax.nn.modules import abstract
+
+    class Part(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    clip = dataclasses.replace(CLIP_RESNETS["RN50x16"], attention_pool=True)
+    shapes = abstract(lambda: CLIPResNet(clip, rngs=nnx.Rngs(0)))[1]
+    model, generator = Part(), np.random.default_rng(0)
+    count = 0
+    for key, tensor in to_theirs(encoder_table(clip, "visual."), shapes).items():
+        *modules, name = key.split(".")
+        part = model
+        for module in modules:
+            if not hasattr(part, module):
+                part.add_module(module, Part())
+            part = getattr(part, module)
+        if name == "num_batches_tracked":
+            part.register_buffer(name, torch.tensor(1))
+            continue
+        fan_in = max(int(np.prod(tensor.shape[1:])), 1)
+        array = generator.standard_normal(tensor.shape, np.float32)
+        if len(tensor.shape) == 1:
+            # Each block adds little to what it is given, as in a trained network, so that no activation explodes.
+            array = 0.1 * array + {"bias": 0, "running_mean": 0}.get(name, 0.2 if ".bn3." in key else 1)
+        else:
+            array = array / np.sqrt(fan_in)
+        count += array.size
+        value = torch.from_numpy(array).half()
+        if name.startswith("running"):
+            part.register_buffer(name, value)
+        else:
+            part.register_parameter(name, torch.nn.Parameter(value))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(model, torch.zeros(1)).save(options.scratch / "RN50x16.pt")
+    return {"numbers": count, "gb": round((options.scratch / "RN50x16.pt").stat().st_size / 1e9, 2)}
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """Loads the composed folder and runs one optimizer step on one picture and a few words."""
+    import jax
+    import numpy as np
+
+    from magma_jax.config import from_dict, load_config_file
+    from magma_jax.nn.modules import parameter_count
+    from magma_jax.sharding import make_mesh
+    from magma_jax.training.config import RunConfig
+    from magma_jax.training.model_folder import read_params
+    from magma_jax.training.optim import partition
+    from magma_jax.training.program import build_program
+
+    run_config = from_dict(RunConfig, load_config_file(options.scratch / "config.py"))
+    program = build_program(run_config, make_mesh(run_config.mesh, jax.devices()[:1]))
+    generator = np.random.default_rng(0)
+    size = run_config.model.encoder.image_size
+    tokens = generator.integers(0, 50257, (1, TOKENS))
+    batch = {
+        "images": generator.standard_normal((1, size, size, 3), np.float32),
+        "tokens": tokens.astype(np.int32),
+        "labels": tokens.astype(np.int32),
+    }
+    start = time.perf_counter()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (batch, jax.random.key(0)))
+    step = program.step.lower(program.state, program.frozen, *shapes).compile()
+    compiled = time.perf_counter()
+    planned = step.memory_analysis()
+    result: dict[str, Any] = {
+        "compile_seconds": round(compiled - start, 1),
+        "arguments_gb": round(planned.argument_size_in_bytes / 1e9, 2),
+        "temporaries_gb": round(planned.temp_size_in_bytes / 1e9, 2),
+    }
+    if options.plan:
+        return result
+    params = read_params(options.scratch / "model", program.params)
+    _, frozen, _ = partition(params, program.labels)
+    state = program.init_state(params)
+    del params
+    loaded = time.perf_counter()
+    moments = {
+        "/".join(str(getattr(part, "key", part)) for part in path[-1:])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if leaf.ndim
+    }
+    parts = ("_adapter/", "image_prefix/encoder/", "image_prefix/")
+    counts = dict.fromkeys(("adapters", "encoder", "prefix"), 0)
+    for path in sorted(moments):
+        name = next(n for part, n in zip(parts, counts, strict=True) if part in path)
+        counts[name] += state.trainable[path].size
+    before = {path: np.asarray(leaf[(0,) * leaf.ndim]) for path, leaf in frozen.items()}
+    first = {path: np.asarray(leaf.ravel()[:1]) for path, leaf in state.trainable.items()}
+    state, metrics = step(state, frozen, batch, jax.random.key(0))
+    changed = sum(bool(leaf.ravel()[0] != first[path][0]) for path, leaf in state.trainable.items())
+    return result | {
+        "load_seconds": round(loaded - compiled, 1),
+        "step_seconds": round(time.perf_counter() - loaded, 1),
+        "frozen": {
+            "parameters": parameter_count(frozen),
+            "dtypes": sorted({leaf.dtype.name for leaf in frozen.values()}),
+        },
+        "trainable": parameter_count(state.trainable),
+        "in_optimizer": counts,
+        "moments_gb": round(sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)) / 1e9, 2),
+        "language_model_in_optimizer": any(path.startswith("lm/") and "_adapter/" not in path for path in moments),
+        "loss": float(metrics["loss"]),
+        "grad_norm": float(metrics["grad_norm"]),
+        "trainable_tensors_changed": f"{changed} of {len(state.trainable)}",
+        "frozen_unchanged": all(bool(leaf[(0,) * leaf.ndim] == before[path]) for path, leaf in frozen.items()),
+        "positions": run_config.model.encoder.positions + TOKENS - 1,
+    }
+
+
+WORKERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "make-lm": make_lm,
+    "make-encoder": make_encoder,
+    "train": train,
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, required=True, help="empty folder; it is deleted in the end")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--plan", action="store_true", help="compile the training step and report its memory only")
+    parser.add_argument("--keep", action="store_true", help="leave the files there")
+    parser.add_argument("--worker", choices=STEPS, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    print(json.dumps(WORKERS[chosen.worker](chosen) if chosen.worker else main(chosen), indent=2))
