@@ -90,6 +90,7 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
         in_shardings=(_shardings(state), _shardings(frozen), batch_sharding(mesh), replicated(mesh)),
         out_shardings=(_shardings(state), replicated(mesh)),
         donate_argnums=0,
+        compiler_options=_compiler_options(config, mesh),
     )
     params = {path: {**state.trainable, **frozen, **state.statistics}[path] for path in shapes}
     return Program(config, mesh, graphdef, labels, optimizer, params, state, frozen, step)
@@ -104,6 +105,17 @@ def fresh_params(config: RunConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) 
 
     # Under jit only what is returned is computed: pretrained parts are not first filled with noise.
     return jax.jit(create, out_shardings=_shardings(dict(shapes)))()
+
+
+def _compiler_options(config: RunConfig, mesh: Mesh) -> dict[str, str]:
+    """What keeps a CPU from holding the frozen language model a second time, at twice its size.
+
+    XLA's CPU backend takes a layer out of a bf16 stack by casting the whole stack to fp32 first, and does so once,
+    before the loop over layers. Without that pass it casts the layer. The pass is needed where bf16 is computed with.
+    """
+    computes_in_fp32 = getattr(config.model, "dtype", None) == "float32"
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_disable_hlo_passes": "float-normalization-bf16"} if computes_in_fp32 and on_cpu else {}
 
 
 def create_model(config: RunConfig) -> nnx.Module:
