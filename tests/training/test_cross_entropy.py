@@ -76,17 +76,17 @@ def test_rows_without_labels_give_zero_and_no_gradient():
 
 
 def test_a_frozen_head_gets_no_gradient():
-    """Its gradient, of the head's own shape, would be carried through the loop."""
+    """Its gradient, of the head's own shape, would come out of the loop."""
     hidden, labels, weight, bias = problem()
 
-    def carried(*which):
+    def results(*which):
         gradient = jax.grad(lambda *p: in_stretches(p[0], labels, *p[1:], 4)[0], which)
         jaxpr = jax.make_jaxpr(gradient)(hidden, weight, bias)
         loop = next(equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
-        return [variable.aval.shape for variable in loop.outvars[: loop.params["num_carry"]]]
+        return {variable.aval.shape for variable in loop.outvars}
 
-    assert carried(0, 1, 2) == [(), (), (V, D), (V,)]
-    assert carried(0) == [(), ()]
+    assert {(V, D), (V,)} <= results(0, 1, 2)
+    assert {(V, D), (V,)}.isdisjoint(results(0))
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["frozen head", "trained head"])
