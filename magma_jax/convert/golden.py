@@ -44,7 +44,9 @@ TOLERANCES: dict[str, Tolerance] = {
     "*num_batches_tracked": Tolerance(0, "unequal"),
     "loss": Tolerance(2e-5),
     "train/loss": Tolerance(2e-5),
-    "grad_norms_*": Tolerance(1e-3, "each"),
+    # A ReLU whose input is zero but for rounding tips over in one order of summation and not in another: 2.6e-6 as
+    # XLA compiles by default, 1.7e-3 of one norm as it compiles for the tests.
+    "grad_norms_*": Tolerance(3e-3, "each"),
     "grad_*": Tolerance(1e-3, "relative"),
     "opt/losses": Tolerance(2e-3),
     "opt/eval_loss_after": Tolerance(2e-3),
