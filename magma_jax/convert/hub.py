@@ -25,6 +25,7 @@ from huggingface_hub import (
     hf_hub_download,
     hf_hub_url,
     parse_hf_uri,
+    try_to_load_from_cache,
 )
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
@@ -152,7 +153,8 @@ def _fetch_file(repo: str, revision: str, name: str) -> Path:
         raise HubError(f"{where}: the server names it {metadata.etag!r:.80}, which is no hash; check HF_ENDPOINT")
     blob = _repo_folder(repo) / "blobs" / metadata.etag
     try:
-        if not blob.exists():
+        # Where links are not to be had, the cache holds files under their names only.
+        if not isinstance(try_to_load_from_cache(repo, name, revision=metadata.commit_hash), str):
             _download(where, hf_hub_url(repo, name, revision=metadata.commit_hash), metadata, blob)
         path = Path(hf_hub_download(repo, name, revision=revision))
     except HubError:
