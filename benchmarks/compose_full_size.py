@@ -5,8 +5,8 @@ python benchmarks/compose_full_size.py --scratch /tmp/small --layers 2 --width 2
 
 The files are a GPT-J-6B as Hugging Face's folders hold it (fp16, sharded safetensors, 50,400 rows) and a CLIP RN50x16
 as OpenAI's TorchScript archives do (fp16; made with PyTorch, read without). Every step is a process of its own: its
-wall time and the largest memory that was ever resident (``ru_maxrss``). ``--steps`` runs a part. Frozen weights are
-bf16; activations are fp32, in which a CPU computes faster.
+wall time and the largest memory that was ever resident (``ru_maxrss``). ``--steps`` runs a part. The config is
+``configs/magma_v2.py``, with batch 1 and fp32 activations, in which a CPU computes faster; frozen weights are bf16.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs/magma_v2.py"
 STEPS = ("make-lm", "make-encoder", "compose", "train")
 SHARDS = 4
 # Of text, behind the 144 positions of a picture.
@@ -31,12 +32,9 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the steps in order."""
     scratch = options.scratch
     scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / "config.py").write_text(
-        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({config(options)!r})\n"
-    )
     worker = [sys.executable, __file__, "--scratch", scratch, "--layers", options.layers, "--width", options.width]
     compose = [sys.executable, "-m", "magma_jax.convert", "compose", "--lm", scratch / "gpt-j"]
-    compose += ["--encoder", scratch / "RN50x16.pt", "--config", scratch / "config.py", scratch / "model"]
+    compose += ["--encoder", scratch / "RN50x16.pt", "--config", CONFIG, scratch / "model", "--set", *sizes(options)]
     results = {}
     for step in options.steps:
         print(f"{step} ...", file=sys.stderr, flush=True)
@@ -64,31 +62,11 @@ def run(command: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def config(options: argparse.Namespace) -> dict[str, Any]:
-    """A run of MAGMA v2: adapters of an eighth of the width behind attention and MLP, the language model in bf16."""
-    adapter = {"downsample_factor": 8}
-    rotary = 64 * options.width // 4096
-    return {
-        "model": {
-            "kind": "magma",
-            "lm": {
-                "kind": "gptj",
-                "layers": options.layers,
-                "width": options.width,
-                "feed_forward": 4 * options.width,
-                "rotary_dim": rotary,
-                "dtype": "bfloat16",
-            },
-            "encoder": {"kind": "clip_resnet"},  # RN50x16
-            "mlp_adapter": adapter,
-            "attn_adapter": adapter,
-        },
-        "data": {"name": "openmoji"},  # not used: one batch is made up
-        "optim": {"clip_norm": 1.0},
-        "loss": {"remat": "full"},
-        "batch_size": 1,
-        "steps": 1,
-    }
+def sizes(options: argparse.Namespace) -> list[str]:
+    """The config's language model in another size."""
+    values = {"layers": options.layers, "width": options.width, "feed_forward": 4 * options.width}
+    values["rotary_dim"] = 64 * options.width // 4096
+    return [f"model.lm.{name}={value}" for name, value in values.items()]
 
 
 def make_lm(options: argparse.Namespace) -> dict[str, Any]:
@@ -98,7 +76,7 @@ def make_lm(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     from flax import nnx
 
-    from magma_jax.config import from_dict
+    from magma_jax.config import apply_overrides, from_dict, load_config_file
     from magma_jax.convert.deferred import Deferred
     from magma_jax.convert.keymap import to_theirs
     from magma_jax.convert.language_models import language_model_table
@@ -107,7 +85,7 @@ def make_lm(options: argparse.Namespace) -> dict[str, Any]:
     from magma_jax.models.language_models import build_language_model
     from magma_jax.nn.modules import abstract, parameter_count
 
-    lm = from_dict(GPTJConfig, config(options)["model"]["lm"])
+    lm = from_dict(GPTJConfig, apply_overrides(load_config_file(CONFIG), sizes(options)).model.lm)
     lm = dataclasses.replace(lm, vocab_rows=50400, head_rows=50400, dtype="float16")
     folder = options.scratch / "gpt-j"
     folder.mkdir()
@@ -202,7 +180,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from magma_jax.config import from_dict, load_config_file
+    from magma_jax.config import apply_overrides, from_dict, load_config_file
     from magma_jax.nn.modules import parameter_count
     from magma_jax.sharding import make_mesh
     from magma_jax.training.config import RunConfig
@@ -210,7 +188,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     from magma_jax.training.optim import partition
     from magma_jax.training.program import build_program
 
-    run_config = from_dict(RunConfig, load_config_file(options.scratch / "config.py"))
+    changes = [*sizes(options), "model.dtype=float32", "batch_size=1"]
+    run_config = from_dict(RunConfig, apply_overrides(load_config_file(CONFIG), changes))
     program = build_program(run_config, make_mesh(run_config.mesh, jax.devices()[:1]))
     generator = np.random.default_rng(0)
     size = run_config.model.encoder.image_size

@@ -1,6 +1,6 @@
 """MAGMA base (paper, section 4.3 and appendix A): 15,000 steps of batch 256 on the mixed data set.
 
-    python -m magma_jax.convert compose --lm EleutherAI/gpt-j-6b --encoder RN50x16.pt \\
+    python -m magma_jax.convert compose --lm hf://EleutherAI/gpt-j-6b --encoder RN50x16.pt \\
         --config configs/magma_base.py models/magma
     python train.py --config configs/magma_base.py --set mesh.fsdp=16
 
