@@ -13,9 +13,10 @@ Numbers do not depend on the mesh, except for the order of summation.
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -141,6 +142,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over ``data`` and ``fsdp``."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Keeps the rows of an activation on the devices of their batch; outside of ``on_mesh`` returns ``x`` as it is.
+
+    Left alone, the compiler may prefer to bring whole batches of activations to a slice of a weight over bringing the
+    weight to a slice of the batch, which costs many times the memory and traffic.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """``function``, traced in such a way that ``split_rows`` knows the mesh."""
+
+    @functools.wraps(function)
+    def traced(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -18,6 +18,7 @@ from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal
 from magma_jax.nn.modules import LanguageParam
 from magma_jax.nn.rotary import rotary_table
 from magma_jax.nn.stack import Remat, scan
+from magma_jax.sharding import split_rows
 from magma_jax.typing import Array, Bool, Float, Int
 
 # Where the MLP reads. With LN_1 and LN_2 the two LayerNorms of a layer:
@@ -221,6 +222,7 @@ class Decoder(nnx.Module):
 
         def body(layer, carry, inputs):
             x, cache = carry
+            x = split_rows(x)
             index, window = inputs
             updated = cache
 

@@ -16,6 +16,7 @@ from flax import nnx
 from magma_jax.nn.convolution import BatchNormMode, Conv2d, conv2d
 from magma_jax.nn.modules import EncoderParam
 from magma_jax.nn.stack import scan, stack
+from magma_jax.sharding import split_rows
 from magma_jax.typing import Array, Float
 
 # Keeps the variance of relu(x) at about one for a unit normal x. timm's measured number, which its weights were trained
@@ -94,7 +95,9 @@ class Stage(nnx.Module):
     def __call__(self, x: Float[Array, "B h w C"], betas: Float[Array, " N"]) -> Float[Array, "B h2 w2 C2"]:
         x = self.first(x, betas[0])
         if self.rest is not None:
-            x, _ = scan(self.rest, lambda block, x, beta: (block(x, beta), None), x, betas[1:], remat="none")
+            x, _ = scan(
+                self.rest, lambda block, x, beta: (block(split_rows(x), beta), None), x, betas[1:], remat="none"
+            )
         return x
 
 

@@ -19,6 +19,7 @@ from magma_jax.nn.modules import Params, abstract, split
 from magma_jax.sharding import (
     batch_sharding,
     batch_shards,
+    on_mesh,
     parameter_shardings,
     placed,
     replicated,
@@ -86,7 +87,7 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
 
     loss = functools.partial(LOSSES[config.model.kind], options=config.loss)
     step = jax.jit(
-        make_train_step(graphdef, loss, optimizer, accumulate=config.accumulate),
+        on_mesh(make_train_step(graphdef, loss, optimizer, accumulate=config.accumulate), mesh),
         in_shardings=(_shardings(state), _shardings(frozen), batch_sharding(mesh), replicated(mesh)),
         out_shardings=(_shardings(state), replicated(mesh)),
         donate_argnums=0,

@@ -48,7 +48,7 @@ def test_published_encoders_give_what_their_config_announces(name):
 @pytest.mark.parametrize("output", ["pooled", "grid"])
 @pytest.mark.parametrize("mapping", ["linear", "mlp", "transformer"])
 def test_every_mapping_gives_word_like_vectors(mapping, output):
-    encoder = CLIPViTConfig(1, 32, 2, 32, 64, 16, output)
+    encoder = CLIPViTConfig(1, 32, 2, 32, 64, 16, output=output)
     prefix = PrefixConfig(mapping=mapping, image_positions=3, transformer_heads=2)
     config = dataclasses.replace(tiny.MODEL, encoder=encoder, prefix=prefix)
     graphdef, params, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))

@@ -1,0 +1,111 @@
+"""What a TPU chip can do at best, and topologies of chips that are not there."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+from magma_jax.config import ConfigError
+from magma_jax.training.flops import PEAK_FLOPS
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Limits of one chip, which JAX shows as one device.
+
+    Attributes:
+        name: as topologies call it.
+        kind: JAX's ``device_kind``.
+        hbm_bytes: memory.
+        hbm_bandwidth: bytes a second between memory and chip.
+        ici_bandwidth: bytes a second that a chip receives from its neighbours over all of its links together.
+        options: what ``get_topology_desc`` must be told beside the topology's name.
+    """
+
+    name: str
+    kind: str
+    hbm_bytes: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bf16 operations a second."""
+        return PEAK_FLOPS[self.kind]
+
+
+# https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: HBM capacity and bandwidth, and inter-chip bandwidth, given
+# there in Gbit/s (2400, 1600, 4800, 3584) or as the sum of both directions; here in bytes and one direction.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        # The default shows the two cores of a v4 chip as devices of half the memory.
+        Chip(
+            "v4",
+            "TPU v4",
+            32 * GIB,
+            1228e9,
+            300e9,
+            {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)},
+        ),
+        Chip("v5e", "TPU v5e", 16 * GIB, 819e9, 200e9),
+        Chip("v5p", "TPU v5p", 95 * GIB, 2765e9, 600e9),
+        Chip("v6e", "TPU v6e", 32 * GIB, 1638e9, 448e9),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips that only the compiler sees.
+
+    Attributes:
+        name: chip and shape, such as ``v5e:4x4``.
+        devices: as ``make_mesh`` takes them.
+    """
+
+    name: str
+    chip: Chip
+    devices: tuple[Any, ...]
+
+
+def open_topology(name: str) -> Topology:
+    """The devices of a topology, from XLA's TPU compiler.
+
+    Raises:
+        ConfigError: an unknown chip, a shape the compiler refuses, or no libtpu.
+    """
+    chip_name, _, shape = name.partition(":")
+    if chip_name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise ConfigError(
+            f"--topology {name}: expected CHIP:SHAPE, such as v5e:4x4 or v4:2x2x4, CHIP: {', '.join(CHIPS)}"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(f"XLA's TPU compiler is not installed: pip install '{_libtpu_requirement()}'")
+    # Without these libtpu asks a metadata server where it is, complains, and refuses to load beside another process.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies  # loads nothing, but belongs behind the environment
+
+    chip = CHIPS[chip_name]
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **chip.options).devices
+    except (RuntimeError, NotImplementedError) as error:
+        raise ConfigError(f"--topology {name}: {str(error).splitlines()[0]}") from None
+    if len(devices) != math.prod(map(int, shape.split("x"))):
+        raise ConfigError(f"--topology {name}: the compiler shows {len(devices)} devices; try another shape")
+    return Topology(name, chip, tuple(devices))
+
+
+def _libtpu_requirement() -> str:
+    """The version of libtpu that the installed jax names."""
+    named = (re.match(r"libtpu\s*([^;]*)", line) for line in importlib.metadata.requires("jax") or ())
+    return next((f"libtpu{match[1].strip()}" for match in named if match and match[1].strip()), "libtpu")

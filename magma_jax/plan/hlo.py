@@ -1,0 +1,362 @@
+"""What a compiled program does, read from its text: operations, memory traffic and collectives, loops unrolled.
+
+XLA's own ``cost_analysis`` counts the body of a loop once. Here every computation counts as often as it is run: the
+trip count of a ``while`` is the constant that its condition compares with.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+# Names for values, and the ends of what began elsewhere: nothing is moved.
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all")
+
+_SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_NAME = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One array of a program; ``in_hbm`` is false for what the compiler keeps in on-chip memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    in_hbm: bool
+
+    @property
+    def bytes(self) -> float:
+        """Size without padding."""
+        digits = re.search(r"\d+", self.dtype)  # of bf16, s4, f8e4m3fn, ...; pred is a byte, tokens are nothing
+        bits = int(digits[0]) if digits else 8 * (self.dtype == "pred")
+        return math.prod(self.dims) * bits / 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: ``name = shapes opcode(operands), attributes``."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    arguments: str
+    attributes: str
+    is_root: bool
+
+    def called(self, role: str) -> str | None:
+        """The computation that an attribute such as ``body=`` names."""
+        match = re.search(rf"\b{role}=%?([\w.\-]+)", self.attributes)
+        return match and match[1]
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective operation.
+
+    Attributes:
+        kind: of ``COLLECTIVES``.
+        dims: shapes of its results.
+        group: devices that take part in one.
+        received: bytes that a device receives in one.
+        count: how often it is run.
+        loop: whether that is inside of a loop.
+    """
+
+    kind: str
+    dims: tuple[tuple[int, ...], ...]
+    group: int
+    received: float
+    count: int
+    loop: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What one device does in one run of a program.
+
+    Attributes:
+        flops: of matmuls and convolutions.
+        hbm_bytes: read from and written to memory.
+        collectives: all of them.
+        unknown_loops: loops whose trip count could not be read and that are counted once.
+    """
+
+    flops: float
+    hbm_bytes: float
+    collectives: tuple[Collective, ...]
+    unknown_loops: int
+
+
+def program_costs(text: str, devices: int) -> Costs:
+    """Costs of a compiled program, given as the text of its only module, for ``devices`` devices in all."""
+    computations, entry = parse(text)
+    flops, traffic, unknown = 0.0, 0.0, 0
+    collectives: dict[tuple[str, str, str], Collective] = {}
+
+    @functools.cache
+    def flops_of(name: str) -> float:
+        return sum(
+            _matmul_flops(instruction, computations[name])
+            + sum(flops_of(inner) for inner in _fused(instruction, computations))
+            for instruction in computations[name].values()
+        )
+
+    for name, times, place in _runs(computations, entry):
+        if times is None:
+            unknown += 1
+            continue
+        computation = computations[name]
+        for instruction in computation.values():
+            flops += times * _matmul_flops(instruction, computation)
+            flops += times * sum(map(flops_of, _fused(instruction, computations)))
+            traffic += times * _traffic(instruction, computation, computations)
+            for collective, inside in _collectives(instruction, computation, computations):
+                # One collective that runs beside several fusions appears in each of them, under one channel.
+                channel = re.search(r"channel_id=(\d+)", collective.attributes)
+                key = (place, collective.opcode, channel[1] if channel else collective.name)
+                collectives[key] = _collective(collective, inside, devices, times, place)
+    return Costs(flops, traffic, tuple(collectives.values()), unknown)
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a module by name, and the name of the one it begins with."""
+    computations: dict[str, Computation] = {}
+    current: Computation | None = None
+    entry = ""
+    for line in text.splitlines():
+        if line.startswith("}"):
+            current = None
+        elif current is None:
+            header = _HEADER.match(line)
+            if header:
+                current = computations[header[2]] = {}
+                entry = header[2] if header[1] else entry
+        else:
+            instruction = _parse_line(line)
+            if instruction is not None:
+                current[instruction.name] = instruction
+    return computations, entry
+
+
+def _parse_line(line: str) -> Instruction | None:
+    name, equals, rest = re.sub(r"/\*.*?\*/", "", line).strip().partition(" = ")
+    if not equals:
+        return None
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, _ = rest.partition("(")
+    close = _closing(rest, len(opcode))
+    shapes = tuple(
+        Shape(
+            dtype,
+            tuple(int(size.lstrip("<=")) for size in dims.split(",") if size),
+            not re.search(r"S\([1-9]", layout or ""),
+        )
+        for dtype, dims, layout in _SHAPE.findall(kind)
+    )
+    arguments = rest[len(opcode) + 1 : close]
+    return Instruction(
+        name.removeprefix("ROOT ").removeprefix("%"),
+        shapes,
+        opcode,
+        tuple(_NAME.findall(arguments)),
+        arguments,
+        rest[close + 1 :],
+        name.startswith("ROOT "),
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at ``start``."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
+        if depth == 0:
+            return index
+    raise ValueError(f"unbalanced parentheses in {text!r:.80}")
+
+
+def _runs(computations: dict[str, Computation], entry: str) -> Iterator[tuple[str, int | None, str]]:
+    """Every computation that is run, how often, and the loop it is in ("" for none); None for an unknown loop."""
+    waiting = [(entry, 1, "")]
+    while waiting:
+        name, times, place = waiting.pop()
+        yield name, times, place
+        for instruction in computations[name].values():
+            if instruction.opcode == "while":
+                trips = _trip_count(instruction, computations)
+                if trips is None:
+                    yield name, None, place
+                body = instruction.called("body") or ""
+                waiting.append((body, times * (1 if trips is None else trips), f"{place}{body}/"))
+            elif instruction.opcode == "call":
+                waiting.append((instruction.called("to_apply") or "", times, place))
+            elif instruction.opcode == "conditional":
+                names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+                branches = _NAME.findall(names[1]) if names else []
+                branches += [c for c in map(instruction.called, ("true_computation", "false_computation")) if c]
+                waiting += [(branch, times, place) for branch in branches]
+
+
+def _trip_count(loop: Instruction, computations: dict[str, Computation]) -> int | None:
+    known = re.search(r'"?known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
+    if known:
+        return int(known[1])
+    condition = computations.get(loop.called("condition") or "", {})
+    for instruction in condition.values():
+        if instruction.opcode == "compare" and "direction=LT" in instruction.attributes:
+            limit = condition.get(instruction.operands[1])
+            if limit is not None and limit.opcode == "constant" and limit.arguments.isdigit():
+                return int(limit.arguments)
+        if instruction.opcode == "fusion":
+            limits = [condition.get(operand) for operand in instruction.operands]
+            numbers = [int(x.arguments) for x in limits if x and x.opcode == "constant" and x.arguments.isdigit()]
+            if len(numbers) == 1:
+                return numbers[0]
+    return None
+
+
+def _fused(instruction: Instruction, computations: dict[str, Computation]) -> list[str]:
+    called = instruction.called("calls") if instruction.opcode != "while" else None
+    return [called] if called in computations else []
+
+
+def _matmul_flops(instruction: Instruction, computation: Computation) -> float:
+    if instruction.opcode == "dot":
+        left = computation[instruction.operands[0]].shapes[0].dims
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        contracted = math.prod(left[int(axis)] for axis in axes[1].split(",") if axis) if axes else 1
+        return 2.0 * math.prod(instruction.shapes[0].dims) * contracted
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if instruction.opcode != "convolution" or labels is None:
+        return 0.0
+    sides = [computation[operand].shapes[0].dims for operand in instruction.operands]
+    left, kernel, out = (
+        dict(zip(names, dims, strict=True))
+        for names, dims in zip(labels.groups(), (*sides, instruction.shapes[0].dims), strict=True)
+    )
+    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    window = {key: values.split("x") for key, values in (f.split("=") for f in (found[1].split() if found else ()))}
+    operations = 2.0 * out["b"] * out["f"] * kernel["i"]
+    for axis in sorted(set(out) - {"b", "f"}):
+        stride, left_dilation, right_dilation = (
+            int(window[key][int(axis)]) if key in window else 1 for key in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        low = int(window["pad"][int(axis)].split("_")[0]) if "pad" in window else 0
+        position = np.arange(out[axis])[:, None] * stride - low + np.arange(kernel[axis]) * right_dilation
+        # Padding, and the zeros between the elements of a dilated side, are no work. The TPU compiler writes batched
+        # matmuls as convolutions in which they are nearly everything.
+        inside = (position >= 0) & (position <= (left[axis] - 1) * left_dilation) & (position % left_dilation == 0)
+        operations *= inside.sum()
+    return float(operations)
+
+
+def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
+    """Bytes that an instruction outside of fusions reads from memory and writes to it."""
+    opcode = instruction.opcode
+    if opcode in FREE or opcode.endswith("-done"):
+        return 0.0
+    operands = [computation[name].shapes for name in instruction.operands if name in computation]
+    reads = sum(_hbm(shapes) for shapes in operands)
+    writes = _hbm(instruction.shapes[:1] if opcode.endswith("-start") else instruction.shapes)
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * writes
+    if opcode == "dynamic-update-slice":
+        return 2 * _hbm(operands[1])
+    fused = _fused(instruction, computations)
+    if opcode == "fusion" and fused:
+        return _fusion_traffic(instruction, operands, computations[fused[0]])
+    return reads + writes
+
+
+def _fusion_traffic(instruction: Instruction, operands: list[tuple[Shape, ...]], fused: Computation) -> float:
+    """As ``_traffic``; of an operand that is only sliced the slices count, of one updated in place the update."""
+    users: dict[str, list[Instruction]] = {name: [] for name in fused}
+    for inner in fused.values():
+        for name in inner.operands:
+            if name in users:
+                users[name].append(inner)
+
+    def uses(name: str) -> list[Instruction]:
+        return [far for user in users[name] for far in (uses(user.name) if user.opcode == "bitcast" else [user])]
+
+    def source(name: str) -> Instruction:
+        return source(fused[name].operands[0]) if fused[name].opcode == "bitcast" else fused[name]
+
+    total = 0.0
+    parameters = {int(inner.arguments): inner for inner in fused.values() if inner.opcode == "parameter"}
+    for index, shapes in enumerate(operands):
+        if index not in parameters or not _hbm(shapes):
+            continue
+        readers = uses(parameters[index].name)
+        opcodes = {user.opcode for user in readers}
+        sliced = all(source(user.operands[0]) is parameters[index] for user in readers)
+        if opcodes and opcodes <= {"dynamic-slice", "slice", "gather"} and sliced:
+            total += sum(shape.bytes for user in readers for shape in user.shapes)
+        elif opcodes != {"dynamic-update-slice"} or not sliced:
+            total += _hbm(shapes)
+    root = next((inner for inner in fused.values() if inner.is_root), None)
+    results = root.operands if root is not None and root.opcode == "tuple" else (root.name,) if root else ()
+    for name, shape in zip(results, instruction.shapes, strict=False):
+        written = source(name)
+        if written.opcode == "dynamic-update-slice" and written.operands[1] in fused:
+            total += sum(part.bytes for part in fused[written.operands[1]].shapes) * shape.in_hbm
+        else:
+            total += _hbm((shape,))
+    return total
+
+
+def _hbm(shapes: tuple[Shape, ...]) -> float:
+    return sum(shape.bytes for shape in shapes if shape.in_hbm)
+
+
+def _kind(opcode: str) -> str | None:
+    name = opcode.removesuffix("-start")
+    return name if name in COLLECTIVES else None
+
+
+def _collectives(
+    instruction: Instruction, computation: Computation, computations: dict[str, Computation]
+) -> Iterator[tuple[Instruction, Computation]]:
+    """The collectives that an instruction is or holds, each with its computation."""
+    if _kind(instruction.opcode):
+        yield instruction, computation
+    for name in _fused(instruction, computations):
+        for inner in computations[name].values():
+            yield from _collectives(inner, computations[name], computations)
+
+
+def _collective(instruction: Instruction, computation: Computation, devices: int, times: int, place: str) -> Collective:
+    kind = _kind(instruction.opcode) or ""
+    sent = sum(shape.bytes for name in instruction.operands for shape in computation[name].shapes)
+    shapes = instruction.shapes
+    if instruction.opcode.endswith("-start"):  # (operands, results, contexts)
+        shapes = shapes[len(instruction.operands) : 2 * len(instruction.operands)]
+    group = _group_size(instruction.attributes, devices)
+    received = {
+        "all-gather": sent * (group - 1),
+        "all-reduce": 2 * sent * (group - 1) / group,
+        "collective-permute": sent,
+    }.get(kind, sent * (group - 1) / group)
+    return Collective(kind, tuple(shape.dims for shape in shapes), group, received, times, place != "")
+
+
+def _group_size(attributes: str, devices: int) -> int:
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes)
+    if iota:
+        return int(iota[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    return len(listed[1].split(",")) if listed else devices

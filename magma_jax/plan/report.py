@@ -1,0 +1,203 @@
+"""From a compiled program to what a person wants to know: does it fit, how long may a step take, what bounds it."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from magma_jax.plan.chips import GIB, Topology
+from magma_jax.plan.compilation import Compiled
+from magma_jax.plan.hlo import Collective, Costs, program_costs
+from magma_jax.training.flops import StepFlops, step_flops
+from magma_jax.training.pictures import features_are_fixed
+from magma_jax.training.program import Program
+
+TERMS = {
+    "compute": "operations of the program / peak",
+    "hbm": "bytes read and written / bandwidth of memory",
+    "ici": "bytes received / bandwidth of all links",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind on one device in one step."""
+
+    kind: str
+    count: int
+    received: float
+    in_loops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a program on a topology; numbers are of one device and one step unless they say otherwise.
+
+    Attributes:
+        seconds: the longest term of the roofline: the step can take no less.
+        terms: seconds of compute, memory and links, each as if the others took no time.
+        mfu: model FLOPs (frozen count) / (devices x peak x seconds); None for decoding.
+        gathers_of_frozen: all-gathers of frozen weights inside of loops, each time they run.
+    """
+
+    topology: Topology
+    what: str
+    mesh: dict[str, int]
+    batch: int
+    compiled: Compiled
+    costs: Costs | None
+    model_flops: StepFlops | None
+    gathers_of_frozen: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program fits into the memory of a chip."""
+        memory = self.compiled.memory
+        return memory is not None and memory.total <= self.topology.chip.hbm_bytes
+
+    @property
+    def terms(self) -> dict[str, float]:
+        if self.costs is None:
+            return {}
+        chip = self.topology.chip
+        received = sum(collective.received * collective.count for collective in self.costs.collectives)
+        return {
+            "compute": self.costs.flops / chip.peak_flops,
+            "hbm": self.costs.hbm_bytes / chip.hbm_bandwidth,
+            "ici": received / chip.ici_bandwidth,
+        }
+
+    @property
+    def seconds(self) -> float:
+        return max(self.terms.values(), default=0.0)
+
+    @property
+    def mfu(self) -> float | None:
+        if self.model_flops is None or not self.seconds:
+            return None
+        return self.model_flops.total / (len(self.topology.devices) * self.topology.chip.peak_flops * self.seconds)
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """Collectives by kind."""
+        kinds: dict[str, list[Collective]] = defaultdict(list)
+        for collective in self.costs.collectives if self.costs else ():
+            kinds[collective.kind].append(collective)
+        return [
+            Traffic(
+                kind,
+                sum(c.count for c in found),
+                sum(c.count * c.received for c in found),
+                sum(c.count for c in found if c.loop),
+            )
+            for kind, found in sorted(kinds.items())
+        ]
+
+
+def make_plan(program: Program, topology: Topology, compiled: Compiled, what: str, batch: int) -> Plan:
+    """Reads the costs of a compiled program and puts them beside the limits of the chip."""
+    costs = program_costs(compiled.text, len(topology.devices)) if compiled.text else None
+    config = program.config
+    flops = None
+    if what == "train":
+        cached = config.model.kind == "magma" and features_are_fixed(program)
+        flops = step_flops(
+            config.model,
+            program.params,
+            program.labels,
+            batch_size=config.batch_size,
+            length=config.data.length,
+            cached_features=cached,
+        )
+    gathers = frozen_gathers(program, costs)
+    return Plan(topology, what, dict(program.mesh.shape), batch, compiled, costs, flops, gathers)
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values: bytes, seconds, operations."""
+    chip, memory = plan.topology.chip, plan.compiled.memory
+    return {
+        "topology": plan.topology.name,
+        "devices": len(plan.topology.devices),
+        "what": plan.what,
+        "mesh": plan.mesh,
+        "batch": plan.batch,
+        "fits": plan.fits,
+        "refusal": plan.compiled.refusal,
+        "hbm_bytes": chip.hbm_bytes,
+        "memory": None if memory is None else dataclasses.asdict(memory) | {"total": memory.total},
+        "collectives": [dataclasses.asdict(traffic) for traffic in plan.traffic],
+        "gathers_of_frozen_in_loops": plan.gathers_of_frozen,
+        "model_flops": None if plan.model_flops is None else dataclasses.asdict(plan.model_flops),
+        "compiled_flops": plan.costs.flops * len(plan.topology.devices) if plan.costs else None,
+        "unknown_loops": plan.costs.unknown_loops if plan.costs else None,
+        "roofline": {"seconds": plan.seconds, **plan.terms},
+        "mfu": plan.mfu,
+        "compile_seconds": plan.compiled.seconds,
+        "compile_cpu_seconds": plan.compiled.cpu_seconds,
+    }
+
+
+def to_text(plan: Plan) -> str:
+    """The plan for people."""
+    chip, memory = plan.topology.chip, plan.compiled.memory
+    devices = len(plan.topology.devices)
+    axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    lines = [
+        f"{plan.what} step, batch {plan.batch}, on {plan.topology.name}: {devices} chips, mesh {axes}",
+        f"compiled in {plan.compiled.seconds:.0f} s ({plan.compiled.cpu_seconds:.0f} s of CPU)",
+        "",
+    ]
+    if memory is None or plan.costs is None:
+        return "\n".join([*lines, f"does not fit: {plan.compiled.refusal}"])
+    lines.append("memory of each chip, GiB")
+    for field in dataclasses.fields(memory):
+        lines.append(f"  {field.name:<12}{getattr(memory, field.name) / GIB:8.2f}")
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    lines += [f"  {'total':<12}{memory.total / GIB:8.2f} of {chip.hbm_bytes / GIB:.0f}: {verdict}", ""]
+    lines.append("collectives of each chip in one step")
+    for traffic in plan.traffic:
+        counts = f"{traffic.count:6}, {traffic.in_loops} of them in loops"
+        lines.append(f"  {traffic.kind:<20}{counts}; {traffic.received / GIB:.3f} GiB received")
+    if not plan.traffic:
+        lines.append("  none")
+    lines += [f"  all-gathers of frozen weights in loops: {plan.gathers_of_frozen}", ""]
+    compiled_flops = plan.costs.flops * devices
+    if plan.model_flops is not None:
+        flops = plan.model_flops
+        lines += [
+            f"operations of the whole step, frozen count: {flops.total:.3e}",
+            f"  4 N frozen {flops.frozen:.3e}, 6 M trained {flops.trained:.3e}, "
+            f"attention {flops.attention:.3e}, encoder {flops.encoder:.3e}",
+        ]
+    lines += [f"operations that the program runs, remat included: {compiled_flops:.3e}", ""]
+    lines.append("roofline: the longest of")
+    for name, formula in TERMS.items():
+        lines.append(f"  {name:<8}{1e3 * plan.terms[name]:9.1f} ms  {formula}")
+    if plan.mfu is not None:
+        formula = f"frozen count / ({devices} chips x {chip.peak_flops:.3g} x {plan.seconds:.4f} s)"
+        lines.append(f"MFU at most {plan.mfu:.1%} = {formula}")
+    elif plan.seconds:
+        lines.append(f"at most {plan.batch / plan.seconds:.0f} tokens/s over all rows")
+    if plan.costs.unknown_loops:
+        lines.append(f"{plan.costs.unknown_loops} loops of unknown length are counted once")
+    return "\n".join(lines)
+
+
+def frozen_gathers(program: Program, costs: Costs | None) -> int:
+    """All-gathers in loops whose result has the shape of a frozen weight, and of nothing that learns."""
+
+    def shapes(params: Mapping[str, Any]) -> set[tuple[int, ...]]:
+        # A loop sees one layer of a stack; the compiler may transpose it and adds axes of size one.
+        return {_shape(leaf.shape[1:] if "/layers/" in path else leaf.shape) for path, leaf in params.items()}
+
+    frozen = shapes(program.frozen) - shapes(program.state.trainable)
+    return sum(
+        collective.count
+        for collective in (costs.collectives if costs else ())
+        if collective.kind == "all-gather" and collective.loop and frozen & set(map(_shape, collective.dims))
+    )
+
+
+def _shape(dims: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(size for size in dims if size > 1))

@@ -1,0 +1,118 @@
+"""Costs read from a program's text, on a program small enough to count by hand."""
+
+import math
+
+import pytest
+
+from magma_jax.plan.hlo import parse, program_costs
+
+# Two layers in a loop: a gather of one layer's weight that runs beside two fusions, a matmul, a sum over devices.
+PROGRAM = """\
+HloModule step, is_scheduled=true
+
+%fused_slice (p0: bf16[2,8,4], p1: s32[]) -> bf16[1,8,4] {
+  %p0 = bf16[2,8,4]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = bf16[1,8,4]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,4}
+}
+
+%start (q0: bf16[8,4]) -> bf16[32,4] {
+  %q0 = bf16[8,4]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[32,4]{1,0} all-gather(%q0), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
+}
+
+%matmul (r0: bf16[16,4], r1: bf16[32,4], r2: bf16[8,4]) -> bf16[16,32] {
+  %r0 = bf16[16,4]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %r1 = bf16[32,4]{1,0} parameter(1)
+  %r2 = bf16[8,4]{1,0} parameter(2)
+  %gather.2 = bf16[32,4]{1,0} all-gather(%r2), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
+  ROOT %product = bf16[16,32]{1,0} convolution(%r0, %r1), dim_labels=bf_oi->bf
+}
+
+%condition (c0: (s32[], bf16[2,8,4], bf16[16,4], bf16[16,32])) -> pred[] {
+  %c0 = (s32[], bf16[2,8,4]{2,1,0}, bf16[16,4]{1,0}, /*index=3*/bf16[16,32]{1,0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(2)
+  %i = s32[] get-tuple-element(%c0), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (b0: (s32[], bf16[2,8,4], bf16[16,4], bf16[16,32])) -> (s32[], bf16[2,8,4], bf16[16,4], bf16[16,32]) {
+  %b0 = (s32[], bf16[2,8,4]{2,1,0}, bf16[16,4]{1,0}, bf16[16,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b0), index=0
+  %weights = bf16[2,8,4]{2,1,0} get-tuple-element(%b0), index=1
+  %x = bf16[16,4]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%b0), index=2
+  %layer = bf16[1,8,4]{2,1,0} fusion(%weights, %i), kind=kLoop, calls=%fused_slice
+  %flat = bf16[8,4]{1,0} bitcast(%layer)
+  %begin = bf16[32,4]{1,0} fusion(%flat), kind=kCustom, calls=%start
+  %y = bf16[16,32]{1,0} fusion(%x, %begin, %flat), kind=kOutput, calls=%matmul
+  %sum = bf16[16,32]{1,0} all-reduce(%y), channel_id=8, replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %next = (s32[], bf16[2,8,4]{2,1,0}, bf16[16,4]{1,0}, bf16[16,32]{1,0}) tuple(%i, %weights, %x, %sum)
+}
+
+ENTRY %main (a0: bf16[2,8,4], a1: bf16[16,4], a2: f32[2,4,8], a3: f32[2,8,6]) -> (s32[], bf16[2,8,4]) {
+  %a0 = bf16[2,8,4]{2,1,0} parameter(0)
+  %a1 = bf16[16,4]{1,0} parameter(1)
+  %a2 = f32[2,4,8]{2,1,0} parameter(2)
+  %a3 = f32[2,8,6]{2,1,0} parameter(3)
+  %zero = s32[] constant(0)
+  %empty = bf16[16,32]{1,0} constant({...})
+  %init = (s32[], bf16[2,8,4]{2,1,0}, bf16[16,4]{1,0}, bf16[16,32]{1,0}) tuple(%zero, %a0, %a1, %empty)
+  %loop = (s32[], bf16[2,8,4]{2,1,0}, bf16[16,4]{1,0}, bf16[16,32]{1,0}) while(%init), condition=%condition, body=%body
+  %batched = f32[2,4,6] convolution(%a2, %a3), window={size=2 pad=1_1 lhs_dilate=2}, dim_labels=0bf_0io->0bf
+  %permuted = (f32[2,4,6], f32[2,4,6], u32[]) collective-permute-start(%batched), source_target_pairs={{0,1}}
+  ROOT %result = (s32[], bf16[2,8,4]{2,1,0}) tuple(%zero, %a0)
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return program_costs(PROGRAM, devices=8)
+
+
+def test_matmuls_count_as_often_as_they_run(costs):
+    loop = 2 * (2 * 16 * 32 * 4)
+    # Of the dilated, padded axis only the pairs count that meet an element: a matmul of each of the two batch rows.
+    outputs, window, left = 2, 2, 2
+    pairs = sum((o + w - 1) in range(0, 2 * left, 2) for o in range(outputs) for w in range(window))
+    assert costs.flops == loop + 2 * 4 * 6 * 8 * pairs
+    assert costs.unknown_loops == 0
+
+
+def test_a_collective_beside_two_fusions_is_one(costs):
+    found = {collective.kind: collective for collective in costs.collectives}
+    assert len(costs.collectives) == len(found) == 3
+    gather, total = found["all-gather"], found["all-reduce"]
+    assert (gather.group, gather.count, gather.loop, gather.dims) == (4, 2, True, ((32, 4),))
+    assert gather.received == 3 * 8 * 4 * 2
+    assert (total.group, total.count, total.received) == (2, 2, 2 * (16 * 32 * 2) / 2)
+    assert (found["collective-permute"].count, found["collective-permute"].loop) == (1, False)
+
+
+def test_traffic_counts_slices_and_leaves_out_on_chip_memory(costs):
+    layer = 8 * 4 * 2 + 4 + 8 * 4 * 2  # the slice of the weights and its index are read, the layer is written
+    begin = 8 * 4 * 2 + 32 * 4 * 2
+    product = 32 * 4 * 2 + 8 * 4 * 2 + 16 * 32 * 2  # x is on the chip
+    total = 2 * 16 * 32 * 2
+    batched = 4 * (2 * 4 * 8 + 2 * 8 * 6 + 2 * 4 * 6)
+    permuted = 4 * 2 * (2 * 4 * 6)
+    assert costs.hbm_bytes == 2 * (layer + begin + product + total) + batched + permuted
+
+
+def test_a_loop_without_a_limit_counts_once_and_says_so():
+    text = PROGRAM.replace("direction=LT", "direction=NE")
+    costs = program_costs(text, devices=8)
+    assert costs.unknown_loops == 1
+    assert costs.flops < program_costs(PROGRAM, devices=8).flops
+    known = text.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
+    assert {c.count for c in program_costs(known, devices=8).collectives if c.loop} == {5}
+
+
+def test_shapes_of_every_kind():
+    line = "%x = (bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, f8e4m3fn[4], pred[5]{0}, token[], f32[]) custom-call(%y)"
+    computations, entry = parse("ENTRY %main (y: f32[]) -> f32[] {\n  " + line + "\n}\n")
+    shapes = computations[entry]["x"].shapes
+    assert [shape.bytes for shape in shapes] == [12, 4, 5, 0, 4]
+    assert [shape.in_hbm for shape in shapes] == [False, True, True, True, True]
+    assert math.prod(shapes[-1].dims) == 1
