@@ -1,0 +1,65 @@
+"""The launch pages: shell that parses, YAML that parses, and training commands whose configs and settings exist."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from magma_jax.config import apply_overrides, from_dict, load_config_file
+from magma_jax.training.config import RunConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs/launch").glob("*.md"))
+BLOCKS = [
+    (page.stem, number, *block)
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.M | re.S))
+]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every ``python ...`` in a text, without what follows it in its line."""
+    joined = text.replace("\\\n", " ")
+    found = re.findall(r"\bpython (train\.py|-m magma_jax\S*)([^\n&|>\"']*)", joined)
+    return [[*program.split(), *shlex.split(rest)] for program, rest in found]
+
+
+def test_there_is_a_page_for_every_kind_of_machine():
+    assert {page.stem for page in PAGES} == {"tpu_vm", "tpu_slice", "gpus", "slurm", "gke"}
+
+
+@pytest.mark.parametrize(("page", "number", "language", "text"), BLOCKS, ids=lambda value: str(value)[:12])
+def test_blocks_parse(page, number, language, text):
+    if language == "bash":
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    else:
+        assert language == "yaml"
+        assert all(document["kind"] in ("Service", "Job") for document in yaml.safe_load_all(text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_name_configs_and_settings_that_exist(page):
+    text = page.read_text()
+    found = commands(text)
+    for document in yaml.safe_load_all("\n".join(re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S))):
+        if document and document["kind"] == "Job":
+            command = document["spec"]["template"]["spec"]["containers"][0]["command"]
+            found.append([word for part in command[1:] for word in part.split("=", 1 if part.startswith("--") else 0)])
+    assert found
+    for words in found:
+        if words[0] == "-m":
+            assert importlib.util.find_spec(words[1])
+        assert {word for word in words if word.startswith("--")} <= options(words[1] if words[0] == "-m" else "train")
+        settings = words[words.index("--set") + 1 :] if "--set" in words else []
+        config = load_config_file(ROOT / words[words.index("--config") + 1])
+        from_dict(RunConfig, apply_overrides(config, settings))
+
+
+def options(program: str) -> set[str]:
+    """The options that a program knows, as its source names them."""
+    path = "train.py" if program == "train" else program.replace(".", "/") + "/__main__.py"
+    return set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', (ROOT / path).read_text()))
