@@ -86,6 +86,7 @@ def test_fresh_parts_are_those_of_a_run(sources, composed, tmp_path, monkeypatch
         np.testing.assert_array_equal(tensor.read(), np.asarray(run.params[path]), path)
 
 
+@pytest.mark.slow
 def test_runs_share_the_frozen_part_of_their_base(composed, tmp_path, monkeypatch):
     base = shutil.copytree(composed[0], tmp_path / "base")
     monkeypatch.setattr(setup, "load_dataset", lambda config: tiny.dataset())

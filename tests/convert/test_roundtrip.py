@@ -109,6 +109,7 @@ def test_sizes_that_no_tensor_tells(golden_checkpoint, tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_written_with_what_it_learned(tmp_path, monkeypatch):
     config = tiny.run_config(steps=1, model=dataclasses.replace(tiny.MODEL, encoder=tiny.RESNET))
     monkeypatch.setattr(setup, "load_dataset", lambda config: tiny.dataset())

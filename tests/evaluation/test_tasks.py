@@ -106,11 +106,11 @@ def test_batch_size_changes_no_prediction(model, evaluation, batch_size):
 
 
 def test_one_program_a_bucket(model):
-    tasks._generate.clear_cache()
+    tasks.generate_greedy.clear_cache()
     tasks.evaluate(model, DATA, batch_size=2, max_new_tokens=5)
     lengths = {len(DATA.tokenizer.encode(sample.prompt)) for sample in DATA.evaluation["test"]}
     buckets = {next(b for b in tasks.PROMPT_BUCKETS if b >= length) for length in lengths}
-    assert tasks._generate._cache_size() == len(buckets)
+    assert tasks.generate_greedy._cache_size() == len(buckets)
 
 
 def test_every_condition_has_every_figure(evaluation):

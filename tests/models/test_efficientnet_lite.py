@@ -58,6 +58,7 @@ def test_every_tensor_of_the_package_is_used_or_named(pretrained):
     assert 3.3e6 < sum(value.size for value in pretrained[1].values()) < 3.5e6
 
 
+@pytest.mark.slow
 def test_taps_join_layers_averaged_over_cells(pretrained):
     config = EfficientNetLiteConfig(image_size=64, taps=("stem", 4, "head"))
     graphdef, params = split(EfficientNetLite(config, rngs=nnx.Rngs(0)))

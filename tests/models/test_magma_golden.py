@@ -16,7 +16,13 @@ NPY = io.BytesIO()
 np.save(NPY, np.zeros(3))
 
 
-@pytest.mark.parametrize("case", CASES)
+# The others add a minute each and what they alone show is little: another adapter's place, another encoder.
+QUICK = ("none", "v1_mlp_normal", "v2_mlp_attn_normal", "scaled_parallel_ln")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_every_golden_array_within_tolerance(case, golden, golden_checkpoint):
     result = verify(golden_checkpoint(case), golden / f"{case}.npz")
     assert result.ok, result.as_table()

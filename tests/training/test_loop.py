@@ -80,7 +80,7 @@ def test_two_steps_then_two_more_equal_four_bit_for_bit(finished, tmp_path):
 @pytest.mark.parametrize(
     ("when", "every", "left", "kept"),
     [
-        ("saving", 1, ["1", "2", "3.orbax-checkpoint-tmp"], ["3", "4"]),
+        pytest.param("saving", 1, ["1", "2", "3.orbax-checkpoint-tmp"], ["3", "4"], marks=pytest.mark.slow),
         pytest.param("between", 2, ["2"], ["2", "4"], marks=pytest.mark.slow),
         pytest.param("asked", 4, ["2"], ["2", "4"], marks=pytest.mark.slow),
     ],

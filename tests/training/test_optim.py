@@ -140,6 +140,7 @@ def test_only_the_trainable_part_changes_and_has_optimizer_state(problem, steppe
     assert {labels[path] for path in frozen} == {"frozen"}
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_large_batch(problem, stepped):
     state, metrics = run(problem, make_optimizer(OPTIM, problem[2]), steps=3, accumulate=2)
     np.testing.assert_allclose(metrics["loss"], stepped[1]["loss"], rtol=1e-5)
@@ -163,6 +164,7 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(problem, descended
         np.testing.assert_allclose(leaf - start, whole.trainable[path] - start, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_clipping_sees_the_norm_of_trainable_gradients_only(problem, descended):
     _, (trainable, _, _), labels, _ = problem
     norm = float(descended[1]["grad_norm"])

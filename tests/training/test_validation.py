@@ -17,6 +17,7 @@ from magma_jax.training.validation import chosen_samples, make_validation
 from tests import tiny
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_tokens_in_batches_of_any_size(tmp_path, monkeypatch):
     data = tiny.dataset()
     monkeypatch.setattr(setup, "load_dataset", lambda config: data)
