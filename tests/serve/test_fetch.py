@@ -162,7 +162,7 @@ def test_hosts_that_misbehave(host, answer, says):
     started = time.monotonic()
     with pytest.raises(FetchError, match=says) as error:
         host(answer)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20  # they would go on for ever
     assert "\n" not in str(error.value)
 
 
