@@ -14,13 +14,9 @@ from magma_jax.config import load_config_file
 
 
 def get_config() -> ConfigDict:
-    config = load_config_file(Path(__file__).with_name("magma_long.py"))
-    config.base = "models/magma_long"
+    config = load_config_file(Path(__file__).with_name("finetune_vqa.py"))
     config.model.classes = 3
     config.data.folders = {"train": ("data/snli_ve_train",), "validation": ("data/snli_ve_val",)}
-    # Appendix A: pretraining's settings at lower rates. How often to validate and how long to wait is ours.
+    # Appendix A.
     config.optim.learning_rate = 3e-4
-    config.optim.encoder_learning_rate = 1.5e-6
-    config.steps = 10_000
-    config.validation = {"every": 250, "samples": 4096, "patience": 4}
     return config

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
     if path.is_dir() and any(path.iterdir()):
         raise OutputError(f"{path}: already exists and is not an empty folder; choose another name or remove it first")
     partial = partial_name(path)
-    with _locked(path):
+    with locked(path):
         _remove(partial)
         check_room(path.parent, nbytes)
         try:
@@ -43,6 +44,20 @@ def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
         # Without this a power cut may forget the new name. Not every system can open a directory.
         with contextlib.suppress(OSError):
             _sync(path.parent)
+
+
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Writes a file under a temporary name beside ``path``, then renames it: it is whole or it is not there."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def partial_name(path: Path) -> Path:
@@ -61,7 +76,12 @@ def check_room(folder: str | os.PathLike, nbytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from writing what shall appear at ``path``; the lock of a process that dies is free.
+
+    Raises:
+        OutputError: another process holds it.
+    """
     name = path.with_name(f".{path.name}.lock")
     while True:
         descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

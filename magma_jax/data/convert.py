@@ -14,7 +14,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from magma_jax.data.prepare import PrepareOptions, prepare
 from magma_jax.data.records import DataError, Record, Skipped, unpack
+from magma_jax.output import locked, partial_name, replace_file
 from magma_jax.version import __version__
 
 INFO_FILE, TEXTS_FILE, SKIPPED_FILE = "info.json", "texts.npy", "skipped.jsonl"
@@ -76,15 +76,16 @@ def convert(
 
     Raises:
         DataError: ``out`` exists; two records have one id; too much was skipped; the records are not those of the
-            interrupted conversion; another conversion to ``out`` is running; the disk is full.
+            interrupted conversion; the disk is full.
+        OutputError: another conversion to ``out`` is running.
     """
     out = Path(out)
     if out.exists():
         raise DataError(f"{out}: already exists; choose another name or remove it first")
-    work = out.parent / f".{out.name}.partial"
+    work = partial_name(out)
     (work / "state").mkdir(parents=True, exist_ok=True)
     (work / "data").mkdir(exist_ok=True)
-    with _locked(work, out):
+    with locked(out.absolute()):
         _check_same(work / "state" / "options.json", _identity(options), out)
         shards = _write_shards(records, work, options, total)
         info = _finish(work, shards, options, dict(source or {}))
@@ -216,7 +217,8 @@ def _finish(
         "skipped": reasons,
         "files": {_shard_path(work, n).name: len(report["ids"]) for n, report in enumerate(reports)},
     }
-    _write_json(work / "data" / INFO_FILE, info, indent=2)
+    # Written in place: the folder gets its name when it is whole, and nothing may be left beside its files.
+    (work / "data" / INFO_FILE).write_text(json.dumps(info, ensure_ascii=False, indent=2))
     return info
 
 
@@ -291,16 +293,6 @@ def _check_same(file: Path, identity: dict[str, Any], out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(work: Path, out: Path) -> Iterator[None]:
-    with (work / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{out}: another conversion to this folder is running; wait for it") from None
-        yield
-
-
-@contextlib.contextmanager
 def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
     """An open file for records; errors of its library, which are RuntimeErrors, come out as OSErrors."""
     try:
@@ -326,7 +318,5 @@ def _temporary(work: Path, number: int) -> Path:
     return work / "state" / f"records-{number:05d}.{os.getpid()}.tmp"
 
 
-def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=indent))
-    os.replace(temporary, path)
+def _write_json(path: Path, value: Any) -> None:
+    replace_file(path, json.dumps(value, ensure_ascii=False).encode())

@@ -9,7 +9,8 @@ from PIL import Image
 
 from magma_jax.data.datasets import Dataset
 from magma_jax.evaluation.cards import Card, Line, draw_cards
-from magma_jax.evaluation.results import CAPTION, Evaluation, question_of, replace_file
+from magma_jax.evaluation.results import CAPTION, Evaluation, question_of
+from magma_jax.output import replace_file
 
 PICTURES = 12
 

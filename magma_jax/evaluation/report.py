@@ -20,9 +20,9 @@ from magma_jax.evaluation.results import (
     cells,
     figures_of,
     question_of,
-    replace_file,
     summary,
 )
+from magma_jax.output import replace_file
 from magma_jax.training.metrics import read_lines
 from magma_jax.typing import UInt8
 

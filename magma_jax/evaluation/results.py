@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from magma_jax.output import replace_file
 
 # The model as it is, and three baselines that know less.
 CONDITIONS = ("model", "blind", "shuffled", "constant")
@@ -110,17 +110,3 @@ def write_predictions(path: str | Path, evaluation: Evaluation) -> None:
         for i, (sample, truth) in enumerate(zip(evaluation.samples, evaluation.truths, strict=True))
     ]
     replace_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-
-
-def replace_file(path: str | Path, content: bytes) -> None:
-    """Writes a file under a temporary name beside ``path``, then renames it: it is whole or it is not there."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -27,6 +27,7 @@ from PIL import Image
 from magma_jax.data.images import ImageInput, to_uint8
 from magma_jax.inference import slots
 from magma_jax.inference.api import LENGTH_BUCKETS, Magma, Prompt, check_prompt
+from magma_jax.inference.decode import Drawn
 from magma_jax.inference.requests import Answer, EngineError, Progress, RequestOptions, Ticket
 from magma_jax.inference.sampling import sampling_rows
 from magma_jax.models.encoders import ENCODERS
@@ -356,13 +357,7 @@ class Engine:
 
     def _decode(self) -> None:
         before = np.asarray(self._rows.count)
-        self._rows, drawn = slots.decode(
-            self._graphdef,
-            self._params,
-            self._rows,
-            steps=self.config.steps,
-            eos_id=self.model.tokenizer.eos_id,
-        )
+        drawn = self._burst()
         tokens, logprobs, after = np.asarray(drawn.token), np.asarray(drawn.logprob), np.asarray(self._rows.count)
         self._deliver(
             {
@@ -371,6 +366,12 @@ class Engine:
                 if (count := int(after[slot] - before[slot]))
             }
         )
+
+    def _burst(self) -> Drawn:
+        self._rows, drawn = slots.decode(
+            self._graphdef, self._params, self._rows, steps=self.config.steps, eos_id=self.model.tokenizer.eos_id
+        )
+        return drawn
 
     def _deliver(self, new: dict[int, tuple[list[int], list[float]]]) -> None:
         """Gives every request its new tokens, and ends those that are through."""
@@ -416,13 +417,7 @@ class Engine:
         """Programs that requests of a warm-up do not reach."""
         self._release([])
         self._rows = slots.copy_prompt(self._rows, jnp.int32(0), jnp.int32(0))
-        self._rows, _ = slots.decode(
-            self._graphdef,
-            self._params,
-            self._rows,
-            steps=self.config.steps,
-            eos_id=self.model.tokenizer.eos_id,
-        )
+        self._burst()
         jax.block_until_ready(self._rows)
         self._histories = [np.zeros(0, np.int64) for _ in range(self.config.slots)]
 

@@ -4,7 +4,6 @@ Everything has a declared shape: the slots and their cache, a table of encoded p
 lengths. So the programs are few, all are compiled before the first request, and none after it.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.compile import jit
 from magma_jax.data.images import normalize
 from magma_jax.inference.decode import Drawn, Rows, draw, run
 from magma_jax.inference.sampling import SamplingRows
@@ -48,7 +48,7 @@ class Admission(NamedTuple):
     limit: Array
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "slots", "context", "pictures"))
+@jit(static_argnames=("graphdef", "slots", "context", "pictures"))
 def empty_slots(
     graphdef: nnx.GraphDef, params: Params, slots: int, context: int, pictures: int
 ) -> tuple[Rows, Float[Array, "C P D"]]:
@@ -64,7 +64,7 @@ def empty_slots(
     return rows, jnp.zeros((pictures, model.image_positions, model.config.lm.width), model.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mean", "std"), donate_argnames=("table",))
+@jit(static_argnames=("graphdef", "mean", "std"), donate_argnames=("table",))
 def add_picture(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -80,7 +80,7 @@ def add_picture(
     return table.at[row].set(embedded[0].astype(table.dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "eos_id"), donate_argnames=("rows",))
+@jit(static_argnames=("graphdef", "eos_id"), donate_argnames=("rows",))
 def admit(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -119,19 +119,19 @@ def admit(
     return others._replace(cache=output.cache), drawn._replace(logits=None)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "steps", "eos_id"), donate_argnames=("rows",))
+@jit(static_argnames=("graphdef", "steps", "eos_id"), donate_argnames=("rows",))
 def decode(graphdef: nnx.GraphDef, params: Params, rows: Rows, *, steps: int, eos_id: int) -> tuple[Rows, Drawn]:
     """Up to ``steps`` tokens for every slot, see ``inference.decode.run``."""
     return run(merge(graphdef, params).lm, rows, steps, eos_id=eos_id)
 
 
-@functools.partial(jax.jit, donate_argnames=("rows",))
+@jit(donate_argnames=("rows",))
 def release(rows: Rows, which: Bool[Array, " B"]) -> Rows:
     """Makes slots idle, whatever they were doing."""
     return rows._replace(done=rows.done | which)
 
 
-@functools.partial(jax.jit, donate_argnames=("rows",))
+@jit(donate_argnames=("rows",))
 def copy_prompt(rows: Rows, source: Int[Array, ""], target: Int[Array, ""]) -> Rows:
     """Copies the cache of one slot to another, where two prompts begin alike."""
     return rows._replace(cache=jax.tree.map(lambda all_: all_.at[:, target].set(all_[:, source]), rows.cache))

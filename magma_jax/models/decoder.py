@@ -1,10 +1,11 @@
 """What the language models share: embedding, layers with a cache and adapters, final LayerNorm, logits.
 
-A language model is a subclass of ``Decoder`` that builds its parts, and an ``Attention`` that says how an input
+A language model is a subclass of ``Decoder`` that names its parts, and an ``Attention`` that says how an input
 becomes queries, keys and values. Block, cache, loop over layers and head stand here once.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -17,7 +18,7 @@ from magma_jax.nn.attention import causal_mask, dot_product_attention
 from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal
 from magma_jax.nn.modules import LanguageParam
 from magma_jax.nn.rotary import rotary_table
-from magma_jax.nn.stack import Remat, scan
+from magma_jax.nn.stack import Remat, scan, stack
 from magma_jax.sharding import split_rows
 from magma_jax.typing import Array, Bool, Float, Int
 
@@ -144,10 +145,19 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A language model from embeddings to hidden states; ``embed`` before it, ``logits`` after it.
 
-    A subclass sets ``config``, the embedding table ``wte``, stacked ``layers`` and the final LayerNorm ``ln_f``; where
-    it has them, a head ``lm_head`` (None: the embedding table is the head too, one parameter with two uses) and a
-    table of learned positions ``wpe``, rotary positions, or ``windows``: for every layer how many positions a query
-    sees, itself included, or None for all.
+    It has an embedding table ``wte``, stacked ``layers`` and a final LayerNorm ``ln_f``. A subclass says which
+    attention its blocks have, and sets ``rotary`` where positions turn queries and keys, or ``windows``: for every
+    layer how many positions a query sees, itself included, or None for all.
+
+    Args:
+        attention: of every block.
+        residual: how a block adds up, see ``Block``.
+        activation: between the MLP's layers.
+        learned_positions: whether there is a table of positions, ``wpe``.
+        head: ``lm_head`` with or without a ``bias``; ``tied`` if the embedding table is the head too, one parameter
+            with two uses.
+        mlp_adapter: adapter of every MLP.
+        attn_adapter: the same of attention.
     """
 
     config: DecoderConfig
@@ -155,6 +165,33 @@ class Decoder(nnx.Module):
     wpe: Embedding | None = None
     rotary: tuple[int, float] | None = None  # features of each head that are turned, and the base
     windows: tuple[int | None, ...] | None = None
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        attention: Callable[..., Attention],
+        *,
+        residual: Residual,
+        activation: Activation = "gelu_tanh",
+        learned_positions: bool = False,
+        head: Literal["bias", "no_bias", "tied"] = "tied",
+        mlp_adapter: AdapterConfig | None = None,
+        attn_adapter: AdapterConfig | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+
+        def block(rngs: nnx.Rngs) -> Block:
+            options = {"residual": residual, "activation": activation, "rngs": rngs}
+            return Block(config, attention(config, rngs=rngs), mlp_adapter, attn_adapter, **options)
+
+        self.wte = embedding(config, config.vocab_rows, config.embedding_std, rngs=rngs)
+        if learned_positions:
+            self.wpe = embedding(config, config.context_length, 0.02, rngs=rngs)
+        self.layers = stack(block, config.layers, rngs)
+        self.ln_f = layernorm(config)
+        if head != "tied":
+            self.lm_head = linear(config, config.width, config.head_rows, use_bias=head == "bias", rngs=rngs)
 
     def embed(self, ids: Int[Array, "B S"], dtype: Any = jnp.float32) -> Float[Array, "B S D"]:
         """Word embeddings; ids must be below ``vocab_rows`` (JAX clamps what is not)."""

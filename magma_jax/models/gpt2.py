@@ -2,14 +2,12 @@
 2019)."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 
-from magma_jax.models.decoder import Activation, Attention, Block, Decoder, check_heads, embedding, layernorm, linear
-from magma_jax.nn.adapters import AdapterConfig
-from magma_jax.nn.stack import stack
+from magma_jax.models.decoder import Activation, Attention, Decoder, check_heads, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,23 +69,8 @@ class GPT2Attention(Attention):
 
 
 class GPT2(Decoder):
-    """GPT-2, see ``Decoder``."""
+    """GPT-2; ``options`` are adapters and random keys, see ``Decoder``."""
 
-    def __init__(
-        self,
-        config: GPT2Config,
-        *,
-        mlp_adapter: AdapterConfig | None = None,
-        attn_adapter: AdapterConfig | None = None,
-        rngs: nnx.Rngs,
-    ):
-        self.config = config
-
-        def block(rngs):
-            options = {"residual": "sequential", "activation": config.activation, "rngs": rngs}
-            return Block(config, GPT2Attention(config, rngs=rngs), mlp_adapter, attn_adapter, **options)
-
-        self.wte = embedding(config, config.vocab_rows, config.embedding_std, rngs=rngs)
-        self.wpe = embedding(config, config.context_length, 0.02, rngs=rngs)
-        self.layers = stack(block, config.layers, rngs)
-        self.ln_f = layernorm(config)
+    def __init__(self, config: GPT2Config, **options: Any):
+        kind = {"residual": "sequential", "activation": config.activation, "learned_positions": True}
+        super().__init__(config, GPT2Attention, **kind, **options)

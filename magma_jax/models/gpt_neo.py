@@ -3,13 +3,11 @@
 
 import dataclasses
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 from flax import nnx
 
-from magma_jax.models.decoder import Activation, Attention, Block, Decoder, check_heads, embedding, layernorm, linear
-from magma_jax.nn.adapters import AdapterConfig
-from magma_jax.nn.stack import stack
+from magma_jax.models.decoder import Activation, Attention, Decoder, check_heads, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,25 +78,10 @@ class GPTNeoAttention(Attention):
 
 
 class GPTNeo(Decoder):
-    """GPT-Neo, see ``Decoder``."""
+    """GPT-Neo; ``options`` are adapters and random keys, see ``Decoder``."""
 
-    def __init__(
-        self,
-        config: GPTNeoConfig,
-        *,
-        mlp_adapter: AdapterConfig | None = None,
-        attn_adapter: AdapterConfig | None = None,
-        rngs: nnx.Rngs,
-    ):
-        self.config = config
+    def __init__(self, config: GPTNeoConfig, **options: Any):
         kinds = itertools.islice(itertools.cycle(config.attention), config.layers)
         self.windows = tuple(config.window if kind == "local" else None for kind in kinds)
-
-        def block(rngs):
-            options = {"residual": "sequential", "activation": config.activation, "rngs": rngs}
-            return Block(config, GPTNeoAttention(config, rngs=rngs), mlp_adapter, attn_adapter, **options)
-
-        self.wte = embedding(config, config.vocab_rows, config.embedding_std, rngs=rngs)
-        self.wpe = embedding(config, config.context_length, 0.02, rngs=rngs)
-        self.layers = stack(block, config.layers, rngs)
-        self.ln_f = layernorm(config)
+        kind = {"residual": "sequential", "activation": config.activation, "learned_positions": True}
+        super().__init__(config, GPTNeoAttention, **kind, **options)

@@ -2,15 +2,13 @@
 its own (Black et al., 2022; Biderman et al., 2023)."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 
-from magma_jax.models.decoder import Activation, Attention, Block, Decoder, check_heads, embedding, layernorm, linear
-from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.models.decoder import Activation, Attention, Decoder, check_heads, linear
 from magma_jax.nn.rotary import apply_rotary, check_rotary_dim
-from magma_jax.nn.stack import stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,25 +86,10 @@ class GPTNeoXAttention(Attention):
 
 
 class GPTNeoX(Decoder):
-    """GPT-NeoX, see ``Decoder``."""
+    """GPT-NeoX; ``options`` are adapters and random keys, see ``Decoder``."""
 
-    def __init__(
-        self,
-        config: GPTNeoXConfig,
-        *,
-        mlp_adapter: AdapterConfig | None = None,
-        attn_adapter: AdapterConfig | None = None,
-        rngs: nnx.Rngs,
-    ):
-        self.config = config
+    def __init__(self, config: GPTNeoXConfig, **options: Any):
         self.rotary = (config.rotary_dim, config.rotary_base)
-
-        def block(rngs):
-            residual = "parallel" if config.parallel_residual else "sequential"
-            options = {"residual": residual, "activation": config.activation, "rngs": rngs}
-            return Block(config, GPTNeoXAttention(config, rngs=rngs), mlp_adapter, attn_adapter, **options)
-
-        self.wte = embedding(config, config.vocab_rows, config.embedding_std, rngs=rngs)
-        self.layers = stack(block, config.layers, rngs)
-        self.ln_f = layernorm(config)
-        self.lm_head = linear(config, config.width, config.head_rows, use_bias=False, rngs=rngs)
+        residual = "parallel" if config.parallel_residual else "sequential"
+        kind = {"residual": residual, "activation": config.activation, "head": "no_bias"}
+        super().__init__(config, GPTNeoXAttention, **kind, **options)

@@ -5,14 +5,12 @@ have more rows than the table.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from flax import nnx
 
-from magma_jax.models.decoder import Attention, Block, Decoder, check_heads, embedding, layernorm, linear
-from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.models.decoder import Attention, Decoder, check_heads, linear
 from magma_jax.nn.rotary import apply_rotary, check_rotary_dim
-from magma_jax.nn.stack import stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +62,8 @@ class GPTJAttention(Attention):
 
 
 class GPTJ(Decoder):
-    """GPT-J, see ``Decoder``."""
+    """GPT-J; ``options`` are adapters and random keys, see ``Decoder``."""
 
-    def __init__(
-        self,
-        config: GPTJConfig,
-        *,
-        mlp_adapter: AdapterConfig | None = None,
-        attn_adapter: AdapterConfig | None = None,
-        rngs: nnx.Rngs,
-    ):
-        self.config = config
+    def __init__(self, config: GPTJConfig, **options: Any):
         self.rotary = (config.rotary_dim, config.rotary_base)
-
-        def block(rngs):
-            attention = GPTJAttention(config, rngs=rngs)
-            return Block(config, attention, mlp_adapter, attn_adapter, residual="shared", rngs=rngs)
-
-        self.wte = embedding(config, config.vocab_rows, config.embedding_std, rngs=rngs)
-        self.layers = stack(block, config.layers, rngs)
-        self.ln_f = layernorm(config)
-        self.lm_head = linear(config, config.width, config.head_rows, rngs=rngs)
+        super().__init__(config, GPTJAttention, residual="shared", head="bias", **options)

@@ -18,7 +18,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from magma_jax.config import ConfigError
-from magma_jax.evaluation.results import replace_file
+from magma_jax.output import replace_file
 from magma_jax.typing import UInt8
 
 METRICS_FILE = "metrics.jsonl"

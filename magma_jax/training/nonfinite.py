@@ -5,7 +5,7 @@ noticing late. The host looks at each step after the next one has been handed to
 device has nothing to do.
 """
 
-import os
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from magma_jax.output import replace_file
 from magma_jax.typing import PRNGKey
 
 FOLDER = "nonfinite"
@@ -85,8 +86,7 @@ class NonfiniteGuard:
         key = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(self._key), step))
         # NumPy's files know no bfloat16.
         arrays = {name: np.asarray(a, np.float32) if a.dtype.kind == "V" else a for name, a in batch.items()}
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.savez(file, **arrays, step=step, key=key)
-        os.replace(partial, path)
+        file = io.BytesIO()
+        np.savez(file, **arrays, step=step, key=key)
+        replace_file(path, file.getvalue())
         return f"its batch is in {path}"
