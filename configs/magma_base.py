@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
                 "final_fraction": 0.1,
                 "weight_decay": 0.0,
             },
-            "loss": {"remat": "full"},
+            "loss": {"remat": "full", "encoder_remat": "full"},
             "base": "models/magma",
             "steps": 15_000,
             "batch_size": 256,

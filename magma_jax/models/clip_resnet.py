@@ -16,7 +16,7 @@ from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.convolution import BatchNorm, BatchNormMode, Conv2d, average_pool
 from magma_jax.nn.layers import Linear, normal
 from magma_jax.nn.modules import EncoderParam
-from magma_jax.nn.stack import scan, stack
+from magma_jax.nn.stack import Remat, once, scan, stack
 from magma_jax.sharding import split_rows
 from magma_jax.typing import Array, Float
 
@@ -99,10 +99,12 @@ class Stage(nnx.Module):
             else None
         )
 
-    def __call__(self, x: Float[Array, "B h w C"], mode: BatchNormMode) -> Float[Array, "B h2 w2 C2"]:
-        x = self.first(x, mode)
+    def __call__(
+        self, x: Float[Array, "B h w C"], mode: BatchNormMode, remat: Remat = "none"
+    ) -> Float[Array, "B h2 w2 C2"]:
+        x = once(self.first, lambda block, x: block(x, mode), x, remat=remat)
         if self.rest is not None:
-            x, _ = scan(self.rest, lambda block, x, _: (block(x, mode), None), x, remat="none")
+            x, _ = scan(self.rest, lambda block, x, _: (block(x, mode), None), x, remat=remat)
         return x
 
 
@@ -153,12 +155,12 @@ class CLIPResNet(nnx.Module):
         return average_pool(x, 2)
 
     def __call__(
-        self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen"
+        self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
     ) -> Float[Array, "B P C"]:
         """Normalised pictures to the grid, row by row."""
-        x = self.stem(images, batch_norm)
+        x = once(self, lambda model, images: model.stem(images, batch_norm), images, remat=remat)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x, batch_norm)
+            x = stage(x, batch_norm, remat)
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
     def pool(self, grid: Float[Array, "B P C"]) -> Float[Array, "B E"]:

@@ -18,7 +18,7 @@ from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.convolution import BatchNormMode, Conv2d
 from magma_jax.nn.layers import LayerNorm, Linear, normal
 from magma_jax.nn.modules import EncoderParam
-from magma_jax.nn.stack import scan, stack
+from magma_jax.nn.stack import Remat, scan, stack
 from magma_jax.sharding import split_rows
 from magma_jax.typing import Array, Float
 
@@ -131,10 +131,10 @@ class CLIPViT(nnx.Module):
         return self.ln_pre(x + self.positional_embedding[...].astype(x.dtype))
 
     def __call__(
-        self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen"
+        self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
     ) -> Float[Array, "B ..."]:
         """Normalised pictures to features; ``batch_norm`` is accepted by every encoder and means nothing here."""
-        x, _ = scan(self.blocks, lambda block, x, _: (block(split_rows(x)), None), self.embed(images), remat="none")
+        x, _ = scan(self.blocks, lambda block, x, _: (block(split_rows(x)), None), self.embed(images), remat=remat)
         if self.config.output == "pooled":
             return self.ln_post(x[:, 0]) @ self.proj[...].astype(x.dtype)
         return self.ln_post(x[:, 1:])

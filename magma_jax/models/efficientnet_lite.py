@@ -14,6 +14,7 @@ from flax import nnx
 from magma_jax.nn.convolution import BatchNorm, BatchNormMode, Conv2d
 from magma_jax.nn.layers import fan_in_uniform
 from magma_jax.nn.modules import EncoderParam
+from magma_jax.nn.stack import Remat, once
 from magma_jax.typing import Array, Float
 
 # Pixels go in as (x - 127) / 128, here for pixels of 0 to 1.
@@ -153,20 +154,23 @@ class EfficientNetLite(nnx.Module):
             setattr(self, f"block{number}", InvertedBottleneck(block, rngs=rngs))
         self.conv_head, self.bn1 = Conv2d(BLOCKS[-1].out_channels, _HEAD, 1, rngs=rngs), BatchNorm(_HEAD, eps=_EPS)
 
-    def layers(self, images: Float[Array, "B h w 3"], mode: BatchNormMode = "frozen") -> dict[str | int, Array]:
+    def layers(
+        self, images: Float[Array, "B h w 3"], mode: BatchNormMode = "frozen", remat: Remat = "none"
+    ) -> dict[str | int, Array]:
         """The outputs of "stem", every block by number, and "head"."""
         x = jax.nn.relu6(self.bn0(self.conv_stem(same_padding(images, 3, 2)), mode))
         outputs: dict[str | int, Array] = {"stem": x}
         for number in range(len(BLOCKS)):
-            x = outputs[number] = getattr(self, f"block{number}")(x, mode)
+            block = getattr(self, f"block{number}")
+            x = outputs[number] = once(block, lambda block, x: block(x, mode), x, remat=remat)
         outputs["head"] = jax.nn.relu6(self.bn1(self.conv_head(x), mode))
         return outputs
 
     def __call__(
-        self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen"
+        self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
     ) -> Float[Array, "B P C"]:
         """Normalised pictures to the grid, row by row."""
-        outputs = self.layers(images, batch_norm)
+        outputs = self.layers(images, batch_norm, remat)
         side = self.config.image_size // 32
         parts = [_cells(outputs[tap], side) for tap in self.config.taps]
         for layer in self.config.statistics:

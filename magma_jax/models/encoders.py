@@ -1,7 +1,7 @@
 """The image encoders that a config can name by ``kind``. A new one is one import and one row here.
 
-An encoder is a module built as ``Encoder(config, rngs=...)`` and called as ``encoder(images, batch_norm=...)``. Its
-config has ``image_size``, ``channels`` and ``positions`` (None if it pools to one vector).
+An encoder is a module built as ``Encoder(config, rngs=...)`` and called as ``encoder(images, batch_norm=...,
+remat=...)``. Its config has ``image_size``, ``channels`` and ``positions`` (None if it pools to one vector).
 """
 
 import dataclasses

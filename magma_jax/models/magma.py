@@ -70,10 +70,10 @@ class MagmaModel(nnx.Module):
         return self.image_prefix.positions
 
     def encode_images(
-        self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen"
+        self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
     ) -> Float[Array, "B ..."]:
         """Features of normalised pictures: a grid (B, P, C), or (B, C) from a pooled encoder."""
-        return self.image_prefix.encoder(images.astype(self.dtype), batch_norm=batch_norm)
+        return self.image_prefix.encoder(images.astype(self.dtype), batch_norm=batch_norm, remat=remat)
 
     def embed_features(
         self, features: Float[Array, "B ..."], *, dropout_key: PRNGKey | None = None

@@ -15,7 +15,7 @@ from flax import nnx
 
 from magma_jax.nn.convolution import BatchNormMode, Conv2d, conv2d
 from magma_jax.nn.modules import EncoderParam
-from magma_jax.nn.stack import scan, stack
+from magma_jax.nn.stack import Remat, once, scan, stack
 from magma_jax.sharding import split_rows
 from magma_jax.typing import Array, Float
 
@@ -92,12 +92,12 @@ class Stage(nnx.Module):
             stack(lambda rngs: Block(channels, channels, 1, alpha, rngs=rngs), blocks - 1, rngs) if blocks > 1 else None
         )
 
-    def __call__(self, x: Float[Array, "B h w C"], betas: Float[Array, " N"]) -> Float[Array, "B h2 w2 C2"]:
-        x = self.first(x, betas[0])
+    def __call__(
+        self, x: Float[Array, "B h w C"], betas: Float[Array, " N"], remat: Remat = "none"
+    ) -> Float[Array, "B h2 w2 C2"]:
+        x = once(self.first, lambda block, x: block(x, betas[0]), x, remat=remat)
         if self.rest is not None:
-            x, _ = scan(
-                self.rest, lambda block, x, beta: (block(split_rows(x), beta), None), x, betas[1:], remat="none"
-            )
+            x, _ = scan(self.rest, lambda block, x, beta: (block(split_rows(x), beta), None), x, betas[1:], remat=remat)
         return x
 
 
@@ -145,12 +145,14 @@ class NFResNet(nnx.Module):
             stages.append(jnp.array(betas, jnp.float32))
         return stages
 
-    def __call__(self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen") -> Float[Array, "B C"]:
+    def __call__(
+        self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
+    ) -> Float[Array, "B C"]:
         """``batch_norm`` is accepted by every encoder and means nothing here."""
         x = self.stem(images)
         stages = (self.stage1, self.stage2, self.stage3, self.stage4)
         for stage, betas in zip(stages, self.betas(), strict=True):
-            x = stage(x, betas)
+            x = stage(x, betas, remat)
         return jax.nn.relu(x).mean((1, 2))
 
 

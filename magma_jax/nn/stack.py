@@ -50,9 +50,29 @@ def scan(
         # The loop itself keeps XLA from merging the recomputation with the forward pass.
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
     carry, (ys, statistics) = jax.lax.scan(step, carry, (params, xs))
-    for path, variable in nnx.to_flat_state(nnx.state(layers, Statistic)):
-        variable[...] = statistics["/".join(path)]
+    _write_back(layers, statistics)
     return carry, ys
+
+
+def once(layer: Any, body: Callable[[Any, Any], Any], x: Any, *, remat: Remat) -> Any:
+    """``body(layer, x)`` of a layer that is not stacked, under a remat policy; running statistics are written back."""
+    definition, params = split(layer)
+
+    def step(params, x):
+        layer = merge(definition, params)
+        y = body(layer, x)
+        return y, _statistics(layer)
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat])
+    y, statistics = step(params, x)
+    _write_back(layer, statistics)
+    return y
+
+
+def _write_back(module: nnx.Module, statistics: dict[str, Any]) -> None:
+    for path, variable in nnx.to_flat_state(nnx.state(module, Statistic)):
+        variable[...] = statistics["/".join(path)]
 
 
 def _statistics(layer: nnx.Module) -> dict[str, Any]:

@@ -110,6 +110,13 @@ def program_costs(text: str, devices: int) -> Costs:
             for instruction in computations[name].values()
         )
 
+    started = {
+        _channel(instruction)
+        for computation in computations.values()
+        if _starts(computation)
+        for instruction in computation.values()
+        if _kind(instruction.opcode)
+    } - {None}
     for name, times, place in _runs(computations, entry):
         if times is None:
             unknown += 1
@@ -120,9 +127,12 @@ def program_costs(text: str, devices: int) -> Costs:
             flops += times * sum(map(flops_of, _fused(instruction, computations)))
             traffic += times * _traffic(instruction, computation, computations)
             for collective, inside in _collectives(instruction, computation, computations):
-                # One collective that runs beside several fusions appears in each of them, under one channel.
-                channel = re.search(r"channel_id=(\d+)", collective.attributes)
-                key = (place, collective.opcode, channel[1] if channel else collective.name)
+                # One that runs beside several fusions, even through an inner loop, appears in each of them under one
+                # channel; it counts where it starts.
+                channel = _channel(collective)
+                if channel in started and not _starts(inside):
+                    continue
+                key = (place, collective.opcode, channel or collective.name)
                 collectives[key] = _collective(collective, inside, devices, times, place)
     return Costs(flops, traffic, tuple(collectives.values()), unknown)
 
@@ -333,6 +343,15 @@ def _collectives(
     for name in _fused(instruction, computations):
         for inner in computations[name].values():
             yield from _collectives(inner, computations[name], computations)
+
+
+def _channel(instruction: Instruction) -> str | None:
+    match = re.search(r"channel_id=(\d+)", instruction.attributes)
+    return match and match[1]
+
+
+def _starts(computation: Computation) -> bool:
+    return any('"AsyncCollectiveStart"' in instruction.attributes for instruction in computation.values())
 
 
 def _collective(instruction: Instruction, computation: Computation, devices: int, times: int, place: str) -> Collective:

@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "mesh",
     "accumulate",
     "loss.remat",
+    "loss.encoder_remat",
     "data.cache_dir",
 )
 

@@ -26,11 +26,13 @@ class LossOptions:
 
     Attributes:
         batch_norm: ``frozen`` statistics, or statistics of the ``batch`` with running averages as the original.
-        remat: what the backward pass recomputes, see ``nn.stack``.
+        remat: what the backward pass recomputes of the language model, see ``nn.stack``.
+        encoder_remat: the same of the image encoder.
     """
 
     batch_norm: BatchNormMode = "frozen"
     remat: Remat = "none"
+    encoder_remat: Remat = "none"
 
 
 def caption_labels(tokens: Int[Array, "B S"], eos_id: int) -> Int[Array, "B S"]:
@@ -53,7 +55,7 @@ def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, option
     else:
         *leading, height, width, channels = batch["images"].shape
         images = batch["images"].reshape(-1, height, width, channels)
-        features = model.encode_images(images, batch_norm=options.batch_norm)
+        features = model.encode_images(images, batch_norm=options.batch_norm, remat=options.encoder_remat)
         features = features.reshape(*leading, *features.shape[1:])
     forward = {"dropout_key": key, "remat": options.remat}
     if "segments" in batch:

@@ -19,7 +19,8 @@ HloModule step, is_scheduled=true
 
 %start (q0: bf16[8,4]) -> bf16[32,4] {
   %q0 = bf16[8,4]{1,0} parameter(0)
-  ROOT %gather.1 = bf16[32,4]{1,0} all-gather(%q0), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
+  %gather.1 = bf16[32,4]{1,0} all-gather(%q0), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
+  ROOT %begun = bf16[32,4]{1,0} custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
 %matmul (r0: bf16[16,4], r1: bf16[32,4], r2: bf16[8,4]) -> bf16[16,32] {
