@@ -1,0 +1,129 @@
+"""Plans the full-size model on several topologies and writes the tables of docs/plans.md.
+
+python scripts/plan_table.py                   # plans what docs/plans.json lacks: minutes each
+python scripts/plan_table.py --again v5e:4x4   # plans the rows of this topology again
+python scripts/plan_table.py --render          # only writes the tables
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "docs/plans.json", ROOT / "docs/plans.md"
+CONFIG = "configs/magma_v2.py"
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One plan: overrides of the config, and rows to decode if it is not about training."""
+
+    topology: str
+    values: tuple[str, ...] = ()
+    rows: int | None = None
+
+    @property
+    def options(self) -> list[str]:
+        """Of ``python -m magma_jax.plan``."""
+        generate = ["--what", "generate", "--slots", "512", "--batch", str(self.rows)] if self.rows else []
+        return ["--topology", self.topology, *generate, *(["--set", *self.values] if self.values else [])]
+
+    @property
+    def key(self) -> str:
+        """Its name in docs/plans.json."""
+        return " ".join(self.options)
+
+
+SHARDED, REPLICATED = "mesh.frozen=sharded", "mesh.frozen=replicated"
+TABLES = {
+    "train": [
+        Case("v5e:4x4", ("mesh.fsdp=16", SHARDED)),
+        Case("v5e:8x8", ("mesh.fsdp=64", SHARDED)),
+        Case("v4:2x4x4", ("mesh.fsdp=32", REPLICATED)),
+        Case("v5p:2x2x4", ("mesh.fsdp=16", REPLICATED)),
+        Case("v6e:4x4", ("mesh.fsdp=16", REPLICATED)),
+    ],
+    "tried": [
+        Case("v5p:2x2x4", ("mesh.fsdp=16", REPLICATED, "loss.remat=dots")),
+        Case("v6e:4x4", ("mesh.fsdp=16", REPLICATED, "loss.remat=dots")),
+    ],
+    "generate": [
+        Case("v5e:2x2", ("mesh.model=4",), 8),
+        Case("v6e:1x1", (), 8),
+        Case("v6e:2x2", ("mesh.model=4",), 64),
+    ],
+}
+
+
+def main() -> None:
+    """Plans what is missing and writes the tables."""
+    parser = argparse.ArgumentParser(description="Plans the full-size model and writes the tables of docs/plans.md.")
+    parser.add_argument("--render", action="store_true", help="only write the tables")
+    parser.add_argument("--again", nargs="*", default=[], metavar="TOPOLOGY", help="plan these again")
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for case in [case for cases in TABLES.values() for case in cases]:
+        if arguments.render or (case.key in results and case.topology not in arguments.again):
+            continue
+        print(case.key, file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "magma_jax.plan", "--config", CONFIG, "--json", *case.options]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode not in (0, 1):
+            sys.exit(f"plan_table.py: {' '.join(command)} failed")
+        results[case.key] = json.loads(done.stdout)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    page = PAGE.read_text()
+    for name, cases in TABLES.items():
+        rows = [(case, results[case.key]) for case in cases if case.key in results]
+        start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+        table = generate_table(rows) if name == "generate" else train_table(rows)
+        page = page[: page.index(start) + len(start)] + table + page[page.index(end) :]
+    PAGE.write_text(page)
+
+
+def train_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
+    """Training plans, one a row."""
+    lines = [
+        "| chips | frozen weights | remat | arguments | temporaries | total of HBM, GiB | frozen gathers in loops "
+        "| received, GiB | compute / HBM / links, ms | bound by | MFU at most | compile, s (CPU s) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, plan in rows:
+        memory, roofline = plan["memory"], plan["roofline"]
+        options = dict(value.split("=") for value in case.values)
+        terms = {name: roofline[name] for name in ("compute", "hbm", "ici")}
+        received = sum(traffic["received"] for traffic in plan["collectives"])
+        total = f"{memory['total'] / GIB:.1f} of {plan['hbm_bytes'] / GIB:.0f}" + ("" if plan["fits"] else ", too much")
+        lines.append(
+            f"| {case.topology} ({plan['devices']}) | {options['mesh.frozen']} | {options.get('loss.remat', 'full')} "
+            f"| {memory['arguments'] / GIB:.2f} | {memory['temporaries'] / GIB:.2f} | {total} "
+            f"| {plan['gathers_of_frozen_in_loops']} | {received / GIB:.1f} "
+            f"| {' / '.join(f'{1e3 * seconds:.0f}' for seconds in terms.values())} | {max(terms, key=terms.get)} "
+            f"| {plan['mfu']:.0%} | {plan['compile_seconds']:.0f} ({plan['compile_cpu_seconds']:.0f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def generate_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
+    """Plans of decoding, one a row."""
+    lines = [
+        "| chips | rows | total of HBM, GiB | compute / HBM / links, ms | tokens a second at most |",
+        "|---|---|---|---|---|",
+    ]
+    for case, plan in rows:
+        roofline = plan["roofline"]
+        terms = " / ".join(f"{1e3 * roofline[name]:.2f}" for name in ("compute", "hbm", "ici"))
+        lines.append(
+            f"| {case.topology} ({plan['devices']}) | {plan['batch']} | {plan['memory']['total'] / GIB:.1f} of "
+            f"{plan['hbm_bytes'] / GIB:.0f} | {terms} | {plan['batch'] / roofline['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
