@@ -4,7 +4,7 @@
     python -m magma_jax.plan --config configs/magma_v2.py --topology v6e:2x2 --what generate --batch 64
 
 No weights are read and no TPU is needed, only `pip install magma_jax[plan]`. Exit status: 0 fits, 1 does not fit,
-2 unusable input.
+2 unusable input. See docs/plans.md.
 """
 
 import argparse
