@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from magma_jax.evaluation.tasks import evaluate_run
+from magma_jax.evaluation.own_split import evaluate_run
 
 
 def main() -> None:

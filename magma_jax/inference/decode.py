@@ -79,17 +79,24 @@ def prefill(
     slots: int,
     eos_id: int | Int[Array, ""] | None,
     seen: Bool[Array, "B V"] | None = None,
+    prefix: KVCache | None = None,
     compat: Compat = None,
 ) -> tuple[Rows, Drawn]:
     """Runs prompts of any lengths, padded on the right, and draws the first token of each.
 
-    ``slots`` is the size of the cache: what the rows may grow to, prompt included.
+    ``slots`` is the size of the cache: what the rows may grow to, prompt included. ``prefix`` holds, as a batch of
+    one without free slots, what stands before every prompt and has been run already.
     """
-    batch = embeddings.shape[0]
-    output = lm(embeddings, cache=lm.init_cache(batch, slots, embeddings.dtype))
+    batch, length, _ = embeddings.shape
+    cache, start = lm.init_cache(batch, slots, embeddings.dtype), 0
+    if prefix is not None:
+        start = prefix.key.shape[2]
+        cache = jax.tree.map(lambda all_, common: all_.at[:, :, :start].set(common), cache, prefix)
+    positions = jnp.broadcast_to(start + jnp.arange(length), (batch, length))
+    output = lm(embeddings, positions=positions, cache=cache)
     last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     zeros = jnp.zeros(batch, jnp.int32)
-    rows = Rows(output.cache, zeros, lengths - 1, zeros, limit, limit < 1, keys, sampling, seen)
+    rows = Rows(output.cache, zeros, start + lengths - 1, zeros, limit, limit < 1, keys, sampling, seen)
     return draw(lm, rows, lm.logits(last), eos_id, compat)
 
 
@@ -149,6 +156,7 @@ def generate(
     limit: Int[Array, " B"] | None = None,
     return_logits: bool = False,
     seen: Bool[Array, "B V"] | None = None,
+    prefix: KVCache | None = None,
     compat: Compat = None,
 ) -> Generation:
     """Continues every prompt by up to ``max_new_tokens`` tokens.
@@ -164,13 +172,15 @@ def generate(
         limit: tokens wanted of each row, where that is fewer than N.
         return_logits: also return all logits (B, N, V).
         seen: tokens that the prompts have, where a row has a repetition penalty.
+        prefix: keys and values of what all prompts begin with, see ``prefill``; its positions come before theirs.
         compat: static, see ``SamplingConfig``.
     """
     batch, length, _ = embeddings.shape
     limit = jnp.full(batch, max_new_tokens) if limit is None else limit
     options = {"eos_id": eos_id, "compat": compat}
+    slots = length + max_new_tokens + (0 if prefix is None else prefix.key.shape[2])
     rows, first = prefill(
-        lm, embeddings, lengths, keys, sampling, limit, slots=length + max_new_tokens, seen=seen, **options
+        lm, embeddings, lengths, keys, sampling, limit, slots=slots, seen=seen, prefix=prefix, **options
     )
     rows, rest = run(lm, rows, max_new_tokens - 1, keep_logits=return_logits, **options)
     first = first if return_logits else first._replace(logits=None)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from magma_jax.config import ConfigError
 from magma_jax.evaluation.cards import Card, Line, draw_cards
+from magma_jax.evaluation.own_split import generate_greedy
 from magma_jax.evaluation.results import CAPTION, question_of
-from magma_jax.evaluation.tasks import generate_greedy
 from magma_jax.nn.modules import Params
 from magma_jax.output import replace_file
 from magma_jax.sharding import replicated

@@ -14,9 +14,9 @@ from PIL import Image
 from magma_jax.data.openmoji import Sample
 from magma_jax.evaluation.charts import line_chart, ticks
 from magma_jax.evaluation.overview import overview_picture
+from magma_jax.evaluation.own_split import score
 from magma_jax.evaluation.report import write_report
 from magma_jax.evaluation.results import CONDITIONS, Evaluation
-from magma_jax.evaluation.tasks import score
 from magma_jax.output import replace_file
 from tests import tiny
 

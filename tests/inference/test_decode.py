@@ -165,3 +165,20 @@ def test_logprobs_are_those_of_the_model_whatever_the_sampling(run, prompts):
     expected = jax.nn.log_softmax(result.logits[..., :table], axis=-1)
     expected = np.take_along_axis(np.asarray(expected), np.asarray(result.tokens)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(result.logprobs, expected, atol=1e-5)
+
+
+def test_a_common_beginning_is_run_once(model, prompts, run):
+    definition, params = model
+    beginning = np.random.default_rng(1).normal(size=(1, 5, 32)).astype(np.float32)
+    whole = run([np.concatenate([beginning[0], prompt]) for prompt in prompts], range(4), DRAWN, width=16)
+
+    @jax.jit
+    def shared(embeddings, lengths, keys):
+        lm = merge(definition, params).lm
+        options = {"max_new_tokens": STEPS, "sampling": sampling_rows([DRAWN] * 4), "eos_id": -1}
+        prefix = lm(beginning, cache=lm.init_cache(1, 5)).cache
+        return generate(lm, embeddings, lengths, keys, prefix=prefix, **options)
+
+    padded = np.stack([np.pad(prompt, ((0, 11 - len(prompt)), (0, 0))) for prompt in prompts])
+    keys = jnp.stack([jax.random.key(seed) for seed in range(4)])
+    np.testing.assert_array_equal(shared(padded, np.array(LENGTHS, np.int32), keys).tokens, whole.tokens)

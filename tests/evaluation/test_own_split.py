@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from magma_jax.data.openmoji import Sample
-from magma_jax.evaluation import tasks
+from magma_jax.evaluation import own_split
 from magma_jax.evaluation.baselines import most_frequent_answers, shuffle_pictures
 from magma_jax.evaluation.results import CONDITIONS
 from magma_jax.inference.api import Magma
@@ -34,7 +34,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def evaluation(model):
-    return tasks.evaluate(model, DATA, batch_size=3, max_new_tokens=6)
+    return own_split.evaluate(model, DATA, batch_size=3, max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def squares(monkeypatch):
-    monkeypatch.setattr(tasks, "load_dataset", lambda config: DATA)
+    monkeypatch.setattr(own_split, "load_dataset", lambda config: DATA)
 
 
 def with_test_split(*samples):
@@ -59,7 +59,7 @@ def with_test_split(*samples):
 
 
 def test_a_model_that_learned_to_see_beats_its_baselines(finished, squares, capsys, tmp_path):
-    evaluation = tasks.evaluate_run(finished, overview=tmp_path / "overview.png")
+    evaluation = own_split.evaluate_run(finished, overview=tmp_path / "overview.png")
     figures = evaluation.figures
     assert figures["caption_exact"] == figures["vqa_accuracy"] == 100
     assert figures["rouge_l"] == pytest.approx(1)
@@ -88,29 +88,29 @@ def test_a_model_that_learned_to_see_beats_its_baselines(finished, squares, caps
 
 
 def test_another_split_or_a_limit_leaves_the_full_results_alone(finished, squares):
-    tasks.evaluate_run(finished, "train", 2)
+    own_split.evaluate_run(finished, "train", 2)
     assert json.loads((finished / "results-train-2.json").read_text())["protocol"]["captions"] == 2
     assert (finished / "report-train-2.html").exists()
 
 
 def test_the_same_evaluation_twice_is_the_same(model, evaluation):
-    again = tasks.evaluate(model, DATA, batch_size=3, max_new_tokens=6)
+    again = own_split.evaluate(model, DATA, batch_size=3, max_new_tokens=6)
     assert again.figures == evaluation.figures
     assert again.predictions == evaluation.predictions
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_batch_size_changes_no_prediction(model, evaluation, batch_size):
-    other = tasks.evaluate(model, DATA, batch_size=batch_size, max_new_tokens=6)
+    other = own_split.evaluate(model, DATA, batch_size=batch_size, max_new_tokens=6)
     assert other.predictions == evaluation.predictions
 
 
 def test_one_program_a_bucket(model):
-    tasks.generate_greedy.clear_cache()
-    tasks.evaluate(model, DATA, batch_size=2, max_new_tokens=5)
+    own_split.generate_greedy.clear_cache()
+    own_split.evaluate(model, DATA, batch_size=2, max_new_tokens=5)
     lengths = {len(DATA.tokenizer.encode(sample.prompt)) for sample in DATA.evaluation["test"]}
-    buckets = {next(b for b in tasks.PROMPT_BUCKETS if b >= length) for length in lengths}
-    assert tasks.generate_greedy._cache_size() == len(buckets)
+    buckets = {next(b for b in own_split.PROMPT_BUCKETS if b >= length) for length in lengths}
+    assert own_split.generate_greedy._cache_size() == len(buckets)
 
 
 def test_every_condition_has_every_figure(evaluation):
@@ -168,15 +168,15 @@ def test_the_constant_answer_is_the_commonest_to_the_prompt_then_of_the_kind():
 
 def test_captions_alone_or_questions_alone_have_no_other_figures(model):
     captions = [sample for sample in DATA.evaluation["test"] if sample.kind == "caption"]
-    figures = tasks.evaluate(model, with_test_split(*captions), batch_size=3, max_new_tokens=6).figures
+    figures = own_split.evaluate(model, with_test_split(*captions), batch_size=3, max_new_tokens=6).figures
     assert figures["vqa_accuracy"] is None
     assert figures["vqa_by_kind"] == {}
-    assert "-" in tasks.table(figures).splitlines()[3].split()
+    assert "-" in own_split.table(figures).splitlines()[3].split()
 
 
 def test_vqa_rule_with_one_answer_is_exact_match():
     samples = [Sample(0, "Q: ? A:", answer, "k") for answer in (" yes", " two", " the dog", " Yes")]
-    figures = tasks.score(samples, ["yes", "2", "dog", "yes"])
+    figures = own_split.score(samples, ["yes", "2", "dog", "yes"])
     assert figures["vqa_accuracy"] == figures["vqa_by_kind"]["k"] == 25
 
 
@@ -199,17 +199,17 @@ def test_vqa_rule_with_one_answer_is_exact_match():
     ],
 )
 def test_what_cannot_be_evaluated_is_said_in_one_line(model, change, message):
-    with pytest.raises(tasks.EvaluationError, match=message) as error:
-        tasks.evaluate(model, **({"dataset": DATA} | change))
+    with pytest.raises(own_split.EvaluationError, match=message) as error:
+        own_split.evaluate(model, **({"dataset": DATA} | change))
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_a_run_is_refused(model, tmp_path):
     with pytest.raises(CheckpointError, match="not a model folder"):
-        tasks.evaluate_run(tmp_path)
+        own_split.evaluate_run(tmp_path)
     write_model_folder(tmp_path / "model", {"model": {}}, {"a": np.zeros(2)})
     with pytest.raises(CheckpointError, match="no checkpoint of a run"):
-        tasks.evaluate_run(tmp_path / "model")
+        own_split.evaluate_run(tmp_path / "model")
 
 
 @pytest.mark.slow
