@@ -176,7 +176,7 @@ def test_a_common_beginning_is_run_once(model, prompts, run):
     def shared(embeddings, lengths, keys):
         lm = merge(definition, params).lm
         options = {"max_new_tokens": STEPS, "sampling": sampling_rows([DRAWN] * 4), "eos_id": -1}
-        prefix = lm(beginning, cache=lm.init_cache(1, 5)).cache
+        prefix = lm(jnp.asarray(beginning), cache=lm.init_cache(1, 5)).cache
         return generate(lm, embeddings, lengths, keys, prefix=prefix, **options)
 
     padded = np.stack([np.pad(prompt, ((0, 11 - len(prompt)), (0, 0))) for prompt in prompts])
