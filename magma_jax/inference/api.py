@@ -27,6 +27,7 @@ from magma_jax.convert.magma import read_torch_magma
 from magma_jax.data.images import ImageInput, normalize, to_uint8
 from magma_jax.data.tokenizer import Tokenizer, gpt2_tokenizer
 from magma_jax.inference.decode import Generation, generate
+from magma_jax.inference.prompts import Prompt, check_prompt
 from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
 from magma_jax.models.encoders import ENCODERS
 from magma_jax.models.magma import MagmaConfig, MagmaModel
@@ -38,8 +39,6 @@ from magma_jax.typing import Array, Float, Int
 
 # Prompts are padded to one of these lengths (then to multiples of the last), so few programs are compiled.
 LENGTH_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-
-Prompt = Sequence[str | ImageInput]
 
 
 class PromptBatch(NamedTuple):
@@ -249,20 +248,6 @@ class Magma:
         if not sum(part.shape[0] for part in parts):
             raise ValueError(f"prompt {row} is empty: give at least one picture or one word")
         return jnp.concatenate(parts)
-
-
-def check_prompt(prompt: Prompt) -> list[str | ImageInput]:
-    """The items of a prompt.
-
-    Raises:
-        ValueError: no list, or an item that is neither text nor picture.
-    """
-    if isinstance(prompt, str | ImageInput):
-        raise ValueError("a prompt is a list, such as [ImageInput('x.png'), 'Describe:']")
-    for item in prompt:
-        if not isinstance(item, str | ImageInput):
-            raise ValueError(f"a prompt holds text and ImageInput, not {type(item).__name__}: {item!r:.80}")
-    return list(prompt)
 
 
 def _row_keys(seed: int | Sequence[int], rows: int) -> Array:

@@ -13,7 +13,6 @@ few-shot examples before another picture.
 
 import collections
 import dataclasses
-import hashlib
 import threading
 import time
 from collections.abc import Sequence
@@ -24,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from magma_jax.data.images import ImageInput, to_uint8
+from magma_jax.data.images import ImageInput
 from magma_jax.inference import slots
-from magma_jax.inference.api import LENGTH_BUCKETS, Magma, Prompt, check_prompt
+from magma_jax.inference.api import LENGTH_BUCKETS, Magma
 from magma_jax.inference.decode import Drawn
+from magma_jax.inference.prompts import WORD, Encoded, Prompt, encode_prompt, picture_positions
 from magma_jax.inference.requests import Answer, EngineError, Progress, RequestOptions, Ticket
 from magma_jax.inference.sampling import sampling_rows
 from magma_jax.models.encoders import ENCODERS
@@ -79,16 +79,6 @@ class EngineStats(NamedTuple):
     pictures_encoded: int
 
 
-class Encoded(NamedTuple):
-    """A prompt as the engine takes it: what stands at every position, and the pictures' pixels by hash."""
-
-    tokens: Int[np.ndarray, " S"]  # ids; 0 where a picture stands
-    places: Int[np.ndarray, " S"]  # position within its picture, or WORD
-    owners: list[bytes | None]  # hash of the picture at every position
-    pixels: dict[bytes, np.ndarray]
-    identity: Int[np.ndarray, " S"]  # equal where two prompts have the same thing at a position
-
-
 @dataclasses.dataclass
 class _Work:
     ticket: Ticket
@@ -106,7 +96,7 @@ class Engine:
         self.context = min(config.context or limit, limit)
         self.buckets = (*(bucket for bucket in LENGTH_BUCKETS if bucket < self.context), self.context)
         self._graphdef, self._params = model.graphdef, model.params
-        self._picture_positions = model.config.encoder.positions or model.config.prefix.image_positions
+        self._picture_positions = picture_positions(model.config)
         self._waiting: collections.deque[_Work] = collections.deque()
         self._running: dict[int, _Work] = {}
         self._changed = threading.Condition()
@@ -138,35 +128,8 @@ class Engine:
         Raises:
             ValueError: an empty prompt, an item that is neither text nor picture, too many pictures. ImageError.
         """
-        size, per_picture = self.model.config.encoder.image_size, self._picture_positions
-        tokens: list[int] = []
-        places: list[int] = []
-        owners: list[bytes | None] = []
-        identity: list[int] = []
-        pixels: dict[bytes, np.ndarray] = {}
-        for item in check_prompt(prompt):
-            if isinstance(item, ImageInput):
-                array = to_uint8(item.load(), size)
-                key = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
-                pixels[key] = array
-                tokens += [0] * per_picture
-                places += range(per_picture)
-                owners += [key] * per_picture
-                # Never a token id: those are not negative.
-                first = -1 - (int.from_bytes(key[:7], "little") & ~0xFFFF)
-                identity += [first - place for place in range(per_picture)]
-            else:
-                ids = self.model.tokenizer.encode(item)
-                tokens += ids
-                places += [slots.WORD] * len(ids)
-                owners += [None] * len(ids)
-                identity += ids
-        if not tokens:
-            raise ValueError("the prompt is empty: give at least one picture or one word")
-        if len(pixels) > self.config.pictures:
-            raise ValueError(f"the prompt has {len(pixels)} pictures, at most {self.config.pictures} are taken")
-        as_array = (np.array(tokens, np.int32), np.array(places, np.int32))
-        return Encoded(*as_array, owners, pixels, np.array(identity, np.int64))
+        config, tokenizer = self.model.config, self.model.tokenizer
+        return encode_prompt(prompt, config, tokenizer, max_pictures=self.config.pictures)
 
     def submit(self, prompt: Prompt | Encoded, options: RequestOptions = RequestOptions()) -> Ticket:
         """Takes a request and returns at once.
@@ -214,7 +177,7 @@ class Engine:
             # As long a prompt as the bucket holds beside one new token, of which none repeats another.
             length = min(bucket, self.context - 1)
             ids = np.arange(bucket, bucket + length, dtype=np.int32) % self.model.config.lm.vocab_rows
-            places = np.full(length, slots.WORD, np.int32)
+            places = np.full(length, WORD, np.int32)
             warm = Encoded(ids, places, [None] * length, {}, -(2**62) - ids.astype(np.int64) - bucket * 2**20)
             self.submit(warm, RequestOptions(max_new_tokens=1)).text()
         if self._picture_positions + 1 < self.context:
@@ -310,7 +273,7 @@ class Engine:
         prompt, options = work.prompt, work.ticket.options
         length = len(prompt.tokens) - start
         bucket = next(b for b in self.buckets if b >= length)
-        tokens, pictures = np.zeros(bucket, np.int32), np.full(bucket, slots.WORD, np.int32)
+        tokens, pictures = np.zeros(bucket, np.int32), np.full(bucket, WORD, np.int32)
         tokens[:length] = prompt.tokens[start:]
         for i in range(length):
             owner = prompt.owners[start + i]
@@ -318,7 +281,7 @@ class Engine:
                 row = self._picture_row(owner, prompt.pixels[owner])
                 pictures[i] = row * self._picture_positions + prompt.places[start + i]
         seen = np.zeros(self.model.config.lm.head_rows, bool)
-        seen[prompt.tokens[prompt.places == slots.WORD]] = True
+        seen[prompt.tokens[prompt.places == WORD]] = True
         admission = slots.Admission(
             jnp.int32(slot),
             jnp.int32(start),

@@ -14,12 +14,11 @@ from flax import nnx
 from magma_jax.compile import jit
 from magma_jax.data.images import normalize
 from magma_jax.inference.decode import Drawn, Rows, draw, run
+from magma_jax.inference.prompts import WORD
 from magma_jax.inference.sampling import SamplingRows
+from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import Params, merge
 from magma_jax.typing import Array, Bool, Float, Int, PRNGKey, UInt8
-
-# A position of a prompt that is a word and no part of a picture.
-WORD = -1
 
 
 class Admission(NamedTuple):
@@ -93,9 +92,7 @@ def admit(
     """Runs a prompt, pictures and words in one program, in the cache of its slot, and draws the first token."""
     model = merge(graphdef, params)
     slot, start = admission.slot, admission.start
-    words = model.embed_tokens(admission.tokens[None])
-    pictures = table.reshape(-1, table.shape[-1])[jnp.maximum(admission.pictures, 0)]
-    embeddings = jnp.where((admission.pictures == WORD)[None, :, None], words, pictures[None])
+    embeddings = embed(model, table, admission.tokens, admission.pictures)
     positions = start + jnp.arange(admission.tokens.shape[0])
     output = model.lm(embeddings, positions=positions[None], cache=rows.cache, cache_rows=slot[None])
     logits = model.logits(jnp.take(output.hidden, admission.length - 1, axis=1))
@@ -117,6 +114,15 @@ def admit(
         lambda all_, new: all_.at[slot].set(new[0]), rows._replace(cache=None), one._replace(cache=None)
     )
     return others._replace(cache=output.cache), drawn._replace(logits=None)
+
+
+def embed(
+    model: MagmaModel, table: Float[Array, "C P D"], tokens: Int[Array, " S"], pictures: Int[Array, " S"]
+) -> Float[Array, "1 S D"]:
+    """Embeddings of a sequence of words and positions of pictures, as in ``Admission``."""
+    words = model.embed_tokens(tokens[None])
+    positions = table.reshape(-1, table.shape[-1])[jnp.maximum(pictures, 0)]
+    return jnp.where((pictures == WORD)[None, :, None], words, positions[None])
 
 
 @jit(static_argnames=("graphdef", "steps", "eos_id"), donate_argnames=("rows",))

@@ -74,12 +74,26 @@ class BlockOutput(NamedTuple):
 
 
 class LMOutput(NamedTuple):
-    """Result of a language model's call; ``collected`` holds what was asked for, stacked over layers."""
+    """Result of a language model's call.
+
+    ``collected`` holds what was asked for, stacked over layers; ``folded`` the last state of a ``Fold``.
+    """
 
     inputs: Array  # (B, S, D) input of the first block: the embeddings, with positions where these are learned
     hidden: Array  # (B, S, D) after the final LayerNorm
     cache: KVCache | None
     collected: dict[str, Array]
+    folded: Any
+
+
+class Fold(NamedTuple):
+    """Something to compute along the layers, for what would take too much memory if all layers returned it.
+
+    ``step(state, block_output)`` gives the next state; ``first`` is the state before the first layer.
+    """
+
+    step: Callable[[Any, BlockOutput], Any]
+    first: Any
 
 
 class Attention(nnx.Module):
@@ -219,6 +233,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         cache_rows: Int[Array, " B"] | None = None,
         collect: tuple[str, ...] = (),
+        fold: Fold | None = None,
         remat: Remat = "none",
     ) -> LMOutput:
         """Runs all layers.
@@ -233,6 +248,7 @@ class Decoder(nnx.Module):
             cache_rows: rows of the cache that the batch stands for (default: all, in order), so that one request can
                 be run inside the cache of many.
             collect: fields of ``BlockOutput`` to return for every layer, with a leading axis L.
+            fold: what to compute along the layers.
             remat: what the backward pass recomputes, see ``nn.stack``.
 
         Raises:
@@ -258,7 +274,7 @@ class Decoder(nnx.Module):
             distances = positions[..., :, None] - keys[..., None, :]
 
         def body(layer, carry, inputs):
-            x, cache = carry
+            x, cache, state = carry
             x = split_rows(x)
             index, window = inputs
             updated = cache
@@ -279,11 +295,14 @@ class Decoder(nnx.Module):
 
             visible = mask if window is None else mask & (distances < window)
             output = layer(x, visible, rotary, store)
-            return (output.out, updated), {name: getattr(output, name) for name in collect}
+            if fold is not None:
+                state = fold.step(state, output)
+            return (output.out, updated, state), {name: getattr(output, name) for name in collect}
 
         layers = jnp.arange(self.config.layers)
-        (out, cache), collected = scan(self.layers, body, (x, cache), (layers, windows), remat=remat)
-        return LMOutput(x, self.ln_f(out), cache, collected)
+        first = (x, cache, None if fold is None else fold.first)
+        (out, cache, state), collected = scan(self.layers, body, first, (layers, windows), remat=remat)
+        return LMOutput(x, self.ln_f(out), cache, collected, state)
 
     def remove_adapters(self) -> None:
         """Removes every adapter: what is left computes exactly what the language model computed before."""

@@ -1,0 +1,98 @@
+"""A prompt before the model: what stands at every position of its sequence, and the pixels of its pictures."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from magma_jax.data.images import ImageInput, to_uint8
+from magma_jax.data.tokenizer import Tokenizer
+from magma_jax.models.magma import MagmaConfig
+from magma_jax.typing import Int
+
+Prompt: TypeAlias = Sequence[str | ImageInput]
+
+# A position of a prompt that is a word and no part of a picture.
+WORD = -1
+
+
+class Encoded(NamedTuple):
+    """A prompt of S positions.
+
+    Attributes:
+        tokens: (S,) ids; 0 where a picture stands.
+        places: (S,) position within its picture, or ``WORD``.
+        owners: hash of the picture at every position, None for words.
+        pixels: the pictures at the encoder's size, by hash; a picture that occurs twice is there once.
+        identity: (S,) equal where two prompts have the same thing at a position.
+    """
+
+    tokens: Int[np.ndarray, " S"]
+    places: Int[np.ndarray, " S"]
+    owners: list[bytes | None]
+    pixels: dict[bytes, np.ndarray]
+    identity: Int[np.ndarray, " S"]
+
+    @property
+    def pictures(self) -> list[int]:
+        """Where each picture begins, in the order of the prompt."""
+        return np.flatnonzero(self.places == 0).tolist()
+
+
+def encode_prompt(
+    prompt: Prompt, config: MagmaConfig, tokenizer: Tokenizer, *, max_pictures: int | None = None
+) -> Encoded:
+    """Tokens and pixels of a prompt.
+
+    Raises:
+        ValueError: an empty prompt, an item that is neither text nor picture, too many pictures. ImageError.
+    """
+    size, per_picture = config.encoder.image_size, picture_positions(config)
+    tokens: list[int] = []
+    places: list[int] = []
+    owners: list[bytes | None] = []
+    identity: list[int] = []
+    pixels: dict[bytes, np.ndarray] = {}
+    for item in check_prompt(prompt):
+        if isinstance(item, ImageInput):
+            array = to_uint8(item.load(), size)
+            key = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
+            pixels[key] = array
+            tokens += [0] * per_picture
+            places += range(per_picture)
+            owners += [key] * per_picture
+            # Never a token id: those are not negative.
+            first = -1 - (int.from_bytes(key[:7], "little") & ~0xFFFF)
+            identity += [first - place for place in range(per_picture)]
+        else:
+            ids = tokenizer.encode(item)
+            tokens += ids
+            places += [WORD] * len(ids)
+            owners += [None] * len(ids)
+            identity += ids
+    if not tokens:
+        raise ValueError("the prompt is empty: give at least one picture or one word")
+    if max_pictures is not None and len(pixels) > max_pictures:
+        raise ValueError(f"the prompt has {len(pixels)} pictures, at most {max_pictures} are taken")
+    as_array = (np.array(tokens, np.int32), np.array(places, np.int32))
+    return Encoded(*as_array, owners, pixels, np.array(identity, np.int64))
+
+
+def check_prompt(prompt: Prompt) -> list[str | ImageInput]:
+    """The items of a prompt.
+
+    Raises:
+        ValueError: no list, or an item that is neither text nor picture.
+    """
+    if isinstance(prompt, str | ImageInput):
+        raise ValueError("a prompt is a list, such as [ImageInput('x.png'), 'Describe:']")
+    for item in prompt:
+        if not isinstance(item, str | ImageInput):
+            raise ValueError(f"a prompt holds text and ImageInput, not {type(item).__name__}: {item!r:.80}")
+    return list(prompt)
+
+
+def picture_positions(config: MagmaConfig) -> int:
+    """Positions that one picture takes in a sequence."""
+    return config.encoder.positions or config.prefix.image_positions
