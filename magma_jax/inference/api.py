@@ -270,11 +270,15 @@ def _as_batch(embeddings: Array | PromptBatch) -> PromptBatch:
     return PromptBatch(embeddings, jnp.full(embeddings.shape[0], embeddings.shape[1]))
 
 
+def padded_length(length: int) -> int:
+    """The declared length that holds ``length`` positions."""
+    last = LENGTH_BUCKETS[-1]
+    return next((bucket for bucket in LENGTH_BUCKETS if bucket >= length), -(-length // last) * last)
+
+
 def _pad_to_bucket(embeddings: Float[Array, "B S D"]) -> Float[Array, "B S2 D"]:
     length = embeddings.shape[1]
-    last = LENGTH_BUCKETS[-1]
-    bucket = next((b for b in LENGTH_BUCKETS if b >= length), -(-length // last) * last)
-    return jnp.pad(embeddings, ((0, 0), (0, bucket - length), (0, 0)))
+    return jnp.pad(embeddings, ((0, 0), (0, padded_length(length) - length), (0, 0)))
 
 
 @jit(static_argnames=("graphdef", "max_new_tokens", "compat", "eos_id", "return_logits"))
