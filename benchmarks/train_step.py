@@ -116,6 +116,7 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
     import numpy as np
     from flax import nnx
 
+    from magma_jax.compile import compiler_options, return_compiler_memory
     from magma_jax.models.clip_resnet import CLIP_RESNETS
     from magma_jax.models.gptj import GPTJConfig
     from magma_jax.models.magma import MagmaConfig, MagmaModel
@@ -145,7 +146,9 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
     key = jax.random.key(0)
 
     loss = functools.partial(caption_loss, options=LossOptions(batch_norm=batch_norm, remat=remat))
-    function = jax.jit(make_train_step(graphdef, loss, optimizer), donate_argnums=0)
+    options = compiler_options(jax.default_backend())
+    function = jax.jit(make_train_step(graphdef, loss, optimizer), donate_argnums=0, compiler_options=options)
+    return_compiler_memory()  # as the training loop does
     start = time.perf_counter()
     compiled = function.lower(state, frozen, batch, key).compile()
     compile_seconds = round(time.perf_counter() - start, 1)

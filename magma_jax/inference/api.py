@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from magma_jax.compile import jit
+from magma_jax.compile import jit, return_compiler_memory
 from magma_jax.config import from_dict
 from magma_jax.convert.hub import local_path
 from magma_jax.convert.magma import read_torch_magma
@@ -66,6 +66,7 @@ class Magma:
     """A MAGMA model with its weights, tokenizer and picture preprocessing."""
 
     def __init__(self, config: MagmaConfig, params: Params, tokenizer: Tokenizer):
+        return_compiler_memory()
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.graphdef = _graphdef(config)
 

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
-# Recorded by JAX once for every program that its backend compiles.
-_EVENT = "/jax/core/compile/backend_compile_duration"
+from magma_jax.compile import COMPILATION_EVENT
 
 
 class Compilations:
@@ -16,7 +15,7 @@ class Compilations:
         self.count, self.seconds = 0, 0.0
 
     def __call__(self, event: str, duration: float, **details: object) -> None:
-        if event == _EVENT:
+        if event == COMPILATION_EVENT:
             self.count += 1
             self.seconds += duration
 

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from magma_jax.compile import compiler_options
 from magma_jax.config import ConfigError
 from magma_jax.models import MODELS
 from magma_jax.nn.modules import Params, abstract, split
@@ -91,7 +92,7 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
         in_shardings=(_shardings(state), _shardings(frozen), batch_sharding(mesh), replicated(mesh)),
         out_shardings=(_shardings(state), replicated(mesh)),
         donate_argnums=0,
-        compiler_options=_compiler_options(config, mesh),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
     params = {path: {**state.trainable, **frozen, **state.statistics}[path] for path in shapes}
     return Program(config, mesh, graphdef, labels, optimizer, params, state, frozen, step)
@@ -106,23 +107,6 @@ def fresh_params(config: RunConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) 
 
     # Under jit only what is returned is computed: pretrained parts are not first filled with noise.
     return jax.jit(create, out_shardings=_shardings(dict(shapes)))()
-
-
-def _compiler_options(config: RunConfig, mesh: Mesh) -> dict[str, str]:
-    """What the compilers of the platforms do better otherwise.
-
-    CPU: XLA takes a layer out of a bf16 stack by casting the whole stack to fp32 first, and does so once, before the
-    loop over layers, so that the frozen language model is held a second time at twice its size. Without that pass it
-    casts the layer. The pass is needed where bf16 is computed with.
-
-    TPU: XLA would turn a matmul with a gathered weight into a loop over its pieces. Gathers of whole weights run
-    beside the matmuls before them just as well, and the program compiles faster.
-    """
-    platform = mesh.devices.flat[0].platform
-    if platform == "tpu":
-        return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-    computes_in_fp32 = getattr(config.model, "dtype", None) == "float32"
-    return {"xla_disable_hlo_passes": "float-normalization-bf16"} if computes_in_fp32 and platform == "cpu" else {}
 
 
 def create_model(config: RunConfig) -> nnx.Module:

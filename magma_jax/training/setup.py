@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from magma_jax.compile import return_compiler_memory
 from magma_jax.data.datasets import Dataset, load_dataset
 from magma_jax.distributed import agreed, say
 from magma_jax.nn.modules import Params, parameter_count
@@ -55,6 +56,7 @@ def prepare_run(
         ConfigError: the folder holds a run that may not be continued, see ``training.continuation``, or the config
             does not fit the devices.
     """
+    return_compiler_memory()
     workdir = Path(workdir)
     exists = agreed((workdir / MODEL_FILE).exists())
     if exists:
