@@ -47,6 +47,10 @@ class PromptBatch(NamedTuple):
     embeddings: Float[Array, "B S D"]
     lengths: Int[Array, " B"]
 
+    def repeat(self, n: int) -> "PromptBatch":
+        """Every prompt ``n`` times, one after another: ``n`` samples of each with one call of ``generate``."""
+        return PromptBatch(jnp.repeat(self.embeddings, n, axis=0), jnp.repeat(self.lengths, n))
+
 
 class ForwardOutput(NamedTuple):
     """What ``Magma.__call__`` computes.
@@ -172,17 +176,9 @@ class Magma:
         return_logits: bool = False,
     ) -> Generation:
         """Like ``generate``, as token ids with lengths and, if asked for, logits."""
-        batch = _as_batch(embeddings)
-        longest = int(batch.lengths.max())
-        context = self.config.lm.context_length
-        if max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-        if longest + max_steps > context:
-            raise ValueError(
-                f"the longest prompt has {longest} positions and {max_steps} new tokens were asked for, but the "
-                f"context holds {context}; shorten the prompt or lower max_steps"
-            )
-        padded = _pad_to_bucket(batch.embeddings)
+        batch = as_batch(embeddings)
+        check_room(self, batch, max_steps)
+        padded = pad_to_bucket(batch.embeddings)
         return _generate(
             self.graphdef,
             self.params,
@@ -265,7 +261,20 @@ def _graphdef(config: MagmaConfig) -> nnx.GraphDef:
     return abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[0]
 
 
-def _as_batch(embeddings: Array | PromptBatch) -> PromptBatch:
+def check_room(model: Magma, batch: PromptBatch, max_steps: int) -> None:
+    """Raises ValueError where prompts and ``max_steps`` new tokens do not fit the context."""
+    longest, context = int(batch.lengths.max()), model.config.lm.context_length
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if longest + max_steps > context:
+        raise ValueError(
+            f"the longest prompt has {longest} positions and {max_steps} new tokens were asked for, but the "
+            f"context holds {context}; shorten the prompt or lower max_steps"
+        )
+
+
+def as_batch(embeddings: Array | PromptBatch) -> PromptBatch:
+    """Prompts with their lengths; without them all are as long as the array."""
     if isinstance(embeddings, PromptBatch):
         return embeddings
     return PromptBatch(embeddings, jnp.full(embeddings.shape[0], embeddings.shape[1]))
@@ -277,7 +286,8 @@ def padded_length(length: int) -> int:
     return next((bucket for bucket in LENGTH_BUCKETS if bucket >= length), -(-length // last) * last)
 
 
-def _pad_to_bucket(embeddings: Float[Array, "B S D"]) -> Float[Array, "B S2 D"]:
+def pad_to_bucket(embeddings: Float[Array, "B S D"]) -> Float[Array, "B S2 D"]:
+    """Embeddings padded on the right to a declared length."""
     length = embeddings.shape[1]
     return jnp.pad(embeddings, ((0, 0), (0, padded_length(length) - length), (0, 0)))
 

@@ -58,6 +58,10 @@ class KVCache(NamedTuple):
     key: Array
     value: Array
 
+    def rows(self, rows: Int[Array, " R"]) -> "KVCache":
+        """A cache of some rows of this one, in their order; a row may be there more than once."""
+        return KVCache(self.key[:, rows], self.value[:, rows])
+
 
 class BlockOutput(NamedTuple):
     """Everything a block computes; what nobody reads is removed by the compiler."""
