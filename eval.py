@@ -1,29 +1,41 @@
-"""Evaluates a run that train.py made, on a split that it did not learn from.
+"""Evaluates a run that train.py made, on a split that it did not learn from, or any checkpoint on a task.
 
     python eval.py
     python eval.py --workdir runs/quickstart --split validation --limit 50
+    python eval.py --workdir runs/quickstart --task own_questions own_captions --shots 0 1 2 4
+    python eval.py --checkpoint models/magma_long --task vqav2 --data data/vqa_val --shot-data data/vqa_train
 
-Prints the table and writes results.json, predictions.jsonl and report.html into the run folder; another split than
-test, or a limit, is part of their names.
+Without --task it prints the table and writes results.json, predictions.jsonl and report.html into the run folder;
+another split than test, or a limit, is part of their names. With --task see docs/evaluation.md.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from magma_jax.distributed import one_of_several
+from magma_jax.evaluation.command import add_task_options, run_tasks
 from magma_jax.evaluation.own_split import evaluate_run
 
 
 def main() -> None:
     """Reads the command line and evaluates."""
-    parser = argparse.ArgumentParser(description="Evaluates a run that train.py made.")
+    parser = argparse.ArgumentParser(
+        description="Evaluates a run that train.py made, or any checkpoint on a task.",
+        epilog="docs/evaluation.md describes tasks, protocols and files.",
+    )
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="at most this many captions and this many questions; default: all")
     parser.add_argument("--overview", type=Path, metavar="PNG", help="also draw twelve pictures with their texts")
+    add_task_options(parser)
     arguments = parser.parse_args()
     try:
-        evaluate_run(arguments.workdir, arguments.split, arguments.limit, arguments.overview)
+        if arguments.task:
+            with one_of_several(arguments.distributed):
+                run_tasks(arguments)
+        else:
+            evaluate_run(arguments.workdir, arguments.split, arguments.limit, arguments.overview)
     except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
         sys.exit(f"eval.py: {error}")
 

@@ -130,13 +130,17 @@ def _gqa(path: Path) -> dict[str, Reference]:
     for key, entry in read_json(path).items():
         if not entry.get("isBalanced", True):
             continue
-        types = entry.get("types", {})
-        groups = {name: types[name] for name in ("structural", "semantic") if types.get(name)}
-        if "structural" in types:
-            # The official table's two columns: yes, no and choices against everything else.
-            groups["form"] = "open" if types["structural"] in ("query",) else "binary"
-        references[key] = Reference((field(entry, "answer", f"{path}: {key}"),), groups)
+        references[key] = Reference((field(entry, "answer", f"{path}: {key}"),), gqa_groups(entry.get("types") or {}))
     return references
+
+
+def gqa_groups(types: Mapping[str, str]) -> dict[str, str]:
+    """What GQA says of a question's type, as groups."""
+    groups = {name: types[name] for name in ("structural", "semantic") if types.get(name)}
+    if "structural" in groups:
+        # The official table's two columns: yes, no and choices against everything else.
+        groups["form"] = "open" if groups["structural"] == "query" else "binary"
+    return groups
 
 
 def _captions(path: Path, *, domains: bool = False) -> dict[str, Reference]:

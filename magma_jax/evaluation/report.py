@@ -63,8 +63,8 @@ def write_report(
     protocol = figures["protocol"]
     decoding = f"{protocol['decoding']} decoding, at most {protocol['max_new_tokens']} new tokens"
     kinds = dict.fromkeys(sample.kind for sample in evaluation.samples)
-    template = resources.files("magma_jax.evaluation").joinpath("report.html").read_text(encoding="utf-8")
-    page = Template(template).substitute(
+    page = fill_page(
+        "report.html",
         title=escape(f"What the model says of the {protocol['split']} pictures"),
         summary=escape(summary(figures)),
         table=_table(cells(figures)),
@@ -76,6 +76,13 @@ def write_report(
         attribution=attribution,
     )
     replace_file(path, page.encode())
+
+
+def fill_page(name: str, **parts: str) -> str:
+    """A page of this package with its ``$parts`` and the common style."""
+    files = resources.files("magma_jax.evaluation")
+    style = files.joinpath("page.css").read_text(encoding="utf-8")
+    return Template(files.joinpath(name).read_text(encoding="utf-8")).substitute(parts, style=style)
 
 
 def png(pixels: UInt8[np.ndarray, "h w 3"], size: int = PICTURE_SIZE) -> bytes:

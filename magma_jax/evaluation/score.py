@@ -76,9 +76,9 @@ def score_files(protocol: str, references: str | Path, predictions: str | Path, 
 def score(protocol: str, predictions: Sequence[str], references: Sequence[Reference], *, draws: int = DRAWS) -> Score:
     """Scores predictions against references in the same order; needs at least one."""
     chosen = PROTOCOLS[protocol]
-    scores = _judge(chosen, predictions, references)
+    scores = judge(chosen, predictions, references)
     answer = constant_prediction(references)
-    constant = _judge(chosen, [answer] * len(references), references)
+    constant = judge(chosen, [answer] * len(references), references)
     return Score(
         protocol,
         len(references),
@@ -89,7 +89,8 @@ def score(protocol: str, predictions: Sequence[str], references: Sequence[Refere
     )
 
 
-def _judge(protocol: Protocol, predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
+def judge(protocol: Protocol, predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
+    """The scores alone."""
     return protocol.judge(
         [protocol.transform(text) for text in predictions], [list(reference.answers) for reference in references]
     )
@@ -107,7 +108,7 @@ def _groups(
         found[kind] = {}
         for group, rows in sorted(groups.items()):
             if protocol.per_group:
-                values = _judge(protocol, [predictions[row] for row in rows], [references[row] for row in rows]).total
+                values = judge(protocol, [predictions[row] for row in rows], [references[row] for row in rows]).total
             else:
                 values = {name: float(per_sample[rows].mean()) for name, per_sample in scores.per_sample.items()}
             found[kind][group] = {"samples": len(rows), **values}

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,17 @@ from magma_jax.typing import Array, Float, UInt8
 Batch = dict[str, np.ndarray]
 
 ENCODER = "image_prefix/encoder/"
+
+
+@runtime_checkable
+class Pictures(Protocol):
+    """Pictures that need not be in memory; an array is the simplest case."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Those of these rows, uint8 (N, H, W, 3)."""
 
 
 def picture_loader(
@@ -67,7 +78,7 @@ def feature_statistics(
 
 
 def encode_all(
-    images: UInt8[np.ndarray, "N H W 3"],
+    images: UInt8[np.ndarray, "N H W 3"] | Pictures,
     graphdef: nnx.GraphDef,
     params: Params,
     mesh: Mesh | None = None,

@@ -1,0 +1,307 @@
+"""Answers to many prompts of pictures and words, in batches of few shapes, over all devices and processes.
+
+A prompt is a sequence of words and rows of a picture source. Prompts are sorted by length, so that a batch pads little;
+every picture is encoded once while it is kept. What all prompts begin with (the shots of a whole run) is run once and
+its keys and values are shared. The answer to a prompt depends neither on its batch nor on the mesh.
+"""
+
+import collections
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from magma_jax.compile import jit
+from magma_jax.data.tokenizer import Tokenizer
+from magma_jax.distributed import is_main
+from magma_jax.inference.api import Magma
+from magma_jax.inference.decode import generate
+from magma_jax.inference.prompts import WORD, picture_positions
+from magma_jax.inference.sampling import SamplingConfig, sampling_rows
+from magma_jax.models.decoder import KVCache
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.modules import Params, merge
+from magma_jax.sharding import batch_shards, local_rows, on_mesh, place_batch, replicated
+from magma_jax.training.pictures import Pictures, encode_all
+from magma_jax.typing import Array, Float, Int
+
+# Prompts are padded to multiples of the first number up to the second, so few programs are compiled.
+BUCKETS = ((16, 128), (32, 512), (128, 2**31))
+# Features that are kept, in bytes: 600 pictures of CLIP RN50x16, all of the quick start.
+KEPT_NBYTES = 2**30
+# Pictures that are encoded together.
+ENCODED = 32
+
+Parts: TypeAlias = Sequence[str | int]  # words, or the row of a picture
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be run; one line with the reason."""
+
+
+class Laid(NamedTuple):
+    """A prompt, position by position.
+
+    Attributes:
+        tokens: (S,) ids, 0 where a picture stands.
+        places: (S,) number of the picture in the prompt times P plus the position in it, or ``WORD``.
+        pictures: rows of the pictures.
+    """
+
+    tokens: Int[np.ndarray, " S"]
+    places: Int[np.ndarray, " S"]
+    pictures: list[int]
+
+
+def lay_out(parts: Parts, tokenizer: Tokenizer, positions: int) -> Laid:
+    """Tokens and places of a prompt whose pictures take ``positions`` each; words that meet are encoded as one text."""
+    tokens: list[int] = []
+    places: list[int] = []
+    pictures: list[int] = []
+    words = ""
+    for part in [*parts, None]:
+        if isinstance(part, str):
+            words += part
+            continue
+        ids = tokenizer.encode(words) if words else []
+        tokens += ids
+        places += [WORD] * len(ids)
+        words = ""
+        if part is not None:
+            tokens += [0] * positions
+            places += range(len(pictures) * positions, (len(pictures) + 1) * positions)
+            pictures.append(int(part))
+    return Laid(np.array(tokens, np.int32), np.array(places, np.int32), pictures)
+
+
+class Answerer:
+    """A model, a source of pictures and the devices: prompts in, text out.
+
+    Args:
+        model: with its weights on ``mesh``.
+        pictures: uint8, at the encoder's size.
+        batch_size: prompts that are run together; changes speed, not answers.
+        mesh: devices that share the batches; None for one device.
+    """
+
+    def __init__(self, model: Magma, pictures: Pictures, *, batch_size: int = 32, mesh: Mesh | None = None):
+        shards = 1 if mesh is None else batch_shards(mesh)
+        self.model, self._pictures, self._mesh = model, pictures, mesh
+        self._batch_size = -(-batch_size // shards) * shards
+        self._rows = list(range(self._batch_size)) if mesh is None else local_rows(mesh, self._batch_size)
+        self._features: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        self._positions = picture_positions(model.config)
+
+    def length(self, parts: Parts) -> int:
+        """Positions of a prompt."""
+        return len(lay_out(parts, self.model.tokenizer, self._positions).tokens)
+
+    def __call__(
+        self,
+        prompts: Sequence[Parts],
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig = SamplingConfig(),
+        seed: int = 0,
+        common: Parts = (),
+        extrapolate: bool = False,
+    ) -> list[str]:
+        """What the model says to every prompt, up to its end of text.
+
+        Args:
+            prompts: at least one part each.
+            max_new_tokens: at most.
+            sampling: for all.
+            seed: with a prompt's place among the prompts it decides what is drawn.
+            common: what stands before every prompt and ends with a picture or whole word.
+            extrapolate: whether prompts may exceed the context, which needs rotary positions.
+
+        Raises:
+            PromptError: an empty prompt, or one that does not fit the context.
+        """
+        tokenizer = self.model.tokenizer
+        laid = [lay_out(prompt, tokenizer, self._positions) for prompt in prompts]
+        beginning = lay_out(common, tokenizer, self._positions)
+        self._check(laid, len(beginning.tokens), max_new_tokens, extrapolate)
+        prefix = self._run_common(beginning) if len(beginning.tokens) else None
+        most = max((len(prompt.pictures) for prompt in laid), default=0) or 1
+        by_bucket: dict[int, list[int]] = collections.defaultdict(list)
+        for number, prompt in enumerate(laid):
+            by_bucket[_bucket(len(prompt.tokens))].append(number)
+        answers: list[str] = [""] * len(prompts)
+        quiet = None if is_main() else True
+        with tqdm(total=len(prompts), desc="answering", unit="prompt", disable=quiet) as bar:
+            for bucket, members in sorted(by_bucket.items()):
+                for start in range(0, len(members), self._batch_size):
+                    batch = members[start : start + self._batch_size]
+                    # The last batch is filled up, so that one program serves all of a bucket.
+                    filled = batch + batch[-1:] * (self._batch_size - len(batch))
+                    arrays = self._arrays([laid[i] for i in filled], np.array(filled), bucket, most)
+                    tokens, lengths = answer_batch(
+                        self.model.graphdef,
+                        self.model.params,
+                        arrays,
+                        np.uint32(seed),
+                        prefix,
+                        sampling=sampling,
+                        max_new_tokens=max_new_tokens,
+                        eos_id=tokenizer.eos_id,
+                        mesh=self._mesh,
+                    )
+                    for i, row, length in zip(filled, np.asarray(tokens), np.asarray(lengths), strict=True):
+                        answers[i] = tokenizer.decode(row[:length].tolist())
+                    bar.update(len(batch))
+        return answers
+
+    def _check(self, laid: Sequence[Laid], common: int, max_new_tokens: int, extrapolate: bool) -> None:
+        if any(not len(prompt.tokens) for prompt in laid):
+            raise PromptError("a prompt is empty: give at least one picture or one word")
+        context = self.model.config.lm.context_length
+        longest = max((len(prompt.tokens) for prompt in laid), default=0) + common
+        if extrapolate and "lm/wpe/weight" not in self.model.params:
+            return
+        if longest + max_new_tokens > context:
+            raise PromptError(
+                f"the longest prompt takes {longest} positions and the answer {max_new_tokens}, but the context holds "
+                f"{context}; lower shots or max_new_tokens, or set overlong=drop_shots"
+            )
+
+    def _arrays(
+        self, prompts: Sequence[Laid], numbers: Int[np.ndarray, " B"], bucket: int, pictures: int
+    ) -> dict[str, np.ndarray | Array]:
+        """A batch on the devices; of several processes each encodes and places its own rows."""
+        # A prompt with fewer pictures than another has some picture in the free places, where nothing points to.
+        shown = [p.pictures + (p.pictures[-1:] or [0]) * (pictures - len(p.pictures)) for p in prompts]
+        self._encode({picture for row in shown for picture in row})
+        mine = [prompts[row] for row in self._rows]
+
+        def padded(values: Int[np.ndarray, " S"], filler: int) -> np.ndarray:
+            return np.pad(values, (0, bucket - len(values)), constant_values=filler)
+
+        arrays = {
+            "features": np.stack([[self._features[picture] for picture in shown[row]] for row in self._rows]),
+            "tokens": np.stack([padded(prompt.tokens, 0) for prompt in mine]),
+            "places": np.stack([padded(prompt.places, WORD) for prompt in mine]),
+            "lengths": np.array([len(prompt.tokens) for prompt in mine], np.int32),
+            "numbers": numbers[self._rows].astype(np.int32),
+        }
+        return arrays if self._mesh is None else place_batch(arrays, self._mesh, self._batch_size)
+
+    def _encode(self, wanted: set[int]) -> None:
+        """Sees to it that the features of these pictures are there; those used longest ago make room."""
+        missing = sorted(wanted - self._features.keys())
+        for picture in wanted & self._features.keys():
+            self._features.move_to_end(picture)
+        if missing:
+            features = encode_all(
+                _Chosen(self._pictures, np.array(missing)),
+                self.model.graphdef,
+                self.model.params,
+                self._mesh,
+                ENCODED,
+                progress=False,
+            )
+            self._features.update(zip(missing, features, strict=True))
+        nbytes = next(iter(self._features.values())).nbytes
+        while len(self._features) > max(len(wanted), KEPT_NBYTES // nbytes):
+            self._features.popitem(last=False)
+
+    def _run_common(self, beginning: Laid) -> KVCache:
+        self._encode(set(beginning.pictures))
+        features = np.stack([self._features[picture] for picture in beginning.pictures])[None]
+        return run_common(
+            self.model.graphdef,
+            self.model.params,
+            features,
+            beginning.tokens[None],
+            beginning.places[None],
+            mesh=self._mesh,
+        )
+
+
+class _Chosen:
+    """Some of the pictures of a source, as a source."""
+
+    def __init__(self, pictures: Pictures, rows: Int[np.ndarray, " N"]):
+        self._pictures, self._rows = pictures, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return self._pictures[self._rows[rows]]
+
+
+@jit(static_argnames=("graphdef", "sampling", "max_new_tokens", "eos_id", "mesh"))
+def answer_batch(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: dict[str, Any],
+    seed: Any,
+    prefix: KVCache | None,
+    *,
+    sampling: SamplingConfig,
+    max_new_tokens: int,
+    eos_id: int,
+    mesh: Mesh | None,
+) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
+    """Tokens and lengths of the answers, whole on every device; ``batch`` is what ``Answerer`` lays out."""
+
+    def run() -> tuple[Array, Array]:
+        model = merge(graphdef, params)
+        rows = batch["tokens"].shape[0]
+        result = generate(
+            model.lm,
+            _embed(model, batch["features"], batch["tokens"], batch["places"]),
+            batch["lengths"],
+            jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(batch["numbers"]),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling_rows([sampling] * rows),
+            eos_id=eos_id,
+            prefix=prefix,
+        )
+        return result.tokens, result.lengths
+
+    if mesh is None:
+        return run()
+    return jax.lax.with_sharding_constraint(on_mesh(run, mesh)(), replicated(mesh))
+
+
+@jit(static_argnames=("graphdef", "mesh"))
+def run_common(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    features: Float[Array | np.ndarray, "1 N ..."],
+    tokens: Int[Array | np.ndarray, "1 S"],
+    places: Int[Array | np.ndarray, "1 S"],
+    *,
+    mesh: Mesh | None,
+) -> KVCache:
+    """Keys and values of what all prompts begin with, whole on every device."""
+    model = merge(graphdef, params)
+    embeddings = _embed(model, features, tokens, places)
+    cache = model.lm(embeddings, cache=model.lm.init_cache(1, tokens.shape[1], model.dtype)).cache
+    return cache if mesh is None else jax.lax.with_sharding_constraint(cache, replicated(mesh))
+
+
+def _embed(
+    model: MagmaModel,
+    features: Float[Array | np.ndarray, "B N ..."],
+    tokens: Int[Array | np.ndarray, "B S"],
+    places: Int[Array | np.ndarray, "B S"],
+) -> Float[Array, "B S D"]:
+    rows, pictures = features.shape[:2]
+    seen = model.embed_features(jnp.asarray(features).reshape(rows * pictures, *features.shape[2:]))
+    seen = seen.reshape(rows, -1, seen.shape[-1])
+    at_places = jnp.take_along_axis(seen, jnp.maximum(places, 0)[:, :, None], axis=1)
+    return jnp.where((places == WORD)[:, :, None], model.embed_tokens(jnp.asarray(tokens)), at_places)
+
+
+def _bucket(length: int) -> int:
+    step = next(step for step, end in BUCKETS if length <= end)
+    return -(-length // step) * step

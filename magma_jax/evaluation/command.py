@@ -1,0 +1,109 @@
+"""Tasks from the command line of eval.py: which checkpoint, which tasks, where results go."""
+
+import argparse
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
+from magma_jax.convert.hub import local_path
+from magma_jax.data.datasets import DataConfig, Dataset, load_dataset
+from magma_jax.distributed import is_main
+from magma_jax.evaluation.few_shot import evaluate_task
+from magma_jax.evaluation.results_card import write_card
+from magma_jax.evaluation.task_files import write_result
+from magma_jax.evaluation.tasks import TASKS, TaskConfig
+from magma_jax.inference.api import Magma
+from magma_jax.sharding import MeshConfig, make_mesh
+from magma_jax.training.checkpoint import CHECKPOINTS, RunCheckpoints
+from magma_jax.training.model_folder import MODEL_FILE, read_model_json
+
+
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``eval.py --task``."""
+    group = parser.add_argument_group("tasks")
+    group.add_argument("--task", nargs="+", metavar="NAME", choices=TASKS, help=", ".join(TASKS))
+    group.add_argument("--checkpoint", help="model folder, file or hf:// address; default: the run in --workdir")
+    group.add_argument("--data", help="data set folder to ask about; default: the run's own data")
+    group.add_argument("--shot-data", help="data set folder that shots come from")
+    group.add_argument("--shots", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    group.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override settings of the tasks")
+    group.add_argument("--output", type=Path, help="folder of the results; default: evaluation/ in --workdir")
+    group.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    group.add_argument("--dtype", help="of weights and activations, such as bfloat16; default: the checkpoint's")
+    group.add_argument("--mesh", nargs="*", metavar="KEY=VALUE", help="devices that share the work, as in data=-1")
+    group.add_argument("--distributed", action="store_true", help="as one of several processes: docs/training.md")
+
+
+def run_tasks(arguments: argparse.Namespace) -> None:
+    """Evaluates, writes the files and prints the card.
+
+    Raises:
+        ValueError: one line with what is wrong; also for what the package raises.
+    """
+    tasks = [task for name in arguments.task for task in configure(name, arguments)]
+    mesh = None
+    if arguments.mesh is not None or arguments.distributed:
+        mesh = make_mesh(from_dict(MeshConfig, apply_overrides(ConfigDict(), arguments.mesh or []), "mesh"))
+    path = local_path(arguments.checkpoint or arguments.workdir)
+    checkpoint = identify(path)
+    model = Magma.from_checkpoint(path, dtype=arguments.dtype, mesh=mesh)
+    dataset = own_data(path) if any(task.data is None for task in tasks) else None
+    folder = arguments.output or (path if path.is_dir() else arguments.workdir) / "evaluation"
+    for task in tasks:
+        result = evaluate_task(
+            model, task, dataset, batch_size=arguments.batch_size, mesh=mesh, stamp={"checkpoint": checkpoint}
+        )
+        if is_main():
+            print(f"wrote {write_result(folder, result)}")
+    for settings in dict.fromkeys(task.settings for task in tasks) if is_main() else ():
+        print(f"\n{write_card(folder, checkpoint, settings)}")
+
+
+def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:
+    """A task with every number of shots that was asked for.
+
+    Raises:
+        ConfigError: an unknown setting, or a value out of range.
+    """
+    places = {"data": arguments.data, "shot_data": arguments.shot_data}
+    values = ConfigDict(to_dict(TASKS[name]) | {key: value for key, value in places.items() if value is not None})
+    if arguments.limit is not None:
+        values = apply_overrides(values, [f"limit={arguments.limit}"])
+    if arguments.split != "test":
+        values = apply_overrides(values, [f"split={arguments.split}"])
+    task = from_dict(TaskConfig, apply_overrides(values, arguments.set), name)
+    if task.name != name:
+        raise ConfigError(f"--set name: the task's name stays {name}")
+    try:
+        return [dataclasses.replace(task, shots=shots) for shots in arguments.shots]
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def identify(path: Path) -> dict[str, Any]:
+    """What tells a checkpoint from others, to be stored with results."""
+    if path.is_file():
+        return {"name": path.name, "bytes": path.stat().st_size}
+    if not (path / MODEL_FILE).is_file():
+        return {"name": path.name}
+    found: dict[str, Any] = {"name": path.resolve().name}
+    if (path / CHECKPOINTS).is_dir():
+        with RunCheckpoints(path) as checkpoints:
+            found["step"] = checkpoints.result_step()
+    return found | {"model_sha256": hashlib.sha256((path / MODEL_FILE).read_bytes()).hexdigest()[:16]}
+
+
+def own_data(path: Path) -> Dataset:
+    """The data that a run learned from.
+
+    Raises:
+        ConfigError: not a run.
+    """
+    run = read_model_json(path).get("run") if path.is_dir() else None
+    if run is None:
+        raise ConfigError(f"{path}: not a run, so it has no data of its own; give --data")
+    return load_dataset(from_dict(DataConfig, run["data"], "model.json: run.data"))

@@ -1,0 +1,187 @@
+"""Examples of a task, from a data set folder or from a run's own split: asked as queries, or shown as shots."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from magma_jax.data.datasets import Dataset
+from magma_jax.data.images import ImageError, load_image, to_uint8
+from magma_jax.data.records import DataError, Record
+from magma_jax.data.stored import StoredRecords
+from magma_jax.evaluation.protocols import Reference, gqa_groups, stem
+from magma_jax.evaluation.results import CAPTION, question_of
+from magma_jax.evaluation.tasks import Kind
+from magma_jax.training.pictures import Pictures
+from magma_jax.typing import Int, UInt8
+
+# Annotators that the official VQA rule expects; a single true answer counts as all of them.
+ANNOTATORS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A picture, what is asked about it, and what is true.
+
+    Attributes:
+        id: of the question, or of the picture where captions are wanted; as in the data set's own files.
+        picture: its row in the pictures of its source.
+        text: the question; empty for captions.
+        answers: annotators' answers or true captions; empty where the split keeps them secret.
+        raw_answers: as annotators wrote them, where ``answers`` holds something made of it (OK-VQA).
+        groups: kind of group to group, such as ``{"answer_type": "number"}``.
+    """
+
+    id: str
+    picture: int
+    text: str
+    answers: tuple[str, ...]
+    raw_answers: tuple[str, ...] = ()
+    groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        """The answer that a completed example shows: the most frequent one, among equals the first."""
+        counts = collections.Counter(self.answers)
+        return max(counts, key=lambda answer: counts[answer])
+
+    def reference(self, protocol: str) -> Reference:
+        """What an answer is judged against under a protocol.
+
+        Raises:
+            DataError: the data set does not have what the protocol compares with.
+        """
+        answers = self.answers
+        if protocol in ("okvqa_raw_answer", "okvqa_stemmed"):
+            if not self.raw_answers:
+                raise DataError(f"question {self.id} has no raw answers, which {protocol} compares with")
+            answers = tuple(map(stem, self.raw_answers)) if protocol == "okvqa_stemmed" else self.raw_answers
+        if protocol.startswith("nocaps") and "domain" not in self.groups:
+            raise DataError(f"picture {self.id} has no domain; convert the NoCaps file that has them")
+        return Reference(answers, self.groups)
+
+
+class OwnExamples(Sequence[Example]):
+    """A split of a run's own data."""
+
+    def __init__(self, dataset: Dataset, split: str, kind: Kind):
+        if split not in dataset.evaluation:
+            names = ", ".join(dataset.evaluation) or "none"
+            raise DataError(f"the run's data has no split {split!r}; its splits: {names}; or give --data")
+        wanted = [s for s in dataset.evaluation[split] if (s.kind == CAPTION) == (kind == CAPTION)]
+        times = 1 if kind == CAPTION else ANNOTATORS
+        self._examples = [
+            Example(
+                f"{split}-{number}", int(s.picture), question_of(s), (s.answer.strip(),) * times, (), {"kind": s.kind}
+            )
+            for number, s in enumerate(wanted)
+        ]
+        self.pictures = dataset.images
+        self.name = split
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[index]
+
+
+class StoredExamples(Sequence[Example]):
+    """A data set folder; records are read when they are asked for."""
+
+    def __init__(self, folder: str | Path, kind: Kind, image_size: int):
+        records = StoredRecords(folder)
+        captions, questions = records.texts.T
+        self._counts = questions if kind == "question" else np.minimum(captions, 1)
+        if not self._counts.sum():
+            raise DataError(f"{folder}: holds no {kind}s; convert the data set that has them")
+        self._records, self._kind = records, kind
+        self._ends = np.cumsum(self._counts)
+        self._last: tuple[int, Record] | None = None
+        self.pictures = StoredPictures(records, image_size)
+        self.name = str(folder)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = int(np.searchsorted(self._ends, index, side="right"))
+        if self._last is None or self._last[0] != row:
+            self._last = row, self._records[row]
+        record = self._last[1]
+        if self._kind == CAPTION:
+            return Example(record.id, row, "", record.captions, (), _texts(record.metadata, ("domain",)))
+        question = record.questions[index - int(self._ends[row] - self._counts[row])]
+        groups = _texts(question.metadata, ("answer_type", "question_type", "answerable"))
+        groups |= gqa_groups(question.metadata.get("types") or {})
+        raw = tuple(question.metadata.get("raw_answers", ()))
+        return Example(question.id, row, question.text, question.answers, raw, groups)
+
+
+class StoredPictures:
+    """Pictures of a data set folder at the encoder's size, decoded when they are asked for."""
+
+    def __init__(self, records: StoredRecords, size: int):
+        self._records, self._size = records, size
+        self._pool = ThreadPoolExecutor()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, rows: Int[np.ndarray, " N"]) -> UInt8[np.ndarray, "N h w 3"]:
+        return np.stack(list(self._pool.map(self._decode, np.asarray(rows).tolist())))
+
+    def _decode(self, row: int) -> np.ndarray:
+        record = self._records[row]
+        try:
+            return to_uint8(load_image(record.image_bytes()), self._size)
+        except ImageError as error:
+            raise DataError(f"{self._records}: picture of {record.id}: {error}") from None
+
+
+class JoinedPictures:
+    """Two sources of pictures as one: rows of the second follow those of the first."""
+
+    def __init__(self, first: Pictures, second: Pictures):
+        self._first, self._second = first, second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    def __getitem__(self, rows: Int[np.ndarray, " N"]) -> UInt8[np.ndarray, "N h w 3"]:
+        rows = np.asarray(rows)
+        later = rows >= len(self._first)
+        parts = [(self._first, ~later, rows), (self._second, later, rows - len(self._first))]
+        parts = [(mask, source[numbers[mask]]) for source, mask, numbers in parts if mask.any()]
+        out = np.empty((len(rows), *parts[0][1].shape[1:]), np.uint8)
+        for mask, pixels in parts:
+            out[mask] = pixels
+        return out
+
+
+class BlackPictures:
+    """As many pictures as another source has, all black."""
+
+    def __init__(self, pictures: Pictures, size: int):
+        self._length, self._size = len(pictures), size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, rows: Int[np.ndarray, " N"]) -> UInt8[np.ndarray, "N h w 3"]:
+        return np.zeros((len(rows), self._size, self._size, 3), np.uint8)
+
+
+def spaced(count: int, limit: int | None) -> range | list[int]:
+    """Up to ``limit`` of ``count`` numbers, evenly spaced."""
+    return range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
+
+
+def _texts(metadata: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    return {name: str(metadata[name]) for name in names if metadata.get(name) is not None}

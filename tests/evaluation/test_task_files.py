@@ -1,0 +1,119 @@
+"""What a task leaves: results, predictions, a page, and the card of a checkpoint; the paper's figures."""
+
+import dataclasses
+import json
+
+import pytest
+
+from magma_jax.evaluation.columns import Column
+from magma_jax.evaluation.examples import StoredExamples
+from magma_jax.evaluation.few_shot import finish
+from magma_jax.evaluation.gallery import write_gallery
+from magma_jax.evaluation.paper import FIGURES
+from magma_jax.evaluation.results_card import write_card
+from magma_jax.evaluation.task_files import read_predictions, write_result
+from magma_jax.evaluation.tasks import TASKS
+from tests.evaluation.test_report import Page
+
+CHECKPOINT = {"name": "mine", "step": 3}
+
+
+def result_of(folders, model, outputs, name="vqav2", **changes):
+    """A result whose outputs are given; no model is run."""
+    task = dataclasses.replace(TASKS[name], data=str(folders / "val"), **changes)
+    queries = StoredExamples(folders / "val", task.kind, 64)
+    stamp = {
+        "samples": len(queries),
+        "of": len(queries),
+        "data": queries.name,
+        "shots": None,
+        "longest_prompt": 9,
+        "context": 64,
+        "decoding": "greedy",
+        "checkpoint": CHECKPOINT,
+    }
+    texts = [outputs[i % len(outputs)] for i in range(len(queries))]
+    return finish(task, model, list(queries), [[] for _ in texts], texts, queries.pictures, stamp)
+
+
+@pytest.fixture
+def written(folders, talkative, tmp_path):
+    """Questions of which the first kind is right and the second right for three of ten annotators, then wrong."""
+    result = result_of(folders, talkative, [" yes\nQ: <b>", " dark blue", " yes", " green"])
+    write_result(tmp_path, result)
+    write_result(tmp_path, result_of(folders, talkative, ["a square"], "coco"))
+    return tmp_path
+
+
+def test_every_prediction_is_kept_whole_and_cut(written):
+    lines = [json.loads(line) for line in (written / "vqav2-0shot.predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 12
+    assert lines[0]["output"] == " yes\nQ: <b>"
+    assert lines[0]["answer"] == "yes"
+    assert [line["scores"]["accuracy"] for line in lines[:4]] == [100, 100, 100, 0]
+    examples, answers = read_predictions(written / "vqav2-0shot.json")
+    assert (examples[1].id, examples[1].groups, answers[1]) == ("1", {"answer_type": "other"}, "dark blue")
+
+
+def test_the_card_has_the_tables_of_the_paper_and_the_stamp(written):
+    text = write_card(written, CHECKPOINT)
+    row = {line[:15].strip(): line.split() for line in text.splitlines()}
+    assert row["this model"][-1] != "-"
+    assert "61.5" in text
+    assert "57.0" in text
+    assert "68.0" in text  # finetuned, table 2
+    assert "no adapters" in text
+    assert "protocol    vqa_official, vqa_before_2021, vqa_always_normalised" in text
+    assert "checkpoint  name mine, step 3" in text
+    assert (written / "card.txt").read_text() == text
+    card = json.loads((written / "card.json").read_text())
+    assert {"task": "vqav2", "shots": 0, "metric": "accuracy", "group": "", "value": 75.0} in card["rows"]["this model"]
+    # Other checkpoints and other settings have cards of their own.
+    assert "no scores" in write_card(written, {"name": "other"})
+    assert write_card(written, CHECKPOINT) == text
+
+
+def test_the_first_line_is_scored_too_where_the_truth_cut_the_answer(folders, talkative):
+    result = result_of(folders, talkative, ["yes and\nQ:"])
+    assert result.scores["vqa_official"].scores["accuracy"] == 50
+    assert result.first_line["vqa_official"].scores["accuracy"] == 0
+    assert not result_of(folders, talkative, ["yes"]).first_line
+
+
+@pytest.mark.parametrize("name", ["vqav2", "coco"])
+def test_the_page_is_whole_and_needs_nothing_else(folders, talkative, tmp_path, name):
+    result = result_of(folders, talkative, [" <b>yes</b>\nQ: &", " dark blue", "a square"], name)
+    write_gallery(tmp_path / "page.html", result, shown=5)
+    text = (tmp_path / "page.html").read_text()
+    page = Page(text)
+    assert len(page.all("article")) == 5
+    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.all("img"))
+    assert "http" not in text.replace("https://openmoji", "")
+    assert "<b>yes" not in text
+    words = "".join(page.text)
+    assert "5 are shown, evenly spaced" in words
+    marks = {attributes["class"].split()[-1] for attributes in page.all("article")}
+    assert marks <= {"right", "partly", "wrong"}
+    assert len(marks) > 1
+
+
+def test_secret_answers_are_asked_and_not_scored(folders, talkative, tmp_path):
+    result = result_of(folders, talkative, ["yes"])
+    secret = [dataclasses.replace(example, answers=()) for example in result.examples]
+    result = finish(result.task, talkative, secret, result.shots, result.outputs, result.pictures, result.stamp)
+    write_result(tmp_path, result)
+    assert not result.scores
+    assert "secret" in write_card(tmp_path, CHECKPOINT)
+    assert json.loads((tmp_path / "vqav2-0shot.predictions.jsonl").read_text().splitlines()[0])["scores"] == {}
+
+
+def test_the_papers_figures_stand_in_their_columns():
+    long, rn50x4 = FIGURES["MAGMA long"], FIGURES["CLIP RN50x4"]
+    assert long[Column("vqav2", 0, "accuracy")] == 61.5
+    assert long[Column("nocaps", 0, "CIDEr", "out-domain")] == 62.0
+    assert long[Column("nocaps", 0, "BLEU-4", "all")] == 12.3
+    assert long[Column("coco", 0, "BLEU-4")] == 17.6
+    assert rn50x4[Column("vizwiz", 4, "accuracy")] == 8.3
+    assert FIGURES["Frozen, rebuilt"][Column("gqa", 1, "accuracy")] == 23.5
+    assert FIGURES["finetuned (Table 2)"][Column("snli_ve", 0, "accuracy")] == 79.0
+    assert len(FIGURES) == 16

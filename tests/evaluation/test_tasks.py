@@ -1,0 +1,204 @@
+"""Tasks: shots, prompts, what is kept of an answer; the same answers however they are computed."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from magma_jax.data.images import ImageInput
+from magma_jax.data.records import DataError
+from magma_jax.evaluation import answering
+from magma_jax.evaluation.answering import Answerer, PromptError, lay_out
+from magma_jax.evaluation.examples import StoredExamples, spaced
+from magma_jax.evaluation.few_shot import evaluate_task
+from magma_jax.evaluation.shots import draw_shots
+from magma_jax.evaluation.tasks import TASKS, TaskConfig
+from magma_jax.evaluation.truncation import truncate
+from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.sharding import MeshConfig, make_mesh, parameter_shardings
+from tests.evaluation.conftest import DATA
+
+OWN = dataclasses.replace(TASKS["own_questions"], max_new_tokens=4)
+
+
+def stored(folders, **changes):
+    places = {"data": str(folders / "val"), "shot_data": str(folders / "train")}
+    return dataclasses.replace(TASKS["vqav2"], max_new_tokens=4, **places | changes)
+
+
+def test_shots_depend_on_seed_and_query_alone():
+    four = draw_shots(100, 4, 0, ["a", "b", "c"])
+    assert draw_shots(100, 4, 0, ["c", "a"]) == [four[2], four[0]]
+    assert [row[-2:] for row in four] == draw_shots(100, 2, 0, ["a", "b", "c"])
+    assert len({tuple(row) for row in four}) == 3
+    assert draw_shots(100, 4, 1, ["a"]) != four[:1]
+    assert draw_shots(100, 0, 0, ["a", "b"]) == [[], []]
+    assert draw_shots(100, 0, 0, None) == [[]]
+    all_of_five = draw_shots(5, 4, 0, ["a"], lambda query, row: row != 3)[0]
+    assert sorted(all_of_five) == [0, 1, 2, 4]
+    with pytest.raises(ValueError, match="5 examples are too few to draw 5 shots"):
+        draw_shots(5, 5, 0, ["a"], lambda query, row: row != 3)
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        ("none", "dark blue sky\nQ: and"),
+        ("newline", "dark blue sky"),
+        ("words", "dark blue"),
+        ("characters", "dark blue s"),
+    ],
+)
+def test_what_is_kept_of_an_answer(how, kept):
+    assert truncate(" dark blue sky\nQ: and ", ["red", "light green"], how, DATA.tokenizer) == kept
+
+
+def test_tokens_are_counted_as_in_a_prompt():
+    longest = len(DATA.tokenizer.encode(" a red square"))
+    text = truncate("a red square and more", ["a", "a red square"], "tokens", DATA.tokenizer)
+    assert len(DATA.tokenizer.encode(f" {text}")) <= longest
+    assert text.startswith("a red square")
+    # Nothing can be cut to the length of an answer that is secret.
+    assert truncate("one\ntwo", [], "words", DATA.tokenizer) == "one"
+
+
+def test_words_that_meet_are_encoded_together():
+    laid = lay_out(["Q: ", "red?", 7, " A:"], DATA.tokenizer, 4)
+    words = DATA.tokenizer.encode("Q: red?")
+    assert laid.tokens[: len(words)].tolist() == words
+    assert laid.places[len(words) : len(words) + 4].tolist() == [0, 1, 2, 3]
+    assert laid.pictures == [7]
+
+
+@pytest.fixture(scope="module")
+def two_shots(talkative):
+    return evaluate_task(talkative, dataclasses.replace(OWN, shots=2), DATA, batch_size=3)
+
+
+def test_twice_the_same_whatever_the_batches(talkative, two_shots):
+    assert len(set(two_shots.outputs)) > 1
+    again = evaluate_task(talkative, dataclasses.replace(OWN, shots=2), DATA, batch_size=4)
+    assert again.outputs == two_shots.outputs
+    assert again.to_dict() == two_shots.to_dict()
+    for example, shots in zip(two_shots.examples, two_shots.shots, strict=True):
+        # Test and training pictures are the same here.
+        assert example.picture not in [shot.example.picture for shot in shots]
+
+
+def test_several_devices_give_what_one_gives(talkative, two_shots):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    params = jax.device_put(talkative.params, parameter_shardings(talkative.params, mesh))
+    spread = type(talkative)(talkative.config, params, talkative.tokenizer)
+    result = evaluate_task(spread, dataclasses.replace(OWN, shots=2), DATA, batch_size=3, mesh=mesh)
+    assert result.outputs == two_shots.outputs
+    assert result.scores == two_shots.scores
+
+
+@pytest.mark.slow
+def test_prompts_are_those_of_the_interface(talkative, two_shots):
+    """Every position of picture and text as ``Magma`` lays them out."""
+    picture = {i: ImageInput(Image.fromarray(DATA.images[i])) for i in range(len(DATA.images))}
+    example, shots = two_shots.examples[1], two_shots.shots[1]
+    prompt = []
+    for _, shot in shots:
+        prompt += [picture[shot.picture], f"Q: {shot.text} A: {shot.shown}"]
+    prompt += [picture[example.picture], f"Q: {example.text} A:"]
+    embeddings = talkative.preprocess_inputs(prompt)
+    assert talkative.generate(embeddings, max_steps=4, temperature=0.0)[0] == two_shots.outputs[1]
+
+
+def test_shots_of_a_whole_run_are_run_once(talkative, folders, monkeypatch):
+    """Shared keys and values give what whole prompts give."""
+    task = stored(folders, shots=2, shot_policy="run", sampling=SamplingConfig(temperature=1.0), seed=3)
+    result = evaluate_task(talkative, task)
+    assert [len(row) for row in result.shots] == [2]
+    val, train = (StoredExamples(folders / name, "question", 64) for name in ("val", "train"))
+    shots = [shot for _, shot in result.shots[0]]
+    before = [part for s in shots for part in (len(val.pictures) + s.picture, task.complete(s.text, s.shown))]
+    pixels = np.concatenate([s.pictures[np.arange(len(s.pictures))] for s in (val, train)])
+    prompts = [(*before, example.picture, task.ask(example.text)) for example in val]
+    answers = Answerer(talkative, pixels)(prompts, max_new_tokens=4, sampling=task.sampling, seed=3)
+    assert answers == result.outputs
+    assert len(set(answers)) > 2
+
+
+def test_features_that_no_longer_fit_are_computed_again(talkative, two_shots, monkeypatch):
+    monkeypatch.setattr(answering, "KEPT_NBYTES", 1)
+    again = evaluate_task(talkative, dataclasses.replace(OWN, shots=2), DATA, batch_size=3)
+    assert again.outputs == two_shots.outputs
+
+
+def test_a_folder_is_asked_and_scored_by_group(talkative, folders):
+    result = evaluate_task(talkative, stored(folders, shots=1, limit=5))
+    assert [example.id for example in result.examples] == ["0", "10", "20", "31", "41"]
+    assert result.stamp["of"] == 12
+    assert set(result.scores["vqa_official"].groups["answer_type"]) == {"yes/no", "other"}
+    assert all(len(row) == 1 and int(row[0].example.id) >= 1000 for row in result.shots)
+    assert set(result.scores) == {"vqa_official", "vqa_before_2021", "vqa_always_normalised"}
+
+
+def test_captions_and_blindness(talkative, folders):
+    task = dataclasses.replace(TASKS["nocaps"], data=str(folders / "val"), max_new_tokens=4, blind=True)
+    result = evaluate_task(talkative, task)
+    assert set(result.scores["nocaps_nlgeval"].groups["domain"]) == {"in-domain"}
+    assert len(set(result.outputs)) == 1
+    assert result.examples[0].answers == ("a picture 0", "a square")
+
+
+def test_what_a_shot_shows_is_the_commonest_answer(folders):
+    examples = StoredExamples(folders / "val", "question", 64)
+    assert [example.shown for example in (examples[0], examples[1])] == ["yes", "red"]
+    assert examples[1].reference("okvqa_stemmed").answers == ("red",) * 10
+    assert examples[1].reference("okvqa_raw_answer").answers == ("reds",) * 10
+    with pytest.raises(DataError, match="no domain"):
+        examples[1].reference("nocaps")
+
+
+def test_long_prompts_are_an_error_or_lose_shots(talkative, folders):
+    with pytest.raises(PromptError, match="context holds 64; lower shots"):
+        evaluate_task(talkative, stored(folders, shots=6))
+    result = evaluate_task(talkative, stored(folders, shots=6, overlong="drop_shots"))
+    assert result.stamp["shots"]["dropped"] > 0
+    assert result.stamp["longest_prompt"] + 4 <= 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shot_data": None, "shots": 1, "shot_policy": "run"}, "may not come from the questions"),
+        ({"data": "nowhere"}, "no data set folder"),
+        ({"shots": 99}, "10 examples are too few to draw 99 shots"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_in_one_line(talkative, folders, change, message):
+    with pytest.raises(DataError, match=message) as error:
+        evaluate_task(talkative, stored(folders, **change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"protocols": ("vqa",)}, "choose from"),
+        ({"prompt": "Q: A:"}, "needs one {}"),
+        ({"shots": -1}, "shots must not be negative"),
+        ({"limit": 0}, "limit must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TASKS["vqav2"], **change)
+
+
+def test_settings_other_than_the_tasks_own_are_part_of_the_name():
+    assert dataclasses.replace(TASKS["vqav2"], shots=4, data="x").file_name == "vqav2-4shot"
+    changed = dataclasses.replace(TASKS["vqav2"], truncation="newline", limit=9)
+    assert changed.file_name == "vqav2-0shot-limit=9-truncation=newline"
+    assert TaskConfig("mine", "caption", ("coco",), prompt="p").file_name == "mine-0shot"
+
+
+def test_numbers_are_evenly_spaced():
+    assert list(spaced(3, None)) == list(spaced(3, 9)) == [0, 1, 2]
+    assert list(spaced(10, 3)) == [0, 3, 6]
