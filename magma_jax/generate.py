@@ -1,72 +1,306 @@
 """Text for pictures, from the command line.
 
-python -m magma_jax.generate --checkpoint runs/quickstart picture.png
-python -m magma_jax.generate --checkpoint runs/quickstart picture.png "Q: What skin tone is it? A:"
+    python -m magma_jax.generate --checkpoint RUN picture.png
+    python -m magma_jax.generate --checkpoint RUN picture.png "Q: What skin tone is it? A:" --stream
+    python -m magma_jax.generate --checkpoint RUN a.png "Q: Hair? A: red" b.png "Q: Hair? A:"
+    python -m magma_jax.generate --checkpoint RUN pictures/ "A picture of" --output answers.jsonl
+    python -m magma_jax.generate --checkpoint RUN picture.png "Q: Who? A:" --choices "a man" "a woman"
+    python -m magma_jax.generate --checkpoint RUN picture.png --attention attention.png
+
+Inputs are pictures, folders of pictures, and texts. Pictures with at most one text behind them are asked one by one;
+in any other order the inputs are one prompt, as they follow each other.
 """
 
 import argparse
+import collections
+import dataclasses
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-from magma_jax.data.images import FORMATS, ImageInput, load_image
+from tqdm import tqdm
+
+from magma_jax.data.images import FORMATS, ImageInput
+from magma_jax.inference.answer_file import answer_file
 from magma_jax.inference.api import Magma
+from magma_jax.inference.ask import Answer, Asker, AskOptions
+from magma_jax.inference.attention import look
+from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.output import replace_file
 
 DEFAULT_PROMPT = "A picture of"
 SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
 
 
+class Question(NamedTuple):
+    """A prompt, and the picture it is named after if there are several."""
+
+    name: str | None
+    parts: list[str | ImageInput]
+
+    def prompt(self) -> list[str | ImageInput]:
+        """With its pictures read."""
+        return [part if isinstance(part, str) else ImageInput(part.load()) for part in self.parts]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints one line a picture; returns the exit status, 2 for an error, which is one line on stderr."""
+    """Prints the answers; returns the exit status.
+
+    1 means that some pictures could not be answered for; 2 an error, which is one line on stderr; 130 an interruption.
+    """
     arguments = _parser().parse_args(argv)
     try:
-        paths, prompt = _pictures_and_prompt(arguments.inputs)
-        # Before the weights are read: a wrong picture should not take so long to tell.
-        pictures = [ImageInput(load_image(path)) for path in paths]
-        model = Magma.from_checkpoint(arguments.checkpoint)
-        texts = model.generate(
-            model.preprocess_batch([[picture, prompt] for picture in pictures]),
-            arguments.max_new_tokens,
-            arguments.temperature,
-            arguments.top_k,
-            arguments.top_p,
-            seed=arguments.seed,
-        )
+        options = _options(arguments)
+        questions = read_inputs(arguments.inputs, together=arguments.together)
+        _check(arguments, questions)
+        if arguments.output:
+            return _to_file(arguments, questions, options)
+        _print_answers(arguments, questions, options)
     # ImageError, CheckpointError, ConfigError and the like: all say in one line what to do.
     except (ValueError, OSError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
-    for path, text in zip(paths, texts, strict=True):
-        line = " ".join(text.split())
-        print(line if len(paths) == 1 else f"{path}: {line}")
+    except KeyboardInterrupt:
+        print("interrupted" + ("; the same command goes on" if arguments.output else ""), file=sys.stderr)
+        return 130
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m magma_jax.generate", description="Text for pictures.")
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="PICTURE ... [PROMPT]",
-        help=f"picture files, and last the text to continue (default: {DEFAULT_PROMPT!r})",
-    )
-    parser.add_argument("--checkpoint", required=True, help="run folder, converted model folder or PyTorch checkpoint")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 for all (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from likely tokens of this mass; 1 for all")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
-    return parser
+def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Question]:
+    """The questions that the inputs of a command line ask.
 
+    Args:
+        inputs: pictures, folders of pictures, texts.
+        together: one prompt whatever the order.
 
-def _pictures_and_prompt(inputs: Sequence[str]) -> tuple[list[str], str]:
-    """The last argument is a prompt unless it stands alone, is a file, or is named like a picture."""
-    *paths, last = inputs
-    if not paths or last.lower().endswith(SUFFIXES) or os.path.isfile(last):
-        return [*paths, last], DEFAULT_PROMPT
-    if not last.strip():
+    Raises:
+        ValueError: an empty text, or a folder without pictures or among texts.
+    """
+    parts = [_part(text) for text in inputs]
+    texts = [part for part in parts if isinstance(part, str)]
+    if any(not text.strip() for text in texts):
         raise ValueError(f"the prompt is empty; leave it out for {DEFAULT_PROMPT!r}")
-    return paths, last
+    if not texts:
+        parts.append(DEFAULT_PROMPT)
+    *pictures, last = parts
+    one_by_one = pictures and isinstance(last, str) and all(isinstance(part, ImageInput) for part in pictures)
+    folders = any(isinstance(part, ImageInput) and os.path.isdir(part.source) for part in parts)
+    if together or not one_by_one:
+        if folders:
+            raise ValueError("a folder stands for pictures that are asked one by one; put it first, one text behind it")
+        return [Question(None, parts)]
+    found = [file for part in pictures for file in (_pictures_in(part.source))]
+    several = len(found) > 1 or folders
+    return [Question(file if several else None, [ImageInput(file), last]) for file in found]
+
+
+def _part(text: str) -> str | ImageInput:
+    """A picture (or a folder of them) if it is there, or is named like one; otherwise text."""
+    try:
+        is_picture = text.lower().endswith(SUFFIXES) or os.path.exists(text)
+    except ValueError:  # null bytes
+        is_picture = False
+    return ImageInput(text) if text and is_picture else text
+
+
+def _pictures_in(path: str) -> list[str]:
+    """The pictures below a folder, in order; of a file, itself."""
+    if not os.path.isdir(path):
+        return [path]
+    found = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not found:
+        raise ValueError(f"{path}: no pictures in it ({', '.join(SUFFIXES)})")
+    return found
+
+
+def _check(arguments: argparse.Namespace, questions: list[Question]) -> None:
+    """Raises ValueError for options that do not go together, before the weights are read."""
+    one = len(questions) == 1 and arguments.n == 1
+    if (arguments.stream or arguments.attention) and (not one or arguments.output):
+        raise ValueError("--stream and --attention are for one prompt and one answer, without --output")
+    if arguments.stream and (arguments.beams or arguments.choices):
+        raise ValueError("--stream shows an answer while it is drawn; leave out --beams and --choices")
+    if arguments.head is not None and arguments.layer is None:
+        raise ValueError("--head needs --layer")
+    if arguments.attention:
+        if arguments.attention.suffix.lower() != ".png":
+            raise ValueError(f"--attention {arguments.attention}: give a name that ends in .png")
+        pictures = [part.source for part in questions[0].parts if isinstance(part, ImageInput)]
+        if any(os.path.realpath(picture) == os.path.realpath(arguments.attention) for picture in pictures):
+            raise ValueError(f"--attention {arguments.attention}: is one of the inputs; give another name")
+        if not arguments.attention.absolute().parent.is_dir():
+            raise ValueError(f"--attention {arguments.attention}: no such folder; make it first")
+        if not pictures:
+            raise ValueError("--attention needs a picture to look at")
+    if not arguments.output and any(os.path.isdir(text) for text in arguments.inputs if "\0" not in text):
+        raise ValueError("a folder needs --output FILE.jsonl")
+
+
+def _print_answers(arguments: argparse.Namespace, questions: list[Question], options: AskOptions) -> None:
+    # Before the weights are read: a wrong picture should not take so long to tell.
+    prompts = [question.prompt() for question in questions]
+    model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype)
+    with Asker(model, options, prompts[0], len(prompts)) as asker:
+        if arguments.stream:
+            tokens = _stream(asker, prompts[0])
+        else:
+            asked = ((question, asker.ask(prompt)) for question, prompt in zip(questions, prompts, strict=True))
+            for question, wait in _ahead(asked):
+                answers = wait()
+                tokens = answers[0].tokens
+                for answer in answers:
+                    print(_line(question, answer))
+    if arguments.attention:
+        seen = look(model, prompts[0], tokens)
+        buffer = io.BytesIO()
+        which = {"layer": arguments.layer, "head": arguments.head, "relative": arguments.relative}
+        seen.sheet(**which).save(buffer, "PNG")
+        replace_file(arguments.attention, buffer.getvalue())
+        if seen.grid.note:
+            print(f"note: {seen.grid.note}", file=sys.stderr)
+
+
+def _stream(asker: Asker, prompt: list[str | ImageInput]) -> tuple[int, ...]:
+    """Prints an answer while it is drawn; returns its tokens."""
+    (ticket,) = asker.tickets(prompt)
+    begun = False
+    for piece in ticket:
+        text = piece.text if begun else piece.text.lstrip()
+        begun = begun or bool(text)
+        print(text, end="", flush=True)
+    print()
+    return tuple(ticket.tokens)
+
+
+def _to_file(arguments: argparse.Namespace, questions: list[Question], options: AskOptions) -> int:
+    """One JSON line a picture; returns 1 if some pictures could not be read."""
+    settings = {"checkpoint": arguments.checkpoint, "dtype": arguments.dtype} | dataclasses.asdict(options)
+    failed = 0
+    with answer_file(arguments.output, settings | {"prompt": _text(questions[0])}) as file:
+        left = [question for question in questions if _name(question) not in file.done]
+        progress = tqdm(total=len(questions), initial=len(questions) - len(left), unit="picture", disable=None)
+        model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype) if left else None
+        asker = None
+
+        def begin() -> Iterator:
+            nonlocal asker
+            for question in left:
+                try:
+                    prompt = question.prompt()
+                except (ValueError, OSError) as error:
+                    yield question, _one_line(error)
+                    continue
+                # All prompts have the size of the first: one picture and the same text.
+                asker = asker or Asker(model, options, prompt, len(left))
+                yield question, asker.ask(prompt)
+
+        try:
+            for question, wait in _ahead(begin()):
+                record = {"picture": _name(question), "prompt": _text(question)}
+                if isinstance(wait, str):
+                    failed += 1
+                    file.write(record | {"error": wait})
+                else:
+                    file.write(record | _record(wait()))
+                progress.update()
+        finally:
+            progress.close()
+            if asker is not None:
+                asker.__exit__()
+    if failed:
+        print(f"{failed} of {len(left)} pictures could not be read; their lines say why", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _ahead(items: Iterator, count: int = 16) -> Iterator:
+    """The same items, of which some have been begun before they are wanted."""
+    begun = collections.deque()
+    for item in items:
+        begun.append(item)
+        if len(begun) > count:
+            yield begun.popleft()
+    yield from begun
+
+
+def _record(answers: list[Answer]) -> dict:
+    records = [
+        {"text": " ".join(answer.text.split()), "logprob": answer.logprob, "finish_reason": answer.finish}
+        | ({} if answer.probability is None else {"probability": answer.probability})
+        for answer in answers
+    ]
+    return records[0] | ({"answers": records} if len(records) > 1 else {})
+
+
+def _line(question: Question, answer: Answer) -> str:
+    text = " ".join(answer.text.split())
+    share = "" if answer.probability is None else f"\t{answer.probability:.4f}"
+    return (text if question.name is None else f"{question.name}: {text}") + share
+
+
+def _name(question: Question) -> str:
+    return question.name or " ".join(part.source for part in question.parts if isinstance(part, ImageInput))
+
+
+def _text(question: Question) -> str:
+    return "".join(part for part in question.parts if isinstance(part, str))
+
+
+def _options(arguments: argparse.Namespace) -> AskOptions:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    if any(not choice.strip() for choice in arguments.choices):
+        raise ValueError("--choices: an empty answer cannot be chosen; leave it out")
+    return AskOptions(
+        arguments.max_new_tokens,
+        SamplingConfig(*(getattr(arguments, name) for name in names)),
+        arguments.seed,
+        arguments.n,
+        tuple(arguments.stop),
+        arguments.beams,
+        arguments.length_penalty,
+        # Set off from the prompt like any word.
+        tuple(f" {choice.strip()}" for choice in arguments.choices),
+        arguments.measure,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m magma_jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help=f"picture, folder or text (no text: {DEFAULT_PROMPT!r})")
+    add("--checkpoint", required=True, help="run folder, converted model folder or PyTorch checkpoint")
+    add("--dtype", help="of weights and activations, such as bfloat16")
+    add("--together", action="store_true", help="all inputs are one prompt, also several pictures and one text")
+    add("--max-new-tokens", type=int, default=32, help="default: %(default)s")
+    add("--stream", action="store_true", help="show the answer while it is drawn")
+    add("--output", type=Path, metavar="FILE.jsonl", help="one JSON line a picture; an interrupted run is continued")
+    drawing = parser.add_argument_group("drawing")
+    add = drawing.add_argument
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 for all (default)")
+    add("--top-p", type=float, default=1.0, help="draw from likely tokens of this mass; 1 for all (default)")
+    add("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest; 0 for none (default)")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: say less twice; default: %(default)s")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be given several times")
+    add("--seed", type=int, default=0, help="of the first answer, the next ones have the next; default: %(default)s")
+    add("--n", type=int, default=1, help="answers to every prompt; default: %(default)s")
+    whole = parser.add_argument_group("comparing whole answers")
+    add = whole.add_argument
+    add("--beams", type=int, default=0, help="search the likeliest answer with so many beginnings")
+    add("--length-penalty", type=float, default=1.0, help="of beams: 0 prefers short answers; default: %(default)s")
+    add("--choices", nargs="+", default=[], metavar="ANSWER", help="choose among these and print their shares")
+    add("--measure", choices=["sum", "mean"], default="sum", help="of choices: whole probability, or mean per token")
+    seen = parser.add_argument_group("attention")
+    add = seen.add_argument
+    add("--attention", type=Path, metavar="OUT.png", help="draw where each word looked")
+    add("--layer", type=int, help="one layer, from 0; default: rollout through all")
+    add("--head", type=int, help="one head of that layer, from 0; default: their mean")
+    add("--relative", action="store_true", help="compared with the other words of the answer")
+    return parser
 
 
 def _one_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The command line that captions a picture."""
 
+import json
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from PIL import Image
 from magma_jax import generate
 from magma_jax.config import to_dict
 from magma_jax.data.images import ImageInput
+from magma_jax.inference.answer_file import AnswerFile
 from magma_jax.inference.api import Magma
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
@@ -67,17 +69,33 @@ def test_several_pictures_and_a_prompt(folder, picture, tmp_path, capsys):
         (["{empty}"], "the file is empty"),
         (["{picture}", "  "], "the prompt is empty"),
         (["https://example.org/a.png"], "images by URL are not enabled"),
-        (["{picture}", "--max-new-tokens", "0"], "max_steps must be at least 1"),
+        (["{picture}", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["{picture}", "--max-new-tokens", "99"], "the context holds 64"),
         (["{picture}", "--top-p", "2"], "top_p must lie between 0 and 1"),
         (["{picture}", "--checkpoint", "{nothing}"], "not a model folder"),
+        (["{folder}"], "a folder needs --output"),
+        (["Look:", "{folder}", "--output", "{nothing}"], "put it first, one text behind it"),
+        (["{page}", "{empty}", "--stream"], "for one prompt and one answer"),
+        (["{picture}", "--stream", "--choices", "red"], "leave out --beams and --choices"),
+        (["{picture}", "--beams", "2", "--choices", "red"], "leave one of them out"),
+        (["{picture}", "--beams", "2", "--temperature", "1"], "a beam search draws nothing"),
+        (["{picture}", "--beams", "2", "--n", "3"], "n must lie between"),
+        (["{picture}", "--n", "0"], "n must be at least 1"),
+        (["{picture}", "--choices", "red", " "], "an empty answer"),
+        (["{picture}", "--attention", "{picture}"], "is one of the inputs"),
+        (["{picture}", "--attention", "a.jpg"], "ends in .png"),
+        (["{picture}", "--attention", "{nothing}/a.png"], "no such folder"),
+        (["a text", "--attention", "a.png"], "needs a picture"),
+        (["{picture}", "--head", "1"], "--head needs --layer"),
+        (["{picture}", "--output", "{page}"], "already exists"),
+        (["{picture}", "--output", "{nothing}/a.jsonl"], "no such folder"),
     ],
 )
 def test_errors_are_one_line_and_status_2(folder, picture, tmp_path, capsys, arguments, message):
     page, empty = tmp_path / "page.png", tmp_path / "empty.png"
     page.write_text("<html>")
     empty.write_bytes(b"")
-    names = {"picture": picture, "page": page, "empty": empty, "nothing": tmp_path / "nothing"}
+    names = {"picture": picture, "page": page, "empty": empty, "nothing": tmp_path / "nothing", "folder": tmp_path}
     arguments = [argument.format(**names) for argument in arguments]
     status, out, err = run(capsys, "--checkpoint", folder, *arguments)
     assert (status, out) == (2, "")
@@ -89,6 +107,83 @@ def test_a_prompt_may_be_longer_than_a_file_name(folder, picture, capsys):
     status, _, err = run(capsys, "--checkpoint", folder, picture, "a " * 3000)
     assert status == 2
     assert "the context holds" in err
+
+
+def test_inputs_in_another_order_are_one_prompt(folder, picture, capsys):
+    model = Magma.from_checkpoint(folder)
+    items = ["It is", picture, "Q: What? A:"]
+    expected = model.generate(model.preprocess_inputs(["It is", ImageInput(picture), "Q: What? A:"]), 5, 0.0)[0]
+    status, out, _ = run(capsys, "--checkpoint", folder, "--max-new-tokens", "5", *items)
+    assert (status, out) == (0, " ".join(expected.split()) + "\n")
+    prompt = [ImageInput(picture), ImageInput(picture), "a"]
+    expected = model.generate(model.preprocess_inputs(prompt), 5, 0.0)[0]
+    status, out, _ = run(capsys, "--checkpoint", folder, "--max-new-tokens", "5", picture, picture, "a", "--together")
+    assert (status, out) == (0, " ".join(expected.split()) + "\n")
+
+
+def test_a_stream_shows_the_same_text_and_attention_its_words(folder, picture, tmp_path, capsys):
+    options = ("--checkpoint", folder, "--max-new-tokens", "6", picture, "A picture of")
+    whole = run(capsys, *options)[1]
+    drawn = tmp_path / "attention.png"
+    status, out, err = run(capsys, *options, "--stream", "--attention", str(drawn), "--layer", "1", "--head", "0")
+    assert (status, " ".join(out.split())) == (0, whole.strip())
+    assert "the encoder's attention mixes" in err
+    with Image.open(drawn) as sheet:
+        assert sheet.width == 12 + 460 * min(4, len(out.split()))
+
+
+def test_choices_and_beams(folder, picture, capsys):
+    options = ("--checkpoint", folder, picture, "Q: What colour is it? A:")
+    status, out, _ = run(capsys, *options, "--choices", "red", "green", "blue")
+    found = [line.split("\t") for line in out.splitlines()]
+    assert (status, {text for text, _ in found}) == (0, {"red", "green", "blue"})
+    shares = [float(share) for _, share in found]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(1, abs=2e-4)
+    status, out, _ = run(capsys, *options, "--beams", "3", "--n", "2", "--max-new-tokens", "4")
+    assert (status, out.count("\n")) == (0, 2)
+
+
+class Stopped(Exception):
+    """What comes over a run."""
+
+
+def test_a_folder_becomes_a_file_and_an_interrupted_run_goes_on(folder, tmp_path, capsys, monkeypatch):
+    pictures = tmp_path / "pictures"
+    (pictures / "more").mkdir(parents=True)
+    for name, colour in (("b.png", "blue"), ("a.png", "red"), ("more/c.jpg", "green"), ("d.webp", "white")):
+        Image.new("RGB", (64, 64), colour).save(pictures / name)
+    (pictures / "broken.png").write_text("<html>")
+    (pictures / "notes.txt").write_text("no picture")
+    out, other = tmp_path / "answers.jsonl", tmp_path / "other.jsonl"
+    options = ("--checkpoint", folder, "--max-new-tokens", "3", str(pictures), "A picture of", "--output")
+    status, printed, err = run(capsys, *options, str(out))
+    assert (status, printed, err) == (1, "", "1 of 5 pictures could not be read; their lines say why\n")
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    names = ["a.png", "b.png", "broken.png", "d.webp", "more/c.jpg"]
+    assert [record["picture"] for record in records] == [str(pictures / name) for name in names]
+    assert "no image in one of the formats" in records[2]["error"]
+    assert records[0].keys() == {"picture", "prompt", "text", "logprob", "finish_reason"}
+
+    def stop(self, record):
+        if record["picture"].endswith("d.webp"):
+            self._file.write(b'{"half a line')
+            raise Stopped
+        write(self, record)
+
+    write = AnswerFile.write
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerFile, "write", stop)
+        with pytest.raises(Stopped):
+            run(capsys, *options, str(other))
+    assert not other.exists()
+    status, _, err = run(capsys, *options, str(other), "--seed", "1")
+    assert (status, "with another prompt or other options" in err) == (2, True)
+    # The first pictures are not asked again: without them the rest still comes.
+    (pictures / "a.png").write_text("")
+    assert run(capsys, *options, str(other))[0] == 0
+    assert other.read_text() == out.read_text()
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.slow
