@@ -4,6 +4,8 @@
     python eval.py --workdir runs/quickstart --split validation --limit 50
     python eval.py --workdir runs/quickstart --task own_questions own_captions --shots 0 1 2 4
     python eval.py --checkpoint models/magma_long --task vqav2 --data data/vqa_val --shot-data data/vqa_train
+    python eval.py --compare results/a/vqav2-0shot.json results/b/vqav2-0shot.json
+    python eval.py --workdir runs/quickstart --perplexity text.txt
 
 Without --task it prints the table and writes results.json, predictions.jsonl and report.html into the run folder;
 another split than test, or a limit, is part of their names. With --task see docs/evaluation.md.
@@ -14,7 +16,7 @@ import sys
 from pathlib import Path
 
 from magma_jax.distributed import one_of_several
-from magma_jax.evaluation.command import add_task_options, run_tasks
+from magma_jax.evaluation.command import add_other_options, add_task_options, run_comparison, run_perplexity, run_tasks
 from magma_jax.evaluation.own_split import evaluate_run
 
 
@@ -29,11 +31,16 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="at most this many captions and this many questions; default: all")
     parser.add_argument("--overview", type=Path, metavar="PNG", help="also draw twelve pictures with their texts")
     add_task_options(parser)
+    add_other_options(parser)
     arguments = parser.parse_args()
     try:
         if arguments.task:
             with one_of_several(arguments.distributed):
                 run_tasks(arguments)
+        elif arguments.compare:
+            run_comparison(arguments)
+        elif arguments.perplexity:
+            run_perplexity(arguments)
         else:
             evaluate_run(arguments.workdir, arguments.split, arguments.limit, arguments.overview)
     except (ValueError, OSError) as error:  # the package's own errors are ValueErrors

@@ -1,8 +1,11 @@
 """Tasks from the command line of eval.py: which checkpoint, which tasks, where results go."""
 
 import argparse
+import ast
 import dataclasses
+import functools
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,11 @@ from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
 from magma_jax.convert.hub import local_path
 from magma_jax.data.datasets import DataConfig, Dataset, load_dataset
 from magma_jax.distributed import is_main
+from magma_jax.evaluation import comparison
 from magma_jax.evaluation.few_shot import evaluate_task
+from magma_jax.evaluation.perplexity import measure
 from magma_jax.evaluation.results_card import write_card
+from magma_jax.evaluation.sweep import combinations, run_sweep, sweep_table, write_sweep
 from magma_jax.evaluation.task_files import write_result
 from magma_jax.evaluation.tasks import TASKS, TaskConfig
 from magma_jax.inference.api import Magma
@@ -30,12 +36,46 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", help="data set folder to ask about; default: the run's own data")
     group.add_argument("--shot-data", help="data set folder that shots come from")
     group.add_argument("--shots", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    group.add_argument(
+        "--sweep", nargs="+", action="append", metavar=("KEY", "VALUE"), help="a setting and its values; may repeat"
+    )
     group.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override settings of the tasks")
     group.add_argument("--output", type=Path, help="folder of the results; default: evaluation/ in --workdir")
     group.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     group.add_argument("--dtype", help="of weights and activations, such as bfloat16; default: the checkpoint's")
     group.add_argument("--mesh", nargs="*", metavar="KEY=VALUE", help="devices that share the work, as in data=-1")
     group.add_argument("--distributed", action="store_true", help="as one of several processes: docs/training.md")
+
+
+def add_other_options(parser: argparse.ArgumentParser) -> None:
+    """What eval.py does beside tasks."""
+    group = parser.add_argument_group("other")
+    group.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results, or folders of results")
+    group.add_argument("--json", action="store_true", help="with --compare or --perplexity: print JSON")
+    group.add_argument("--perplexity", type=Path, metavar="FILE", help="of a text file, with adapters and without")
+
+
+def run_comparison(arguments: argparse.Namespace) -> None:
+    """``--compare``: which of two results is better, if one is."""
+    found = comparison.compare_results(*arguments.compare)
+    shown = json.dumps(comparison.to_json(found), indent=2) if arguments.json else None
+    print(shown or comparison.table(*arguments.compare, found))
+
+
+def run_perplexity(arguments: argparse.Namespace) -> None:
+    """``--perplexity``: is the language model intact?"""
+    model = Magma.from_checkpoint(arguments.checkpoint or arguments.workdir, dtype=arguments.dtype)
+    found = measure(model, arguments.perplexity)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    for name, title in (("model", "with adapters"), ("without_adapters", "without adapters")):
+        if name in found:
+            values = found[name]
+            print(
+                f"{title if 'without_adapters' in found else 'no adapters':<18}perplexity {values['perplexity']:.4f} "
+                f"a token, {values['bits_per_byte']:.4f} bits a byte, {values['tokens']} tokens"
+            )
 
 
 def run_tasks(arguments: argparse.Namespace) -> None:
@@ -53,10 +93,23 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     model = Magma.from_checkpoint(path, dtype=arguments.dtype, mesh=mesh)
     dataset = own_data(path) if any(task.data is None for task in tasks) else None
     folder = arguments.output or (path if path.is_dir() else arguments.workdir) / "evaluation"
+    evaluate = functools.partial(
+        evaluate_task,
+        model,
+        dataset=dataset,
+        batch_size=arguments.batch_size,
+        mesh=mesh,
+        stamp={"checkpoint": checkpoint},
+    )
+    if arguments.sweep:
+        choices = {key: [_literal(value) for value in values] for key, *values in arguments.sweep}
+        for task in tasks:
+            results = run_sweep(combinations(task, choices), evaluate, model.tokenizer)
+            if is_main():
+                print(f"wrote {write_sweep(folder, results, list(choices))}\n\n{sweep_table(results, list(choices))}\n")
+        return
     for task in tasks:
-        result = evaluate_task(
-            model, task, dataset, batch_size=arguments.batch_size, mesh=mesh, stamp={"checkpoint": checkpoint}
-        )
+        result = evaluate(task)
         if is_main():
             print(f"wrote {write_result(folder, result)}")
     for settings in dict.fromkeys(task.settings for task in tasks) if is_main() else ():
@@ -82,6 +135,13 @@ def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:
         return [dataclasses.replace(task, shots=shots) for shots in arguments.shots]
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def identify(path: Path) -> dict[str, Any]:

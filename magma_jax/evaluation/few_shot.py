@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from magma_jax.config import to_dict
 from magma_jax.data.datasets import Dataset
 from magma_jax.data.records import DataError
+from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.evaluation.answering import Answerer, Parts
 from magma_jax.evaluation.examples import (
     BlackPictures,
@@ -148,12 +149,12 @@ def evaluate_task(
         "decoding": "greedy" if task.sampling.temperature == 0 else "sampled",
         **(stamp or {}),
     }
-    return finish(task, model, examples, shots, outputs, pictures, found)
+    return finish(task, model.tokenizer, examples, shots, outputs, pictures, found)
 
 
 def finish(
     task: TaskConfig,
-    model: Magma,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     shots: Sequence[Sequence[Shot]],
     outputs: Sequence[str],
@@ -164,7 +165,7 @@ def finish(
 
     def kept(how: str) -> list[str]:
         texts = zip(outputs, examples, strict=True)
-        return [truncate(output, example.answers, how, model.tokenizer) for output, example in texts]
+        return [truncate(output, example.answers, how, tokenizer) for output, example in texts]
 
     answers, lines = kept(task.truncation), kept("newline")
     scores, first_line = {}, {}

@@ -49,6 +49,8 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
     order = list(TASKS)
     found = []
     for path in Path(folder).glob("*-*shot*.json"):
+        if path.name.endswith(".submission.json"):
+            continue
         try:
             result = json.loads(path.read_text())
             found.append((order.index(result["task"]["name"]), result["task"]["shots"], path.stem, result))

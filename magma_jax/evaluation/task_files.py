@@ -11,17 +11,23 @@ from magma_jax.data.records import DataError
 from magma_jax.evaluation.examples import Example
 from magma_jax.evaluation.few_shot import TaskResult
 from magma_jax.evaluation.gallery import write_gallery
+from magma_jax.evaluation.submissions import SUBMISSIONS, write_submission
 from magma_jax.output import replace_file
 
 
 def write_result(folder: str | Path, result: TaskResult) -> Path:
-    """Writes ``NAME.json``, ``NAME.predictions.jsonl`` and ``NAME.html``; returns the path of the first."""
+    """Writes ``NAME.json``, ``NAME.predictions.jsonl`` and ``NAME.html``; returns the path of the first.
+
+    Where the benchmark has a format of its own for predictions, ``NAME.submission.json`` follows it.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     name = result.task.file_name
     path = folder / f"{name}.json"
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(result))
     replace_file(predictions_file(path), lines.encode())
+    if result.task.name in SUBMISSIONS:
+        write_submission(folder / f"{name}.submission.json", result.task.name, result.examples, result.answers)
     write_gallery(folder / f"{name}.html", result)
     # Last: where it stands the others do, too.
     replace_file(path, (json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())

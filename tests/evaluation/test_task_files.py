@@ -5,12 +5,15 @@ import json
 
 import pytest
 
+from magma_jax.data.records import DataError
+from magma_jax.evaluation import protocols
 from magma_jax.evaluation.columns import Column
 from magma_jax.evaluation.examples import StoredExamples
 from magma_jax.evaluation.few_shot import finish
 from magma_jax.evaluation.gallery import write_gallery
 from magma_jax.evaluation.paper import FIGURES
 from magma_jax.evaluation.results_card import write_card
+from magma_jax.evaluation.submissions import write_submission
 from magma_jax.evaluation.task_files import read_predictions, write_result
 from magma_jax.evaluation.tasks import TASKS
 from tests.evaluation.test_report import Page
@@ -33,7 +36,7 @@ def result_of(folders, model, outputs, name="vqav2", **changes):
         "checkpoint": CHECKPOINT,
     }
     texts = [outputs[i % len(outputs)] for i in range(len(queries))]
-    return finish(task, model, list(queries), [[] for _ in texts], texts, queries.pictures, stamp)
+    return finish(task, model.tokenizer, list(queries), [[] for _ in texts], texts, queries.pictures, stamp)
 
 
 @pytest.fixture
@@ -97,10 +100,34 @@ def test_the_page_is_whole_and_needs_nothing_else(folders, talkative, tmp_path, 
     assert len(marks) > 1
 
 
+def test_submissions_are_what_the_official_formats_take(folders, talkative, tmp_path):
+    result = result_of(folders, talkative, [" yes", " red"])
+    write_result(tmp_path, result)
+    entries = json.loads((tmp_path / "vqav2-0shot.submission.json").read_text())
+    assert entries[:2] == [{"question_id": 0, "answer": "yes"}, {"question_id": 1, "answer": "red"}]
+    example = dataclasses.replace(result.examples[0], id="12")
+    expected = {
+        "okvqa": {"question_id": 12, "answer": "x"},
+        "gqa": {"questionId": "12", "prediction": "x"},
+        "vizwiz": {"image": "12.jpg", "answer": "x"},
+        "nocaps": {"image_id": 12, "caption": "x"},
+        "coco": {"image_id": 12, "caption": "x"},
+    }
+    for task, entry in expected.items():
+        write_submission(tmp_path / "s.json", task, [example], ["x"])
+        assert json.loads((tmp_path / "s.json").read_text()) == [entry]
+        read = protocols.read_predictions(tmp_path / "s.json", protocols.PROTOCOLS[TASKS[task].protocols[0]])
+        assert list(read.values()) == ["x"]
+    with pytest.raises(DataError, match="nocaps wants whole numbers"):
+        write_submission(tmp_path / "s.json", "nocaps", [dataclasses.replace(example, id="a")], ["x"])
+
+
 def test_secret_answers_are_asked_and_not_scored(folders, talkative, tmp_path):
     result = result_of(folders, talkative, ["yes"])
     secret = [dataclasses.replace(example, answers=()) for example in result.examples]
-    result = finish(result.task, talkative, secret, result.shots, result.outputs, result.pictures, result.stamp)
+    result = finish(
+        result.task, talkative.tokenizer, secret, result.shots, result.outputs, result.pictures, result.stamp
+    )
     write_result(tmp_path, result)
     assert not result.scores
     assert "secret" in write_card(tmp_path, CHECKPOINT)

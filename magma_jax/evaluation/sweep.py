@@ -1,0 +1,81 @@
+"""One task under many settings: how much does a score depend on what nobody wrote down?"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from magma_jax.data.tokenizer import Tokenizer
+from magma_jax.evaluation.columns import first_score
+from magma_jax.evaluation.few_shot import TaskResult, finish
+from magma_jax.evaluation.tasks import TaskConfig
+from magma_jax.output import replace_file
+
+# What only judges: the same outputs serve.
+_JUDGING = ("truncation", "protocols")
+
+
+def combinations(task: TaskConfig, choices: Mapping[str, Sequence[Any]]) -> list[TaskConfig]:
+    """The task with every combination of settings, the last setting changing fastest.
+
+    Raises:
+        ValueError: no such setting, or a value that it may not have.
+    """
+    known = {field.name for field in dataclasses.fields(task)} - {"name", "kind"}
+    for name in choices:
+        if name not in known:
+            raise ValueError(f"--sweep {name}: no such setting; there is: {', '.join(sorted(known))}")
+    return [
+        dataclasses.replace(task, **dict(zip(choices, values, strict=True)))
+        for values in itertools.product(*choices.values())
+    ]
+
+
+def run_sweep(
+    tasks: Sequence[TaskConfig], evaluate: Callable[[TaskConfig], TaskResult], tokenizer: Tokenizer
+) -> list[TaskResult]:
+    """Results in the order of ``tasks``; the model is asked once for all that differ only in how it is judged."""
+    asked: dict[TaskConfig, TaskResult] = {}
+    results = []
+    for task in tasks:
+        key = dataclasses.replace(task, **{name: getattr(tasks[0], name) for name in _JUDGING})
+        if key not in asked:
+            asked[key] = evaluate(task)
+        found = asked[key]
+        kept = (found.examples, found.shots, found.outputs, found.pictures, found.stamp)
+        results.append(found if found.task == task else finish(task, tokenizer, *kept))
+    return results
+
+
+def sweep_table(results: Sequence[TaskResult], swept: Sequence[str]) -> str:
+    """For people: a row a combination, with the score under each task's first protocol."""
+    rows = [[*swept, "metric", "score", "95 % interval", "first line", "constant"]]
+    for result in results:
+        values = result.to_dict()
+        score, line = first_score(values, "scores"), first_score(values, "first_line")
+        settings = [_shown(getattr(result.task, name)) for name in swept]
+        for metric, value in score["scores"].items() if score else ():
+            low, high = score["intervals"][metric]
+            first = "same" if line is None else f"{line['scores'][metric]:.4g}"
+            constant = score["constant"]["scores"][metric]
+            rows.append([*settings, metric, f"{value:.4g}", f"{low:.4g} to {high:.4g}", first, f"{constant:.4g}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def write_sweep(folder: str | Path, results: Sequence[TaskResult], swept: Sequence[str]) -> Path:
+    """Writes ``sweep-TASK-SETTINGS.txt`` and ``.json``; returns the path of the first."""
+    path = Path(folder) / f"sweep-{results[0].task.name}-{'-'.join(swept)}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps([result.to_dict() for result in results], indent=2, ensure_ascii=False) + "\n"
+    replace_file(path.with_suffix(".json"), content.encode())
+    replace_file(path, (sweep_table(results, swept) + "\n").encode())
+    return path
+
+
+def _shown(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        return json.dumps(dataclasses.asdict(value))
+    return value if isinstance(value, str) and value.isidentifier() else repr(value)
