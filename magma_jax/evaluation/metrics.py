@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from magma_jax.evaluation import vqa
+from magma_jax.evaluation import java_metrics, vqa
 from magma_jax.evaluation.captions import bleu_counts, bleu_of_counts, cider_d, rouge_l
 from magma_jax.evaluation.ptb import ptb_tokenize
 from magma_jax.typing import Float, Int
@@ -26,18 +26,21 @@ class Scores:
         total: score of the whole set by name. BLEU and ROUGE-L run from 0 to 1, CIDEr from 0 to 10, accuracies from
             0 to 100.
         per_sample: the samples' own scores by name, where their mean is the total. Corpus BLEU has none.
-        bleu_counts: what each sample adds to corpus BLEU, see ``captions.bleu_counts``; None for other metrics.
+        counts: what each sample adds to a score of the whole set that is no mean, such as corpus BLEU; None where
+            all are means.
+        of_counts: such scores by name, of summed counts.
     """
 
     total: dict[str, float]
     per_sample: dict[str, Float[np.ndarray, " N"]]
-    bleu_counts: Int[np.ndarray, "N columns"] | None = None
+    counts: Int[np.ndarray, "N columns"] | Float[np.ndarray, "N columns"] | None = None
+    of_counts: Callable[[np.ndarray], dict[str, float]] | None = None
 
     def resampled(self, rows: Int[np.ndarray, " N"]) -> dict[str, float]:
         """The totals of another draw of the samples. Rarities of CIDEr stay those of the whole set."""
         totals = {name: float(values[rows].mean()) for name, values in self.per_sample.items()}
-        if self.bleu_counts is not None:
-            totals |= _named_bleu(bleu_of_counts(self.bleu_counts[rows].sum(0)))
+        if self.counts is not None:
+            totals |= self.of_counts(self.counts[rows].sum(0))
         return {name: totals[name] for name in self.total}
 
     def by_group(self, groups: Sequence[Hashable]) -> dict[Hashable, dict[str, float]]:
@@ -66,10 +69,7 @@ Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], Scores]
 def coco(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
     """BLEU-1 to 4, CIDEr and ROUGE-L on Penn Treebank tokens, lower-cased, without punctuation (coco-caption)."""
     _check(predictions, references)
-    return nlgeval(
-        [ptb_tokenize(caption) for caption in predictions],
-        [[ptb_tokenize(caption) for caption in captions] for captions in references],
-    )
+    return nlgeval(*_tokenized(predictions, references))
 
 
 def nlgeval(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
@@ -78,7 +78,29 @@ def nlgeval(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     counts = bleu_counts(predictions, references)
     per_sample = {"CIDEr": cider_d(predictions, references), "ROUGE-L": rouge_l(predictions, references)}
     means = {name: float(values.mean()) for name, values in per_sample.items()}
-    return Scores(_named_bleu(bleu_of_counts(counts.sum(0))) | means, per_sample, counts)
+    return Scores(_named_bleu(counts.sum(0)) | means, per_sample, counts, _named_bleu)
+
+
+def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    """METEOR 1.5 on the tokens of ``coco``, 0 to 1; needs Java and ``pycocoevalcap``.
+
+    The set's score is that of its summed counts, not the mean of its pictures' scores.
+    """
+    _check(predictions, references)
+    counts = java_metrics.meteor_counts(*_tokenized(predictions, references))
+    per_sample = np.array([java_metrics.meteor_of_counts(row) for row in counts])
+
+    def total(counts: np.ndarray) -> dict[str, float]:
+        return {"METEOR": java_metrics.meteor_of_counts(counts)}
+
+    return Scores(total(counts.sum(0)), {"METEOR": per_sample}, counts, total)
+
+
+def spice(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    """SPICE on the tokens of ``coco``, 0 to 1; needs Java, ``pycocoevalcap`` and Stanford's models."""
+    _check(predictions, references)
+    per_sample = java_metrics.spice(*_tokenized(predictions, references))
+    return Scores({"SPICE": float(per_sample.mean())}, {"SPICE": per_sample})
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
@@ -96,8 +118,15 @@ def exact_match_relaxed(predictions: Sequence[str], references: Sequence[Sequenc
     return exact_match([relax(p) for p in predictions], [[relax(a) for a in answers] for answers in references])
 
 
-def _named_bleu(orders: Float[np.ndarray, " orders"]) -> dict[str, float]:
-    return {f"BLEU-{i}": float(score) for i, score in enumerate(orders, start=1)}
+def _tokenized(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    return (
+        [ptb_tokenize(caption) for caption in predictions],
+        [[ptb_tokenize(caption) for caption in captions] for captions in references],
+    )
+
+
+def _named_bleu(counts: Int[np.ndarray, " columns"]) -> dict[str, float]:
+    return {f"BLEU-{i}": float(score) for i, score in enumerate(bleu_of_counts(counts), start=1)}
 
 
 def _accuracy(
@@ -125,6 +154,8 @@ METRICS: MappingProxyType[str, Metric] = MappingProxyType(
     {
         "coco": coco,
         "nlgeval": nlgeval,
+        "meteor": meteor,
+        "spice": spice,
         "exact_match": exact_match,
         "exact_match_relaxed": exact_match_relaxed,
         "vqa_official": partial(_accuracy, vqa.vqa_official),

@@ -208,6 +208,8 @@ PROTOCOLS: MappingProxyType[str, Protocol] = MappingProxyType(
         "gqa_relaxed": Protocol("exact_match_relaxed", **_GQA),
         "coco": Protocol("coco", _captions, **_CAPTION),
         "coco_nlgeval": Protocol("nlgeval", _captions, **_CAPTION),
+        "coco_meteor": Protocol("meteor", _captions, **_CAPTION),
+        "coco_spice": Protocol("spice", _captions, **_CAPTION),
         "nocaps": Protocol("coco", _nocaps, **_CAPTION, per_group=True),
         "nocaps_nlgeval": Protocol("nlgeval", _nocaps, **_CAPTION, per_group=True),
         "accuracy": Protocol("exact_match", _labels, ("pairID", "id"), ("label", "gold_label", "answer")),
