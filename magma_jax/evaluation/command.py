@@ -1,7 +1,6 @@
 """Tasks from the command line of eval.py: which checkpoint, which tasks, where results go."""
 
 import argparse
-import ast
 import dataclasses
 import functools
 import hashlib
@@ -102,7 +101,7 @@ def run_tasks(arguments: argparse.Namespace) -> None:
         stamp={"checkpoint": checkpoint},
     )
     if arguments.sweep:
-        choices = {key: [_literal(value) for value in values] for key, *values in arguments.sweep}
+        choices = {key: values for key, *values in arguments.sweep}
         for task in tasks:
             results = run_sweep(combinations(task, choices), evaluate, model.tokenizer)
             if is_main():
@@ -135,13 +134,6 @@ def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:
         return [dataclasses.replace(task, shots=shots) for shots in arguments.shots]
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def identify(path: Path) -> dict[str, Any]:

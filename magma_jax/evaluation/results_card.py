@@ -76,15 +76,15 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[Column, floa
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """For people: questions in one table, captions in another."""
+    """For people."""
     rows = rows_of(results)
     columns = list(rows.get("this model", {}))
     intervals = {c: _interval(result, c) for result in results for c in columns_of(result)}
-    parts = []
-    for wanted in (True, False):
-        chosen = [column for column in columns if (column.metric == "accuracy") == wanted]
-        if chosen:
-            parts.append(_table(rows, chosen, intervals))
+    # All questions in one table, captions in one a task: they have several columns each.
+    tables: dict[str, list[Column]] = {}
+    for column in columns:
+        tables.setdefault("" if column.metric == "accuracy" else column.task, []).append(column)
+    parts = [_table(rows, chosen, intervals) for chosen in tables.values()]
     return "\n\n".join(parts) if parts else "no scores: the true answers are secret"
 
 

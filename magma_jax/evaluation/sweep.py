@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from magma_jax.config import apply_overrides, from_dict, to_dict
 from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.evaluation.columns import first_score
 from magma_jax.evaluation.few_shot import TaskResult, finish
@@ -17,20 +20,18 @@ from magma_jax.output import replace_file
 _JUDGING = ("truncation", "protocols")
 
 
-def combinations(task: TaskConfig, choices: Mapping[str, Sequence[Any]]) -> list[TaskConfig]:
-    """The task with every combination of settings, the last setting changing fastest.
+def combinations(task: TaskConfig, choices: Mapping[str, Sequence[str]]) -> list[TaskConfig]:
+    """The task with every combination of settings, the last setting changing fastest; values as for ``--set``.
 
     Raises:
-        ValueError: no such setting, or a value that it may not have.
+        ConfigError: no such setting, or a value that it may not have.
     """
-    known = {field.name for field in dataclasses.fields(task)} - {"name", "kind"}
-    for name in choices:
-        if name not in known:
-            raise ValueError(f"--sweep {name}: no such setting; there is: {', '.join(sorted(known))}")
-    return [
-        dataclasses.replace(task, **dict(zip(choices, values, strict=True)))
-        for values in itertools.product(*choices.values())
-    ]
+    config = ConfigDict(to_dict(task))
+    overrides = (
+        [f"{name}={text}" for name, text in zip(choices, texts, strict=True)]
+        for texts in itertools.product(*choices.values())
+    )
+    return [from_dict(TaskConfig, apply_overrides(config, changes), f"--sweep {task.name}") for changes in overrides]
 
 
 def run_sweep(

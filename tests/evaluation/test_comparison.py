@@ -58,7 +58,7 @@ def test_what_cannot_be_compared_is_refused(two):
 
 def test_a_sweep_asks_once_for_all_that_is_only_judged_differently(folders, talkative, tmp_path):
     task = dataclasses.replace(TASKS["vqav2"], data="x")
-    tasks = combinations(task, {"prompt": ["Q: {} A:", "{}"], "truncation": ["words", "newline"]})
+    tasks = combinations(task, {"prompt": ["Q: {} A:", "'{}'"], "truncation": ["words", "newline"]})
     assert [(t.prompt, t.truncation) for t in tasks[:2]] == [("Q: {} A:", "words"), ("Q: {} A:", "newline")]
     asked = []
 
@@ -76,7 +76,7 @@ def test_a_sweep_asks_once_for_all_that_is_only_judged_differently(folders, talk
     assert len(text.splitlines()) == 5
     path = write_sweep(tmp_path, results, ["prompt", "truncation"])
     assert path.read_text() == text + "\n"
-    with pytest.raises(ValueError, match="--sweep promt: no such setting"):
+    with pytest.raises(ValueError, match="unknown key --sweep"):
         combinations(task, {"promt": ["a"]})
     with pytest.raises(ValueError, match="needs one"):
         combinations(task, {"prompt": ["a"]})
