@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import functools
 import hmac
 import json
 import time
@@ -21,13 +22,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from magma_jax.data.images import ImageError, ImageInput
 from magma_jax.inference.engine import Encoded, Engine, QueueFull
 from magma_jax.inference.requests import EngineError, Progress, RequestOptions, Ticket
+from magma_jax.serve.attention import AttentionRequest, attention
+from magma_jax.serve.attention import warm_up as attention_warm_up
 from magma_jax.serve.fetch import FetchError
 from magma_jax.serve.metrics import ServerMetrics
 from magma_jax.serve.pictures import PictureRules, open_picture
-from magma_jax.serve.schema import ChatRequest, ImageURL, RequestError, finite, parse, probability
+from magma_jax.serve.schema import ChatRequest, ImageURL, PromptRequest, RequestError, finite, parse, probability
 
 # What an answer that names no limit gets at most.
 DEFAULT_TOKENS = 64
+# Requests for attention that may wait.
+MAX_LOOKING = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,7 @@ def create_app(engine: Engine, config: ServerConfig = ServerConfig()) -> FastAPI
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(engine.warmup)
+        await asyncio.to_thread(attention_warm_up, engine)
         app.state.ready = True
         yield
         app.state.ready = False
@@ -94,6 +100,13 @@ def create_app(engine: Engine, config: ServerConfig = ServerConfig()) -> FastAPI
         except RequestError as error:
             return _error(error)
 
+    @app.post("/v1/attention")
+    async def looking(request: Request) -> Response:
+        try:
+            return await service.attention(request)
+        except RequestError as error:
+            return _error(error)
+
     @app.get("/")
     async def page() -> Response:
         text = (resources.files("magma_jax.serve") / "page.html").read_text(encoding="utf-8")
@@ -112,18 +125,13 @@ class _Service:
         self.created = int(time.time())
         self.metrics = ServerMetrics()
         self._decoders = anyio.CapacityLimiter(config.decoders)
+        # One at a time beside the engine, which has the device's time first of all.
+        self._looking = anyio.CapacityLimiter(1)
 
     async def chat(self, request: Request) -> Response:
         started = time.perf_counter()
-        wanted = parse(await self._json(request))
-        if wanted.model not in (None, self.config.model):
-            raise RequestError(f"the model here is {self.config.model!r}", 404, "model", "model_not_found")
-        items = wanted.items()
-        pictures = sum(isinstance(item, ImageURL) for item in items)
-        if pictures > self.config.pictures.max_pictures:
-            limit = self.config.pictures.max_pictures
-            raise RequestError(f"the request has {pictures} pictures, at most {limit} are taken", param="messages")
-        encoded = await self._encode(items)
+        wanted = parse(await self._json(request), ChatRequest)
+        encoded = await self._encode(wanted)
         tickets = self._submit(encoded, wanted.options(self._default_tokens(encoded)))
         if wanted.stream:
             body = self._stream(wanted, tickets, started)
@@ -146,7 +154,23 @@ class _Service:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the request is no JSON ({error!s:.100})") from None
 
-    async def _encode(self, items: list[str | ImageURL]) -> Encoded:
+    async def attention(self, request: Request) -> Response:
+        wanted = parse(await self._json(request), AttentionRequest)
+        encoded = await self._encode(wanted)
+        if self._looking.statistics().tasks_waiting >= MAX_LOOKING:
+            raise RequestError("too many requests for attention are waiting; try again later", 429, code="queue_full")
+        work = functools.partial(attention, self.engine, encoded, wanted)
+        return JSONResponse(await anyio.to_thread.run_sync(work, limiter=self._looking, abandon_on_cancel=True))
+
+    async def _encode(self, wanted: PromptRequest) -> Encoded:
+        """The prompt of a request, its pictures fetched and decoded."""
+        if wanted.model not in (None, self.config.model):
+            raise RequestError(f"the model here is {self.config.model!r}", 404, "model", "model_not_found")
+        items, limit = wanted.items(), self.config.pictures.max_pictures
+        pictures = sum(isinstance(item, ImageURL) for item in items)
+        if pictures > limit:
+            raise RequestError(f"the request has {pictures} pictures, at most {limit} are taken", param="messages")
+
         def work() -> Encoded:
             rules = self.config.pictures
             prompt = [item if isinstance(item, str) else ImageInput(open_picture(item.url, rules)) for item in items]
@@ -191,6 +215,8 @@ class _Service:
             pieces = ticket.pieces()
             message = {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
             choice = {"index": index, "message": message, "finish_reason": pieces[-1].finish}
+            if wanted.return_token_ids:
+                choice["token_ids"] = ticket.tokens
             choices.append(choice | {"logprobs": self._logprobs(pieces) if wanted.logprobs else None})
         head = self._head("chat.completion")
         return JSONResponse(head | {"choices": choices, "usage": _usage(tickets)})
@@ -198,16 +224,18 @@ class _Service:
     async def _stream(self, wanted: ChatRequest, tickets: list[Ticket], started: float) -> AsyncIterator[str]:
         head = self._head("chat.completion.chunk")
 
-        def event(index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> str:
-            choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
+        def event(index: int, delta: dict[str, Any], finish: str | None = None, **more: Any) -> str:
+            choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None} | more
             return f"data: {json.dumps(head | {'choices': [choice]}, ensure_ascii=False)}\n\n"
 
         try:
             for index in range(len(tickets)):
                 yield event(index, {"role": "assistant", "content": ""})
             async for index, piece in self._progress(tickets, started):
-                logprobs = self._logprobs([piece]) if wanted.logprobs else None
-                yield event(index, {"content": piece.text} if piece.text else {}, piece.finish, logprobs)
+                more = {"logprobs": self._logprobs([piece])} if wanted.logprobs else {}
+                if wanted.return_token_ids:
+                    more["token_ids"] = piece.tokens
+                yield event(index, {"content": piece.text} if piece.text else {}, piece.finish, **more)
             if wanted.stream_options is not None and wanted.stream_options.include_usage:
                 yield f"data: {json.dumps(head | {'choices': [], 'usage': _usage(tickets)})}\n\n"
             yield "data: [DONE]\n\n"

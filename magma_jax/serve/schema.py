@@ -1,7 +1,7 @@
 """The OpenAI chat-completions shape: what a request may hold, and how it becomes a prompt."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -10,6 +10,9 @@ from magma_jax.inference.sampling import SamplingConfig
 
 MAX_STOPS = 8
 MAX_CHOICES = 8
+
+
+Request = TypeVar("Request", bound="PromptRequest")
 
 
 class RequestError(ValueError):
@@ -62,11 +65,40 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class ChatRequest(_Strict):
-    """Body of ``POST /v1/chat/completions``. ``top_k``, ``min_p`` and ``repetition_penalty`` are additions."""
+class PromptRequest(_Strict):
+    """What every request with a prompt has."""
 
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)]
+
+    def items(self) -> list[str | ImageURL]:
+        """Texts and pictures in the order of the prompt.
+
+        MAGMA continues text and knows no roles: contents follow each other as they are, except that an answer is set
+        off by a space before and a line break behind, as between question and answer of a few-shot prompt.
+        """
+        items: list[str | ImageURL] = []
+        for i, message in enumerate(self.messages):
+            parts = (
+                [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+            )
+            if message.role == "assistant":
+                text = "".join(part.text for part in parts if isinstance(part, TextPart)).strip()
+                if any(isinstance(part, ImagePart) for part in parts):
+                    raise RequestError("an assistant's message holds text alone", param=f"messages.{i}.content")
+                items.append(f" {text}" + ("\n" if i + 1 < len(self.messages) else ""))
+                continue
+            items += [part.text if isinstance(part, TextPart) else part.image_url for part in parts]
+        return [item for item in items if item != ""]
+
+
+class ChatRequest(PromptRequest):
+    """Body of ``POST /v1/chat/completions``.
+
+    ``top_k``, ``min_p``, ``repetition_penalty`` and ``return_token_ids`` are additions to the standard, named as by
+    vLLM.
+    """
+
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
@@ -80,6 +112,7 @@ class ChatRequest(_Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     logprobs: bool = False
+    return_token_ids: bool = False
     user: str | None = None
 
     # Named by the standard and not served: refused unless they ask for nothing.
@@ -114,28 +147,8 @@ class ChatRequest(_Strict):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return [RequestOptions(wanted, sampling, self.seed + i, stop) for i in range(self.n)]
 
-    def items(self) -> list[str | ImageURL]:
-        """Texts and pictures in the order of the prompt.
 
-        MAGMA continues text and knows no roles: contents follow each other as they are, except that an answer is set
-        off by a space before and a line break behind, as between question and answer of a few-shot prompt.
-        """
-        items: list[str | ImageURL] = []
-        for i, message in enumerate(self.messages):
-            parts = (
-                [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
-            )
-            if message.role == "assistant":
-                text = "".join(part.text for part in parts if isinstance(part, TextPart)).strip()
-                if any(isinstance(part, ImagePart) for part in parts):
-                    raise RequestError("an assistant's message holds text alone", param=f"messages.{i}.content")
-                items.append(f" {text}" + ("\n" if i + 1 < len(self.messages) else ""))
-                continue
-            items += [part.text if isinstance(part, TextPart) else part.image_url for part in parts]
-        return [item for item in items if item != ""]
-
-
-def parse(content: Any) -> ChatRequest:
+def parse(content: Any, kind: type[Request]) -> Request:
     """Checks a decoded body.
 
     Raises:
@@ -145,7 +158,7 @@ def parse(content: Any) -> ChatRequest:
         # Clients send null for what they do not set.
         content = {key: value for key, value in content.items() if value is not None}
     try:
-        return ChatRequest.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"][:6])

@@ -9,89 +9,22 @@ import socket
 import threading
 import time
 
-import httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
-from flax import nnx
 from PIL import Image
 
 from magma_jax.data.images import ImageInput
-from magma_jax.inference.api import Magma
+from magma_jax.inference.attention import look
 from magma_jax.inference.compilations import count_compilations
-from magma_jax.inference.engine import Engine, EngineConfig
-from magma_jax.models.magma import MagmaModel
-from magma_jax.nn.modules import split
-from magma_jax.serve.app import ServerConfig, create_app
-from magma_jax.serve.pictures import PictureRules, data_uri
-from tests import tiny
-
-SIZES = EngineConfig(slots=3, context=64, pictures=4, steps=4)
-RULES = PictureRules(max_pictures=3, max_bytes=100_000, max_pixels=1_000_000)
-
-
-@pytest.fixture(scope="module")
-def model():
-    params = split(MagmaModel(tiny.MODEL, rngs=nnx.Rngs(0)))[1]
-    return Magma(tiny.MODEL, {k: 4 * v if v.ndim > 1 else v for k, v in params.items()}, tiny.dataset().tokenizer)
-
-
-class Running:
-    """A server on a free port, in a thread."""
-
-    def __init__(self, model, config, sizes=SIZES):
-        self.engine = Engine(model, sizes)
-        settings = uvicorn.Config(create_app(self.engine, config), port=0, log_level="error", lifespan="on")
-        self.server = uvicorn.Server(settings)
-        self.server.install_signal_handlers = lambda: None
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=30)
-
-    def chat(self, **body):
-        return self.http.post("/v1/chat/completions", json={"messages": user("a"), **body})
-
-    def stop(self):
-        self.http.close()
-        self.server.should_exit = True
-        self.thread.join()
-
-
-@pytest.fixture(scope="module")
-def server(model):
-    running = Running(model, ServerConfig(model="tiny", timeout=20, pictures=RULES, max_body_bytes=1_000_000))
-    yield running
-    running.stop()
+from magma_jax.serve.app import ServerConfig
+from tests.serve.running import RULES, SIZES, Running, expected, square, user
 
 
 @pytest.fixture
 def client(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def square(name):
-    return Image.new("RGB", (64, 64), tiny.COLOURS[name])
-
-
-def user(*parts):
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": data_uri(part)}}
-        for part in parts
-    ]
-    return [{"role": "user", "content": content}]
-
-
-def expected(model, *prompt, steps=12):
-    items = [item if isinstance(item, str) else ImageInput(item) for item in prompt]
-    return model.generate(model.preprocess_inputs(items), max_steps=steps, temperature=0.0)[0]
 
 
 def test_the_official_client_gets_what_python_gives(client, model):
@@ -156,7 +89,47 @@ def test_nothing_compiles_while_serving(server):
             for text in ("a", "A picture of a red square"):
                 answer = server.chat(messages=user(square("white"), text), max_tokens=3, temperature=temperature)
                 assert answer.status_code == 200
+                assert server.post("/v1/attention", messages=user(square("red"), text), answer="b").status_code == 200
     assert compiled.count == 0
+
+
+def test_attention_is_that_of_python(server, model):
+    prompt = (square("red"), "A ", square("blue"), " picture of")
+    messages = user(*prompt)
+    answer = server.chat(messages=messages, max_tokens=6, return_token_ids=True).json()["choices"][0]
+    seen = look(model, [item if isinstance(item, str) else ImageInput(item) for item in prompt], max_steps=6)
+    assert tuple(answer["token_ids"]) == seen.tokens
+    for which in ({}, {"layer": 1}, {"layer": 0, "head": 1, "relative": True}):
+        found = server.post("/v1/attention", messages=messages, answer=answer["token_ids"], **which).json()
+        assert [word["text"] for word in found["words"]] == [word.text for word in seen.words]
+        for i, word in enumerate(found["words"]):
+            for picture, cells in enumerate(word["maps"]):
+                np.testing.assert_allclose(cells, seen.map(i, picture=picture, **which).ravel(), atol=2e-5, rtol=1e-3)
+    assert found["grid"] == {"rows": 2, "columns": 2}
+    assert (found["layers"], found["heads"]) == (2, 2)
+    text = server.post("/v1/attention", messages=messages, answer=" a red").json()
+    assert [word["text"] for word in text["words"]] == [" a", " red"]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"messages": user("a"), "answer": "b"}, "no picture to look at"),
+        ({"answer": ""}, "the answer is empty"),
+        ({"answer": []}, "the answer is empty"),
+        ({"answer": [300]}, "no such token"),
+        ({"answer": [-1]}, "answer"),
+        ({"answer": "b" * 500}, "the context holds 64"),
+        ({"answer": "b", "layer": 2}, "the model has 2, counted from 0"),
+        ({"answer": "b", "layer": 0, "head": 9}, "the model has 2, counted from 0"),
+        ({"answer": "b", "head": 0}, "a head needs a layer"),
+        ({}, "answer: Field required"),
+    ],
+)
+def test_attention_that_cannot_be_shown(server, body, says):
+    response = server.post("/v1/attention", **{"messages": user(square("red"), "a"), **body})
+    assert response.status_code == 400, response.text
+    assert says in response.json()["error"]["message"]
 
 
 def test_health_metrics_and_the_page(server):

@@ -1,0 +1,97 @@
+"""Attention over the wire: where the words of an answer looked, for whoever shows it."""
+
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from magma_jax.inference.attention import ALL_HEADS, PictureAttention, attend, picture_grid, split_words
+from magma_jax.inference.engine import Engine
+from magma_jax.inference.prompts import WORD, Encoded, picture_positions
+from magma_jax.serve.schema import PromptRequest, RequestError
+
+# In place of a layer's number: of no layer, where the rollout alone is wanted.
+_NO_LAYER = -1
+
+
+class AttentionRequest(PromptRequest):
+    """Body of ``POST /v1/attention``: a prompt as for chat completions, and its answer as text or ``token_ids``."""
+
+    answer: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=100_000)]
+    layer: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    head: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    relative: bool = False
+
+
+def attention(engine: Engine, prompt: Encoded, wanted: AttentionRequest) -> dict[str, Any]:
+    """The maps of every word, each picture's cells row by row.
+
+    Raises:
+        RequestError: no picture, no answer, no such layer or head, or more than the context holds.
+    """
+    model = engine.model
+    for name, count in (("layer", model.config.lm.layers), ("head", model.config.lm.heads)):
+        value = getattr(wanted, name)
+        if value is not None and value >= count:
+            raise RequestError(f"{name} {value}: the model has {count}, counted from 0", param=name)
+    if wanted.head is not None and wanted.layer is None:
+        raise RequestError("a head needs a layer", param="head")
+    tokens = model.tokenizer.encode(wanted.answer) if isinstance(wanted.answer, str) else wanted.answer
+    if any(token >= model.config.lm.vocab_rows for token in tokens):
+        raise RequestError("answer: no such token", param="answer")
+    total = len(prompt.tokens) + len(tokens)
+    if total > engine.context:
+        raise RequestError(f"prompt and answer have {total} positions, the context holds {engine.context}")
+    layer = _NO_LAYER if wanted.layer is None else wanted.layer
+    head = ALL_HEADS if wanted.head is None else wanted.head
+    try:
+        rollout, weights = _attend(engine, prompt, tokens, layer, head)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    seen = PictureAttention(
+        tuple(tokens),
+        tuple(split_words(model.tokenizer, tokens)),
+        weights[None],
+        rollout if wanted.layer is None else weights[0],
+        (),
+        picture_grid(model.config),
+    )
+    words = [
+        {"text": word.text, "share": round(seen.share(i), 4), "maps": _maps(seen, i, wanted.relative)}
+        for i, word in enumerate(seen.words)
+    ]
+    grid = None if seen.grid is None else {"rows": seen.grid.rows, "columns": seen.grid.columns}
+    return {
+        "object": "attention",
+        "words": words,
+        "grid": grid,
+        "note": "this model's picture positions are no places" if seen.grid is None else seen.grid.note,
+        "layers": model.config.lm.layers,
+        "heads": model.config.lm.heads,
+    }
+
+
+def warm_up(engine: Engine) -> None:
+    """Compiles what ``attention`` runs, for every length that a prompt may have."""
+    config = engine.model.config
+    size = picture_positions(config)
+    owner, pixels = b"warm", np.zeros((config.encoder.image_size,) * 2 + (3,), np.uint8)
+    for length in engine.buckets:
+        if length > size:
+            tokens, places = np.zeros(size + 1, np.int32), np.array([*range(size), WORD], np.int32)
+            prompt = Encoded(tokens, places, [owner] * size + [None], {owner: pixels}, tokens.astype(np.int64))
+            _attend(engine, prompt, [0], _NO_LAYER, ALL_HEADS, length)
+
+
+def _attend(engine: Engine, prompt: Encoded, tokens: list[int], layer: int, head: int, length: int | None = None):
+    length = length or next(size for size in engine.buckets if size >= len(prompt.tokens) + len(tokens))
+    options = {"length": length, "pictures": engine.config.pictures}
+    return attend(engine.model, prompt, tokens, np.array([[layer, head]]), **options)
+
+
+def _maps(seen: PictureAttention, word: int, relative: bool) -> list[list[float]]:
+    if seen.grid is None:
+        return []
+    count = seen.rollout.shape[1]
+    maps = [seen.map(word, picture=picture, relative=relative) for picture in range(count)]
+    return [[round(float(value), 5) for value in found.ravel()] for found in maps]

@@ -1,0 +1,74 @@
+"""A server of a tiny model on a free port, for tests that talk to one."""
+
+import threading
+import time
+
+import httpx
+import uvicorn
+from flax import nnx
+from PIL import Image
+
+from magma_jax.data.images import ImageInput
+from magma_jax.inference.api import Magma
+from magma_jax.inference.engine import Engine, EngineConfig
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.modules import split
+from magma_jax.serve.app import create_app
+from magma_jax.serve.pictures import PictureRules, data_uri
+from tests import tiny
+
+SIZES = EngineConfig(slots=3, context=64, pictures=4, steps=4)
+RULES = PictureRules(max_pictures=3, max_bytes=100_000, max_pixels=1_000_000)
+
+
+def tiny_model():
+    """Random weights, large enough for answers to differ."""
+    params = split(MagmaModel(tiny.MODEL, rngs=nnx.Rngs(0)))[1]
+    return Magma(tiny.MODEL, {k: 4 * v if v.ndim > 1 else v for k, v in params.items()}, tiny.dataset().tokenizer)
+
+
+class Running:
+    """A server on a free port, in a thread."""
+
+    def __init__(self, model, config, sizes=SIZES):
+        self.engine = Engine(model, sizes)
+        settings = uvicorn.Config(create_app(self.engine, config), port=0, log_level="error", lifespan="on")
+        self.server = uvicorn.Server(settings)
+        self.server.install_signal_handlers = lambda: None
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=30)
+
+    def chat(self, **body):
+        return self.post("/v1/chat/completions", **{"messages": user("a"), **body})
+
+    def post(self, route, **body):
+        return self.http.post(route, json=body)
+
+    def stop(self):
+        self.http.close()
+        self.server.should_exit = True
+        self.thread.join()
+
+
+def square(name):
+    return Image.new("RGB", (64, 64), tiny.COLOURS[name])
+
+
+def user(*parts):
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": data_uri(part)}}
+        for part in parts
+    ]
+    return [{"role": "user", "content": content}]
+
+
+def expected(model, *prompt, steps=12):
+    items = [item if isinstance(item, str) else ImageInput(item) for item in prompt]
+    return model.generate(model.preprocess_inputs(items), max_steps=steps, temperature=0.0)[0]
