@@ -6,7 +6,7 @@ its keys and values are shared. The answer to a prompt depends neither on its ba
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -125,51 +125,74 @@ class Answerer:
             PromptError: an empty prompt, or one that does not fit the context.
         """
         tokenizer = self.model.tokenizer
-        laid = [lay_out(prompt, tokenizer, self._positions) for prompt in prompts]
         beginning = lay_out(common, tokenizer, self._positions)
-        self._check(laid, len(beginning.tokens), max_new_tokens, extrapolate)
+        laid = self._lay_out(prompts, len(beginning.tokens) + max_new_tokens, extrapolate)
         prefix = self._run_common(beginning) if len(beginning.tokens) else None
+        answers: list[str] = [""] * len(prompts)
+        for rows, arrays in self._batches(laid):
+            tokens, lengths = answer_batch(
+                self.model.graphdef,
+                self.model.params,
+                arrays,
+                np.uint32(seed),
+                prefix,
+                sampling=sampling,
+                max_new_tokens=max_new_tokens,
+                eos_id=tokenizer.eos_id,
+                mesh=self._mesh,
+            )
+            for i, row, length in zip(rows, np.asarray(tokens), np.asarray(lengths), strict=True):
+                answers[i] = tokenizer.decode(row[:length].tolist())
+        return answers
+
+    def classify(self, prompts: Sequence[Parts]) -> list[int]:
+        """The likeliest class of every prompt, by the model's classification head.
+
+        Raises:
+            PromptError: no head, an empty prompt, or one that does not fit the context.
+        """
+        if not self.model.config.classes:
+            raise PromptError(
+                "this model has no classification head; finetune one that has (configs/finetune_snli_ve.py)"
+            )
+        classes = [0] * len(prompts)
+        for rows, arrays in self._batches(self._lay_out(prompts, 0, False)):
+            found = classify_batch(self.model.graphdef, self.model.params, arrays, mesh=self._mesh)
+            for i, number in zip(rows, np.asarray(found).tolist(), strict=True):
+                classes[i] = number
+        return classes
+
+    def _lay_out(self, prompts: Sequence[Parts], more: int, extrapolate: bool) -> list[Laid]:
+        """The prompts, which with ``more`` positions each must fit the context."""
+        laid = [lay_out(prompt, self.model.tokenizer, self._positions) for prompt in prompts]
+        if any(not len(prompt.tokens) for prompt in laid):
+            raise PromptError("a prompt is empty: give at least one picture or one word")
+        if extrapolate and "lm/wpe/weight" not in self.model.params:
+            return laid
+        context = self.model.config.lm.context_length
+        longest = max((len(prompt.tokens) for prompt in laid), default=0)
+        if longest + more > context:
+            raise PromptError(
+                f"the longest prompt takes {longest} positions, common shots and answer {more}, but the context holds "
+                f"{context}; lower shots or max_new_tokens, or set overlong=drop_shots"
+            )
+        return laid
+
+    def _batches(self, laid: Sequence[Laid]) -> Iterator[tuple[list[int], dict[str, np.ndarray | Array]]]:
+        """Numbers of the prompts of every batch, and the batch on the devices."""
         most = max((len(prompt.pictures) for prompt in laid), default=0) or 1
         by_bucket: dict[int, list[int]] = collections.defaultdict(list)
         for number, prompt in enumerate(laid):
             by_bucket[_bucket(len(prompt.tokens))].append(number)
-        answers: list[str] = [""] * len(prompts)
         quiet = None if is_main() else True
-        with tqdm(total=len(prompts), desc="answering", unit="prompt", disable=quiet) as bar:
+        with tqdm(total=len(laid), desc="answering", unit="prompt", disable=quiet) as bar:
             for bucket, members in sorted(by_bucket.items()):
                 for start in range(0, len(members), self._batch_size):
                     batch = members[start : start + self._batch_size]
                     # The last batch is filled up, so that one program serves all of a bucket.
                     filled = batch + batch[-1:] * (self._batch_size - len(batch))
-                    arrays = self._arrays([laid[i] for i in filled], np.array(filled), bucket, most)
-                    tokens, lengths = answer_batch(
-                        self.model.graphdef,
-                        self.model.params,
-                        arrays,
-                        np.uint32(seed),
-                        prefix,
-                        sampling=sampling,
-                        max_new_tokens=max_new_tokens,
-                        eos_id=tokenizer.eos_id,
-                        mesh=self._mesh,
-                    )
-                    for i, row, length in zip(filled, np.asarray(tokens), np.asarray(lengths), strict=True):
-                        answers[i] = tokenizer.decode(row[:length].tolist())
+                    yield filled, self._arrays([laid[i] for i in filled], np.array(filled), bucket, most)
                     bar.update(len(batch))
-        return answers
-
-    def _check(self, laid: Sequence[Laid], common: int, max_new_tokens: int, extrapolate: bool) -> None:
-        if any(not len(prompt.tokens) for prompt in laid):
-            raise PromptError("a prompt is empty: give at least one picture or one word")
-        context = self.model.config.lm.context_length
-        longest = max((len(prompt.tokens) for prompt in laid), default=0) + common
-        if extrapolate and "lm/wpe/weight" not in self.model.params:
-            return
-        if longest + max_new_tokens > context:
-            raise PromptError(
-                f"the longest prompt takes {longest} positions and the answer {max_new_tokens}, but the context holds "
-                f"{context}; lower shots or max_new_tokens, or set overlong=drop_shots"
-            )
 
     def _arrays(
         self, prompts: Sequence[Laid], numbers: Int[np.ndarray, " B"], bucket: int, pictures: int
@@ -266,6 +289,22 @@ def answer_batch(
             prefix=prefix,
         )
         return result.tokens, result.lengths
+
+    if mesh is None:
+        return run()
+    return jax.lax.with_sharding_constraint(on_mesh(run, mesh)(), replicated(mesh))
+
+
+@jit(static_argnames=("graphdef", "mesh"))
+def classify_batch(
+    graphdef: nnx.GraphDef, params: Params, batch: dict[str, Any], *, mesh: Mesh | None
+) -> Int[Array, " B"]:
+    """Likeliest classes, whole on every device."""
+
+    def run() -> Array:
+        model = merge(graphdef, params)
+        embeddings = _embed(model, batch["features"], batch["tokens"], batch["places"])
+        return jnp.argmax(model.class_logits(embeddings, batch["lengths"]), axis=-1)
 
     if mesh is None:
         return run()

@@ -90,6 +90,7 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     path = local_path(arguments.checkpoint or arguments.workdir)
     checkpoint = identify(path)
     model = Magma.from_checkpoint(path, dtype=arguments.dtype, mesh=mesh)
+    tasks = [with_classes_of(task, path) for task in tasks]
     dataset = own_data(path) if any(task.data is None for task in tasks) else None
     folder = arguments.output or (path if path.is_dir() else arguments.workdir) / "evaluation"
     evaluate = functools.partial(
@@ -134,6 +135,16 @@ def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:
         return [dataclasses.replace(task, shots=shots) for shots in arguments.shots]
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
+
+
+def with_classes_of(task: TaskConfig, path: Path) -> TaskConfig:
+    """A task of classes with the names, in their order, that a run was trained with."""
+    if task.kind != "class" or not (path / MODEL_FILE).is_file():
+        return task
+    trained = tuple((read_model_json(path).get("run") or {}).get("data", {}).get("classes", ()))
+    if trained and sorted(trained) != sorted(task.classes):
+        raise ConfigError(f"{path}: was trained on the classes {', '.join(trained)}; set classes to these names")
+    return dataclasses.replace(task, classes=trained or task.classes)
 
 
 def identify(path: Path) -> dict[str, Any]:

@@ -96,9 +96,10 @@ class StoredExamples(Sequence[Example]):
     def __init__(self, folder: str | Path, kind: Kind, image_size: int):
         records = StoredRecords(folder)
         captions, questions = records.texts.T
-        self._counts = questions if kind == "question" else np.minimum(captions, 1)
+        self._counts = np.minimum(captions, 1) if kind == CAPTION else questions
         if not self._counts.sum():
-            raise DataError(f"{folder}: holds no {kind}s; convert the data set that has them")
+            wanted = "captions" if kind == CAPTION else "questions"
+            raise DataError(f"{folder}: holds no {wanted}; convert the data set that has them")
         self._records, self._kind = records, kind
         self._ends = np.cumsum(self._counts)
         self._last: tuple[int, Record] | None = None

@@ -130,14 +130,17 @@ def evaluate_task(
     offset = 0 if same else len(queries.pictures)
     room = model.config.lm.context_length - task.max_new_tokens
     asked = ask(task, examples, shots, offset, answerer, room)
-    outputs = answerer(
-        asked.prompts,
-        max_new_tokens=task.max_new_tokens,
-        sampling=task.sampling,
-        seed=task.seed,
-        common=asked.common,
-        extrapolate=task.overlong == "extrapolate",
-    )
+    if task.kind == "class":
+        outputs = _classify(task, answerer, asked.prompts)
+    else:
+        outputs = answerer(
+            asked.prompts,
+            max_new_tokens=task.max_new_tokens,
+            sampling=task.sampling,
+            seed=task.seed,
+            common=asked.common,
+            extrapolate=task.overlong == "extrapolate",
+        )
     longest = max(map(answerer.length, asked.prompts)) + answerer.length(asked.common)
     found = {
         "samples": len(examples),
@@ -146,7 +149,7 @@ def evaluate_task(
         "shots": {"data": pool.name, "of": len(pool), "dropped": asked.dropped} if task.shots else None,
         "longest_prompt": longest,
         "context": model.config.lm.context_length,
-        "decoding": "greedy" if task.sampling.temperature == 0 else "sampled",
+        "decoding": _decoding(task),
         **(stamp or {}),
     }
     return finish(task, model.tokenizer, examples, shots, outputs, pictures, found)
@@ -249,6 +252,19 @@ def _shots(
     if bare is not None:
         raise DataError(f"{pool.name}: example {bare} has no answer to show; take shots from a split with answers")
     return shots
+
+
+def _classify(task: TaskConfig, answerer: Answerer, prompts: Sequence[Parts]) -> list[str]:
+    heads = answerer.model.config.classes
+    if heads and heads != len(task.classes):
+        raise DataError(f"{task.name}: the head has {heads} classes, but {len(task.classes)} names are given")
+    return [task.classes[number] for number in answerer.classify(prompts)]
+
+
+def _decoding(task: TaskConfig) -> str:
+    if task.kind == "class":
+        return "likeliest class"
+    return "greedy" if task.sampling.temperature == 0 else f"sampled, seed {task.seed}"
 
 
 def _check_ids(examples: Sequence[Example], name: str) -> None:

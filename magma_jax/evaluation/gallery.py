@@ -65,7 +65,7 @@ def _mark(result: TaskResult, scores: dict[str, float] | None, i: int) -> tuple[
 def _legend(result: TaskResult) -> str:
     if not result.scores:
         return "The true answers are secret."
-    if result.task.kind == "question":
+    if result.task.kind != "caption":
         return "The number is the answer's accuracy in percent: 100 is right, 0 wrong, between them partly."
     return (
         f"The number is the caption's CIDEr, 0 to 10. From {GOOD_CAPTION:g} on, or equal to a true caption, it stands "

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from magma_jax.evaluation.protocols import PROTOCOLS
 from magma_jax.inference.sampling import SamplingConfig
 
-Kind = Literal["question", "caption"]
+Kind = Literal["question", "caption", "class"]
 Truncation = Literal["none", "newline", "words", "tokens", "characters"]
 
 
@@ -23,7 +23,7 @@ class TaskConfig:
 
     Attributes:
         name: of its results; those of ``TASKS`` are columns of the paper's tables.
-        kind: questions with answers, or captions.
+        kind: questions with answers, captions, or statements that a classification head puts into classes.
         protocols: how answers are judged; the first one is what the task is known by.
         data: data set folder that ``python -m magma_jax.data convert`` wrote; None for the run's own data.
         split: of the run's own data.
@@ -47,6 +47,7 @@ class TaskConfig:
             counted (``drop_shots``); or it is run all the same, at positions that the model never saw
             (``extrapolate``, for language models without a table of positions).
         blind: shows black pictures: what the words alone give away.
+        classes: names of the head's outputs, in their order.
     """
 
     name: str
@@ -68,6 +69,7 @@ class TaskConfig:
     sampling: SamplingConfig = SamplingConfig()
     overlong: Literal["error", "drop_shots", "extrapolate"] = "error"
     blind: bool = False
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self):
         unknown = [name for name in self.protocols if name not in PROTOCOLS]
@@ -80,7 +82,9 @@ class TaskConfig:
         for name in ("limit", "max_new_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.kind == "question" and self.prompt.count("{}") != 1:
+        if self.kind == "class" and (self.shots or len(self.classes) < 2):
+            raise ValueError(f"{self.name}: a classification head takes no shots and needs the names of its classes")
+        if self.kind != "caption" and self.prompt.count("{}") != 1:
             raise ValueError(f"prompt {self.prompt!r}: needs one {{}}, where the question goes")
         if self.sampling.repetition_penalty != 1 or self.sampling.compat is not None:
             raise ValueError("sampling: repetition_penalty and compat are not for evaluation")
@@ -144,6 +148,15 @@ TASKS: MappingProxyType[str, TaskConfig] = MappingProxyType(
             # The paper's captions were scored by nlg-eval, which does not tokenise.
             _captions("coco", "coco_nlgeval", "coco"),
             _captions("nocaps", "nocaps_nlgeval", "nocaps"),
+            # Question and class: as in configs/finetune_snli_ve.py, whose run says which output is which class.
+            TaskConfig(
+                "snli_ve",
+                "class",
+                ("accuracy",),
+                prompt="{}",
+                truncation="none",
+                classes=("entailment", "neutral", "contradiction"),
+            ),
             _questions("own_questions", "vqa_official", **_OWN),
             _captions("own_captions", "coco", **_OWN),
         )

@@ -3,8 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from magma_jax.data.images import ImageInput
@@ -16,8 +18,12 @@ from magma_jax.evaluation.few_shot import evaluate_task
 from magma_jax.evaluation.shots import draw_shots
 from magma_jax.evaluation.tasks import TASKS, TaskConfig
 from magma_jax.evaluation.truncation import truncate
+from magma_jax.inference.api import Magma
 from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.modules import merge, split
 from magma_jax.sharding import MeshConfig, make_mesh, parameter_shardings
+from tests import tiny
 from tests.evaluation.conftest import DATA
 
 OWN = dataclasses.replace(TASKS["own_questions"], max_new_tokens=4)
@@ -147,6 +153,29 @@ def test_captions_and_blindness(talkative, folders):
     assert result.examples[0].answers == ("a picture 0", "a square")
 
 
+def test_statements_are_put_into_classes(folders):
+    config = dataclasses.replace(tiny.MODEL, classes=2)
+    model = Magma(config, split(MagmaModel(config, rngs=nnx.Rngs(0)))[1], DATA.tokenizer)
+    task = dataclasses.replace(TASKS["snli_ve"], data=str(folders / "val"), classes=("yes", "red"))
+    result = evaluate_task(model, task)
+    assert set(result.outputs) <= {"yes", "red"}
+    example = result.examples[3]
+    embeddings = model.preprocess_inputs(
+        [ImageInput(Image.fromarray(result.pictures[np.array([example.picture])][0])), example.text]
+    )
+    logits = merge(model.graphdef, model.params).class_logits(embeddings, jnp.array([embeddings.shape[1]]))
+    assert result.outputs[3] == task.classes[int(logits[0].argmax())]
+    right = [output in example.answers for output, example in zip(result.outputs, result.examples, strict=True)]
+    assert result.scores["accuracy"].scores["accuracy"] == pytest.approx(100 * np.mean(right))
+    with pytest.raises(DataError, match="the head has 2 classes, but 3 names"):
+        evaluate_task(model, dataclasses.replace(task, classes=("a", "b", "c")))
+
+
+def test_a_model_without_a_head_says_so(talkative, folders):
+    with pytest.raises(PromptError, match="no classification head"):
+        evaluate_task(talkative, dataclasses.replace(TASKS["snli_ve"], data=str(folders / "val")))
+
+
 def test_what_a_shot_shows_is_the_commonest_answer(folders):
     examples = StoredExamples(folders / "val", "question", 64)
     assert [example.shown for example in (examples[0], examples[1])] == ["yes", "red"]
@@ -185,6 +214,7 @@ def test_what_cannot_be_asked_is_said_in_one_line(talkative, folders, change, me
         ({"prompt": "Q: A:"}, "needs one {}"),
         ({"shots": -1}, "shots must not be negative"),
         ({"limit": 0}, "limit must be at least 1"),
+        ({"kind": "class"}, "needs the names of its classes"),
     ],
 )
 def test_settings_out_of_range_are_refused(change, message):
