@@ -5,7 +5,7 @@
     python train.py --config configs/magma_base.py --set mesh.fsdp=16
 
 The first command puts GPT-J, CLIP and fresh adapters together; magma_v2 and magma_long start from the same folder.
-Data sets come from `python -m magma_jax.data`. mesh.fsdp is the number of chips that share the weights:
+Data sets come from `python -m magma_jax.data` (docs/data.md). mesh.fsdp is the number of chips that share the weights:
 `python -m magma_jax.plan --config configs/magma_base.py --topology v5e:4x4` tells what fits.
 """
 
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
             },
             "data": {
                 "name": "folders",
-                # Paper, section 3.3.
+                # Paper, section 3.3. It tells no shares: every sample has the same chance, as in the original.
                 "folders": {
                     "train": (
                         "data/laion",
@@ -39,7 +39,11 @@ def get_config() -> ConfigDict:
                         "data/gqa_train",
                         "data/okvqa_train",
                         "data/vizwiz_train",
-                        "data/hateful_memes",
+                        {
+                            "path": "data/hateful_memes",
+                            "question_prompt": "Q: Is this meme hateful, which says: {}? A:",
+                            "words": {"0": "no", "1": "yes"},
+                        },
                         "data/coco_train",
                     ),
                     "validation": ("data/coco_val",),

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from magma_jax.data.datasets import DataConfig, Dataset
-from magma_jax.data.openmoji import Sample
 from magma_jax.data.pipeline import sample_batches
+from magma_jax.data.records import Sample
 from magma_jax.data.tokenizer import train_bpe
 from magma_jax.models.clip_resnet import CLIPResNetConfig
 from magma_jax.models.clip_vit import CLIPViTConfig

@@ -7,12 +7,14 @@ python -m magma_jax.data show data/mine
 """
 
 import argparse
+import functools
 import inspect
 import json
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
+from magma_jax.data.beam import convert_with_beam
 from magma_jax.data.convert import ConvertOptions, convert
 from magma_jax.data.images import MAX_PIXELS
 from magma_jax.data.prepare import Check, Fingerprint, PrepareOptions
@@ -39,6 +41,10 @@ def main() -> None:
     one.add_argument(
         "--max-skipped", type=float, default=ConvertOptions.max_skipped, help="share; default: %(default)s"
     )
+    one.add_argument("--runner", choices=("local", "beam"), default="local", help="beam: as an Apache Beam pipeline")
+    one.add_argument(
+        "--beam", nargs="*", default=[], metavar="KEY=VALUE", help="options of Beam, as runner=FlinkRunner"
+    )
     two = commands.add_parser("show", help="print what a data set folder holds")
     two.add_argument("folder", type=Path)
     two.add_argument("--limit", type=int, default=3, help="records to print; default: %(default)s")
@@ -56,17 +62,18 @@ def _convert(arguments: argparse.Namespace) -> None:
     options = _options(arguments.format, arguments.option)
     if arguments.images is None and arguments.format not in SELF_CONTAINED:
         raise DataError(f"--from {arguments.format} needs --images, the folder of the pictures")
-    info = convert(
-        reader(arguments.source, arguments.images, **options),
-        arguments.out,
-        ConvertOptions(
-            PrepareOptions(arguments.check, arguments.max_pixels, arguments.duplicates),
-            arguments.shard_records,
-            arguments.workers,
-            arguments.max_skipped,
-        ),
-        source={"format": arguments.format, "file": arguments.source.name, **options},
+    read = functools.partial(reader, arguments.source, arguments.images, **options)
+    how = ConvertOptions(
+        PrepareOptions(arguments.check, arguments.max_pixels, arguments.duplicates),
+        arguments.shard_records,
+        arguments.workers,
+        arguments.max_skipped,
     )
+    source = {"format": arguments.format, "file": arguments.source.name, **options}
+    if arguments.runner == "beam":
+        info = convert_with_beam(read, arguments.out, how, source=source, beam_options=arguments.beam)
+    else:
+        info = convert(read(), arguments.out, how, source=source)
     print(f"{arguments.out}: {info['records']} records, {info['captions']} captions, {info['questions']} questions")
     for reason, count in info["skipped"].items():
         print(f"left out: {count} x {reason}")

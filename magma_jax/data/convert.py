@@ -2,7 +2,8 @@
 
     OUT/info.json                     what it holds and where it came from; written last
     OUT/records-00000.array_record    records as ``data.records.pack`` gives them
-    OUT/texts.npy                     captions and questions of every record, int32 (N, 2)
+    OUT/texts-00000.array_record      the same without pictures, ``data.records.pack_text``
+    OUT/texts.npy                     number of captions and questions of every record, int32 (N, 2)
     OUT/skipped.jsonl                 what was left out, and why
 
 Until then everything lies in ``.OUT.partial/``. The input is cut into shards by position, so a shard depends on its
@@ -17,7 +18,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,17 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
 from magma_jax.data.prepare import PrepareOptions, prepare
-from magma_jax.data.records import DataError, Record, Skipped, unpack
+from magma_jax.data.records import DataError, Record, Skipped, pack_text, unpack
+from magma_jax.data.shards import INFO_FILE, SKIPPED_FILE, TEXTS_FILE, records_name, shard_writer, texts_name
+from magma_jax.data.workers import cores, worker_pool
 from magma_jax.output import locked, partial_name, replace_file
 from magma_jax.version import __version__
-
-INFO_FILE, TEXTS_FILE, SKIPPED_FILE = "info.json", "texts.npy", "skipped.jsonl"
-# One record a group, for random access; pictures do not compress.
-WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +77,26 @@ def convert(
             interrupted conversion; the disk is full.
         OutputError: another conversion to ``out`` is running.
     """
-    out = Path(out)
+    return write_folder(
+        Path(out), options, dict(source or {}), lambda work: _write_shards(records, work, options, total)
+    )
+
+
+def write_folder(
+    out: Path,
+    options: ConvertOptions,
+    source: Mapping[str, Any],
+    write_shards: Callable[[Path], list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """Makes a data set folder of what ``write_shards`` writes; arguments and errors as of ``convert``.
+
+    Args:
+        out: the folder to be.
+        options: see ``ConvertOptions``.
+        source: kept in ``info.json``.
+        write_shards: brings every shard into being, in a folder of its own beside ``out``, and returns their reports
+            (``written_shard``) in order.
+    """
     if out.exists():
         raise DataError(f"{out}: already exists; choose another name or remove it first")
     work = partial_name(out)
@@ -87,8 +104,7 @@ def convert(
     (work / "data").mkdir(exist_ok=True)
     with locked(out.absolute()):
         _check_same(work / "state" / "options.json", _identity(options), out)
-        shards = _write_shards(records, work, options, total)
-        info = _finish(work, shards, options, dict(source or {}))
+        info = _finish(work, write_shards(work), options, source)
         os.rename(work / "data", out)
     shutil.rmtree(work)
     return info
@@ -98,7 +114,7 @@ def _write_shards(
     records: Iterable[Record | Skipped], work: Path, options: ConvertOptions, total: int | None
 ) -> list[dict[str, Any]]:
     """Brings every shard into being, those apart that a former run finished; returns their reports in order."""
-    workers = (os.cpu_count() or 1) if options.workers is None else options.workers
+    workers = cores() if options.workers is None else options.workers
     reports: list[dict[str, Any]] = []
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
 
@@ -109,14 +125,10 @@ def _write_shards(
 
     bar = tqdm(desc="converting", unit="record", total=total, disable=None)
     with bar, _executor(workers) as submit:
-        for number, chunk in enumerate(_chunks(records, options.shard_records)):
+        for number, chunk in enumerate(chunks(records, options.shard_records)):
             if len(waiting) >= 2 * workers > 0:
                 collect()
-            finished = _finished(work, number, chunk)
-            if finished is None:
-                waiting.append(submit(_write_shard, work, number, chunk, options.prepare))
-            else:
-                waiting.append(_done(finished))
+            waiting.append(submit(written_shard, work, number, chunk, options.prepare))
             if not workers:
                 collect()
         while waiting:
@@ -130,8 +142,7 @@ def _executor(workers: int) -> Iterator[Callable[..., concurrent.futures.Future]
     if not workers:
         yield lambda function, *arguments: _done(function(*arguments))
         return
-    # Forked processes would inherit JAX's threads in an unknown state.
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = worker_pool(workers)
     try:
         yield pool.submit
     except concurrent.futures.process.BrokenProcessPool:
@@ -146,7 +157,7 @@ def _done(value: Any) -> concurrent.futures.Future:
     return future
 
 
-def _chunks(records: Iterable[Record | Skipped], size: int) -> Iterator[list[Record | Skipped]]:
+def chunks(records: Iterable[Record | Skipped], size: int) -> Iterator[list[Record | Skipped]]:
     """Cuts the input into shards; ids are checked on the way, as eight bytes each."""
     seen: set[bytes] = set()
     iterator = iter(records)
@@ -160,27 +171,36 @@ def _chunks(records: Iterable[Record | Skipped], size: int) -> Iterator[list[Rec
         yield chunk
 
 
+def written_shard(
+    work: Path, number: int, chunk: Sequence[Record | Skipped], options: PrepareOptions
+) -> dict[str, Any]:
+    """The report of a shard, which is written unless a former run has finished it."""
+    return _finished(work, number, chunk) or _write_shard(work, number, chunk, options)
+
+
+def read_report(work: Path, number: int) -> dict[str, Any]:
+    """The report of a shard that is written."""
+    return json.loads(_report_path(work, number).read_text())
+
+
 def _write_shard(work: Path, number: int, chunk: Sequence[Record | Skipped], options: PrepareOptions) -> dict[str, Any]:
     """Writes one shard and its report, each under a temporary name first."""
     skipped, texts, ids, prints = [], [], [], []
-    path, temporary = _shard_path(work, number), _temporary(work, number)
+    path = _shard_path(work, number)
     try:
-        with _writer(temporary) as writer:
+        with shard_writer(path, work / "state") as writer:
             for entry in chunk:
                 result = entry if isinstance(entry, Skipped) else prepare(entry, options)
                 if isinstance(result, Skipped):
                     skipped.append([result.id, result.reason])
                     continue
                 content, fingerprint = result
-                writer.write(content)
+                writer.write(content, pack_text(entry))
                 ids.append(entry.id)
                 prints.append(fingerprint)
                 texts.append([len(entry.captions), len(entry.questions)])
-        os.replace(temporary, path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error}); make room and run the same command again") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     report = {"digest": _digest(chunk), "input": len(chunk), "ids": ids, "texts": texts, "skipped": skipped}
     report["fingerprints"] = prints if options.duplicates != "none" else []
     _write_json(_report_path(work, number), report)
@@ -238,14 +258,15 @@ def _without_duplicates(work: Path, number: int, report: dict[str, Any], drop: s
     """Rewrites a shard without the records in ``drop``; doing it twice changes nothing."""
     kept = [i for i, key in enumerate(report["ids"]) if key not in drop]
     if drop:
-        path, temporary = _shard_path(work, number), _temporary(work, number)
+        path = _shard_path(work, number)
         reader = ArrayRecordReader(str(path))
-        contents = [content for content in reader.read_all() if unpack(content).id not in drop]
+        contents = reader.read_all()
         reader.close()
-        with _writer(temporary) as writer:
+        with shard_writer(path, work / "state") as writer:
             for content in contents:
-                writer.write(content)
-        os.replace(temporary, path)
+                record = unpack(content)
+                if record.id not in drop:
+                    writer.write(content, pack_text(record))
     skipped = report["skipped"] + [[key, "duplicate"] for key in report["ids"] if key in drop]
     return report | {
         "ids": [report["ids"][i] for i in kept],
@@ -257,7 +278,8 @@ def _without_duplicates(work: Path, number: int, report: dict[str, Any], drop: s
 def _finished(work: Path, number: int, chunk: Sequence[Record | Skipped]) -> dict[str, Any] | None:
     """The report of a shard that a former run finished; None if there is none."""
     file = _report_path(work, number)
-    if not (file.is_file() and _shard_path(work, number).is_file()):
+    path = _shard_path(work, number)
+    if not all(part.is_file() for part in (file, path, path.with_name(texts_name(path.name)))):
         return None
     report = json.loads(file.read_text())
     if report["digest"] != _digest(chunk):
@@ -292,30 +314,12 @@ def _check_same(file: Path, identity: dict[str, Any], out: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _writer(path: Path) -> Iterator[ArrayRecordWriter]:
-    """An open file for records; errors of its library, which are RuntimeErrors, come out as OSErrors."""
-    try:
-        writer = ArrayRecordWriter(str(path), WRITER_OPTIONS)
-        try:
-            yield writer
-        finally:
-            writer.close()
-    except RuntimeError as error:
-        raise OSError(" ".join(str(error).split())[:200]) from None
-
-
 def _shard_path(work: Path, number: int) -> Path:
-    return work / "data" / f"records-{number:05d}.array_record"
+    return work / "data" / records_name(number)
 
 
 def _report_path(work: Path, number: int) -> Path:
     return work / "state" / f"records-{number:05d}.json"
-
-
-def _temporary(work: Path, number: int) -> Path:
-    # Not beside the shard: what a killed process leaves behind must not become part of the data set.
-    return work / "state" / f"records-{number:05d}.{os.getpid()}.tmp"
 
 
 def _write_json(path: Path, value: Any) -> None:

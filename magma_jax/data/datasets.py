@@ -13,8 +13,13 @@ import numpy as np
 
 from magma_jax.config import ConfigError
 from magma_jax.data import openmoji, openmoji_text
-from magma_jax.data.pipeline import Overlong, sample_batches, text_batches
-from magma_jax.data.tokenizer import Tokenizer, train_bpe
+from magma_jax.data.folders import FolderBatches, drawn_samples
+from magma_jax.data.pictures import Augment, Decode, PictureOptions, StoredPictures
+from magma_jax.data.pipeline import Overlong, encode_sample, form_batches, sample_batches, text_batches
+from magma_jax.data.records import Sample
+from magma_jax.data.sources import FolderSamples, JoinedSamples, SourceConfig
+from magma_jax.data.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe
+from magma_jax.data.workers import cores
 from magma_jax.training.losses import IGNORED
 from magma_jax.typing import UInt8
 
@@ -29,13 +34,21 @@ class DataConfig:
     Attributes:
         name: ``openmoji`` (captions and questions about drawings), ``openmoji_text`` (text alone, for the
             language model and its vocabulary), or ``folders`` (those that ``python -m magma_jax.data`` wrote).
-        folders: split to the folders of ``folders``.
+        folders: split to the folders of ``folders`` that are mixed in it: paths, or a ``SourceConfig`` each.
+        tokenizer: of ``folders``: ``gpt2``, a ``tokenizer.json`` or the folder of one; None for that of the run's
+            ``base``, or ``gpt2`` without one.
+        classes: names of classes, which the answers of ``folders`` are then; the model has a head with as many.
         length: tokens of a block or, at most, of a sample; shorter ones are padded to it.
         buckets: shorter lengths, ascending, that batches of shorter samples are padded to instead; every length in use
             is compiled once.
         pack: how many samples of ``length`` tokens in all may share a row, in place of padding; 1 for one a row.
         overlong: samples of more tokens are an ``error``, or ``truncate`` cuts and counts them.
-        image_size: pixels per side of a drawing; pictures of ``folders`` take the encoder's.
+        image_size: pixels per side of a picture; pictures of ``folders`` take the encoder's.
+        augment: of pictures of ``folders`` that are learned from; None for that of the original, which crops at random
+            for an NF-ResNet and does nothing for other encoders.
+        decode: pixels of ``folders`` ``exact`` as the original's, or ``fast``, see ``data.pictures``.
+        workers: processes that decode pictures of ``folders``; None for one a core, 0 for none but the run's own.
+        max_skipped: share of the samples of ``folders`` that may be left out because they cannot be used.
         cache_dir: where rasterised drawings are kept between runs.
         weights: how often each source of ``openmoji`` is drawn: captions of people, whose gender is known or open;
             captions of everything else; questions.
@@ -46,12 +59,18 @@ class DataConfig:
     """
 
     name: Literal["openmoji", "openmoji_text", "folders"]
-    folders: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    folders: dict[str, tuple[SourceConfig | str, ...]] = dataclasses.field(default_factory=dict)
+    tokenizer: str | None = None
+    classes: tuple[str, ...] = ()
     length: int = 32
     buckets: tuple[int, ...] = ()
     pack: int = 1
     overlong: Overlong = "error"
     image_size: int = 128
+    augment: Augment | None = None
+    decode: Decode = "exact"
+    workers: int | None = None
+    max_skipped: float = 0.01
     cache_dir: str = "~/.cache/magma_jax"
     weights: tuple[float, ...] = (0.375, 0.125, 0.5)
     questions: tuple[str, ...] = ("tone", "gender", "hair", "facing", "what", "count", "hand", "flag")
@@ -60,6 +79,20 @@ class DataConfig:
     vocab_size: int = 2048
 
     def __post_init__(self):
+        sources = {
+            split: tuple(SourceConfig(path=source) if isinstance(source, str) else source for source in members)
+            for split, members in self.folders.items()
+        }
+        object.__setattr__(self, "folders", sources)
+        for split, members in sources.items():
+            if len({source.weight is None for source in members}) > 1:
+                raise ValueError(f"data.folders.{split}: give all of its folders a weight, or none")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"data.max_skipped is a share between 0 and 1, got {self.max_skipped}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"data.workers must not be negative, got {self.workers}")
+        if self.classes and self.pack > 1:
+            raise ValueError("data.classes: samples of classes are not packed; set data.pack to 1")
         lengths = (0, *self.buckets, self.length)
         if any(shorter >= longer for shorter, longer in itertools.pairwise(lengths)):
             raise ValueError(f"data.buckets {self.buckets} must ascend and stay below data.length {self.length}")
@@ -79,29 +112,27 @@ class Dataset:
         tokenizer: of its texts.
         batches: ``(batch_size, seed, rows)`` to endless batches, of which this process wants ``rows``; see
             ``data.pipeline``.
-        images: every picture, uint8 (N, size, size, 3); None for text alone.
+        images: every picture, uint8 (N, size, size, 3), in memory or decoded when asked for; None for text alone.
         learned: rows of the pictures that may be learned from; all by default.
-        evaluation: split to samples, in a fixed order; empty for text alone.
+        evaluation: split to samples, in a fixed order, in memory or read when asked for; empty for text alone.
         records: what is known of every picture, in the order of ``images``.
     """
 
     tokenizer: Tokenizer
-    batches: Callable[[int, int, Sequence[int]], grain.IterDataset]
-    images: UInt8[np.ndarray, "N H W 3"] | None = None
+    batches: Callable[[int, int, Sequence[int]], grain.IterDataset | FolderBatches]
+    images: UInt8[np.ndarray, "N H W 3"] | StoredPictures | None = None
     learned: Sequence[int] | None = None
-    evaluation: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    evaluation: dict[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     records: Sequence[Any] = ()
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Loads or builds the data set that a config names.
+    """Loads, builds or opens the data set that a config names.
 
     Raises:
-        ConfigError: data that training does not read yet.
+        ConfigError: a config that names no folders. DataError: folders that cannot be read.
     """
-    if config.name == "folders":
-        raise ConfigError("data.name folders: training from data set folders is not there yet, only openmoji is")
-    return {"openmoji": _openmoji, "openmoji_text": _openmoji_text}[config.name](config)
+    return {"openmoji": _openmoji, "openmoji_text": _openmoji_text, "folders": _folders}[config.name](config)
 
 
 def _openmoji(config: DataConfig) -> Dataset:
@@ -154,3 +185,52 @@ def _openmoji_text(config: DataConfig) -> Dataset:
             *arrays, batch_size=batch_size, length=config.length, seed=seed, rows=rows
         ),
     )
+
+
+def _folders(config: DataConfig) -> Dataset:
+    if not config.folders.get("train"):
+        raise ConfigError("data.folders names no folders to train on; set data.folders.train")
+    tokenizer = _tokenizer(config.tokenizer)
+    names = dict.fromkeys(source.path for members in config.folders.values() for source in members)
+    options = PictureOptions(config.image_size, config.decode, config.augment or "none")
+    pictures = StoredPictures(tuple(names), options, cores() if config.workers is None else config.workers)
+    records = dict(zip(names, pictures.records, strict=True))
+    splits = {
+        split: [FolderSamples(records[source.path], source, pictures.first_row(source.path)) for source in members]
+        for split, members in config.folders.items()
+    }
+
+    def encode(sample: Sample) -> dict[str, Any]:
+        return encode_sample(sample, tokenizer, config.length, overlong=config.overlong, classes=config.classes)
+
+    blank = {"tokens": np.array([tokenizer.pad_id], np.int32), "labels": np.array([IGNORED], np.int32)}
+    blank |= {"truncated": np.int32(0)} if config.overlong == "truncate" else {}
+
+    def batches(batch_size: int, seed: int, rows: Sequence[int]) -> FolderBatches:
+        drawn = [drawn_samples(source, encode, seed + i, blank) for i, source in enumerate(splits["train"])]
+        weights = [source.source.weight or len(source) for source in splits["train"]]
+        texts = form_batches(
+            grain.MapDataset.mix(drawn, weights),
+            batch_size=batch_size,
+            length=config.length,
+            seed=seed,
+            pad_id=tokenizer.pad_id,
+            rows=rows,
+            buckets=config.buckets,
+            pack=config.pack,
+        )
+        return FolderBatches(texts, pictures, config.max_skipped)
+
+    evaluation = {split: JoinedSamples(members) for split, members in splits.items()}
+    return Dataset(tokenizer, batches, pictures, evaluation=evaluation)
+
+
+def _tokenizer(name: str | None) -> Tokenizer:
+    if name in (None, "gpt2"):
+        return gpt2_tokenizer()
+    path = Path(name)
+    # A model folder keeps its vocabulary in a folder of its own.
+    path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    if not path.exists():
+        raise ConfigError(f"data.tokenizer: {path} is not there; give gpt2, a tokenizer.json or its folder")
+    return Tokenizer.load(path)

@@ -119,6 +119,29 @@ def to_uint8(image: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {size} 
     return np.array(image.convert("RGB"))
 
 
+def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """A random square, enlarged a little at random, and of that a random square (Ramesh et al. 2021, section A.3).
+
+    The original's augmentation for encoders that are trained from scratch, without its mirroring, which would belie
+    captions that speak of left and right, and without cutting large pictures to their centre first (its padding does
+    so by mistake). A picture smaller than ``size`` gets black margins.
+    """
+    image = _eight_bits(image).convert("RGB")
+    width, height = (max(side, size) for side in image.size)
+    if image.size != (width, height):
+        margins = Image.new("RGB", (width, height))
+        margins.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+        image = margins
+    side = min(width, height)
+    left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    smallest, largest = (min(side, round(factor * size)) for factor in (9 / 8, 12 / 8))
+    resized = int(rng.integers(smallest, largest + 1))
+    box = (left, top, left + side, top + side)
+    image = image.resize((resized, resized), Image.Resampling.BILINEAR, box=box)
+    left, top = (int(rng.integers(resized - size + 1)) for _ in range(2))
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
 def normalize(
     pixels: UInt8[Array | np.ndarray, "*batch H W 3"],
     mean: Sequence[float] = CLIP_MEAN,

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from magma_jax.data.records import Sample
 from magma_jax.typing import UInt8
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -113,16 +114,6 @@ class Picture:
     def caption(self) -> str:
         """The canonical phrase, "a woman firefighter with dark skin tone"; one picture, one caption."""
         return describe(self.base, self.tones, flag=self.kind == "flag")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One text to learn or to ask: ``prompt`` is given, ``answer`` (with its leading blank) is to be produced."""
-
-    picture: int
-    prompt: str
-    answer: str
-    kind: str
 
 
 def describe(base: str, tones: Sequence[str] = (), *, flag: bool = False) -> str:

@@ -4,7 +4,7 @@ Readers turn every data set into records, the converter stores them, the pipelin
 with five captions, or with a dozen questions, is one record, so its bytes are stored once.
 
 Stored, a record is one MessagePack map with the keys of ``Record``; ``image`` holds the bytes of the picture file as
-they were found, never decoded and encoded again.
+they were found, never decoded and encoded again. A sample is one text about one picture.
 """
 
 import dataclasses
@@ -85,6 +85,25 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sample:
+    """One text to learn or to ask.
+
+    Attributes:
+        picture: row of the picture in its data set.
+        prompt: what is given.
+        answer: what is to be produced, with its leading blank.
+        kind: ``caption``, or which kind of question.
+        learn_prompt: whether the loss counts the tokens of the prompt too.
+    """
+
+    picture: int
+    prompt: str
+    answer: str
+    kind: str
+    learn_prompt: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Skipped:
     """What a reader found and cannot give as a record: which, and why, in words that group well when counted."""
 
@@ -97,6 +116,12 @@ def pack(record: Record) -> bytes:
     fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     fields["questions"] = [dataclasses.asdict(question) for question in record.questions]
     return msgpack.packb(fields | {"image": record.image_bytes()})
+
+
+def pack_text(record: Record) -> bytes:
+    """The record without its picture and what else is known of it."""
+    questions = [dataclasses.replace(question, metadata={}) for question in record.questions]
+    return pack(dataclasses.replace(record, image=b"", questions=tuple(questions), metadata={}))
 
 
 def unpack(content: bytes) -> Record:

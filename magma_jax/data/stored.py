@@ -1,19 +1,20 @@
 """Data set folders that ``data.convert`` wrote, opened for random access."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
-from magma_jax.data.convert import INFO_FILE, TEXTS_FILE
 from magma_jax.data.records import DataError, Record, unpack
+from magma_jax.data.shards import INFO_FILE, TEXTS_FILE, texts_name
 from magma_jax.typing import Int
 
 
 class StoredRecords:
-    """The records of a data set folder, by row; a source for Grain.
+    """The records of a data set folder, by row; a source for Grain. Processes may be sent it.
 
     Attributes:
         info: the content of ``info.json``.
@@ -28,16 +29,19 @@ class StoredRecords:
         if not (folder / INFO_FILE).is_file():
             raise DataError(f"{folder}: no data set folder (no {INFO_FILE}); make one: python -m magma_jax.data")
         self.info = json.loads((folder / INFO_FILE).read_text())
-        missing = [name for name in self.info["files"] if not (folder / name).is_file()]
+        files = [name for name, records in self.info["files"].items() if records]
+        missing = [name for name in [*files, *map(texts_name, files)] if not (folder / name).is_file()]
         if missing:
             raise DataError(f"{folder}: {missing[0]} is missing ({len(missing)} in all); copy or convert it again")
-        self.texts = np.load(folder / TEXTS_FILE)
+        # Mapped, not read: tens of millions of records are some hundred megabytes, in every worker.
+        self.texts = np.load(folder / TEXTS_FILE, mmap_mode="r")
         self._folder = folder
-        self._source = grain.sources.ArrayRecordDataSource(
-            [str(folder / name) for name, records in self.info["files"].items() if records]
-        )
-        if len(self._source) != self.info["records"]:
-            raise DataError(f"{folder}: holds {len(self._source)} records, not {self.info['records']}; copy it again")
+        _allow_open_files(2 * len(files))
+        self._source = grain.sources.ArrayRecordDataSource([str(folder / name) for name in files])
+        self._texts = grain.sources.ArrayRecordDataSource([str(folder / texts_name(name)) for name in files])
+        for held in (len(self._source), len(self._texts), len(self.texts)):
+            if held != self.info["records"]:
+                raise DataError(f"{folder}: holds {held} records, not {self.info['records']}; copy it again")
 
     def __len__(self) -> int:
         return len(self._source)
@@ -45,5 +49,17 @@ class StoredRecords:
     def __getitem__(self, row: int) -> Record:
         return unpack(self._source[row])
 
+    def text(self, row: int) -> Record:
+        """The record with its captions and questions alone; many times cheaper than the whole."""
+        return unpack(self._texts[row])
+
     def __repr__(self) -> str:
         return f"StoredRecords({self._folder})"
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit: random access keeps every shard open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -168,11 +168,15 @@ class MagmaModel(nnx.Module):
 
     def class_logits(self, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"]) -> Float[Array, "B classes"]:
         """fp32 class scores from the last-layer embedding of each row's last token (position ``lengths`` - 1)."""
-        if self.class_head is None:
-            raise ValueError("this model has no classification head; build it with MagmaConfig(classes=...)")
         hidden = self(embeddings).hidden
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.class_head(last).astype(jnp.float32)
+        return self.class_logits_of(last)
+
+    def class_logits_of(self, hidden: Float[Array, "... D"]) -> Float[Array, "... classes"]:
+        """fp32 class scores of final hidden states."""
+        if self.class_head is None:
+            raise ValueError("this model has no classification head; build it with MagmaConfig(classes=...)")
+        return self.class_head(hidden).astype(jnp.float32)
 
     def remove_adapters(self) -> None:
         """Removes every adapter; the language model's own logits come back bit for bit."""

@@ -113,11 +113,11 @@ def batch_shapes(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
         pictures = (rows, config.data.pack)
     if config.model.kind == "magma":
         encoder = config.model.encoder
-        if features_are_fixed(program):
+        if features_are_fixed(program) and config.data.name != "folders":
             grid = (encoder.channels,) if encoder.positions is None else (encoder.positions, encoder.channels)
             shapes["features"] = ((*pictures, *grid), jnp.float32)
         else:
-            shapes["images"] = ((*pictures, encoder.image_size, encoder.image_size, 3), jnp.float32)
+            shapes["images"] = ((*pictures, encoder.image_size, encoder.image_size, 3), jnp.uint8)
     sharding = batch_sharding(program.mesh)
     return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
 

@@ -1,31 +1,37 @@
 """Where a run starts: fresh, from pretrained parts, or from a base folder whose frozen parameters are not copied.
 
+A base is a model folder, or another run, which is taken as its result stands when this run begins.
+
 The run's folder is a model folder with the parameters as the run starts; what learns is replaced by the checkpoints'.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from magma_jax.config import ConfigError, from_dict, to_dict
 from magma_jax.convert.deferred import Deferred, read_array
 from magma_jax.data.datasets import Dataset
 from magma_jax.distributed import is_main
-from magma_jax.nn.modules import Params
-from magma_jax.sharding import MeshConfig, make_mesh, parameter_shardings, placed
-from magma_jax.training.checkpoint import CHECKPOINTS
+from magma_jax.nn.modules import Params, abstract
+from magma_jax.sharding import MeshConfig, make_mesh, parameter_shardings, placed, replicated
+from magma_jax.training.checkpoint import read_what_was_trained
 from magma_jax.training.config import RunConfig
 from magma_jax.training.continuation import differences
 from magma_jax.training.model_folder import BASE, base_reference, open_params, read_model_json, write_model_folder
 from magma_jax.training.pictures import feature_statistics
-from magma_jax.training.program import Program, fresh_params
+from magma_jax.training.program import Program, create_model, fresh_params
 from magma_jax.training.weights import open_weights
 
 # What a run's model may have otherwise than its base: how it is run and stored, and how fresh parts would begin.
 MAY_DIFFER = ("dtype", "lm.dtype", "lm.embedding_std", "prefix.dropout", "mlp_adapter.init", "attn_adapter.init")
+
+CLASS_HEAD = "class_head/"
 
 
 def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
@@ -35,25 +41,32 @@ def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
         ConfigError: weights or a base that do not fit the model. CheckpointError: no model folder.
     """
     config = program.config
+    trained: Params = {}
     if config.base is not None:
         _check_base(config)
+        # All processes: checkpoints are read together.
+        trained = _trained_in_base(program)
     metadata = {"model": to_dict(config.model), "groups": dict(config.optim.groups), "run": to_dict(config)}
     metadata |= {} if config.base is None else {BASE: base_reference(config.base)}
-    with _starting_params(program, dataset) if is_main() else contextlib.nullcontext(program.params) as params:
-        own = {path: params[path] for path in program.params if _is_own(program, path)}
+    starting = _starting_params(program, dataset, trained) if is_main() else contextlib.nullcontext(program.params)
+    with starting as params:
+        # With a base, what is frozen stays there, unless the base is a run that has trained it.
+        kept = {path for path, label in program.labels.items() if config.base and label == "frozen"} - trained.keys()
+        own = {path: params[path] for path in program.params if path not in kept}
         write_model_folder(workdir, metadata, own, lambda folder: dataset.tokenizer.save(folder / "tokenizer"))
 
 
 @contextlib.contextmanager
-def _starting_params(program: Program, dataset: Dataset) -> Iterator[Params]:
+def _starting_params(program: Program, dataset: Dataset, trained: Params) -> Iterator[Params]:
     """Parameters on their way from files to a folder, unread; fresh ones on the devices of this process alone."""
     config, devices = program.config, program.mesh.local_devices
     mesh = make_mesh(MeshConfig(fsdp=len(devices)), devices)
     shapes = placed(program.params, parameter_shardings(program.params, mesh))
     with _opened(config, shapes) as stored:
+        stored = stored | trained
         params = {path: _in_dtype(tensor, shapes[path].dtype) for path, tensor in stored.items()}
         params |= fresh_params(config, {path: shape for path, shape in shapes.items() if path not in params})
-        if dataset.images is not None:
+        if dataset.images is not None and config.base is None:
             learned = dataset.images if dataset.learned is None else dataset.images[np.asarray(dataset.learned)]
             params |= feature_statistics(learned, program.graphdef, params)
         yield params
@@ -66,15 +79,24 @@ def _opened(config: RunConfig, shapes: Params) -> Iterator[Params]:
             yield pretrained.params
         return
     stored = open_params(config.base)
-    wrong = [path for path in shapes if path not in stored or tuple(stored[path].shape) != shapes[path].shape]
+    wanted = [path for path in shapes if path in stored or not path.startswith(CLASS_HEAD)]
+    wrong = [path for path in wanted if path not in stored or tuple(stored[path].shape) != shapes[path].shape]
     if wrong:
         raise ConfigError(f"base: {config.base} lacks {', '.join(wrong[:5])} of the model's shape; compose it again")
-    yield {path: stored[path] for path in shapes}
+    yield {path: stored[path] for path in wanted}
 
 
-def _is_own(program: Program, path: str) -> bool:
-    """Whether the run's folder holds a parameter itself: all of them, or what is not frozen if it has a base."""
-    return program.config.base is None or program.labels[path] != "frozen"
+def _trained_in_base(program: Program) -> Params:
+    """What a base that is a run has trained, whole on every device; empty for a model folder."""
+    base = program.config.base
+    types = abstract(functools.partial(create_model, program.config))[2]
+    there = {path for path in types if not path.startswith(CLASS_HEAD)} | open_params(base).keys()
+    whole = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(program.mesh))
+        for path, leaf in program.params.items()
+        if path in there
+    }
+    return read_what_was_trained(base, whole, {path: types[path] for path in whole})
 
 
 def _in_dtype(tensor: Any, dtype: Any) -> Any:
@@ -92,13 +114,10 @@ def _in_dtype(tensor: Any, dtype: Any) -> Any:
 
 def _check_base(config: RunConfig) -> None:
     base = Path(config.base or "")
-    if (base / CHECKPOINTS).is_dir():
-        raise ConfigError(
-            f"base: {base} is a run, whose frozen and trained parts lie apart; make a model folder of it first "
-            "(python -m magma_jax.convert to-torch, then from-torch)"
-        )
     theirs = to_dict(from_dict(type(config.model), read_model_json(base)["model"], f"{base}: model"))
-    changed = [name for name in differences(theirs, to_dict(config.model)) if name not in MAY_DIFFER]
+    # A new head may be put on a model without one.
+    may_differ = (*MAY_DIFFER, *(() if theirs.get("classes") else ("classes",)))
+    changed = [name for name in differences(theirs, to_dict(config.model)) if name not in may_differ]
     if changed:
         raise ConfigError(
             f"base: {base} holds another model ({', '.join(changed[:5])} differ); compose one from this config"

@@ -22,8 +22,8 @@ class RunConfig:
         optim: who learns and how.
         loss: how the forward pass of training runs.
         mesh: how devices are arranged; it may change between two parts of a run.
-        base: model folder that the run starts from, such as ``convert compose`` writes; frozen parameters stay there
-            and are not copied. None: start from ``weights``.
+        base: model folder that the run starts from, such as ``convert compose`` writes, or the folder of another run;
+            what it holds frozen stays there and is not copied. None: start from ``weights``.
         weights: path prefix to the name of a pretrained part, see ``training.weights``; the rest starts fresh.
         steps: optimizer steps.
         batch_size: samples a step.
@@ -64,6 +64,8 @@ class RunConfig:
         for name in ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.data.name == "folders":
+            object.__setattr__(self, "data", _for_model(self.data, self.model, self.base))
         if self.data.pack > 1 and self.loss.batch_norm == "batch":
             raise ValueError(
                 "rows with data.pack have empty places for pictures, which loss.batch_norm=batch would count"
@@ -80,3 +82,17 @@ class RunConfig:
             raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} leave nothing of {self.optim.steps} steps")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+
+
+def _for_model(data: DataConfig, model: ModelConfig, base: str | None) -> DataConfig:
+    """Settings of ``folders`` that follow from the model, unless they are given."""
+    if model.kind != "magma":
+        raise ValueError(f"data.name folders holds pictures, which a model of kind {model.kind} does not see")
+    if len(data.classes) != model.classes:
+        raise ValueError(f"data.classes names {len(data.classes)} classes, but model.classes is {model.classes}")
+    return dataclasses.replace(
+        data,
+        image_size=model.encoder.image_size,
+        augment=data.augment or ("random_crop" if model.encoder.kind == "nf_resnet" else "none"),
+        tokenizer=data.tokenizer or base or "gpt2",
+    )

@@ -29,6 +29,8 @@ MAY_CHANGE = (
     "loss.remat",
     "loss.encoder_remat",
     "data.cache_dir",
+    "data.workers",
+    "data.max_skipped",
 )
 
 

@@ -1,5 +1,6 @@
 """The training loop: batches, steps, progress, checkpoints. It knows no model family and no data set by name."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from magma_jax.training.nonfinite import NonfiniteGuard
 from magma_jax.training.pictures import picture_loader
 from magma_jax.training.profiler import StepRange
 from magma_jax.training.setup import Run, prepare_run
+from magma_jax.training.skipped import SkippedSamples
 from magma_jax.training.validation import make_validation
 from magma_jax.training.watch import Watch
 from magma_jax.typing import PRNGKey
@@ -50,6 +52,7 @@ def train(
     # Made on the mesh: with several processes no other array may go into the step.
     key = jax.jit(jax.random.key, static_argnums=0, out_shardings=replicated(mesh))(config.seed)
     with (
+        contextlib.closing(batches),
         StopRequest() as stop,
         RunCheckpoints(run.workdir, writing=True, keep=config.keep_checkpoints) as checkpoints,
     ):
@@ -85,12 +88,14 @@ def _steps(
         run, key, batches.get_state, checkpoints, stop, validate, watch.write, watch.paused, guard.check
     )
     truncated = {"truncated_samples": 0} if config.data.overlong == "truncate" else {}
-    watch.counts = lambda: {"skipped_steps": guard.skipped, **truncated}
+    skipped = SkippedSamples(batches, run.workdir, int(run.state.step))
+    watch.counts = lambda: {"skipped_steps": guard.skipped, **truncated, **skipped.counts()}
     step = int(run.state.step)
     goes_on = milestones.begin(step)
     while goes_on:
         with watch.waiting():
             rows = prepare(next(batches))
+            skipped.record(step + 1)
             if truncated:
                 truncated["truncated_samples"] += int(rows.pop("truncated").sum())
             batch = place_batch(rows, mesh, config.batch_size)

@@ -6,7 +6,9 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 
+from magma_jax.data.images import normalize
 from magma_jax.models.decoder import Decoder
+from magma_jax.models.encoders import ENCODERS
 from magma_jax.models.language_models import LANGUAGE_MODELS
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.attention import causal_mask, same_segment
@@ -43,11 +45,14 @@ def caption_labels(tokens: Int[Array, "B S"], eos_id: int) -> Int[Array, "B S"]:
 
 
 def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> LossResult:
-    """Next-token loss of the words behind a picture (paper, equation 3).
+    """Next-token loss of the words behind a picture (paper, equation 3), or the loss of a classification head.
 
-    ``batch`` holds ``tokens`` and ``labels`` (B, S), and either ``images`` (normalised pictures) or ``features``
-    (what a frozen encoder made of them, computed once). ``key=None`` means no dropout. If rows hold several samples,
-    ``segments`` and ``positions`` (B, S) say which, and pictures and features have a second axis, see
+    With a head (paper, section 4.1.3) a label is a class and stands at the end of text behind a statement, for which
+    the embedding of the last token of the statement is asked.
+
+    ``batch`` holds ``tokens`` and ``labels`` (B, S), and either ``images`` (uint8, or normalised pictures) or
+    ``features`` (what a frozen encoder made of them, computed once). ``key=None`` means no dropout. If rows hold
+    several samples, ``segments`` and ``positions`` (B, S) say which, and pictures and features have a second axis, see
     ``data.batching``.
     """
     if "features" in batch:
@@ -55,6 +60,9 @@ def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, option
     else:
         *leading, height, width, channels = batch["images"].shape
         images = batch["images"].reshape(-1, height, width, channels)
+        if images.dtype == jnp.uint8:
+            entry = ENCODERS[model.config.encoder.kind]
+            images = normalize(images, entry.mean, entry.std)
         features = model.encode_images(images, batch_norm=options.batch_norm, remat=options.encoder_remat)
         features = features.reshape(*leading, *features.shape[1:])
     forward = {"dropout_key": key, "remat": options.remat}
@@ -62,7 +70,9 @@ def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, option
         hidden = model.packed_hidden(features, batch["tokens"], batch["segments"], batch["positions"], **forward)
     else:
         hidden = model.caption_hidden(features, batch["tokens"], **forward)
-    return _token_loss(model, hidden, batch["labels"])
+    if model.class_head is not None:
+        return _label_loss(model.class_logits_of, hidden, batch["labels"])
+    return _label_loss(model.logits, hidden, batch["labels"])
 
 
 def language_loss(model: Decoder, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> LossResult:
@@ -78,7 +88,7 @@ def language_loss(model: Decoder, batch: Batch, key: PRNGKey | None, *, options:
         # The first token of a sample follows nothing.
         labels = jnp.where(segments[:, 1:] == segments[:, :-1], labels, IGNORED)
     hidden = model(model.embed(tokens), positions=positions, mask=mask, remat=options.remat).hidden
-    return _token_loss(model, hidden, labels)
+    return _label_loss(model.logits, hidden, labels)
 
 
 # By the ``kind`` of the model's config.
@@ -88,6 +98,8 @@ LOSSES: dict[str, Callable[..., LossResult]] = {
 }
 
 
-def _token_loss(model: MagmaModel | Decoder, hidden: Float[Array, "B S D"], labels: Int[Array, "B S"]) -> LossResult:
-    loss, count, predicted = cross_entropy(model.logits, hidden, labels)
+def _label_loss(
+    logits: Callable[[Array], Array], hidden: Float[Array, "B S D"], labels: Int[Array, "B S"]
+) -> LossResult:
+    loss, count, predicted = cross_entropy(logits, hidden, labels)
     return loss, count, {"accuracy": predicted}

@@ -1,4 +1,4 @@
-"""From the picture rows of a batch to what the loss wants: normalised pictures, or features computed once."""
+"""From the picture rows of a batch to what the loss wants: pixels, or features computed once."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from magma_jax.convert.deferred import read_array
+from magma_jax.data.folders import fill_pictures
 from magma_jax.data.images import normalize
+from magma_jax.data.pictures import StoredPictures
 from magma_jax.distributed import is_main
 from magma_jax.models.encoders import ENCODERS
 from magma_jax.nn.modules import Params, merge
@@ -37,18 +39,20 @@ class Pictures(Protocol):
 
 
 def picture_loader(
-    images: UInt8[np.ndarray, "N H W 3"] | None, program: Program, params: Params
+    images: UInt8[np.ndarray, "N H W 3"] | StoredPictures | None, program: Program, params: Params
 ) -> Callable[[Batch], Batch]:
-    """Builds the function that replaces ``pictures`` in a batch by ``features`` or ``images``.
+    """Builds the function that replaces ``pictures`` in a batch by ``features`` or ``images`` (uint8).
 
-    If every parameter of the encoder is frozen and its BatchNorms keep their statistics, its features never change
-    and are computed here, once for all pictures.
+    If every parameter of the encoder is frozen and its BatchNorms keep their statistics, its features never change.
+    Those of pictures in memory are then computed here, once for all.
     """
     if images is None:
         return lambda batch: batch
-    entry = ENCODERS[program.config.model.encoder.kind]
+    if isinstance(images, StoredPictures):
+        # Batches of training bring their pictures with them.
+        return lambda batch: fill_pictures(batch, images)[0] if "pictures" in batch else batch
     if not features_are_fixed(program):
-        return lambda batch: _without(batch) | {"images": normalize(images[batch["pictures"]], entry.mean, entry.std)}
+        return lambda batch: _without(batch) | {"images": images[batch["pictures"]]}
     features = encode_all(images, program.graphdef, params, program.mesh)
     return lambda batch: _without(batch) | {"features": features[batch["pictures"]]}
 
@@ -61,7 +65,7 @@ def features_are_fixed(program: Program) -> bool:
 
 
 def feature_statistics(
-    images: UInt8[np.ndarray, "N H W 3"], graphdef: nnx.GraphDef, params: Params, pictures: int = 512
+    images: UInt8[np.ndarray, "N H W 3"] | StoredPictures, graphdef: nnx.GraphDef, params: Params, pictures: int = 512
 ) -> Params:
     """Mean and standard deviation per channel of the features of ``pictures`` pictures, evenly spaced.
 

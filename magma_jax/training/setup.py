@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from magma_jax.compile import return_compiler_memory
+from magma_jax.config import ConfigError
 from magma_jax.data.datasets import Dataset, load_dataset
 from magma_jax.distributed import agreed, say
 from magma_jax.nn.modules import Params, parameter_count
@@ -66,6 +67,7 @@ def prepare_run(
     program = build_program(config, make_mesh(config.mesh, devices))
     say(f"preparing data: {config.data.name}")
     dataset = load_dataset(config.data)
+    _check_vocabulary(config, dataset)
     if not exists:
         write_run_folder(program, workdir, dataset)
     # The base folder holds every parameter as the run started; what learns is replaced by the checkpoint's.
@@ -77,3 +79,14 @@ def prepare_run(
         f"{program.mesh.size} {program.mesh.devices.flat[0].platform} device(s)"
     )
     return Run(config, workdir, dataset, program, frozen, state)
+
+
+def _check_vocabulary(config: RunConfig, dataset: Dataset) -> None:
+    language_model = config.model.lm if config.model.kind == "magma" else config.model
+    # Without the placeholder of pictures, which no text holds.
+    size = dataset.tokenizer.vocab_size
+    if size > language_model.vocab_rows:
+        raise ConfigError(
+            f"the tokenizer has {size} tokens, but the language model embeds {language_model.vocab_rows}; "
+            "set data.tokenizer to that of the language model"
+        )

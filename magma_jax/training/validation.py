@@ -1,5 +1,6 @@
 """The loss on samples that the run does not learn from: always the same ones, in the same order, without dropout."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ import numpy as np
 from magma_jax.config import ConfigError
 from magma_jax.data.batching import PaddedBatches
 from magma_jax.data.pipeline import encode_sample
+from magma_jax.data.sources import UnusableSample
+from magma_jax.distributed import say
 from magma_jax.nn.modules import Params, merge
 from magma_jax.sharding import local_rows, place_batch, replicated
 from magma_jax.training.config import RunConfig
@@ -70,13 +73,27 @@ def chosen_samples(config: RunConfig, evaluation: dict[str, Sequence[Any]]) -> l
         known = ", ".join(name for name, found in evaluation.items() if found)
         raise ConfigError(f"validation.split {split!r}: {config.data.name} has {known or 'no samples to validate on'}")
     rows = np.unique(np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int))
-    return [samples[row] for row in rows]
+    chosen, unusable = [], collections.Counter()
+    for row in rows.tolist():
+        try:
+            chosen.append(samples[row])
+        except UnusableSample as error:
+            unusable[str(error)] += 1
+    if unusable:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in unusable.items())
+        say(f"validation goes without {unusable.total()} of {len(rows)} samples ({reasons})")
+    if not chosen:
+        raise ConfigError(f"validation.split {split!r}: none of its samples can be used")
+    return chosen
 
 
 def _batches(run: Run, size: int) -> list[Batch]:
     data, tokenizer = run.config.data, run.dataset.tokenizer
     samples = chosen_samples(run.config, run.dataset.evaluation)
-    rows = [encode_sample(sample, tokenizer, data.length, overlong=data.overlong) for sample in samples]
+    rows = [
+        encode_sample(sample, tokenizer, data.length, overlong=data.overlong, classes=data.classes)
+        for sample in samples
+    ]
     # The last batch is filled up with rows that count no token.
     filler = {**rows[0], "labels": np.full_like(rows[0]["labels"], IGNORED)}
     rows += [filler] * (-len(rows) % size)

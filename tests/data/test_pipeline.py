@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from magma_jax.data.openmoji import Sample
 from magma_jax.data.pipeline import encode_sample, sample_batches, text_batches
+from magma_jax.data.records import Sample
 from magma_jax.data.tokenizer import gpt2_tokenizer
 from magma_jax.training.losses import IGNORED
 
@@ -29,7 +29,7 @@ def test_labels_are_the_answer_and_one_end_of_text():
 
 
 def test_the_prompt_is_learned_if_asked():
-    encoded = encode_sample(Sample(4, "A", " cat", "caption"), TOKENIZER, 5, learn_prompt=True)
+    encoded = encode_sample(Sample(4, "A", " cat", "caption", learn_prompt=True), TOKENIZER, 5)
     np.testing.assert_array_equal(encoded["labels"], encoded["tokens"])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magma_jax.data.openmoji import Sample
+from magma_jax.data.records import Sample
 from magma_jax.evaluation.charts import line_chart, ticks
 from magma_jax.evaluation.overview import overview_picture
 from magma_jax.evaluation.own_split import score

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magma_jax.data.openmoji import Sample
+from magma_jax.data.records import Sample
 from magma_jax.training import setup
 from magma_jax.training.metrics import WatchConfig
 from magma_jax.training.samples import choose

@@ -1,0 +1,43 @@
+"""Pools of worker processes that survive signals and do not outlive their parent."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+def worker_pool(
+    workers: int, start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
+) -> concurrent.futures.ProcessPoolExecutor:
+    """A pool of fresh processes, each of which calls ``start(*arguments)`` first.
+
+    Ctrl-C and SIGTERM, which schedulers send to all processes of a job, are left to the parent: it may want to finish
+    what it has begun. When the parent is gone, however it ended, so are the workers.
+    """
+    # Forked processes would inherit JAX's threads in an unknown state.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *([start.__module__] if start else [])])
+    return concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (start, arguments))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _begin(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if start is not None:
+        start(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
