@@ -1,4 +1,4 @@
-"""One server for all tests that do not change it: it takes long to compile."""
+"""One server and one browser for all tests that do not change them: they take long to start."""
 
 import pytest
 
@@ -16,3 +16,13 @@ def server(model):
     running = Running(model, ServerConfig(model="tiny", timeout=20, pictures=RULES, max_body_bytes=1_000_000))
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from tests.serve.browser import MISSING, chromium
+
+    if MISSING:
+        pytest.skip(MISSING)
+    with chromium() as driver:
+        yield driver

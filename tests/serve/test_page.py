@@ -1,78 +1,19 @@
 """The page in a real browser: what a person does with it, by mouse and by keyboard."""
 
-import shutil
-
 import pytest
 from selenium import webdriver
-from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.expected_conditions import staleness_of
-from selenium.webdriver.support.ui import Select, WebDriverWait
+from selenium.webdriver.support.ui import Select
 
+from tests.serve.browser import Page
 from tests.serve.running import expected, square
-
-CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no chromium with its driver (Debian: chromium, chromium-driver)"
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    # Nothing but the server of the test can be reached: the page works without a network.
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--window-size=900,1200",
-        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-    ):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture
 def page(browser, server, tmp_path):
     browser.get(server.url)
     return Page(browser, tmp_path)
-
-
-class Page:
-    """What a person sees and does."""
-
-    def __init__(self, browser, folder):
-        self.browser, self.folder = browser, folder
-        self.wait(lambda: self.text("#status") == "ready")
-
-    def all(self, selector):
-        return self.browser.find_elements(By.CSS_SELECTOR, selector)
-
-    def one(self, selector):
-        return self.all(selector)[-1]
-
-    def text(self, selector):
-        return self.one(selector).get_attribute("textContent")
-
-    def wait(self, condition):
-        WebDriverWait(self.browser, 30, poll_frequency=0.02).until(lambda _: condition())
-
-    def upload(self, colour):
-        path = self.folder / f"{colour}.png"
-        square(colour).resize((128, 96)).save(path)
-        count = len(self.all(".frame"))
-        self.one("input[type=file]").send_keys(str(path))
-        self.wait(lambda: len(self.all(".frame")) == count + 1)
-
-    def write(self, text, selector=".part textarea"):
-        self.one(selector).send_keys(Keys.CONTROL, "a", Keys.NULL, text or Keys.DELETE)
-
-    def ask(self):
-        self.one("#ask").click()
-        self.wait(lambda: " tokens in " in self.text("#status") or "failed" in self.text("#status"))
 
 
 def test_upload_ask_and_look_where_the_words_looked(page, model):
