@@ -22,13 +22,15 @@ def main() -> None:
     one.add_argument("--protocol", required=True, choices=PROTOCOLS, metavar="NAME", help=", ".join(PROTOCOLS))
     one.add_argument("--references", required=True, type=Path, help="the official file of annotations")
     one.add_argument("--predictions", required=True, type=Path, help="list of predictions, .json or .jsonl")
+    one.add_argument("--choices", type=Path, help="GQA's file of choices, for its validity and plausibility")
     one.add_argument("--draws", type=int, default=DRAWS, help="of the bootstrap; default: %(default)s")
     one.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     try:
         if arguments.draws < 1:
             raise ValueError(f"--draws must be at least 1, got {arguments.draws}")
-        result = score_files(arguments.protocol, arguments.references, arguments.predictions, draws=arguments.draws)
+        files = arguments.references, arguments.predictions
+        result = score_files(arguments.protocol, *files, choices=arguments.choices, draws=arguments.draws)
     except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
         sys.exit(f"magma_jax.evaluation: {error}")
     print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if arguments.json else result.table())

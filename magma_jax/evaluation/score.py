@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from magma_jax.data.readers.common import read_json
+from magma_jax.data.records import DataError
+from magma_jax.evaluation import gqa
 from magma_jax.evaluation.bootstrap import DRAWS, Interval, intervals
 from magma_jax.evaluation.metrics import Scores
 from magma_jax.evaluation.protocols import (
@@ -29,6 +32,7 @@ class Score:
         intervals: 95 % bootstrap interval by name.
         groups: kind of group to group to its number of samples and scores.
         constant: what always giving the same answer scores, and that answer.
+        measures: of GQA, see ``gqa.gqa_measures``.
     """
 
     protocol: str
@@ -37,6 +41,7 @@ class Score:
     intervals: dict[str, Interval]
     groups: dict[str, dict[str, dict[str, float | int]]]
     constant: dict[str, Any]
+    measures: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -51,6 +56,7 @@ class Score:
             baseline = self.constant["scores"][name]
             lines.append(f"{name:<14}{value:>9.4g}   {low:>9.4g} {high:>9.4g}   {baseline:>9.4g}")
         lines += ["", f"constant: always {self.constant['answer']!r}"]
+        lines += [f"{name}: {value:.4g}" for name, value in self.measures.items()]
         for kind, groups in self.groups.items():
             lines += ["", f"by {kind}"]
             width = max(map(len, groups), default=0)
@@ -60,17 +66,37 @@ class Score:
         return "\n".join(lines)
 
 
-def score_files(protocol: str, references: str | Path, predictions: str | Path, *, draws: int = DRAWS) -> Score:
+def score_files(
+    protocol: str,
+    references: str | Path,
+    predictions: str | Path,
+    *,
+    choices: str | Path | None = None,
+    draws: int = DRAWS,
+) -> Score:
     """Scores a file of predictions against the official file of annotations.
+
+    Args:
+        choices: of GQA, for its validity and plausibility.
 
     Raises:
         DataError: a file is damaged or in another format, or the ids differ.
     """
-    chosen = PROTOCOLS[protocol]
-    texts, truths = join(
-        chosen.references(Path(references)), read_predictions(Path(predictions), chosen), str(predictions)
-    )
-    return score(protocol, texts, truths, draws=draws)
+    chosen, references, predictions = PROTOCOLS[protocol], Path(references), Path(predictions)
+    if choices is not None and not protocol.startswith("gqa"):
+        raise DataError(f"--choices is for GQA, not for {protocol}")
+    said = read_predictions(predictions, chosen)
+    truths = chosen.references(references)
+    measures: dict[str, float] = {}
+    if protocol.startswith("gqa"):
+        questions = gqa.read_questions(references)
+        # Only balanced questions are scored; consistency looks at predictions for the others, too.
+        kept = {key: text for key, text in said.items() if key in truths or key not in questions}
+        texts, judged = join(truths, kept, str(predictions))
+        measures = gqa.gqa_measures(questions, said, None if choices is None else read_json(Path(choices)))
+    else:
+        texts, judged = join(truths, said, str(predictions))
+    return dataclasses.replace(score(protocol, texts, judged, draws=draws), measures=measures)
 
 
 def score(protocol: str, predictions: Sequence[str], references: Sequence[Reference], *, draws: int = DRAWS) -> Score:

@@ -138,6 +138,48 @@ def test_gqa_counts_balanced_questions_by_string_equality(tmp_path):
     assert score_files("gqa_relaxed", references, predictions, draws=1).scores["accuracy"] == pytest.approx(200 / 3)
 
 
+def test_gqa_has_measures_beside_accuracy(tmp_path):
+    def question(answer, detailed="place", entailed=(), group=None, balanced=True):
+        types = {"structural": "query", "detailed": detailed}
+        return {
+            "answer": answer,
+            "isBalanced": balanced,
+            "types": types,
+            "entailed": list(entailed),
+            "groups": {"global": group},
+        }
+
+    questions = {
+        "1": question("dog", entailed=["1", "4", "5"], group="animal"),
+        "2": question("cat", group="animal"),
+        "3": question("color", detailed="twoCommon"),
+        "4": question("yes", balanced=False),
+        "5": question("no", balanced=False),
+    }
+    choices = {key: {"valid": ["dog", "cat", "pond"], "plausible": ["dog", "cat"]} for key in questions}
+    references, choices = dump(tmp_path / "g.json", questions), dump(tmp_path / "c.json", choices)
+
+    def predicted(**said):
+        entries = [{"questionId": key[1:], "prediction": text} for key, text in said.items()]
+        path = dump(tmp_path / "p.json", entries)
+        return score_files("gqa_exact", references, path, choices=choices, draws=1)
+
+    result = predicted(_1="dog", _2="pond", _3="shape", _4="yes", _5="yes")
+    assert result.samples == 3
+    assert result.measures["consistency"] == 50
+    assert result.measures["validity"] == 100
+    assert result.measures["plausibility"] == pytest.approx(200 / 3)
+    # One dog, as it should be; no cat where there should be one.
+    assert result.measures["distribution"] == pytest.approx(1 / 100)
+    assert "consistency: 50" in result.table()
+    # What follows was not asked.
+    assert "consistency" not in predicted(_1="dog", _2="cat", _3="shape", _4="yes").measures
+    with pytest.raises(DataError, match="1 ids predicted that the references do not have"):
+        predicted(_1="dog", _2="cat", _3="shape", _6="yes")
+    with pytest.raises(DataError, match="1 ids without a prediction"):
+        predicted(_1="dog", _2="cat")
+
+
 def test_vizwiz_by_index_and_by_value(tmp_path):
     answers = [{"answer": "coke", "answer_confidence": "yes"}] * 10
     references = [{"image": "VizWiz_val_00000000.jpg", "question": "?", "answers": answers, "answer_type": "other"}]
