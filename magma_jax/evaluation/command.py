@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
 from magma_jax.convert.hub import local_path
 from magma_jax.data.datasets import DataConfig, Dataset, load_dataset
+from magma_jax.data.workers import cores
 from magma_jax.distributed import is_main
 from magma_jax.evaluation import comparison
 from magma_jax.evaluation.few_shot import evaluate_task
@@ -41,6 +42,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override settings of the tasks")
     group.add_argument("--output", type=Path, help="folder of the results; default: evaluation/ in --workdir")
     group.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    group.add_argument("--workers", type=int, help="processes that decode pictures; default: one a core")
     group.add_argument("--dtype", help="of weights and activations, such as bfloat16; default: the checkpoint's")
     group.add_argument("--mesh", nargs="*", metavar="KEY=VALUE", help="devices that share the work, as in data=-1")
     group.add_argument("--distributed", action="store_true", help="as one of several processes: docs/training.md")
@@ -99,6 +101,7 @@ def run_tasks(arguments: argparse.Namespace) -> None:
         dataset=dataset,
         batch_size=arguments.batch_size,
         mesh=mesh,
+        workers=cores() if arguments.workers is None else arguments.workers,
         stamp={"checkpoint": checkpoint},
     )
     if arguments.sweep:

@@ -2,17 +2,15 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from magma_jax.data.datasets import Dataset
-from magma_jax.data.images import ImageError, load_image, to_uint8
+from magma_jax.data.pictures import PictureOptions, StoredPictures
 from magma_jax.data.records import DataError, Record
-from magma_jax.data.stored import StoredRecords
 from magma_jax.evaluation.protocols import Reference, gqa_groups, stem
 from magma_jax.evaluation.results import CAPTION, question_of
 from magma_jax.evaluation.tasks import Kind
@@ -89,12 +87,24 @@ class OwnExamples(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:
         return self._examples[index]
 
+    def shot(self, index: int) -> Example:
+        """An example to be shown."""
+        return self._examples[index]
+
+    def picture(self, index: int) -> int:
+        """Row of an example's picture."""
+        return self._examples[index].picture
+
 
 class StoredExamples(Sequence[Example]):
-    """A data set folder; records are read when they are asked for."""
+    """A data set folder; records are read when they are asked for.
 
-    def __init__(self, folder: str | Path, kind: Kind, image_size: int):
-        records = StoredRecords(folder)
+    ``pictures`` gives their pictures at the encoder's size, decoded by ``workers`` processes.
+    """
+
+    def __init__(self, folder: str | Path, kind: Kind, image_size: int, workers: int = 0):
+        self.pictures = StoredPictures([folder], PictureOptions(image_size), workers)
+        (records,) = self.pictures.records
         captions, questions = records.texts.T
         self._counts = np.minimum(captions, 1) if kind == CAPTION else questions
         if not self._counts.sum():
@@ -103,67 +113,77 @@ class StoredExamples(Sequence[Example]):
         self._records, self._kind = records, kind
         self._ends = np.cumsum(self._counts)
         self._last: tuple[int, Record] | None = None
-        self.pictures = StoredPictures(records, image_size)
         self.name = str(folder)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        row = int(np.searchsorted(self._ends, index, side="right"))
+        row, number = self._locate(index)
         if self._last is None or self._last[0] != row:
-            self._last = row, self._records[row]
+            # Questions of one picture stand together: it is read once.
+            self._last = row, self._guard(self._records.__getitem__, row)
         record = self._last[1]
         if self._kind == CAPTION:
             return Example(record.id, row, "", record.captions, (), _texts(record.metadata, ("domain",)))
-        question = record.questions[index - int(self._ends[row] - self._counts[row])]
+        question = record.questions[number]
         groups = _texts(question.metadata, ("answer_type", "question_type", "answerable"))
         groups |= gqa_groups(question.metadata.get("types") or {})
         raw = tuple(question.metadata.get("raw_answers", ()))
         return Example(question.id, row, question.text, question.answers, raw, groups)
 
+    def shot(self, index: int) -> Example:
+        """An example without its groups and raw answers, which is read many times faster."""
+        row, number = self._locate(index)
+        record = self._guard(self._records.text, row)
+        if self._kind == CAPTION:
+            return Example(record.id, row, "", record.captions)
+        question = record.questions[number]
+        return Example(question.id, row, question.text, question.answers)
 
-class StoredPictures:
-    """Pictures of a data set folder at the encoder's size, decoded when they are asked for."""
+    def picture(self, index: int) -> int:
+        """Row of an example's picture, found without reading it."""
+        return self._locate(index)[0]
 
-    def __init__(self, records: StoredRecords, size: int):
-        self._records, self._size = records, size
-        self._pool = ThreadPoolExecutor()
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = int(np.searchsorted(self._ends, index, side="right"))
+        return row, index - int(self._ends[row] - self._counts[row])
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, rows: Int[np.ndarray, " N"]) -> UInt8[np.ndarray, "N h w 3"]:
-        return np.stack(list(self._pool.map(self._decode, np.asarray(rows).tolist())))
-
-    def _decode(self, row: int) -> np.ndarray:
-        record = self._records[row]
+    def _guard(self, read: Callable[[int], Record], row: int) -> Record:
         try:
-            return to_uint8(load_image(record.image_bytes()), self._size)
-        except ImageError as error:
-            raise DataError(f"{self._records}: picture of {record.id}: {error}") from None
+            return read(row)
+        except (OSError, RuntimeError) as error:  # the last from the file library
+            raise DataError(f"{self.name}: record {row} cannot be read ({error}); convert the data set again") from None
 
 
 class JoinedPictures:
     """Two sources of pictures as one: rows of the second follow those of the first."""
 
     def __init__(self, first: Pictures, second: Pictures):
-        self._first, self._second = first, second
+        self.sources = first, second
 
     def __len__(self) -> int:
-        return len(self._first) + len(self._second)
+        return sum(map(len, self.sources))
 
     def __getitem__(self, rows: Int[np.ndarray, " N"]) -> UInt8[np.ndarray, "N h w 3"]:
         rows = np.asarray(rows)
-        later = rows >= len(self._first)
-        parts = [(self._first, ~later, rows), (self._second, later, rows - len(self._first))]
+        first, second = self.sources
+        later = rows >= len(first)
+        parts = [(first, ~later, rows), (second, later, rows - len(first))]
         parts = [(mask, source[numbers[mask]]) for source, mask, numbers in parts if mask.any()]
         out = np.empty((len(rows), *parts[0][1].shape[1:]), np.uint8)
         for mask, pixels in parts:
             out[mask] = pixels
         return out
+
+
+def close(pictures: Any) -> None:
+    """Ends the processes that decode, which start again when more pictures are asked for."""
+    for source in pictures.sources if isinstance(pictures, JoinedPictures) else (pictures,):
+        if isinstance(source, StoredPictures):
+            source.close()
 
 
 class BlackPictures:

@@ -1,6 +1,7 @@
 """Runs a task: completed examples before each query, answers, scores, and everything they depend on."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from magma_jax.evaluation.examples import (
     JoinedPictures,
     OwnExamples,
     StoredExamples,
+    close,
     spaced,
 )
 from magma_jax.evaluation.metrics import Scores
@@ -104,6 +106,7 @@ def evaluate_task(
     *,
     batch_size: int = 32,
     mesh: Mesh | None = None,
+    workers: int = 0,
     stamp: Mapping[str, Any] | None = None,
 ) -> TaskResult:
     """Answers every query of a task and scores the answers.
@@ -113,12 +116,13 @@ def evaluate_task(
         dataset: the run's own data, for tasks that take it.
         batch_size: prompts that are run together; changes speed, not results.
         mesh: devices that share the work, of one process or several; changes speed, not results.
+        workers: processes that decode pictures of data set folders; 0 for none but this one.
         stamp: joined to the result's, such as the checkpoint.
 
     Raises:
         DataError: data that is missing or has not what the task wants. PromptError: prompts that exceed the context.
     """
-    queries, pool = open_examples(task, model, dataset)
+    queries, pool = open_examples(task, model, dataset, workers)
     numbers = spaced(len(queries), task.limit)
     examples = [queries[number] for number in numbers]
     _check_ids(examples, queries.name)
@@ -141,6 +145,7 @@ def evaluate_task(
             common=asked.common,
             extrapolate=task.overlong == "extrapolate",
         )
+    close(pictures)
     longest = max(map(answerer.length, asked.prompts)) + answerer.length(asked.common)
     found = {
         "samples": len(examples),
@@ -181,22 +186,26 @@ def finish(
     return TaskResult(task, examples, shots, outputs, answers, scores, first_line, pictures, stamp)
 
 
-def open_examples(task: TaskConfig, model: Magma, dataset: Dataset | None) -> tuple[Examples, Examples]:
+def open_examples(
+    task: TaskConfig, model: Magma, dataset: Dataset | None, workers: int = 0
+) -> tuple[Examples, Examples]:
     """Examples to ask, and to draw shots from; the same object where these are the same data.
 
     Raises:
         DataError: no data.
     """
-    size = model.config.encoder.image_size
+    open_folder = functools.partial(
+        StoredExamples, kind=task.kind, image_size=model.config.encoder.image_size, workers=workers
+    )
     if task.data is not None:
-        queries = StoredExamples(task.data, task.kind, size)
+        queries = open_folder(task.data)
         same = task.shot_data in (None, task.data)
-        return queries, queries if same else StoredExamples(task.shot_data, task.kind, size)
+        return queries, queries if same else open_folder(task.shot_data)
     if dataset is None:
         raise DataError(f"task {task.name}: no data; give the data set folder with --data")
     own = OwnExamples(dataset, task.split, task.kind)
     if task.shot_data is not None:
-        return own, StoredExamples(task.shot_data, task.kind, size)
+        return own, open_folder(task.shot_data)
     if task.shot_split == task.split or not task.shots:
         return own, own
     return own, OwnExamples(dataset, task.shot_split, task.kind)
@@ -240,14 +249,14 @@ def _shots(
         raise DataError("shots of a whole run may not come from the questions themselves; give --shot-data")
 
     def allowed(query: int, row: int) -> bool:
-        return pool.pictures is not queries.pictures or pool[row].picture != examples[query].picture
+        return pool.pictures is not queries.pictures or pool.picture(row) != examples[query].picture
 
     ids = None if shared else [example.id for example in examples]
     try:
         rows = draw_shots(len(pool), task.shots, task.seed, ids, allowed)
     except ValueError as error:
         raise DataError(f"{pool.name}: {error}") from None
-    shots = [[Shot(row, pool[row]) for row in chosen] for chosen in rows]
+    shots = [[Shot(row, pool.shot(row)) for row in chosen] for chosen in rows]
     bare = next((shot.example.id for chosen in shots for shot in chosen if not shot.example.answers), None)
     if bare is not None:
         raise DataError(f"{pool.name}: example {bare} has no answer to show; take shots from a split with answers")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from magma_jax.evaluation.examples import Example, spaced
+from magma_jax.evaluation.examples import Example, close, spaced
 from magma_jax.evaluation.few_shot import Shot, TaskResult
 from magma_jax.evaluation.report import fill_page
 from magma_jax.evaluation.results_card import stamp
@@ -32,6 +32,7 @@ def write_gallery(path: str | Path, result: TaskResult, shown: int = SHOWN) -> N
     scores = result.per_sample()
     marks = [_mark(result, scores and {k: float(v[i]) for k, v in scores.per_sample.items()}, i) for i in numbers]
     pixels = result.pictures[np.array([result.examples[i].picture for i in numbers])]
+    close(result.pictures)
     shared = result.task.shot_policy == "run" and result.shots and bool(result.shots[0])
     groups = sorted({value for example in result.examples for value in example.groups.values()})
     values = result.to_dict()
