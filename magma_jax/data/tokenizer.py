@@ -22,6 +22,9 @@ class Tokenizer:
     Wraps a ``tokenizers.Tokenizer``; never changes once built, so threads may share it and processes be sent
     it. ``<|image|>`` gets the next free id where the vocabulary lacks it, as in the original.
 
+    Attributes:
+        longest: bytes of the longest token: a text of N bytes has at least N / ``longest`` tokens.
+
     Raises:
         ValueError: the vocabulary has no ``eos`` token.
     """
@@ -38,7 +41,10 @@ class Tokenizer:
         self.eos_id: int = self._parsing.token_to_id(eos)
         self.pad_id: int = self.eos_id
         self.image_id: int = self._parsing.token_to_id(image)
-        self._rows = max(self._parsing.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._parsing.get_vocab(with_added_tokens=True)
+        self._rows = max(vocabulary.values()) + 1
+        # One character of a byte-level token stands for one byte.
+        self.longest: int = max(map(len, vocabulary))
 
     def __reduce__(self):
         # The switch that keeps spelled tokens plain does not survive the backend's own pickling.

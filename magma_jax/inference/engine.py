@@ -126,9 +126,13 @@ class Engine:
         """Tokens and pixels of a prompt; may run in any thread, before ``submit``.
 
         Raises:
-            ValueError: an empty prompt, an item that is neither text nor picture, too many pictures. ImageError.
+            ValueError: an empty prompt, an item that is neither text nor picture, too many pictures, or more text than
+                the context can hold. ImageError.
         """
         config, tokenizer = self.model.config, self.model.tokenizer
+        size = sum(len(item) for item in prompt if isinstance(item, str))
+        if size > self.context * tokenizer.longest:  # before it is split, which takes long
+            raise ValueError(f"the prompt has {size} characters, more than the context of {self.context} tokens holds")
         return encode_prompt(prompt, config, tokenizer, max_pictures=self.config.pictures)
 
     def submit(self, prompt: Prompt | Encoded, options: RequestOptions = RequestOptions()) -> Ticket:

@@ -29,12 +29,17 @@ def main() -> None:
         key = arguments.api_key_file.read_text().strip() if arguments.api_key_file else None
         if key == "":
             raise ValueError(f"{arguments.api_key_file}: holds no key")
-        fetch = FetchRules(tuple(arguments.allow_domain)) if arguments.allow_domain else None
+        fetch = (
+            FetchRules(tuple(arguments.allow_domain), timeout=arguments.fetch_timeout)
+            if arguments.allow_domain
+            else None
+        )
         rules = PictureRules(arguments.max_pictures, folder=arguments.folder, fetch=fetch)
         config = ServerConfig(
             arguments.name or Path(arguments.checkpoint).name,
             key,
             timeout=arguments.timeout,
+            body_timeout=arguments.body_timeout,
             pictures=rules,
         )
         sizes = EngineConfig(arguments.slots, arguments.context, queue=arguments.queue)
@@ -67,10 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, help="positions of a request; default: the model's")
     parser.add_argument("--queue", type=int, default=EngineConfig.queue, help="waiting at most; default: %(default)s")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take; default: %(default)s")
+    parser.add_argument("--body-timeout", type=float, default=20.0, help="seconds to arrive; default: %(default)s")
     parser.add_argument("--api-key-file", type=Path, help="file with the key that every route asks for")
     parser.add_argument("--max-pictures", type=int, default=16, help="in a request; default: %(default)s")
     parser.add_argument("--folder", type=Path, help="pictures below it may be named by file: URLs")
     parser.add_argument("--allow-domain", nargs="*", default=[], help="hosts that pictures are fetched from")
+    parser.add_argument("--fetch-timeout", type=float, default=5.0, help="seconds of a fetch; default: %(default)s")
     return parser
 
 

@@ -27,7 +27,7 @@ from magma_jax.serve.attention import warm_up as attention_warm_up
 from magma_jax.serve.fetch import FetchError
 from magma_jax.serve.metrics import ServerMetrics
 from magma_jax.serve.pictures import PictureRules, open_picture
-from magma_jax.serve.schema import ChatRequest, ImageURL, PromptRequest, RequestError, finite, parse, probability
+from magma_jax.serve.schema import Asked, ChatRequest, ImageURL, PromptRequest, RequestError, finite, parse, probability
 
 # What an answer that names no limit gets at most.
 DEFAULT_TOKENS = 64
@@ -44,6 +44,7 @@ class ServerConfig:
         api_key: asked for on every route, as a bearer token or as the password of basic authentication; None for none.
         max_body_bytes: of a request.
         timeout: seconds that a request may take, waiting included.
+        body_timeout: seconds that it may take to arrive.
         decoders: pictures that are decoded at the same time.
         pictures: what pictures are taken.
     """
@@ -52,6 +53,7 @@ class ServerConfig:
     api_key: str | None = None
     max_body_bytes: int = 32 * 2**20
     timeout: float = 120.0
+    body_timeout: float = 20.0
     decoders: int = 2
     pictures: PictureRules = PictureRules()
 
@@ -130,7 +132,7 @@ class _Service:
 
     async def chat(self, request: Request) -> Response:
         started = time.perf_counter()
-        wanted = parse(await self._json(request), ChatRequest)
+        wanted = await self._read(request, ChatRequest)
         encoded = await self._encode(wanted)
         tickets = self._submit(encoded, wanted.options(self._default_tokens(encoded)))
         if wanted.stream:
@@ -138,24 +140,41 @@ class _Service:
             return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         return await self._whole(request, wanted, tickets, started)
 
-    async def _json(self, request: Request) -> Any:
-        body = bytearray()
-        limit = self.config.max_body_bytes
+    async def _read(self, request: Request, kind: type[Asked]) -> Asked:
+        """The checked body of a request."""
+        body, limit, seconds = bytearray(), self.config.max_body_bytes, self.config.body_timeout
+        too_large = RequestError(f"the request has more than {limit} bytes", 413)
         if int(request.headers.get("content-length") or 0) > limit:
-            raise RequestError(f"the request has more than {limit} bytes", 413)
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise RequestError(f"the request has more than {limit} bytes", 413)
+            raise too_large
         try:
-            return await anyio.to_thread.run_sync(lambda: json.loads(body.decode(), parse_constant=finite))
+            async with asyncio.timeout(seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise RequestError(f"the request did not arrive within {seconds:g} s", 408) from None
+
+        def work() -> Asked:
+            content = json.loads(body.decode(), parse_constant=finite)
+            if b"\\u" in body:  # an escape may spell half a character, which is no text
+                json.dumps(content, ensure_ascii=False).encode()
+            return parse(content, kind)
+
+        try:
+            # Not here: a large one would keep everybody waiting.
+            return await anyio.to_thread.run_sync(work)
+        except RequestError:
+            raise
         except UnicodeDecodeError as error:
             raise RequestError(f"the request is not UTF-8 (byte {error.start})") from None
+        except UnicodeEncodeError:
+            raise RequestError("the request spells half a character (a lone surrogate)") from None
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the request is no JSON ({error!s:.100})") from None
 
     async def attention(self, request: Request) -> Response:
-        wanted = parse(await self._json(request), AttentionRequest)
+        wanted = await self._read(request, AttentionRequest)
         encoded = await self._encode(wanted)
         if self._looking.statistics().tasks_waiting >= MAX_LOOKING:
             raise RequestError("too many requests for attention are waiting; try again later", 429, code="queue_full")

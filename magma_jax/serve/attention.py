@@ -36,6 +36,8 @@ def attention(engine: Engine, prompt: Encoded, wanted: AttentionRequest) -> dict
             raise RequestError(f"{name} {value}: the model has {count}, counted from 0", param=name)
     if wanted.head is not None and wanted.layer is None:
         raise RequestError("a head needs a layer", param="head")
+    if len(wanted.answer) > engine.context * model.tokenizer.longest:  # before it is split, which takes long
+        raise RequestError(f"the answer is longer than the context of {engine.context} tokens holds", param="answer")
     tokens = model.tokenizer.encode(wanted.answer) if isinstance(wanted.answer, str) else wanted.answer
     if any(token >= model.config.lm.vocab_rows for token in tokens):
         raise RequestError("answer: no such token", param="answer")

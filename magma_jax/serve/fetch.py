@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import http.client
 import ipaddress
+import queue
 import socket
 import ssl
 import threading
@@ -30,7 +31,16 @@ _TUNNELS = tuple(
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CHUNK = 64 * 1024
 
+# Lookups that may hang at a time: nothing can stop one, so each keeps a thread.
+_LOOKUPS = threading.BoundedSemaphore(32)
+
 Resolver = Callable[[str, int], Sequence[str]]
+Connector = Callable[..., socket.socket]
+
+
+def resolve(host: str, port: int) -> list[str]:
+    """All addresses of a host name."""
+    return [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 class FetchError(ValueError):
@@ -44,21 +54,18 @@ class FetchRules:
     Attributes:
         domains: hosts, each with its subdomains; nothing else is ever contacted.
         max_bytes: of the body.
-        timeout: seconds for everything, redirects included.
+        timeout: seconds for everything, lookups and redirects included.
         redirects: at most.
-        private: lets private addresses through; for tests on loopback.
+        resolver: gives the addresses of a name, for tests.
+        connector: as ``socket.create_connection``, for tests.
     """
 
     domains: tuple[str, ...] = ()
     max_bytes: int = 10 * 2**20
     timeout: float = 5.0
     redirects: int = 3
-    private: bool = False
-
-
-def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a host name."""
-    return [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    resolver: Resolver = resolve
+    connector: Connector = socket.create_connection
 
 
 def is_public(address: str) -> bool:
@@ -69,7 +76,7 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-def fetch(url: str, rules: FetchRules, *, resolver: Resolver = resolve) -> bytes:
+def fetch(url: str, rules: FetchRules) -> bytes:
     """The body behind a URL.
 
     Raises:
@@ -77,8 +84,8 @@ def fetch(url: str, rules: FetchRules, *, resolver: Resolver = resolve) -> bytes
     """
     deadline = time.monotonic() + rules.timeout
     for _ in range(rules.redirects + 1):
-        host, port, address = _checked(url, rules, resolver)
-        connection = _connect(url, host, port, address, deadline)
+        host, port, address = _checked(url, rules, deadline)
+        connection = _connect(url, host, port, address, rules, deadline)
         try:
             response, body = _get(connection, url, rules, deadline)
         finally:
@@ -92,8 +99,10 @@ def fetch(url: str, rules: FetchRules, *, resolver: Resolver = resolve) -> bytes
     raise FetchError(f"{_short(url)}: more than {rules.redirects} redirects")
 
 
-def _checked(url: str, rules: FetchRules, resolver: Resolver) -> tuple[str, int, str]:
+def _checked(url: str, rules: FetchRules, deadline: float) -> tuple[str, int, str]:
     """Host, port and the address to connect to."""
+    if not (url.isascii() and url.isprintable()):
+        raise FetchError("a URL has ASCII characters alone, and no control characters; write others as %XX")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -108,22 +117,51 @@ def _checked(url: str, rules: FetchRules, resolver: Resolver) -> tuple[str, int,
         raise FetchError(f"{_short(url)}: {host} is not among the allowed domains")
     port = port or (443 if parts.scheme == "https" else 80)
     try:
-        addresses = list(resolver(host, port))
+        addresses = _look_up(rules.resolver, host, port, _left(deadline, url))
+    except queue.Empty:
+        raise _too_slow(url) from None
     except (OSError, UnicodeError) as error:
         raise FetchError(f"{_short(url)}: {host} cannot be resolved ({error})") from None
     if not addresses:
         raise FetchError(f"{_short(url)}: {host} has no address")
-    if not rules.private and not all(is_public(address) for address in addresses):
+    if not all(is_public(address) for address in addresses):
         raise FetchError(f"{_short(url)}: {host} leads to an address that is not public")
     return host, port, addresses[0]
 
 
-def _connect(url: str, host: str, port: int, address: str, deadline: float) -> http.client.HTTPConnection:
+def _look_up(resolver: Resolver, host: str, port: int, seconds: float) -> list[str]:
+    """What the resolver gives within some seconds. A lookup that hangs goes on in its thread, and nobody waits for it.
+
+    Raises:
+        queue.Empty: it took longer. OSError, UnicodeError: no such name, or too many lookups hang.
+    """
+    if not _LOOKUPS.acquire(blocking=False):
+        raise OSError("too many lookups are under way")
+    answer: queue.SimpleQueue = queue.SimpleQueue()
+
+    def look() -> None:
+        try:
+            answer.put(list(resolver(host, port)))
+        except (OSError, UnicodeError) as error:
+            answer.put(error)
+        finally:
+            _LOOKUPS.release()
+
+    threading.Thread(target=look, name="lookup", daemon=True).start()
+    found = answer.get(timeout=seconds)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _connect(
+    url: str, host: str, port: int, address: str, rules: FetchRules, deadline: float
+) -> http.client.HTTPConnection:
     """A connection to the address that was checked, in the name of the host."""
     try:
-        raw = socket.create_connection((address, port), timeout=_left(deadline, url))
+        raw = rules.connector((address, port), timeout=_left(deadline, url))
         if urlsplit(url).scheme == "https":
-            raw = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+            raw = _with_tls(raw, host, _left(deadline, url))
     except TimeoutError:
         raise _too_slow(url) from None
     except OSError as error:
@@ -133,12 +171,28 @@ def _connect(url: str, host: str, port: int, address: str, deadline: float) -> h
     return connection
 
 
+def _with_tls(raw: socket.socket, host: str, seconds: float) -> ssl.SSLSocket:
+    context = ssl.create_default_context()
+    wrapped = context.wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False)
+    # Timeouts of a socket are for single waits, and a handshake has many.
+    alarm = threading.Timer(seconds, _hang_up, [wrapped])
+    alarm.start()
+    try:
+        wrapped.do_handshake()
+    except BaseException:
+        wrapped.close()
+        raise
+    finally:
+        alarm.cancel()
+    return wrapped
+
+
 def _get(
     connection: http.client.HTTPConnection, url: str, rules: FetchRules, deadline: float
 ) -> tuple[http.client.HTTPResponse, bytes]:
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    # Timeouts of a socket are for single waits, and a host may send a byte a second for ever.
+    # A host may send a byte a second for ever.
     alarm = threading.Timer(_left(deadline, url), _hang_up, [connection.sock])
     alarm.start()
     stack = contextlib.ExitStack()

@@ -12,6 +12,11 @@ from PIL import Image
 from magma_jax.data.images import ImageError, load_image
 from magma_jax.serve.fetch import FetchRules, fetch
 
+# A progressive JPEG has about ten scans, each as long to decode as the whole picture; a hostile one has thousands in
+# few bytes. The marker cannot occur within the data of a scan.
+MAX_SCANS = 100
+_SCAN = b"\xff\xda"
+
 
 @dataclasses.dataclass(frozen=True)
 class PictureRules:
@@ -49,6 +54,8 @@ def open_picture(url: str, rules: PictureRules) -> Image.Image:
         content = _file(url, rules)
     else:
         raise ImageError(f"{url[:40]!r}: pictures come as data: URIs, such as data:image/png;base64,...")
+    if content[:2] == b"\xff\xd8" and content.count(_SCAN) > MAX_SCANS:
+        raise ImageError(f"a JPEG of more than {MAX_SCANS} scans takes too long to decode; save the picture anew")
     image = load_image(content, max_pixels=rules.max_pixels)
     image.load()
     return image

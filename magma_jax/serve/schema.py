@@ -3,16 +3,19 @@
 import math
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from magma_jax.inference.requests import RequestOptions
 from magma_jax.inference.sampling import SamplingConfig
 
 MAX_STOPS = 8
 MAX_CHOICES = 8
+# Far above what a prompt can hold; so much is looked through before the pictures among it are counted.
+MAX_MESSAGES = 2_000
+MAX_PARTS = 20_000
 
 
-Request = TypeVar("Request", bound="PromptRequest")
+Asked = TypeVar("Asked", bound="PromptRequest")
 
 
 class RequestError(ValueError):
@@ -55,7 +58,10 @@ class Message(_Strict):
     """One turn; contents may mix pictures and text in any order."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True), Tag("parts")],
+        Discriminator(lambda content: "text" if isinstance(content, str) else "parts"),
+    ]
     name: str | None = None
 
 
@@ -69,7 +75,7 @@ class PromptRequest(_Strict):
     """What every request with a prompt has."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
     def items(self) -> list[str | ImageURL]:
         """Texts and pictures in the order of the prompt.
@@ -148,7 +154,7 @@ class ChatRequest(PromptRequest):
         return [RequestOptions(wanted, sampling, self.seed + i, stop) for i in range(self.n)]
 
 
-def parse(content: Any, kind: type[Request]) -> Request:
+def parse(content: Any, kind: type[Asked]) -> Asked:
     """Checks a decoded body.
 
     Raises:

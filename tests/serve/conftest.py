@@ -2,8 +2,8 @@
 
 import pytest
 
-from magma_jax.serve.app import ServerConfig
-from tests.serve.running import RULES, Running, tiny_model
+from tests.serve.hostile import hostile_config, hostile_host
+from tests.serve.running import Running, tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -13,9 +13,10 @@ def model():
 
 @pytest.fixture(scope="session")
 def server(model):
-    running = Running(model, ServerConfig(model="tiny", timeout=20, pictures=RULES, max_body_bytes=1_000_000))
-    yield running
-    running.stop()
+    with hostile_host() as connector:
+        running = Running(model, hostile_config("tiny", connector, timeout=0.3))
+        yield running
+        running.stop()
 
 
 @pytest.fixture(scope="session")

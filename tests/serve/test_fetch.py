@@ -1,6 +1,7 @@
 """URLs: what is refused before a connection, at the connection, and while the body comes."""
 
 import dataclasses
+import socket
 import socketserver
 import threading
 import time
@@ -8,22 +9,16 @@ import time
 import pytest
 
 from magma_jax.serve.fetch import FetchError, FetchRules, fetch, is_public
+from tests.serve.hostile import INSIDE, OUTSIDE
 
-RULES = FetchRules(domains=("pictures.example",), max_bytes=1000, timeout=0.5, redirects=3, private=True)
-
-
-def here(host, port):
-    return ["127.0.0.1"]
+RULES = FetchRules(domains=("pictures.example",), max_bytes=1000, timeout=0.5, redirects=3)
 
 
-INSIDE = """
-    127.0.0.1 10.0.0.1 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 255.255.255.255 ::1 ::
-    fe80::1 fc00::1 ff02::1 ::ffff:8.8.8.8 ::ffff:127.0.0.1 2002:7f00:1::1 2002:808:808::1 64:ff9b::7f00:1
-    64:ff9b::808:808 64:ff9b:1::1 2001::1 ::127.0.0.1 fe80::1%eth0 198.18.0.1 192.0.2.1
-"""
+def outside(host, port):
+    return [OUTSIDE]
 
 
-@pytest.mark.parametrize("address", INSIDE.split())
+@pytest.mark.parametrize("address", [*INSIDE.values(), "fe80::1%eth0"])
 def test_addresses_inside_are_not_public(address):
     assert not is_public(address)
 
@@ -52,14 +47,14 @@ def test_urls_that_are_refused_unseen(url, says):
         raise AssertionError("resolved")
 
     with pytest.raises(FetchError, match=says):
-        fetch(url, RULES, resolver=never)
+        fetch(url, dataclasses.replace(RULES, resolver=never))
 
 
 @pytest.mark.parametrize("addresses", [["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["::ffff:10.0.0.1"], []])
 def test_a_name_that_leads_inside_is_not_connected_to(addresses):
-    rules = dataclasses.replace(RULES, private=False)
+    rules = dataclasses.replace(RULES, resolver=lambda host, port: addresses)
     with pytest.raises(FetchError, match=r"not public|has no address"):
-        fetch("http://pictures.example/x", rules, resolver=lambda host, port: addresses)
+        fetch("http://pictures.example/x", rules)
 
 
 @pytest.fixture
@@ -88,8 +83,13 @@ def host():
 
         def answering(*answers, path="/x.png", **changes):
             server.answers = list(answers)
-            url = f"http://pictures.example:{server.server_address[1]}{path}"
-            return fetch(url, dataclasses.replace(RULES, **changes), resolver=here)
+
+            def connect(address, timeout):
+                assert address == (OUTSIDE, 80)
+                return socket.create_connection(server.server_address, timeout=timeout)
+
+            rules = {"resolver": outside, "connector": connect, **changes}
+            return fetch(f"http://pictures.example{path}", dataclasses.replace(RULES, **rules))
 
         answering.asked = server.asked
         yield answering
@@ -128,18 +128,29 @@ def test_an_endless_chain_of_redirects_ends(host):
 
 
 def test_a_name_that_changes_its_mind_between_two_hops_is_caught(host):
-    answers = iter([["127.0.0.1"], ["10.0.0.1"]])
-    rules = dataclasses.replace(RULES, private=False)
-    seen = []
-
-    def changing(name, port):
-        seen.append(name)
-        return next(answers)
-
+    answers = iter([[OUTSIDE], ["10.0.0.1"]])
     with pytest.raises(FetchError, match="not public"):
-        fetch("http://pictures.example/x", rules, resolver=changing)
+        host(moved("/again"), resolver=lambda name, port: next(answers))
     # One resolution a hop, and the connection is made to what it gave.
-    assert seen == ["pictures.example"]
+    assert next(answers, None) is None
+
+
+def test_a_lookup_that_hangs_is_not_waited_for():
+    free = threading.Event()
+    rules = dataclasses.replace(RULES, timeout=0.05, resolver=lambda name, port: free.wait() and [])
+    with pytest.raises(FetchError, match="took too long"):
+        fetch("http://pictures.example/x", rules)
+    free.set()
+
+
+def test_lookups_that_hang_are_counted(monkeypatch):
+    monkeypatch.setattr("magma_jax.serve.fetch._LOOKUPS", threading.BoundedSemaphore(1))
+    free = threading.Event()
+    rules = dataclasses.replace(RULES, timeout=0.3, resolver=lambda name, port: free.wait() and [])
+    for says in ("took too long", "too many lookups"):
+        with pytest.raises(FetchError, match=says):
+            fetch("http://pictures.example/x", rules)
+    free.set()
 
 
 @pytest.mark.parametrize(
@@ -167,5 +178,8 @@ def test_hosts_that_misbehave(host, answer, says):
 
 
 def test_nobody_listening_is_one_line():
+    def refused(address, timeout):
+        raise ConnectionRefusedError("refused")
+
     with pytest.raises(FetchError, match="cannot connect"):
-        fetch("http://pictures.example:1/x", RULES, resolver=here)
+        fetch("http://pictures.example/x", dataclasses.replace(RULES, resolver=outside, connector=refused))

@@ -1,0 +1,398 @@
+"""Requests of somebody who means harm: a table of what is sent, and what must come back.
+
+Each row is a test (``test_hostile.py``); ``benchmarks/hostile_inputs.py`` sends them all to a server of a real
+checkpoint and prints how long each took.
+"""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import select
+import socket
+import socketserver
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from magma_jax.serve.app import ServerConfig
+from magma_jax.serve.fetch import FetchRules
+from magma_jax.serve.pictures import PictureRules
+
+CHAT = "/v1/chat/completions"
+# An address that may be connected to; the connection then goes to the host of the tests.
+OUTSIDE = "93.184.215.14"
+INSIDE = {
+    "private 10/8": "10.0.0.1",
+    "private 172.16/12": "172.31.255.254",
+    "private 192.168/16": "192.168.1.1",
+    "loopback": "127.0.0.1",
+    "loopback, another": "127.9.9.9",
+    "loopback v6": "::1",
+    "this host": "0.0.0.0",
+    "unspecified v6": "::",
+    "link-local, cloud metadata": "169.254.169.254",
+    "link-local v6": "fe80::1",
+    "CGNAT": "100.64.0.1",
+    "unique local v6": "fd00::1",
+    "multicast": "224.0.0.1",
+    "multicast v6": "ff02::1",
+    "broadcast": "255.255.255.255",
+    "benchmarking": "198.18.0.1",
+    "documentation": "192.0.2.1",
+    "6to4 of loopback": "2002:7f00:1::1",
+    "6to4 of a public address": "2002:808:808::1",
+    "Teredo": "2001::1",
+    "NAT64 of loopback": "64:ff9b::7f00:1",
+    "NAT64 of a public address": "64:ff9b::808:808",
+    "NAT64, local": "64:ff9b:1::1",
+    "v4-mapped loopback": "::ffff:127.0.0.1",
+    "v4-mapped public": "::ffff:8.8.8.8",
+    "v4-compatible": "::127.0.0.1",
+}
+
+
+class Row(NamedTuple):
+    """A request and what it must get.
+
+    Attributes:
+        body: JSON as an object, or bytes.
+        status: of the answer.
+        says: part of its message.
+        send: for what is no ordinary request: from a connected socket to status and whole answer.
+        route: that it goes to.
+    """
+
+    body: dict | bytes
+    status: int
+    says: str
+    send: Callable[[socket.socket], tuple[int, str]] | None = None
+    route: str = CHAT
+
+
+def ask(port: int, row: Row) -> tuple[int, str]:
+    """Sends a row to a server on this machine; returns status and message."""
+    if row.send is not None:
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            return row.send(connection)
+    body = row.body
+    if isinstance(body, dict):
+        body = json.dumps({"messages": [{"role": "user", "content": "a"}], **body}).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("POST", row.route, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())["error"]["message"]
+
+
+@contextlib.contextmanager
+def hostile_host() -> Iterator[Callable[..., socket.socket]]:
+    """A web host that misbehaves by path, as a ``FetchRules.connector`` that leads to it from any address."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            path = self.request.recv(65536).decode(errors="replace").split(" ")[1]
+            with contextlib.suppress(OSError):
+                for piece in _answer(path):
+                    self.request.sendall(piece)
+
+    class Server(socketserver.ThreadingTCPServer):
+        allow_reuse_address = daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield lambda address, timeout: socket.create_connection(server.server_address, timeout=timeout)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def hostile_config(name: str, connector: Callable[..., socket.socket], *, timeout: float) -> ServerConfig:
+    """A server with low limits that fetches from ``pictures.example``; ``timeout`` of bodies and fetches, seconds."""
+    fetch = FetchRules(("pictures.example",), timeout=timeout, resolver=Resolver(), connector=connector)
+    pictures = PictureRules(max_pictures=3, max_bytes=100_000, max_pixels=1_000_000, fetch=fetch)
+    return ServerConfig(name, timeout=20, body_timeout=timeout, max_body_bytes=1_000_000, pictures=pictures)
+
+
+class Resolver:
+    """Names to addresses: the first label says which."""
+
+    def __init__(self):
+        self._asked = 0
+
+    def __call__(self, host: str, port: int) -> list[str]:
+        label = host.split(".")[0]
+        if label == "hanging":
+            time.sleep(10)
+        if label == "nowhere":
+            raise OSError("no such name")
+        if label == "changing":
+            self._asked += 1
+            return [OUTSIDE] if self._asked % 2 else ["10.0.0.1"]
+        if label == "both":
+            return [OUTSIDE, "10.0.0.1"]
+        if label.startswith("inside"):
+            return [list(INSIDE.values())[int(label.removeprefix("inside"))]]
+        return [OUTSIDE]
+
+
+def _answer(path: str) -> Iterator[bytes]:
+    if path == "/redirects":
+        yield b"HTTP/1.1 302 Found\r\nLocation: /redirects\r\nContent-Length: 0\r\n\r\n"
+    elif path == "/inside":
+        yield b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\nContent-Length: 0\r\n\r\n"
+    elif path == "/file":
+        yield b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n"
+    elif path == "/slow":
+        yield b"HTTP/1.1 200 OK\r\n\r\n"
+        yield from _for_ever(b"x")
+    elif path == "/slow-head":
+        yield b"HTTP/1.1 200 OK\r\n"
+        yield from _for_ever(b"X-A: b\r\n")
+    elif path == "/endless":
+        yield b"HTTP/1.1 200 OK\r\n\r\n"
+        while True:
+            yield bytes(65536)
+    elif path == "/gzip":
+        yield b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nConnection: close\r\n\r\n" + zlib.compress(bytes(100_000))
+    elif path == "/page":
+        yield b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>"
+    elif path == "/bomb":
+        content = png(8_000, 8_000)
+        yield b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+
+
+def _for_ever(piece: bytes) -> Iterator[bytes]:
+    while True:
+        time.sleep(0.05)
+        yield piece
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A black picture in few bytes, with further chunks."""
+    buffer = io.BytesIO()
+    Image.new("1", (width, height)).save(buffer, "PNG")
+    content = buffer.getvalue()
+    return content[:33] + b"".join(_chunk(*chunk) for chunk in chunks) + content[33:]
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _claims(width: int, height: int) -> bytes:
+    """The head of a PNG that says it is this large."""
+    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + _chunk(b"IDAT", zlib.compress(bytes(99))) + _chunk(b"IEND", b"")
+
+
+def _gif(side: int) -> bytes:
+    """A small picture on a large screen."""
+    content = _saved(Image.new("P", (8, 8)), "GIF")
+    return content[:6] + struct.pack("<HH", side, side) + content[10:]
+
+
+def _saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _many_scans() -> bytes:
+    content = _saved(Image.new("RGB", (800, 800)), "JPEG", progressive=True)
+    start = content.rindex(b"\xff\xda")
+    return content[:start] + content[start:-2] * 2_000 + content[-2:]
+
+
+def _noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+
+
+def uri(content: bytes, kind: str = "image/png") -> str:
+    """A data: URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def with_url(*urls: str) -> dict:
+    """A request with pictures by URL."""
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"messages": [{"role": "user", "content": parts}], "max_tokens": 1}
+
+
+def _raw(content: bytes) -> Callable[[socket.socket], tuple[int, str]]:
+    def send(connection: socket.socket) -> tuple[int, str]:
+        connection.sendall(content)
+        return _received(connection)
+
+    return send
+
+
+def _slowly(connection: socket.socket) -> tuple[int, str]:
+    """A byte at a time, until the server has had enough."""
+    connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n".encode())
+    while not select.select([connection], [], [], 0.05)[0]:
+        connection.sendall(b" ")
+    return _received(connection)
+
+
+def _received(connection: socket.socket) -> tuple[int, str]:
+    answer = b""
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := connection.recv(65536):
+            answer += chunk
+            head, _, body = answer.partition(b"\r\n\r\n")
+            length = head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0]
+            if length and len(body) >= int(length):
+                break
+    return int(answer.split(b" ")[1]), answer.decode(errors="replace")
+
+
+def _picture_rows() -> dict[str, Row]:
+    wide = struct.pack("<IHHIIiiHH", 99, 0, 0, 54, 40, 60_000, 60_000, 1, 24)
+    contents = {
+        "a bomb of pixels": (png(8_000, 8_000), "the limit is 1000000"),
+        "a bomb by URL": ("http://a.pictures.example/bomb", "the limit is 1000000"),
+        "two thousand million pixels": (_claims(2**31 - 1, 2**31 - 1), "limit"),
+        "a bomb of text": (png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(50_000_000)))), "damaged"),
+        "a GIF larger than said": (_gif(65_535), "limit"),
+        "a BMP that claims much": (
+            b"BM" + struct.pack("<IHHIIiiHH", 99, 0, 0, 54, 40, 60_000, 60_000, 1, 24) + bytes(99),
+            "limit",
+        ),
+        "a JPEG of 2,000 scans": (_many_scans(), "scans"),
+        "long and thin": (_saved(Image.new("1", (1_000_000, 1)), "PNG"), "too long and thin"),
+        "cut short": (_saved(_noise(), "PNG")[:6000], "truncated or damaged"),
+        "a TIFF": (b"II*\x00" + bytes(100), "no image in one of the formats"),
+        "an SVG": (b"<svg/>", "no image in one of the formats"),
+        "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image in one of the formats"),
+        "nothing": (b"", "empty"),
+        "too many bytes": (b"\x89PNG" + bytes(150_000), "more than 100000 bytes"),
+    }
+    return {
+        name: Row(with_url(content if isinstance(content, str) else uri(content)), 400, says)
+        for name, (content, says) in contents.items()
+    }
+
+
+def _fetch_rows() -> dict[str, Row]:
+    urls = {
+        "10,000 redirects": ("http://a.pictures.example/redirects", "more than 3 redirects"),
+        "a redirect inside": ("http://a.pictures.example/inside", "not among the allowed domains"),
+        "a redirect to a file": ("http://a.pictures.example/file", "only http and https"),
+        "a slow body": ("http://a.pictures.example/slow", "took too long"),
+        "slow headers": ("http://a.pictures.example/slow-head", "took too long"),
+        "an endless body": ("http://a.pictures.example/endless", "larger than the limit"),
+        "a compressed body": ("http://a.pictures.example/gzip", "compressed body"),
+        "a page": ("http://a.pictures.example/page", "no image in one of the formats"),
+        "no answer": ("http://a.pictures.example/silence", "broke off"),
+        "a lookup that hangs": ("http://hanging.pictures.example/x", "took too long"),
+        "a name of nobody": ("http://nowhere.pictures.example/x", "cannot be resolved"),
+        "an answer that changes": ("http://changing.pictures.example/redirects", "not public"),
+        "two addresses, one inside": ("http://both.pictures.example/x", "not public"),
+        "another domain": ("http://elsewhere.example/x", "not among the allowed domains"),
+        "a domain that ends alike": ("http://evilpictures.example/x", "not among the allowed domains"),
+        "an address as a number": ("http://2130706433/x", "not among the allowed domains"),
+        "an address in hexadecimal": ("http://0x7f.1/x", "not among the allowed domains"),
+        "an address in brackets": ("http://[::ffff:127.0.0.1]/x", "not among the allowed domains"),
+        "a name and a password": ("http://pictures.example:x@127.0.0.1/", "with a user name"),
+        "a strange port": ("http://pictures.example:99999/x", "not a URL"),
+        "letters that are not ASCII": ("http://pictures.example/\u00e4.png", "write others as %XX"),
+        "line breaks": ("http://pictures.example/x\r\nHost: evil", "no control characters"),
+        "another scheme": ("gopher://pictures.example/x", "pictures come as data: URIs"),
+        "a file": ("file:///etc/passwd", "by file: URL are not enabled"),
+        "a path": ("../../etc/passwd", "pictures come as data: URIs"),
+        "broken base64": ("data:image/png;base64,@@@", "broken base64"),
+        "no base64": ("data:text/html,<b>", "without ;base64"),
+        "half a character in a URL": ("http://pictures.example/\ud800", "half a character"),
+    }
+    rows = {name: Row(with_url(url), 400, says) for name, (url, says) in urls.items()}
+    for i, name in enumerate(INSIDE):
+        rows[f"inside: {name}"] = Row(with_url(f"http://inside{i}.pictures.example/x"), 400, "not public")
+    return rows
+
+
+def _request_rows() -> dict[str, Row]:
+    text = [{"type": "text", "text": "a"}]
+    wrong = {
+        "no messages": ({"messages": []}, "messages"),
+        "messages of a wrong type": ({"messages": "a"}, "messages: Input should be a valid list"),
+        "unknown field": ({"tools": []}, "tools: Extra inputs"),
+        "half a character in a field": ({"\ud800": 1}, "half a character"),
+        "half a character in the text": ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a character"),
+        "strange role": ({"messages": [{"role": "root", "content": "a"}]}, "messages.0.role"),
+        "empty prompt": ({"messages": [{"role": "user", "content": ""}]}, "prompt is empty"),
+        "text as a number": ({"max_tokens": "8"}, "max_tokens: Input should be a valid integer"),
+        "a boolean": ({"max_tokens": True}, "max_tokens"),
+        "a fraction": ({"max_tokens": 1.5}, "max_tokens"),
+        "negative tokens": ({"max_tokens": -1}, "max_tokens"),
+        "negative temperature": ({"temperature": -0.5}, "temperature"),
+        "huge temperature": ({"temperature": 1e300}, "temperature"),
+        "NaN as text": ({"temperature": "NaN"}, "temperature"),
+        "huge seed": ({"seed": 2**80}, "seed"),
+        "negative seed": ({"seed": -1}, "seed"),
+        "huge top_k": ({"top_k": 10**12}, "top_k"),
+        "negative top_k": ({"top_k": -5}, "top_k"),
+        "top_p above 1": ({"top_p": 1.5}, "top_p"),
+        "too many choices": ({"n": 1000}, "n: "),
+        "too many stops": ({"stop": ["a"] * 10_000}, "at most 8 texts"),
+        "empty stop": ({"stop": ""}, "none of them empty"),
+        "max_tokens beyond the context": ({"max_tokens": 2**40}, "the context holds"),
+        "a prompt beyond the context": ({"messages": [{"role": "user", "content": "ab " * 3_000}]}, "context"),
+        "900,000 characters": ({"messages": [{"role": "user", "content": "ab " * 300_000}]}, "characters, more than"),
+        "10,000 messages": ({"messages": [{"role": "user", "content": "a"}] * 10_000}, "at most 2000 items"),
+        "25,000 parts": ({"messages": [{"role": "user", "content": text * 25_000}]}, "at most 20000 items"),
+        "wrong parts by the thousand": ({"messages": [{"role": "user", "content": [1] * 15_000}]}, "content"),
+        "10,000 pictures": (with_url(*["x"] * 10_000), "has 10000 pictures, at most 3"),
+        "four pictures": (with_url(*[uri(png(8, 8))] * 4), "has 4 pictures, at most 3"),
+    }
+    rows = {name: Row(body, 400, says) for name, (body, says) in wrong.items()}
+    content = {"type": "image_url", "image_url": {"url": uri(png(8, 8))}}
+    rows["a picture in an answer"] = Row(
+        {"messages": [{"role": "assistant", "content": [content]}]}, 400, "holds text alone"
+    )
+    rows["another model"] = Row({"model": "gpt-9"}, 404, "the model here is")
+    rows["no JSON"] = Row(b"{", 400, "is no JSON")
+    rows["not UTF-8"] = Row(b'{"messages": "\xff"}', 400, "is not UTF-8")
+    rows["no object"] = Row(b"[1]", 400, "valid dictionary")
+    rows["nested lists"] = Row(b"[" * 200_000, 400, "is no JSON")
+    rows["nested objects"] = Row(b'{"a":' * 100_000, 400, "is no JSON")
+    rows["NaN"] = Row(
+        b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', 400, "NaN is not a number"
+    )
+    rows["1e999"] = Row(b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', 400, "temperature")
+    rows["a number of 100,000 digits"] = Row(b'{"seed": ' + b"9" * 100_000 + b"}", 400, "is no JSON")
+    rows["60,000 fields"] = Row(json.dumps({str(i): 0 for i in range(60_000)}).encode(), 400, "messages")
+    rows["a huge body"] = Row(b"x" * 1_100_000, 413, "more than 1000000 bytes")
+    looked = {"messages": with_url(uri(png(8, 8)))["messages"], "answer": "b " * 400_000}
+    rows["a huge answer to look at"] = Row(looked, 400, "context", route="/v1/attention")
+    return rows
+
+
+def _connection_rows() -> dict[str, Row]:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\n".encode()
+    sent = {
+        "not HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(50) + b"\r\n\r\n", 400),
+        "a negative length": (head + b"Content-Length: -5\r\n\r\n", 400),
+        "a length that is no number": (head + b"Content-Length: 1e3\r\n\r\n", 400),
+        "two lengths": (head + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400),
+        "a huge length": (head + b"Content-Length: 99999999999999\r\n\r\n", 413),
+        "a broken chunk": (head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        "a huge header": (head + b"X: " + b"a" * 200_000 + b"\r\n\r\n", 400),
+        "a strange path": (b"GET /%ff%00/../../etc/passwd HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        "another method": (b"DELETE /v1/models HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+    }
+    rows = {name: Row(b"", status, "", _raw(content)) for name, (content, status) in sent.items()}
+    rows["a slow request"] = Row(b"", 408, "did not arrive within", _slowly)
+    return rows
+
+
+ROWS = {**_picture_rows(), **_fetch_rows(), **_request_rows(), **_connection_rows()}
