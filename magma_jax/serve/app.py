@@ -17,6 +17,7 @@ import anyio
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from magma_jax.data.images import ImageError, ImageInput
@@ -152,6 +153,8 @@ class _Service:
                     body += chunk
                     if len(body) > limit:
                         raise too_large
+        except ClientDisconnect:
+            raise RequestError("the request broke off") from None
         except TimeoutError:
             raise RequestError(f"the request did not arrive within {seconds:g} s", 408) from None
 

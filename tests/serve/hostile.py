@@ -264,10 +264,7 @@ def _picture_rows() -> dict[str, Row]:
         "two thousand million pixels": (_claims(2**31 - 1, 2**31 - 1), "limit"),
         "a bomb of text": (png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(50_000_000)))), "damaged"),
         "a GIF larger than said": (_gif(65_535), "limit"),
-        "a BMP that claims much": (
-            b"BM" + struct.pack("<IHHIIiiHH", 99, 0, 0, 54, 40, 60_000, 60_000, 1, 24) + bytes(99),
-            "limit",
-        ),
+        "a BMP that claims much": (b"BM" + wide + bytes(99), "limit"),
         "a JPEG of 2,000 scans": (_many_scans(), "scans"),
         "long and thin": (_saved(Image.new("1", (1_000_000, 1)), "PNG"), "too long and thin"),
         "cut short": (_saved(_noise(), "PNG")[:6000], "truncated or damaged"),
