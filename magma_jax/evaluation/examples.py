@@ -187,13 +187,13 @@ def close(pictures: Any) -> None:
 
 
 class BlackPictures:
-    """As many pictures as another source has, all black."""
+    """So many black pictures."""
 
-    def __init__(self, pictures: Pictures, size: int):
-        self._length, self._size = len(pictures), size
+    def __init__(self, count: int, size: int):
+        self._count, self._size = count, size
 
     def __len__(self) -> int:
-        return self._length
+        return self._count
 
     def __getitem__(self, rows: Int[np.ndarray, " N"]) -> UInt8[np.ndarray, "N h w 3"]:
         return np.zeros((len(rows), self._size, self._size, 3), np.uint8)

@@ -129,7 +129,7 @@ def evaluate_task(
     shots = _shots(task, queries, pool, numbers, examples)
     same = pool.pictures is queries.pictures
     pictures = queries.pictures if same else JoinedPictures(queries.pictures, pool.pictures)
-    shown = BlackPictures(pictures, model.config.encoder.image_size) if task.blind else pictures
+    shown = BlackPictures(len(pictures), model.config.encoder.image_size) if task.blind else pictures
     answerer = Answerer(model, shown, batch_size=batch_size, mesh=mesh)
     offset = 0 if same else len(queries.pictures)
     room = model.config.lm.context_length - task.max_new_tokens

@@ -9,39 +9,31 @@ Decoding is greedy and ends at the model's own end of text. Nothing is cut to th
 limit on new tokens comes from the training split, so the truth that is scored against helps nowhere.
 """
 
-import functools
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from tqdm import tqdm
 
 from magma_jax.config import from_dict
 from magma_jax.data.datasets import DataConfig, Dataset, load_dataset
+from magma_jax.evaluation.answering import Answerer, PromptError
 from magma_jax.evaluation.baselines import most_frequent_answers, shuffle_pictures
+from magma_jax.evaluation.examples import BlackPictures, JoinedPictures, close, spaced
 from magma_jax.evaluation.metrics import METRICS
 from magma_jax.evaluation.overview import overview_picture
-from magma_jax.evaluation.report import write_report
+from magma_jax.evaluation.report import OPENMOJI, write_report
 from magma_jax.evaluation.results import CAPTION, Evaluation, table, write_predictions, write_results
 from magma_jax.inference.api import Magma
-from magma_jax.inference.decode import generate
-from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
-from magma_jax.models.magma import MagmaModel
-from magma_jax.nn.modules import Params, abstract, merge
 from magma_jax.training.checkpoint import CHECKPOINTS, RunCheckpoints
 from magma_jax.training.model_folder import CheckpointError, read_model_json
-from magma_jax.training.pictures import encode_all
-from magma_jax.typing import Array, Float, Int
+from magma_jax.typing import UInt8
 
 __all__ = ["Evaluation", "EvaluationError", "evaluate", "evaluate_run", "table"]
 
-# Prompts are padded to one of these lengths in tokens, so few programs are compiled.
-PROMPT_BUCKETS = (8, 16, 32, 64, 128, 256)
+# Training samples that are looked at, evenly spaced, for frequent and long answers: all of the quick start's.
+LOOKED_AT = 50_000
 
 SCALES = {
     "caption_exact": {"protocol": "exact_match", "scale": "percent, 0 to 100"},
@@ -50,8 +42,6 @@ SCALES = {
     "rouge_l": {"protocol": "coco", "scale": "0 to 1"},
     "vqa_accuracy": {"protocol": "vqa_official", "scale": "percent, 0 to 100; the one true answer counts ten times"},
 }
-
-Request = tuple[int, str]  # row of the features, prompt
 
 
 class EvaluationError(ValueError):
@@ -79,12 +69,14 @@ def evaluate_run(
     model = Magma.from_checkpoint(workdir)
     with RunCheckpoints(workdir) as checkpoints:
         stamp = {"checkpoint_step": checkpoints.result_step(), "training_seed": run["seed"]}
-    dataset = load_dataset(from_dict(DataConfig, run["data"], "model.json: run.data"))
+    config = from_dict(DataConfig, run["data"], "model.json: run.data")
+    dataset = load_dataset(config)
     evaluation = evaluate(model, dataset, split, limit, stamp=stamp)
     suffix = ("" if split == "test" and limit is None else f"-{split}") + ("" if limit is None else f"-{limit}")
     write_results(workdir / f"results{suffix}.json", evaluation)
     write_predictions(workdir / f"predictions{suffix}.jsonl", evaluation)
-    write_report(workdir / f"report{suffix}.html", evaluation, dataset, workdir / "metrics.jsonl")
+    attribution = OPENMOJI if config.name == "openmoji" else ""
+    write_report(workdir / f"report{suffix}.html", evaluation, dataset, workdir / "metrics.jsonl", attribution)
     if overview is not None:
         overview_picture(overview, evaluation, dataset)
     print(table(evaluation.figures))
@@ -113,11 +105,11 @@ def evaluate(
 
     Raises:
         EvaluationError: no such split, an empty one, no training split (``constant`` and the default of
-            ``max_new_tokens`` need it), pictures of another size than the encoder's, or prompts that fit no bucket or
-            exceed the model's context.
+            ``max_new_tokens`` need it), pictures of another size than the encoder's, or prompts that exceed the model's
+            context.
     """
     samples = _select(dataset, split, limit)
-    training = dataset.evaluation.get("train", [])
+    training = _spaced(dataset.evaluation.get("train", []), LOOKED_AT)
     if not training:
         raise EvaluationError("the data set has no training split, which the most frequent answers are taken from")
     if max_new_tokens is None:
@@ -128,21 +120,22 @@ def evaluate(
     except ValueError as error:
         raise EvaluationError(f"split {split!r}: {error}") from None
 
-    rows = {picture: row for row, picture in enumerate(sorted(set(pictures + shuffled)))}
-    black = len(rows)
-    shown = {
-        "model": [rows[picture] for picture in pictures],
-        "blind": [black] * len(samples),
-        "shuffled": [rows[picture] for picture in shuffled],
-    }
+    black = len(dataset.images)
+    shown = {"model": pictures, "blind": [black] * len(samples), "shuffled": shuffled}
     requests = {
         condition: [(row, sample.prompt) for row, sample in zip(shown[condition], samples, strict=True)]
         for condition in shown
     }
-    images = np.concatenate([dataset.images[list(rows)], np.zeros_like(dataset.images[:1])])
     # The same picture and prompt get the same answer, so each pair is run once, whatever asks for it.
     distinct = sorted({request for wanted in requests.values() for request in wanted})
-    answers = _answer(model, images, distinct, batch_size, max_new_tokens)
+    size = _picture_size(model, dataset.images[pictures[:1]])
+    answerer = Answerer(model, JoinedPictures(dataset.images, BlackPictures(1, size)), batch_size=batch_size)
+    try:
+        texts = answerer(distinct, max_new_tokens=max_new_tokens)
+    except PromptError as error:
+        raise EvaluationError(str(error)) from None
+    close(dataset.images)
+    answers = {request: text.strip() for request, text in zip(distinct, texts, strict=True)}
     predictions = {name: [answers[request] for request in wanted] for name, wanted in requests.items()}
     predictions["constant"] = most_frequent_answers(samples, training)
 
@@ -204,7 +197,7 @@ def _select(dataset: Dataset, split: str, limit: int | None) -> list[Any]:
     if limit is not None and limit < 1:
         raise EvaluationError(f"limit must be at least 1, got {limit}")
     samples = dataset.evaluation[split]
-    if not samples:
+    if not len(samples):
         raise EvaluationError(f"the split {split!r} is empty: there is nothing to evaluate")
     if dataset.images is None or any(sample.picture is None for sample in samples):
         raise EvaluationError(f"the split {split!r} has samples without a picture; captions and questions need one")
@@ -213,89 +206,15 @@ def _select(dataset: Dataset, split: str, limit: int | None) -> list[Any]:
     return [sample for group in (captions, questions) for sample in _spaced(group, limit)]
 
 
-def _spaced(samples: list[Any], limit: int | None) -> list[Any]:
-    if limit is None or limit >= len(samples):
-        return samples
-    return [samples[i * len(samples) // limit] for i in range(limit)]
+def _spaced(samples: Sequence[Any], limit: int | None) -> list[Any]:
+    return [samples[i] for i in spaced(len(samples), limit)]
 
 
-def _answer(
-    model: Magma, images: np.ndarray, requests: Sequence[Request], batch_size: int, max_new_tokens: int
-) -> dict[Request, str]:
-    """Text for every request; requests of like prompts share batches, for they end at about the same step."""
-    config = model.config
-    if images.shape[1] != config.encoder.image_size:
+def _picture_size(model: Magma, pictures: UInt8[np.ndarray, "N h w 3"]) -> int:
+    size = model.config.encoder.image_size
+    if pictures.shape[1] != size:
         raise EvaluationError(
-            f"the pictures have {images.shape[1]} pixels a side, but the model's encoder takes "
-            f"{config.encoder.image_size}; set data.image_size"
+            f"the pictures have {pictures.shape[1]} pixels a side, but the model's encoder takes {size}; set "
+            "data.image_size"
         )
-    prompts = {prompt: model.tokenizer.encode(prompt) for prompt in {prompt for _, prompt in requests}}
-    by_bucket: dict[int, list[Request]] = defaultdict(list)
-    for request in sorted(requests, key=lambda request: (request[1], request[0])):
-        by_bucket[_bucket(request[1], len(prompts[request[1]]))].append(request)
-    positions = config.encoder.positions or config.prefix.image_positions
-    needed = positions + max(map(len, prompts.values())) + max_new_tokens
-    if needed > config.lm.context_length:
-        raise EvaluationError(
-            f"picture, longest prompt and {max_new_tokens} new tokens take {needed} positions, but the context holds "
-            f"{config.lm.context_length}; lower max_new_tokens"
-        )
-
-    graphdef = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[0]
-    features = encode_all(images, graphdef, model.params)
-    answers = {}
-    with tqdm(total=len(requests), desc="answering", unit="prompt", disable=None) as bar:
-        for bucket, wanted in sorted(by_bucket.items()):
-            for start in range(0, len(wanted), batch_size):
-                batch = wanted[start : start + batch_size]
-                # The last batch is filled up, so that one program serves all of a bucket.
-                filled = batch + batch[-1:] * (batch_size - len(batch))
-                tokens, lengths = generate_greedy(
-                    graphdef,
-                    model.params,
-                    features[[row for row, _ in filled]],
-                    np.array([model.tokenizer.pad_to(prompts[prompt], bucket) for _, prompt in filled], np.int32),
-                    np.array([len(prompts[prompt]) for _, prompt in filled], np.int32),
-                    max_new_tokens=max_new_tokens,
-                    eos_id=model.tokenizer.eos_id,
-                )
-                for request, row, length in zip(filled, np.asarray(tokens), np.asarray(lengths), strict=True):
-                    answers[request] = model.tokenizer.decode(row[:length].tolist()).strip()
-                bar.update(len(batch))
-    return answers
-
-
-def _bucket(prompt: str, length: int) -> int:
-    if not length:
-        raise EvaluationError("a sample has an empty prompt")
-    for bucket in PROMPT_BUCKETS:
-        if length <= bucket:
-            return bucket
-    raise EvaluationError(f"prompt {prompt!r:.80} has {length} tokens; the longest bucket has {PROMPT_BUCKETS[-1]}")
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "eos_id"))
-def generate_greedy(
-    graphdef: nnx.GraphDef,
-    params: Params,
-    features: Float[Array, "B ..."],
-    tokens: Int[Array, "B S"],
-    lengths: Int[Array, " B"],
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-    """Greedy continuations of pictures followed by prompts, and their lengths."""
-    model = merge(graphdef, params)
-    prefix = model.embed_features(features)
-    embeddings = jnp.concatenate([prefix, model.embed_tokens(tokens)], axis=1)
-    result = generate(
-        model.lm,
-        embeddings,
-        prefix.shape[1] + lengths,
-        row_keys(jax.random.key(0), len(tokens)),  # unused by greedy decoding
-        max_new_tokens=max_new_tokens,
-        sampling=sampling_rows([SamplingConfig()] * len(tokens)),
-        eos_id=eos_id,
-    )
-    return result.tokens, result.lengths
+    return size

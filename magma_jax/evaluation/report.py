@@ -39,7 +39,7 @@ CURVES = {
     "samples_per_second": "samples/s",
 }
 
-ATTRIBUTION = (
+OPENMOJI = (
     'Pictures: <a href="https://openmoji.org">OpenMoji</a>, the open-source emoji and icon project, licence '
     '<a href="https://creativecommons.org/licenses/by-sa/4.0/">CC BY-SA 4.0</a>; shown smaller and in fewer colours. '
     "Names: Unicode CLDR."
@@ -51,7 +51,7 @@ def write_report(
     evaluation: Evaluation,
     dataset: Dataset,
     metrics_file: str | Path,
-    attribution: str = ATTRIBUTION,
+    attribution: str = OPENMOJI,
 ) -> None:
     """Writes the report, first under a temporary name.
 

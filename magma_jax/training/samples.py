@@ -7,20 +7,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from PIL import Image
 
 from magma_jax.config import ConfigError
 from magma_jax.evaluation.cards import Card, Line, draw_cards
-from magma_jax.evaluation.own_split import generate_greedy
 from magma_jax.evaluation.results import CAPTION, question_of
-from magma_jax.nn.modules import Params
+from magma_jax.inference.decode import generate
+from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
+from magma_jax.nn.modules import Params, merge
 from magma_jax.output import replace_file
 from magma_jax.sharding import replicated
 from magma_jax.training.metrics import append_line, cut_after
 from magma_jax.training.pictures import encode_all, features_are_fixed
 from magma_jax.training.setup import Run
-from magma_jax.typing import UInt8
+from magma_jax.typing import Array, Float, Int, UInt8
 
 SAMPLES = "samples"
 SAMPLES_FILE = "samples.jsonl"
@@ -138,3 +141,29 @@ def choose(samples: Sequence[Any], pictures: int) -> list[Any]:
         chosen += [captions[row]] if row in captions else []
         chosen += [questions[row][i % len(questions[row])]] if row in questions else []
     return chosen
+
+
+def generate_greedy(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    features: Float[Array, "B ..."],
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
+    """Greedy continuations of pictures followed by prompts, and their lengths."""
+    model = merge(graphdef, params)
+    prefix = model.embed_features(features)
+    embeddings = jnp.concatenate([prefix, model.embed_tokens(tokens)], axis=1)
+    result = generate(
+        model.lm,
+        embeddings,
+        prefix.shape[1] + lengths,
+        row_keys(jax.random.key(0), len(tokens)),  # unused by greedy decoding
+        max_new_tokens=max_new_tokens,
+        sampling=sampling_rows([SamplingConfig()] * len(tokens)),
+        eos_id=eos_id,
+    )
+    return result.tokens, result.lengths
