@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from magma_jax.data.images import ImageError, load_image, random_crop, to_uint8
+from magma_jax.data.images import ImageError, load_image, random_crop, to_square
 from magma_jax.data.records import DataError
 from magma_jax.data.stored import StoredRecords
 from magma_jax.data.workers import worker_pool
@@ -121,6 +121,10 @@ class StoredPictures:
         pixels = np.ndarray(shape, np.uint8, block.buf)
         return Pending(pixels, lambda: self._blocks.give_back(block), tasks)
 
+    def worker_ids(self) -> list[int]:
+        """Process ids of the workers that have started."""
+        return [] if self._pool is None else list(self._pool._processes)
+
     def close(self) -> None:
         """Ends the workers; they start again when pictures are asked for."""
         if self._pool is not None:
@@ -195,7 +199,7 @@ class _Reader:
             content = self.records[number][local].image_bytes()
             image = load_image(content, draft=round(FAST_MARGIN * size) if self._options.decode == "fast" else 0)
             if draw is None or self._options.augment == "none":
-                pixels[:] = to_uint8(image, size)
+                pixels[:] = np.asarray(to_square(image, size))
             else:
                 pixels[:] = random_crop(image, size, np.random.default_rng(draw))
         except ImageError as error:

@@ -301,7 +301,7 @@ from magma_jax.data.datasets import DataConfig, load_dataset
 config = DataConfig("folders", {"train": (sys.argv[1],)}, length=24, image_size=32, workers=2)
 iterator = iter(load_dataset(config).batches(4, 0, range(4)))
 next(iterator)
-print(*[process.pid for process in iterator._pictures._pool._processes.values()], flush=True)
+print(*iterator._pictures.worker_ids(), flush=True)
 time.sleep(60)
 """
 

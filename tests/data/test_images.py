@@ -196,3 +196,15 @@ def test_image_input_decodes_when_asked(tmp_path):
     assert promised.load().size == (40, 20)
     with pytest.raises(ImageError, match="limit"):
         promised.load(max_pixels=1)
+
+
+@pytest.mark.parametrize("size", [384, 224, 64])
+def test_leaving_out_what_is_cropped_away_changes_no_pixel(size):
+    rng = np.random.default_rng(0)
+    for width, height in [(640, 480), (480, 640), (500, 375), (640, 427), (1024, 768), (300, 299), (1001, 600)]:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        longer = int(size * max(width, height) / min(width, height))
+        whole = image.resize((longer, size) if width > height else (size, longer), Image.Resampling.BICUBIC)
+        left, top = (round((side - size) / 2) for side in whole.size)
+        expected = np.array(whole.crop((left, top, left + size, top + size)))
+        np.testing.assert_array_equal(to_uint8(image, size), expected, err_msg=f"{width} x {height}")
