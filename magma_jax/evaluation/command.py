@@ -12,12 +12,13 @@ from ml_collections import ConfigDict
 
 from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
 from magma_jax.convert.hub import local_path
-from magma_jax.data.datasets import DataConfig, Dataset, load_dataset
+from magma_jax.data.datasets import DataConfig, load_dataset
 from magma_jax.data.workers import cores
 from magma_jax.distributed import is_main
 from magma_jax.evaluation import comparison
 from magma_jax.evaluation.few_shot import evaluate_task
 from magma_jax.evaluation.perplexity import measure
+from magma_jax.evaluation.report import OPENMOJI
 from magma_jax.evaluation.results_card import write_card
 from magma_jax.evaluation.sweep import combinations, run_sweep, sweep_table, write_sweep
 from magma_jax.evaluation.task_files import write_result
@@ -93,7 +94,8 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     checkpoint = identify(path)
     model = Magma.from_checkpoint(path, dtype=arguments.dtype, mesh=mesh)
     tasks = [with_classes_of(task, path) for task in tasks]
-    dataset = own_data(path) if any(task.data is None for task in tasks) else None
+    own = own_data(path) if any(task.data is None for task in tasks) else None
+    dataset = own and load_dataset(own)
     folder = arguments.output or (path if path.is_dir() else arguments.workdir) / "evaluation"
     evaluate = functools.partial(
         evaluate_task,
@@ -114,7 +116,8 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     for task in tasks:
         result = evaluate(task)
         if is_main():
-            print(f"wrote {write_result(folder, result)}")
+            drawings = task.data is None and own.name == "openmoji"
+            print(f"wrote {write_result(folder, result, OPENMOJI if drawings else '')}")
     for settings in dict.fromkeys(task.settings for task in tasks) if is_main() else ():
         print(f"\n{write_card(folder, checkpoint, settings)}")
 
@@ -163,8 +166,8 @@ def identify(path: Path) -> dict[str, Any]:
     return found | {"model_sha256": hashlib.sha256((path / MODEL_FILE).read_bytes()).hexdigest()[:16]}
 
 
-def own_data(path: Path) -> Dataset:
-    """The data that a run learned from.
+def own_data(path: Path) -> DataConfig:
+    """What a run learned from.
 
     Raises:
         ConfigError: not a run.
@@ -172,4 +175,4 @@ def own_data(path: Path) -> Dataset:
     run = read_model_json(path).get("run") if path.is_dir() else None
     if run is None:
         raise ConfigError(f"{path}: not a run, so it has no data of its own; give --data")
-    return load_dataset(from_dict(DataConfig, run["data"], "model.json: run.data"))
+    return from_dict(DataConfig, run["data"], "model.json: run.data")

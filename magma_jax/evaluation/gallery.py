@@ -21,13 +21,19 @@ from magma_jax.typing import UInt8
 SHOWN = 1000
 # Pixels per side, for screens with two pixels a point.
 PICTURE_SIZE = 256
-# CIDEr (0 to 10) from which a caption counts as right, and below which as wrong: it has no natural threshold.
+# CIDEr (0 to 10) from which one of many possible captions counts as right, and below which any counts as wrong: it has
+# no natural threshold.
 GOOD_CAPTION, BAD_CAPTION = 1.0, 0.3
 _SEPARATOR = "\u001f"
 
 
-def write_gallery(path: str | Path, result: TaskResult, shown: int = SHOWN) -> None:
-    """Writes the page, of at most ``shown`` examples, evenly spaced."""
+def write_gallery(path: str | Path, result: TaskResult, *, shown: int = SHOWN, attribution: str = "") -> None:
+    """Writes the page.
+
+    Args:
+        shown: examples on it at most, evenly spaced.
+        attribution: HTML of the footer, which names the pictures' source and licence.
+    """
     numbers = list(spaced(len(result.examples), shown))
     scores = result.per_sample()
     marks = [_mark(result, scores and {k: float(v[i]) for k, v in scores.per_sample.items()}, i) for i in numbers]
@@ -44,6 +50,7 @@ def write_gallery(path: str | Path, result: TaskResult, shown: int = SHOWN) -> N
         stamp=escape(stamp(values)) if "checkpoint" in values else "",
         shared=_shots(result, result.shots[0]) if shared else "",
         legend=_legend(result),
+        footer=f"<footer>{attribution}</footer>" if attribution else "",
         options="".join(f"<option>{escape(group)}</option>" for group in groups),
         cards="\n".join(_card(result, i, mark, image) for i, mark, image in zip(numbers, marks, pixels, strict=True)),
     )
@@ -57,9 +64,8 @@ def _mark(result: TaskResult, scores: dict[str, float] | None, i: int) -> tuple[
     if "accuracy" in scores:
         value, good, bad = scores["accuracy"], 100.0, 0.0
         return ("right" if value >= good else "wrong" if value <= bad else "partly"), value
-    value = scores["CIDEr"]
-    exact = result.answers[i] in result.examples[i].answers
-    good = exact or value >= GOOD_CAPTION
+    value, truths = scores["CIDEr"], result.examples[i].answers
+    good = result.answers[i] in truths or (len(truths) > 1 and value >= GOOD_CAPTION)
     return ("right" if good else "wrong" if value < BAD_CAPTION else "partly"), value
 
 
@@ -69,8 +75,8 @@ def _legend(result: TaskResult) -> str:
     if result.task.kind != "caption":
         return "The number is the answer's accuracy in percent: 100 is right, 0 wrong, between them partly."
     return (
-        f"The number is the caption's CIDEr, 0 to 10. From {GOOD_CAPTION:g} on, or equal to a true caption, it stands "
-        f"under right, below {BAD_CAPTION:g} under wrong."
+        "The number is the caption's CIDEr, 0 to 10. A caption is right if it equals a true one, and where there are "
+        f"several of these also from {GOOD_CAPTION:g} on; below {BAD_CAPTION:g} it is wrong."
     )
 
 

@@ -15,10 +15,11 @@ from magma_jax.evaluation.submissions import SUBMISSIONS, write_submission
 from magma_jax.output import replace_file
 
 
-def write_result(folder: str | Path, result: TaskResult) -> Path:
+def write_result(folder: str | Path, result: TaskResult, attribution: str = "") -> Path:
     """Writes ``NAME.json``, ``NAME.predictions.jsonl`` and ``NAME.html``; returns the path of the first.
 
-    Where the benchmark has a format of its own for predictions, ``NAME.submission.json`` follows it.
+    Where the benchmark has a format of its own for predictions, ``NAME.submission.json`` follows it. ``attribution``
+    stands at the end of the page.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +29,7 @@ def write_result(folder: str | Path, result: TaskResult) -> Path:
     replace_file(predictions_file(path), lines.encode())
     if result.task.name in SUBMISSIONS:
         write_submission(folder / f"{name}.submission.json", result.task.name, result.examples, result.answers)
-    write_gallery(folder / f"{name}.html", result)
+    write_gallery(folder / f"{name}.html", result, attribution=attribution)
     # Last: where it stands the others do, too.
     replace_file(path, (json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
     return path
