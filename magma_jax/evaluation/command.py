@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tasks")
     group.add_argument("--task", nargs="+", metavar="NAME", choices=TASKS, help=", ".join(TASKS))
     group.add_argument("--checkpoint", help="model folder, file or hf:// address; default: the run in --workdir")
-    group.add_argument("--data", help="data set folder to ask about; default: the run's own data")
-    group.add_argument("--shot-data", help="data set folder that shots come from")
+    folder = {"nargs": "+", "default": [], "metavar": "[TASK=]FOLDER"}
+    group.add_argument("--data", **folder, help="data set folder to ask about; default: the run's own data")
+    group.add_argument("--shot-data", **folder, help="data set folder that shots come from")
     group.add_argument("--shots", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
     group.add_argument(
         "--sweep", nargs="+", action="append", metavar=("KEY", "VALUE"), help="a setting and its values; may repeat"
@@ -128,7 +130,7 @@ def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:
     Raises:
         ConfigError: an unknown setting, or a value out of range.
     """
-    places = {"data": arguments.data, "shot_data": arguments.shot_data}
+    places = {"data": _folder_of(name, arguments.data), "shot_data": _folder_of(name, arguments.shot_data)}
     values = ConfigDict(to_dict(TASKS[name]) | {key: value for key, value in places.items() if value is not None})
     if arguments.limit is not None:
         values = apply_overrides(values, [f"limit={arguments.limit}"])
@@ -141,6 +143,15 @@ def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:
         return [dataclasses.replace(task, shots=shots) for shots in arguments.shots]
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
+
+
+def _folder_of(task: str, folders: Sequence[str]) -> str | None:
+    """The folder that is given for a task, or for all of them."""
+    named = dict(entry.split("=", 1) for entry in folders if entry.split("=", 1)[0] in TASKS)
+    common = [entry for entry in folders if entry.split("=", 1)[0] not in TASKS]
+    if len(common) > 1:
+        raise ConfigError(f"{common[0]} and {common[1]}: of several folders each needs its task, as in vqav2=FOLDER")
+    return named.get(task, common[0] if common else None)
 
 
 def with_classes_of(task: TaskConfig, path: Path) -> TaskConfig:

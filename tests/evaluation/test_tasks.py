@@ -1,6 +1,8 @@
 """Tasks: shots, prompts, what is kept of an answer; the same answers however they are computed."""
 
+import argparse
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,10 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from magma_jax.config import ConfigError
 from magma_jax.data.images import ImageInput
 from magma_jax.data.records import DataError
-from magma_jax.evaluation import answering
+from magma_jax.evaluation import answering, command
 from magma_jax.evaluation.answering import Answerer, PromptError, lay_out
 from magma_jax.evaluation.examples import StoredExamples, spaced
 from magma_jax.evaluation.few_shot import evaluate_task
@@ -227,6 +230,46 @@ def test_settings_other_than_the_tasks_own_are_part_of_the_name():
     changed = dataclasses.replace(TASKS["vqav2"], truncation="newline", limit=9)
     assert changed.file_name == "vqav2-0shot-limit=9-truncation=newline"
     assert TaskConfig("mine", "caption", ("coco",), prompt="p").file_name == "mine-0shot"
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--split", default="test")
+    command.add_task_options(parser)
+    return parser.parse_args(["--task", "vqav2", "gqa", *words])
+
+
+def test_the_command_line_gives_every_task_its_folder_and_settings():
+    words = ("--data", "vqav2=a", "gqa=b", "--shot-data", "c", "--shots", "0", "2", "--limit", "7", "--set", "seed=3")
+    tasks = [task for name in ("vqav2", "gqa") for task in command.configure(name, arguments(*words))]
+    assert [(task.name, task.data, task.shot_data, task.shots) for task in tasks] == [
+        ("vqav2", "a", "c", 0),
+        ("vqav2", "a", "c", 2),
+        ("gqa", "b", "c", 0),
+        ("gqa", "b", "c", 2),
+    ]
+    assert {(task.limit, task.seed, task.settings) for task in tasks} == {(7, 3, "limit=7-seed=3")}
+    with pytest.raises(ConfigError, match="of several folders each needs its task"):
+        command.configure("gqa", arguments("--data", "a", "b"))
+    with pytest.raises(ConfigError, match="unknown key"):
+        command.configure("gqa", arguments("--set", "shot=1"))
+    with pytest.raises(ConfigError, match="gqa: shots must not be negative"):
+        command.configure("gqa", arguments("--shots", "-1"))
+
+
+def test_classes_come_from_the_run_in_its_order(tmp_path):
+    task = TASKS["snli_ve"]
+    assert command.with_classes_of(task, tmp_path) == task
+    names = ["contradiction", "entailment", "neutral"]
+    for classes, message in ((names, None), (["yes", "no"], "was trained on the classes yes, no")):
+        content = {"model": {}, "run": {"data": {"classes": classes}}}
+        (tmp_path / "model.json").write_text(json.dumps(content))
+        if message is None:
+            assert command.with_classes_of(task, tmp_path).classes == tuple(names)
+        else:
+            with pytest.raises(ConfigError, match=message):
+                command.with_classes_of(task, tmp_path)
 
 
 def test_numbers_are_evenly_spaced():
