@@ -174,8 +174,18 @@ class Magma:
         *,
         seed: int | Sequence[int] = 0,
         return_logits: bool = False,
+        top_logprobs: int = 0,
     ) -> Generation:
-        """Like ``generate``, as token ids with lengths and, if asked for, logits."""
+        """Like ``generate``, as token ids with lengths and log-probabilities.
+
+        Args:
+            embeddings: as for ``generate``; ``PromptBatch.repeat`` gives several samples of each prompt.
+            max_steps: new tokens at most.
+            sampling: how they are drawn.
+            seed: as for ``generate``.
+            return_logits: also return all logits.
+            top_logprobs: also return so many of the likeliest tokens in place of each token.
+        """
         batch = as_batch(embeddings)
         check_room(self, batch, max_steps)
         padded = pad_to_bucket(batch.embeddings)
@@ -190,6 +200,7 @@ class Magma:
             compat=sampling.compat,
             eos_id=self.tokenizer.eos_id,
             return_logits=return_logits,
+            top=top_logprobs,
         )
 
     def __call__(
@@ -292,7 +303,7 @@ def pad_to_bucket(embeddings: Float[Array, "B S D"]) -> Float[Array, "B S2 D"]:
     return jnp.pad(embeddings, ((0, 0), (0, padded_length(length) - length), (0, 0)))
 
 
-@jit(static_argnames=("graphdef", "max_new_tokens", "compat", "eos_id", "return_logits"))
+@jit(static_argnames=("graphdef", "max_new_tokens", "compat", "eos_id", "return_logits", "top"))
 def _generate(graphdef, params, embeddings, lengths, keys, **options) -> Generation:
     return generate(merge(graphdef, params).lm, embeddings, lengths, keys, **options)
 

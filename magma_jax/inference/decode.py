@@ -42,12 +42,27 @@ class Rows(NamedTuple):
     seen: Array | None
 
 
-class Drawn(NamedTuple):
-    """What one step drew: tokens (B,), their log-probabilities under the model (B,), and the logits (B, V)."""
+class TopTokens(NamedTuple):
+    """The K likeliest tokens under the model, likeliest first: ids and log-probabilities, (B, K) each."""
 
     token: Array
     logprob: Array
-    logits: Array
+
+
+class Drawn(NamedTuple):
+    """What one step drew.
+
+    Attributes:
+        token: (B,).
+        logprob: (B,) under the model, whatever the sampling made of it.
+        logits: (B, V), None where nobody wants them.
+        top: what could have been drawn, None where nobody asks.
+    """
+
+    token: Array
+    logprob: Array
+    logits: Array | None
+    top: TopTokens | None = None
 
 
 class Generation(NamedTuple):
@@ -58,6 +73,7 @@ class Generation(NamedTuple):
         lengths: (B,) number of tokens before the eos, at most N.
         logprobs: (B, N) log-probability of each token under the model, whatever the sampling made of it.
         logits: (B, N, V) that each token was chosen from, zeros behind the end; None unless asked for.
+        top: (B, N, K) the likeliest tokens in place of each; None unless asked for.
         cache: keys and values of prompts and all but the last of the new tokens.
     """
 
@@ -65,6 +81,7 @@ class Generation(NamedTuple):
     lengths: Array
     logprobs: Array
     logits: Array | None
+    top: TopTokens | None
     cache: KVCache
 
 
@@ -81,6 +98,7 @@ def prefill(
     seen: Bool[Array, "B V"] | None = None,
     prefix: KVCache | None = None,
     compat: Compat = None,
+    top: int = 0,
 ) -> tuple[Rows, Drawn]:
     """Runs prompts of any lengths, padded on the right, and draws the first token of each.
 
@@ -97,16 +115,16 @@ def prefill(
     last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     zeros = jnp.zeros(batch, jnp.int32)
     rows = Rows(output.cache, zeros, start + lengths - 1, zeros, limit, limit < 1, keys, sampling, seen)
-    return draw(lm, rows, lm.logits(last), eos_id, compat)
+    return draw(lm, rows, lm.logits(last), eos_id, compat, top)
 
 
 def advance(
-    lm: Decoder, rows: Rows, *, eos_id: int | Int[Array, ""] | None, compat: Compat = None
+    lm: Decoder, rows: Rows, *, eos_id: int | Int[Array, ""] | None, compat: Compat = None, top: int = 0
 ) -> tuple[Rows, Drawn]:
     """Runs the newest token of every row and draws the next. Rows that are done compute, and stay what they are."""
     embedded = lm.embed(rows.token[:, None], rows.cache.key.dtype)
     output = lm(embedded, positions=rows.position[:, None], cache=rows.cache)
-    return draw(lm, rows._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), eos_id, compat)
+    return draw(lm, rows._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), eos_id, compat, top)
 
 
 def run(
@@ -117,10 +135,12 @@ def run(
     eos_id: int | Int[Array, ""] | None,
     compat: Compat = None,
     keep_logits: bool = False,
+    top: int = 0,
 ) -> tuple[Rows, Drawn]:
     """Up to ``steps`` steps, fewer if all rows end.
 
-    Returns the rows, and what was drawn with a column a step, (B, N) and (B, N, V); logits are None unless kept. The
+    Returns the rows, and what was drawn with a column a step, (B, N), (B, N, V) and (B, N, K); logits are None unless
+    kept, ``top`` is the number K of likeliest tokens. The
     first ``count`` (after) - ``count`` (before) columns of a row are its new tokens; behind them stands the eos.
     """
     batch = rows.token.shape[0]
@@ -128,6 +148,7 @@ def run(
         jnp.full((batch, steps), 0 if eos_id is None else eos_id, jnp.int32),
         jnp.zeros((batch, steps)),
         jnp.zeros((batch, steps, lm.config.head_rows)) if keep_logits else None,
+        TopTokens(jnp.zeros((batch, steps, top), jnp.int32), jnp.zeros((batch, steps, top))) if top else None,
     )
 
     def unfinished(carry):
@@ -136,7 +157,7 @@ def run(
 
     def body(carry):
         step, rows, drawn = carry
-        rows, new = advance(lm, rows, eos_id=eos_id, compat=compat)
+        rows, new = advance(lm, rows, eos_id=eos_id, compat=compat, top=top)
         new = new if keep_logits else new._replace(logits=None)
         return step + 1, rows, jax.tree.map(lambda all_, one: all_.at[:, step].set(one), drawn, new)
 
@@ -158,6 +179,7 @@ def generate(
     seen: Bool[Array, "B V"] | None = None,
     prefix: KVCache | None = None,
     compat: Compat = None,
+    top: int = 0,
 ) -> Generation:
     """Continues every prompt by up to ``max_new_tokens`` tokens.
 
@@ -174,10 +196,11 @@ def generate(
         seen: tokens that the prompts have, where a row has a repetition penalty.
         prefix: keys and values of what all prompts begin with, see ``prefill``; its positions come before theirs.
         compat: static, see ``SamplingConfig``.
+        top: static, how many of the likeliest tokens to return beside each token.
     """
     batch, length, _ = embeddings.shape
     limit = jnp.full(batch, max_new_tokens) if limit is None else limit
-    options = {"eos_id": eos_id, "compat": compat}
+    options = {"eos_id": eos_id, "compat": compat, "top": top}
     slots = length + max_new_tokens + (0 if prefix is None else prefix.key.shape[2])
     rows, first = prefill(
         lm, embeddings, lengths, keys, sampling, limit, slots=slots, seen=seen, prefix=prefix, **options
@@ -189,17 +212,24 @@ def generate(
     if eos_id is not None:
         # The eos itself is no part of the answer.
         counts = jnp.minimum(counts, jnp.sum(jnp.cumsum(drawn.token == eos_id, axis=1) == 0, axis=1))
-    return Generation(drawn.token, counts, drawn.logprob, drawn.logits, rows.cache)
+    return Generation(drawn.token, counts, drawn.logprob, drawn.logits, drawn.top, rows.cache)
 
 
 def draw(
-    lm: Decoder, rows: Rows, logits: Float[Array, "B V"], eos_id: int | Int[Array, ""] | None, compat: Compat = None
+    lm: Decoder,
+    rows: Rows,
+    logits: Float[Array, "B V"],
+    eos_id: int | Int[Array, ""] | None,
+    compat: Compat = None,
+    top: int = 0,
 ) -> tuple[Rows, Drawn]:
     """Draws the next token of every row from its logits, and moves on the rows that are not done."""
     keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.count)
     table = lm.config.vocab_rows
     token = sample(logits, keys, rows.sampling, table_rows=table, seen=rows.seen, compat=compat).astype(jnp.int32)
-    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :table]), token[:, None], axis=1)[:, 0]
+    logprobs = jax.nn.log_softmax(logits[:, :table])
+    logprob = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+    likeliest = TopTokens(*reversed(jax.lax.top_k(logprobs, top))) if top else None
     alive = ~rows.done
     count = rows.count + alive
     done = rows.done | (count >= rows.limit)
@@ -211,4 +241,4 @@ def draw(
         seen = seen.at[jnp.arange(len(token)), token].max(alive)
     # A row that is done keeps its position: what it goes on to compute is written where nothing is read.
     rows = rows._replace(token=token, position=rows.position + alive, count=count, done=done, seen=seen)
-    return rows, Drawn(token, logprob, logits)
+    return rows, Drawn(token, logprob, logits, likeliest)

@@ -26,9 +26,17 @@ from PIL import Image
 from magma_jax.data.images import ImageInput
 from magma_jax.inference import slots
 from magma_jax.inference.api import LENGTH_BUCKETS, Magma
-from magma_jax.inference.decode import Drawn
+from magma_jax.inference.decode import Drawn, TopTokens
 from magma_jax.inference.prompts import WORD, Encoded, Prompt, encode_prompt, picture_positions
-from magma_jax.inference.requests import Answer, EngineError, Progress, RequestOptions, Ticket
+from magma_jax.inference.requests import (
+    MAX_TOP_LOGPROBS,
+    Alternatives,
+    Answer,
+    EngineError,
+    Progress,
+    RequestOptions,
+    Ticket,
+)
 from magma_jax.inference.sampling import sampling_rows
 from magma_jax.models.encoders import ENCODERS
 from magma_jax.typing import Int
@@ -96,6 +104,7 @@ class Engine:
         self.context = min(config.context or limit, limit)
         self.buckets = (*(bucket for bucket in LENGTH_BUCKETS if bucket < self.context), self.context)
         self._graphdef, self._params = model.graphdef, model.params
+        self._top = min(MAX_TOP_LOGPROBS, model.config.lm.vocab_rows)
         self._picture_positions = picture_positions(model.config)
         self._waiting: collections.deque[_Work] = collections.deque()
         self._running: dict[int, _Work] = {}
@@ -298,12 +307,15 @@ class Engine:
             jnp.int32(options.max_new_tokens),
         )
         eos_id = self.model.tokenizer.eos_id
-        self._rows, first = slots.admit(self._graphdef, self._params, self._rows, self._table, admission, eos_id=eos_id)
+        self._rows, first = slots.admit(
+            self._graphdef, self._params, self._rows, self._table, admission, eos_id=eos_id, top=self._top
+        )
         self._histories[slot] = prompt.identity
         work.ticket.reused_tokens = start
         self._prompt_tokens += len(prompt.tokens)
         self._reused += start
-        self._deliver({slot: ([int(first.token[0])], [float(first.logprob[0])])})
+        top = [_alternatives(first.top, options.top_logprobs, 0)] if options.top_logprobs else []
+        self._deliver({slot: ([int(first.token[0])], [float(first.logprob[0])], top)})
 
     def _picture_row(self, key: bytes, pixels: np.ndarray) -> int:
         """Where a picture stands in the table; it is encoded if it is not there, in place of the least used one."""
@@ -324,26 +336,32 @@ class Engine:
 
     def _decode(self) -> None:
         before = np.asarray(self._rows.count)
-        drawn = self._burst()
+        wanted = {slot: work.ticket.options.top_logprobs for slot, work in self._running.items()}
+        drawn = self._burst(self._top if any(wanted.values()) else 0)
         tokens, logprobs, after = np.asarray(drawn.token), np.asarray(drawn.logprob), np.asarray(self._rows.count)
+        top = jax.tree.map(np.asarray, drawn.top)  # once for all rows
         self._deliver(
             {
-                slot: (tokens[slot, :count].tolist(), logprobs[slot, :count].tolist())
-                for slot in self._running
+                slot: (
+                    tokens[slot, :count].tolist(),
+                    logprobs[slot, :count].tolist(),
+                    [_alternatives(top, size, (slot, step)) for step in range(count)] if size else [],
+                )
+                for slot, size in wanted.items()
                 if (count := int(after[slot] - before[slot]))
             }
         )
 
-    def _burst(self) -> Drawn:
-        self._rows, drawn = slots.decode(
-            self._graphdef, self._params, self._rows, steps=self.config.steps, eos_id=self.model.tokenizer.eos_id
-        )
+    def _burst(self, top: int) -> Drawn:
+        """A burst of decoding; with ``top`` likeliest tokens where somebody wants them, which takes another program."""
+        eos_id, steps = self.model.tokenizer.eos_id, self.config.steps
+        self._rows, drawn = slots.decode(self._graphdef, self._params, self._rows, steps=steps, eos_id=eos_id, top=top)
         return drawn
 
-    def _deliver(self, new: dict[int, tuple[list[int], list[float]]]) -> None:
+    def _deliver(self, new: dict[int, tuple[list[int], list[float], list[Alternatives]]]) -> None:
         """Gives every request its new tokens, and ends those that are through."""
         stopped = []
-        for slot, (tokens, logprobs) in new.items():
+        for slot, (tokens, logprobs, top) in new.items():
             work = self._running[slot]
             eos_id = self.model.tokenizer.eos_id
             ended = eos_id in tokens
@@ -355,7 +373,7 @@ class Engine:
             self._histories[slot] = np.concatenate([self._histories[slot], np.array(tokens, np.int64)])
             finish = "stop" if ended or found is not None else "length" if at_limit else None
             used = len(tokens) if found is None else found
-            piece = Progress(text, tuple(tokens[:used]), tuple(logprobs[:used]), finish)
+            piece = Progress(text, tuple(tokens[:used]), tuple(logprobs[:used]), tuple(top[:used]), finish)
             if finish is None:
                 work.ticket.put(piece)
             else:
@@ -384,9 +402,15 @@ class Engine:
         """Programs that requests of a warm-up do not reach."""
         self._release([])
         self._rows = slots.copy_prompt(self._rows, jnp.int32(0), jnp.int32(0))
-        self._burst()
+        for top in (0, self._top):
+            self._burst(top)
         jax.block_until_ready(self._rows)
         self._histories = [np.zeros(0, np.int64) for _ in range(self.config.slots)]
+
+
+def _alternatives(top: TopTokens, count: int, where: int | tuple[int, int]) -> Alternatives:
+    tokens, logprobs = (np.asarray(array)[where][:count].tolist() for array in top)
+    return tuple(zip(tokens, logprobs, strict=True))
 
 
 def _common_prefix(one: Int[np.ndarray, " A"], two: Int[np.ndarray, " B"]) -> int:

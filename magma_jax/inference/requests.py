@@ -11,6 +11,12 @@ from magma_jax.inference.sampling import SamplingConfig
 # Why a request ended: its end of text or a stop string, its limit, or because nobody wanted it any more.
 FinishReason = Literal["stop", "length", "cancelled"]
 
+# The most alternatives of a token that can be asked for, as in OpenAI's interface.
+MAX_TOP_LOGPROBS = 20
+
+# The likeliest tokens in place of one, with their log-probabilities.
+Alternatives = tuple[tuple[int, float], ...]
+
 # What a decoder of UTF-8 shows for bytes that are not whole characters yet.
 _INCOMPLETE = "\ufffd"
 
@@ -24,14 +30,18 @@ class RequestOptions:
         sampling: how tokens are drawn; ``compat`` is not served.
         seed: the answer is that of ``Magma.generate(..., seed=[seed])``.
         stop: texts that end the answer and are no part of it.
+        top_logprobs: likeliest tokens to report beside each token.
     """
 
     max_new_tokens: int = 64
     sampling: SamplingConfig = SamplingConfig()
     seed: int = 0
     stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self):
+        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(f"top_logprobs must lie between 0 and {MAX_TOP_LOGPROBS}, got {self.top_logprobs}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if any(not text for text in self.stop):
@@ -42,11 +52,20 @@ class RequestOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """A piece of an answer: new text, with the tokens and log-probabilities it comes from; ``finish`` on the last."""
+    """A piece of an answer: new text, and the tokens it comes from.
+
+    Attributes:
+        text: new.
+        tokens: new.
+        logprobs: of the tokens.
+        top: alternatives of each token, if any were asked for.
+        finish: on the last piece.
+    """
 
     text: str
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    top: tuple[Alternatives, ...] = ()
     finish: FinishReason | None = None
 
 

@@ -79,7 +79,7 @@ def add_picture(
     return table.at[row].set(embedded[0].astype(table.dtype))
 
 
-@jit(static_argnames=("graphdef", "eos_id"), donate_argnames=("rows",))
+@jit(static_argnames=("graphdef", "eos_id", "top"), donate_argnames=("rows",))
 def admit(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -88,6 +88,7 @@ def admit(
     admission: Admission,
     *,
     eos_id: int,
+    top: int,
 ) -> tuple[Rows, Drawn]:
     """Runs a prompt, pictures and words in one program, in the cache of its slot, and draws the first token."""
     model = merge(graphdef, params)
@@ -109,7 +110,7 @@ def admit(
         admission.sampling,
         admission.seen[None],
     )
-    one, drawn = draw(model.lm, one, logits, eos_id)
+    one, drawn = draw(model.lm, one, logits, eos_id, top=top)
     others = jax.tree.map(
         lambda all_, new: all_.at[slot].set(new[0]), rows._replace(cache=None), one._replace(cache=None)
     )
@@ -125,10 +126,12 @@ def embed(
     return jnp.where((pictures == WORD)[None, :, None], words, positions[None])
 
 
-@jit(static_argnames=("graphdef", "steps", "eos_id"), donate_argnames=("rows",))
-def decode(graphdef: nnx.GraphDef, params: Params, rows: Rows, *, steps: int, eos_id: int) -> tuple[Rows, Drawn]:
+@jit(static_argnames=("graphdef", "steps", "eos_id", "top"), donate_argnames=("rows",))
+def decode(
+    graphdef: nnx.GraphDef, params: Params, rows: Rows, *, steps: int, eos_id: int, top: int
+) -> tuple[Rows, Drawn]:
     """Up to ``steps`` tokens for every slot, see ``inference.decode.run``."""
-    return run(merge(graphdef, params).lm, rows, steps, eos_id=eos_id)
+    return run(merge(graphdef, params).lm, rows, steps, eos_id=eos_id, top=top)
 
 
 @jit(donate_argnames=("rows",))

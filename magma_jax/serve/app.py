@@ -306,12 +306,16 @@ class _Service:
 
     def _logprobs(self, pieces: list[Progress]) -> dict[str, Any]:
         decode = self.engine.model.tokenizer.decode
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = decode([token])
+            return {"token": text, "logprob": probability(logprob), "bytes": list(text.encode())}
+
         entries = []
         for piece in pieces:
-            for token, logprob in zip(piece.tokens, piece.logprobs, strict=True):
-                text = decode([token])
-                entry = {"token": text, "logprob": probability(logprob), "bytes": list(text.encode())}
-                entries.append(entry | {"top_logprobs": []})
+            tops = piece.top or [()] * len(piece.tokens)
+            for token, logprob, top in zip(piece.tokens, piece.logprobs, tops, strict=True):
+                entries.append(entry(token, logprob) | {"top_logprobs": [entry(*other) for other in top]})
         return {"content": entries, "refusal": None}
 
     def _head(self, kind: str) -> dict[str, Any]:

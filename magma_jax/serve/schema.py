@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from magma_jax.inference.requests import RequestOptions
+from magma_jax.inference.requests import MAX_TOP_LOGPROBS, RequestOptions
 from magma_jax.inference.sampling import SamplingConfig
 
 MAX_STOPS = 8
@@ -118,13 +118,13 @@ class ChatRequest(PromptRequest):
     stream: bool = False
     stream_options: StreamOptions | None = None
     logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     return_token_ids: bool = False
     user: str | None = None
 
     # Named by the standard and not served: refused unless they ask for nothing.
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    top_logprobs: int | None = None
 
     @field_validator("temperature", "top_p", "min_p", "repetition_penalty", mode="before")
     @classmethod
@@ -141,9 +141,11 @@ class ChatRequest(PromptRequest):
 
     @model_validator(mode="after")
     def _unsupported(self) -> "ChatRequest":
-        for name in ("frequency_penalty", "presence_penalty", "top_logprobs"):
+        for name in ("frequency_penalty", "presence_penalty"):
             if getattr(self, name):
-                raise ValueError(f"{name} is not supported; repetition_penalty and logprobs are")
+                raise ValueError(f"{name} is not supported; repetition_penalty is")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs")
         return self
 
     def options(self, default_tokens: int) -> list[RequestOptions]:
@@ -151,7 +153,7 @@ class ChatRequest(PromptRequest):
         sampling = SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         wanted = self.max_completion_tokens or self.max_tokens or default_tokens
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return [RequestOptions(wanted, sampling, self.seed + i, stop) for i in range(self.n)]
+        return [RequestOptions(wanted, sampling, self.seed + i, stop, self.top_logprobs) for i in range(self.n)]
 
 
 def parse(content: Any, kind: type[Asked]) -> Asked:

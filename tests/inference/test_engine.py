@@ -103,6 +103,7 @@ def test_nothing_is_compiled_after_the_warmup(engine):
         for prompt, options in zip(PROMPTS, OPTIONS, strict=True):
             engine.submit(prompt, options).text()
         engine.submit(["other words, other numbers"], RequestOptions(5, SamplingConfig(0.3, 7, 0.6, 0.1, 1.2))).text()
+        engine.submit(["a"], RequestOptions(5, top_logprobs=3)).text()
     assert compiled.count == 0
 
 
@@ -164,6 +165,23 @@ def test_an_answer_arrives_in_pieces_that_join_to_the_whole(engine, model, alone
     assert pieces[-1].finish in ("stop", "length")
     assert all(len(piece.tokens) == len(piece.logprobs) for piece in pieces)
     assert all(logprob <= 0 for piece in pieces for logprob in piece.logprobs)
+
+
+def test_the_likeliest_tokens_beside_each_whatever_the_neighbours_want(engine, model):
+    greedy, hot = RequestOptions(9, top_logprobs=3), RequestOptions(9, SamplingConfig(2.0), seed=1)
+    ticket, neighbour = engine.submit(PROMPTS[0], greedy), engine.submit(PROMPTS[1], hot)
+    ticket.text()
+    neighbour.text()
+    result = model.generate_tokens(model.preprocess_inputs(PROMPTS[0]), 9, return_logits=True, top_logprobs=3)
+    logprobs = jax.nn.log_softmax(result.logits[0, :, : tiny.MODEL.lm.vocab_rows])
+    expected = np.argsort(-logprobs, axis=-1, kind="stable")[:, :3]
+    np.testing.assert_array_equal(result.top.token[0], expected)
+    np.testing.assert_allclose(result.top.logprob[0], np.take_along_axis(logprobs, expected, axis=-1), rtol=1e-5)
+    found = [alternative for piece in ticket.pieces() for alternative in piece.top]
+    assert [[token for token, _ in top] for top in found] == expected[: len(found)].tolist()
+    assert [top[0][0] for top in found] == ticket.tokens
+    np.testing.assert_allclose([[p for _, p in top] for top in found], result.top.logprob[0, : len(found)], atol=1e-4)
+    assert not any(piece.top for piece in neighbour.pieces())
 
 
 def test_a_cancelled_request_leaves_its_slot(model):
@@ -273,6 +291,7 @@ def test_tokens_behind_a_stop_text_do_not_count(model):
     [
         ({"max_new_tokens": 0}, "at least 1"),
         ({"stop": ("",)}, "empty text"),
+        ({"top_logprobs": 21}, "top_logprobs must lie between 0 and 20"),
         ({"sampling": SamplingConfig(compat="upstream")}, "compat is for single runs"),
     ],
 )

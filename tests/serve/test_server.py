@@ -52,7 +52,7 @@ def test_the_official_client_streams(client, model):
 
 def test_several_choices_logprobs_seeds_and_stop_texts(client):
     options = {"model": "tiny", "messages": user("a red"), "max_tokens": 8, "temperature": 1.5}
-    first = client.chat.completions.create(**options, n=3, seed=7, logprobs=True)
+    first = client.chat.completions.create(**options, n=3, seed=7, logprobs=True, top_logprobs=2)
     texts = [choice.message.content for choice in first.choices]
     assert len(set(texts)) > 1
     again = client.chat.completions.create(**options, seed=8)
@@ -60,6 +60,9 @@ def test_several_choices_logprobs_seeds_and_stop_texts(client):
     entries = first.choices[0].logprobs.content
     assert entries
     assert all(entry.logprob <= 0 for entry in entries)
+    for entry in entries:
+        likeliest, next_one = (other.logprob for other in entry.top_logprobs)
+        assert likeliest >= max(next_one, entry.logprob)
     whole = max(texts, key=len)
     seed = 7 + texts.index(whole)
     cut = client.chat.completions.create(**options, seed=seed, stop=[whole[2:4]])
