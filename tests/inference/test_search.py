@@ -38,9 +38,10 @@ def batch(model):
 
 def whole(model, prompt, tokens):
     """Log-probability of each token, by a forward pass over everything."""
-    embeddings = jnp.concatenate([prompt, model.embed_tokens(tokens)])[None]
-    logprobs = jax.nn.log_softmax(model(embeddings).logits[0, len(prompt) - 1 : -1, : tiny.MODEL.lm.vocab_rows])
-    return np.asarray(logprobs)[np.arange(len(tokens)), tokens]
+    embeddings = np.zeros((1, 32, 32), np.float32)  # one length, one program
+    embeddings[0, : len(prompt) + len(tokens)] = np.concatenate([prompt, model.embed_tokens(tokens)])
+    logits = np.asarray(model(jnp.asarray(embeddings)).logits)[0, len(prompt) - 1 :, : tiny.MODEL.lm.vocab_rows]
+    return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(tokens)), tokens]
 
 
 def test_scores_are_those_of_the_whole_text(model, batch):
@@ -60,7 +61,7 @@ def test_more_answers_than_run_together(model, batch):
     assert len(texts) > ROWS
     together = score(model, batch, [texts, texts[:1]])
     assert [answer.text for answer in together[0]] == texts
-    alone = score(model, batch, [texts[-1:], [" c"]])
+    alone = score(model, batch, [texts[-1:], texts[:1]])
     np.testing.assert_allclose(together[0][-1].logprobs, alone[0][0].logprobs, atol=1e-5)
 
 
@@ -87,7 +88,7 @@ def test_answers_that_cannot_be_scored(model, batch, answers, says):
         score(model, batch, answers)
 
 
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all(model, batch, penalty):
     rows, eos = tiny.MODEL.lm.vocab_rows, model.tokenizer.eos_id
     prompt = batch.embeddings[1, :1]
