@@ -92,16 +92,20 @@ def _table(rows: Mapping[str, Mapping[Column, float]], columns: Sequence[Column]
     headings = [column.heading for column in columns]
     headings = ["" if i and headings[i - 1] == heading else heading for i, heading in enumerate(headings)]
     lines = [["", *headings], ["shots", *(str(column.shots) for column in columns)]]
-    for name, row in rows.items():
-        if any(column in row for column in columns):
-            lines.append([name, *(f"{row[column]:.1f}" if column in row else "-" for column in columns)])
-        if name == "this model":
-            lines.append(["  95 % interval", *(intervals[column] for column in columns)])
+    shown = {name: row for name, row in rows.items() if any(column in row for column in columns)}
+    cells = {
+        name: [f"{row[column]:.1f}" if column in row else "-" for column in columns] for name, row in shown.items()
+    }
+    lines += [[name, *values] for name, values in cells.items() if name not in FIGURES]
+    lines.insert(3, ["  95 % interval", *(intervals[column] for column in columns)])
+    paper = [[f"  {name}", *values] for name, values in cells.items() if name in FIGURES]
+    lines += [["the paper", *("" for _ in columns)], *paper] if paper else []
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
+    aligned = (
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
     )
+    return "\n".join(line.rstrip() for line in aligned)
 
 
 def _interval(result: Mapping[str, Any], column: Column) -> str:

@@ -99,9 +99,8 @@ def test_the_same_evaluation_twice_is_the_same(model, evaluation):
     assert again.predictions == evaluation.predictions
 
 
-@pytest.mark.parametrize("batch_size", [1, 64])
-def test_batch_size_changes_no_prediction(model, evaluation, batch_size):
-    other = own_split.evaluate(model, DATA, batch_size=batch_size, max_new_tokens=6)
+def test_batch_size_changes_no_prediction(model, evaluation):
+    other = own_split.evaluate(model, DATA, batch_size=1, max_new_tokens=6)
     assert other.predictions == evaluation.predictions
 
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from magma_jax.config import ConfigError
@@ -23,8 +22,7 @@ from magma_jax.evaluation.tasks import TASKS, TaskConfig
 from magma_jax.evaluation.truncation import truncate
 from magma_jax.inference.api import Magma
 from magma_jax.inference.sampling import SamplingConfig
-from magma_jax.models.magma import MagmaModel
-from magma_jax.nn.modules import merge, split
+from magma_jax.nn.modules import merge
 from magma_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from tests import tiny
 from tests.evaluation.conftest import DATA
@@ -156,22 +154,37 @@ def test_captions_and_blindness(talkative, folders):
     assert result.examples[0].answers == ("a picture 0", "a square")
 
 
-def test_statements_are_put_into_classes(folders):
+@pytest.fixture(scope="module")
+def classifier(talkative):
+    """``talkative`` with a head of two classes, one the opposite of the other."""
+    row = np.random.default_rng(0).normal(size=32).astype(np.float32)
+    head = {"class_head/weight": jnp.array([row, -row]), "class_head/bias": jnp.zeros(2)}
     config = dataclasses.replace(tiny.MODEL, classes=2)
-    model = Magma(config, split(MagmaModel(config, rngs=nnx.Rngs(0)))[1], DATA.tokenizer)
+    return Magma(config, talkative.params | head, DATA.tokenizer)
+
+
+def test_statements_are_put_into_classes(classifier, folders):
     task = dataclasses.replace(TASKS["snli_ve"], data=str(folders / "val"), classes=("yes", "red"))
-    result = evaluate_task(model, task)
-    assert set(result.outputs) <= {"yes", "red"}
-    example = result.examples[3]
-    embeddings = model.preprocess_inputs(
-        [ImageInput(Image.fromarray(result.pictures[np.array([example.picture])][0])), example.text]
-    )
-    logits = merge(model.graphdef, model.params).class_logits(embeddings, jnp.array([embeddings.shape[1]]))
-    assert result.outputs[3] == task.classes[int(logits[0].argmax())]
+    result = evaluate_task(classifier, task)
+    turned = {k: -v if k == "class_head/weight" else v for k, v in classifier.params.items()}
+    opposite = evaluate_task(Magma(classifier.config, turned, DATA.tokenizer), task)
+    assert all({one, other} == {"yes", "red"} for one, other in zip(result.outputs, opposite.outputs, strict=True))
     right = [output in example.answers for output, example in zip(result.outputs, result.examples, strict=True)]
     assert result.scores["accuracy"].scores["accuracy"] == pytest.approx(100 * np.mean(right))
     with pytest.raises(DataError, match="the head has 2 classes, but 3 names"):
-        evaluate_task(model, dataclasses.replace(task, classes=("a", "b", "c")))
+        evaluate_task(classifier, dataclasses.replace(task, classes=("a", "b", "c")))
+
+
+@pytest.mark.slow
+def test_a_statement_is_classified_by_its_last_token(classifier, folders):
+    task = dataclasses.replace(TASKS["snli_ve"], data=str(folders / "val"), classes=("yes", "red"))
+    result = evaluate_task(classifier, task)
+    for example, output in zip(result.examples, result.outputs, strict=True):
+        picture = ImageInput(Image.fromarray(result.pictures[np.array([example.picture])][0]))
+        embeddings = classifier.preprocess_inputs([picture, example.text])
+        model = merge(classifier.graphdef, classifier.params)
+        logits = model.class_logits(embeddings, jnp.array([embeddings.shape[1]]))
+        assert output == task.classes[int(logits[0].argmax())]
 
 
 def test_a_model_without_a_head_says_so(talkative, folders):
@@ -188,12 +201,21 @@ def test_what_a_shot_shows_is_the_commonest_answer(folders):
         examples[1].reference("nocaps")
 
 
-def test_long_prompts_are_an_error_or_lose_shots(talkative, folders):
+def test_long_prompts_are_an_error_or_lose_shots(talkative, folders, monkeypatch):
     with pytest.raises(PromptError, match="context holds 64; lower shots"):
         evaluate_task(talkative, stored(folders, shots=6))
+    asked = []
+    monkeypatch.setattr(
+        Answerer, "__call__", lambda self, prompts, **_: asked.extend(prompts) or ["red"] * len(prompts)
+    )
     result = evaluate_task(talkative, stored(folders, shots=6, overlong="drop_shots"))
-    assert result.stamp["shots"]["dropped"] > 0
     assert result.stamp["longest_prompt"] + 4 <= 64
+    # A shot is a picture and words; the question itself is another.
+    shots = [len(prompt) // 2 - 1 for prompt in asked]
+    assert result.stamp["shots"]["dropped"] == sum(6 - number for number in shots) > 0
+    # The last ones stay, which are those of fewer shots.
+    last = result.shots[0][-1].example
+    assert asked[0][-3] == result.task.complete(last.text, last.shown)
 
 
 @pytest.mark.parametrize(
