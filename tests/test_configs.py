@@ -21,6 +21,7 @@ GPTJ, V2 = 6_050_301_152, 383_936_912
 COUNTS = {
     "quickstart.py": (668_928, 7_575_553),
     "quickstart_lm.py": (4_204_545, 0),
+    "finetune_quickstart.py": (668_928 + 2 * 256 + 2, 7_575_553),
     "magma_v1.py": (383_822_224, GPTJ),
     "magma_v2.py": (V2, GPTJ),
     "magma_base.py": (V2, GPTJ),

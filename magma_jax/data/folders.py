@@ -71,7 +71,7 @@ class FolderBatches:
 
 
 class FolderIterator:
-    """Batches with ``images`` (uint8), decoded ahead.
+    """Batches with ``images`` (uint8) beside ``pictures`` (-1 where the image is black for want of one), decoded ahead.
 
     Attributes:
         skipped: samples that were left out so far, former parts of the run included.
@@ -132,7 +132,7 @@ class FolderIterator:
 
 
 def fill_pictures(batch: Batch, pictures: StoredPictures) -> tuple[Batch, list[dict[str, Any]]]:
-    """Replaces ``pictures`` of a batch by ``images``, without augmentation; what cannot be decoded loses its labels.
+    """Adds ``images`` to a batch, without augmentation; what cannot be decoded loses its labels.
 
     Returns the batch, and for each sample that was left out ``folder``, ``row`` and ``reason``.
     """
@@ -152,8 +152,11 @@ def _with_pictures(batch: Batch, pending: Pending, pictures: StoredPictures) -> 
         labels[row, lost] = IGNORED
         folder, local = pictures.where(int(batch["pictures"].ravel()[place]))
         skipped.append({"folder": folder, "row": local, "reason": reason})
-    kept = {name: array for name, array in batch.items() if name not in ("pictures", "draws", "problems")}
-    return kept | {"labels": labels, "images": pixels.reshape(*shape, *pixels.shape[1:])}, skipped
+    kept = {name: array for name, array in batch.items() if name not in ("draws", "problems")}
+    shown = _rows(batch)
+    shown[list(found)] = -1
+    images = pixels.reshape(*shape, *pixels.shape[1:])
+    return kept | {"labels": labels, "images": images, "pictures": shown.reshape(shape)}, skipped
 
 
 def _used(batch: Batch) -> np.ndarray:

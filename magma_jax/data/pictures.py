@@ -17,7 +17,7 @@ import numpy as np
 from magma_jax.data.images import ImageError, load_image, random_crop, to_square
 from magma_jax.data.records import DataError
 from magma_jax.data.stored import StoredRecords
-from magma_jax.data.workers import worker_pool
+from magma_jax.data.workers import keep_freed_memory, worker_pool
 from magma_jax.typing import Int, UInt8
 
 Decode = Literal["exact", "fast"]
@@ -28,7 +28,7 @@ DAMAGED_RECORD = "record damaged"
 # 1600 x 1200 would not, which saves 40 % of their time.
 FAST_MARGIN = 1.5
 # Pictures that a worker is given at a time.
-CHUNK = 8
+CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,11 @@ class StoredPictures:
         return len(self._reader)
 
     @property
+    def are_fixed(self) -> bool:
+        """Whether a picture always has the same pixels."""
+        return self._options.augment == "none"
+
+    @property
     def records(self) -> list[StoredRecords]:
         """The records of every folder."""
         return self._reader.records
@@ -109,6 +114,7 @@ class StoredPictures:
             pixels = np.zeros(shape, np.uint8)
             return Pending(pixels, None, [_done(self._reader.fill(pixels, 0, rows, draws))])
         if self._pool is None:
+            keep_freed_memory()
             self._pool = worker_pool(self._workers, _start_worker, (self.folders, self._options))
         block = self._blocks.take(int(np.prod(shape)))
         chunks = [slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK)]

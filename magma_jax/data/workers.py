@@ -26,6 +26,16 @@ def worker_pool(
     return concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (start, arguments))
 
 
+def keep_freed_memory() -> None:
+    """Lets the C library use large blocks again.
+
+    It gives a block back to the system as soon as it is free, until it has seen one as large as this; and fetching
+    memory anew for every picture costs a tenth of the time it takes to decode.
+    """
+    block = bytearray(LARGE)
+    del block
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -35,10 +45,7 @@ def _begin(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> Non
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The C library gives a block back to the system as soon as it is free, until it has seen one as large as this, and
-    # fetching memory anew for every picture costs a tenth of the time it takes to decode.
-    block = bytearray(LARGE)
-    del block
+    keep_freed_memory()
     if start is not None:
         start(*arguments)
 

@@ -77,7 +77,7 @@ def _steps(
     batches: Iterator[Batch],
     key: PRNGKey,
     prepare: Callable[[Batch], Batch],
-    validate: Callable[[], float] | None,
+    validate: Callable[[], dict[str, float]] | None,
     watch: Watch,
     checkpoints: RunCheckpoints,
     stop: StopRequest,

@@ -18,8 +18,8 @@ class Milestones:
         run: its ``state`` is validated and saved; its ``best`` and ``interrupted`` are kept here.
         key: root random key.
         position: gives the position of the data iterator.
-        validate: gives the validation loss of ``run.state``; None without validation.
-        record: takes a step and its figures, ``validation_loss``.
+        validate: gives ``validation_loss`` and other figures of ``run.state``; None without validation.
+        record: takes a step and its figures.
         pause: makes a context for what is not training, so that it counts for no step.
         settle: raises if the steps so far are not to be kept; called before each save.
     """
@@ -31,7 +31,7 @@ class Milestones:
         position: Callable[[], dict[str, Any]],
         checkpoints: RunCheckpoints,
         stop: StopRequest,
-        validate: Callable[[], float] | None,
+        validate: Callable[[], dict[str, float]] | None,
         record: Callable[[int, Mapping[str, float]], None],
         pause: Callable[[], AbstractContextManager[None]],
         settle: Callable[[], None],
@@ -71,12 +71,13 @@ class Milestones:
         """Validates; returns whether this is the best step so far."""
         run, config = self._run, self._run.config.validation
         with self._pause():
-            loss = self._validate()
+            figures = self._validate()
+        loss = figures["validation_loss"]
         run.best = run.best.after(step, loss, config.min_delta)
         improved = run.best.step == step
         waited = f"best {run.best.loss:.4f} at step {run.best.step}" if run.best.step else "no best step yet"
         say(f"step {step}: validation loss {loss:.4f}, {'the best so far' if improved else waited}")
-        self._record(step, {"validation_loss": loss})
+        self._record(step, figures)
         if run.best.exhausts(config):
             say(f"ends early: no improvement in {config.patience} validations; {waited}")
         return improved

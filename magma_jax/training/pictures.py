@@ -25,6 +25,8 @@ from magma_jax.typing import Array, Float, UInt8
 Batch = dict[str, np.ndarray]
 
 ENCODER = "image_prefix/encoder/"
+# Of features of stored pictures, in the host's memory.
+KEPT_FEATURE_BYTES = 2 * 2**30
 
 
 @runtime_checkable
@@ -44,17 +46,61 @@ def picture_loader(
     """Builds the function that replaces ``pictures`` in a batch by ``features`` or ``images`` (uint8).
 
     If every parameter of the encoder is frozen and its BatchNorms keep their statistics, its features never change.
-    Those of pictures in memory are then computed here, once for all.
+    Those of pictures in memory are then computed here, once for all; those of stored pictures when they first come, and
+    kept as long as there is room.
     """
     if images is None:
         return lambda batch: batch
     if isinstance(images, StoredPictures):
-        # Batches of training bring their pictures with them.
-        return lambda batch: fill_pictures(batch, images)[0] if "pictures" in batch else batch
+        # One process: the features of another one's rows are not computed here.
+        keep = features_are_fixed(program) and images.are_fixed and jax.process_count() == 1
+        features_of = KeptFeatures(program, params) if keep else _without
+
+        def prepare(batch: Batch) -> Batch:
+            # Batches of training bring their pictures with them.
+            return features_of(batch if "images" in batch else fill_pictures(batch, images)[0])
+
+        return prepare
     if not features_are_fixed(program):
         return lambda batch: _without(batch) | {"images": images[batch["pictures"]]}
     features = encode_all(images, program.graphdef, params, program.mesh)
     return lambda batch: _without(batch) | {"features": features[batch["pictures"]]}
+
+
+class KeptFeatures:
+    """Replaces ``pictures`` and ``images`` in a batch by ``features``, which are computed once for every picture.
+
+    When ``nbytes`` are full, batches with further pictures keep their images.
+    """
+
+    def __init__(self, program: Program, params: Params, nbytes: int = KEPT_FEATURE_BYTES):
+        self._program, self._nbytes = program, nbytes
+        # Statistics are part of the state, whose arrays each step takes the place of.
+        self._params = {
+            path: leaf.copy() if path.startswith(ENCODER) and program.labels[path] == "statistic" else leaf
+            for path, leaf in params.items()
+        }
+        self._kept: dict[int, np.ndarray] = {}
+
+    def __call__(self, batch: Batch) -> Batch:
+        rows = batch["pictures"].ravel()
+        images = batch["images"].reshape(-1, *batch["images"].shape[-3:])
+        wanted = {int(row): place for place, row in enumerate(rows) if int(row) not in self._kept}
+        if wanted and sum(kept.nbytes for kept in self._kept.values()) < self._nbytes:
+            new = encode_all(
+                images[list(wanted.values())],
+                self._program.graphdef,
+                self._params,
+                self._program.mesh,
+                len(rows),
+                progress=False,
+            )
+            self._kept |= dict(zip(wanted, new, strict=True))
+        elif wanted:
+            return _without(batch)
+        features = np.stack([self._kept[int(row)] for row in rows])
+        rest = {name: array for name, array in _without(batch).items() if name != "images"}
+        return rest | {"features": features.reshape(*batch["pictures"].shape, *features.shape[1:])}
 
 
 def features_are_fixed(program: Program) -> bool:

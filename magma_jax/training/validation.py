@@ -27,11 +27,11 @@ from magma_jax.typing import Array
 Batch = dict[str, np.ndarray]
 
 
-def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[], float]:
-    """Builds the function that returns the loss of the run's present state, in nats a token.
+def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[], dict[str, float]]:
+    """Builds the function that returns ``validation_loss`` and ``validation_accuracy`` of the run's present state.
 
-    It is the loss of training, summed over all tokens and divided by their number, so that batches of different
-    lengths and mesh shapes do not matter. BatchNorm uses its running statistics.
+    They are loss and accuracy of training, summed over all tokens and divided by their number, so that batches of
+    different lengths and mesh shapes do not matter. BatchNorm uses its running statistics.
 
     Args:
         prepare: fetches the pictures of a batch, see ``training.pictures``.
@@ -48,15 +48,17 @@ def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[],
 
     def loss_sum(state: TrainState, frozen: Params, batch: dict[str, Array]):
         model = merge(run.program.graphdef, state.trainable, frozen, state.statistics)
-        loss, count, _ = loss_function(model, batch, None)
-        return loss, count
+        return loss_function(model, batch, None)
 
     loss_sum = jax.jit(loss_sum, out_shardings=replicated(mesh))
 
-    def validate() -> float:
+    def validate() -> dict[str, float]:
         sums = [loss_sum(run.state, run.frozen, place_batch(prepare(batch), mesh, size)) for batch in batches]
-        losses, counts = zip(*jax.device_get(sums), strict=True)
-        return float(np.sum(losses, dtype=np.float64) / np.sum(counts, dtype=np.float64))
+        losses, counts, others = zip(*jax.device_get(sums), strict=True)
+        total = np.sum(counts, dtype=np.float64)
+        means = {"loss": np.sum(losses, dtype=np.float64) / total}
+        means |= {name: sum(float(values[name]) for values in others) / total for name in others[0]}
+        return {f"validation_{name}": float(mean) for name, mean in means.items()}
 
     return validate
 

@@ -19,6 +19,7 @@ from magma_jax.data.prepare import PrepareOptions
 from magma_jax.data.readers import READERS
 from magma_jax.data.records import DataError, FileSlice, Question, Record, Skipped, pack, unpack
 from magma_jax.data.stored import StoredRecords
+from tests import datafolders
 
 HERE = ConvertOptions(workers=0, shard_records=3)
 
@@ -63,6 +64,12 @@ def test_a_folder_is_converted_and_left_as_it_was(pictures, tmp_path):
     assert stored.texts.tolist() == [[2, 0]] * 10
     assert files_of(pictures) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pictures"]
+
+
+def test_texts_are_read_without_pictures(pictures, tmp_path):
+    convert(records_of(pictures), tmp_path / "out", HERE)
+    text = StoredRecords(tmp_path / "out").text(4)
+    assert (text.id, text.captions, text.image) == ("4", ("picture 4", "number 4"), b"")
 
 
 def test_any_generator_is_converted(tmp_path, pictures):
@@ -221,6 +228,45 @@ def test_a_full_disk_is_one_line_and_can_be_continued(pictures, tmp_path, monkey
         convert(records_of(pictures), tmp_path / "out", HERE)
     monkeypatch.undo()
     assert convert(records_of(pictures), tmp_path / "out", HERE)["records"] == 10
+
+
+# As on a full disk: the file library itself cannot write on.
+FULL = """
+import resource, sys
+from magma_jax.data import __main__ as command
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+command.main()
+"""
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_shard(pictures, tmp_path):
+    arguments = ["convert", "--from", "folder", str(pictures), str(tmp_path / "out"), "--workers", "0"]
+    done = subprocess.run([sys.executable, "-c", FULL, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "records-00000.array_record: cannot be written" in last
+    assert "make room and run the same command again" in last
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / ".out.partial" / "data").iterdir())
+    convert(records_of(pictures), tmp_path / "whole", ConvertOptions(workers=0), source={"format": "folder"})
+    assert run(*arguments).returncode == 0
+    records = {name for name in files_of(tmp_path / "whole") if name != "info.json"}
+    assert all(files_of(tmp_path / name).keys() >= records for name in ("out", "whole"))
+    assert all(files_of(tmp_path / "out")[name] == files_of(tmp_path / "whole")[name] for name in records)
+
+
+def test_one_damaged_picture_in_a_hundred_is_left_out_and_named(tmp_path):
+    whole = [datafolders.noise(i) for i in range(10)]
+
+    def records():
+        for i in range(200):
+            content = whole[i % 10]
+            yield Record(str(i), content if i % 100 != 50 else content[:-200], (f"picture {i}",))
+
+    info = convert(records(), tmp_path / "out", ConvertOptions(workers=0))
+    assert (info["records"], info["skipped"]) == (198, {"picture damaged": 2})
+    report = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in report] == ["50", "150"]
 
 
 def test_a_data_set_folder_that_lacks_a_file_is_named(pictures, tmp_path):

@@ -15,6 +15,7 @@ from magma_jax.training.checkpoint import RunCheckpoints
 from magma_jax.training.early_stopping import ValidationConfig
 from magma_jax.training.metrics import METRICS_FILE
 from magma_jax.training.optim import OptimConfig
+from magma_jax.training.pictures import KeptFeatures, encode_all
 from tests import datafolders, tiny
 
 # Quick to compile.
@@ -78,6 +79,24 @@ def test_a_mixture_is_trained_validated_and_what_was_skipped_is_listed(pretraine
     assert skipped["folder"].endswith("captions")
     # The vocabulary goes with the run.
     assert len(Magma.from_checkpoint(pretrained.workdir).tokenizer) == len(pretrained.dataset.tokenizer)
+
+
+def test_features_of_a_frozen_encoder_are_computed_once(pretrained):
+    program, images = pretrained.program, pretrained.dataset.images
+    kept = KeptFeatures(program, pretrained.params)
+    batch = {"pictures": np.array([3, 12, -1, 3]), "tokens": np.zeros((4, 5), np.int32)}
+    batch["images"] = images[[3, 12, 0, 3]]
+    batch["images"][2] = 0
+    first = kept({**batch})
+    assert first.keys() == {"tokens", "features"}
+    np.testing.assert_allclose(
+        first["features"][[0, 1]], encode_all(images[[3, 12]], program.graphdef, pretrained.params), atol=1e-5
+    )
+    # What is known is not looked at again, and a place without a picture is no picture.
+    again = kept({**batch, "pictures": np.array([12, 3, 3, -1]), "images": 0 * batch["images"]})
+    np.testing.assert_array_equal(again["features"], first["features"][[1, 0, 0, 2]])
+    full = KeptFeatures(program, pretrained.params, nbytes=0)
+    assert full({**batch}).keys() == {"tokens", "images"}
 
 
 @pytest.mark.slow

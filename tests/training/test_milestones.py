@@ -46,7 +46,7 @@ def _go(losses, *, first=0, best=BestStep(), stop_at=None, steps=8, checkpoint_e
 
     def validate():
         seen.append(run.state.step)
-        return losses[run.state.step]
+        return {"validation_loss": losses[run.state.step]}
 
     recorded = {}
     milestones = Milestones(

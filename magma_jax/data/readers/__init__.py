@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from magma_jax.data.readers.coco import read_coco, read_karpathy
 from magma_jax.data.readers.folders import read_folder, read_magma, read_tfds
+from magma_jax.data.readers.openmoji import read_openmoji
 from magma_jax.data.readers.questions import (
     read_gqa,
     read_hateful_memes,
@@ -41,7 +42,8 @@ READERS: dict[str, Reader] = {
     "tfds": read_tfds,
     "magma": read_magma,
     "folder": read_folder,
+    "openmoji": read_openmoji,
 }
 
 # These hold their pictures themselves, so no folder of pictures is given.
-SELF_CONTAINED = frozenset({"img2dataset", "tfds", "magma", "folder"})
+SELF_CONTAINED = frozenset({"img2dataset", "tfds", "magma", "folder", "openmoji"})

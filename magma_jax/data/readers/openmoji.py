@@ -1,0 +1,52 @@
+"""The drawings of the quick start, so that what works on data set folders can be tried without fetching one."""
+
+import io
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from magma_jax.data import openmoji
+from magma_jax.data.records import DataError, Question, Record, Sample
+
+SPLITS = ("train", "validation", "test")
+
+
+def read_openmoji(
+    source: Path,
+    images: Path | None = None,
+    *,
+    kinds: str = "",
+    size: str = "128",
+    cache_dir: str = "~/.cache/magma_jax",
+) -> Iterator[Record]:
+    """OpenMoji drawings of a split, each with its caption and balanced questions, see ``data.openmoji``.
+
+    Args:
+        source: the split: ``train``, ``validation`` or ``test``.
+        images: not used.
+        kinds: of questions, separated by commas; by default all.
+        size: pixels per side.
+        cache_dir: where drawings are kept.
+    """
+    if source.name not in SPLITS:
+        raise DataError(f"--from openmoji takes a split in place of a file: {', '.join(SPLITS)}, not {source}")
+    pictures, pixels = openmoji.load(Path(cache_dir).expanduser(), int(size))
+    chosen = [picture for picture in pictures if picture.split == source.name]
+    asked: dict[int, list[Sample]] = defaultdict(list)
+    for sample in openmoji.questions(chosen, kinds=[kind.strip() for kind in kinds.split(",") if kind.strip()]):
+        asked[sample.picture].append(sample)
+    for picture in chosen:
+        file = io.BytesIO()
+        Image.fromarray(pixels[picture.index]).save(file, "PNG")
+        questions = tuple(
+            Question(
+                f"{picture.codepoints}/{sample.kind}",
+                sample.prompt.removeprefix("Q: ").removesuffix(" A:"),
+                (sample.answer.strip(),),
+                {"kind": sample.kind},
+            )
+            for sample in asked[picture.index]
+        )
+        yield Record(picture.codepoints, file.getvalue(), (picture.caption,), questions, {"name": picture.name})
