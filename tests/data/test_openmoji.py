@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 
 from magma_jax.data import openmoji, openmoji_text
+from magma_jax.data.images import load_image
+from magma_jax.data.readers import READERS
+from magma_jax.data.records import DataError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZE = 128
@@ -160,3 +163,19 @@ def test_text_has_no_held_out_combination(pictures):
     text = "".join(f"{line}\n" for line in lines)
     ends = ("\n", ".", " here")
     assert not [caption for caption in captions if any(f" {caption}{end}" in text for end in ends)]
+
+
+def test_drawings_are_read_as_records(data, cache_dir):
+    options = {"kinds": "is tone,flag", "cache_dir": str(cache_dir)}
+    records = list(READERS["openmoji"](Path("validation"), None, **options))
+    drawn = {p.codepoints: p for p in of(data[0], "validation")}
+    assert {record.id: record.captions for record in records} == {key: (p.caption,) for key, p in drawn.items()}
+    kinds = [question.metadata["kind"] for record in records for question in record.questions]
+    assert set(kinds) <= {"is tone", "flag"}
+    asked = next(q for record in records for q in record.questions if q.metadata["kind"] == "is tone")
+    assert asked.text.startswith("Is the skin tone ")
+    assert asked.answers[0] in ("yes", "no")
+    pixels = np.asarray(load_image(records[0].image))
+    np.testing.assert_array_equal(pixels, data[1][drawn[records[0].id].index])
+    with pytest.raises(DataError, match="takes a split in place of a file: train, validation, test, not all"):
+        next(READERS["openmoji"](Path("all"), None))
