@@ -271,7 +271,7 @@ def _picture_table(model: Magma, prompt: Encoded, room: int | None) -> tuple[Flo
     """The prompt's pictures, encoded, and the row of each."""
     entry = ENCODERS[model.config.encoder.kind]
     shape = (room or len(prompt.pixels), picture_positions(model.config), model.config.lm.width)
-    table = jnp.asarray(np.zeros(shape, jnp.dtype(model.config.dtype)))
+    table = slots.beside(model.params, np.zeros(shape, jnp.dtype(model.config.dtype)))
     rows = {}
     for row, (key, pixels) in enumerate(prompt.pixels.items()):
         options = {"mean": entry.mean, "std": entry.std}
@@ -308,7 +308,8 @@ def _follow(state: tuple[Array, Array, Array], block: BlockOutput, *, queries, c
     layer, rollout, kept = state
     attention = block.attentions[0]
     mean = attention.mean(0)
-    chosen = attention[:, queries][:, :, columns]
-    chosen = jnp.concatenate([chosen, mean[queries][None, :, columns]])  # the last stands for ALL_HEADS
+    # One gather of what is wanted: a copy of all heads would be as large as all their attention.
+    chosen = attention[heads[:, 1, None, None], queries[:, None], columns]
+    chosen = jnp.where(heads[:, 1, None, None] == ALL_HEADS, mean[queries[:, None], columns], chosen)
     here = (heads[:, 0] == layer)[:, None, None]
-    return layer + 1, (mean @ rollout + rollout) / 2, jnp.where(here, chosen[heads[:, 1]], kept)
+    return layer + 1, (mean @ rollout + rollout) / 2, jnp.where(here, chosen, kept)

@@ -204,9 +204,9 @@ class Engine:
 
     def _reset(self) -> None:
         """Fresh device state: at the start, and after a failure that may have taken the old one with it."""
-        self._rows, self._table = slots.empty_slots(
-            self._graphdef, self._params, self.config.slots, self.context, self.config.pictures
-        )
+        sizes = (self.config.slots, self.context, self.config.pictures)
+        empty = slots.empty_slots(self._graphdef, self._params, *sizes)
+        self._rows, self._table = slots.beside(self._params, empty)
         self._pictures: collections.OrderedDict[bytes, int] = collections.OrderedDict()
         self._histories = [np.zeros(0, np.int64) for _ in range(self.config.slots)]
 

@@ -5,11 +5,12 @@ lengths. So the programs are few, all are compiled before the first request, and
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from magma_jax.compile import jit
 from magma_jax.data.images import normalize
@@ -19,6 +20,8 @@ from magma_jax.inference.sampling import SamplingRows
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import Params, merge
 from magma_jax.typing import Array, Bool, Float, Int, PRNGKey, UInt8
+
+T = TypeVar("T")
 
 
 class Admission(NamedTuple):
@@ -61,6 +64,18 @@ def empty_slots(
     cache = model.lm.init_cache(slots, context, model.dtype)
     rows = Rows(cache, zeros, zeros, zeros, zeros, jnp.ones(slots, bool), keys, sampling, seen)
     return rows, jnp.zeros((pictures, model.image_positions, model.config.lm.width), model.dtype)
+
+
+def beside(params: Params, arrays: T) -> T:
+    """Arrays placed where the weights are.
+
+    What a program gives has a place, and with such arguments it is another program than with arrays that may be
+    anywhere: without this the second call would compile again.
+    """
+    sharding = next(iter(params.values())).sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.device_put(arrays, sharding)
 
 
 @jit(static_argnames=("graphdef", "mean", "std"), donate_argnames=("table",))
