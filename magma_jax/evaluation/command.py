@@ -15,7 +15,7 @@ from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
 from magma_jax.convert.hub import local_path
 from magma_jax.data.datasets import DataConfig, load_dataset
 from magma_jax.data.workers import cores
-from magma_jax.distributed import is_main
+from magma_jax.distributed import barrier, is_main
 from magma_jax.evaluation import comparison
 from magma_jax.evaluation.few_shot import evaluate_task
 from magma_jax.evaluation.perplexity import measure
@@ -114,12 +114,15 @@ def run_tasks(arguments: argparse.Namespace) -> None:
             results = run_sweep(combinations(task, choices), evaluate, model.tokenizer)
             if is_main():
                 print(f"wrote {write_sweep(folder, results, list(choices))}\n\n{sweep_table(results, list(choices))}\n")
+            barrier("sweep written")
         return
     for task in tasks:
         result = evaluate(task)
         if is_main():
             drawings = task.data is None and own.name == "openmoji"
             print(f"wrote {write_result(folder, result, OPENMOJI if drawings else '')}")
+        # The next task's collectives may not wait for long.
+        barrier("result written")
     for settings in dict.fromkeys(task.settings for task in tasks) if is_main() else ():
         print(f"\n{write_card(folder, checkpoint, settings)}")
 
