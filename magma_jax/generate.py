@@ -13,6 +13,7 @@ in any other order the inputs are one prompt, as they follow each other.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import io
 import os
@@ -183,10 +184,9 @@ def _to_file(arguments: argparse.Namespace, questions: list[Question], options: 
         left = [question for question in questions if _name(question) not in file.done]
         progress = tqdm(total=len(questions), initial=len(questions) - len(left), unit="picture", disable=None)
         model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype) if left else None
-        asker = None
 
-        def begin() -> Iterator:
-            nonlocal asker
+        def begin(stack: contextlib.ExitStack) -> Iterator:
+            asker = None
             for question in left:
                 try:
                     prompt = question.prompt()
@@ -194,11 +194,11 @@ def _to_file(arguments: argparse.Namespace, questions: list[Question], options: 
                     yield question, _one_line(error)
                     continue
                 # All prompts have the size of the first: one picture and the same text.
-                asker = asker or Asker(model, options, prompt, len(left))
+                asker = asker or stack.enter_context(Asker(model, options, prompt, len(left)))
                 yield question, asker.ask(prompt)
 
-        try:
-            for question, wait in _ahead(begin()):
+        with contextlib.closing(progress), contextlib.ExitStack() as stack:
+            for question, wait in _ahead(begin(stack)):
                 record = {"picture": _name(question), "prompt": _text(question)}
                 if isinstance(wait, str):
                     failed += 1
@@ -206,10 +206,6 @@ def _to_file(arguments: argparse.Namespace, questions: list[Question], options: 
                 else:
                     file.write(record | _record(wait()))
                 progress.update()
-        finally:
-            progress.close()
-            if asker is not None:
-                asker.__exit__()
     if failed:
         print(f"{failed} of {len(left)} pictures could not be read; their lines say why", file=sys.stderr)
     return 1 if failed else 0

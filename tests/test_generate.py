@@ -157,6 +157,7 @@ def test_a_folder_becomes_a_file_and_an_interrupted_run_goes_on(folder, tmp_path
     (pictures / "notes.txt").write_text("no picture")
     out, other = tmp_path / "answers.jsonl", tmp_path / "other.jsonl"
     options = ("--checkpoint", folder, "--max-new-tokens", "3", str(pictures), "A picture of", "--output")
+    assert run(capsys, *options, str(out), "--max-new-tokens", "99")[0] == 2  # nothing written, nothing to finish
     status, printed, err = run(capsys, *options, str(out))
     assert (status, printed, err) == (1, "", "1 of 5 pictures could not be read; their lines say why\n")
     records = [json.loads(line) for line in out.read_text().splitlines()]

@@ -43,17 +43,14 @@ def answer_file(path: str | os.PathLike, settings: Mapping[str, Any]) -> Iterato
         raise OutputError(f"{path.parent}: no such folder; make it first")
     with locked(path):
         partial, beside = partial_name(path), path.with_name(f".{path.name}.settings")
-        done: frozenset[str] = frozenset()
         content = json.dumps(settings, sort_keys=True).encode()
-        if partial.exists():
-            if not beside.exists() or beside.read_bytes() != content:
-                raise OutputError(
-                    f"{partial}: left by a run with another prompt or other options; repeat that one to finish it, or "
-                    "remove the file"
-                )
-            done = _finished_lines(partial)
-        else:
-            replace_file(beside, content)
+        done = _finished_lines(partial) if partial.exists() else frozenset()
+        if done and not (beside.exists() and beside.read_bytes() == content):
+            raise OutputError(
+                f"{partial}: left by a run with another prompt or other options; repeat that one to finish it, or "
+                "remove the file"
+            )
+        replace_file(beside, content)
         with partial.open("ab") as file:
             yield AnswerFile(file, done)
             os.fsync(file.fileno())
