@@ -7,28 +7,22 @@ its keys and values are shared. The answer to a prompt depends neither on its ba
 
 import collections
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from magma_jax.compile import jit
 from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.distributed import is_main
+from magma_jax.evaluation.programs import answer_batch, classify_batch, run_common
 from magma_jax.inference.api import Magma
-from magma_jax.inference.decode import generate
 from magma_jax.inference.prompts import WORD, picture_positions
-from magma_jax.inference.sampling import SamplingConfig, sampling_rows
+from magma_jax.inference.sampling import SamplingConfig
 from magma_jax.models.decoder import KVCache
-from magma_jax.models.magma import MagmaModel
-from magma_jax.nn.modules import Params, merge
-from magma_jax.sharding import batch_shards, local_rows, on_mesh, place_batch, replicated
+from magma_jax.sharding import batch_shards, local_rows, place_batch
 from magma_jax.training.pictures import Pictures, encode_all
-from magma_jax.typing import Array, Float, Int
+from magma_jax.typing import Array, Int
 
 # Prompts are padded to multiples of the first number up to the second, so few programs are compiled.
 BUCKETS = ((16, 128), (32, 512), (128, 2**31))
@@ -258,87 +252,6 @@ class _Chosen:
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         return self._pictures[self._rows[rows]]
-
-
-@jit(static_argnames=("graphdef", "sampling", "max_new_tokens", "eos_id", "mesh"))
-def answer_batch(
-    graphdef: nnx.GraphDef,
-    params: Params,
-    batch: dict[str, Any],
-    seed: Any,
-    prefix: KVCache | None,
-    *,
-    sampling: SamplingConfig,
-    max_new_tokens: int,
-    eos_id: int,
-    mesh: Mesh | None,
-) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-    """Tokens and lengths of the answers, whole on every device; ``batch`` is what ``Answerer`` lays out."""
-
-    def run() -> tuple[Array, Array]:
-        model = merge(graphdef, params)
-        rows = batch["tokens"].shape[0]
-        result = generate(
-            model.lm,
-            _embed(model, batch["features"], batch["tokens"], batch["places"]),
-            batch["lengths"],
-            jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(batch["numbers"]),
-            max_new_tokens=max_new_tokens,
-            sampling=sampling_rows([sampling] * rows),
-            eos_id=eos_id,
-            prefix=prefix,
-        )
-        return result.tokens, result.lengths
-
-    if mesh is None:
-        return run()
-    return jax.lax.with_sharding_constraint(on_mesh(run, mesh)(), replicated(mesh))
-
-
-@jit(static_argnames=("graphdef", "mesh"))
-def classify_batch(
-    graphdef: nnx.GraphDef, params: Params, batch: dict[str, Any], *, mesh: Mesh | None
-) -> Int[Array, " B"]:
-    """Likeliest classes, whole on every device."""
-
-    def run() -> Array:
-        model = merge(graphdef, params)
-        embeddings = _embed(model, batch["features"], batch["tokens"], batch["places"])
-        return jnp.argmax(model.class_logits(embeddings, batch["lengths"]), axis=-1)
-
-    if mesh is None:
-        return run()
-    return jax.lax.with_sharding_constraint(on_mesh(run, mesh)(), replicated(mesh))
-
-
-@jit(static_argnames=("graphdef", "mesh"))
-def run_common(
-    graphdef: nnx.GraphDef,
-    params: Params,
-    features: Float[Array | np.ndarray, "1 N ..."],
-    tokens: Int[Array | np.ndarray, "1 S"],
-    places: Int[Array | np.ndarray, "1 S"],
-    *,
-    mesh: Mesh | None,
-) -> KVCache:
-    """Keys and values of what all prompts begin with, whole on every device."""
-    model = merge(graphdef, params)
-    embeddings = _embed(model, features, tokens, places)
-    cache = model.lm(embeddings, cache=model.lm.init_cache(1, tokens.shape[1], model.dtype)).cache
-    return cache if mesh is None else jax.lax.with_sharding_constraint(cache, replicated(mesh))
-
-
-def _embed(
-    model: MagmaModel,
-    features: Float[Array | np.ndarray, "B N ..."],
-    tokens: Int[Array | np.ndarray, "B S"],
-    places: Int[Array | np.ndarray, "B S"],
-) -> Float[Array, "B S D"]:
-    rows, pictures = features.shape[:2]
-    seen = model.embed_features(jnp.asarray(features).reshape(rows * pictures, *features.shape[2:]))
-    seen = seen.reshape(rows, -1, seen.shape[-1])
-    at_places = jnp.take_along_axis(seen, jnp.maximum(places, 0)[:, :, None], axis=1)
-    return jnp.where((places == WORD)[:, :, None], model.embed_tokens(jnp.asarray(tokens)), at_places)
 
 
 def _bucket(length: int) -> int:

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from magma_jax.data.openmoji import Sample
-from magma_jax.evaluation import answering, own_split
+from magma_jax.evaluation import own_split, programs
 from magma_jax.evaluation.baselines import most_frequent_answers, shuffle_pictures
 from magma_jax.evaluation.results import CONDITIONS
 from magma_jax.inference.api import Magma
@@ -105,10 +105,10 @@ def test_batch_size_changes_no_prediction(model, evaluation):
 
 
 def test_one_program_a_bucket(model):
-    answering.answer_batch.clear_cache()
+    programs.answer_batch.clear_cache()
     own_split.evaluate(model, DATA, batch_size=2, max_new_tokens=5)
     lengths = {4 + len(DATA.tokenizer.encode(sample.prompt)) for sample in DATA.evaluation["test"]}
-    assert answering.answer_batch._cache_size() == len({-(-length // 16) for length in lengths})
+    assert programs.answer_batch._cache_size() == len({-(-length // 16) for length in lengths})
 
 
 def test_every_condition_has_every_figure(evaluation):
