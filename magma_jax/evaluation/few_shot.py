@@ -169,7 +169,11 @@ def finish(
     pictures: Any,
     stamp: Mapping[str, Any],
 ) -> TaskResult:
-    """Truncates and scores outputs that a task got."""
+    """Truncates and scores outputs that a task got.
+
+    Raises:
+        DataError: some examples have true answers and others have none; or not those that a protocol compares with.
+    """
 
     def kept(how: str) -> list[str]:
         texts = zip(outputs, examples, strict=True)
@@ -177,7 +181,10 @@ def finish(
 
     answers, lines = kept(task.truncation), kept("newline")
     scores, first_line = {}, {}
-    if all(example.answers for example in examples):
+    secret = [example.id for example in examples if not example.answers]
+    if secret and len(secret) < len(examples):
+        raise DataError(f"{len(secret)} of {len(examples)} examples have no true answers, such as {secret[0]}")
+    if not secret:
         for name in task.protocols:
             references = [example.reference(name) for example in examples]
             scores[name] = score(name, answers, references)

@@ -125,6 +125,9 @@ def test_submissions_are_what_the_official_formats_take(folders, talkative, tmp_
 def test_secret_answers_are_asked_and_not_scored(folders, talkative, tmp_path):
     result = result_of(folders, talkative, ["yes"])
     secret = [dataclasses.replace(example, answers=()) for example in result.examples]
+    mixed = [*secret[:2], *result.examples[2:]]
+    with pytest.raises(DataError, match="2 of 12 examples have no true answers, such as 0"):
+        finish(result.task, talkative.tokenizer, mixed, result.shots, result.outputs, result.pictures, result.stamp)
     result = finish(
         result.task, talkative.tokenizer, secret, result.shots, result.outputs, result.pictures, result.stamp
     )
