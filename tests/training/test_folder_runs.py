@@ -2,22 +2,25 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from magma_jax.config import ConfigError
+from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file, to_dict
 from magma_jax.data.datasets import DataConfig, load_dataset
 from magma_jax.data.sources import SourceConfig
 from magma_jax.data.tokenizer import train_bpe
 from magma_jax.inference.api import Magma
 from magma_jax.training.checkpoint import RunCheckpoints
+from magma_jax.training.config import RunConfig
 from magma_jax.training.early_stopping import ValidationConfig
 from magma_jax.training.metrics import METRICS_FILE
 from magma_jax.training.optim import OptimConfig
 from magma_jax.training.pictures import KeptFeatures, encode_all
 from tests import datafolders, tiny
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 # Quick to compile.
 MODEL = dataclasses.replace(tiny.MODEL, lm=dataclasses.replace(tiny.MODEL.lm, layers=1), attn_adapter=None)
 GROUPS = {"language": "frozen", "encoder": "frozen", "prefix": "rest", "adapter": "rest", "head": "rest"}
@@ -161,6 +164,34 @@ def test_a_head_for_classes_learns_from_the_last_word_of_a_statement(folders, pr
     assert min(learned) < 0.6 * learned[0]
     assert "class_head/weight" in run.state.trainable
     assert run.program.labels["class_head/weight"] == "rest"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["vqa", "okvqa", "gqa", "vizwiz", "coco", "nocaps", "snli_ve"])
+def test_the_configs_that_finetune_run(folders, pretrained, tmp_path, task):
+    """Their data, losses and early stopping, on the tiny model and folders of the same kind."""
+    config = load_config_file(CONFIGS / f"finetune_{task}.py")
+    records = {"coco": "captions", "nocaps": "captions", "snli_ve": "statements"}.get(task, "questions")
+    config.data.folders = {
+        split: [source_at(source, folders[records]) for source in sources]
+        for split, sources in config.data.folders.items()
+    }
+    config.model = to_dict(MODEL) | {"classes": config.model.get("classes", 0)}
+    if task == "snli_ve":
+        assert config.data.classes == ("entailment", "neutral", "contradiction")
+        config.data.classes = ("yes", "no", "perhaps")
+    changes = ["steps=2", "batch_size=4", "data.workers=0", "data.length=50", "validation.every=1", "log_every=1"]
+    changes += ["watch.samples_every=0", f"base={pretrained.workdir}", f"optim.groups={GROUPS}"]
+    run = tiny.train(from_dict(RunConfig, apply_overrides(config, changes)), tmp_path / "run")
+    losses = [line["validation_loss"] for line in lines_of(run) if "validation_loss" in line]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    assert run.config.optim.learning_rate == (3e-4 if task == "snli_ve" else 7e-4)
+
+
+def source_at(source, path):
+    """A source of a config, with another folder."""
+    return {"path": path} | ({} if isinstance(source, str) else dict(source) | {"path": path})
 
 
 def test_configs_that_contradict_their_model_are_refused(folders, pretrained, tmp_path):
