@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
         "classes": ("yes", "no"),
         "length": 32,
     }
-    config.optim.learning_rate = 1e-3
+    config.optim.learning_rate = 2e-3
     config.optim.groups.head = "rest"
     config.steps = 400
     config.validation = {"every": 40, "samples": 4096, "patience": 3}
