@@ -1,14 +1,15 @@
-"""The training step of ``train_step.py`` in PyTorch: transformers' GPT-J with adapters, and a CLIP ResNet."""
+"""``train_step.py`` and ``generate.py`` in PyTorch: transformers' GPT-J with adapters, and a CLIP ResNet."""
 
 from collections.abc import Callable
 from typing import Any
 
+import generate
 import torch
 import train_step as sizes
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import GPTJConfig
+from transformers import DynamicCache, GPTJConfig
 from transformers.models.gptj.modeling_gptj import GPTJBlock
 
 
@@ -85,9 +86,12 @@ class Magma(nn.Module):
             layer.mlp = Adapted(layer.mlp)
         self.encoder, self.proj, self.ln = resnet(), nn.Linear(2048, sizes.WIDTH), nn.LayerNorm(sizes.WIDTH)
 
-    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def embed_images(self, images: torch.Tensor) -> torch.Tensor:
         grid = self.encoder(images).flatten(2).transpose(1, 2)
-        prefix = self.ln(functional.dropout(self.proj(grid), 0.1))
+        return self.ln(functional.dropout(self.proj(grid), 0.1, self.training))
+
+    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        prefix = self.embed_images(images)
         x = torch.cat([prefix, self.wte(tokens[:, :-1])], dim=1)
         length = x.shape[1]
         positions = torch.arange(length)[None].expand(len(x), -1)
@@ -100,6 +104,37 @@ class Magma(nn.Module):
         # The original computes the logits of all positions and leaves those of the picture out of the loss.
         predicting = logits[:, prefix.shape[1] - 1 :]
         return functional.cross_entropy(predicting.flatten(0, 1), tokens.flatten())
+
+    def next_tokens(self, x: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Most likely token behind embeddings (B, S, D) that follow what is in the cache."""
+        before, length = cache.get_seq_length(), x.shape[1]
+        positions = torch.arange(before, before + length)[None].expand(len(x), -1)
+        mask = torch.full((length, before + length), torch.finfo(x.dtype).min).triu(before + 1)[None, None]
+        for layer in self.layers:
+            x = layer(x, layer_past=cache, attention_mask=mask, position_ids=positions, use_cache=True)
+            x = x[0] if isinstance(x, tuple) else x
+        return self.head(self.ln_f(x[:, -1])).argmax(-1)
+
+
+def make_generate(batch: int, threads: int) -> Callable[[int], Any]:
+    """Returns what draws a number of tokens behind a picture and a prompt, greedily."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = Magma(remat=False).eval()
+    images = torch.randn(batch, 3, sizes.IMAGE_SIZE, sizes.IMAGE_SIZE)
+    prompt = torch.randint(sizes.VOCAB_ROWS, (batch, generate.PROMPT))
+
+    @torch.inference_mode()
+    def draw(count: int) -> Any:
+        cache = DynamicCache()
+        token = model.next_tokens(torch.cat([model.embed_images(images), model.wte(prompt)], dim=1), cache)
+        tokens = [token]
+        for _ in range(count - 1):
+            token = model.next_tokens(model.wte(token.clamp(max=sizes.VOCAB_ROWS - 1))[:, None], cache)
+            tokens.append(token)
+        return torch.stack(tokens, 1).numpy()
+
+    return draw
 
 
 def make_step(remat: str, batch_norm: str, threads: int) -> tuple[Callable[[], float], dict[str, Any]]:

@@ -16,13 +16,13 @@ of all threads. The first step after compilation is not counted.
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+import turns
 
 LAYERS, WIDTH, HEADS, FEED_FORWARD = 6, 1024, 16, 4096
 VOCAB_ROWS, HEAD_ROWS = 50258, 50400
@@ -57,56 +57,42 @@ def _take_turns(names: list[str], arguments: argparse.Namespace) -> dict[str, An
     options = ["--batch-norm", arguments.batch_norm, "--threads", str(arguments.threads)]
     workers, results = {}, {}
     for name in names:  # one after the other: compile times are undisturbed
-        command = [sys.executable, __file__, "--worker", name, *options]
-        workers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        results[name] = json.loads(_ask(workers[name], "prepare"))
-    turns = [
-        {name: json.loads(_ask(worker, "step")) for name, worker in workers.items()} for _ in range(arguments.steps)
-    ]
+        workers[name] = turns.start(__file__, name, options)
+        results[name] = turns.ask(workers[name], "prepare")
+    steps = [{name: turns.ask(worker, "step") for name, worker in workers.items()} for _ in range(arguments.steps)]
     for name, worker in workers.items():
-        seconds = [turn[name]["seconds"] for turn in turns]
+        seconds = [step[name]["seconds"] for step in steps]
         results[name] |= {
             "seconds_median": round(statistics.median(seconds), 3),
             "seconds_min": round(min(seconds), 3),
-            "cpu_seconds": round(statistics.median(turn[name]["cpu_seconds"] for turn in turns), 3),
-            "losses": [turn[name]["loss"] for turn in turns],
-            **json.loads(_ask(worker, "end")),
+            "cpu_seconds": round(statistics.median(step[name]["cpu_seconds"] for step in steps), 3),
+            "losses": [step[name]["loss"] for step in steps],
+            "peak_gigabytes": turns.end(worker),
         }
-        worker.communicate()  # closes its input, which ends it
     return results
 
 
-def _ask(worker: subprocess.Popen, request: str) -> str:
-    worker.stdin.write(request + "\n")
-    worker.stdin.flush()
-    answer = worker.stdout.readline()
-    if not answer:
-        sys.exit(f"train_step.py: {' '.join(worker.args)} ended without an answer")
-    return answer
-
-
 def _work(arguments: argparse.Namespace) -> None:
-    """Answers requests on standard input, one line of JSON each."""
     framework, remat = arguments.worker.split("-")
     step: Callable[[], float] | None = None
-    for line in sys.stdin:
-        if line.strip() == "prepare":
-            if framework == "jax":
-                step, answer = _jax_step(remat, arguments.batch_norm)
-            else:
-                import torch_reference
 
-                step, answer = torch_reference.make_step(remat, arguments.batch_norm, arguments.threads)
-            step()
-        elif line.strip() == "step":
-            start, cpu = time.perf_counter(), time.process_time()
-            loss = step()
-            answer = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "loss": loss}
+    def prepare() -> dict[str, Any]:
+        nonlocal step
+        if framework == "jax":
+            step, answer = _jax_step(remat, arguments.batch_norm)
         else:
-            # Kilobytes on Linux.
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            answer = {"peak_gigabytes": round(peak / 1e9, 2)}
-        print(json.dumps(answer), flush=True)
+            import torch_reference
+
+            step, answer = torch_reference.make_step(remat, arguments.batch_norm, arguments.threads)
+        step()
+        return answer
+
+    def timed_step() -> dict[str, float]:
+        start, cpu = time.perf_counter(), time.process_time()
+        loss = step()
+        return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "loss": loss}
+
+    turns.answer({"prepare": prepare, "step": timed_step})
 
 
 def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[str, Any]]:

@@ -51,7 +51,7 @@ def generations(subject: Subject) -> Quantities:
         few = golden.get(f"{name}/logits_cached", logits).shape[1] == 2
         yield f"{name}/logits_cached", logits[:, [0, -1]] if few else logits
         for kind, cache in (("key", run.cache.key), ("value", run.cache.value)):
-            yield f"{name}/final_past_{kind}_last_layer", cache[-1, at, : length + n - 1].transpose(0, 2, 1, 3)
+            yield f"{name}/final_past_{kind}_last_layer", cache[-1][at, :, : length + n - 1]
         if subject.names(f"{name}/.*_nocache"):
             logits = batch.recompute(run.tokens)[at, :n]
             yield f"{name}/logits_nocache", logits

@@ -31,14 +31,20 @@ from magma_jax.inference.prompts import Prompt, check_prompt
 from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
 from magma_jax.models.encoders import ENCODERS
 from magma_jax.models.magma import MagmaConfig, MagmaModel
-from magma_jax.nn.modules import Params, abstract, merge
+from magma_jax.nn.modules import Definition, Params, abstract, merge
 from magma_jax.sharding import parameter_shardings, parameter_spec, placed
 from magma_jax.training.checkpoint import read_trained_params
 from magma_jax.training.model_folder import in_dtype, read_model_json
 from magma_jax.typing import Array, Float, Int
 
+# Of the stacked layers: smaller ones stay in the caches of a CPU, and copying them costs little.
+_APART_NBYTES = 128 * 2**20
+
 # Prompts are padded to one of these lengths (then to multiples of the last), so few programs are compiled.
-LENGTH_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+LENGTH_BUCKETS = (32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
+
+
+LAYERS = "lm/layers/"
 
 
 class PromptBatch(NamedTuple):
@@ -67,12 +73,15 @@ class ForwardOutput(NamedTuple):
 
 
 class Magma:
-    """A MAGMA model with its weights, tokenizer and picture preprocessing."""
+    """A MAGMA model with its weights, tokenizer and picture preprocessing.
+
+    The language model's layers may be stacked in ``params``, or apart (``lm/layers/0/...``), see ``nn.stack``.
+    """
 
     def __init__(self, config: MagmaConfig, params: Params, tokenizer: Tokenizer):
         return_compiler_memory()
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.graphdef = _graphdef(config)
+        self.graphdef = _graphdef(config, any(path.startswith(f"{LAYERS}0/") for path in params))
 
     @classmethod
     def from_checkpoint(
@@ -106,7 +115,8 @@ class Magma:
                 return jax.device_put(array, None if mesh is None else NamedSharding(mesh, spec))
 
             config, params = read_torch_magma(path, model_config, dtype or "float32", place)
-            return cls(dataclasses.replace(config, dtype=dtype or "float32"), params, gpt2_tokenizer())
+            config, tokenizer = dataclasses.replace(config, dtype=dtype or "float32"), gpt2_tokenizer()
+            return cls(config, _for_device(params, config), tokenizer)
         config = from_dict(MagmaConfig, read_model_json(path)["model"], "model.json: model")
         config = dataclasses.replace(config, dtype=dtype or config.dtype)
         _, shapes, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))
@@ -114,7 +124,7 @@ class Magma:
         if mesh is not None:
             shapes = placed(shapes, parameter_shardings(shapes, mesh))
         tokenizer = Tokenizer.load(path / "tokenizer")
-        return cls(config, read_trained_params(path, shapes, types), tokenizer)
+        return cls(config, _for_device(read_trained_params(path, shapes, types), config), tokenizer)
 
     def preprocess_inputs(self, inputs: Prompt) -> Float[Array, "1 S D"]:
         """Turns one prompt, any sequence of ``ImageInput`` and text, into embeddings; ``inputs`` is not changed.
@@ -268,8 +278,35 @@ def _row_keys(seed: int | Sequence[int], rows: int) -> Array:
 
 
 @functools.cache
-def _graphdef(config: MagmaConfig) -> nnx.GraphDef:
-    return abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[0]
+def _graphdef(config: MagmaConfig, apart: bool = False) -> nnx.GraphDef:
+    def create() -> MagmaModel:
+        model = MagmaModel(config, rngs=nnx.Rngs(0))
+        if apart:
+            model.lm.take_apart()
+        return model
+
+    return Definition(abstract(create)[0])
+
+
+def layers_apart(params: Params) -> Params:
+    """Takes stacked layers of the language model apart; stacks are removed from ``params`` one by one meanwhile."""
+    stacks = {path: params.pop(path) for path in list(params) if path.startswith(LAYERS)}
+    apart: Params = {}
+    while stacks:
+        path, stacked = stacks.popitem()
+        name = path.removeprefix(LAYERS)
+        apart |= {f"{LAYERS}{i}/{name}": jax.block_until_ready(stacked[i]) for i in range(stacked.shape[0])}
+    return params | apart
+
+
+def _for_device(params: Params, config: MagmaConfig) -> Params:
+    """Layers of large models apart on one CPU. In half precision they stay: a CPU is slow with it for other reasons,
+    and so loading takes no memory beside the model."""
+    layers = [leaf for path, leaf in params.items() if path.startswith(LAYERS)]
+    on_cpu = {device.platform for leaf in layers for device in leaf.sharding.device_set} == {"cpu"}
+    one = all(len(leaf.sharding.device_set) == 1 for leaf in layers)
+    large = sum(leaf.nbytes for leaf in layers) >= _APART_NBYTES
+    return layers_apart(params) if on_cpu and one and large and config.dtype == "float32" else params
 
 
 def check_room(model: Magma, batch: PromptBatch, max_steps: int) -> None:

@@ -146,7 +146,7 @@ def _continue(
     """Log-probability of every token of R answers, each behind the prompt that it belongs to."""
     lm = merge(graphdef, params).lm
     positions = lengths[owners][:, None] + jnp.arange(tokens.shape[1] - 1)
-    embedded = lm.embed(tokens[:, :-1], cache.key.dtype)
+    embedded = lm.embed(tokens[:, :-1], cache.dtype)
     hidden = lm(embedded, positions=positions, cache=cache.rows(owners)).hidden
     of = functools.partial(_logprob, table=lm.config.vocab_rows)
     rest = jax.lax.map(lambda one: of(lm.logits(one[0]), one[1]), (hidden, tokens[:, 1:]))

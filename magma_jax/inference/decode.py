@@ -108,8 +108,8 @@ def prefill(
     batch, length, _ = embeddings.shape
     cache, start = lm.init_cache(batch, slots, embeddings.dtype), 0
     if prefix is not None:
-        start = prefix.key.shape[2]
-        cache = jax.tree.map(lambda all_, common: all_.at[:, :, :start].set(common), cache, prefix)
+        start = prefix.slots
+        cache = jax.tree.map(lambda all_, common: all_.at[..., :start, :].set(common), cache, prefix)
     positions = jnp.broadcast_to(start + jnp.arange(length), (batch, length))
     output = lm(embeddings, positions=positions, cache=cache)
     last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -122,7 +122,7 @@ def advance(
     lm: Decoder, rows: Rows, *, eos_id: int | Int[Array, ""] | None, compat: Compat = None, top: int = 0
 ) -> tuple[Rows, Drawn]:
     """Runs the newest token of every row and draws the next. Rows that are done compute, and stay what they are."""
-    embedded = lm.embed(rows.token[:, None], rows.cache.key.dtype)
+    embedded = lm.embed(rows.token[:, None], rows.cache.dtype)
     output = lm(embedded, positions=rows.position[:, None], cache=rows.cache)
     return draw(lm, rows._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), eos_id, compat, top)
 
@@ -150,6 +150,9 @@ def run(
         jnp.zeros((batch, steps, lm.config.head_rows)) if keep_logits else None,
         TopTokens(jnp.zeros((batch, steps, top), jnp.int32), jnp.zeros((batch, steps, top))) if top else None,
     )
+
+    if not steps:
+        return rows, drawn
 
     def unfinished(carry):
         step, rows, _ = carry
@@ -201,7 +204,7 @@ def generate(
     batch, length, _ = embeddings.shape
     limit = jnp.full(batch, max_new_tokens) if limit is None else limit
     options = {"eos_id": eos_id, "compat": compat, "top": top}
-    slots = length + max_new_tokens + (0 if prefix is None else prefix.key.shape[2])
+    slots = length + max_new_tokens + (0 if prefix is None else prefix.slots)
     rows, first = prefill(
         lm, embeddings, lengths, keys, sampling, limit, slots=slots, seen=seen, prefix=prefix, **options
     )

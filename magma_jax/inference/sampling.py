@@ -11,6 +11,7 @@ arrays, one a row: other numbers need no other program, and rows of one batch ma
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
@@ -90,6 +91,7 @@ def sampling_rows(configs: Sequence[SamplingConfig]) -> SamplingRows:
     )
 
 
+@functools.partial(jax.jit, static_argnames="rows")
 def row_keys(key: PRNGKey, rows: int) -> Key[Array, "{rows}"]:
     """One key a row, ``fold_in(key, row)``: the same for row 3 whether the batch has 4 rows or 400."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))

@@ -127,7 +127,7 @@ class AttentionPool(nnx.Module):
             proj(y).reshape(*y.shape[:2], self.heads, -1)
             for proj, y in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
         )
-        pooled, _ = dot_product_attention(q, k, v, None)
+        pooled, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), None)
         return self.c_proj(pooled.reshape(x.shape[0], -1))
 
 

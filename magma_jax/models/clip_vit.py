@@ -74,7 +74,7 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(self.in_proj(x), 3, axis=-1))
-        out, _ = dot_product_attention(q, k, v, None)
+        out, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), None)
         return self.out_proj(out.reshape(x.shape))
 
 

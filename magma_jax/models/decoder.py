@@ -15,10 +15,10 @@ from flax import nnx
 
 from magma_jax.nn.adapters import Adapter, AdapterConfig
 from magma_jax.nn.attention import causal_mask, dot_product_attention
-from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal
+from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal, product
 from magma_jax.nn.modules import LanguageParam
 from magma_jax.nn.rotary import rotary_table
-from magma_jax.nn.stack import Remat, scan, stack
+from magma_jax.nn.stack import Apart, Remat, scan, stack
 from magma_jax.sharding import split_rows
 from magma_jax.typing import Array, Bool, Float, Int
 
@@ -53,14 +53,46 @@ class DecoderConfig(Protocol):
 
 
 class KVCache(NamedTuple):
-    """Keys (after rotary) and values of every layer: (L, B, T, H, K) each, T slots, slot = position."""
+    """Keys (after rotary) and values of every layer, T slots in each row, slot = position.
 
-    key: Array
-    value: Array
+    Arrays (L, B, H, T, K); where the layers are apart, a tuple of L arrays (B, H, T, K).
+    """
+
+    key: Array | tuple[Array, ...]
+    value: Array | tuple[Array, ...]
+
+    @property
+    def slots(self) -> int:
+        """T."""
+        return self.key[0].shape[-2]
+
+    @property
+    def dtype(self) -> Any:
+        """Of keys and values."""
+        return self.key[0].dtype
 
     def rows(self, rows: Int[Array, " R"]) -> "KVCache":
         """A cache of some rows of this one, in their order; a row may be there more than once."""
-        return KVCache(self.key[:, rows], self.value[:, rows])
+        return jax.tree.map(lambda leaf: leaf[..., rows, :, :, :], self)
+
+    def write(self, layer: Any, rows: Int[Array, " B"], positions: Int[Array, "B S"], new: "KVCache") -> "KVCache":
+        """With ``new``, (B, S, H, K) each, written to a layer."""
+
+        def written(kept: Any, new: Array) -> Any:
+            if isinstance(kept, tuple):
+                changed = kept[layer].at[rows[:, None], :, positions].set(new.astype(self.dtype))
+                return (*kept[:layer], changed, *kept[layer + 1 :])
+            return kept.at[layer, rows[:, None], :, positions].set(new.astype(self.dtype))
+
+        return KVCache(written(self.key, new.key), written(self.value, new.value))
+
+    def read(self, layer: Any, rows: Int[Array, " B"] | None) -> tuple[Array, Array]:
+        """Keys and values (B, H, T, K) of a layer; None for all rows."""
+        if rows is None:
+            return self.key[layer], self.value[layer]
+        if isinstance(self.key, tuple):
+            return self.key[layer][rows], self.value[layer][rows]
+        return self.key[layer, rows], self.value[layer, rows]
 
 
 class BlockOutput(NamedTuple):
@@ -110,7 +142,7 @@ class Attention(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, x, mask, rotary, store):
-        """``store(key, value)`` puts new keys and values where they belong and returns those to attend to."""
+        """``store(key, value)`` puts new keys and values away and returns those to attend to, heads first."""
         q, k, v = self.heads_of(x, rotary)
         out, weights = dot_product_attention(q, *store(k, v), mask, scaled=self.scaled)
         return self.out_proj(out.reshape(x.shape)), weights, k, v
@@ -219,14 +251,16 @@ class Decoder(nnx.Module):
         """fp32 logits of the final hidden states, also where these are of lower precision."""
         weight, bias = (self.wte.weight, None) if self.lm_head is None else (self.lm_head.weight, self.lm_head.bias)
         weight = weight[...].astype(hidden.dtype)
-        logits = jnp.einsum("...i,oi->...o", hidden, weight, preferred_element_type=jnp.float32)
+        logits = product(hidden, weight, preferred_element_type=jnp.float32)
         return logits if bias is None else logits + bias[...].astype(jnp.float32)
 
     def init_cache(self, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
         """An empty cache with room for positions 0 to ``slots`` - 1 of ``batch`` rows."""
         config = self.config
-        shape = (config.layers, batch, slots, config.heads, config.width // config.heads)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        shape = (batch, config.heads, slots, config.width // config.heads)
+        if isinstance(self.layers, Apart):
+            return KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in self.layers) for _ in KVCache._fields))
+        return KVCache(*(jnp.zeros((config.layers, *shape), dtype) for _ in KVCache._fields))
 
     def __call__(
         self,
@@ -267,7 +301,7 @@ class Decoder(nnx.Module):
                     "language model with learned positions knows; shorten the sequence"
                 )
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        keys = positions if cache is None else jnp.arange(cache.key.shape[2])
+        keys = positions if cache is None else jnp.arange(cache.slots)
         if mask is None:
             mask = causal_mask(positions, keys)
         x = embeddings if self.wpe is None else embeddings + self.wpe(positions, embeddings.dtype)
@@ -286,16 +320,11 @@ class Decoder(nnx.Module):
             def store(key, value):
                 nonlocal updated
                 if cache is None:
-                    return key, value
+                    return key.swapaxes(1, 2), value.swapaxes(1, 2)
                 # In the loop's carry and written in place: stacking per-layer caches would copy them every step.
                 rows = jnp.arange(batch) if cache_rows is None else cache_rows
-                updated = KVCache(
-                    cache.key.at[index, rows[:, None], positions].set(key.astype(cache.key.dtype)),
-                    cache.value.at[index, rows[:, None], positions].set(value.astype(cache.value.dtype)),
-                )
-                if cache_rows is None:
-                    return updated.key[index], updated.value[index]
-                return updated.key[index, cache_rows], updated.value[index, cache_rows]
+                updated = cache.write(index, rows, positions, KVCache(key, value))
+                return updated.read(index, cache_rows)
 
             visible = mask if window is None else mask & (distances < window)
             output = layer(x, visible, rotary, store)
@@ -303,15 +332,20 @@ class Decoder(nnx.Module):
                 state = fold.step(state, output)
             return (output.out, updated, state), {name: getattr(output, name) for name in collect}
 
-        layers = jnp.arange(self.config.layers)
+        layers = range(self.config.layers) if isinstance(self.layers, Apart) else jnp.arange(self.config.layers)
         first = (x, cache, None if fold is None else fold.first)
         (out, cache, state), collected = scan(self.layers, body, first, (layers, windows), remat=remat)
         return LMOutput(x, self.ln_f(out), cache, collected, state)
 
+    def take_apart(self) -> None:
+        """Gives every layer arrays of its own, see ``nn.stack``; the paths are then ``layers/0/...`` and so on."""
+        self.layers = Apart(self.layers, self.config.layers)
+
     def remove_adapters(self) -> None:
         """Removes every adapter: what is left computes exactly what the language model computed before."""
-        self.layers.mlp_adapter = None
-        self.layers.attn_adapter = None
+        for layers in self.layers if isinstance(self.layers, Apart) else [self.layers]:
+            layers.mlp_adapter = None
+            layers.attn_adapter = None
 
 
 def embedding(config: DecoderConfig, rows: int, std: float, *, rngs: nnx.Rngs) -> Embedding:

@@ -57,7 +57,8 @@ class PrefixTransformerLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(self.qkv(self.ln_1(x)), 3, axis=-1))
-        x = x + self.out_proj(dot_product_attention(q, k, v, None)[0].reshape(x.shape))
+        seen, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), None)
+        x = x + self.out_proj(seen.reshape(x.shape))
         return x + self.c_proj(jax.nn.gelu(self.c_fc(self.ln_2(x))))
 
 

@@ -42,21 +42,22 @@ def same_segment(segments: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
 
 def dot_product_attention(
     q: Float[Array, "B S H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
+    k: Float[Array, "B H T K"],
+    v: Float[Array, "B H T K"],
     mask: Bool[Array, "#B #S T"] | None,
     *,
     scaled: bool = True,
 ) -> tuple[Float[Array, "B S H K"], Float[Array, "B H S T"]]:
     """Returns the weighted values and the attention weights; scores and softmax are fp32.
 
+    Keys and values have their heads first, as a cache holds them: what a head reads lies together.
     ``mask=None`` lets every query see every key; ``scaled`` divides the scores by sqrt(K). Weights that nobody uses are
     removed by the compiler.
     """
-    scores = jnp.einsum("bshk,bthk->bhst", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bshk,bhtk->bhst", q, k, preferred_element_type=jnp.float32)
     if scaled:
         scores = scores / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, MASKED_SCORE)
     weights = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("bhst,bthk->bshk", weights.astype(v.dtype), v), weights
+    return jnp.einsum("bhst,bhtk->bshk", weights.astype(v.dtype), v), weights

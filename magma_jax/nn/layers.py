@@ -8,6 +8,7 @@ activations where it is used.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,28 @@ def zeros(key: PRNGKey, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     return jnp.zeros(shape, dtype)
 
 
+# A CPU multiplies this many rows fastest with the weight on the left: it reads weights at 22 GB/s where it reached 11
+# with 8 rows on the left. From 64 rows on the products themselves take the time.
+_FEW_ROWS = range(2, 33)
+
+
+def product(x: Float[Array, "... in"], weight: Float[Array, "out in"], **options: Any) -> Float[Array, "... out"]:
+    """``x W^T``; ``options`` are those of ``jnp.einsum``."""
+    rows = math.prod(x.shape[:-1])
+    if rows not in _FEW_ROWS:
+        return jnp.einsum("...i,oi->...o", x, weight, **options)
+
+    def weight_on_the_left(x: Array, weight: Array) -> Array:
+        y = jnp.einsum("oi,ri->or", weight, x.reshape(rows, -1), **options)
+        # XLA would move the transposition into the product, which is then the other one.
+        return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
+
+    def weight_on_the_right(x: Array, weight: Array) -> Array:
+        return jnp.einsum("...i,oi->...o", x, weight, **options)
+
+    return jax.lax.platform_dependent(x, weight, cpu=weight_on_the_left, default=weight_on_the_right)
+
+
 class Linear(nnx.Module):
     """``y = x W^T + b`` with ``W`` of shape (out, in)."""
 
@@ -63,7 +86,7 @@ class Linear(nnx.Module):
         self.bias = param(bias_init(rngs.params(), (out_features,), dtype)) if use_bias else None
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        y = product(x, self.weight[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

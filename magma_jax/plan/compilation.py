@@ -73,13 +73,13 @@ def compile_decode(program: Program, rows: int, slots: int) -> Compiled:
     config, mesh = program.config.model, program.mesh
     lm = config.lm if config.kind == "magma" else config
     by_rows = batch_sharding(mesh)
-    by_heads = jax.NamedSharding(mesh, jax.P(None, BATCH_AXES, None, "model"))
+    by_heads = jax.NamedSharding(mesh, jax.P(None, BATCH_AXES, "model"))
 
     def row(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows,), dtype, sharding=by_rows)
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    cache = (lm.layers, rows, slots, lm.heads, lm.width // lm.heads)
+    cache = (lm.layers, rows, lm.heads, slots, lm.width // lm.heads)
     state = Rows(
         cache=KVCache(*[jax.ShapeDtypeStruct(cache, _activations(config), sharding=by_heads)] * 2),
         token=row(jnp.int32),

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax.data.tokenizer import gpt2_tokenizer
+from magma_jax.inference.api import Magma, PromptBatch, layers_apart
 from magma_jax.inference.decode import generate
 from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
 from magma_jax.models.magma import MagmaModel
@@ -100,7 +102,7 @@ def test_the_loop_ends_with_the_last_row(run, prompts):
     assert int(ended.lengths[0]) == 0
     # Nothing was computed behind the end.
     assert not np.asarray(ended.logits)[0, 1:].any()
-    assert not np.asarray(ended.cache.key)[:, 0, 11:].any()
+    assert not np.asarray(ended.cache.key)[:, 0, :, 11:].any()
 
 
 def test_rows_of_the_head_without_an_embedding_are_never_drawn(model, prompts):
@@ -165,6 +167,24 @@ def test_logprobs_are_those_of_the_model_whatever_the_sampling(run, prompts):
     expected = jax.nn.log_softmax(result.logits[..., :table], axis=-1)
     expected = np.take_along_axis(np.asarray(expected), np.asarray(result.tokens)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(result.logprobs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_layers_that_are_apart_give_the_same(model, prompts, steps):
+    _, params = model
+    rows = PromptBatch(jnp.asarray(prompts[1][None]).repeat(2, 0), jnp.array([11, 7]))
+
+    def answers(params):
+        generated = Magma(tiny.MODEL, params, gpt2_tokenizer()).generate_tokens(rows, steps, GREEDY, return_logits=True)
+        return generated.tokens, generated.logits
+
+    tokens, logits = answers(params)
+    apart = layers_apart(dict(params))
+    assert "lm/layers/1/attn/q_proj/weight" in apart and "lm/layers/attn/q_proj/weight" not in apart
+    tokens_apart, logits_apart = answers(apart)
+    np.testing.assert_array_equal(tokens_apart, tokens)
+    np.testing.assert_allclose(logits_apart, logits, atol=1e-5)
+    assert tokens.shape == (2, steps)
 
 
 def test_a_common_beginning_is_run_once(model, prompts, run):

@@ -37,7 +37,9 @@ def test_attention_equals_its_formula():
     q, k, v = (rng.normal(size=(2, length, 3, 8)).astype(np.float32) for length in (4, 6, 6))
     mask = rng.random((2, 4, 6)) < 0.7
     mask[:, :, 0] = True
-    out, weights = dot_product_attention(*map(jnp.asarray, (q, k, v)), jnp.asarray(mask))
+    out, weights = dot_product_attention(
+        jnp.asarray(q), jnp.asarray(k).swapaxes(1, 2), jnp.asarray(v).swapaxes(1, 2), jnp.asarray(mask)
+    )
     for b, h, s in np.ndindex(2, 3, 4):
         scores = np.exp(k[b, :, h] @ q[b, s, h] / math.sqrt(8)) * mask[b, s]
         expected = scores / scores.sum()
@@ -48,7 +50,7 @@ def test_attention_equals_its_formula():
 
 def test_a_query_that_sees_nothing_gives_finite_numbers():
     q = jnp.ones((1, 2, 1, 4))
-    out, weights = dot_product_attention(q, q, q, jnp.zeros((1, 2, 2), bool))
+    out, weights = dot_product_attention(q, q.swapaxes(1, 2), q.swapaxes(1, 2), jnp.zeros((1, 2, 2), bool))
     assert jnp.isfinite(out).all()
     assert jnp.isfinite(weights).all()
 
@@ -156,7 +158,7 @@ def test_a_stack_computes_what_its_layers_compute_one_by_one(language_model):
     layer_definition, layers = split(model.layers)
     for i in range(CONFIG.layers):
         layer = merge(layer_definition, {path: leaf[i] for path, leaf in layers.items()})
-        x = layer(x, mask, rotary, lambda key, value: (key, value)).out
+        x = layer(x, mask, rotary, lambda key, value: (key.swapaxes(1, 2), value.swapaxes(1, 2))).out
     expected = model.ln_f(x)
     output = model(jax.random.normal(jax.random.key(0), (2, 7, 32)), collect=("out", "attentions"))
     np.testing.assert_allclose(output.hidden, expected, atol=1e-5)

@@ -1,0 +1,42 @@
+"""Processes that take turns, so that whatever else the machine does slows them alike, and each peak memory is its own."""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def start(script: str, name: str, options: list[str]) -> subprocess.Popen:
+    """Starts ``script --worker NAME``, which is to call ``answer``."""
+    command = [sys.executable, script, "--worker", name, *options]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def ask(worker: subprocess.Popen, request: str) -> Any:
+    """Sends a request and waits for its answer; ends the program if the worker has ended."""
+    worker.stdin.write(request + "\n")
+    worker.stdin.flush()
+    answer = worker.stdout.readline()
+    if not answer:
+        sys.exit(f"{' '.join(worker.args)} ended without an answer")
+    return json.loads(answer)
+
+
+def end(worker: subprocess.Popen) -> float:
+    """Ends a worker; returns the most memory it ever had, in gigabytes."""
+    peak = ask(worker, "peak")
+    worker.communicate()  # closes its input
+    return peak
+
+
+def answer(requests: Mapping[str, Callable[[], Any]]) -> None:
+    """Answers requests on standard input until it is closed, each with a line of JSON."""
+    for line in sys.stdin:
+        if line.strip() == "peak":
+            # Kilobytes on Linux.
+            result = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
+        else:
+            result = requests[line.strip()]()
+        print(json.dumps(result), flush=True)
