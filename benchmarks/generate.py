@@ -68,7 +68,7 @@ def main() -> None:
 def _work(name: str, threads: int) -> None:
     framework, batch = name.split("-")
     draw: Callable[[int], Any] | None = None
-    read: Callable[[], Any] = lambda: None
+    read: Callable[[], Any] = int  # PyTorch has none
 
     def prepare() -> dict[str, float]:
         nonlocal draw, read
@@ -104,7 +104,6 @@ def _jax_model(batch: int) -> tuple[Callable[[int], Any], Callable[[], Any], flo
     import numpy as np
     from flax import nnx
 
-    from magma_jax.data.images import normalize
     from magma_jax.data.tokenizer import gpt2_tokenizer
     from magma_jax.inference.api import LAYERS, Magma, PromptBatch, layers_apart
     from magma_jax.inference.sampling import SamplingConfig

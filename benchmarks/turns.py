@@ -1,4 +1,4 @@
-"""Processes that take turns, so that whatever else the machine does slows them alike, and each peak memory is its own."""
+"""Processes that take turns: what else the machine does slows them alike, and each peak memory is its own."""
 
 import json
 import resource

@@ -31,10 +31,10 @@ BATCH_AXES = ("data", "fsdp")
 # The first matching row names an axis for each of the last dimensions; dimensions before them (the layers of a
 # stack) are whole on every device. Weights are (out, in), convolutions (out, in, height, width).
 TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/weight", ("model", "fsdp")),
+    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/weight(_scale)?", ("model", "fsdp")),
     (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/bias", ("model",)),
-    (r"(lm/)?layers/.*(out_proj|c_proj)/weight", ("fsdp", "model")),
-    (r"(lm/)?lm_head/weight", ("model", "fsdp")),
+    (r"(lm/)?layers/.*(out_proj|c_proj)/weight(_scale)?", ("fsdp", "model")),
+    (r"(lm/)?lm_head/weight(_scale)?", ("model", "fsdp")),
     (r"(lm/)?lm_head/bias", ("model",)),
     # By width: vocabularies such as 50,258 rows divide by nothing.
     (r"(lm/)?w[tp]e/weight", (None, ("fsdp", "model"))),

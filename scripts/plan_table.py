@@ -30,7 +30,7 @@ class Case:
     @property
     def options(self) -> list[str]:
         """Of ``python -m magma_jax.plan``."""
-        generate = ["--what", "generate", "--slots", "512", "--batch", str(self.rows)] if self.rows else []
+        generate = ["--what", "generate", "--slots", str(SLOTS), "--batch", str(self.rows)] if self.rows else []
         return ["--topology", self.topology, *generate, *(["--set", *self.values] if self.values else [])]
 
     @property
@@ -39,6 +39,7 @@ class Case:
         return " ".join(self.options)
 
 
+SLOTS = 2048  # of a row's cache in the plans of decoding
 SHARDED, REPLICATED = "mesh.frozen=sharded", "mesh.frozen=replicated"
 TABLES = {
     "train": [
@@ -50,10 +51,11 @@ TABLES = {
     ],
     "tried": [
         Case("v5p:2x2x4", ("mesh.fsdp=16", REPLICATED, "loss.remat=dots")),
-        Case("v6e:4x4", ("mesh.fsdp=16", REPLICATED, "loss.remat=dots")),
     ],
     "generate": [
+        Case("v5e:1x1", ("model.lm.dtype=int8",), 8),
         Case("v5e:2x2", ("mesh.model=4",), 8),
+        Case("v5p:1x1x1", (), 8),
         Case("v6e:1x1", (), 8),
         Case("v6e:2x2", ("mesh.model=4",), 64),
     ],
@@ -112,14 +114,15 @@ def train_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
 def generate_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
     """Plans of decoding, one a row."""
     lines = [
-        "| chips | rows | total of HBM, GiB | compute / HBM / links, ms | tokens a second at most |",
-        "|---|---|---|---|---|",
+        "| chips | matrices | rows | total of HBM, GiB | compute / HBM / links, ms | tokens a second at most |",
+        "|---|---|---|---|---|---|",
     ]
     for case, plan in rows:
         roofline = plan["roofline"]
         terms = " / ".join(f"{1e3 * roofline[name]:.2f}" for name in ("compute", "hbm", "ici"))
         lines.append(
-            f"| {case.topology} ({plan['devices']}) | {plan['batch']} | {plan['memory']['total'] / GIB:.1f} of "
+            f"| {case.topology} ({plan['devices']}) | {'int8' if 'model.lm.dtype=int8' in case.values else 'bf16'} "
+            f"| {plan['batch']} | {plan['memory']['total'] / GIB:.1f} of "
             f"{plan['hbm_bytes'] / GIB:.0f} | {terms} | {plan['batch'] / roofline['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"

@@ -24,7 +24,9 @@ from magma_jax.convert.compose import compose
 from magma_jax.convert.hf_export import to_hf
 from magma_jax.convert.hub import local_path
 from magma_jax.convert.magma import from_torch, to_safetensors, to_torch
+from magma_jax.convert.quantize import quantize_folder
 from magma_jax.convert.verify import read_model_config, verify
+from magma_jax.nn.quantized import QUANTIZED
 from magma_jax.training.config import RunConfig
 
 # The package's own errors are ValueErrors; each says what is wrong with which file.
@@ -64,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("out", help=f"{kind} to write; must not exist")
         command.set_defaults(run=functools.partial(_export, function))
 
+    command = commands.add_parser("quantize", help="model folder with the language model's matrices in 8 or 4 bits")
+    command.add_argument("folder", help="model folder or run folder")
+    command.add_argument("out", help="model folder to write; must not exist")
+    command.add_argument("--to", default="int8", choices=QUANTIZED, help="default %(default)s")
+    command.set_defaults(run=_quantize)
+
     command = commands.add_parser("compose", help="published language model and encoder to a model folder to train")
     command.add_argument("--lm", required=True, help="folder, file or hf:// address, such as hf://EleutherAI/gpt-j-6b")
     command.add_argument("--encoder", required=True, help="CLIP or NF-ResNet: file or hf:// address")
@@ -97,6 +105,12 @@ def _compose(options: argparse.Namespace) -> int:
     config = from_dict(RunConfig, apply_overrides(load_config_file(options.config), options.set))
     made = compose(config, options.lm, options.encoder, options.out)
     print(f"{options.out}: {made.trainable:,} parameters learn ({made.fresh:,} are fresh), {made.frozen:,} are frozen")
+    return 0
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    quantize_folder(options.folder, options.out, options.to)
+    print(f"{options.out}: language model in {options.to}")
     return 0
 
 

@@ -48,11 +48,11 @@ CONFIG_KEY = "magma_config"
 
 def model_shapes(config: MagmaConfig) -> dict[str, Any]:
     """Shape and dtype of every parameter, without memory."""
-    return dict(_abstract_model(config)[0])
+    return dict(abstract_model(config)[0])
 
 
 @functools.lru_cache(maxsize=16)
-def _abstract_model(config: MagmaConfig) -> tuple[Params, dict[str, type[nnx.Variable]]]:
+def abstract_model(config: MagmaConfig) -> tuple[Params, dict[str, type[nnx.Variable]]]:
     return abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[1:]
 
 
@@ -217,7 +217,7 @@ def open_model_folder(folder: str | Path) -> OpenMagma:
     """
     folder = Path(folder)
     config = from_dict(MagmaConfig, read_model_json(folder)["model"], "model.json: model")
-    shapes, types = _abstract_model(config)
+    shapes, types = abstract_model(config)
     params = open_params(folder)
     if misfits := [path for path in shapes if path not in params or params[path].shape != shapes[path].shape]:
         raise CheckpointError(f"{folder}: does not fit its config in {', '.join(misfits[:5])}; write it again")

@@ -158,7 +158,9 @@ def release(rows: Rows, which: Bool[Array, " B"]) -> Rows:
 @jit(donate_argnames=("rows",))
 def copy_prompt(rows: Rows, source: Int[Array, ""], target: Int[Array, ""]) -> Rows:
     """Copies the cache of one slot to another, where two prompts begin alike."""
-    return rows._replace(cache=jax.tree.map(lambda all_: all_.at[..., target, :, :, :].set(all_[..., source, :, :, :]), rows.cache))
+    return rows._replace(
+        cache=jax.tree.map(lambda all_: all_.at[..., target, :, :, :].set(all_[..., source, :, :, :]), rows.cache)
+    )
 
 
 def request_key(seed: int) -> PRNGKey:

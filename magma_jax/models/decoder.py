@@ -17,6 +17,7 @@ from magma_jax.nn.adapters import Adapter, AdapterConfig
 from magma_jax.nn.attention import causal_mask, dot_product_attention
 from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal, product
 from magma_jax.nn.modules import LanguageParam
+from magma_jax.nn.quantized import float_dtype
 from magma_jax.nn.rotary import rotary_table
 from magma_jax.nn.stack import Apart, Remat, scan, stack
 from magma_jax.sharding import split_rows
@@ -49,7 +50,7 @@ class DecoderConfig(Protocol):
     head_rows: int  # rows of the head; ids that the table lacks are never sampled
     context_length: int  # positions the model was trained on, in tokens
     layernorm_eps: float
-    dtype: str  # that the weights are stored in
+    dtype: str  # that the weights are stored in; int8 and int4 stand for the matrices, see nn.quantized
 
 
 class KVCache(NamedTuple):
@@ -249,10 +250,9 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """fp32 logits of the final hidden states, also where these are of lower precision."""
-        weight, bias = (self.wte.weight, None) if self.lm_head is None else (self.lm_head.weight, self.lm_head.bias)
-        weight = weight[...].astype(hidden.dtype)
-        logits = product(hidden, weight, preferred_element_type=jnp.float32)
-        return logits if bias is None else logits + bias[...].astype(jnp.float32)
+        if self.lm_head is not None:
+            return self.lm_head(hidden, jnp.float32)
+        return product(hidden, self.wte.weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def init_cache(self, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
         """An empty cache with room for positions 0 to ``slots`` - 1 of ``batch`` rows."""
@@ -350,7 +350,7 @@ class Decoder(nnx.Module):
 
 def embedding(config: DecoderConfig, rows: int, std: float, *, rngs: nnx.Rngs) -> Embedding:
     """A table of the language model's width, filled with N(0, ``std``)."""
-    options = {"param": LanguageParam, "weight_init": normal(std), "dtype": jnp.dtype(config.dtype), "rngs": rngs}
+    options = {"param": LanguageParam, "weight_init": normal(std), "dtype": float_dtype(config.dtype), "rngs": rngs}
     return Embedding(rows, config.width, **options)
 
 
@@ -364,14 +364,14 @@ def linear(
         param=LanguageParam,
         use_bias=use_bias,
         weight_init=normal(0.02),
-        dtype=jnp.dtype(config.dtype),
+        dtype=config.dtype,
         rngs=rngs,
     )
 
 
 def layernorm(config: DecoderConfig) -> LayerNorm:
     """A LayerNorm of the language model."""
-    return LayerNorm(config.width, param=LanguageParam, eps=config.layernorm_eps, dtype=jnp.dtype(config.dtype))
+    return LayerNorm(config.width, param=LanguageParam, eps=config.layernorm_eps, dtype=float_dtype(config.dtype))
 
 
 def check_heads(config: DecoderConfig) -> None:

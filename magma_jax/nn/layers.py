@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from magma_jax.nn.quantized import QUANTIZED, dequantize, float_dtype, quantize
 from magma_jax.typing import Array, Float, Int, PRNGKey
 
 Initializer = Callable[[PRNGKey, tuple[int, ...], DTypeLike], Array]
@@ -68,7 +69,7 @@ def product(x: Float[Array, "... in"], weight: Float[Array, "out in"], **options
 
 
 class Linear(nnx.Module):
-    """``y = x W^T + b`` with ``W`` of shape (out, in)."""
+    """``y = x W^T + b`` with ``W`` of shape (out, in); with ``dtype`` int8 or int4 the matrix is quantized."""
 
     def __init__(
         self,
@@ -80,14 +81,28 @@ class Linear(nnx.Module):
         use_bias: bool = True,
         weight_init: Initializer = fan_in_uniform,
         bias_init: Initializer = zeros,
-        dtype: DTypeLike = jnp.float32,
+        dtype: str = "float32",
     ):
-        self.weight = param(weight_init(rngs.params(), (out_features, in_features), dtype))
-        self.bias = param(bias_init(rngs.params(), (out_features,), dtype)) if use_bias else None
+        weight, scale = weight_init(rngs.params(), (out_features, in_features), float_dtype(dtype)), None
+        if dtype in QUANTIZED:
+            weight, scale = quantize(weight, dtype)
+        self.weight = param(weight)
+        self.weight_scale = None if scale is None else param(scale)
+        self.bias = param(bias_init(rngs.params(), (out_features,), float_dtype(dtype))) if use_bias else None
 
-    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        y = product(x, self.weight[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "... in"], preferred_element_type: DTypeLike | None = None
+    ) -> Float[Array, "... out"]:
+        weight, options = self.weight[...], {"preferred_element_type": preferred_element_type}
+        if self.weight_scale is None:
+            y = product(x, weight.astype(x.dtype), **options)
+        elif weight.dtype == jnp.int8:
+            # One scale an output, so it may wait until after the product.
+            y = product(x, weight.astype(x.dtype), **options) * self.weight_scale[...][:, 0]
+            y = y.astype(preferred_element_type or x.dtype)
+        else:
+            y = product(x, dequantize(weight, self.weight_scale[...], x.dtype), **options)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class Embedding(nnx.Module):

@@ -96,11 +96,14 @@ def open_topology(name: str) -> Topology:
     from jax.experimental import topologies  # loads nothing, but belongs behind the environment
 
     chip = CHIPS[chip_name]
+    sides = tuple(map(int, shape.split("x")))
+    # The compiler thinks of hosts with 2x2 chips; a smaller slice is one host.
+    one_host = {"chips_per_host_bounds": (*sides, 1, 1)[:3]} if all(side <= 2 for side in sides[:2]) else {}
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **chip.options).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **(chip.options | one_host)).devices
     except (RuntimeError, NotImplementedError) as error:
         raise ConfigError(f"--topology {name}: {str(error).splitlines()[0]}") from None
-    if len(devices) != math.prod(map(int, shape.split("x"))):
+    if len(devices) != math.prod(sides):
         raise ConfigError(f"--topology {name}: the compiler shows {len(devices)} devices; try another shape")
     return Topology(name, chip, tuple(devices))
 

@@ -13,6 +13,7 @@ from magma_jax.inference.sampling import SamplingRows
 from magma_jax.models.decoder import KVCache
 from magma_jax.nn.modules import merge
 from magma_jax.sharding import BATCH_AXES, batch_sharding, replicated
+from magma_jax.training.model_folder import in_dtype
 from magma_jax.training.pictures import features_are_fixed
 from magma_jax.training.program import Program
 
@@ -99,7 +100,8 @@ def compile_decode(program: Program, rows: int, slots: int) -> Compiled:
         return advance(model.lm if config.kind == "magma" else model, rows, eos_id=lm.vocab_rows - 1)[0]
 
     out_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return _compile(jax.jit(decode, donate_argnums=1, out_shardings=out_shardings), program.params, state)
+    params = in_dtype(program.params, _activations(config))  # as models are loaded for use
+    return _compile(jax.jit(decode, donate_argnums=1, out_shardings=out_shardings), params, state)
 
 
 def batch_shapes(program: Program) -> dict[str, jax.ShapeDtypeStruct]:

@@ -23,7 +23,14 @@ from magma_jax.sharding import MeshConfig, make_mesh, parameter_shardings, place
 from magma_jax.training.checkpoint import read_what_was_trained
 from magma_jax.training.config import RunConfig
 from magma_jax.training.continuation import differences
-from magma_jax.training.model_folder import BASE, base_reference, open_params, read_model_json, write_model_folder
+from magma_jax.training.model_folder import (
+    BASE,
+    base_reference,
+    is_whole,
+    open_params,
+    read_model_json,
+    write_model_folder,
+)
 from magma_jax.training.pictures import feature_statistics
 from magma_jax.training.program import Program, create_model, fresh_params
 from magma_jax.training.weights import open_weights
@@ -81,8 +88,14 @@ def _opened(config: RunConfig, shapes: Params) -> Iterator[Params]:
     stored = open_params(config.base)
     wanted = [path for path in shapes if path in stored or not path.startswith(CLASS_HEAD)]
     wrong = [path for path in wanted if path not in stored or tuple(stored[path].shape) != shapes[path].shape]
+    wrong += [
+        path for path in wanted if path not in wrong and is_whole(stored[path].dtype) != is_whole(shapes[path].dtype)
+    ]
     if wrong:
-        raise ConfigError(f"base: {config.base} lacks {', '.join(wrong[:5])} of the model's shape; compose it again")
+        raise ConfigError(
+            f"base: {config.base} lacks {', '.join(wrong[:5])} of the model's shape; compose it again, or, if one of "
+            "them is quantized, set model.lm.dtype to what the base has"
+        )
     yield {path: stored[path] for path in wanted}
 
 

@@ -124,7 +124,12 @@ def step_flops(
     vectors = _vectors(model, length, pack)
     learns = {path for path, label in labels.items() if label in ("encoder", "rest")}
     encoder_learns = any(path.startswith(ENCODER) for path in learns)
-    matrices = {path: math.prod(leaf.shape) for path, leaf in shapes.items() if path.endswith("weight")}
+    # Two numbers in 4 bits are a byte.
+    matrices = {
+        path: math.prod(leaf.shape) * (2 if leaf.dtype == jnp.uint8 else 1)
+        for path, leaf in shapes.items()
+        if path.endswith("weight")
+    }
     names = {path: _inputs(path) for path in matrices}
     if "predicted" not in names.values():
         # No head of its own: the embedding table is used as one.

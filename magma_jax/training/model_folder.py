@@ -85,11 +85,22 @@ def nbytes_of(params: Mapping[Any, Any]) -> int:
 
 
 def in_dtype(shapes: Mapping[str, Any], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes with another floating dtype; whole numbers stay."""
+    """Shapes with another floating dtype; whole numbers and their scales (``nn.quantized``) stay."""
+
+    def changes(path: str, leaf: Any) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.floating) and not path.endswith("/weight_scale")
+
     return {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=getattr(leaf, "sharding", None))
+        if changes(path, leaf)
+        else leaf
         for path, leaf in shapes.items()
     }
+
+
+def is_whole(dtype: Any) -> bool:
+    """Whether numbers of a dtype are whole ones."""
+    return np.issubdtype(np.dtype(dtype), np.integer)
 
 
 def read_model_json(path: str | Path) -> dict[str, Any]:
@@ -156,6 +167,12 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
         f"{name} has shape {tuple(stored[name].shape)}, expected {tuple(shape.shape)}"
         for name, shape in shapes.items()
         if name in stored and tuple(stored[name].shape) != tuple(shape.shape)
+    ]
+    problems += [
+        f"{name} is stored in {np.dtype(stored[name].dtype)}, which is not {np.dtype(shape.dtype)} in other words: the "
+        "folder is quantized, or the config is"
+        for name, shape in shapes.items()
+        if name in stored and is_whole(stored[name].dtype) != is_whole(shape.dtype)
     ]
     if problems:
         raise CheckpointError(f"{path}: does not fit the model: " + "; ".join(problems))

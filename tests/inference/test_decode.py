@@ -180,7 +180,8 @@ def test_layers_that_are_apart_give_the_same(model, prompts, steps):
 
     tokens, logits = answers(params)
     apart = layers_apart(dict(params))
-    assert "lm/layers/1/attn/q_proj/weight" in apart and "lm/layers/attn/q_proj/weight" not in apart
+    assert "lm/layers/1/attn/q_proj/weight" in apart
+    assert "lm/layers/attn/q_proj/weight" not in apart
     tokens_apart, logits_apart = answers(apart)
     np.testing.assert_array_equal(tokens_apart, tokens)
     np.testing.assert_allclose(logits_apart, logits, atol=1e-5)
