@@ -83,7 +83,11 @@ class KVCache(NamedTuple):
             if isinstance(kept, tuple):
                 changed = kept[layer].at[rows[:, None], :, positions].set(new.astype(self.dtype))
                 return (*kept[:layer], changed, *kept[layer + 1 :])
-            return kept.at[layer, rows[:, None], :, positions].set(new.astype(self.dtype))
+            if new.shape[1] > 1 or len(rows) != kept.shape[1]:
+                return _scatter(kept, layer, rows, positions, new.astype(self.dtype))
+            # TPUs would copy the whole cache in every layer for a scatter; they write one layer anew instead.
+            arguments = (kept, layer, rows, positions, new.astype(self.dtype))
+            return jax.lax.platform_dependent(*arguments, tpu=_select, default=_scatter)
 
         return KVCache(written(self.key, new.key), written(self.value, new.value))
 
@@ -94,6 +98,17 @@ class KVCache(NamedTuple):
         if isinstance(self.key, tuple):
             return self.key[layer][rows], self.value[layer][rows]
         return self.key[layer, rows], self.value[layer, rows]
+
+
+def _scatter(kept: Array, layer: Any, rows: Array, positions: Array, new: Array) -> Array:
+    return kept.at[layer, rows[:, None], :, positions].set(new)
+
+
+def _select(kept: Array, layer: Any, rows: Array, positions: Array, new: Array) -> Array:
+    """One new position in every row, rows in order."""
+    del rows
+    here = jnp.arange(kept.shape[3])[:, None] == positions[:, :, None, None]
+    return kept.at[layer].set(jnp.where(here, new.swapaxes(1, 2), kept[layer]))
 
 
 class BlockOutput(NamedTuple):

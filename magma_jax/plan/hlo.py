@@ -284,44 +284,60 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
         return 2 * _hbm(operands[1])
     fused = _fused(instruction, computations)
     if opcode == "fusion" and fused:
-        return _fusion_traffic(instruction, operands, computations[fused[0]])
+        return _fusion_traffic(instruction, operands, computations[fused[0]], computations)
     return reads + writes
 
 
-def _fusion_traffic(instruction: Instruction, operands: list[tuple[Shape, ...]], fused: Computation) -> float:
+def _fusion_traffic(
+    instruction: Instruction,
+    operands: list[tuple[Shape, ...]],
+    fused: Computation,
+    computations: dict[str, Computation],
+) -> float:
     """As ``_traffic``; of an operand that is only sliced the slices count, of one updated in place the update."""
-    users: dict[str, list[Instruction]] = {name: [] for name in fused}
-    for inner in fused.values():
-        for name in inner.operands:
-            if name in users:
-                users[name].append(inner)
-
-    def uses(name: str) -> list[Instruction]:
-        return [far for user in users[name] for far in (uses(user.name) if user.opcode == "bitcast" else [user])]
-
-    def source(name: str) -> Instruction:
-        return source(fused[name].operands[0]) if fused[name].opcode == "bitcast" else fused[name]
-
     total = 0.0
-    parameters = {int(inner.arguments): inner for inner in fused.values() if inner.opcode == "parameter"}
     for index, shapes in enumerate(operands):
-        if index not in parameters or not _hbm(shapes):
-            continue
-        readers = uses(parameters[index].name)
-        opcodes = {user.opcode for user in readers}
-        sliced = all(source(user.operands[0]) is parameters[index] for user in readers)
-        if opcodes and opcodes <= {"dynamic-slice", "slice", "gather"} and sliced:
-            total += sum(shape.bytes for user in readers for shape in user.shapes)
-        elif opcodes != {"dynamic-update-slice"} or not sliced:
-            total += _hbm(shapes)
+        parameter = _parameter(fused, index)
+        if parameter is not None and _hbm(shapes):
+            total += min(_hbm(shapes), _read(parameter, fused, computations))
     root = next((inner for inner in fused.values() if inner.is_root), None)
     results = root.operands if root is not None and root.opcode == "tuple" else (root.name,) if root else ()
     for name, shape in zip(results, instruction.shapes, strict=False):
-        written = source(name)
+        written = _source(name, fused)
         if written.opcode == "dynamic-update-slice" and written.operands[1] in fused:
             total += sum(part.bytes for part in fused[written.operands[1]].shapes) * shape.in_hbm
         else:
             total += _hbm((shape,))
+    return total
+
+
+def _parameter(fused: Computation, index: int) -> Instruction | None:
+    found = (inner for inner in fused.values() if inner.opcode == "parameter" and int(inner.arguments) == index)
+    return next(found, None)
+
+
+def _source(name: str, fused: Computation) -> Instruction:
+    """What a name stands for, bitcasts looked through."""
+    return _source(fused[name].operands[0], fused) if fused[name].opcode == "bitcast" else fused[name]
+
+
+def _read(parameter: Instruction, fused: Computation, computations: dict[str, Computation]) -> float:
+    """Bytes of a parameter that a fusion, and those inside of it, read."""
+    total = 0.0
+    for user in fused.values():
+        at = [i for i, name in enumerate(user.operands) if name in fused and _source(name, fused) is parameter]
+        inner = _fused(user, computations)
+        if not at or user.opcode == "bitcast":
+            continue
+        if user.opcode in ("dynamic-slice", "slice", "gather") and at == [0]:
+            total += sum(shape.bytes for shape in user.shapes)
+        elif user.opcode == "dynamic-update-slice" and at == [0]:
+            pass  # written in place
+        elif inner:
+            parameters = (_parameter(computations[inner[0]], i) for i in at)
+            total += sum(_read(one, computations[inner[0]], computations) for one in parameters if one is not None)
+        else:
+            return math.inf  # all of it
     return total
 
 
