@@ -53,6 +53,7 @@ def model_shapes(config: MagmaConfig) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def abstract_model(config: MagmaConfig) -> tuple[Params, dict[str, type[nnx.Variable]]]:
+    """Shapes and variable types of a model, by path."""
     return abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[1:]
 
 

@@ -1,7 +1,7 @@
 """Weights of a frozen language model in 8 or 4 bits, quantized by qwix: symmetric, rounded to nearest.
 
-``int8``: one scale for each output of a matrix. ``int4``: one for every ``GROUP`` inputs of an output, and two numbers in
-a byte. Only weights are quantized; activations are what they were. Scales are fp32.
+``int8``: one scale for each output of a matrix. ``int4``: one for every ``GROUP`` inputs of an output, and two numbers
+in a byte. Only weights are quantized; activations are what they were. Scales are fp32.
 """
 
 from typing import Any

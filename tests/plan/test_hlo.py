@@ -101,6 +101,54 @@ def test_traffic_counts_slices_and_leaves_out_on_chip_memory(costs):
     assert costs.hbm_bytes == 2 * (layer + begin + product + total) + batched + permuted
 
 
+NESTED = """\
+HloModule decode, is_scheduled=true
+
+%slice_of_stack (n0: bf16[2,8,4], n1: s32[]) -> bf16[1,8,4] {
+  %n0 = bf16[2,8,4]{2,1,0} parameter(0)
+  %n1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %one = bf16[1,8,4]{2,1,0} dynamic-slice(%n0, %n1, %zero, %zero), dynamic_slice_sizes={1,8,4}
+}
+
+%product (o0: bf16[16,4], o1: bf16[2,8,4], o2: s32[]) -> bf16[16,8] {
+  %o0 = bf16[16,4]{1,0} parameter(0)
+  %o1 = bf16[2,8,4]{2,1,0} parameter(1)
+  %o2 = s32[] parameter(2)
+  %layer = bf16[1,8,4]{2,1,0} fusion(%o1, %o2), kind=kLoop, calls=%slice_of_stack
+  %flat = bf16[8,4]{1,0} bitcast(%layer)
+  ROOT %y = bf16[16,8]{1,0} convolution(%o0, %flat), dim_labels=bf_oi->bf
+}
+
+%update (u0: bf16[2,8,4], u1: s32[], u2: bf16[1,8,4]) -> bf16[2,8,4] {
+  %u0 = bf16[2,8,4]{2,1,0} parameter(0)
+  %u1 = s32[] parameter(1)
+  %u2 = bf16[1,8,4]{2,1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %old = bf16[1,8,4]{2,1,0} dynamic-slice(%u0, %u1, %zero, %zero), dynamic_slice_sizes={1,8,4}
+  %new = bf16[1,8,4]{2,1,0} add(%old, %u2)
+  ROOT %whole = bf16[2,8,4]{2,1,0} dynamic-update-slice(%u0, %new, %u1, %zero, %zero)
+}
+
+ENTRY %main (a0: bf16[16,4], a1: bf16[2,8,4], a2: s32[], a3: bf16[2,8,4], a4: bf16[1,8,4]) -> bf16[16,8] {
+  %a0 = bf16[16,4]{1,0} parameter(0)
+  %a1 = bf16[2,8,4]{2,1,0} parameter(1)
+  %a2 = s32[] parameter(2)
+  %a3 = bf16[2,8,4]{2,1,0} parameter(3)
+  %a4 = bf16[1,8,4]{2,1,0} parameter(4)
+  %cache = bf16[2,8,4]{2,1,0} fusion(%a3, %a2, %a4), kind=kLoop, calls=%update
+  ROOT %out = bf16[16,8]{1,0} fusion(%a0, %a1, %a2), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_of_a_stack_that_is_sliced_inside_or_updated_in_place_only_the_layer_counts():
+    layer, index = 8 * 4 * 2, 4
+    cache = layer + index + layer + layer  # read, index, what is added, written
+    product = 16 * 4 * 2 + layer + index + 16 * 8 * 2
+    assert program_costs(NESTED, devices=1).hbm_bytes == cache + product
+
+
 def test_a_loop_without_a_limit_counts_once_and_says_so():
     text = PROGRAM.replace("direction=LT", "direction=NE")
     costs = program_costs(text, devices=8)
