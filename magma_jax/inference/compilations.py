@@ -1,6 +1,7 @@
 """Counts what XLA compiles: a server that compiles after its warm-up makes somebody wait."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -18,6 +19,14 @@ class Compilations:
         if event == COMPILATION_EVENT:
             self.count += 1
             self.seconds += duration
+
+
+@functools.cache
+def compilations_of_process() -> Compilations:
+    """Counts from the first call on."""
+    counter = Compilations()
+    jax.monitoring.register_event_duration_secs_listener(counter)
+    return counter
 
 
 @contextlib.contextmanager

@@ -1,7 +1,16 @@
 """What Prometheus is told."""
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
+from magma_jax.inference.compilations import compilations_of_process
 from magma_jax.inference.engine import EngineStats
 
 # Seconds; answers take from hundredths on an accelerator to minutes on a CPU.
@@ -29,6 +38,9 @@ class ServerMetrics:
             "new_tokens": "Tokens drawn, since the start",
             "pictures_encoded": "Pictures encoded, since the start",
         }
+        ProcessCollector(registry=self._registry)  # process_resident_memory_bytes and others
+        compilations = Gauge("magma_compilations", "Programs compiled; none after the start", **options)
+        compilations.set_function(lambda counter=compilations_of_process(): counter.count)
         self._engine = {name: Gauge(f"magma_{name}", text, **options) for name, text in gauges.items()}
 
     def count(self, path: str, status: int) -> None:

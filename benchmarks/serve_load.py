@@ -1,0 +1,188 @@
+"""Many clients on a server, beside the same clients on a server that takes one request at a time, as JSON.
+
+    python benchmarks/serve_load.py --checkpoint runs/quickstart --pictures FOLDER
+
+Clients send streamed chat completions over loopback: a random picture or none, a random prompt, a random number of
+tokens, drawn or greedy; one in ten leaves in the middle of its answer. Client processes and server share the machine.
+``memory_growth`` is the server's resident memory at the end over that after a quarter of the time.
+"""
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+WORDS = (
+    "a",
+    "picture",
+    "of",
+    "the",
+    "red",
+    "blue",
+    "small",
+    "old",
+    "who",
+    "what",
+    "where",
+    "is",
+    "this",
+    "and",
+    "flag",
+)
+
+
+def main() -> int:
+    """Reads the command line; returns 1 if a request failed otherwise than with 429, or something compiled."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--pictures", type=Path, help="folder of PNG files; default: drawn at random")
+    parser.add_argument("--clients", type=int, default=32, help="default %(default)s")
+    parser.add_argument("--seconds", type=float, default=60, help="of each of both runs; default %(default)s")
+    parser.add_argument("--slots", type=int, default=16, help="of the server that batches; default %(default)s")
+    parser.add_argument("--port", type=int, default=8123, help="default %(default)s")
+    arguments = parser.parse_args()
+    pictures = [_data_uri(picture) for picture in _pictures(arguments.pictures)]
+    results = {
+        name: _load(arguments, slots, pictures) for name, slots in (("batched", arguments.slots), ("one at a time", 1))
+    }
+    batched, single = (result["tokens_per_second"] for result in results.values())
+    results["ratio"] = round(batched / single, 2)
+    print(json.dumps(results, indent=1))
+    return int(any(results[name]["failures"] or results[name]["compilations"] for name in ("batched", "one at a time")))
+
+
+def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "magma_jax.serve", "--checkpoint", arguments.checkpoint, "--slots", str(slots)]
+    server = subprocess.Popen([*command, "--port", str(arguments.port)])
+    try:
+        while not _healthy(arguments.port):
+            if server.poll() is not None:
+                sys.exit("serve_load.py: the server ended")
+            time.sleep(0.2)
+        before = _metrics(arguments.port)
+        end = time.monotonic() + arguments.seconds
+        log: list[dict[str, Any]] = []
+        threads = [
+            threading.Thread(target=_client, args=(arguments.port, random.Random(i), pictures, end, log))
+            for i in range(arguments.clients)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(arguments.seconds / 4)
+        warm = _metrics(arguments.port)
+        for thread in threads:
+            thread.join()
+        after = _metrics(arguments.port)
+    finally:
+        server.terminate()
+        server.wait()
+    tokens = after["magma_new_tokens"] - before["magma_new_tokens"]
+    first = sorted(entry["first"] for entry in log if entry.get("first"))
+    speeds = [entry["speed"] for entry in log if entry.get("speed")]
+    statuses = [entry["status"] for entry in log]
+    memory = "process_resident_memory_bytes"
+    return {
+        "slots": slots,
+        "clients": arguments.clients,
+        "seconds": arguments.seconds,
+        "requests": len(log),
+        "left_in_the_middle": sum(entry.get("left", False) for entry in log),
+        "busy_429": statuses.count(429),
+        "failures": sorted({str(status) for status in statuses if status not in (200, 429)}),
+        "compilations": int(after["magma_compilations"] - before["magma_compilations"]),
+        "memory_growth": round(after[memory] / warm[memory], 3),
+        "memory_gb": round(after[memory] / 1e9, 2),
+        "tokens_per_second": round(tokens / arguments.seconds, 1),
+        "first_token_seconds_p50": round(first[len(first) // 2], 3),
+        "first_token_seconds_p95": round(first[int(0.95 * len(first))], 3),
+        "tokens_per_second_of_a_request_p50": round(statistics.median(speeds), 1),
+    }
+
+
+def _client(port: int, rng: random.Random, pictures: list[str], end: float, log: list[dict[str, Any]]) -> None:
+    while time.monotonic() < end:
+        text = " ".join(rng.choices(WORDS, k=rng.randint(1, 20)))
+        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        if rng.random() < 0.8:
+            content.insert(0, {"type": "image_url", "image_url": {"url": rng.choice(pictures)}})
+        body = {
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": rng.randint(1, 48),
+            "temperature": rng.choice([0, 0.7]),
+            "stream": True,
+        }
+        leaves = rng.randint(1, 8) if rng.random() < 0.1 else None
+        try:
+            log.append(_ask(port, body, leaves))
+        except (OSError, http.client.HTTPException) as error:
+            log.append({"status": repr(error)})
+
+
+def _ask(port: int, body: dict[str, Any], leaves: int | None) -> dict[str, Any]:
+    """One request; ``leaves`` after so many pieces."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    start = time.monotonic()
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    entry: dict[str, Any] = {"status": response.status}
+    pieces = 0
+    try:
+        for line in response:
+            if response.status != 200 or not line.startswith(b"data: {"):
+                continue
+            choice = (json.loads(line[6:]).get("choices") or [{}])[0]
+            if choice.get("delta", {}).get("content"):
+                pieces += 1
+                entry.setdefault("first", time.monotonic() - start)
+                if pieces == leaves:
+                    return entry | {"left": True}
+    finally:
+        connection.close()
+    if pieces > 1:
+        entry["speed"] = (pieces - 1) / max(time.monotonic() - start - entry["first"], 1e-6)
+    return entry
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+def _metrics(port: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, value in re.findall(r"^(\w+) ([\d.e+-]+)$", "\n".join(lines), re.M)}
+
+
+def _pictures(folder: Path | None) -> list[Image.Image]:
+    if folder is not None:
+        return [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))[:64]]
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(64)]
+
+
+def _data_uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
