@@ -33,6 +33,8 @@ def main() -> None:
     add_task_options(parser)
     add_other_options(parser)
     arguments = parser.parse_args()
+    if arguments.checkpoint and not (arguments.task or arguments.perplexity):
+        parser.error("--checkpoint is asked a --task or for its --perplexity; a run's own split is that of --workdir")
     try:
         if arguments.task:
             with one_of_several(arguments.distributed):

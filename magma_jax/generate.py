@@ -27,8 +27,9 @@ from tqdm import tqdm
 from magma_jax.data.images import FORMATS, ImageInput
 from magma_jax.inference.answer_file import answer_file
 from magma_jax.inference.api import Magma
-from magma_jax.inference.ask import Answer, Asker, AskOptions
+from magma_jax.inference.ask import AHEAD, Answer, Asker, AskOptions
 from magma_jax.inference.attention import look
+from magma_jax.inference.requests import EngineError
 from magma_jax.inference.sampling import SamplingConfig
 from magma_jax.output import replace_file
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _to_file(arguments, questions, options)
         _print_answers(arguments, questions, options)
     # ImageError, CheckpointError, ConfigError and the like: all say in one line what to do.
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EngineError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -211,7 +212,7 @@ def _to_file(arguments: argparse.Namespace, questions: list[Question], options: 
     return 1 if failed else 0
 
 
-def _ahead(items: Iterator, count: int = 16) -> Iterator:
+def _ahead(items: Iterator, count: int = AHEAD - 1) -> Iterator:
     """The same items, of which some have been begun before they are wanted."""
     begun = collections.deque()
     for item in items:

@@ -150,11 +150,15 @@ def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:
 
 def _folder_of(task: str, folders: Sequence[str]) -> str | None:
     """The folder that is given for a task, or for all of them."""
-    named = dict(entry.split("=", 1) for entry in folders if entry.split("=", 1)[0] in TASKS)
-    common = [entry for entry in folders if entry.split("=", 1)[0] not in TASKS]
+    named = dict(entry.split("=", 1) for entry in folders if _names_task(entry))
+    common = [entry for entry in folders if not _names_task(entry)]
     if len(common) > 1:
         raise ConfigError(f"{common[0]} and {common[1]}: of several folders each needs its task, as in vqav2=FOLDER")
     return named.get(task, common[0] if common else None)
+
+
+def _names_task(entry: str) -> bool:
+    return "=" in entry and entry.split("=", 1)[0] in TASKS
 
 
 def with_classes_of(task: TaskConfig, path: Path) -> TaskConfig:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -206,7 +207,7 @@ def open_examples(
     )
     if task.data is not None:
         queries = open_folder(task.data)
-        same = task.shot_data in (None, task.data)
+        same = task.shot_data is None or Path(task.shot_data).resolve() == Path(task.data).resolve()
         return queries, queries if same else open_folder(task.shot_data)
     if dataset is None:
         raise DataError(f"task {task.name}: no data; give the data set folder with --data")

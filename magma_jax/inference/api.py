@@ -35,7 +35,7 @@ from magma_jax.nn.modules import Definition, Params, abstract, merge
 from magma_jax.sharding import parameter_shardings, parameter_spec, placed
 from magma_jax.training.checkpoint import read_trained_params
 from magma_jax.training.model_folder import in_dtype, read_model_json
-from magma_jax.typing import Array, Float, Int
+from magma_jax.typing import Array, Bool, Float, Int
 
 # Of the stacked layers: smaller ones stay in the caches of a CPU, and copying them costs little.
 _APART_NBYTES = 128 * 2**20
@@ -52,10 +52,11 @@ class PromptBatch(NamedTuple):
 
     embeddings: Float[Array, "B S D"]
     lengths: Int[Array, " B"]
+    seen: Bool[Array, "B V"] | None = None  # tokens that the prompts have, for a repetition penalty
 
     def repeat(self, n: int) -> "PromptBatch":
         """Every prompt ``n`` times, one after another: ``n`` samples of each with one call of ``generate``."""
-        return PromptBatch(jnp.repeat(self.embeddings, n, axis=0), jnp.repeat(self.lengths, n))
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), self)
 
 
 class ForwardOutput(NamedTuple):
@@ -143,7 +144,11 @@ class Magma:
             raise ValueError("no prompts: give at least one")
         lengths = [row.shape[0] for row in rows]
         padded = [jnp.pad(row, ((0, max(lengths) - row.shape[0]), (0, 0))) for row in rows]
-        return PromptBatch(jnp.stack(padded), jnp.array(lengths))
+        seen = np.zeros((len(rows), self.config.lm.head_rows), bool)
+        for row, prompt in zip(seen, prompts, strict=True):
+            for text in (item for item in check_prompt(prompt) if isinstance(item, str)):
+                row[self.tokenizer.encode(text)] = True
+        return PromptBatch(jnp.stack(padded), jnp.array(lengths), jnp.asarray(seen))
 
     def generate(
         self,
@@ -195,8 +200,14 @@ class Magma:
             seed: as for ``generate``.
             return_logits: also return all logits.
             top_logprobs: also return so many of the likeliest tokens in place of each token.
+
+        Raises:
+            ValueError: no room in the context, or a repetition penalty for prompts whose words are not known.
         """
         batch = as_batch(embeddings)
+        penalizes = sampling.repetition_penalty != 1
+        if penalizes and batch.seen is None:
+            raise ValueError("a repetition penalty needs the prompts' words: give what preprocess_batch returned")
         check_room(self, batch, max_steps)
         padded = pad_to_bucket(batch.embeddings)
         return _generate(
@@ -210,6 +221,7 @@ class Magma:
             compat=sampling.compat,
             eos_id=self.tokenizer.eos_id,
             return_logits=return_logits,
+            seen=batch.seen if penalizes else None,
             top=top_logprobs,
         )
 

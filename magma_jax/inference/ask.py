@@ -12,6 +12,9 @@ from magma_jax.inference.prompts import Prompt, encode_prompt
 from magma_jax.inference.requests import RequestOptions, Ticket
 from magma_jax.inference.sampling import SamplingConfig
 
+# Questions that are handed over before the answer of the first is asked for.
+AHEAD = 17
+
 
 @dataclasses.dataclass(frozen=True)
 class AskOptions:
@@ -84,7 +87,7 @@ class Asker:
             room = padded_length(len(encoded.tokens) + options.max_new_tokens)
             slots = min(8, prompts * options.n)
             pictures = max(len(encoded.pixels), 1) * min(8, prompts)
-            self._engine = Engine(model, EngineConfig(slots, room, pictures, queue=max(256, 2 * options.n)))
+            self._engine = Engine(model, EngineConfig(slots, room, pictures, queue=AHEAD * options.n + slots))
 
     def __enter__(self) -> "Asker":
         return self

@@ -252,7 +252,8 @@ class Engine:
             self._release(left)
 
     def _admit_waiting(self) -> None:
-        while True:
+        # No more than there are slots: requests that end with their first token would keep the others waiting for ever.
+        for _ in range(self.config.slots):
             with self._changed:
                 free = [slot for slot in range(self.config.slots) if slot not in self._running]
                 if not free or not self._waiting:

@@ -153,9 +153,13 @@ def filter_logits(logits: Float[Array, "B V"], rows: SamplingRows, *, compat: Co
 def apply_temperature(
     logits: Float[Array, "B V"], temperature: float | int | Float[Array, " B"]
 ) -> Float[Array, "B V"]:
-    """``logits / temperature``, where dropped tokens stay dropped; rows of temperature 0 are left as they are."""
+    """``logits / temperature``, where dropped tokens stay dropped; rows of temperature 0 are left as they are.
+
+    Temperatures below 1e-6 count as that: smaller ones would lower logits below those of dropped tokens.
+    """
     divisor = jnp.asarray(temperature, jnp.float32)
-    divisor = jnp.broadcast_to(jnp.where(divisor > 0, divisor, 1.0), logits.shape[:1])[:, None]
+    divisor = jnp.where(divisor > 0, jnp.maximum(divisor, 1e-6), 1.0)
+    divisor = jnp.broadcast_to(divisor, logits.shape[:1])[:, None]
     return jnp.where(logits <= MASKED, MASKED, logits / divisor)
 
 

@@ -41,7 +41,7 @@ PROMPTS = [
 OPTIONS = [
     RequestOptions(12, GREEDY, seed=1),
     RequestOptions(3, SamplingConfig(temperature=1.5), seed=2),
-    RequestOptions(9, SamplingConfig(temperature=1.0, top_k=20), seed=3),
+    RequestOptions(9, SamplingConfig(temperature=1.0, top_k=20, repetition_penalty=1.5), seed=3),
     RequestOptions(1, GREEDY, seed=4),
     RequestOptions(17, SamplingConfig(temperature=0.9, top_p=0.8), seed=5),
     RequestOptions(12, SamplingConfig(temperature=1.0), seed=6),
@@ -61,8 +61,8 @@ def alone(model):
     """What every prompt gives through the interface for single runs."""
     answers = []
     for prompt, options in zip(PROMPTS, OPTIONS, strict=True):
-        embeddings = model.preprocess_inputs(prompt)
-        result = model.generate_tokens(embeddings, 17, options.sampling, seed=[options.seed])
+        batch = model.preprocess_batch([prompt])
+        result = model.generate_tokens(batch, 17, options.sampling, seed=[options.seed])
         answers.append(np.asarray(result.tokens)[0, : int(result.lengths[0])].tolist()[: options.max_new_tokens])
     return answers
 

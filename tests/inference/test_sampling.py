@@ -225,3 +225,9 @@ def test_removal_after_end_of_text(case):
 
 def test_removal_with_end_of_text_zero():
     assert remove_after_eos(jnp.array([9, 5, 0, 6, 0]), eos=0, image=9) == [5]
+
+
+def test_the_smallest_temperature_draws_no_token_that_was_dropped():
+    logits = jnp.array([[-50.0, -2.0, -30.0, -4.0, 0.0]])
+    drawn = sample(logits, row_keys(jax.random.key(0), 1), SamplingConfig(temperature=1e-30), table_rows=4)
+    assert int(drawn[0]) == 1
