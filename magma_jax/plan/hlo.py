@@ -329,6 +329,11 @@ def _read(parameter: Instruction, fused: Computation, computations: dict[str, Co
         inner = _fused(user, computations)
         if not at or user.opcode == "bitcast":
             continue
+        if _only_rewrites(user, computations):
+            # Computed where it is needed: as many elements as are read of its result, in this parameter's dtype.
+            read = _read(user, fused, computations)
+            total += read * parameter.shapes[0].bytes / user.shapes[0].bytes
+            continue
         if user.opcode in ("dynamic-slice", "slice", "gather") and at == [0]:
             total += sum(shape.bytes for shape in user.shapes)
         elif user.opcode == "dynamic-update-slice" and at == [0]:
@@ -339,6 +344,17 @@ def _read(parameter: Instruction, fused: Computation, computations: dict[str, Co
         else:
             return math.inf  # all of it
     return total
+
+
+def _only_rewrites(instruction: Instruction, computations: dict[str, Computation]) -> bool:
+    """Whether an instruction, or a fusion, does nothing but change dtype or layout of its only operand."""
+    if len(instruction.operands) != 1:
+        return False
+    if instruction.opcode in ("convert", "copy"):
+        return True
+    inner = _fused(instruction, computations)
+    opcodes = {one.opcode for one in computations[inner[0]].values()} if inner else set()
+    return {"parameter"} < opcodes <= {"parameter", "convert", "copy", "bitcast"}
 
 
 def _hbm(shapes: tuple[Shape, ...]) -> float:

@@ -104,16 +104,17 @@ def test_traffic_counts_slices_and_leaves_out_on_chip_memory(costs):
 NESTED = """\
 HloModule decode, is_scheduled=true
 
-%slice_of_stack (n0: bf16[2,8,4], n1: s32[]) -> bf16[1,8,4] {
-  %n0 = bf16[2,8,4]{2,1,0} parameter(0)
+%slice_of_stack (n0: s8[2,8,4], n1: s32[]) -> bf16[1,8,4] {
+  %n0 = s8[2,8,4]{2,1,0} parameter(0)
   %n1 = s32[] parameter(1)
   %zero = s32[] constant(0)
-  ROOT %one = bf16[1,8,4]{2,1,0} dynamic-slice(%n0, %n1, %zero, %zero), dynamic_slice_sizes={1,8,4}
+  %wide = bf16[2,8,4]{2,1,0} convert(%n0)
+  ROOT %one = bf16[1,8,4]{2,1,0} dynamic-slice(%wide, %n1, %zero, %zero), dynamic_slice_sizes={1,8,4}
 }
 
-%product (o0: bf16[16,4], o1: bf16[2,8,4], o2: s32[]) -> bf16[16,8] {
+%product (o0: bf16[16,4], o1: s8[2,8,4], o2: s32[]) -> bf16[16,8] {
   %o0 = bf16[16,4]{1,0} parameter(0)
-  %o1 = bf16[2,8,4]{2,1,0} parameter(1)
+  %o1 = s8[2,8,4]{2,1,0} parameter(1)
   %o2 = s32[] parameter(2)
   %layer = bf16[1,8,4]{2,1,0} fusion(%o1, %o2), kind=kLoop, calls=%slice_of_stack
   %flat = bf16[8,4]{1,0} bitcast(%layer)
@@ -130,9 +131,9 @@ HloModule decode, is_scheduled=true
   ROOT %whole = bf16[2,8,4]{2,1,0} dynamic-update-slice(%u0, %new, %u1, %zero, %zero)
 }
 
-ENTRY %main (a0: bf16[16,4], a1: bf16[2,8,4], a2: s32[], a3: bf16[2,8,4], a4: bf16[1,8,4]) -> bf16[16,8] {
+ENTRY %main (a0: bf16[16,4], a1: s8[2,8,4], a2: s32[], a3: bf16[2,8,4], a4: bf16[1,8,4]) -> bf16[16,8] {
   %a0 = bf16[16,4]{1,0} parameter(0)
-  %a1 = bf16[2,8,4]{2,1,0} parameter(1)
+  %a1 = s8[2,8,4]{2,1,0} parameter(1)
   %a2 = s32[] parameter(2)
   %a3 = bf16[2,8,4]{2,1,0} parameter(3)
   %a4 = bf16[1,8,4]{2,1,0} parameter(4)
@@ -145,7 +146,7 @@ ENTRY %main (a0: bf16[16,4], a1: bf16[2,8,4], a2: s32[], a3: bf16[2,8,4], a4: bf
 def test_of_a_stack_that_is_sliced_inside_or_updated_in_place_only_the_layer_counts():
     layer, index = 8 * 4 * 2, 4
     cache = layer + index + layer + layer  # read, index, what is added, written
-    product = 16 * 4 * 2 + layer + index + 16 * 8 * 2
+    product = 16 * 4 * 2 + 8 * 4 + index + 16 * 8 * 2  # one layer of bytes, which are widened where they are used
     assert program_costs(NESTED, devices=1).hbm_bytes == cache + product
 
 
