@@ -18,6 +18,7 @@ from flax import nnx
 
 from magma_jax.compile import jit
 from magma_jax.inference.api import Magma, PromptBatch, as_batch, check_room, pad_to_bucket
+from magma_jax.inference.decode import run_prompts
 from magma_jax.inference.sampling import MASKED, mask_missing_ids
 from magma_jax.models.decoder import Decoder, KVCache
 from magma_jax.nn.modules import Params, merge
@@ -127,13 +128,12 @@ def _search(
 ) -> _Beams:
     lm = merge(graphdef, params).lm
     batch, length, _ = embeddings.shape
-    output = lm(embeddings, cache=lm.init_cache(batch, length + steps, embeddings.dtype))
-    last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    cache, logits = run_prompts(lm, embeddings, lengths, slots=length + steps)
     owners = jnp.repeat(jnp.arange(batch), beams)
     empty = jnp.full((batch, beams, steps), eos_id, jnp.int32)
     none = jnp.full((batch, beams), MASKED)
     state = _Beams(
-        output.cache.rows(owners),
+        cache.rows(owners),
         empty,
         # All beams begin alike, so that one alone counts.
         none.at[:, 0].set(0),
@@ -143,7 +143,7 @@ def _search(
         jnp.zeros((batch, beams), jnp.int32),
         jnp.zeros(batch, bool),
     )
-    state = _extend(lm, state, lm.logits(last)[owners], 0, penalty, eos_id)
+    state = _extend(lm, state, logits[owners], 0, penalty, eos_id)
 
     def unfinished(carry):
         step, state = carry

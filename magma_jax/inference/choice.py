@@ -19,6 +19,7 @@ from flax import nnx
 
 from magma_jax.compile import jit
 from magma_jax.inference.api import Magma, PromptBatch, as_batch, pad_to_bucket
+from magma_jax.inference.decode import run_prompts
 from magma_jax.models.decoder import KVCache
 from magma_jax.nn.modules import Params, merge
 from magma_jax.typing import Array, Float, Int
@@ -127,10 +128,7 @@ def _prefill(
     graphdef: nnx.GraphDef, params: Params, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"], *, slots: int
 ) -> tuple[KVCache, Float[Array, "B V"]]:
     """The cache of the prompts, with room for answers, and the logits of what follows them."""
-    lm = merge(graphdef, params).lm
-    output = lm(embeddings, cache=lm.init_cache(embeddings.shape[0], slots, embeddings.dtype))
-    last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return output.cache, lm.logits(last)
+    return run_prompts(merge(graphdef, params).lm, embeddings, lengths, slots=slots)
 
 
 @jit(static_argnames=("graphdef",))

@@ -105,6 +105,22 @@ def prefill(
     ``slots`` is the size of the cache: what the rows may grow to, prompt included. ``prefix`` holds, as a batch of
     one without free slots, what stands before every prompt and has been run already.
     """
+    cache, logits = run_prompts(lm, embeddings, lengths, slots=slots, prefix=prefix)
+    start = 0 if prefix is None else prefix.slots
+    zeros = jnp.zeros(embeddings.shape[0], jnp.int32)
+    rows = Rows(cache, zeros, start + lengths - 1, zeros, limit, limit < 1, keys, sampling, seen)
+    return draw(lm, rows, logits, eos_id, compat, top)
+
+
+def run_prompts(
+    lm: Decoder,
+    embeddings: Float[Array, "B S D"],
+    lengths: Int[Array, " B"],
+    *,
+    slots: int,
+    prefix: KVCache | None = None,
+) -> tuple[KVCache, Float[Array, "B V"]]:
+    """The cache of prompts, with ``slots`` slots, and the logits of what follows them; ``prefix`` as in ``prefill``."""
     batch, length, _ = embeddings.shape
     cache, start = lm.init_cache(batch, slots, embeddings.dtype), 0
     if prefix is not None:
@@ -113,9 +129,7 @@ def prefill(
     positions = jnp.broadcast_to(start + jnp.arange(length), (batch, length))
     output = lm(embeddings, positions=positions, cache=cache)
     last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    zeros = jnp.zeros(batch, jnp.int32)
-    rows = Rows(output.cache, zeros, start + lengths - 1, zeros, limit, limit < 1, keys, sampling, seen)
-    return draw(lm, rows, lm.logits(last), eos_id, compat, top)
+    return output.cache, lm.logits(last)
 
 
 def advance(
