@@ -8,9 +8,7 @@ they were found, never decoded and encoded again. A sample is one text about one
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -138,8 +136,3 @@ def unpack(content: bytes) -> Record:
         return Record(questions=questions, captions=tuple(fields.pop("captions")), **fields)
     except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
         raise DataError(f"not a stored record ({error}); convert the data set again") from None
-
-
-def file_slice(path: str | os.PathLike) -> FileSlice:
-    """The whole of a file."""
-    return FileSlice(str(Path(path)))
