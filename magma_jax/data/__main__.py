@@ -18,8 +18,8 @@ from magma_jax.data.beam import convert_with_beam
 from magma_jax.data.convert import ConvertOptions, convert
 from magma_jax.data.images import MAX_PIXELS
 from magma_jax.data.prepare import Check, Fingerprint, PrepareOptions
-from magma_jax.data.readers import READERS, SELF_CONTAINED
-from magma_jax.data.records import DataError
+from magma_jax.data.readers import READERS, SELF_CONTAINED, read
+from magma_jax.data.records import EXPECTED, DataError
 from magma_jax.data.stored import StoredRecords
 
 
@@ -58,11 +58,10 @@ def main() -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    reader = READERS[arguments.format]
     options = _options(arguments.format, arguments.option)
     if arguments.images is None and arguments.format not in SELF_CONTAINED:
         raise DataError(f"--from {arguments.format} needs --images, the folder of the pictures")
-    read = functools.partial(reader, arguments.source, arguments.images, **options)
+    entries = functools.partial(read, arguments.format, arguments.source, arguments.images, **options)
     how = ConvertOptions(
         PrepareOptions(arguments.check, arguments.max_pixels, arguments.duplicates),
         arguments.shard_records,
@@ -71,12 +70,13 @@ def _convert(arguments: argparse.Namespace) -> None:
     )
     source = {"format": arguments.format, "file": arguments.source.name, **options}
     if arguments.runner == "beam":
-        info = convert_with_beam(read, arguments.out, how, source=source, beam_options=arguments.beam)
+        info = convert_with_beam(entries, arguments.out, how, source=source, beam_options=arguments.beam)
     else:
-        info = convert(read(), arguments.out, how, source=source)
+        info = convert(entries(), arguments.out, how, source=source)
     print(f"{arguments.out}: {info['records']} records, {info['captions']} captions, {info['questions']} questions")
     for reason, count in info["skipped"].items():
-        print(f"left out: {count} x {reason}")
+        remark = " (expected: not counted against --max-skipped)" if reason in EXPECTED else ""
+        print(f"samples left out: {count} x {reason}{remark}")
 
 
 def _options(name: str, pairs: list[str]) -> dict[str, Any]:
@@ -92,12 +92,18 @@ def _options(name: str, pairs: list[str]) -> dict[str, Any]:
             if value.lower() not in ("true", "false"):
                 raise DataError(f"--option {pair}: expected true or false")
             options[key] = value.lower() == "true"
+        elif isinstance(known[key], int):
+            if not value.isdecimal() or not int(value):
+                raise DataError(f"--option {pair}: expected a whole number above 0")
+            options[key] = int(value)
         else:
             options[key] = value
     return options
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    if arguments.limit < 0:
+        raise DataError(f"--limit must be 0 or more, got {arguments.limit}")
     records = StoredRecords(arguments.folder)
     print(json.dumps(records.info, indent=2, ensure_ascii=False))
     for row in range(min(arguments.limit, len(records))):

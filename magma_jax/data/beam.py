@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from magma_jax.data.convert import ConvertOptions, chunks, read_report, write_folder, written_shard
+from magma_jax.data.convert import ConvertOptions, chunks, write_folder
 from magma_jax.data.prepare import PrepareOptions
 from magma_jax.data.records import DataError, Record, Skipped
+from magma_jax.data.work import read_report, written_shard
 from magma_jax.output import replace_file
 
 Shard = tuple[int, list[Record | Skipped]]

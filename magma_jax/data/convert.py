@@ -7,8 +7,9 @@
     OUT/skipped.jsonl                 what was left out, and why
 
 Until then everything lies in ``.OUT.partial/``. The input is cut into shards by position, so a shard depends on its
-records alone: an interrupted conversion is run again with the same command, skips the shards that are finished, and
-ends with the same files as one that was never interrupted. Pictures are copied, never moved or changed.
+records alone: an interrupted conversion is run again with the same command, keeps the shards whose records and picture
+files are what they were, and ends with the same files as one that was never interrupted. Pictures are copied, never
+moved or changed.
 """
 
 import collections
@@ -17,7 +18,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
-from magma_jax.data.prepare import PrepareOptions, prepare
-from magma_jax.data.records import DataError, Record, Skipped, pack_text, unpack
-from magma_jax.data.shards import INFO_FILE, SKIPPED_FILE, TEXTS_FILE, records_name, shard_writer, texts_name
+from magma_jax.data.prepare import PrepareOptions
+from magma_jax.data.records import DUPLICATE, EXPECTED, DataError, Record, Skipped, count_samples
+from magma_jax.data.shards import INFO_FILE, SKIPPED_FILE, TEXTS_FILE, texts_name
+from magma_jax.data.work import REPORT, remove_records, shard_path, to_json, writing, written_shard
 from magma_jax.data.workers import cores, worker_pool
 from magma_jax.output import locked, partial_name, replace_file
 from magma_jax.version import __version__
@@ -44,14 +44,23 @@ class ConvertOptions:
         prepare: how pictures are checked.
         shard_records: records a file.
         workers: processes; None for one a core, 0 for none but this one.
-        max_skipped: the largest share of the input that may be left out; above it the conversion fails, with
-            nothing lost: run again with a larger share, it only has to finish.
+        max_skipped: the largest share of the samples (``Record.samples``) that may be left out, for other reasons than
+            ``records.EXPECTED``; above it the conversion fails, with nothing lost: run again with a larger share, it
+            only has to finish.
     """
 
     prepare: PrepareOptions = PrepareOptions()
     shard_records: int = 1024
     workers: int | None = None
     max_skipped: float = 0.05
+
+    def __post_init__(self):
+        if self.shard_records < 1:
+            raise DataError(f"shard_records must be 1 or more, got {self.shard_records}")
+        if self.workers is not None and self.workers < 0:
+            raise DataError(f"workers must be 0 or more, got {self.workers}")
+        if not 0 <= self.max_skipped <= 1:
+            raise DataError(f"max_skipped is a share from 0 to 1, got {self.max_skipped}")
 
 
 def convert(
@@ -73,8 +82,8 @@ def convert(
         total: number of records, for the progress bar.
 
     Raises:
-        DataError: ``out`` exists; two records have one id; too much was skipped; the records are not those of the
-            interrupted conversion; the disk is full.
+        DataError: ``out`` exists; two records have one id; too much was skipped; the conversion that was interrupted
+            had another source or other options; the disk is full.
         OutputError: another conversion to ``out`` is running.
     """
     return write_folder(
@@ -100,13 +109,21 @@ def write_folder(
     if out.exists():
         raise DataError(f"{out}: already exists; choose another name or remove it first")
     work = partial_name(out)
-    (work / "state").mkdir(parents=True, exist_ok=True)
-    (work / "data").mkdir(exist_ok=True)
+    with writing(work):
+        (work / "state").mkdir(parents=True, exist_ok=True)
+        (work / "data").mkdir(exist_ok=True)
     with locked(out.absolute()):
-        _check_same(work / "state" / "options.json", _identity(options), out)
-        info = _finish(work, write_shards(work), options, source)
-        os.rename(work / "data", out)
-    shutil.rmtree(work)
+        try:
+            with writing(work):
+                _check_same(work / "state" / "options.json", _identity(options, source), out)
+            reports = write_shards(work)
+            with writing(work):
+                info = _finish(work, reports, options, source)
+                os.rename(work / "data", out)
+        finally:
+            # Of an interrupted conversion what it has finished is kept, if anything.
+            if out.exists() or not any((work / "state").glob(REPORT.format("*"))):
+                shutil.rmtree(work)
     return info
 
 
@@ -164,68 +181,33 @@ def chunks(records: Iterable[Record | Skipped], size: int) -> Iterator[list[Reco
     while chunk := list(itertools.islice(iterator, size)):
         for entry in chunk:
             if isinstance(entry, Record):
-                key = hashlib.blake2b(entry.id.encode(), digest_size=8).digest()
+                key = hashlib.blake2b(entry.id.encode(errors="surrogatepass"), digest_size=8).digest()
                 if key in seen:
                     raise DataError(f"two records have the id {entry.id!r}; ids must be unique")
                 seen.add(key)
         yield chunk
 
 
-def written_shard(
-    work: Path, number: int, chunk: Sequence[Record | Skipped], options: PrepareOptions
-) -> dict[str, Any]:
-    """The report of a shard, which is written unless a former run has finished it."""
-    return _finished(work, number, chunk) or _write_shard(work, number, chunk, options)
-
-
-def read_report(work: Path, number: int) -> dict[str, Any]:
-    """The report of a shard that is written."""
-    return json.loads(_report_path(work, number).read_text())
-
-
-def _write_shard(work: Path, number: int, chunk: Sequence[Record | Skipped], options: PrepareOptions) -> dict[str, Any]:
-    """Writes one shard and its report, each under a temporary name first."""
-    skipped, texts, ids, prints = [], [], [], []
-    path = _shard_path(work, number)
-    try:
-        with shard_writer(path, work / "state") as writer:
-            for entry in chunk:
-                result = entry if isinstance(entry, Skipped) else prepare(entry, options)
-                if isinstance(result, Skipped):
-                    skipped.append([result.id, result.reason])
-                    continue
-                content, fingerprint = result
-                writer.write(content, pack_text(entry))
-                ids.append(entry.id)
-                prints.append(fingerprint)
-                texts.append([len(entry.captions), len(entry.questions)])
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); make room and run the same command again") from None
-    report = {"digest": _digest(chunk), "input": len(chunk), "ids": ids, "texts": texts, "skipped": skipped}
-    report["fingerprints"] = prints if options.duplicates != "none" else []
-    _write_json(_report_path(work, number), report)
-    return report
-
-
 def _finish(
     work: Path, reports: list[dict[str, Any]], options: ConvertOptions, source: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Leaves out duplicates, checks the share of what was skipped, and writes the files beside the shards."""
-    if options.prepare.duplicates != "none":
-        reports = [_without_duplicates(work, n, r, first) for (n, r), first in _first_seen(reports)]
+    """Checks the share of what was skipped, leaves out duplicates, and writes the files beside the shards."""
+    again = _duplicates(reports)
+    reports = [_without(report, drop) for report, drop in zip(reports, again, strict=True)]
     skipped = [entry for report in reports for entry in report["skipped"]]
-    reasons = dict(collections.Counter(reason for _, reason in skipped).most_common())
-    texts = np.array([row for report in reports for row in report["texts"]], np.int32).reshape(-1, 2)
-    total = len(texts) + len(skipped)
-    duplicates = reasons.get("duplicate", 0)
-    if len(skipped) - duplicates > options.max_skipped * total or not len(texts):
-        counted = ", ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "there was nothing to read"
-        raise DataError(
-            f"{len(skipped)} of {total} records would be left out ({counted}), more than max_skipped "
-            f"{options.max_skipped:.0%}; repair the source, or run again with a larger share"
-        )
-    lines = (json.dumps({"id": key, "reason": reason}, ensure_ascii=False) + "\n" for key, reason in skipped)
-    (work / "data" / SKIPPED_FILE).write_text("".join(lines))
+    texts = [row for report in reports for row in report["texts"]]
+    reasons = _checked_reasons(skipped, sum(count_samples(*row) for row in texts), options.max_skipped)
+    for number, drop in enumerate(again):
+        if drop:
+            remove_records(work, number, drop)
+    files = {shard_path(work, n).name: len(report["ids"]) for n, report in enumerate(reports)}
+    shards = {*files, *map(texts_name, files)}
+    for path in (work / "data").iterdir():
+        if path.name not in shards:  # of a former run, when the source was longer
+            path.unlink()
+    lines = [to_json({"id": key, "reason": reason, "samples": samples}) + b"\n" for key, reason, samples in skipped]
+    (work / "data" / SKIPPED_FILE).write_bytes(b"".join(lines))
+    texts = np.array(texts, np.int32).reshape(-1, 2)
     np.save(work / "data" / TEXTS_FILE, texts)
     info = {
         "format": "magma_jax records",
@@ -235,92 +217,65 @@ def _finish(
         "captions": int(texts[:, 0].sum()),
         "questions": int(texts[:, 1].sum()),
         "skipped": reasons,
-        "files": {_shard_path(work, n).name: len(report["ids"]) for n, report in enumerate(reports)},
+        "files": files,
     }
     # Written in place: the folder gets its name when it is whole, and nothing may be left beside its files.
-    (work / "data" / INFO_FILE).write_text(json.dumps(info, ensure_ascii=False, indent=2))
+    (work / "data" / INFO_FILE).write_bytes(to_json(info, indent=2))
     return info
 
 
-def _first_seen(reports: list[dict[str, Any]]) -> Iterator[tuple[tuple[int, dict[str, Any]], set[str]]]:
+def _checked_reasons(skipped: Sequence[Sequence[Any]], kept: int, max_skipped: float) -> dict[str, int]:
+    """How many samples are left out for which reason, the most frequent first; too many raise DataError."""
+    reasons: collections.Counter[str] = collections.Counter()
+    for _, reason, samples in skipped:
+        reasons[reason] += samples
+    counted = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    if not kept:
+        raise DataError(f"nothing is left to convert ({counted or 'there was nothing to read'}); check the source")
+    lost = sum(count for reason, count in reasons.items() if reason not in EXPECTED)
+    if lost > max_skipped * (kept + lost):
+        raise DataError(
+            f"{lost} of {kept + lost} samples would be left out ({counted}), more than max_skipped "
+            f"{max_skipped:.2%}; repair the source, or run again with a larger share"
+        )
+    return dict(reasons.most_common())
+
+
+def _duplicates(reports: Sequence[dict[str, Any]]) -> list[set[str]]:
     """For every shard the ids to leave out: those whose fingerprint an earlier record of any shard has."""
     seen: set[str] = set()
-    for number, report in enumerate(reports):
-        drop = set()
-        for key, fingerprint in zip(report["ids"], report["fingerprints"], strict=True):
-            if fingerprint in seen:
-                drop.add(key)
-            seen.add(fingerprint)
-        yield (number, report), drop
+    found: list[set[str]] = []
+    for report in reports:
+        found.append(set())
+        if report["fingerprints"]:
+            for key, fingerprint in zip(report["ids"], report["fingerprints"], strict=True):
+                if fingerprint in seen:
+                    found[-1].add(key)
+                seen.add(fingerprint)
+    return found
 
 
-def _without_duplicates(work: Path, number: int, report: dict[str, Any], drop: set[str]) -> dict[str, Any]:
-    """Rewrites a shard without the records in ``drop``; doing it twice changes nothing."""
-    kept = [i for i, key in enumerate(report["ids"]) if key not in drop]
-    if drop:
-        path = _shard_path(work, number)
-        reader = ArrayRecordReader(str(path))
-        contents = reader.read_all()
-        reader.close()
-        with shard_writer(path, work / "state") as writer:
-            for content in contents:
-                record = unpack(content)
-                if record.id not in drop:
-                    writer.write(content, pack_text(record))
-    skipped = report["skipped"] + [[key, "duplicate"] for key in report["ids"] if key in drop]
+def _without(report: dict[str, Any], drop: set[str]) -> dict[str, Any]:
+    """The report of a shard without the records in ``drop``, which are skipped as duplicates."""
+    rows = list(zip(report["ids"], report["texts"], strict=True))
+    gone = [[key, DUPLICATE, count_samples(*texts)] for key, texts in rows if key in drop]
     return report | {
-        "ids": [report["ids"][i] for i in kept],
-        "texts": [report["texts"][i] for i in kept],
-        "skipped": skipped,
+        "ids": [key for key, _ in rows if key not in drop],
+        "texts": [texts for key, texts in rows if key not in drop],
+        "skipped": report["skipped"] + gone,
     }
 
 
-def _finished(work: Path, number: int, chunk: Sequence[Record | Skipped]) -> dict[str, Any] | None:
-    """The report of a shard that a former run finished; None if there is none."""
-    file = _report_path(work, number)
-    path = _shard_path(work, number)
-    if not all(part.is_file() for part in (file, path, path.with_name(texts_name(path.name)))):
-        return None
-    report = json.loads(file.read_text())
-    if report["digest"] != _digest(chunk):
-        raise DataError(
-            f"{work}: the records of shard {number} are not those of the interrupted conversion; "
-            "restore the source, or remove this folder to begin again"
-        )
-    return report
+def _identity(options: ConvertOptions, source: Mapping[str, Any]) -> bytes:
+    prepare = dataclasses.asdict(options.prepare)
+    return to_json({"source": source, "shard_records": options.shard_records, "prepare": prepare})
 
 
-def _digest(chunk: Sequence[Record | Skipped]) -> str:
-    """Of everything but the pictures: ids, texts, and where the pictures lie."""
-    described = hashlib.sha256()
-    for entry in chunk:
-        if isinstance(entry, Record) and isinstance(entry.image, bytes):
-            entry = dataclasses.replace(entry, image=hashlib.sha256(entry.image).digest())
-        described.update(repr(entry).encode())
-    return described.hexdigest()
-
-
-def _identity(options: ConvertOptions) -> dict[str, Any]:
-    return {"shard_records": options.shard_records, "prepare": dataclasses.asdict(options.prepare)}
-
-
-def _check_same(file: Path, identity: dict[str, Any], out: Path) -> None:
+def _check_same(file: Path, identity: bytes, out: Path) -> None:
     if not file.is_file():
-        _write_json(file, identity)
-    elif json.loads(file.read_text()) != identity:
+        replace_file(file, identity)
+    elif file.read_bytes() != identity:
         raise DataError(
-            f"{file.parent.parent}: holds an interrupted conversion to {out} with other options; "
-            "use the same options, or remove this folder to begin again"
+            f"{file.parent.parent}: holds an interrupted conversion to {out} of another source or with other options; "
+            "use the same, or remove this folder to begin again"
         )
-
-
-def _shard_path(work: Path, number: int) -> Path:
-    return work / "data" / records_name(number)
-
-
-def _report_path(work: Path, number: int) -> Path:
-    return work / "state" / f"records-{number:05d}.json"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    replace_file(path, json.dumps(value, ensure_ascii=False).encode())

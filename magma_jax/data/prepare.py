@@ -13,6 +13,9 @@ from PIL import Image
 from magma_jax.data.images import MAX_PIXELS, ImageError, load_image, open_header
 from magma_jax.data.records import DataError, Record, Skipped, pack
 
+# The one reason that may be gone when the same file is read again.
+UNREADABLE = "picture cannot be read"
+
 Check = Literal["decode", "header"]
 Fingerprint = Literal["none", "content", "perceptual"]
 
@@ -33,9 +36,17 @@ class PrepareOptions:
     max_pixels: int = MAX_PIXELS
     duplicates: Fingerprint = "none"
 
+    def __post_init__(self):
+        if self.max_pixels < 1:
+            raise DataError(f"max_pixels must be 1 or more, got {self.max_pixels}")
+
 
 def prepare(record: Record, options: PrepareOptions) -> tuple[bytes, str] | Skipped:
     """The record as it is stored and its fingerprint ("" if none is wanted), or why it is left out."""
+
+    def skipped(reason: str) -> Skipped:
+        return Skipped(record.id, reason, record.samples)
+
     try:
         content = record.image_bytes()
         if options.check == "decode" or options.duplicates == "perceptual":
@@ -43,12 +54,20 @@ def prepare(record: Record, options: PrepareOptions) -> tuple[bytes, str] | Skip
         else:
             image = open_header(content, max_pixels=options.max_pixels)
     except ImageError as error:
-        return Skipped(record.id, error.kind)
+        return skipped(error.kind)
     except FileNotFoundError:
-        return Skipped(record.id, "picture missing")
+        return skipped("picture missing")
+    except OSError:
+        return skipped(UNREADABLE)
     except DataError:
-        return Skipped(record.id, "picture cut short")
-    return pack(dataclasses.replace(record, image=content)), fingerprint(content, image, options.duplicates)
+        return skipped("picture cut short")
+    try:
+        stored = pack(dataclasses.replace(record, image=content))
+    except UnicodeEncodeError:  # JSON can name half of a character, which no text can hold
+        return skipped("text is not Unicode")
+    except (OverflowError, TypeError, ValueError) as error:
+        return skipped(f"metadata cannot be stored ({error})")
+    return stored, fingerprint(content, image, options.duplicates)
 
 
 def fingerprint(content: bytes, image: Image.Image, kind: Fingerprint) -> str:

@@ -81,6 +81,11 @@ class Record:
         """The encoded picture."""
         return self.image if isinstance(self.image, bytes) else self.image.read()
 
+    @property
+    def samples(self) -> int:
+        """What training makes of it: a sample of its captions, and one of every question."""
+        return count_samples(len(self.captions), len(self.questions))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -103,10 +108,27 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """What a reader found and cannot give as a record: which, and why, in words that group well when counted."""
+    """What a reader found and cannot give as a record.
+
+    Attributes:
+        id: of the record, or of the question.
+        reason: in words that group well when counted.
+        samples: how many are lost with it, counted as ``Record.samples``.
+    """
 
     id: str
     reason: str
+    samples: int = 1
+
+
+# Reasons that are in the nature of data: left out and counted, but no sign that something is wrong.
+NOT_DOWNLOADED, DUPLICATE = "picture not downloaded", "duplicate"
+EXPECTED = frozenset({NOT_DOWNLOADED, DUPLICATE})
+
+
+def count_samples(captions: int, questions: int) -> int:
+    """Samples of a record with so many texts; one without any counts as one."""
+    return (captions > 0) + questions or 1
 
 
 def pack(record: Record) -> bytes:

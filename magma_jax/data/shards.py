@@ -1,6 +1,7 @@
 """The files of a data set folder: what they are called, and a shard written whole or not at all."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,9 @@ def shard_writer(records: Path, temporary_folder: Path) -> Iterator[ShardWriter]
         for partial, path in temporary.items():
             os.replace(partial, path)
     except RuntimeError as error:
-        raise OSError(" ".join(str(error).split())[:200]) from None
+        reason = " ".join(str(error).split())
+        known = (code for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(code) in reason)
+        raise OSError(next(known, errno.EIO), reason[:200]) from None
     finally:
         for partial in temporary:
             partial.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from magma_jax.data.convert import ConvertOptions, convert
-from magma_jax.data.readers import READERS
+from magma_jax.data.readers import read
 from tests import datafolders
 
 needs_beam = pytest.mark.skipif(
@@ -37,7 +37,7 @@ def run(*arguments):
 def test_a_pipeline_writes_the_files_of_the_converter(pictures, tmp_path):
     options = ConvertOptions(shard_records=2, workers=0, max_skipped=0.5)
     source = {"format": "folder", "file": "pictures"}
-    convert(READERS["folder"](pictures, None), tmp_path / "local", options, source=source)
+    convert(read("folder", pictures), tmp_path / "local", options, source=source)
     done = run(pictures, tmp_path / "beam", "--max-skipped", 0.5)
     assert done.returncode == 0, done.stderr
     assert "left out: 1 x picture empty" in done.stdout
@@ -51,7 +51,7 @@ def test_an_error_of_a_pipeline_is_one_line(pictures, tmp_path):
     done = run(pictures, tmp_path / "beam")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("magma_jax.data: 1 of 7 records would be left out (1 x picture empty)")
+    assert last.startswith("magma_jax.data: 1 of 7 samples would be left out (1 x picture empty)")
     done = run(tmp_path / "nowhere", tmp_path / "other")
     assert "nowhere: no such folder" in done.stderr.strip().splitlines()[-1]
 

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from magma_jax.data import convert as module
+from magma_jax.data import readers
+from magma_jax.data import work as work_module
 from magma_jax.data.convert import ConvertOptions, convert
 from magma_jax.data.prepare import PrepareOptions
-from magma_jax.data.readers import READERS
-from magma_jax.data.records import DataError, FileSlice, Question, Record, Skipped, pack, unpack
+from magma_jax.data.records import NOT_DOWNLOADED, DataError, FileSlice, Question, Record, Skipped, pack, unpack
 from magma_jax.data.stored import StoredRecords
 from tests import datafolders
 
@@ -37,7 +38,7 @@ def pictures(tmp_path):
 
 
 def records_of(folder):
-    return READERS["folder"](folder, None)
+    return readers.read("folder", folder)
 
 
 def files_of(folder):
@@ -90,7 +91,7 @@ def test_worker_processes_give_the_same_files(pictures, tmp_path):
 
 def test_an_interrupted_conversion_continues_to_the_same_files(pictures, tmp_path, monkeypatch):
     convert(records_of(pictures), tmp_path / "whole", HERE)
-    written, original = [], module._write_shard
+    written, original = [], work_module._write_shard
 
     def counting(work, number, *rest):
         if len(written) == 2:
@@ -98,12 +99,12 @@ def test_an_interrupted_conversion_continues_to_the_same_files(pictures, tmp_pat
         written.append(number)
         return original(work, number, *rest)
 
-    monkeypatch.setattr(module, "_write_shard", counting)
+    monkeypatch.setattr(work_module, "_write_shard", counting)
     with pytest.raises(KeyboardInterrupt):
         convert(records_of(pictures), tmp_path / "out", HERE)
     assert not (tmp_path / "out").exists()
     written.clear()
-    monkeypatch.setattr(module, "_write_shard", lambda *a: written.append(a[1]) or original(*a))
+    monkeypatch.setattr(work_module, "_write_shard", lambda *a: written.append(a[1]) or original(*a))
     convert(records_of(pictures), tmp_path / "out", HERE)
     assert written == [2, 3]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
@@ -112,13 +113,13 @@ def test_an_interrupted_conversion_continues_to_the_same_files(pictures, tmp_pat
 KILLED = """
 import sys
 from pathlib import Path
-from magma_jax.data import prepare, convert
-from magma_jax.data.readers import READERS
+from magma_jax.data import convert, work
+from magma_jax.data.readers import read
 import time
-original = convert.prepare
-convert.prepare = lambda *a: time.sleep(0.05) or original(*a)
+original = work.prepare
+work.prepare = lambda *a: time.sleep(0.05) or original(*a)
 options = convert.ConvertOptions(workers=0, shard_records=1)
-convert.convert(READERS["folder"](Path(sys.argv[1]), None), sys.argv[2], options)
+convert.convert(read("folder", Path(sys.argv[1])), sys.argv[2], options)
 """
 
 
@@ -138,19 +139,54 @@ def test_killed_at_a_random_moment_and_run_again(pictures, tmp_path):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-def test_another_source_or_other_options_do_not_continue_it(pictures, tmp_path, monkeypatch):
+def interrupted(monkeypatch, function, *arguments, at="np.save"):
+    """A conversion that comes as far as the call of ``at``."""
+
     def fail(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_finish", fail)
-    with pytest.raises(KeyboardInterrupt):
-        convert(records_of(pictures), tmp_path / "out", HERE)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module.__name__}.{at}", fail)
+        with pytest.raises(KeyboardInterrupt):
+            function(*arguments)
+
+
+def test_another_source_or_other_options_do_not_continue_it(pictures, tmp_path, monkeypatch):
+    interrupted(monkeypatch, convert, records_of(pictures), tmp_path / "out", HERE)
     with pytest.raises(DataError, match="with other options"):
         convert(records_of(pictures), tmp_path / "out", dataclasses.replace(HERE, shard_records=4))
-    (pictures / "1.txt").write_text("another caption")
-    with pytest.raises(DataError, match="shard 0 are not those of the interrupted conversion"):
-        convert(records_of(pictures), tmp_path / "out", HERE)
+    with pytest.raises(DataError, match="of another source"):
+        convert(records_of(pictures), tmp_path / "out", HERE, source={"format": "coco"})
+    assert convert(records_of(pictures), tmp_path / "out", HERE)["records"] == 10
+
+
+def test_what_has_changed_in_the_source_since_the_interruption_is_converted_anew(pictures, tmp_path, monkeypatch):
+    """A picture repaired, a caption changed, pictures gone, and one that no longer is a duplicate of another."""
+    options = dataclasses.replace(HERE, max_skipped=0.2, prepare=PrepareOptions(duplicates="content"))
+    whole = (pictures / "1.jpg").read_bytes()
+    (pictures / "1.jpg").write_bytes(whole[:-300] + bytes(300))
+    (pictures / "4.jpg").write_bytes((pictures / "2.jpg").read_bytes())
+    interrupted(monkeypatch, convert, records_of(pictures), tmp_path / "out", options)
+    (pictures / "1.jpg").write_bytes(whole)
+    (pictures / "2.jpg").write_bytes(whole)
+    (pictures / "3.txt").write_text("another caption")
+    for gone in (5, 6, 7, 8, 9):
+        (pictures / f"{gone}.jpg").unlink()
+    info = convert(records_of(pictures), tmp_path / "out", options)
+    assert (info["records"], info["skipped"]) == (4, {"duplicate": 1})
+    convert(records_of(pictures), tmp_path / "fresh", options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def test_a_picture_that_could_not_be_read_is_tried_again(pictures, tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSlice, "read", fail)
+        with pytest.raises(DataError, match="10 x picture cannot be read"):
+            convert(records_of(pictures), tmp_path / "out", HERE)
+    assert convert(records_of(pictures), tmp_path / "out", HERE)["records"] == 10
 
 
 def test_what_stands_at_the_place_is_kept(pictures, tmp_path):
@@ -170,12 +206,12 @@ def test_broken_pictures_are_counted_and_named(pictures, tmp_path):
     reasons = {"picture damaged": 1, "picture empty": 1, "no picture, or not in a known format": 1}
     assert info["skipped"] == reasons
     report = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
-    assert report[0] == {"id": "1", "reason": "picture damaged"}
+    assert report[0] == {"id": "1", "reason": "picture damaged", "samples": 1}
 
 
 def test_too_many_broken_pictures_are_an_error_and_cost_nothing(pictures, tmp_path):
     (pictures / "1.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"1 of 10 records would be left out \(1 x picture empty\)"):
+    with pytest.raises(DataError, match=r"1 of 10 samples would be left out \(1 x picture empty\)"):
         convert(records_of(pictures), tmp_path / "out", HERE)
     assert not (tmp_path / "out").exists()
     convert(records_of(pictures), tmp_path / "out", dataclasses.replace(HERE, max_skipped=0.1))
@@ -224,7 +260,7 @@ def test_a_full_disk_is_one_line_and_can_be_continued(pictures, tmp_path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(module.os, "replace", full)
-    with pytest.raises((DataError, OSError), match="No space left"):
+    with pytest.raises(DataError, match=r"the disk is full .*No space left.*; make room"):
         convert(records_of(pictures), tmp_path / "out", HERE)
     monkeypatch.undo()
     assert convert(records_of(pictures), tmp_path / "out", HERE)["records"] == 10
@@ -244,10 +280,10 @@ def test_a_disk_that_is_full_in_the_middle_of_a_shard(pictures, tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, *arguments], capture_output=True, text=True)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert "records-00000.array_record: cannot be written" in last
+    assert "records-00000.array_record: the disk is full" in last
     assert "make room and run the same command again" in last
     assert not (tmp_path / "out").exists()
-    assert not list((tmp_path / ".out.partial" / "data").iterdir())
+    assert not (tmp_path / ".out.partial").exists()  # it has finished nothing
     convert(records_of(pictures), tmp_path / "whole", ConvertOptions(workers=0), source={"format": "folder"})
     assert run(*arguments).returncode == 0
     records = {name for name in files_of(tmp_path / "whole") if name != "info.json"}
@@ -278,10 +314,71 @@ def test_a_data_set_folder_that_lacks_a_file_is_named(pictures, tmp_path):
         StoredRecords(pictures)
 
 
-def test_skipped_records_of_the_input_need_no_picture(tmp_path, pictures):
-    records = [Skipped("a", "picture missing"), *records_of(pictures)]
-    info = convert(records, tmp_path / "out", dataclasses.replace(HERE, max_skipped=0.1))
-    assert info["records"] == 10
+def test_a_file_that_is_cut_short_is_named(pictures, tmp_path):
+    convert(records_of(pictures), tmp_path / "out", HERE)
+    for name in ("info.json", "texts.npy", "records-00001.array_record", "texts-00001.array_record"):
+        file = tmp_path / "out" / name
+        whole = file.read_bytes()
+        for kept in (0, 10, len(whole) // 2):
+            file.write_bytes(whole[:kept])
+            with pytest.raises(DataError, match=r"the file ends too early|is damaged|holds \d+ records, not"):
+                StoredRecords(tmp_path / "out")
+        file.write_bytes(whole)
+    (tmp_path / "out" / "info.json").write_text('{"files": []}')
+    with pytest.raises(DataError, match=r"info\.json: 'files' is a list, not an object"):
+        StoredRecords(tmp_path / "out")
+
+
+def test_what_is_skipped_is_counted_in_samples(tmp_path):
+    """A picture goes with all that is asked about it."""
+    asked = tuple(Question(str(i), "What?", ("it",)) for i in range(3))
+    whole = [Record(str(i), datafolders.noise(i), questions=asked) for i in range(3)]
+    records = [Skipped("a", "picture missing", 3), *whole, Record("b", b"", ("it",), asked)]
+    with pytest.raises(DataError, match=r"7 of 16 samples .*\(4 x picture empty, 3 x picture missing\).*43\.70%"):
+        convert(records, tmp_path / "out", dataclasses.replace(HERE, max_skipped=0.437))
+    info = convert(records, tmp_path / "out", dataclasses.replace(HERE, max_skipped=0.438))
+    assert info["skipped"] == {"picture empty": 4, "picture missing": 3}
+    lines = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"id": "a", "reason": "picture missing", "samples": 3}
+
+
+def test_pictures_that_were_never_downloaded_are_no_fault(tmp_path):
+    gone = [Skipped(f"gone {i}", NOT_DOWNLOADED) for i in range(9)]
+    whole = [Record("here", datafolders.noise(0), ("a picture",))]
+    info = convert([*gone, *whole], tmp_path / "out", dataclasses.replace(HERE, max_skipped=0.0))
+    assert (info["records"], info["skipped"]) == (1, {NOT_DOWNLOADED: 9})
+    with pytest.raises(DataError, match=f"nothing is left to convert \\(9 x {NOT_DOWNLOADED}\\)"):
+        convert(gone, tmp_path / "none", HERE)
+
+
+def test_what_cannot_be_stored_is_counted_and_named(tmp_path):
+    """Half of a character, which JSON can name, in a text or in an id; numbers beyond 64 bits."""
+    half = json.loads('"\\ud800"')
+    whole = [Record(str(i), datafolders.noise(i), (f"picture {i}",)) for i in range(4)]
+    odd = [
+        Record("text", whole[0].image, (f"a cat {half}",)),
+        Record(half, whole[0].image, ("a cat",)),
+        Record("number", whole[0].image, ("a cat",), metadata={"number": 2**70}),
+    ]
+    info = convert([*whole, *odd], tmp_path / "out", dataclasses.replace(HERE, max_skipped=0.5), source={"file": half})
+    assert info["skipped"]["text is not Unicode"] == 2
+    assert sum(info["skipped"].values()) == 3
+    report = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in report] == ["text", half, "number"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda: ConvertOptions(shard_records=0),
+        lambda: ConvertOptions(workers=-1),
+        lambda: ConvertOptions(max_skipped=float("nan")),
+        lambda: PrepareOptions(max_pixels=0),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(options):
+    with pytest.raises(DataError, match=r"must be|is a share"):
+        options()
 
 
 def run(*arguments):
@@ -305,6 +402,8 @@ def test_command_line(pictures, tmp_path):
         (("--from", "folder", "nowhere", "out"), "nowhere: no such folder"),
         (("--from", "gqa", "x.json", "out", "--images", ".", "--option", "split=val"), "gqa has: balanced"),
         (("--from", "gqa", "x.json", "out", "--images", ".", "--option", "balanced=perhaps"), "expected true or false"),
+        (("--from", "openmoji", "train", "out", "--option", "size=-1"), "expected a whole number above 0"),
+        (("--from", "folder", ".", "out", "--workers", "-1"), "workers must be 0 or more, got -1"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(arguments, says, monkeypatch, capsys, tmp_path):

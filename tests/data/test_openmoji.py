@@ -6,7 +6,7 @@ import pytest
 
 from magma_jax.data import openmoji, openmoji_text
 from magma_jax.data.images import load_image
-from magma_jax.data.readers import READERS
+from magma_jax.data.readers import read
 from magma_jax.data.records import DataError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -167,7 +167,7 @@ def test_text_has_no_held_out_combination(pictures):
 
 def test_drawings_are_read_as_records(data, cache_dir):
     options = {"kinds": "is tone,flag", "cache_dir": str(cache_dir)}
-    records = list(READERS["openmoji"](Path("validation"), None, **options))
+    records = list(read("openmoji", Path("validation"), **options))
     drawn = {p.codepoints: p for p in of(data[0], "validation")}
     assert {record.id: record.captions for record in records} == {key: (p.caption,) for key, p in drawn.items()}
     kinds = [question.metadata["kind"] for record in records for question in record.questions]
@@ -178,4 +178,4 @@ def test_drawings_are_read_as_records(data, cache_dir):
     pixels = np.asarray(load_image(records[0].image))
     np.testing.assert_array_equal(pixels, data[1][drawn[records[0].id].index])
     with pytest.raises(DataError, match="takes a split in place of a file: train, validation, test, not all"):
-        next(READERS["openmoji"](Path("all"), None))
+        next(read("openmoji", Path("all")))

@@ -14,7 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from magma_jax.data.readers import READERS
+from magma_jax.data import readers
 from magma_jax.data.readers.web import WIT_COLUMNS
 from magma_jax.data.records import DataError, Record, Skipped
 
@@ -42,7 +42,7 @@ def lines(path, *entries):
 
 
 def read(name, *arguments, **options):
-    found = list(READERS[name](*arguments, **options))
+    found = list(readers.read(name, *arguments, **options))
     records = {entry.id: entry for entry in found if isinstance(entry, Record)}
     return records, [(entry.id, entry.reason) for entry in found if isinstance(entry, Skipped)]
 
@@ -250,7 +250,7 @@ def test_gqa_reads_files_and_folders_of_chunks(tmp_path):
     records, _ = read("gqa", tmp_path / "chunks", tmp_path / "images")
     assert [q.id for q in records["n250821"].questions] == ["0", "1", "2", "10"]
     dump(tmp_path / "chunks" / "train_all_questions_11.json", {"0": gqa_question("Again?")})
-    with pytest.raises(DataError, match="question 0 is there twice"):
+    with pytest.raises(DataError, match="two entries have the id '0'"):
         read("gqa", tmp_path / "chunks", tmp_path / "images")
 
 
@@ -390,7 +390,7 @@ def test_a_tar_that_is_cut_short_is_an_error(downloads):
     tar = downloads / "00000.tar"
     tar.write_bytes(tar.read_bytes()[:700])
     with pytest.raises(DataError, match=r"00000\.tar: "):
-        [record.image_bytes() for record in READERS["img2dataset"](downloads, None)]
+        [record.image_bytes() for record in readers.read("img2dataset", downloads)]
 
 
 def test_cc3m_and_cc12m_differ_in_the_order_of_columns(tmp_path, downloads):
@@ -417,6 +417,7 @@ def test_laion_parquet(tmp_path, downloads):
             "WIDTH": [32, 1],
             "HEIGHT": [24, 1],
             "similarity": [0.3, 0.3],
+            "seen": pyarrow.array([1_700_000_000_123_456_789] * 2, pyarrow.timestamp("ns")),
             "LICENSE": ["?", "?"],
             "NSFW": ["UNLIKELY", "NSFW"],
         }
@@ -425,6 +426,7 @@ def test_laion_parquet(tmp_path, downloads):
     records, skipped = read("laion", tmp_path / "part-00000.parquet", downloads)
     assert records["1"].captions == ("two",)
     assert records["1"].metadata["nsfw"] == "UNLIKELY"
+    assert records["1"].metadata["seen"] == "2023-11-14 22:13:20.123456789"
     assert skipped == [("2", "picture not downloaded")]
 
 

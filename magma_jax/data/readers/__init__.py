@@ -1,10 +1,13 @@
 """Readers of public data sets in the formats they are released in, by name.
 
 A reader is called as ``reader(source, images, **options)`` and gives ``Record`` or ``Skipped``, in an order that
-depends on the files alone. What makes a whole file unusable raises ``DataError``.
+depends on the files alone. What makes a whole file unusable raises ``DataError``; ``read`` sees to it that nothing
+else is raised.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 from magma_jax.data.readers.coco import read_coco, read_karpathy
 from magma_jax.data.readers.folders import read_folder, read_magma, read_tfds
@@ -18,7 +21,7 @@ from magma_jax.data.readers.questions import (
 )
 from magma_jax.data.readers.regions import read_localized_narratives, read_visual_genome
 from magma_jax.data.readers.web import read_cc3m, read_cc12m, read_img2dataset, read_laion, read_wit
-from magma_jax.data.records import Record, Skipped
+from magma_jax.data.records import DataError, Record, Skipped
 
 Reader = Callable[..., Iterator[Record | Skipped]]
 
@@ -47,3 +50,20 @@ READERS: dict[str, Reader] = {
 
 # These hold their pictures themselves, so no folder of pictures is given.
 SELF_CONTAINED = frozenset({"img2dataset", "tfds", "magma", "folder", "openmoji"})
+
+
+def read(name: str, source: Path, images: Path | None = None, **options: Any) -> Iterator[Record | Skipped]:
+    """The entries of a data set in the format ``name``.
+
+    Raises:
+        DataError: the files are missing, damaged or in another format; one line that names the file.
+    """
+    try:
+        yield from READERS[name](source, images, **options)
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{error.filename or source}: cannot be read ({error.strerror or error})") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{source}: is not in the format {name} ({type(error).__name__}: {reason:.200})") from error

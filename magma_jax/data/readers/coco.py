@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from magma_jax.data.readers.common import PictureFolder, field, metadata, read_json
+from magma_jax.data.readers.common import ID, PictureFolder, captioned, claim, field, metadata, read_json, text
 from magma_jax.data.records import DataError, Record, Skipped
 
 IMAGE_FIELDS = ("width", "height", "domain", "open_images_id", "coco_url", "license")
@@ -17,21 +17,20 @@ def read_coco(source: Path, images: Path) -> Iterator[Record | Skipped]:
     """
     content = read_json(source)
     pictures = PictureFolder(images)
-    captions: dict[int, list[str]] = defaultdict(list)
-    for entry in field(content, "annotations", str(source)):
-        captions[field(entry, "image_id", str(source))].append(field(entry, "caption", str(source)).strip())
-    for image in field(content, "images", str(source)):
-        key, name = field(image, "id", str(source)), field(image, "file_name", str(source))
-        said = tuple(captions.pop(key, ()))
-        found = pictures.find(name)
-        if found is None:
-            yield Skipped(str(key), "picture missing")
-        elif not said:
-            yield Skipped(str(key), "picture without an annotation")
-        else:
-            yield Record(str(key), found, said, metadata={"file_name": name} | metadata(image, IMAGE_FIELDS))
+    captions: dict[int | str, list[str]] = defaultdict(list)
+    for entry in field(content, "annotations", str(source), list):
+        key = field(entry, "image_id", f"{source}: annotation", ID)
+        captions[key].append(text(entry, "caption", f"{source}: annotation of image {key}"))
+    listed: set[int | str] = set()
+    for image in field(content, "images", str(source), list):
+        key = field(image, "id", f"{source}: image", ID)
+        claim(key, listed, f"{source}: images")
+        name = field(image, "file_name", f"{source}: image {key}", str)
+        known = {"file_name": name} | metadata(image, IMAGE_FIELDS)
+        yield captioned(str(key), pictures.find(name), captions.get(key, ()), known)
     for key in captions:
-        yield Skipped(str(key), "annotation of a picture that the file does not list")
+        if key not in listed:
+            yield Skipped(str(key), "annotation of a picture that the file does not list")
 
 
 def read_karpathy(source: Path, images: Path, *, split: str = "train") -> Iterator[Record | Skipped]:
@@ -45,19 +44,16 @@ def read_karpathy(source: Path, images: Path, *, split: str = "train") -> Iterat
     splits = {"train": ("train", "restval"), "train_only": ("train",)}.get(split, (split,))
     pictures = PictureFolder(images)
     found_any = False
-    for image in field(read_json(source), "images", str(source)):
-        if field(image, "split", str(source)) not in splits:
+    for image in field(read_json(source), "images", str(source), list):
+        if field(image, "split", f"{source}: image", str) not in splits:
             continue
         found_any = True
-        name = field(image, "filename", str(source))
-        key = str(image.get("cocoid", image.get("imgid")))
-        captions = tuple(field(s, "raw", str(source)).strip() for s in field(image, "sentences", str(source)))
-        picture = pictures.find(f"{image.get('filepath', '')}/{name}", name)
-        if picture is None:
-            yield Skipped(key, "picture missing")
-        elif not captions:
-            yield Skipped(key, "picture without an annotation")
-        else:
-            yield Record(key, picture, captions, metadata={"file_name": name} | metadata(image, ("split", "filepath")))
+        key = str(field(image, "cocoid" if "cocoid" in image else "imgid", f"{source}: image", ID))
+        where = f"{source}: image {key}"
+        name = field(image, "filename", where, str)
+        folder = field(image, "filepath", where, str) if "filepath" in image else "."
+        captions = [text(sentence, "raw", where) for sentence in field(image, "sentences", where, list)]
+        known = {"file_name": name} | metadata(image, ("split", "filepath"))
+        yield captioned(key, pictures.find(f"{folder}/{name}", name), captions, known)
     if not found_any:
         raise DataError(f"{source}: no picture of split {split!r}; splits are train, train_only, restval, val, test")

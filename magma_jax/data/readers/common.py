@@ -1,39 +1,57 @@
 """What all readers need: annotation files with errors for people, and pictures found by name."""
 
+import codecs
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from magma_jax.data.records import DataError, FileSlice
+from magma_jax.data.records import DataError, FileSlice, Record, Skipped
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
+# What JSON calls its values, for errors.
+KINDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
+# Data sets number their pictures and questions, or name them.
+ID = (int, str)
 
-def read_json(path: Path) -> Any:
+
+def read_json(path: Path, kind: type = object) -> Any:
     """The content of a JSON file.
 
+    Args:
+        path: the file.
+        kind: what it must hold, ``dict`` or ``list``.
+
     Raises:
-        DataError: missing, cut short, not UTF-8, or no JSON.
+        DataError: missing, cut short, not UTF-8, no JSON, a key twice in one object, or of another kind.
     """
-    return parse_json(read_text(path), str(path))
-
-
-def parse_json(text: str, where: str) -> Any:
-    """``json.loads`` whose error says where."""
+    text = read_text(path)
     try:
-        return json.loads(text)
+        content = json.loads(text, object_pairs_hook=_object)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except ValueError as error:
         at_end = "the file ends too early; fetch it again" if _cut_short(text) else "it is no valid JSON"
-        raise DataError(f"{where}: {at_end} ({error})") from None
+        raise DataError(f"{path}: {at_end} ({error})") from None
+    return checked(content, kind, str(path))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # Python would keep the last one and say nothing
+        keys = [key for key, _ in pairs]
+        raise DataError(f"an object has the key {next(k for k in found if keys.count(k) > 1)!r} twice; repair the file")
+    return found
 
 
 def read_text(path: Path) -> str:
     """The content of a UTF-8 text file; with the errors of ``read_json``."""
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -50,9 +68,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with opener(path, "rb") as file:
         try:
             for number, line in enumerate(file, start=1):
-                if line := line.rstrip(b"\r\n"):
+                if line := line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8 if number == 1 else b""):
                     yield number, line
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise DataError(f"{path}: cannot be read to its end ({error}); fetch it again") from None
 
 
@@ -63,17 +81,51 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             value = json.loads(line)
         except ValueError as error:  # UnicodeDecodeError is one
             raise DataError(f"{path}: line {number} is no valid JSON ({error}); fetch the file again") from None
-        if not isinstance(value, dict):
-            raise DataError(f"{path}: line {number} is no JSON object")
-        yield number, value
+        yield number, checked(value, dict, f"{path}: line {number}")
 
 
-def field(entry: Any, name: str, where: str) -> Any:
-    """``entry[name]``, or an error that names the field and what the entry has instead."""
+def checked(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
+    """``value`` if it is of a JSON type, or an error that says what it is instead."""
+    if not isinstance(value, kind):
+        wanted = " or ".join(KINDS[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise DataError(f"{where} is {_kind_of(value)}, not {wanted}; repair it, or give the right file for the format")
+    return value
+
+
+def field(entry: Any, name: str, where: str, kind: type | tuple[type, ...] = object) -> Any:
+    """``entry[name]``, of a JSON type.
+
+    Raises:
+        DataError: with ``where``, the field, and what there is instead.
+    """
     if not isinstance(entry, Mapping) or name not in entry:
-        has = ", ".join(list(entry)[:8]) if isinstance(entry, Mapping) else type(entry).__name__
+        has = ", ".join(list(entry)[:8]) if isinstance(entry, Mapping) else _kind_of(entry)
         raise DataError(f"{where}: no {name!r} (there is: {has}); is this the right file for the format?")
-    return entry[name]
+    return checked(entry[name], kind, f"{where}: {name!r}")
+
+
+def text(entry: Any, name: str, where: str) -> str:
+    """``field`` that is text, without surrounding space."""
+    return field(entry, name, where, str).strip()
+
+
+def claim(key: Any, seen: set, where: str) -> None:
+    """Adds an id to those seen, or raises DataError if it was there: which of two entries is meant cannot be told."""
+    if key in seen:
+        raise DataError(f"{where}: two entries have the id {key!r}; ids must be unique, repair the file")
+    seen.add(key)
+
+
+def captioned(
+    key: str, picture: FileSlice | bytes | None, captions: Sequence[str], known: Mapping[str, Any] | None = None
+) -> Record | Skipped:
+    """The record of a picture and its captions, or why there is none; empty captions are left out."""
+    said = tuple(caption for caption in captions if caption)
+    if picture is None:
+        return Skipped(key, "picture missing")
+    if not said:
+        return Skipped(key, "empty caption" if captions else "picture without an annotation")
+    return Record(key, picture, said, metadata=known or {})
 
 
 def metadata(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -98,11 +150,11 @@ class PictureFolder:
         """The picture of one of these names, the first that exists; a name may lead with folders.
 
         Raises:
-            DataError: several pictures have that name.
+            DataError: several pictures have that name, or it leads out of the folder.
         """
         for candidate in (name, *alternatives):
-            direct = self.root / candidate
-            if ".." not in Path(candidate).parts and direct.is_file():
+            direct = within(self.root, candidate, "an annotation")
+            if direct.is_file():
                 return FileSlice(str(direct))
         if self._by_name is None:
             self._by_name = self._scan()
@@ -116,11 +168,39 @@ class PictureFolder:
 
     def _scan(self) -> dict[str, str | None]:
         found: dict[str, str | None] = {}
-        for folder, _, names in os.walk(self.root):
-            for name in names:
-                if name.lower().endswith(PICTURE_SUFFIXES):
-                    found[name] = None if name in found else os.path.join(folder, name)
+        for path in files_below(self.root, PICTURE_SUFFIXES):
+            name = os.path.basename(path)
+            found[name] = None if name in found else path
         return found
+
+
+def within(root: Path, name: str, where: str) -> Path:
+    """The path of a file that an annotation names; DataError if it leads out of its folder."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise DataError(f"{where} names the picture {name!r}, which leads out of {root}; repair the annotation")
+    return root / path
+
+
+def files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
+    """Files anywhere below a folder. Links to folders are followed, each folder is visited once."""
+
+    def fail(error: OSError) -> None:
+        raise error  # or the walk would leave out what it may not open
+
+    visited = set()
+    for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in visited:
+            below.clear()
+            continue
+        visited.add((state.st_dev, state.st_ino))
+        below.sort()
+        yield from (os.path.join(folder, name) for name in names if name.lower().endswith(suffixes))
+
+
+def _kind_of(value: Any) -> str:
+    return "null" if value is None else KINDS.get(type(value), type(value).__name__)
 
 
 def _cut_short(text: str) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from magma_jax.data.readers.common import PICTURE_SUFFIXES, field, read_json
+from magma_jax.data.readers.common import PICTURE_SUFFIXES, captioned, checked, field, files_below, read_json, within
 from magma_jax.data.records import DataError, FileSlice, Record, Skipped
 
 
@@ -12,7 +12,7 @@ def read_folder(source: Path, images: Path | None = None) -> Iterator[Record | S
     """Pictures anywhere below a folder, each with its captions in ``SAME_NAME.txt``, one a line."""
     if not source.is_dir():
         raise DataError(f"{source}: no such folder")
-    pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    pictures = sorted(map(Path, files_below(source, PICTURE_SUFFIXES)))
     if not pictures:
         raise DataError(f"{source}: holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
     for path in pictures:
@@ -21,11 +21,11 @@ def read_folder(source: Path, images: Path | None = None) -> Iterator[Record | S
             yield Skipped(key, "picture without an annotation")
             continue
         try:
-            captions = tuple(line.strip() for line in text.read_bytes().decode().splitlines() if line.strip())
+            lines = text.read_bytes().decode("utf-8-sig").splitlines() or [""]
         except UnicodeDecodeError:
             yield Skipped(key, "caption is not UTF-8")
             continue
-        yield Record(key, FileSlice(str(path)), captions) if captions else Skipped(key, "empty caption")
+        yield captioned(key, FileSlice(str(path)), [line.strip() for line in lines])
 
 
 def read_magma(source: Path, images: Path | None = None) -> Iterator[Record | Skipped]:
@@ -33,23 +33,18 @@ def read_magma(source: Path, images: Path | None = None) -> Iterator[Record | Sk
 
     Without ``image_path`` the picture is ``images/K/N.jpg``.
     """
-    files = sorted((source / "image_data").rglob("*.json"))
+    data = source / "image_data"
+    files = sorted(map(Path, files_below(data, (".json",)))) if data.is_dir() else []
     if not files:
         raise DataError(f"{source}: no image_data/*/*.json; give the folder that holds images/ and image_data/")
     for file in files:
-        entry = read_json(file)
-        place = file.relative_to(source / "image_data").with_suffix("")
-        path = source / entry.get("image_path", f"images/{place.as_posix()}.jpg")
-        captions = tuple(caption.strip() for caption in field(entry, "captions", str(file)) if caption.strip())
-        if not path.resolve().is_relative_to(source.resolve()):
-            raise DataError(f"{file}: image_path {entry['image_path']!r} leads out of {source}")
-        if not path.is_file():
-            yield Skipped(place.as_posix(), "picture missing")
-        elif not captions:
-            yield Skipped(place.as_posix(), "empty caption")
-        else:
-            known = entry.get("metadata") or {}
-            yield Record(place.as_posix(), FileSlice(str(path)), captions, metadata=known)
+        entry = read_json(file, dict)
+        place = file.relative_to(data).with_suffix("").as_posix()
+        name = field(entry, "image_path", str(file), str) if "image_path" in entry else f"images/{place}.jpg"
+        path = within(source, name, str(file))
+        captions = [checked(c, str, f"{file}: a caption").strip() for c in field(entry, "captions", str(file), list)]
+        known = checked(entry.get("metadata") or {}, dict, f"{file}: 'metadata'")
+        yield captioned(place, FileSlice(str(path)) if path.is_file() else None, captions, known)
 
 
 def read_tfds(
@@ -81,9 +76,10 @@ def read_tfds(
         texts = next((found for name in names if (found := _feature(example, name)) is not None), None)
         if texts is None:
             raise DataError(f"{source}: no feature {' or '.join(names)} (there is: {', '.join(example)})")
-        captions = tuple(text for text in map(_text, texts if not isinstance(texts, bytes | str) else [texts]) if text)
-        key = _text(_feature(example, f"{image}/id") or _feature(example, "id") or str(row))
-        yield Record(key, bytes(example[image]), captions) if captions else Skipped(key, "empty caption")
+        captions = [_text(text) for text in (texts if not isinstance(texts, bytes | str) else [texts])]
+        ids = (_feature(example, f"{image}/id"), _feature(example, "id"), row)
+        key = _text(next(found for found in ids if found is not None))
+        yield captioned(key, bytes(field(example, image, str(source))), captions)
 
 
 def _feature(example: Mapping[str, Any], name: str) -> Any:

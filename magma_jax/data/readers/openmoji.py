@@ -18,7 +18,7 @@ def read_openmoji(
     images: Path | None = None,
     *,
     kinds: str = "",
-    size: str = "128",
+    size: int = 128,
     cache_dir: str = "~/.cache/magma_jax",
 ) -> Iterator[Record]:
     """OpenMoji drawings of a split, each with its caption and balanced questions, see ``data.openmoji``.
@@ -32,7 +32,7 @@ def read_openmoji(
     """
     if source.name not in SPLITS:
         raise DataError(f"--from openmoji takes a split in place of a file: {', '.join(SPLITS)}, not {source}")
-    pictures, pixels = openmoji.load(Path(cache_dir).expanduser(), int(size))
+    pictures, pixels = openmoji.load(Path(cache_dir).expanduser(), size)
     chosen = [picture for picture in pictures if picture.split == source.name]
     asked: dict[int, list[Sample]] = defaultdict(list)
     for sample in openmoji.questions(chosen, kinds=[kind.strip() for kind in kinds.split(",") if kind.strip()]):

@@ -9,8 +9,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from magma_jax.data.readers.common import PictureFolder, field, metadata, read_json, read_json_lines
-from magma_jax.data.records import DataError, FileSlice, Question, Record, Skipped
+from magma_jax.data.readers.common import (
+    ID,
+    PictureFolder,
+    claim,
+    field,
+    metadata,
+    read_json,
+    read_json_lines,
+    text,
+)
+from magma_jax.data.records import DataError, FileSlice, Question, Record, Skipped, count_samples
 
 
 def read_vqa(source: Path, images: Path, *, annotations: str = "") -> Iterator[Record | Skipped]:
@@ -23,29 +32,33 @@ def read_vqa(source: Path, images: Path, *, annotations: str = "") -> Iterator[R
         annotations: the answers; by default the file beside the questions that is named as in the release, and for
             test splits none.
     """
-    content = read_json(source)
+    content = read_json(source, dict)
     answers_file = Path(annotations) if annotations else _answers_beside(source)
-    answers: dict[int, Mapping[str, Any]] = {}
+    answers: dict[int | str, Mapping[str, Any]] = {}
     if answers_file is not None:
-        for entry in field(read_json(answers_file), "annotations", str(answers_file)):
-            key = field(entry, "question_id", str(answers_file))
+        for entry in field(read_json(answers_file), "annotations", str(answers_file), list):
+            key = field(entry, "question_id", f"{answers_file}: annotation", ID)
             if key in answers:
                 raise DataError(f"{answers_file}: question {key} is answered twice; repair the file")
             answers[key] = entry
-    subset = content.get("data_subtype", "") if isinstance(content, Mapping) else ""
-    grouped: dict[int, list[Question | Skipped]] = defaultdict(list)
-    for entry in field(content, "questions", str(source)):
-        key = field(entry, "question_id", str(source))
-        answer = answers.pop(key, None)
-        text = field(entry, "question", str(source)).strip()
-        grouped[field(entry, "image_id", str(source))].append(_vqa_question(str(key), text, answer, answers_file))
+    subset = field(content, "data_subtype", str(source), str) if "data_subtype" in content else ""
+    grouped: dict[int | str, list[Question | Skipped]] = defaultdict(list)
+    asked: set[int | str] = set()
+    for entry in field(content, "questions", str(source), list):
+        key = field(entry, "question_id", f"{source}: question", ID)
+        claim(key, asked, f"{source}: questions")
+        where = f"{source}: question {key}"
+        question = _vqa_question(str(key), text(entry, "question", where), answers.get(key), answers_file)
+        grouped[field(entry, "image_id", where, ID)].append(question)
     pictures = PictureFolder(images)
     for image, questions in grouped.items():
+        number = str(image).zfill(12)
         # test-dev2015 asks about pictures of test2015.
-        names = [f"COCO_{name}_{image:012d}.jpg" for name in (subset.replace("-dev", ""), "val2014", "train2014")]
-        yield from _record(str(image), pictures.find(*names, f"{image:012d}.jpg"), questions)
+        names = [f"COCO_{name}_{number}.jpg" for name in (subset.replace("-dev", ""), "val2014", "train2014")]
+        yield from _record(str(image), pictures.find(*names, f"{number}.jpg"), questions)
     for key in answers:
-        yield Skipped(str(key), "answers to a question that the file of questions lacks")
+        if key not in asked:
+            yield Skipped(str(key), "answers to a question that the file of questions lacks")
 
 
 def read_gqa(source: Path, images: Path, *, balanced: bool = True) -> Iterator[Record | Skipped]:
@@ -63,18 +76,15 @@ def read_gqa(source: Path, images: Path, *, balanced: bool = True) -> Iterator[R
     seen: set[str] = set()
     kept = ("isBalanced", "fullAnswer", "types", "groups", "entailed", "equivalent", "semanticStr")
     for file in files:
-        content = read_json(file)
-        if not isinstance(content, Mapping):
-            raise DataError(f"{file}: expected an object of questions by id, found a {type(content).__name__}")
-        for key, entry in content.items():
-            if key in seen:
-                raise DataError(f"{file}: question {key} is there twice")
-            seen.add(key)
+        for key, entry in read_json(file, dict).items():
+            claim(key, seen, f"{file}: questions")
+            where = f"{file}: question {key}"
+            asked = text(entry, "question", where)
             if balanced and not entry.get("isBalanced", True):
                 continue
-            answers = (entry["answer"],) if "answer" in entry else ()
-            question = Question(key, field(entry, "question", str(file)).strip(), answers, metadata(entry, kept))
-            grouped[field(entry, "imageId", str(file))].append(question)
+            answers = (field(entry, "answer", where, str),) if "answer" in entry else ()
+            question = Question(key, asked, answers, metadata(entry, kept))
+            grouped[str(field(entry, "imageId", where, ID))].append(question)
     pictures = PictureFolder(images)
     for image, questions in grouped.items():
         yield from _record(image, pictures.find(f"{image}.jpg"), questions)
@@ -83,14 +93,11 @@ def read_gqa(source: Path, images: Path, *, balanced: bool = True) -> Iterator[R
 def read_vizwiz(source: Path, images: Path) -> Iterator[Record | Skipped]:
     """VizWiz ``val.json``: a list without ids; the picture's name is the id of both."""
     pictures = PictureFolder(images)
-    content = read_json(source)
-    if not isinstance(content, list):
-        raise DataError(f"{source}: expected a list of questions, found a {type(content).__name__}")
-    for entry in content:
-        name = field(entry, "image", str(source))
+    for entry in read_json(source, list):
+        name = field(entry, "image", f"{source}: question", str)
         key = Path(name).stem
         answer = entry if "answers" in entry else None
-        question = _vqa_question(key, field(entry, "question", str(source)).strip(), answer, source)
+        question = _vqa_question(key, text(entry, "question", f"{source}: question {key}"), answer, source)
         yield from _record(key, pictures.find(name), [question])
 
 
@@ -102,19 +109,21 @@ def read_snli_ve(source: Path, images: Path) -> Iterator[Record | Skipped]:
     """
     grouped: dict[str, list[Question | Skipped]] = defaultdict(list)
     captions: dict[str, list[str]] = defaultdict(list)
+    seen: set[str] = set()
     for number, entry in read_json_lines(source):
-        image = entry.get("Flickr30K_ID") or entry.get("Flikr30kID")
-        if not image:
-            raise DataError(f"{source}: line {number} has neither Flickr30K_ID nor Flikr30kID")
-        image = str(image).removesuffix(".jpg")
-        key, label = str(entry.get("pairID", number)), field(entry, "gold_label", f"{source}: line {number}")
+        where = f"{source}: line {number}"
+        name = field(entry, "Flickr30K_ID" if "Flickr30K_ID" in entry else "Flikr30kID", where, ID)
+        image = str(name).removesuffix(".jpg")
+        key = str(field(entry, "pairID", where, ID)) if "pairID" in entry else str(number)
+        claim(key, seen, where)
+        label = field(entry, "gold_label", where, str)
         if label == "-":
             grouped[image].append(Skipped(key, "no majority label"))
             continue
-        text = field(entry, "sentence2", f"{source}: line {number}").strip()
         kept = metadata(entry, ("captionID", "annotator_labels"))
-        grouped[image].append(Question(key, text, (label,), kept))
-        if (premise := entry.get("sentence1", "").strip()) and premise not in captions[image]:
+        grouped[image].append(Question(key, text(entry, "sentence2", where), (label,), kept))
+        premise = text(entry, "sentence1", where) if "sentence1" in entry else ""
+        if premise and premise not in captions[image]:
             captions[image].append(premise)
     pictures = PictureFolder(images)
     for image, questions in grouped.items():
@@ -126,22 +135,24 @@ def read_hateful_memes(source: Path, images: Path) -> Iterator[Record | Skipped]
     pictures = PictureFolder(images)
     for number, entry in read_json_lines(source):
         where = f"{source}: line {number}"
-        key, name = str(field(entry, "id", where)), field(entry, "img", where)
-        answers = (str(entry["label"]),) if "label" in entry else ()
-        yield from _record(key, pictures.find(name), [Question(key, field(entry, "text", where).strip(), answers)])
+        key, name = str(field(entry, "id", where, ID)), field(entry, "img", where, str)
+        answers = (str(field(entry, "label", where, ID)),) if "label" in entry else ()
+        yield from _record(key, pictures.find(name), [Question(key, text(entry, "text", where), answers)])
 
 
-def _vqa_question(key: str, text: str, answer: Mapping[str, Any] | None, where: Path | None) -> Question | Skipped:
+def _vqa_question(key: str, asked: str, answer: Mapping[str, Any] | None, file: Path | None) -> Question | Skipped:
     if answer is None:
-        return Skipped(key, "question without answers") if where is not None else Question(key, text)
-    entries = field(answer, "answers", f"{where}: question {key}")
+        return Skipped(key, "question without answers") if file is not None else Question(key, asked)
+    where = f"{file}: question {key}"
+    entries = field(answer, "answers", where, list)
     if not entries:
         return Skipped(key, "empty list of answers")
+    answers = tuple(field(entry, "answer", where, str) for entry in entries)
     kept = metadata(answer, ("question_type", "answer_type", "multiple_choice_answer", "answerable"))
     for name in ("raw_answer", "answer_confidence"):
         if all(name in entry for entry in entries):
-            kept[f"{name}s"] = [entry[name] for entry in entries]
-    return Question(key, text, tuple(field(entry, "answer", f"{where}: question {key}") for entry in entries), kept)
+            kept[f"{name}s"] = [field(entry, name, where, str) for entry in entries]
+    return Question(key, asked, answers, kept)
 
 
 def _record(
@@ -149,8 +160,8 @@ def _record(
 ) -> Iterator[Record | Skipped]:
     kept = tuple(question for question in questions if isinstance(question, Question))
     yield from (question for question in questions if isinstance(question, Skipped))
-    if picture is None:
-        yield Skipped(key, "picture missing")
+    if kept and picture is None:
+        yield Skipped(key, "picture missing", count_samples(len(captions), len(kept)))
     elif kept:
         yield Record(key, picture, captions, kept)
 

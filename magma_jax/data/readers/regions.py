@@ -3,7 +3,16 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from magma_jax.data.readers.common import PictureFolder, field, metadata, read_json, read_json_lines
+from magma_jax.data.readers.common import (
+    ID,
+    PictureFolder,
+    captioned,
+    field,
+    metadata,
+    read_json,
+    read_json_lines,
+    text,
+)
 from magma_jax.data.records import DataError, Record, Skipped
 
 BOX = ("region_id", "x", "y", "width", "height")
@@ -15,19 +24,13 @@ def read_visual_genome(source: Path, images: Path) -> Iterator[Record | Skipped]
     Boxes are in pixels and as in the file, where x and y may be negative.
     """
     pictures = PictureFolder(images)
-    for entry in read_json(source):
-        key = entry.get("image_id", entry.get("id"))
-        if key is None:
-            raise DataError(f"{source}: an entry has neither image_id nor id; is this region_descriptions.json?")
-        regions = [region for region in field(entry, "regions", f"{source}: image {key}") if region.get("phrase")]
-        captions = tuple(region["phrase"].strip() for region in regions)
-        picture = pictures.find(f"{key}.jpg")
-        if picture is None:
-            yield Skipped(str(key), "picture missing")
-        elif not captions:
-            yield Skipped(str(key), "picture without an annotation")
-        else:
-            yield Record(str(key), picture, captions, metadata={"regions": [metadata(r, BOX) for r in regions]})
+    for entry in read_json(source, list):
+        key = field(entry, "image_id" if "image_id" in entry else "id", f"{source}: image", ID)
+        where = f"{source}: image {key}"
+        regions = [region for region in field(entry, "regions", where, list) if text(region, "phrase", where)]
+        captions = [text(region, "phrase", where) for region in regions]
+        boxes = [metadata(region, BOX) for region in regions]
+        yield captioned(str(key), pictures.find(f"{key}.jpg"), captions, {"regions": boxes})
 
 
 def read_localized_narratives(source: Path, images: Path, *, traces: bool = False) -> Iterator[Record | Skipped]:
@@ -46,14 +49,8 @@ def read_localized_narratives(source: Path, images: Path, *, traces: bool = Fals
     for file in files:
         for number, entry in read_json_lines(file):
             where = f"{file}: line {number}"
-            image, caption = str(field(entry, "image_id", where)), field(entry, "caption", where).strip()
+            image, caption = str(field(entry, "image_id", where, ID)), text(entry, "caption", where)
             key = f"{image}/{entry.get('annotator_id', 0)}"
             names = [f"{image}.jpg", f"{image.zfill(12)}.jpg"]
             names += [f"COCO_{split}2014_{image.zfill(12)}.jpg" for split in ("train", "val")]
-            picture = pictures.find(*names)
-            if picture is None:
-                yield Skipped(key, "picture missing")
-            elif not caption:
-                yield Skipped(key, "empty caption")
-            else:
-                yield Record(key, picture, (caption,), metadata=metadata(entry, kept))
+            yield captioned(key, pictures.find(*names), [caption], metadata(entry, kept))

@@ -4,17 +4,17 @@ The lists (CC3M, CC12M, LAION, WIT) name pictures by URL alone, and what was dow
 img2dataset wrote, each member beside a JSON that repeats its URL. So a list is joined with such a folder by URL.
 """
 
-import csv
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pyarrow.parquet as parquet
 
-from magma_jax.data.readers.common import PICTURE_SUFFIXES, read_lines
-from magma_jax.data.records import DataError, FileSlice, Record, Skipped
+from magma_jax.data.readers.common import PICTURE_SUFFIXES, captioned, checked, read_lines
+from magma_jax.data.records import NOT_DOWNLOADED, DataError, FileSlice, Record, Skipped
 
 WIT_COLUMNS = (
     "language",
@@ -49,20 +49,13 @@ def read_img2dataset(source: Path, images: Path | None = None) -> Iterator[Recor
         rows = _parquet_rows(tar.with_suffix(".parquet"))
         for key, members in _samples(tar):
             known = {**rows.get(key, {}), **_json_of(members, tar)}
-            picture = _picture_of(members)
-            if picture is None:
-                yield Skipped(key, "picture missing")
-                continue
             try:
-                caption = members[".txt"].read().decode() if ".txt" in members else known.get("caption") or ""
+                caption = members[".txt"].read().decode() if ".txt" in members else known.get("caption")
             except UnicodeDecodeError:
                 yield Skipped(key, "caption is not UTF-8")
                 continue
-            if not caption.strip():
-                yield Skipped(key, "empty caption")
-                continue
             extra = {name: value for name, value in known.items() if name not in _DOWNLOAD_FIELDS}
-            yield Record(key, picture, (caption.strip(),), metadata=extra)
+            yield captioned(key, _picture_of(members), [_caption(caption, f"{tar}: caption of {key}")], extra)
 
 
 def read_cc3m(source: Path, images: Path) -> Iterator[Record | Skipped]:
@@ -87,7 +80,8 @@ def read_laion(source: Path, images: Path) -> Iterator[Record | Skipped]:
             if "url" not in lower or "text" not in lower:
                 raise DataError(f"{file}: no columns URL and TEXT (there is: {', '.join(values)})")
             extra = {name: value for name, value in lower.items() if name not in ("url", "text")}
-            yield _joined(str(row), lower["url"], lower["text"], downloads, extra)
+            caption = _caption(lower["text"], f"{file}: TEXT of row {row}")
+            yield _joined(str(row), lower["url"], [caption], downloads, extra | {"url": lower["url"]})
 
 
 def read_wit(source: Path, images: Path, *, language: str = "") -> Iterator[Record | Skipped]:
@@ -105,26 +99,20 @@ def read_wit(source: Path, images: Path, *, language: str = "") -> Iterator[Reco
         for number, line in read_lines(file):
             key = f"{file.name.split('.')[0]}/{number}"
             try:
-                values = next(csv.reader([line.decode()], delimiter="\t", quoting=csv.QUOTE_NONE))
+                values = tuple(line.decode().split("\t"))
             except UnicodeDecodeError:
                 yield Skipped(key, "caption is not UTF-8")
                 continue
-            if tuple(values) == WIT_COLUMNS:  # released files open with their header
+            if values == WIT_COLUMNS:  # released files open with their header
                 continue
             if len(values) != len(WIT_COLUMNS):
                 raise DataError(f"{file}: line {number} has {len(values)} columns, WIT has {len(WIT_COLUMNS)}")
             row = dict(zip(WIT_COLUMNS, values, strict=True))
             if language and row["language"] != language:
                 continue
-            texts = tuple(dict.fromkeys(row[name].strip() for name in captions if row[name].strip()))
+            texts = list(dict.fromkeys(row[name].strip() for name in captions))
             extra = {name: row[name] for name in ("language", "page_title", "section_title", "page_url", "image_url")}
-            picture = downloads.get(row["image_url"])
-            if picture is None:
-                yield Skipped(key, "picture not downloaded")
-            elif not texts:
-                yield Skipped(key, "empty caption")
-            else:
-                yield Record(key, picture, texts, metadata=extra)
+            yield _joined(key, row["image_url"], texts, downloads, extra)
 
 
 def _joined_lines(source: Path, images: Path, *, caption: int, url: int) -> Iterator[Record | Skipped]:
@@ -136,21 +124,22 @@ def _joined_lines(source: Path, images: Path, *, caption: int, url: int) -> Iter
         if b"://" not in columns[url]:
             raise DataError(f"{source}: line {number} has no URL in column {url + 1}; cc3m and cc12m differ in order")
         try:
-            text, address = columns[caption].decode(), columns[url].decode()
+            text, address = columns[caption].decode().strip(), columns[url].decode()
         except UnicodeDecodeError:
             yield Skipped(str(number), "caption is not UTF-8")
             continue
-        yield _joined(str(number), address, text, downloads, {})
+        yield _joined(str(number), address, [text], downloads, {"url": address})
 
 
 def _joined(
-    key: str, url: str, caption: str | None, downloads: Mapping[str, FileSlice], extra: Mapping[str, Any]
+    key: str, url: str | None, captions: Sequence[str], downloads: Mapping[str, FileSlice], extra: Mapping[str, Any]
 ) -> Record | Skipped:
-    if url not in downloads:
-        return Skipped(key, "picture not downloaded")
-    if not (caption or "").strip():
-        return Skipped(key, "empty caption")
-    return Record(key, downloads[url], (caption.strip(),), metadata={**extra, "url": url})
+    return captioned(key, downloads[url], captions, extra) if url in downloads else Skipped(key, NOT_DOWNLOADED)
+
+
+def _caption(value: Any, where: str) -> str:
+    """A caption without surrounding space; columns may be empty."""
+    return "" if value is None else checked(value, str, where).strip()
 
 
 def _by_url(folder: Path) -> dict[str, FileSlice]:
@@ -201,19 +190,29 @@ def _json_of(members: Mapping[str, FileSlice], tar: Path) -> dict[str, Any]:
     if ".json" not in members:
         return {}
     try:
-        return json.loads(members[".json"].read())
+        content = json.loads(members[".json"].read())
     except ValueError as error:
         raise DataError(f"{tar}: a .json member is no valid JSON ({error}); fetch the file again") from None
+    return checked(content, dict, f"{tar}: a .json member")
 
 
 def _parquet_rows(path: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in _parquet(path) if row.get("key")} if path.is_file() else {}
 
 
+def _rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
+    """The rows in JSON's values: dates and decimals become text."""
+    # Timestamps here, for Python has none as fine as nanoseconds.
+    fine = pyarrow.types.is_timestamp
+    columns = [column.cast("string") if fine(column.type) else column for column in batch.columns]
+    plain = pyarrow.RecordBatch.from_arrays(columns, batch.schema.names)
+    return json.loads(json.dumps(plain.to_pylist(), default=str))
+
+
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
-                yield from batch.to_pylist()
+                yield from _rows(batch)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a whole parquet file ({error}); fetch it again") from None
