@@ -6,7 +6,7 @@ its keys and values are shared. The answer to a prompt depends neither on its ba
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -71,6 +71,19 @@ def lay_out(parts: Parts, tokenizer: Tokenizer, positions: int) -> Laid:
             places += range(len(pictures) * positions, (len(pictures) + 1) * positions)
             pictures.append(int(part))
     return Laid(np.array(tokens, np.int32), np.array(places, np.int32), pictures)
+
+
+def pad_prompts(prompts: Sequence[Laid], length: int) -> dict[str, np.ndarray]:
+    """``tokens`` and ``places`` (B, length) and ``lengths`` (B,), as ``programs.answer_batch`` takes them."""
+
+    def rows(values: Iterable[Int[np.ndarray, " S"]], filler: int) -> Int[np.ndarray, "B length"]:
+        return np.stack([np.pad(row, (0, length - len(row)), constant_values=filler) for row in values])
+
+    return {
+        "tokens": rows((prompt.tokens for prompt in prompts), 0),
+        "places": rows((prompt.places for prompt in prompts), WORD),
+        "lengths": np.array([len(prompt.tokens) for prompt in prompts], np.int32),
+    }
 
 
 class Answerer:
@@ -195,16 +208,9 @@ class Answerer:
         # A prompt with fewer pictures than another has some picture in the free places, where nothing points to.
         shown = [p.pictures + (p.pictures[-1:] or [0]) * (pictures - len(p.pictures)) for p in prompts]
         self._encode({picture for row in shown for picture in row})
-        mine = [prompts[row] for row in self._rows]
-
-        def padded(values: Int[np.ndarray, " S"], filler: int) -> np.ndarray:
-            return np.pad(values, (0, bucket - len(values)), constant_values=filler)
-
         arrays = {
+            **pad_prompts([prompts[row] for row in self._rows], bucket),
             "features": np.stack([[self._features[picture] for picture in shown[row]] for row in self._rows]),
-            "tokens": np.stack([padded(prompt.tokens, 0) for prompt in mine]),
-            "places": np.stack([padded(prompt.places, WORD) for prompt in mine]),
-            "lengths": np.array([len(prompt.tokens) for prompt in mine], np.int32),
             "numbers": numbers[self._rows].astype(np.int32),
         }
         return arrays if self._mesh is None else place_batch(arrays, self._mesh, self._batch_size)

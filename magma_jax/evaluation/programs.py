@@ -15,7 +15,7 @@ from magma_jax.inference.sampling import SamplingConfig, sampling_rows
 from magma_jax.models.decoder import KVCache
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import Params, merge
-from magma_jax.sharding import on_mesh, replicated
+from magma_jax.sharding import on_mesh, replicated, split_rows
 from magma_jax.typing import Array, Float, Int
 
 
@@ -95,6 +95,6 @@ def _embed(
 ) -> Float[Array, "B S D"]:
     rows, pictures = features.shape[:2]
     seen = model.embed_features(jnp.asarray(features).reshape(rows * pictures, *features.shape[2:]))
-    seen = seen.reshape(rows, -1, seen.shape[-1])
+    seen = split_rows(seen.reshape(rows, -1, seen.shape[-1]))
     at_places = jnp.take_along_axis(seen, jnp.maximum(places, 0)[:, :, None], axis=1)
     return jnp.where((places == WORD)[:, :, None], model.embed_tokens(jnp.asarray(tokens)), at_places)

@@ -97,11 +97,6 @@ def row_keys(key: PRNGKey, rows: int) -> Key[Array, "{rows}"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def step_keys(keys: Key[Array, " B"], step: int | Int[Array, ""]) -> Key[Array, " B"]:
-    """The rows' keys for one decoding step, ``fold_in(row key, step)``."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-
-
 def sample(
     logits: Float[Array, "B V"],
     keys: Key[Array, " B"],

@@ -1,29 +1,27 @@
 """What the model says while it learns: the same pictures every time, with a caption and a question each."""
 
-import functools
 import io
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from PIL import Image
 
 from magma_jax.config import ConfigError
+from magma_jax.evaluation.answering import lay_out, pad_prompts
 from magma_jax.evaluation.cards import Card, Line, draw_cards
+from magma_jax.evaluation.programs import answer_batch
 from magma_jax.evaluation.results import CAPTION, question_of
-from magma_jax.inference.decode import generate
-from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
-from magma_jax.nn.modules import Params, merge
+from magma_jax.inference.prompts import picture_positions
+from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.nn.modules import Params
 from magma_jax.output import replace_file
-from magma_jax.sharding import replicated
+from magma_jax.sharding import batch_shards
 from magma_jax.training.metrics import append_line, cut_after
 from magma_jax.training.pictures import encode_all, features_are_fixed
 from magma_jax.training.setup import Run
-from magma_jax.typing import Array, Float, Int, UInt8
+from magma_jax.typing import UInt8
 
 SAMPLES = "samples"
 SAMPLES_FILE = "samples.jsonl"
@@ -56,25 +54,17 @@ class Sampler:
         self._features: np.ndarray | None = None
         self._samples = choose(samples, watch.samples)
         self._rows = sorted({int(sample.picture) for sample in self._samples})
-        prompts = [dataset.tokenizer.encode(sample.prompt) for sample in self._samples]
-        self._lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        longest = int(self._lengths.max())
-        self._tokens = np.array([dataset.tokenizer.pad_to(prompt, longest) for prompt in prompts], np.int32)
-        positions = model.encoder.positions or model.prefix.image_positions
-        if positions + longest + watch.samples_tokens > model.lm.context_length:
+        positions = picture_positions(model)
+        # The devices share the rows, so the last one is repeated where these do not come out even.
+        self._asked = self._samples + self._samples[-1:] * (-len(self._samples) % batch_shards(run.program.mesh))
+        prompts = [lay_out((int(s.picture), s.prompt), dataset.tokenizer, positions) for s in self._asked]
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        if longest + watch.samples_tokens > model.lm.context_length:
             raise ConfigError(
                 f"watch.samples_tokens: picture, prompt and {watch.samples_tokens} new tokens take "
-                f"{positions + longest + watch.samples_tokens} positions, but the context holds "
-                f"{model.lm.context_length}; lower it"
+                f"{longest + watch.samples_tokens} positions, but the context holds {model.lm.context_length}; lower it"
             )
-        answer = functools.partial(
-            generate_greedy,
-            run.program.graphdef,
-            max_new_tokens=watch.samples_tokens,
-            eos_id=dataset.tokenizer.eos_id,
-        )
-        # Every process gets all answers, wherever they were computed.
-        self._generate = jax.jit(answer, out_shardings=replicated(run.program.mesh))
+        self._prompts = pad_prompts(prompts, longest) | {"numbers": np.arange(len(prompts), dtype=np.int32)}
         if writing:
             cut_after(run.workdir / SAMPLES_FILE, int(run.state.step))
 
@@ -89,12 +79,22 @@ class Sampler:
             sizes = {} if fixed else {"batch_size": len(images)}
             features = encode_all(images, run.program.graphdef, params, run.program.mesh, **sizes, progress=False)
             self._features = features if fixed else None
-        shown = features[[self._rows.index(int(sample.picture)) for sample in self._samples]]
-        tokens, lengths = self._generate(params, shown, self._tokens, self._lengths)
+        shown = features[[self._rows.index(int(sample.picture)) for sample in self._asked]]
+        tokens, lengths = answer_batch(
+            run.program.graphdef,
+            params,
+            self._prompts | {"features": shown[:, None]},
+            np.uint32(0),  # of no effect on greedy decoding
+            None,
+            sampling=SamplingConfig(),
+            max_new_tokens=run.config.watch.samples_tokens,
+            eos_id=tokenizer.eos_id,
+            mesh=run.program.mesh,
+        )
         said = [
             tokenizer.decode(row[:length].tolist()).strip()
             for row, length in zip(np.asarray(tokens), np.asarray(lengths), strict=True)
-        ]
+        ][: len(self._samples)]
         picture = draw_cards(self._cards(said))
         if self._writing:
             self._write(step, picture, said)
@@ -141,29 +141,3 @@ def choose(samples: Sequence[Any], pictures: int) -> list[Any]:
         chosen += [captions[row]] if row in captions else []
         chosen += [questions[row][i % len(questions[row])]] if row in questions else []
     return chosen
-
-
-def generate_greedy(
-    graphdef: nnx.GraphDef,
-    params: Params,
-    features: Float[Array, "B ..."],
-    tokens: Int[Array, "B S"],
-    lengths: Int[Array, " B"],
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-    """Greedy continuations of pictures followed by prompts, and their lengths."""
-    model = merge(graphdef, params)
-    prefix = model.embed_features(features)
-    embeddings = jnp.concatenate([prefix, model.embed_tokens(tokens)], axis=1)
-    result = generate(
-        model.lm,
-        embeddings,
-        prefix.shape[1] + lengths,
-        row_keys(jax.random.key(0), len(tokens)),  # unused by greedy decoding
-        max_new_tokens=max_new_tokens,
-        sampling=sampling_rows([SamplingConfig()] * len(tokens)),
-        eos_id=eos_id,
-    )
-    return result.tokens, result.lengths
