@@ -116,6 +116,8 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str])
             node = node[parent]
             if not isinstance(node, ml_collections.ConfigDict):
                 raise ConfigError(f"--set {override}: {parent} is not a mapping")
+        if isinstance(node.get(name), str) and isinstance(value, int | float | dict | set):
+            value = text  # of a setting that is text: a prompt "{}" is no mapping
         with node.ignore_type():  # from_dict checks types and names the key
             node[name] = value
     return config

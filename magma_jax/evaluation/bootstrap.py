@@ -1,6 +1,6 @@
 """How far a score can be trusted: bootstrap intervals, and paired comparison of two systems on the same samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,12 @@ def intervals(
         name: Interval(*(float(q) for q in np.quantile([values[name] for values in found], [0.025, 0.975])))
         for name in found[0]
     }
+
+
+def rarity_note(metrics: Iterable[str]) -> list[str]:
+    """What is to be said beside intervals of these metrics."""
+    note = "CIDEr weighs words by their rarity in the whole set, in every draw of the bootstrap too."
+    return [note] if "CIDEr" in metrics else []
 
 
 class Comparison(NamedTuple):

@@ -38,7 +38,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     folder = {"nargs": "+", "default": [], "metavar": "[TASK=]FOLDER"}
     group.add_argument("--data", **folder, help="data set folder to ask about; default: the run's own data")
     group.add_argument("--shot-data", **folder, help="data set folder that shots come from")
-    group.add_argument("--shots", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    group.add_argument("--shots", type=int, nargs="+", metavar="N", help="default: 0")
     group.add_argument(
         "--sweep", nargs="+", action="append", metavar=("KEY", "VALUE"), help="a setting and its values; may repeat"
     )
@@ -93,7 +93,7 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     if arguments.mesh is not None or arguments.distributed:
         mesh = make_mesh(from_dict(MeshConfig, apply_overrides(ConfigDict(), arguments.mesh or []), "mesh"))
     path = local_path(arguments.checkpoint or arguments.workdir)
-    checkpoint = identify(path)
+    checkpoint = identify(path) | ({"dtype": arguments.dtype} if arguments.dtype else {})
     model = Magma.from_checkpoint(path, dtype=arguments.dtype, mesh=mesh)
     tasks = [with_classes_of(task, path) for task in tasks]
     own = own_data(path) if any(task.data is None for task in tasks) else None
@@ -110,6 +110,8 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     )
     if arguments.sweep:
         choices = {key: values for key, *values in arguments.sweep}
+        if len(choices) < len(arguments.sweep):
+            raise ConfigError("--sweep: a setting is there twice; give all of its values at once")
         for task in tasks:
             results = run_sweep(combinations(task, choices), evaluate, model.tokenizer)
             if is_main():
@@ -123,8 +125,9 @@ def run_tasks(arguments: argparse.Namespace) -> None:
             print(f"wrote {write_result(folder, result, OPENMOJI if drawings else '')}")
         # The next task's collectives may not wait for long.
         barrier("result written")
-    for settings in dict.fromkeys(task.settings for task in tasks) if is_main() else ():
-        print(f"\n{write_card(folder, checkpoint, settings)}")
+    for settings in {json.dumps(task.settings): task.settings for task in tasks}.values() if is_main() else ():
+        card = write_card(folder, checkpoint, settings)
+        print(f"wrote {card}\n\n{card.read_text()}")
 
 
 def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:
@@ -143,7 +146,7 @@ def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:
     if task.name != name:
         raise ConfigError(f"--set name: the task's name stays {name}")
     try:
-        return [dataclasses.replace(task, shots=shots) for shots in arguments.shots]
+        return [dataclasses.replace(task, shots=shots) for shots in arguments.shots or [task.shots]]
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
 

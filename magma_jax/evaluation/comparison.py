@@ -1,21 +1,22 @@
 """Two results on the same examples: is one better, or was it chance?"""
 
-import json
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from magma_jax.data.records import DataError
-from magma_jax.evaluation.bootstrap import DRAWS, Comparison, compare
+from magma_jax.evaluation.bootstrap import DRAWS, Comparison, compare, rarity_note
 from magma_jax.evaluation.protocols import PROTOCOLS
 from magma_jax.evaluation.score import judge
-from magma_jax.evaluation.task_files import predictions_file, read_predictions
+from magma_jax.evaluation.stamp import title
+from magma_jax.evaluation.tables import text_table
+from magma_jax.evaluation.task_files import RESULTS, read_answers, read_result
 
 
 def compare_results(
     first: str | Path, second: str | Path, *, draws: int = DRAWS
 ) -> dict[str, dict[str, dict[str, Comparison]]]:
-    """Paired bootstrap of two results, or of all results that two folders have under the same name.
+    """Paired bootstrap of two results, or of all results of two folders that have task, shots and settings in common.
 
     Returns:
         Result to protocol to metric to comparison, the second less the first.
@@ -28,17 +29,22 @@ def compare_results(
 
 def table(first: str | Path, second: str | Path, found: dict[str, dict[str, dict[str, Comparison]]]) -> str:
     """For a terminal."""
-    lines = [f"A {first}", f"B {second}", "", "B less A, 95 % paired bootstrap interval, two-sided p", ""]
-    rows = [
-        (f"{name}  {protocol}  {metric}", comparison)
+    rows = [["", "protocol", "metric", "B less A", "95 % interval", "p"]]
+    rows += [
+        [
+            name,
+            protocol,
+            metric,
+            f"{c.difference:+.4g}",
+            f"{c.interval.low:+.4g} to {c.interval.high:+.4g}",
+            f"{c.p:.3g}",
+        ]
         for name, protocols in found.items()
         for protocol, metrics in protocols.items()
-        for metric, comparison in metrics.items()
+        for metric, c in metrics.items()
     ]
-    width = max(len(label) for label, _ in rows)
-    for label, (difference, (low, high), p) in rows:
-        lines.append(f"{label:<{width}}  {difference:>+9.4g}   {low:>+9.4g} {high:>+9.4g}   p {p:.3g}")
-    return "\n".join(lines)
+    notes = ["Paired bootstrap; p is two-sided.", *rarity_note(row[2] for row in rows)]
+    return "\n".join([f"A {first}", f"B {second}", "", text_table(rows, left=3), "", *notes])
 
 
 def to_json(found: dict[str, dict[str, dict[str, Comparison]]]) -> dict[str, Any]:
@@ -54,27 +60,37 @@ def to_json(found: dict[str, dict[str, dict[str, Comparison]]]) -> dict[str, Any
 
 def _pairs(first: Path, second: Path) -> dict[str, tuple[Path, Path]]:
     if first.is_file() and second.is_file():
-        return {first.stem if first.stem == second.stem else f"{first.stem} / {second.stem}": (first, second)}
-    results = [{path.stem: path for path in _results(folder)} for folder in (first, second)]
+        titles = list(dict.fromkeys(map(_title, (first, second))))
+        return {" / ".join(titles): (first, second)}
+    results = [_results(folder) for folder in (first, second)]
     common = sorted(results[0].keys() & results[1].keys())
     if not common:
         raise DataError(
-            f"{first} and {second} have no result of the same name; give two result files of eval.py --task"
+            f"{first} and {second} have no results of the same task, shots and settings; give two files *{RESULTS}"
         )
-    return {name: (results[0][name], results[1][name]) for name in common}
+    return {title: (results[0][title], results[1][title]) for title in common}
 
 
-def _results(folder: Path) -> list[Path]:
+def _results(folder: Path) -> dict[str, Path]:
     # A run folder keeps its results one folder deeper.
     inner = folder / "evaluation"
-    return [
-        path for path in (inner if inner.is_dir() else folder).glob("*shot*.json") if predictions_file(path).is_file()
-    ]
+    paths = sorted((inner if inner.is_dir() else folder).glob(f"*{RESULTS}"))
+    titles = list(map(_title, paths))
+    twice = [title for title, count in Counter(titles).items() if count > 1]
+    if twice:
+        raise DataError(f"{folder}: holds several results of {twice[0]}; give two files *{RESULTS}")
+    return dict(zip(titles, paths, strict=True))
+
+
+def _title(path: Path) -> str:
+    result = read_result(path)
+    settings = "".join(f", {name}={value}" for name, value in (result.get("settings") or {}).items())
+    return title(result["task"]) + settings
 
 
 def _compare(first: Path, second: Path, draws: int) -> dict[str, dict[str, Comparison]]:
-    examples, said = read_predictions(first)
-    others, said_by_other = read_predictions(second)
+    examples, said = read_answers(first)
+    others, said_by_other = read_answers(second)
     by_id = {example.id: (example, answer) for example, answer in zip(others, said_by_other, strict=True)}
     missing = [example.id for example in examples if example.id not in by_id]
     if missing or len(by_id) != len(examples):
@@ -86,20 +102,13 @@ def _compare(first: Path, second: Path, draws: int) -> dict[str, dict[str, Compa
     if not all(example.answers for example in examples):
         raise DataError(f"{first}: the true answers are secret, so nothing can be compared")
     found = {}
-    for protocol in _protocols(first, second):
+    protocols = [read_result(path)["task"]["protocols"] for path in (first, second)]
+    common = [name for name in protocols[0] if name in protocols[1]]
+    if not common:
+        raise DataError(f"{first} and {second} have no protocol in common: {protocols[0]} and {protocols[1]}")
+    for protocol in common:
         references = [example.reference(protocol) for example in examples]
         one = judge(PROTOCOLS[protocol], said, references)
         two = judge(PROTOCOLS[protocol], [by_id[example.id][1] for example in examples], references)
         found[protocol] = compare(one.resampled, two.resampled, len(examples), draws=draws)
     return found
-
-
-def _protocols(first: Path, second: Path) -> Sequence[str]:
-    try:
-        one, two = (json.loads(path.read_text())["task"]["protocols"] for path in (first, second))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{first}, {second}: no results of eval.py --task ({error})") from None
-    common = [name for name in one if name in two]
-    if not common:
-        raise DataError(f"{first} and {second} have no protocol in common: {', '.join(one)} and {', '.join(two)}")
-    return common

@@ -2,9 +2,10 @@
 
 import collections
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -122,7 +123,7 @@ class StoredExamples(Sequence[Example]):
         row, number = self._locate(index)
         if self._last is None or self._last[0] != row:
             # Questions of one picture stand together: it is read once.
-            self._last = row, self._guard(self._records.__getitem__, row)
+            self._last = row, read_record(self._records.__getitem__, row, self.name)
         record = self._last[1]
         if self._kind == CAPTION:
             return Example(record.id, row, "", record.captions, (), _texts(record.metadata, ("domain",)))
@@ -135,7 +136,7 @@ class StoredExamples(Sequence[Example]):
     def shot(self, index: int) -> Example:
         """An example without its groups and raw answers, which is read many times faster."""
         row, number = self._locate(index)
-        record = self._guard(self._records.text, row)
+        record = read_record(self._records.text, row, self.name)
         if self._kind == CAPTION:
             return Example(record.id, row, "", record.captions)
         question = record.questions[number]
@@ -151,11 +152,41 @@ class StoredExamples(Sequence[Example]):
         row = int(np.searchsorted(self._ends, index, side="right"))
         return row, index - int(self._ends[row] - self._counts[row])
 
-    def _guard(self, read: Callable[[int], Record], row: int) -> Record:
-        try:
-            return read(row)
-        except (OSError, RuntimeError) as error:  # the last from the file library
-            raise DataError(f"{self.name}: record {row} cannot be read ({error}); convert the data set again") from None
+
+Examples: TypeAlias = OwnExamples | StoredExamples
+
+
+def read_record(read: Callable[[int], Record], row: int, name: str) -> Record:
+    """``read(row)``, whose errors name the data set folder.
+
+    Raises:
+        DataError: the record is damaged.
+    """
+    try:
+        return read(row)
+    except (DataError, OSError, RuntimeError) as error:  # the last from the file library
+        raise DataError(f"{name}: record {row} cannot be read ({error}); convert the data set again") from None
+
+
+def picture_marks(pictures: Pictures, row: int, *, stored: bool) -> frozenset[str]:
+    """What tells a picture from others: of two sources, those with a mark in common are the same picture.
+
+    Args:
+        pictures: its source.
+        row: of the picture.
+        stored: whether both sources are stored pictures. Marks are then the record's id and a hash of the file, which
+            need no decoding; else a hash of the pixels.
+    """
+    if not stored:
+        return frozenset({_hash(np.ascontiguousarray(pictures[np.array([row])]).tobytes())})
+    folder, local = pictures.where(row)
+    records = pictures.records[pictures.folders.index(folder)]
+    record = read_record(records.__getitem__, local, folder)
+    return frozenset({f"id {record.id}", _hash(record.image_bytes())})
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 class JoinedPictures:

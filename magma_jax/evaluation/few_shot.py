@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -16,6 +16,7 @@ from magma_jax.evaluation.answering import Answerer, Parts
 from magma_jax.evaluation.examples import (
     BlackPictures,
     Example,
+    Examples,
     JoinedPictures,
     OwnExamples,
     StoredExamples,
@@ -25,19 +26,10 @@ from magma_jax.evaluation.examples import (
 from magma_jax.evaluation.metrics import Scores
 from magma_jax.evaluation.protocols import PROTOCOLS
 from magma_jax.evaluation.score import Score, judge, score
-from magma_jax.evaluation.shots import draw_shots
+from magma_jax.evaluation.shots import Shot, choose_shots
 from magma_jax.evaluation.tasks import TaskConfig
 from magma_jax.evaluation.truncation import truncate
 from magma_jax.inference.api import Magma
-
-Examples = OwnExamples | StoredExamples
-
-
-class Shot(NamedTuple):
-    """A completed example, and its row in the data that it was drawn from."""
-
-    row: int
-    example: Example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +119,7 @@ def evaluate_task(
     numbers = spaced(len(queries), task.limit)
     examples = [queries[number] for number in numbers]
     _check_ids(examples, queries.name)
-    shots = _shots(task, queries, pool, numbers, examples)
+    shots = choose_shots(task, queries, pool, examples)
     same = pool.pictures is queries.pictures
     pictures = queries.pictures if same else JoinedPictures(queries.pictures, pool.pictures)
     shown = BlackPictures(len(pictures), model.config.encoder.image_size) if task.blind else pictures
@@ -246,29 +238,6 @@ def ask(
         return Asked(prompts, fitting(completed[0], max(lengths)), dropped)
     rows = zip(completed, prompts, lengths, strict=True)
     return Asked([(*fitting(shown, length), *prompt) for shown, prompt, length in rows], (), dropped)
-
-
-def _shots(
-    task: TaskConfig, queries: Examples, pool: Examples, numbers: Sequence[int], examples: Sequence[Example]
-) -> list[list[Shot]]:
-    """The shots of every query; one list for all where they are shared."""
-    shared = task.shot_policy == "run"
-    if shared and task.shots and pool is queries:
-        raise DataError("shots of a whole run may not come from the questions themselves; give --shot-data")
-
-    def allowed(query: int, row: int) -> bool:
-        return pool.pictures is not queries.pictures or pool.picture(row) != examples[query].picture
-
-    ids = None if shared else [example.id for example in examples]
-    try:
-        rows = draw_shots(len(pool), task.shots, task.seed, ids, allowed)
-    except ValueError as error:
-        raise DataError(f"{pool.name}: {error}") from None
-    shots = [[Shot(row, pool.shot(row)) for row in chosen] for chosen in rows]
-    bare = next((shot.example.id for chosen in shots for shot in chosen if not shot.example.answers), None)
-    if bare is not None:
-        raise DataError(f"{pool.name}: example {bare} has no answer to show; take shots from a split with answers")
-    return shots
 
 
 def _classify(task: TaskConfig, answerer: Answerer, prompts: Sequence[Parts]) -> list[str]:

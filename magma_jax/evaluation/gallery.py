@@ -11,9 +11,11 @@ import numpy as np
 from PIL import Image
 
 from magma_jax.evaluation.examples import Example, close, spaced
-from magma_jax.evaluation.few_shot import Shot, TaskResult
-from magma_jax.evaluation.report import fill_page
-from magma_jax.evaluation.results_card import stamp
+from magma_jax.evaluation.few_shot import TaskResult
+from magma_jax.evaluation.pages import fill_page
+from magma_jax.evaluation.shots import Shot
+from magma_jax.evaluation.stamp import counted, stamp, title
+from magma_jax.evaluation.tables import html_table
 from magma_jax.output import replace_file
 from magma_jax.typing import UInt8
 
@@ -43,8 +45,8 @@ def write_gallery(path: str | Path, result: TaskResult, *, shown: int = SHOWN, a
     groups = sorted({value for example in result.examples for value in example.groups.values()})
     values = result.to_dict()
     page = fill_page(
-        "gallery.html",
-        title=escape(f"{result.task.name}, {result.task.shots} shots"),
+        "gallery",
+        title=title(values["task"]),
         summary=escape(_summary(result, len(numbers))),
         table=_table(result),
         stamp=escape(stamp(values)) if "checkpoint" in values else "",
@@ -87,16 +89,14 @@ def _summary(result: TaskResult, shown: int) -> str:
 
 
 def _table(result: TaskResult) -> str:
-    rows = []
-    for title, found in (("", result.scores), (", first line alone", result.first_line)):
+    rows = [["protocol", "metric", "score", "95 % interval", "constant"]]
+    for which, found in (("", result.scores), (", first line alone", result.first_line)):
         for name, score in found.items():
             for metric, value in score.scores.items():
                 low, high = score.intervals[metric]
                 constant = score.constant["scores"][metric]
-                cells = [f"{name}{title}", metric, f"{value:.4g}", f"{low:.4g} to {high:.4g}", f"{constant:.4g}"]
-                rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "".join(f'<th scope="col">{h}</th>' for h in ("protocol", "metric", "score", "95 % interval", "constant"))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
+                rows.append([f"{name}{which}", metric, f"{value:.4g}", f"{low:.4g} to {high:.4g}", f"{constant:.4g}"])
+    return html_table(rows) if len(rows) > 1 else ""
 
 
 def _card(result: TaskResult, i: int, mark: tuple[str, float], image: UInt8[np.ndarray, "h w 3"]) -> str:
@@ -129,7 +129,7 @@ def _truth(example: Example) -> str:
 
 def _shots(result: TaskResult, shots: Sequence[Shot]) -> str:
     lines = "".join(f"<br>{escape(result.task.complete(shot.text, shot.shown).strip())}" for _, shot in shots)
-    return f"<details><summary>{len(shots)} shots</summary>{lines.removeprefix('<br>')}</details>"
+    return f"<details><summary>{counted(len(shots))}</summary>{lines.removeprefix('<br>')}</details>"
 
 
 def jpeg(pixels: UInt8[np.ndarray, "h w 3"], size: int = PICTURE_SIZE) -> bytes:

@@ -8,16 +8,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from magma_jax.data.readers.common import field, read_json
+from magma_jax.data.readers.common import checked, field, read_json
+from magma_jax.data.readers.questions import gqa_questions
 from magma_jax.data.records import DataError
 
 
 def read_questions(path: Path) -> dict[str, Mapping[str, Any]]:
-    """Every question of a file, balanced or not, by id."""
-    questions = read_json(path)
-    if not isinstance(questions, dict):
-        raise DataError(f"{path}: expected an object of questions by id, found a {type(questions).__name__}")
+    """Every question of a file, or of a folder of chunks, balanced or not, by id.
+
+    Raises:
+        DataError: another format.
+    """
+    questions = {}
+    for key, question, where in gqa_questions(path):
+        field(question, "answer", where, str)
+        for name, kind in (("types", dict), ("groups", dict), ("entailed", list)):
+            if question.get(name) is not None:
+                checked(question[name], kind, f"{where}: {name!r}")
+        questions[key] = question
     return questions
+
+
+def read_choices(path: Path) -> dict[str, Mapping[str, list[str]]]:
+    """The official ``*_choices.json``: question to ``valid`` and ``plausible`` answers.
+
+    Raises:
+        DataError: another format.
+    """
+    choices = read_json(path, dict)
+    for key, entry in choices.items():
+        for kind in ("valid", "plausible"):
+            field(entry, kind, f"{path}: question {key}", list)
+    return choices
 
 
 def gqa_measures(
@@ -28,9 +50,9 @@ def gqa_measures(
     """Measures of the balanced questions that the inputs allow.
 
     Args:
-        questions: of the official file, all of them.
+        questions: of ``read_questions``, all of them.
         predictions: for the balanced questions at least.
-        choices: of the official ``*_choices.json``; validity and plausibility need it.
+        choices: of ``read_choices``; validity and plausibility need it.
 
     Returns:
         ``consistency``, percent: of the questions that follow from one that was answered rightly, those that were
@@ -47,8 +69,8 @@ def gqa_measures(
     for key, question in questions.items():
         if not question.get("isBalanced", True):
             continue
-        answer, prediction = field(question, "answer", f"question {key}"), predictions[key]
-        entailed = [other for other in question.get("entailed", ()) if other != key]
+        answer, prediction = question["answer"], predictions[key]
+        entailed = [str(other) for other in question.get("entailed") or () if other != key]
         if answer == prediction and entailed and consistent is not None:
             if all(other in predictions and other in questions for other in entailed):
                 right = [predictions[other] == questions[other]["answer"] for other in entailed]
@@ -59,14 +81,13 @@ def gqa_measures(
             if key not in choices:
                 raise DataError(f"question {key} has no choices; give the file of choices of the same split")
             for name, kind in (("validity", "valid"), ("plausibility", "plausible")):
-                allowed = field(choices[key], kind, f"choices of {key}")
                 # Questions of what two things have in common: the program takes these three for all of them.
-                common = "Common" in (question.get("types") or {}).get("detailed", "")
-                valid[name].append(prediction in (("color", "material", "shape") if common else allowed))
+                common = "Common" in str((question.get("types") or {}).get("detailed"))
+                valid[name].append(prediction in (("color", "material", "shape") if common else choices[key][kind]))
         group = (question.get("groups") or {}).get("global")
         if group is not None:
-            gold[group][answer] += 1
-            said[group][prediction] += 1
+            gold[str(group)][answer] += 1
+            said[str(group)][prediction] += 1
     measures = {name: 100 * sum(values) / len(values) for name, values in valid.items() if values}
     if consistent:
         measures["consistency"] = 100 * sum(consistent) / len(consistent)

@@ -22,6 +22,7 @@ from magma_jax.evaluation.answering import Answerer, PromptError
 from magma_jax.evaluation.baselines import most_frequent_answers, shuffle_pictures
 from magma_jax.evaluation.examples import BlackPictures, JoinedPictures, close, spaced
 from magma_jax.evaluation.metrics import METRICS
+from magma_jax.evaluation.names import file_stem
 from magma_jax.evaluation.overview import overview_picture
 from magma_jax.evaluation.report import OPENMOJI, write_report
 from magma_jax.evaluation.results import CAPTION, Evaluation, table, write_predictions, write_results
@@ -55,8 +56,8 @@ def evaluate_run(
 
     A run is evaluated at its best validated step, or at its newest if it was not validated. The files are
     ``results.json``, ``predictions.jsonl`` and ``report.html``. Another split than ``test``, or a limit, is part of
-    their names (``results-validation-50.json``), so that it never passes for the full result. ``overview`` names a
-    PNG file that gets twelve pictures with their texts.
+    their names (``results-split=validation-limit=50-1c9e2f0a.json``), so that it never passes for the full result.
+    ``overview`` names a PNG file that gets twelve pictures with their texts.
 
     Raises:
         CheckpointError: the folder holds no run, or none with a checkpoint. ConfigError: a run of another kind of
@@ -72,7 +73,9 @@ def evaluate_run(
     config = from_dict(DataConfig, run["data"], "model.json: run.data")
     dataset = load_dataset(config)
     evaluation = evaluate(model, dataset, split, limit, stamp=stamp)
-    suffix = ("" if split == "test" and limit is None else f"-{split}") + ("" if limit is None else f"-{limit}")
+    settings = {"split": split} if split != "test" else {}
+    settings |= {"limit": limit} if limit is not None else {}
+    suffix = f"-{file_stem('', settings, settings)}" if settings else ""
     write_results(workdir / f"results{suffix}.json", evaluation)
     write_predictions(workdir / f"predictions{suffix}.jsonl", evaluation)
     attribution = OPENMOJI if config.name == "openmoji" else ""

@@ -8,15 +8,16 @@ error, for a score over part of a set looks like one over the whole.
 import dataclasses
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import snowballstemmer
 
-from magma_jax.data.readers.common import field, read_json, read_json_lines
+from magma_jax.data.readers.common import ID, checked, field, read_json, read_json_lines
 from magma_jax.data.records import DataError
+from magma_jax.evaluation.gqa import read_questions
 from magma_jax.evaluation.metrics import METRICS, Metric
 
 
@@ -28,23 +29,29 @@ class Reference:
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+# By id; None for what the file has, but nobody is scored on.
+References: TypeAlias = dict[str, Reference | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Protocol:
     """How files of a benchmark are scored.
 
     Attributes:
         metric: name in ``METRICS``.
-        references: reads the official file of annotations, id to reference.
+        references: reads the official file of annotations.
         keys: names that the id may have in an entry of a prediction file.
         values: names that the predicted text may have.
+        numbers: whether a prediction may also be a whole number, as classes are.
         transform: applied to predictions before they are judged.
         per_group: groups are scored as sets of their own, as NoCaps does with its domains; else means over the whole.
     """
 
     metric: str
-    references: Callable[[Path], dict[str, Reference]]
+    references: Callable[[Path], References]
     keys: tuple[str, ...]
     values: tuple[str, ...]
+    numbers: bool = False
     transform: Callable[[str], str] = lambda text: text
     per_group: bool = False
 
@@ -60,35 +67,32 @@ def read_predictions(path: Path, protocol: Protocol) -> dict[str, str]:
     Raises:
         DataError: another format, or an id that is there twice.
     """
-    entries = [entry for _, entry in read_json_lines(path)] if path.suffix == ".jsonl" else read_json(path)
-    if not isinstance(entries, list):
-        raise DataError(f"{path}: expected a list of predictions, found a {type(entries).__name__}")
+    lines = path.suffix == ".jsonl"
+    entries = read_json_lines(path) if lines else enumerate(read_json(path, list), start=1)
+    kind = ID if protocol.numbers else str
     predictions: dict[str, str] = {}
-    for number, entry in enumerate(entries):
-        where = f"{path}: entry {number}"
-        key, value = _one_of(entry, protocol.keys, where), _one_of(entry, protocol.values, where)
-        if not isinstance(value, str):
-            raise DataError(f"{where}: the prediction is a {type(value).__name__}, expected text")
-        if str(key) in predictions:
+    for number, entry in entries:
+        where = f"{path}: {'line' if lines else 'entry'} {number}"
+        key = str(_one_of(entry, protocol.keys, where, ID))
+        if key in predictions:
             raise DataError(f"{path}: {key} is predicted twice")
-        predictions[str(key)] = value
+        predictions[key] = str(_one_of(entry, protocol.values, where, kind))
     return predictions
 
 
-def join(
-    references: Mapping[str, Reference], predictions: Mapping[str, str], where: str
-) -> tuple[list[str], list[Reference]]:
-    """Predictions and references in the order of the references.
+def join(references: References, predictions: Mapping[str, str], where: str) -> tuple[list[str], list[Reference]]:
+    """Predictions and references in the order of the references, without those that are not scored.
 
     Raises:
-        DataError: the ids are not the same on both sides.
+        DataError: the ids are not the same on both sides; what is not scored need not be predicted.
     """
-    missing = [key for key in references if key not in predictions]
+    scored = {key: reference for key, reference in references.items() if reference is not None}
+    missing = [key for key in scored if key not in predictions]
     foreign = [key for key in predictions if key not in references]
     for keys, what in ((missing, "without a prediction"), (foreign, "predicted that the references do not have")):
         if keys:
             raise DataError(f"{where}: {len(keys)} ids {what}, such as {', '.join(keys[:3])}")
-    return [predictions[key] for key in references], list(references.values())
+    return [predictions[key] for key in scored], list(scored.values())
 
 
 def stem(text: str) -> str:
@@ -101,107 +105,117 @@ def _stemmer() -> Any:
     return snowballstemmer.stemmer("porter")
 
 
-def _vqa(answer_of: Callable[[Mapping[str, Any], str], str]) -> Callable[[Path], dict[str, Reference]]:
-    def read(path: Path) -> dict[str, Reference]:
-        references: dict[str, Reference] = {}
-        for entry in field(read_json(path), "annotations", str(path)):
-            key = str(field(entry, "question_id", str(path)))
-            where = f"{path}: question {key}"
-            answers = tuple(answer_of(answer, where) for answer in field(entry, "answers", where))
-            groups = {name: entry[name] for name in ("answer_type", "question_type") if name in entry}
-            _add(references, key, Reference(answers, groups), path)
-        return references
+def _vqa(name: str, transform: Callable[[str], str] = str) -> Callable[[Path], References]:
+    def read(path: Path) -> References:
+        def read_one(entry: Any, where: str) -> tuple[str, Reference]:
+            key = str(field(entry, "question_id", where, ID))
+            answers = tuple(map(transform, _answers(entry, name, f"{path}: question {key}")))
+            return key, Reference(answers, _groups(entry, ("answer_type", "question_type")))
+
+        return _collect(path, field(read_json(path), "annotations", str(path), list), read_one)
 
     return read
 
 
-def _vizwiz(path: Path) -> dict[str, Reference]:
-    references: dict[str, Reference] = {}
-    for entry in read_json(path):
-        key = field(entry, "image", str(path))
-        answers = tuple(answer["answer"] for answer in field(entry, "answers", f"{path}: {key}"))
-        groups = {name: str(entry[name]) for name in ("answer_type", "answerable") if name in entry}
-        _add(references, key, Reference(answers, groups), path)
-    return references
+def _vizwiz(path: Path) -> References:
+    def read_one(entry: Any, where: str) -> tuple[str, Reference]:
+        key = field(entry, "image", where, str)
+        answers = tuple(_answers(entry, "answer", f"{path}: {key}"))
+        return key, Reference(answers, _groups(entry, ("answer_type", "answerable")))
+
+    return _collect(path, read_json(path, list), read_one)
 
 
-def _gqa(path: Path) -> dict[str, Reference]:
-    references: dict[str, Reference] = {}
-    for key, entry in read_json(path).items():
-        if not entry.get("isBalanced", True):
-            continue
-        references[key] = Reference((field(entry, "answer", f"{path}: {key}"),), gqa_groups(entry.get("types") or {}))
-    return references
+def gqa_references(questions: Mapping[str, Mapping[str, Any]]) -> References:
+    """Questions as ``gqa.read_questions`` gives them; those that are not balanced are not scored."""
+    return {
+        key: Reference((question["answer"],), gqa_groups(question.get("types") or {}))
+        if question.get("isBalanced", True)
+        else None
+        for key, question in questions.items()
+    }
 
 
 def gqa_groups(types: Mapping[str, str]) -> dict[str, str]:
     """What GQA says of a question's type, as groups."""
-    groups = {name: types[name] for name in ("structural", "semantic") if types.get(name)}
+    groups = _groups(types, ("structural", "semantic"))
     if "structural" in groups:
         # The official table's two columns: yes, no and choices against everything else.
         groups["form"] = "open" if groups["structural"] == "query" else "binary"
     return groups
 
 
-def _captions(path: Path, *, domains: bool = False) -> dict[str, Reference]:
+def _captions(path: Path, *, domains: bool = False) -> References:
     content = read_json(path)
     captions: dict[str, list[str]] = defaultdict(list)
-    for entry in field(content, "annotations", str(path)):
-        captions[str(field(entry, "image_id", str(path)))].append(field(entry, "caption", str(path)))
+    for number, entry in enumerate(field(content, "annotations", str(path), list), start=1):
+        where = f"{path}: annotation {number}"
+        captions[str(field(entry, "image_id", where, ID))].append(field(entry, "caption", where, str))
     if not domains:
         return {key: Reference(tuple(texts)) for key, texts in captions.items()}
-    domain = {str(image["id"]): image.get("domain") for image in field(content, "images", str(path))}
+    images = field(content, "images", str(path), list)
+    domain = {str(field(image, "id", f"{path}: images", ID)): _groups(image, ("domain",)) for image in images}
     lacking = [key for key in captions if not domain.get(key)]
     if lacking:
         raise DataError(f"{path}: {len(lacking)} pictures have no domain, such as {lacking[0]}; take the file that has")
-    return {key: Reference(tuple(texts), {"domain": domain[key]}) for key, texts in captions.items()}
+    return {key: Reference(tuple(texts), domain[key]) for key, texts in captions.items()}
 
 
-def _labels(path: Path) -> dict[str, Reference]:
-    references: dict[str, Reference] = {}
-    for number, entry in read_json_lines(path):
-        where = f"{path}: line {number}"
-        key = str(_one_of(entry, ("pairID", "id"), where))
-        label = str(_one_of(entry, ("gold_label", "label"), where))
-        if label != "-":  # SNLI-VE: no majority among the annotators
-            _add(references, key, Reference((label,), {"label": label}), path)
+def _labels(path: Path) -> References:
+    def read_one(entry: Any, where: str) -> tuple[str, Reference | None]:
+        key, label = (str(_one_of(entry, names, where, ID)) for names in (("pairID", "id"), ("gold_label", "label")))
+        # SNLI-VE: "-" where the annotators have no majority. Such statements are customarily left out.
+        return key, None if label == "-" else Reference((label,), {"label": label})
+
+    return _collect(path, (entry for _, entry in read_json_lines(path)), read_one)
+
+
+def _collect(
+    path: Path, entries: Iterable[Any], read_one: Callable[[Any, str], tuple[str, Reference | None]]
+) -> References:
+    references: References = {}
+    for number, entry in enumerate(entries, start=1):
+        key, reference = read_one(entry, f"{path}: entry {number}")
+        if key in references:
+            raise DataError(f"{path}: {key} is annotated twice")
+        if reference is not None and not reference.answers:
+            raise DataError(f"{path}: {key} has no answers")
+        references[key] = reference
     return references
 
 
-def _add(references: dict[str, Reference], key: str, reference: Reference, path: Path) -> None:
-    if key in references:
-        raise DataError(f"{path}: {key} is annotated twice")
-    if not reference.answers:
-        raise DataError(f"{path}: {key} has no answers")
-    references[key] = reference
+def _answers(entry: Any, name: str, where: str) -> list[str]:
+    return [field(answer, name, where, str) for answer in field(entry, "answers", where, list)]
 
 
-def _one_of(entry: Any, names: Sequence[str], where: str) -> Any:
-    name = next((name for name in names if isinstance(entry, Mapping) and name in entry), None)
-    if name is None:
-        has = ", ".join(list(entry)[:8]) if isinstance(entry, Mapping) else type(entry).__name__
-        raise DataError(f"{where}: no {' or '.join(names)} (there is: {has})")
-    return entry[name]
+def _groups(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    return {name: str(entry[name]) for name in names if entry.get(name) not in (None, "")}
 
 
-def _answer(name: str, transform: Callable[[str], str] = str) -> Callable[[Mapping[str, Any], str], str]:
-    return lambda answer, where: transform(field(answer, name, where))
+def _one_of(entry: Any, names: Sequence[str], where: str, kind: type | tuple[type, ...]) -> Any:
+    """The first of these fields that an entry has."""
+    entry = checked(entry, dict, where)
+    return field(entry, next((name for name in names if name in entry), names[0]), where, kind)
 
 
 _QUESTION = {"keys": ("question_id",), "values": ("answer",)}
 _VIZWIZ = {"references": _vizwiz, "keys": ("image",), "values": ("answer",)}
-_GQA = {"references": _gqa, "keys": ("questionId", "question_id"), "values": ("prediction", "answer")}
+_GQA = {
+    "references": lambda path: gqa_references(read_questions(path)),
+    "keys": ("questionId", "question_id"),
+    "values": ("prediction", "answer"),
+}
 _CAPTION = {"keys": ("image_id",), "values": ("caption",)}
 _nocaps = functools.partial(_captions, domains=True)
 
 PROTOCOLS: MappingProxyType[str, Protocol] = MappingProxyType(
     {
-        "vqa_official": Protocol("vqa_official", _vqa(_answer("answer")), **_QUESTION),
-        "vqa_always_normalised": Protocol("vqa_always_normalised", _vqa(_answer("answer")), **_QUESTION),
-        "vqa_before_2021": Protocol("vqa_before_2021", _vqa(_answer("answer")), **_QUESTION),
-        "okvqa_answer": Protocol("vqa_official", _vqa(_answer("answer")), **_QUESTION),
-        "okvqa_raw_answer": Protocol("vqa_official", _vqa(_answer("raw_answer")), **_QUESTION),
-        "okvqa_stemmed": Protocol("vqa_official", _vqa(_answer("raw_answer", stem)), **_QUESTION, transform=stem),
+        "vqa_official": Protocol("vqa_official", _vqa("answer"), **_QUESTION),
+        "vqa_always_normalised": Protocol("vqa_always_normalised", _vqa("answer"), **_QUESTION),
+        "vqa_before_2021": Protocol("vqa_before_2021", _vqa("answer"), **_QUESTION),
+        "okvqa_answer": Protocol("vqa_official", _vqa("answer"), **_QUESTION),
+        "okvqa_raw_answer": Protocol("vqa_official", _vqa("raw_answer"), **_QUESTION),
+        "okvqa_stemmed": Protocol("vqa_official", _vqa("raw_answer", stem), **_QUESTION, transform=stem),
         "vizwiz_by_index": Protocol("vizwiz_by_index", **_VIZWIZ),
         "vizwiz_by_value": Protocol("vizwiz_by_value", **_VIZWIZ),
         "gqa_exact": Protocol("exact_match", **_GQA),
@@ -212,12 +226,12 @@ PROTOCOLS: MappingProxyType[str, Protocol] = MappingProxyType(
         "coco_spice": Protocol("spice", _captions, **_CAPTION),
         "nocaps": Protocol("coco", _nocaps, **_CAPTION, per_group=True),
         "nocaps_nlgeval": Protocol("nlgeval", _nocaps, **_CAPTION, per_group=True),
-        "accuracy": Protocol("exact_match", _labels, ("pairID", "id"), ("label", "gold_label", "answer")),
+        "accuracy": Protocol("exact_match", _labels, ("pairID", "id"), ("label", "gold_label", "answer"), numbers=True),
     }
 )
 
 
-def constant_prediction(references: Sequence[Reference]) -> str:
+def commonest_answer(references: Sequence[Reference]) -> str:
     """The answer that most references share, the first in alphabetical order among equals."""
     counts = Counter(answer for reference in references for answer in set(reference.answers))
     return min(counts, key=lambda answer: (-counts[answer], answer))

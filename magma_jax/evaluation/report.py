@@ -4,15 +4,14 @@ import base64
 import io
 from collections import defaultdict
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 import numpy as np
 from PIL import Image
 
 from magma_jax.data.datasets import Dataset
 from magma_jax.evaluation.charts import line_chart
+from magma_jax.evaluation.pages import fill_page
 from magma_jax.evaluation.results import (
     CAPTION,
     CONDITIONS,
@@ -22,6 +21,7 @@ from magma_jax.evaluation.results import (
     question_of,
     summary,
 )
+from magma_jax.evaluation.tables import html_table
 from magma_jax.output import replace_file
 from magma_jax.training.metrics import read_lines
 from magma_jax.typing import UInt8
@@ -64,10 +64,10 @@ def write_report(
     decoding = f"{protocol['decoding']} decoding, at most {protocol['max_new_tokens']} new tokens"
     kinds = dict.fromkeys(sample.kind for sample in evaluation.samples)
     page = fill_page(
-        "report.html",
-        title=escape(f"What the model says of the {protocol['split']} pictures"),
+        "report",
+        title=f"What the model says of the {protocol['split']} pictures",
         summary=escape(summary(figures)),
-        table=_table(cells(figures)),
+        table=html_table(cells(figures)),
         protocol=escape(f"{decoding[0].upper()}{decoding[1:]}."),
         kinds=_kinds(evaluation),
         charts=_charts(Path(metrics_file)),
@@ -78,25 +78,12 @@ def write_report(
     replace_file(path, page.encode())
 
 
-def fill_page(name: str, **parts: str) -> str:
-    """A page of this package with its ``$parts`` and the common style."""
-    files = resources.files("magma_jax.evaluation")
-    style = files.joinpath("page.css").read_text(encoding="utf-8")
-    return Template(files.joinpath(name).read_text(encoding="utf-8")).substitute(parts, style=style)
-
-
 def png(pixels: UInt8[np.ndarray, "h w 3"], size: int = PICTURE_SIZE) -> bytes:
     """A picture as a small PNG file."""
     image = Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.quantize(PICTURE_COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return file.getvalue()
-
-
-def _table(rows: list[list[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _kinds(evaluation: Evaluation) -> str:
@@ -110,7 +97,7 @@ def _kinds(evaluation: Evaluation) -> str:
     for kind, count in counts.items():
         values = [figures_of(evaluation.figures, condition)["vqa_by_kind"][kind] for condition in CONDITIONS]
         rows.append([kind, str(count), *(f"{value:.1f}" for value in values), examples[kind]])
-    return f'<div class="wide kinds">{_table(rows)}</div>'
+    return f'<div class="wide kinds">{html_table(rows)}</div>'
 
 
 def _charts(metrics_file: Path) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from magma_jax.evaluation.tables import text_table
 from magma_jax.output import replace_file
 
 # The model as it is, and three baselines that know less.
@@ -74,13 +75,7 @@ def cells(figures: Mapping[str, Any]) -> list[list[str]]:
 
 def table(figures: Mapping[str, Any]) -> str:
     """The figures for a terminal: a row a condition, a column a metric, and what they were measured on."""
-    rows = cells(figures)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([f"{summary(figures)}:", "", *lines])
+    return f"{summary(figures)}:\n\n{text_table(cells(figures))}"
 
 
 def summary(figures: Mapping[str, Any]) -> str:

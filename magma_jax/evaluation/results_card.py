@@ -8,25 +8,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from magma_jax.data.records import DataError
 from magma_jax.evaluation.columns import Column, columns_of, figure, first_score
+from magma_jax.evaluation.names import file_stem
 from magma_jax.evaluation.paper import FIGURES
+from magma_jax.evaluation.stamp import stamp
+from magma_jax.evaluation.tables import text_table
+from magma_jax.evaluation.task_files import RESULTS, read_result
 from magma_jax.evaluation.tasks import TASKS
 from magma_jax.output import replace_file
 
 
-def write_card(folder: str | Path, checkpoint: Mapping[str, Any], settings: str = "") -> str:
-    """Writes ``card.json`` and ``card.txt`` of the results in ``folder`` that belong to a checkpoint.
+def write_card(folder: str | Path, checkpoint: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Path:
+    """Writes ``card-HASH.json`` and ``card-HASH.txt`` of the results in ``folder`` that belong to a checkpoint.
 
-    Only results with the same ``settings`` stand in one card, and settings other than the tasks' own in its name.
+    Only results with the same ``settings`` stand in one card, and settings other than the tasks' own in its name. Of
+    results that one task has with other data the newest counts.
 
     Returns:
-        The text.
+        The path of the second.
     """
-    results = [r for r in read_results(folder) if r["checkpoint"] == checkpoint and r["settings"] == settings]
+    which = {"checkpoint": dict(checkpoint), "settings": dict(settings or {})}
+    found = [r for r in read_results(folder) if which == {name: r.get(name) for name in which}]
+    results = list({(r["task"]["name"], r["task"]["shots"]): r for r in found}.values())
     card = {
-        "checkpoint": dict(checkpoint),
-        "settings": settings,
+        **which,
         "rows": {
             name: [{**column._asdict(), "value": value} for column, value in row.items()]
             for name, row in rows_of(results).items()
@@ -34,29 +39,26 @@ def write_card(folder: str | Path, checkpoint: Mapping[str, Any], settings: str 
         "results": results,
     }
     text = table(results) + "\n\n" + "\n\n".join(stamp(result) for result in results) + "\n"
-    name = "-".join(filter(None, ["card", settings]))
-    replace_file(Path(folder) / f"{name}.json", (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
-    replace_file(Path(folder) / f"{name}.txt", text.encode())
-    return text
+    path = Path(folder) / f"{file_stem('card', which['settings'], which)}.txt"
+    replace_file(path.with_suffix(".json"), (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode())
+    replace_file(path, text.encode())
+    return path
 
 
 def read_results(folder: str | Path) -> list[dict[str, Any]]:
-    """Results of tasks, in the order of the paper's tables.
+    """Results of tasks, in the order of the paper's tables and of their age.
 
     Raises:
         DataError: a result that cannot be read.
     """
-    order = list(TASKS)
-    found = []
-    for path in Path(folder).glob("*-*shot*.json"):
-        if path.name.endswith(".submission.json"):
-            continue
-        try:
-            result = json.loads(path.read_text())
-            found.append((order.index(result["task"]["name"]), result["task"]["shots"], path.stem, result))
-        except (ValueError, KeyError) as error:
-            raise DataError(f"{path}: no result of an evaluation ({error}); remove it or run the task again") from None
-    return [result for *_, result in sorted(found, key=lambda entry: entry[:3])]
+    order = {name: number for number, name in enumerate(TASKS)}
+    found = {path: read_result(path) for path in Path(folder).glob(f"*{RESULTS}")}
+
+    def place(path: Path) -> tuple[Any, ...]:
+        task = found[path]["task"]
+        return order.get(task["name"], len(order)), task["name"], task["shots"], path.stat().st_mtime_ns
+
+    return [found[path] for path in sorted(found, key=place)]
 
 
 def rows_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[Column, float]]:
@@ -85,7 +87,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     for column in columns:
         tables.setdefault("" if column.metric == "accuracy" else column.task, []).append(column)
     parts = [_table(rows, chosen, intervals) for chosen in tables.values()]
-    return "\n\n".join(parts) if parts else "no scores: the true answers are secret"
+    if not parts:
+        return "no scores: the true answers are secret"
+    if any(column.metric != "accuracy" for column in columns):
+        parts.append("CIDEr and BLEU-4 times 100, as in the paper.")
+    return "\n\n".join(parts)
 
 
 def _table(rows: Mapping[str, Mapping[Column, float]], columns: Sequence[Column], intervals: Mapping) -> str:
@@ -100,12 +106,7 @@ def _table(rows: Mapping[str, Mapping[Column, float]], columns: Sequence[Column]
     lines.insert(3, ["  95 % interval", *(intervals[column] for column in columns)])
     paper = [[f"  {name}", *values] for name, values in cells.items() if name in FIGURES]
     lines += [["the paper", *("" for _ in columns)], *paper] if paper else []
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = (
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
-    return "\n".join(line.rstrip() for line in aligned)
+    return text_table(lines)
 
 
 def _interval(result: Mapping[str, Any], column: Column) -> str:
@@ -114,29 +115,3 @@ def _interval(result: Mapping[str, Any], column: Column) -> str:
     low, high = first_score(result, "scores")["intervals"][column.metric]
     scale = figure({"scores": {column.metric: 1.0}}, column)
     return f"{scale * low:.1f}-{scale * high:.1f}"
-
-
-def stamp(result: Mapping[str, Any]) -> str:
-    """Everything that a figure depends on, in a few lines."""
-    task, shots = result["task"], result["shots"]
-    drawn = "none"
-    if shots:
-        each = "one draw for all" if task["shot_policy"] == "run" else "drawn for every query"
-        drawn = f"{task['shots']} of {shots['data']}, {each}, seed {task['seed']}, {shots['dropped']} dropped"
-    past = result["longest_prompt"] + task["max_new_tokens"] > result["context"]
-    score = first_score(result, "scores")
-    words = [
-        f"{task['name']}, {task['shots']} shots",
-        f"  protocol    {', '.join(task['protocols'])}",
-        f"  data        {result['data']}: {result['samples']} of {result['of']}",
-        f"  prompt      {task['prompt']!r}, then {task['before_answer']!r} answer {task['after_answer']!r}",
-        f"  shots       {drawn}",
-        f"  decoding    {result['decoding']}, at most {task['max_new_tokens']} new tokens",
-        f"  truncation  {task['truncation']}",
-        f"  positions   up to {result['longest_prompt']} of {result['context']}"
-        + (", beyond what the model was trained on" if past else ""),
-        *([f"  constant    always {score['constant']['answer']!r}"] if score else []),
-        *([] if not task["blind"] else ["  pictures    black"]),
-        f"  checkpoint  {', '.join(f'{key} {value}' for key, value in result['checkpoint'].items())}",
-    ]
-    return "\n".join(words)

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from magma_jax.data.readers.common import read_json
 from magma_jax.data.records import DataError
 from magma_jax.evaluation import gqa
-from magma_jax.evaluation.bootstrap import DRAWS, Interval, intervals
+from magma_jax.evaluation.bootstrap import DRAWS, Interval, intervals, rarity_note
 from magma_jax.evaluation.metrics import Scores
 from magma_jax.evaluation.protocols import (
     PROTOCOLS,
     Protocol,
     Reference,
-    constant_prediction,
+    commonest_answer,
+    gqa_references,
     join,
     read_predictions,
 )
+from magma_jax.evaluation.tables import text_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Score:
         scores: score by name.
         intervals: 95 % bootstrap interval by name.
         groups: kind of group to group to its number of samples and scores.
-        constant: what always giving the same answer scores, and that answer.
+        constant: what always giving the most frequent true answer scores, and that answer.
         measures: of GQA, see ``gqa.gqa_measures``.
+        left_out: entries of the references that are not scored: no label, or (GQA) not balanced.
     """
 
     protocol: str
@@ -42,6 +44,7 @@ class Score:
     groups: dict[str, dict[str, dict[str, float | int]]]
     constant: dict[str, Any]
     measures: dict[str, float] = dataclasses.field(default_factory=dict)
+    left_out: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -49,20 +52,23 @@ class Score:
 
     def table(self) -> str:
         """For a terminal: scores with intervals and the constant baseline, then every group."""
-        lines = [f"{self.protocol}, {self.samples} samples, 95 % bootstrap intervals", ""]
-        lines += [f"{'':<14}{'score':>9}   {'interval':^19}   {'constant':>9}"]
+        without = f", {self.left_out} left out (no label, or not balanced)" if self.left_out else ""
+        rows = [["", "score", "95 % interval", "constant"]]
         for name, value in self.scores.items():
             low, high = self.intervals[name]
-            baseline = self.constant["scores"][name]
-            lines.append(f"{name:<14}{value:>9.4g}   {low:>9.4g} {high:>9.4g}   {baseline:>9.4g}")
-        lines += ["", f"constant: always {self.constant['answer']!r}"]
+            rows.append([name, f"{value:.4g}", f"{low:.4g} to {high:.4g}", f"{self.constant['scores'][name]:.4g}"])
+        lines = [f"{self.protocol}, {self.samples} samples{without}", "", text_table(rows), ""]
+        lines += [f"constant: always {self.constant['answer']!r}, the most frequent true answer"]
+        lines += rarity_note(self.scores)
         lines += [f"{name}: {value:.4g}" for name, value in self.measures.items()]
         for kind, groups in self.groups.items():
-            lines += ["", f"by {kind}"]
-            width = max(map(len, groups), default=0)
-            for group, values in groups.items():
-                shown = "   ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "samples")
-                lines.append(f"  {group:<{width}}  {int(values['samples']):>7}   {shown}")
+            names = list(next(iter(groups.values())))
+            rows = [[f"by {kind}", *names]]
+            rows += [
+                [group, str(values["samples"]), *(f"{values[name]:.4g}" for name in names[1:])]
+                for group, values in groups.items()
+            ]
+            lines += ["", text_table(rows)]
         return "\n".join(lines)
 
 
@@ -77,33 +83,32 @@ def score_files(
     """Scores a file of predictions against the official file of annotations.
 
     Args:
+        references: of GQA also a folder of such files.
         choices: of GQA, for its validity and plausibility.
 
     Raises:
         DataError: a file is damaged or in another format, or the ids differ.
     """
     chosen, references, predictions = PROTOCOLS[protocol], Path(references), Path(predictions)
-    if choices is not None and not protocol.startswith("gqa"):
+    is_gqa = protocol.startswith("gqa")
+    if choices is not None and not is_gqa:
         raise DataError(f"--choices is for GQA, not for {protocol}")
     said = read_predictions(predictions, chosen)
-    truths = chosen.references(references)
-    measures: dict[str, float] = {}
-    if protocol.startswith("gqa"):
-        questions = gqa.read_questions(references)
-        # Only balanced questions are scored; consistency looks at predictions for the others, too.
-        kept = {key: text for key, text in said.items() if key in truths or key not in questions}
-        texts, judged = join(truths, kept, str(predictions))
-        measures = gqa.gqa_measures(questions, said, None if choices is None else read_json(Path(choices)))
-    else:
-        texts, judged = join(truths, said, str(predictions))
-    return dataclasses.replace(score(protocol, texts, judged, draws=draws), measures=measures)
+    questions = gqa.read_questions(references) if is_gqa else {}
+    truths = gqa_references(questions) if is_gqa else chosen.references(references)
+    texts, judged = join(truths, said, str(predictions))
+    if not judged:
+        raise DataError(f"{references}: nothing to score: none of its {len(truths)} entries has an answer that counts")
+    measures = gqa.gqa_measures(questions, said, choices and gqa.read_choices(Path(choices))) if is_gqa else {}
+    found = score(protocol, texts, judged, draws=draws)
+    return dataclasses.replace(found, measures=measures, left_out=len(truths) - len(judged))
 
 
 def score(protocol: str, predictions: Sequence[str], references: Sequence[Reference], *, draws: int = DRAWS) -> Score:
     """Scores predictions against references in the same order; needs at least one."""
     chosen = PROTOCOLS[protocol]
     scores = judge(chosen, predictions, references)
-    answer = constant_prediction(references)
+    answer = commonest_answer(references)
     constant = judge(chosen, [answer] * len(references), references)
     return Score(
         protocol,

@@ -3,16 +3,19 @@
 import dataclasses
 import itertools
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from magma_jax.config import apply_overrides, from_dict, to_dict
+from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
 from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.evaluation.columns import first_score
 from magma_jax.evaluation.few_shot import TaskResult, finish
+from magma_jax.evaluation.names import file_stem
+from magma_jax.evaluation.tables import text_table
 from magma_jax.evaluation.tasks import TaskConfig
 from magma_jax.output import replace_file
 
@@ -26,6 +29,11 @@ def combinations(task: TaskConfig, choices: Mapping[str, Sequence[str]]) -> list
     Raises:
         ConfigError: no such setting, or a value that it may not have.
     """
+    for name, texts in choices.items():
+        if not texts:
+            raise ConfigError(f"--sweep {name}: give its values too, as in --sweep shots 0 1")
+        if name == "name":
+            raise ConfigError(f"--sweep name: the task's name stays {task.name}")
     config = ConfigDict(to_dict(task))
     overrides = (
         [f"{name}={text}" for name, text in zip(choices, texts, strict=True)]
@@ -56,19 +64,19 @@ def sweep_table(results: Sequence[TaskResult], swept: Sequence[str]) -> str:
     for result in results:
         values = result.to_dict()
         score, line = first_score(values, "scores"), first_score(values, "first_line")
-        settings = [_shown(getattr(result.task, name)) for name in swept]
+        settings = [_shown(operator.attrgetter(name)(result.task)) for name in swept]
         for metric, value in score["scores"].items() if score else ():
             low, high = score["intervals"][metric]
             first = "same" if line is None else f"{line['scores'][metric]:.4g}"
             constant = score["constant"]["scores"][metric]
             rows.append([*settings, metric, f"{value:.4g}", f"{low:.4g} to {high:.4g}", first, f"{constant:.4g}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return text_table(rows, left=len(swept) + 1)
 
 
 def write_sweep(folder: str | Path, results: Sequence[TaskResult], swept: Sequence[str]) -> Path:
-    """Writes ``sweep-TASK-SETTINGS.txt`` and ``.json``; returns the path of the first."""
-    path = Path(folder) / f"sweep-{results[0].task.name}-{'-'.join(swept)}.txt"
+    """Writes ``sweep-TASK-KEYS-HASH.txt`` and ``.json``; returns the path of the first."""
+    everything = [[to_dict(result.task), result.stamp.get("checkpoint")] for result in results]
+    path = Path(folder) / f"{file_stem('-'.join(['sweep', results[0].task.name, *swept]), {}, everything)}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps([result.to_dict() for result in results], indent=2, ensure_ascii=False) + "\n"
     replace_file(path.with_suffix(".json"), content.encode())

@@ -6,10 +6,10 @@ to the length of the longest true one. What it does not state has the value that
 """
 
 import dataclasses
-import json
 from types import MappingProxyType
 from typing import Any, Literal
 
+from magma_jax.config import to_dict
 from magma_jax.evaluation.protocols import PROTOCOLS
 from magma_jax.inference.sampling import SamplingConfig
 
@@ -90,20 +90,10 @@ class TaskConfig:
             raise ValueError("sampling: repetition_penalty and compat are not for evaluation")
 
     @property
-    def settings(self) -> str:
-        """Every setting that is not the task's own, as in ``limit=100``; part of file names."""
-        usual = TASKS.get(self.name, self)
-        changed = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in _PLACES and getattr(self, field.name) != getattr(usual, field.name)
-        }
-        return "-".join(f"{name}={_plain(value)}" for name, value in changed.items())
-
-    @property
-    def file_name(self) -> str:
-        """``vqav2-4shot``, and the settings."""
-        return "-".join(filter(None, [self.name, f"{self.shots}shot", self.settings]))
+    def settings(self) -> dict[str, Any]:
+        """Every setting that is not the task's own, as in ``{"limit": 100}``; plain JSON values."""
+        usual = to_dict(TASKS.get(self.name, self))
+        return {name: value for name, value in to_dict(self).items() if name not in _PLACES and value != usual[name]}
 
     def ask(self, text: str) -> str:
         """The words behind a picture; ``text`` is the question, which captions do not have."""
@@ -117,11 +107,6 @@ class TaskConfig:
 
 # Where data lies and how many shots there are is no change of settings.
 _PLACES = ("name", "data", "shot_data", "shots")
-
-
-def _plain(value: Any) -> str:
-    text = json.dumps(dataclasses.asdict(value)) if dataclasses.is_dataclass(value) else str(value)
-    return "".join(character if character.isalnum() or character in ".,_" else "_" for character in text)[:40]
 
 
 def _questions(name: str, *protocols: str, **options) -> TaskConfig:
@@ -158,7 +143,7 @@ TASKS: MappingProxyType[str, TaskConfig] = MappingProxyType(
                 classes=("entailment", "neutral", "contradiction"),
             ),
             _questions("own_questions", "vqa_official", **_OWN),
-            _captions("own_captions", "coco", **_OWN),
+            _captions("own_captions", "coco", "accuracy", **_OWN),
         )
     }
 )

@@ -8,7 +8,7 @@ import pytest
 from magma_jax.data.records import DataError
 from magma_jax.evaluation.comparison import compare_results, table, to_json
 from magma_jax.evaluation.sweep import combinations, run_sweep, sweep_table, write_sweep
-from magma_jax.evaluation.task_files import write_result
+from magma_jax.evaluation.task_files import predictions_file, write_result
 from magma_jax.evaluation.tasks import TASKS
 from tests.evaluation.test_task_files import result_of
 
@@ -17,43 +17,52 @@ RIGHT, WRONG = [" yes", " red"], [" no", " red"]
 
 @pytest.fixture
 def two(folders, talkative, tmp_path):
-    """Result files of two systems: one answers everything, the other half of it."""
-    for name, outputs in (("a", WRONG), ("b", RIGHT)):
+    """Results of two systems: one answers half, the other everything."""
+    return [
         write_result(tmp_path / name, result_of(folders, talkative, outputs))
-    return tmp_path
+        for name, outputs in (("a", WRONG), ("b", RIGHT))
+    ]
 
 
 def test_the_better_of_two_is_told_with_an_interval(two):
-    found = compare_results(two / "a", two / "b", draws=200)["vqav2-0shot"]["vqa_official"]["accuracy"]
+    found = compare_results(two[0].parent, two[1].parent, draws=200)["vqav2, 0 shots"]["vqa_official"]["accuracy"]
     assert found.difference == 50
     assert 0 < found.interval.low < 50 < found.interval.high
     assert found.p < 0.05
-    same = compare_results(two / "a/vqav2-0shot.json", two / "a/vqav2-0shot.json", draws=50)
-    assert same["vqav2-0shot"]["vqa_official"]["accuracy"].difference == 0
+    same = compare_results(two[0], two[0], draws=50)
+    assert same["vqav2, 0 shots"]["vqa_official"]["accuracy"].difference == 0
     text = table("a", "b", same)
-    assert "vqav2-0shot  vqa_official  accuracy" in text
+    assert text.splitlines()[4].split()[:5] == ["vqav2,", "0", "shots", "vqa_official", "accuracy"]
     json.dumps(to_json(same))
 
 
 def test_the_order_of_predictions_does_not_matter(two):
-    path = two / "b/vqav2-0shot.predictions.jsonl"
+    path = predictions_file(two[1])
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    found = compare_results(two / "a", two / "b", draws=50)["vqav2-0shot"]["vqa_official"]["accuracy"]
+    found = compare_results(*two, draws=50)["vqav2, 0 shots"]["vqa_official"]["accuracy"]
     assert found.difference == 50
 
 
 def test_what_cannot_be_compared_is_refused(two):
-    (two / "empty").mkdir()
-    with pytest.raises(DataError, match="no result of the same name"):
-        compare_results(two / "a", two / "empty")
-    path = two / "b/vqav2-0shot.predictions.jsonl"
+    folders = two[0].parent, two[1].parent
+    (folders[0] / "empty").mkdir()
+    with pytest.raises(DataError, match="no results of the same task"):
+        compare_results(folders[0], folders[0] / "empty")
+    (folders[0] / "again.results.json").write_text(two[0].read_text())
+    with pytest.raises(DataError, match="several results of vqav2, 0 shots"):
+        compare_results(*folders)
+    two[0].write_text("[]")
+    with pytest.raises(DataError, match="no result of eval"):
+        compare_results(*two)
+    two[0].write_text(two[1].read_text())
+    path = predictions_file(two[1])
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[1:]))
     with pytest.raises(DataError, match="not about the same examples; only one has 0"):
-        compare_results(two / "a", two / "b")
+        compare_results(*two)
     path.write_text("".join([lines[0].replace('"yes"', '"maybe"'), *lines[1:]]))
     with pytest.raises(DataError, match="other true answers to 0"):
-        compare_results(two / "a", two / "b")
+        compare_results(*two)
 
 
 def test_a_sweep_asks_once_for_all_that_is_only_judged_differently(folders, talkative, tmp_path):
@@ -80,3 +89,13 @@ def test_a_sweep_asks_once_for_all_that_is_only_judged_differently(folders, talk
         combinations(task, {"promt": ["a"]})
     with pytest.raises(ValueError, match="needs one"):
         combinations(task, {"prompt": ["a"]})
+    with pytest.raises(ValueError, match="--sweep shots: give its values too"):
+        combinations(task, {"shots": []})
+    assert [t.prompt for t in combinations(task, {"prompt": ["{}", "Is {} so?"]})] == ["{}", "Is {} so?"]
+    warm = combinations(task, {"sampling.temperature": ["0.0", "0.5"]})
+    results = [dataclasses.replace(results[0], task=one) for one in warm]
+    assert [line.split()[0] for line in sweep_table(results, ["sampling.temperature"]).splitlines()[1:]] == [
+        "0.0",
+        "0.5",
+    ]
+    assert write_sweep(tmp_path, results[:1], ["truncation"]) != write_sweep(tmp_path, results[1:], ["truncation"])

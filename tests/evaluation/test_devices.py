@@ -66,7 +66,8 @@ def test_one_device_many_and_two_processes_write_the_same(model_folder, folders,
     assert "this model" in printed
     assert "MAGMA long" in printed
     expected = files(tmp_path / "one")
-    assert {"vqav2-0shot-max_new_tokens=4.json", "card-max_new_tokens=4.txt"} <= expected.keys()
+    names = {name.rsplit("-", 1)[0] for name in expected}
+    assert {"vqav2-0shot-max_new_tokens=4", "card-max_new_tokens=4"} <= names
 
     mesh = ("--mesh", "data=2", "model=2")
     several = [

@@ -89,8 +89,9 @@ def test_a_model_that_learned_to_see_beats_its_baselines(finished, squares, caps
 
 def test_another_split_or_a_limit_leaves_the_full_results_alone(finished, squares):
     own_split.evaluate_run(finished, "train", 2)
-    assert json.loads((finished / "results-train-2.json").read_text())["protocol"]["captions"] == 2
-    assert (finished / "report-train-2.html").exists()
+    (path,) = finished.glob("results-split=train-limit=2-*.json")
+    assert json.loads(path.read_text())["protocol"]["captions"] == 2
+    assert (finished / path.name.replace("results", "report").replace(".json", ".html")).exists()
 
 
 def test_the_same_evaluation_twice_is_the_same(model, evaluation):

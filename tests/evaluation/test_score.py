@@ -2,14 +2,13 @@
 
 import json
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from magma_jax.data.records import DataError
 from magma_jax.evaluation import bootstrap
+from magma_jax.evaluation.__main__ import main
 from magma_jax.evaluation.protocols import PROTOCOLS, stem
 from magma_jax.evaluation.score import score_files
 
@@ -85,6 +84,7 @@ def test_caption_files_give_the_coco_and_the_nlgeval_score(captions):
             assert low < value < high, name
     raw = score_files("coco_nlgeval", references, results, draws=20)
     assert raw.scores["CIDEr"] != pytest.approx(result.scores["CIDEr"], rel=1e-2)
+    assert "rarity in the whole set" in result.table()
 
 
 def test_nocaps_scores_every_domain_with_its_own_rarities(captions):
@@ -136,6 +136,15 @@ def test_gqa_counts_balanced_questions_by_string_equality(tmp_path):
     assert exact.scores["accuracy"] == pytest.approx(100 / 3)
     assert exact.groups["form"]["binary"] == {"samples": 2, "accuracy": 50.0}
     assert score_files("gqa_relaxed", references, predictions, draws=1).scores["accuracy"] == pytest.approx(200 / 3)
+    assert exact.left_out == 1
+    # The same as a folder of chunks.
+    (tmp_path / "chunks").mkdir()
+    for i, key in enumerate("1234"):
+        dump(tmp_path / f"chunks/chunk_{i}.json", {key: json.loads(references.read_text())[key]})
+    assert score_files("gqa_exact", tmp_path / "chunks", predictions, draws=1) == exact
+    dump(tmp_path / "chunks/chunk_9.json", {"1": question("yes", "verify")})
+    with pytest.raises(DataError, match=r"chunk_9\.json"):
+        score_files("gqa_exact", tmp_path / "chunks", predictions)
 
 
 def test_gqa_has_measures_beside_accuracy(tmp_path):
@@ -193,11 +202,27 @@ def test_entailment_without_majority_is_not_counted(tmp_path):
     labels = [("a", "neutral"), ("b", "-"), ("c", "entailment")]
     lines = [json.dumps({"pairID": key, "gold_label": label}) + "\n" for key, label in labels]
     (tmp_path / "r.jsonl").write_text("".join(lines))
-    (tmp_path / "p.jsonl").write_text('{"pairID": "a", "label": "neutral"}\n{"pairID": "c", "label": "neutral"}\n')
-    result = score_files("accuracy", tmp_path / "r.jsonl", tmp_path / "p.jsonl", draws=1)
-    assert result.samples == 2
-    assert result.scores["accuracy"] == 50
-    assert result.groups["label"]["entailment"]["accuracy"] == 0
+    for predicted in ("ac", "abc"):
+        said = [json.dumps({"pairID": key, "label": "neutral"}) + "\n" for key in predicted]
+        (tmp_path / "p.jsonl").write_text("".join(said))
+        result = score_files("accuracy", tmp_path / "r.jsonl", tmp_path / "p.jsonl", draws=1)
+        assert (result.samples, result.left_out) == (2, 1)
+        assert result.scores["accuracy"] == 50
+        assert result.groups["label"]["entailment"]["accuracy"] == 0
+    assert "2 samples, 1 left out" in result.table()
+    (tmp_path / "r.jsonl").write_text(lines[1])
+    (tmp_path / "p.jsonl").write_text("")
+    with pytest.raises(DataError, match="nothing to score"):
+        score_files("accuracy", tmp_path / "r.jsonl", tmp_path / "p.jsonl")
+
+
+def test_labels_may_be_numbers(tmp_path):
+    """As Hateful Memes has them."""
+    (tmp_path / "r.jsonl").write_text('{"id": 42953, "label": 0}\n{"id": "01235", "label": 1}\n')
+    predictions = dump(tmp_path / "p.json", [{"id": 42953, "label": 0}, {"id": "01235", "label": "0"}])
+    assert score_files("accuracy", tmp_path / "r.jsonl", predictions, draws=1).scores["accuracy"] == 50
+    with pytest.raises(DataError, match="entry 1: 'label' is null"):
+        score_files("accuracy", tmp_path / "r.jsonl", dump(predictions, [{"id": 42953, "label": None}]))
 
 
 @pytest.mark.parametrize(
@@ -209,9 +234,11 @@ def test_entailment_without_majority_is_not_counted(tmp_path):
             "1 ids predicted that the references do not have, such as 9999",
         ),
         (lambda p: p + p[:1], "is predicted twice"),
-        (lambda p: [{"question_id": 1}], "no answer"),
-        (lambda p: [{"question_id": 1, "answer": 7}], "the prediction is a int, expected text"),
-        (lambda p: {"answers": p}, "expected a list of predictions"),
+        (lambda p: [{"question_id": 1}], "p.json: entry 1: no 'answer'"),
+        (lambda p: [{"question_id": 1, "answer": 7}], "entry 1: 'answer' is a number, not text"),
+        (lambda p: {"answers": p}, "p.json is an object, not a list"),
+        (lambda p: [[1, "yes"]], "entry 1 is a list, not an object"),
+        (lambda p: [{"question_id": None, "answer": "yes"}], "entry 1: 'question_id' is null, not"),
     ],
 )
 def test_wrong_prediction_files_are_one_line(vqa, change, says):
@@ -234,16 +261,54 @@ def test_empty_answers_and_double_annotations_are_errors(vqa):
         score_files("vqa_official", annotations, predictions)
 
 
-def test_command_line(vqa):
+@pytest.mark.parametrize(
+    ("protocol", "content", "says"),
+    [
+        ("vqa_official", [], "r.json: no 'annotations' \\(there is: a list\\)"),
+        ("vqa_official", {"annotations": {"1": 2}}, "r.json: 'annotations' is an object, not a list"),
+        ("vqa_official", {"annotations": [7]}, "r.json: entry 1: no 'question_id' \\(there is: a number"),
+        ("vqa_official", {"annotations": [{"question_id": 1, "answers": "yes"}]}, "question 1: 'answers' is text"),
+        (
+            "vqa_official",
+            {"annotations": [{"question_id": 1, "answers": [{"answer": 2}]}]},
+            "question 1: 'answer' is a",
+        ),
+        ("vizwiz_by_index", {"a": 1}, "r.json is an object, not a list"),
+        ("vizwiz_by_index", [{"image": 3}], "entry 1: 'image' is a number, not text"),
+        ("gqa_exact", ["1"], "r.json is a list, not an object"),
+        ("gqa_exact", {"1": "yes"}, "question 1"),
+        ("gqa_exact", {"1": {"answer": "yes", "types": "query"}}, "question 1: 'types' is text, not an object"),
+        ("gqa_exact", {"1": {"answer": ["yes"]}}, "question 1: 'answer' is a list, not text"),
+        ("coco", {"annotations": [{"image_id": 1, "caption": None}]}, "annotation 1: 'caption' is null, not text"),
+        ("nocaps", {"annotations": [{"image_id": 1, "caption": "a"}], "images": "no"}, "'images' is text, not a list"),
+        ("accuracy", [], "line 1 is a list, not an object"),
+        ("accuracy", {"id": 1, "label": ["a"]}, "entry 1: 'label' is a list"),
+    ],
+)
+def test_references_of_odd_types_are_one_line_with_file_and_record(tmp_path, protocol, content, says):
+    references, predictions = dump(tmp_path / "r.json", content), dump(tmp_path / "p.json", [])
+    with pytest.raises(DataError, match=says) as error:
+        score_files(protocol, references, predictions)
+    assert str(references) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_command_line(vqa, monkeypatch, capsys):
     annotations, predictions, official = vqa
-    command = [sys.executable, "-m", "magma_jax.evaluation", "score", "--protocol", "vqa_official", "--json"]
-    command += ["--references", str(annotations), "--predictions", str(predictions), "--draws", "10"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["scores"]["accuracy"] == pytest.approx(official)
-    done = subprocess.run([*command[:-1], "0"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.strip() == "magma_jax.evaluation: --draws must be at least 1, got 0"
+    command = ["score", "--protocol", "vqa_official", "--references", str(annotations), "--predictions"]
+
+    def run(*options):
+        monkeypatch.setattr("sys.argv", ["evaluation", *command, *options])
+        main()
+
+    run(str(predictions), "--draws", "10", "--json")
+    assert json.loads(capsys.readouterr().out)["scores"]["accuracy"] == pytest.approx(official)
+    run(str(predictions), "--draws", "10")
+    assert capsys.readouterr().out.startswith("vqa_official, 400 samples\n")
+    with pytest.raises(SystemExit, match=r"magma_jax\.evaluation: --draws must be at least 1, got 0"):
+        run(str(predictions), "--draws", "0")
+    with pytest.raises(SystemExit, match=r"magma_jax.evaluation: .*: no such file"):
+        run("nowhere.json")
 
 
 def test_every_protocol_names_a_metric():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -14,7 +15,7 @@ from magma_jax.evaluation.gallery import write_gallery
 from magma_jax.evaluation.paper import FIGURES
 from magma_jax.evaluation.results_card import write_card
 from magma_jax.evaluation.submissions import write_submission
-from magma_jax.evaluation.task_files import read_predictions, write_result
+from magma_jax.evaluation.task_files import predictions_file, read_answers, write_result
 from magma_jax.evaluation.tasks import TASKS
 from tests.evaluation.test_report import Page
 
@@ -43,37 +44,58 @@ def result_of(folders, model, outputs, name="vqav2", **changes):
 def written(folders, talkative, tmp_path):
     """Questions of which the first kind is right and the second right for three of ten annotators, then wrong."""
     result = result_of(folders, talkative, [" yes\nQ: <b>", " dark blue", " yes", " green"])
-    write_result(tmp_path, result)
-    write_result(tmp_path, result_of(folders, talkative, ["a square"], "coco"))
-    return tmp_path
+    return write_result(tmp_path, result), write_result(tmp_path, result_of(folders, talkative, ["a square"], "coco"))
 
 
 def test_every_prediction_is_kept_whole_and_cut(written):
-    lines = [json.loads(line) for line in (written / "vqav2-0shot.predictions.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in predictions_file(written[0]).read_text().splitlines()]
     assert len(lines) == 12
     assert lines[0]["output"] == " yes\nQ: <b>"
     assert lines[0]["answer"] == "yes"
     assert [line["scores"]["accuracy"] for line in lines[:4]] == [100, 100, 100, 0]
-    examples, answers = read_predictions(written / "vqav2-0shot.json")
+    examples, answers = read_answers(written[0])
     assert (examples[1].id, examples[1].groups, answers[1]) == ("1", {"answer_type": "other"}, "dark blue")
 
 
 def test_the_card_has_the_tables_of_the_paper_and_the_stamp(written):
-    text = write_card(written, CHECKPOINT)
+    folder = written[0].parent
+    path = write_card(folder, CHECKPOINT)
+    text = path.read_text()
     row = {line[:15].strip(): line.split() for line in text.splitlines()}
     assert row["this model"][-1] != "-"
     assert "61.5" in text
     assert "57.0" in text
     assert "68.0" in text  # finetuned, table 2
     assert "no adapters" in text
-    assert "protocol    vqa_official, vqa_before_2021, vqa_always_normalised" in text
+    assert "protocol    vqa_official\n" in text
+    assert "also        vqa_before_2021: accuracy 75 (" in text
     assert "checkpoint  name mine, step 3" in text
-    assert (written / "card.txt").read_text() == text
-    card = json.loads((written / "card.json").read_text())
+    card = json.loads(path.with_suffix(".json").read_text())
     assert {"task": "vqav2", "shots": 0, "metric": "accuracy", "group": "", "value": 75.0} in card["rows"]["this model"]
     # Other checkpoints and other settings have cards of their own.
-    assert "no scores" in write_card(written, {"name": "other"})
-    assert write_card(written, CHECKPOINT) == text
+    assert "no scores" in write_card(folder, {"name": "other"}).read_text()
+    assert write_card(folder, CHECKPOINT) == path
+    assert path.read_text() == text
+
+
+def test_nothing_but_the_same_evaluation_replaces_a_file(folders, talkative, tmp_path):
+    """Settings that a file name cannot show, other data and another checkpoint: every result has its own files."""
+    result = result_of(folders, talkative, [" yes"])
+    prompts = ["Q: {} A:", "Q? {} A:", "Q: {} " + "word " * 60 + "A:", "Q: {} " + "word " * 60 + "B:"]
+    tasks = [dataclasses.replace(result.task, prompt=prompt) for prompt in prompts]
+    tasks += [dataclasses.replace(result.task, data="elsewhere"), dataclasses.replace(result.task, shot_data="x")]
+    results = [dataclasses.replace(result, task=task) for task in tasks]
+    results.append(dataclasses.replace(result, stamp=result.stamp | {"checkpoint": {"name": "mine", "step": 4}}))
+    paths = [write_result(tmp_path, one) for one in results]
+    assert len(set(paths)) == len(results)
+    assert all(len(os.fsencode(path.name)) < 200 for path in paths)
+    assert [write_result(tmp_path, one) for one in results] == paths
+    assert paths[0].name.startswith("vqav2-0shot-")
+    cards = {write_card(tmp_path, one.stamp["checkpoint"], one.task.settings) for one in results}
+    assert len(cards) == 5  # four prompts, and another checkpoint
+    # Of two results of a task with other data the newest stands in the card.
+    os.utime(paths[0], ns=(2**62, 2**62))
+    assert str(folders / "val") in write_card(tmp_path, CHECKPOINT).read_text()
 
 
 def test_the_first_line_is_scored_too_where_the_truth_cut_the_answer(folders, talkative):
@@ -103,7 +125,8 @@ def test_the_page_is_whole_and_needs_nothing_else(folders, talkative, tmp_path, 
 def test_submissions_are_what_the_official_formats_take(folders, talkative, tmp_path):
     result = result_of(folders, talkative, [" yes", " red"])
     write_result(tmp_path, result)
-    entries = json.loads((tmp_path / "vqav2-0shot.submission.json").read_text())
+    (submission,) = tmp_path.glob("vqav2-0shot-*.submission.json")
+    entries = json.loads(submission.read_text())
     assert entries[:2] == [{"question_id": 0, "answer": "yes"}, {"question_id": 1, "answer": "red"}]
     example = dataclasses.replace(result.examples[0], id="12")
     expected = {
@@ -131,10 +154,10 @@ def test_secret_answers_are_asked_and_not_scored(folders, talkative, tmp_path):
     result = finish(
         result.task, talkative.tokenizer, secret, result.shots, result.outputs, result.pictures, result.stamp
     )
-    write_result(tmp_path, result)
+    path = write_result(tmp_path, result)
     assert not result.scores
-    assert "secret" in write_card(tmp_path, CHECKPOINT)
-    assert json.loads((tmp_path / "vqav2-0shot.predictions.jsonl").read_text().splitlines()[0])["scores"] == {}
+    assert "secret" in write_card(tmp_path, CHECKPOINT).read_text()
+    assert json.loads(predictions_file(path).read_text().splitlines()[0])["scores"] == {}
 
 
 def test_the_papers_figures_stand_in_their_columns():

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from magma_jax.config import ConfigError
+from magma_jax.data.convert import ConvertOptions, convert
 from magma_jax.data.images import ImageInput
 from magma_jax.data.records import DataError
 from magma_jax.evaluation import answering, command
 from magma_jax.evaluation.answering import Answerer, PromptError, lay_out
-from magma_jax.evaluation.examples import StoredExamples, spaced
+from magma_jax.evaluation.examples import OwnExamples, StoredExamples, spaced
 from magma_jax.evaluation.few_shot import evaluate_task
-from magma_jax.evaluation.shots import draw_shots
+from magma_jax.evaluation.shots import choose_shots, draw_shots
 from magma_jax.evaluation.tasks import TASKS, TaskConfig
 from magma_jax.evaluation.truncation import truncate
 from magma_jax.inference.api import Magma
@@ -25,7 +26,7 @@ from magma_jax.inference.sampling import SamplingConfig
 from magma_jax.nn.modules import merge
 from magma_jax.sharding import MeshConfig, make_mesh, parameter_shardings
 from tests import tiny
-from tests.evaluation.conftest import DATA
+from tests.evaluation.conftest import DATA, jpeg, vqa_records
 
 OWN = dataclasses.replace(TASKS["own_questions"], max_new_tokens=4)
 
@@ -218,6 +219,28 @@ def test_long_prompts_are_an_error_or_lose_shots(talkative, folders, monkeypatch
     assert asked[0][-3] == result.task.complete(last.text, last.shown)
 
 
+@pytest.mark.parametrize("policy", ["query", "run"])
+def test_a_shot_is_never_the_pictures_own_whatever_it_is_called(policy, folders, tmp_path):
+    """Two of four pictures to draw from are also asked about: one under another id, one as another file."""
+    asked = StoredExamples(folders / "val", "question", 64)
+    records = list(vqa_records(4, first=200))
+    renamed = dataclasses.replace(records[0], id="renamed", image=jpeg(0))
+    encoded_again = dataclasses.replace(records[1], id="1")
+    convert([renamed, encoded_again, *records[2:]], tmp_path / "pool", ConvertOptions(workers=0))
+    pool = StoredExamples(tmp_path / "pool", "question", 64)
+    task = stored(folders, shots=4, shot_policy=policy)
+    shots = choose_shots(task, asked, pool, list(asked))
+    forbidden = [{0, 1} if policy == "run" else {0, 1} & {example.picture} for example in asked]
+    for chosen, own in zip(shots, forbidden, strict=policy == "query"):
+        assert own.isdisjoint(shot.example.picture for shot in chosen)
+    # Pixels are compared where one side has nothing else.
+    drawn = dataclasses.replace(DATA, images=pool.pictures[np.arange(4)])
+    own = OwnExamples(drawn, "test", "question")
+    shots = choose_shots(task, own, pool, list(own)) if policy == "query" else []
+    for example, chosen in zip(own, shots, strict=policy == "query"):
+        assert example.picture not in [shot.example.picture for shot in chosen]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -247,11 +270,11 @@ def test_settings_out_of_range_are_refused(change, message):
         dataclasses.replace(TASKS["vqav2"], **change)
 
 
-def test_settings_other_than_the_tasks_own_are_part_of_the_name():
-    assert dataclasses.replace(TASKS["vqav2"], shots=4, data="x").file_name == "vqav2-4shot"
+def test_settings_are_what_is_not_the_tasks_own():
+    assert dataclasses.replace(TASKS["vqav2"], shots=4, data="x").settings == {}
     changed = dataclasses.replace(TASKS["vqav2"], truncation="newline", limit=9)
-    assert changed.file_name == "vqav2-0shot-limit=9-truncation=newline"
-    assert TaskConfig("mine", "caption", ("coco",), prompt="p").file_name == "mine-0shot"
+    assert changed.settings == {"limit": 9, "truncation": "newline"}
+    assert TaskConfig("mine", "caption", ("coco",), prompt="p").settings == {}
 
 
 def arguments(*words):
@@ -271,13 +294,15 @@ def test_the_command_line_gives_every_task_its_folder_and_settings():
         ("gqa", "b", "c", 0),
         ("gqa", "b", "c", 2),
     ]
-    assert {(task.limit, task.seed, task.settings) for task in tasks} == {(7, 3, "limit=7-seed=3")}
+    assert {(task.limit, task.seed) for task in tasks} == {(7, 3)}
     with pytest.raises(ConfigError, match="of several folders each needs its task"):
         command.configure("gqa", arguments("--data", "a", "b"))
     with pytest.raises(ConfigError, match="unknown key"):
         command.configure("gqa", arguments("--set", "shot=1"))
     with pytest.raises(ConfigError, match="gqa: shots must not be negative"):
         command.configure("gqa", arguments("--shots", "-1"))
+    (task,) = command.configure("gqa", arguments("--set", "prompt={}", "shots=2"))
+    assert (task.prompt, task.shots) == ("{}", 2)
 
 
 def test_classes_come_from_the_run_in_its_order(tmp_path):

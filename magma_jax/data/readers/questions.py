@@ -12,6 +12,7 @@ from typing import Any
 from magma_jax.data.readers.common import (
     ID,
     PictureFolder,
+    checked,
     claim,
     field,
     metadata,
@@ -69,25 +70,35 @@ def read_gqa(source: Path, images: Path, *, balanced: bool = True) -> Iterator[R
         images: folder with ``IMAGE_ID.jpg``.
         balanced: keep only questions with ``isBalanced``.
     """
+    grouped: dict[str, list[Question | Skipped]] = defaultdict(list)
+    kept = ("isBalanced", "fullAnswer", "types", "groups", "entailed", "equivalent", "semanticStr")
+    for key, entry, where in gqa_questions(source):
+        asked = text(entry, "question", where)
+        if balanced and not entry.get("isBalanced", True):
+            continue
+        answers = (field(entry, "answer", where, str),) if "answer" in entry else ()
+        question = Question(key, asked, answers, metadata(entry, kept))
+        grouped[str(field(entry, "imageId", where, ID))].append(question)
+    pictures = PictureFolder(images)
+    for image, questions in grouped.items():
+        yield from _record(image, pictures.find(f"{image}.jpg"), questions)
+
+
+def gqa_questions(source: Path) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """Every question of a GQA file, or of a folder of chunks: its id, what is said of it, and where it stands.
+
+    Raises:
+        DataError: another format, or an id that is there twice.
+    """
     files = sorted(source.glob("*.json"), key=_natural) if source.is_dir() else [source]
     if not files:
         raise DataError(f"{source}: holds no .json files")
-    grouped: dict[str, list[Question | Skipped]] = defaultdict(list)
     seen: set[str] = set()
-    kept = ("isBalanced", "fullAnswer", "types", "groups", "entailed", "equivalent", "semanticStr")
     for file in files:
         for key, entry in read_json(file, dict).items():
             claim(key, seen, f"{file}: questions")
             where = f"{file}: question {key}"
-            asked = text(entry, "question", where)
-            if balanced and not entry.get("isBalanced", True):
-                continue
-            answers = (field(entry, "answer", where, str),) if "answer" in entry else ()
-            question = Question(key, asked, answers, metadata(entry, kept))
-            grouped[str(field(entry, "imageId", where, ID))].append(question)
-    pictures = PictureFolder(images)
-    for image, questions in grouped.items():
-        yield from _record(image, pictures.find(f"{image}.jpg"), questions)
+            yield key, checked(entry, dict, where), where
 
 
 def read_vizwiz(source: Path, images: Path) -> Iterator[Record | Skipped]:
