@@ -1,6 +1,8 @@
 """An array that is promised but not yet in memory."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +40,34 @@ def read_row(tensor: object, row: int) -> np.ndarray:
     if rows := getattr(tensor, "rows", ()):
         return rows[row].read()
     return read_array(tensor)[row] if hasattr(tensor, "read") else np.asarray(tensor[row])
+
+
+def elements_ahead(tensors: Iterable[object]) -> Iterator[np.ndarray]:
+    """The elements of every tensor as bytes, in order; the next one is read while one is being written.
+
+    Args:
+        tensors: arrays, or anything with ``shape``, ``dtype`` and ``read()``.
+
+    Raises:
+        ValueError: a tensor is not as announced.
+    """
+    waiting: deque[Future[np.ndarray]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        for tensor in tensors:
+            waiting.append(reader.submit(_elements, tensor))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        for elements in waiting:
+            yield elements.result()
+
+
+def _elements(tensor: object) -> np.ndarray:
+    array = read_array(tensor)
+    if array.shape != tuple(tensor.shape) or array.dtype != tensor.dtype:
+        announced = f"{tuple(tensor.shape)} {tensor.dtype}"
+        raise ValueError(f"a tensor announced as {announced} was read as {array.shape} {array.dtype}")
+    # As bytes, because Python's buffers do not know bfloat16.
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def alias_key(tensor: object) -> object:

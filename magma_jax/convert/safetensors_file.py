@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from magma_jax.convert.byte_file import ByteFile, WeightFileError
-from magma_jax.convert.deferred import read_array
+from magma_jax.convert.deferred import elements_ahead
 from magma_jax.convert.torch_storage import DTYPES, LazyTensor, contiguous
 from magma_jax.output import whole_output
 
@@ -91,11 +91,8 @@ def write_safetensors(
     text += b" " * (-len(text) % _ALIGNMENT)
     with whole_output(path, nbytes=8 + len(text) + end) as partial, partial.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            array = read_array(tensors[name])
-            if (array.shape, array.dtype) != (tuple(tensors[name].shape), tensors[name].dtype):
-                raise ValueError(f"{name}: announced and read shape or dtype differ")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            progress(array.nbytes)
+        for elements in elements_ahead(tensors[name] for name in order):
+            file.write(elements.data)
+            progress(elements.nbytes)
         file.flush()
         os.fsync(file.fileno())

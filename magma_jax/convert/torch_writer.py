@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from magma_jax.convert.deferred import alias_key, read_array
+from magma_jax.convert.deferred import alias_key, elements_ahead
 from magma_jax.convert.torch_storage import DTYPES, STORAGES
 from magma_jax.output import whole_output
 
@@ -49,9 +49,9 @@ def write_torch_file(
         with zipfile.ZipFile(file, "w") as archive:
             _write_entry(archive, "data.pkl", bytes(pickled.code))
             _write_entry(archive, "byteorder", b"little")
-            for key, tensor in enumerate(pickled.tensors):
-                _write_entry(archive, f"data/{key}", tensor)
-                progress(_nbytes(tensor))
+            for key, elements in enumerate(elements_ahead(pickled.tensors)):
+                _write_entry(archive, f"data/{key}", elements.data)
+                progress(elements.nbytes)
             _write_entry(archive, "version", b"3\n")
         file.flush()
         os.fsync(file.fileno())
@@ -61,24 +61,14 @@ def _nbytes(tensor: object) -> int:
     return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
-def _write_entry(archive: zipfile.ZipFile, name: str, content: object) -> None:
-    nbytes = len(content) if isinstance(content, bytes) else _nbytes(content)
+def _write_entry(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
     info = zipfile.ZipInfo(f"{ROOT}/{name}")  # its date stays at 1980: equal trees give equal files
-    large = nbytes > zipfile.ZIP64_LIMIT
+    large = len(content) > zipfile.ZIP64_LIMIT
     header = _LOCAL_HEADER_NBYTES + len(info.filename) + large * _ZIP64_EXTRA_NBYTES + 4
     padding = -(archive.fp.tell() + header) % ALIGNMENT
     info.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
     with archive.open(info, "w", force_zip64=large) as entry:
-        entry.write(content if isinstance(content, bytes) else _elements(content))
-
-
-def _elements(tensor: object) -> np.ndarray:
-    array = read_array(tensor)
-    if array.shape != tuple(tensor.shape) or array.dtype != tensor.dtype:
-        announced = f"{tuple(tensor.shape)} {tensor.dtype}"
-        raise ValueError(f"a tensor announced as {announced} was read as {array.shape} {array.dtype}")
-    # As bytes, because Python's buffers do not know bfloat16.
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        entry.write(content)
 
 
 class _Pickled:
