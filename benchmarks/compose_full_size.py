@@ -1,7 +1,7 @@
 """Composes a full-size MAGMA v2 from random published files and trains it one step; prints JSON.
 
 python benchmarks/compose_full_size.py --scratch /data/scratch    # 28 GB of disk, 24 GB of memory, some ten minutes
-python benchmarks/compose_full_size.py --scratch /data/scratch --image-size 192    # 1 GB of memory less
+python benchmarks/compose_full_size.py --scratch /data/scratch --image-size 192    # 0.5 GB of memory less
 python benchmarks/compose_full_size.py --scratch /tmp/small --layers 2 --width 256
 
 The files are a GPT-J-6B as Hugging Face's folders hold it (fp16, sharded safetensors, 50,400 rows) and a CLIP RN50x16
