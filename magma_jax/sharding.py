@@ -144,15 +144,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def split_rows(x: jax.Array) -> jax.Array:
-    """Keeps the rows of an activation on the devices of their batch; outside of ``on_mesh`` returns ``x`` as it is.
+def split_rows(x: jax.Array, *, features: str | None = None) -> jax.Array:
+    """Keeps the rows of an activation, and of its gradient, on the devices of their batch.
 
     Left alone, the compiler may prefer to bring whole batches of activations to a slice of a weight over bringing the
     weight to a slice of the batch, which costs many times the memory and traffic.
+
+    Args:
+        x: batch first; outside of ``on_mesh`` it comes back as it is.
+        features: mesh axis that splits the last dimension; by default it is whole.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *[None] * (x.ndim - 2), features))
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

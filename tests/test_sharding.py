@@ -1,6 +1,9 @@
 """Every parameter has a place on every mesh, and moments lie where their parameters lie."""
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,6 +15,7 @@ from magma_jax.models.encoders import PUBLISHED_ENCODERS
 from magma_jax.models.language_models import PUBLISHED_LANGUAGE_MODELS, build_language_model
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.nn.convolution import Conv2d
 from magma_jax.nn.modules import abstract
 from magma_jax.sharding import MeshConfig, make_mesh
 from magma_jax.training.step import init_state
@@ -85,6 +89,24 @@ def test_a_mesh_that_does_not_fit_the_devices_is_an_error():
         make_mesh(MeshConfig(fsdp=3))
     with pytest.raises(ValueError, match=r"mesh\.fsdp must be at least 1"):
         MeshConfig(fsdp=-1)
+
+
+def test_weights_of_convolutions_travel_and_activations_do_not():
+    rngs = nnx.Rngs(0)
+    graph, params = nnx.split([Conv2d(*channels, 1, rngs=rngs) for channels in ((16, 64), (64, 16), (16, 64))])
+
+    def loss(params, x):
+        for conv in nnx.merge(graph, params):
+            x = jax.nn.relu(conv(x))
+        return jnp.square(x).sum()
+
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    by_outputs = jax.NamedSharding(mesh, P("fsdp"))
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_outputs), params)
+    x = jax.ShapeDtypeStruct((8, 2, 2, 16), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    text = jax.jit(sharding.on_mesh(jax.grad(loss), mesh)).lower(params, x).compile().as_text()
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", text)
+    assert sorted(gathered) == ["16,64", "64,16", "64,16"]
 
 
 def test_rows_of_a_batch_are_split_over_data_and_fsdp():

@@ -17,7 +17,6 @@ from magma_jax.nn.convolution import BatchNorm, BatchNormMode, Conv2d, average_p
 from magma_jax.nn.layers import Linear, normal
 from magma_jax.nn.modules import EncoderParam
 from magma_jax.nn.stack import Remat, once, scan, stack
-from magma_jax.sharding import split_rows
 from magma_jax.typing import Array, Float
 
 
@@ -79,7 +78,6 @@ class Bottleneck(nnx.Module):
         self.downsample_bn = BatchNorm(4 * channels) if changes else None
 
     def __call__(self, x: Float[Array, "B h w C"], mode: BatchNormMode) -> Float[Array, "B h2 w2 C2"]:
-        x = split_rows(x)
         y = jax.nn.relu(self.bn1(self.conv1(x), mode))
         y = jax.nn.relu(self.bn2(self.conv2(y), mode))
         y = self.bn3(self.conv3(average_pool(y, self.stride)), mode)

@@ -261,7 +261,8 @@ class Decoder(nnx.Module):
 
     def embed(self, ids: Int[Array, "B S"], dtype: Any = jnp.float32) -> Float[Array, "B S D"]:
         """Word embeddings; ids must be below ``vocab_rows`` (JAX clamps what is not)."""
-        return self.wte(ids, dtype)
+        # In two steps: the table is split by width, and its slices cannot become rows of whole vectors in one.
+        return split_rows(split_rows(self.wte(ids, dtype), features="model"))
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """fp32 logits of the final hidden states, also where these are of lower precision."""

@@ -16,7 +16,6 @@ from flax import nnx
 from magma_jax.nn.convolution import BatchNormMode, Conv2d, conv2d
 from magma_jax.nn.modules import EncoderParam
 from magma_jax.nn.stack import Remat, once, scan, stack
-from magma_jax.sharding import split_rows
 from magma_jax.typing import Array, Float
 
 # Keeps the variance of relu(x) at about one for a unit normal x. timm's measured number, which its weights were trained
@@ -97,7 +96,7 @@ class Stage(nnx.Module):
     ) -> Float[Array, "B h2 w2 C2"]:
         x = once(self.first, lambda block, x: block(x, betas[0]), x, remat=remat)
         if self.rest is not None:
-            x, _ = scan(self.rest, lambda block, x, beta: (block(split_rows(x), beta), None), x, betas[1:], remat=remat)
+            x, _ = scan(self.rest, lambda block, x, beta: (block(x, beta), None), x, betas[1:], remat=remat)
         return x
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from magma_jax.nn.layers import fan_in_uniform
 from magma_jax.nn.modules import EncoderParam, Statistic
+from magma_jax.sharding import split_rows
 from magma_jax.typing import Array, Float
 
 BatchNormMode = Literal["frozen", "batch"]
@@ -46,11 +47,14 @@ def conv2d(
     On a CPU it is a matmul with the pixels under the kernel side by side: XLA:CPU runs convolutions inside of loops,
     and many gradients of convolutions, 10 to 100 times slower than that.
     """
+    x = split_rows(x)
     if weight.shape[2] == 1 and stride == 1 and padding == 0:
-        return jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
-    if weight.shape[2] == stride and padding == 0:
-        return _patches_matmul(x, weight)
-    return _conv2d(stride, padding, x, weight)
+        y = jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
+    elif weight.shape[2] == stride and padding == 0:
+        y = _patches_matmul(x, weight)
+    else:
+        y = _conv2d(stride, padding, x, weight)
+    return split_rows(y)
 
 
 def _patches_matmul(x: Array, weight: Array) -> Array:
