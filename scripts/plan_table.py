@@ -8,6 +8,7 @@ python scripts/plan_table.py --render          # only writes the tables
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,12 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One plan: overrides of the config, and rows to decode if it is not about training."""
+    """One plan: overrides of the config, rows to decode if it is not about training, effort of the compiler (JAX's)."""
 
     topology: str
     values: tuple[str, ...] = ()
     rows: int | None = None
+    effort: float = 0
 
     @property
     def options(self) -> list[str]:
@@ -36,7 +38,7 @@ class Case:
     @property
     def key(self) -> str:
         """Its name in docs/plans.json."""
-        return " ".join(self.options)
+        return " ".join(self.options) + (f" (effort {self.effort:g})" if self.effort else "")
 
 
 SLOTS = 2048  # of a row's cache in the plans of decoding
@@ -51,6 +53,7 @@ TABLES = {
     ],
     "tried": [
         Case("v5p:2x2x4", ("mesh.fsdp=16", REPLICATED, "loss.remat=dots")),
+        Case("v6e:4x4", ("mesh.fsdp=16", REPLICATED), effort=-1),
     ],
     "generate": [
         Case("v5e:1x1", ("model.lm.dtype=int8",), 8),
@@ -74,7 +77,10 @@ def main() -> None:
             continue
         print(case.key, file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "magma_jax.plan", "--config", CONFIG, "--json", *case.options]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+        effort = {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": str(case.effort)}
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | effort, stdout=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode not in (0, 1):
             sys.exit(f"plan_table.py: {' '.join(command)} failed")
         results[case.key] = json.loads(done.stdout)
@@ -100,9 +106,10 @@ def train_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
         options = dict(value.split("=") for value in case.values)
         terms = {name: roofline[name] for name in ("compute", "hbm", "ici")}
         received = sum(traffic["received"] for traffic in plan["collectives"])
+        chips = f"{case.topology} ({plan['devices']})" + (f", effort {case.effort:g}" if case.effort else "")
         total = f"{memory['total'] / GIB:.1f} of {plan['hbm_bytes'] / GIB:.0f}" + ("" if plan["fits"] else ", too much")
         lines.append(
-            f"| {case.topology} ({plan['devices']}) | {options['mesh.frozen']} | {options.get('loss.remat', 'full')} "
+            f"| {chips} | {options['mesh.frozen']} | {options.get('loss.remat', 'full')} "
             f"| {memory['arguments'] / GIB:.2f} | {memory['temporaries'] / GIB:.2f} | {total} "
             f"| {plan['gathers_of_frozen_in_loops']} | {received / GIB:.1f} "
             f"| {' / '.join(f'{1e3 * seconds:.0f}' for seconds in terms.values())} | {max(terms, key=terms.get)} "
