@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from magma_jax.data.prepare import PrepareOptions
-from magma_jax.data.records import DUPLICATE, EXPECTED, DataError, Record, Skipped, count_samples
+from magma_jax.data.records import DUPLICATE, EXPECTED, NOT_DOWNLOADED, DataError, Record, Skipped, count_samples
 from magma_jax.data.shards import INFO_FILE, SKIPPED_FILE, TEXTS_FILE, texts_name
 from magma_jax.data.work import REPORT, remove_records, shard_path, to_json, writing, written_shard
 from magma_jax.data.workers import cores, worker_pool
@@ -233,9 +233,10 @@ def _checked_reasons(skipped: Sequence[Sequence[Any]], kept: int, max_skipped: f
     if not kept:
         raise DataError(f"nothing is left to convert ({counted or 'there was nothing to read'}); check the source")
     lost = sum(count for reason, count in reasons.items() if reason not in EXPECTED)
-    if lost > max_skipped * (kept + lost):
+    total = kept + reasons.total() - reasons[NOT_DOWNLOADED]
+    if lost > max_skipped * total:
         raise DataError(
-            f"{lost} of {kept + lost} samples would be left out ({counted}), more than max_skipped "
+            f"{lost} of {total} samples would be left out ({counted}), more than max_skipped "
             f"{max_skipped:.2%}; repair the source, or run again with a larger share"
         )
     return dict(reasons.most_common())
