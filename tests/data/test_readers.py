@@ -388,9 +388,13 @@ def test_img2dataset_joins_the_parquet_by_key(downloads):
 
 def test_a_tar_that_is_cut_short_is_an_error(downloads):
     tar = downloads / "00000.tar"
-    tar.write_bytes(tar.read_bytes()[:700])
-    with pytest.raises(DataError, match=r"00000\.tar: "):
-        [record.image_bytes() for record in readers.read("img2dataset", downloads)]
+    whole = tar.read_bytes()
+    with tarfile.open(tar) as archive:
+        second = archive.getmembers()[3].offset
+    for content in (whole[:700], whole[:second], whole[: second + 100], b"rubbish" * 1000):
+        tar.write_bytes(content)
+        with pytest.raises(DataError, match=r"00000\.tar: [^\n]*; fetch it again$"):
+            [record.image_bytes() for record in readers.read("img2dataset", downloads)]
 
 
 def test_cc3m_and_cc12m_differ_in_the_order_of_columns(tmp_path, downloads):

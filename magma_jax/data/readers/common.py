@@ -63,7 +63,7 @@ def read_text(path: Path) -> str:
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Number (from 1) and bytes of every line that is not empty; reads ``.gz`` too, and one line at a time."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: {'is a folder; give a file' if path.is_dir() else 'no such file'}")
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
         try:

@@ -162,7 +162,7 @@ def _tars(folder: Path) -> list[Path]:
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, FileSlice]]]:
     """Key and members by suffix of every sample of a tar; members of one key stand together (webdataset's rule)."""
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             key, members = None, {}
             for member in tar:
                 tar.members = []  # or the archive remembers every member it has passed
@@ -176,6 +176,10 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, FileSlice]]]:
                 members["." + suffix.lower()] = FileSlice(str(path), member.offset_data, member.size)
             if key is not None:
                 yield key, members
+            # Python takes whatever is no header for the end; a whole archive ends with empty blocks.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"no end of the archive at byte {tar.offset}")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (tarfile.TarError, EOFError, OSError) as error:
