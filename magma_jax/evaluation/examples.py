@@ -11,6 +11,7 @@ import numpy as np
 
 from magma_jax.data.datasets import Dataset
 from magma_jax.data.pictures import PictureOptions, StoredPictures
+from magma_jax.data.readers.common import checked
 from magma_jax.data.records import DataError, Record
 from magma_jax.evaluation.protocols import Reference, gqa_groups, stem
 from magma_jax.evaluation.results import CAPTION, question_of
@@ -129,7 +130,8 @@ class StoredExamples(Sequence[Example]):
             return Example(record.id, row, "", record.captions, (), _texts(record.metadata, ("domain",)))
         question = record.questions[number]
         groups = _texts(question.metadata, ("answer_type", "question_type", "answerable"))
-        groups |= gqa_groups(question.metadata.get("types") or {})
+        types = checked(question.metadata.get("types") or {}, dict, f"{self.name}: types of question {question.id}")
+        groups |= gqa_groups(types)
         raw = tuple(question.metadata.get("raw_answers", ()))
         return Example(question.id, row, question.text, question.answers, raw, groups)
 

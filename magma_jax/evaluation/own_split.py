@@ -54,7 +54,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluates a run, prints the table and writes its files into the run folder.
 
-    A run is evaluated at its best validated step, or at its newest if it was not validated. The files are
+    A run is evaluated at its best validated step, or at its newest if it was not validated; ``workdir`` may also be a
+    folder that was made of a run, such as a quantized one. The files are
     ``results.json``, ``predictions.jsonl`` and ``report.html``. Another split than ``test``, or a limit, is part of
     their names (``results-split=validation-limit=50-1c9e2f0a.json``), so that it never passes for the full result.
     ``overview`` names a PNG file that gets twelve pictures with their texts.
@@ -64,12 +65,16 @@ def evaluate_run(
             model. EvaluationError: see ``evaluate``.
     """
     workdir = Path(workdir)
-    run = read_model_json(workdir).get("run")
-    if run is None or not (workdir / CHECKPOINTS).is_dir():
+    metadata, has_steps = read_model_json(workdir), (workdir / CHECKPOINTS).is_dir()
+    run = metadata.get("run")
+    # What was made of a run names its source and holds all that was learned; a run without steps has learned nothing.
+    if run is None or not (has_steps or "source" in metadata):
         raise CheckpointError(f"{workdir}: holds no checkpoint of a run; give the --workdir that train.py trained in")
     model = Magma.from_checkpoint(workdir)
-    with RunCheckpoints(workdir) as checkpoints:
-        stamp = {"checkpoint_step": checkpoints.result_step(), "training_seed": run["seed"]}
+    stamp = {"training_seed": run["seed"]}
+    if has_steps:
+        with RunCheckpoints(workdir) as checkpoints:
+            stamp["checkpoint_step"] = checkpoints.result_step()
     config = from_dict(DataConfig, run["data"], "model.json: run.data")
     dataset = load_dataset(config)
     evaluation = evaluate(model, dataset, split, limit, stamp=stamp)

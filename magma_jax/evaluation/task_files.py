@@ -8,6 +8,7 @@ from typing import Any
 from magma_jax.config import to_dict
 from magma_jax.data.readers.common import read_json, read_json_lines
 from magma_jax.data.records import DataError
+from magma_jax.distributed import say
 from magma_jax.evaluation.examples import Example
 from magma_jax.evaluation.few_shot import TaskResult
 from magma_jax.evaluation.gallery import write_gallery
@@ -24,7 +25,7 @@ def write_result(folder: str | Path, result: TaskResult, attribution: str = "") 
 
     ``NAME`` is task, shots and settings, and a hash of these, of the data and of the checkpoint: only the same
     evaluation done again replaces files. Where the benchmark has a format of its own for predictions,
-    ``NAME.submission.json`` follows it. ``attribution`` stands at the end of the page.
+    ``NAME.submission.json`` follows it, if the ids are the benchmark's. ``attribution`` stands at the end of the page.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +35,10 @@ def write_result(folder: str | Path, result: TaskResult, attribution: str = "") 
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(result))
     replace_file(predictions_file(path), lines.encode())
     if task.name in SUBMISSIONS:
-        write_submission(folder / f"{name}{SUBMISSION}", task.name, result.examples, result.answers)
+        try:
+            write_submission(folder / f"{name}{SUBMISSION}", task.name, result.examples, result.answers)
+        except DataError as error:
+            say(f"no submission: {error}")
     write_gallery(folder / f"{name}{REPORT}", result, attribution=attribution)
     # Last: where it stands the others do, too.
     replace_file(path, (json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax.convert.quantize import quantize_folder
 from magma_jax.data.openmoji import Sample
 from magma_jax.evaluation import own_split, programs
 from magma_jax.evaluation.baselines import most_frequent_answers, shuffle_pictures
@@ -92,6 +93,15 @@ def test_another_split_or_a_limit_leaves_the_full_results_alone(finished, square
     (path,) = finished.glob("results-split=train-limit=2-*.json")
     assert json.loads(path.read_text())["protocol"]["captions"] == 2
     assert (finished / path.name.replace("results", "report").replace(".json", ".html")).exists()
+
+
+@pytest.mark.slow
+def test_what_was_made_of_a_run_is_evaluated_like_the_run(finished, squares, tmp_path):
+    quantize_folder(finished, tmp_path / "int8", "int8")
+    figures = own_split.evaluate_run(tmp_path / "int8").figures
+    assert figures["caption_exact"] == figures["vqa_accuracy"] == 100
+    assert "checkpoint_step" not in figures["protocol"]
+    assert (tmp_path / "int8" / "report.html").exists()
 
 
 def test_the_same_evaluation_twice_is_the_same(model, evaluation):

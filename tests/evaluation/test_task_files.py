@@ -145,6 +145,15 @@ def test_submissions_are_what_the_official_formats_take(folders, talkative, tmp_
         write_submission(tmp_path / "s.json", "nocaps", [dataclasses.replace(example, id="a")], ["x"])
 
 
+def test_results_with_other_ids_than_the_benchmarks_are_kept_without_a_submission(folders, talkative, tmp_path, capsys):
+    result = result_of(folders, talkative, [" yes"])
+    named = [dataclasses.replace(example, id=f"test-{example.id}") for example in result.examples]
+    path = write_result(tmp_path, dataclasses.replace(result, examples=named))
+    assert len(read_answers(path)[0]) == 12
+    assert not list(tmp_path.glob("*.submission.json"))
+    assert "no submission: " in capsys.readouterr().err
+
+
 def test_secret_answers_are_asked_and_not_scored(folders, talkative, tmp_path):
     result = result_of(folders, talkative, ["yes"])
     secret = [dataclasses.replace(example, answers=()) for example in result.examples]

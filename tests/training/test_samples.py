@@ -4,12 +4,14 @@ import dataclasses
 import io
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from magma_jax.data.records import Sample
-from magma_jax.training import setup
+from magma_jax.sharding import MeshConfig
+from magma_jax.training import loop, setup
 from magma_jax.training.metrics import WatchConfig
 from magma_jax.training.samples import choose
 from tests import tiny
@@ -48,7 +50,8 @@ def test_a_run_leaves_pictures_and_lines(tmp_path):
     config = tiny.run_config(watch=EVERY_TWO)
     groups = {**config.optim.groups, "encoder": "frozen"}
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, groups=groups))
-    run = tiny.train(config, tmp_path / "run")
+    # Four devices share the six samples.
+    run = loop.train(dataclasses.replace(config, mesh=MeshConfig(data=4)), tmp_path / "run", jax.devices()[:4])
     assert sorted(path.name for path in (run.workdir / "samples").iterdir()) == ["000002.png", "000004.png"]
     lines = [json.loads(line) for line in (run.workdir / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2] * 6 + [4] * 6
