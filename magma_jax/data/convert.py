@@ -31,7 +31,7 @@ from magma_jax.data.prepare import PrepareOptions
 from magma_jax.data.records import DUPLICATE, EXPECTED, NOT_DOWNLOADED, DataError, Record, Skipped, count_samples
 from magma_jax.data.shards import INFO_FILE, SKIPPED_FILE, TEXTS_FILE, texts_name
 from magma_jax.data.work import REPORT, remove_records, shard_path, to_json, writing, written_shard
-from magma_jax.data.workers import cores, worker_pool
+from magma_jax.data.workers import cores, finished, worker_pool
 from magma_jax.output import locked, partial_name, replace_file
 from magma_jax.version import __version__
 
@@ -157,7 +157,7 @@ def _write_shards(
 def _executor(workers: int) -> Iterator[Callable[..., concurrent.futures.Future]]:
     """``submit`` of a pool of processes, or a call on the spot where there are none."""
     if not workers:
-        yield lambda function, *arguments: _done(function(*arguments))
+        yield lambda function, *arguments: finished(function(*arguments))
         return
     pool = worker_pool(workers)
     try:
@@ -166,12 +166,6 @@ def _executor(workers: int) -> Iterator[Callable[..., concurrent.futures.Future]
         raise DataError("a worker process died, perhaps for lack of memory; run again to go on") from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _done(value: Any) -> concurrent.futures.Future:
-    future: concurrent.futures.Future = concurrent.futures.Future()
-    future.set_result(value)
-    return future
 
 
 def chunks(records: Iterable[Record | Skipped], size: int) -> Iterator[list[Record | Skipped]]:

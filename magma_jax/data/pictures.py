@@ -17,7 +17,7 @@ import numpy as np
 from magma_jax.data.images import ImageError, load_image, random_crop, to_square
 from magma_jax.data.records import DataError
 from magma_jax.data.stored import StoredRecords
-from magma_jax.data.workers import keep_freed_memory, worker_pool
+from magma_jax.data.workers import finished, keep_freed_memory, worker_pool
 from magma_jax.typing import Int, UInt8
 
 Decode = Literal["exact", "fast"]
@@ -112,7 +112,7 @@ class StoredPictures:
         shape = (len(rows), self._options.size, self._options.size, 3)
         if not self._workers:
             pixels = np.zeros(shape, np.uint8)
-            return Pending(pixels, None, [_done(self._reader.fill(pixels, 0, rows, draws))])
+            return Pending(pixels, None, [finished(self._reader.fill(pixels, 0, rows, draws))])
         if self._pool is None:
             keep_freed_memory()
             self._pool = worker_pool(self._workers, _start_worker, (self.folders, self._options))
@@ -256,9 +256,3 @@ def _fill_block(
     if name not in _seen:
         _seen[name] = SharedMemory(name)
     return _reader.fill(np.ndarray(shape, np.uint8, _seen[name].buf), first, rows, draws)
-
-
-def _done(value: Any) -> concurrent.futures.Future:
-    future: concurrent.futures.Future = concurrent.futures.Future()
-    future.set_result(value)
-    return future

@@ -26,6 +26,13 @@ def worker_pool(
     return concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (start, arguments))
 
 
+def finished(value: Any) -> concurrent.futures.Future:
+    """What was done on the spot, where there are no workers."""
+    future: concurrent.futures.Future = concurrent.futures.Future()
+    future.set_result(value)
+    return future
+
+
 def keep_freed_memory() -> None:
     """Lets the C library use large blocks again.
 
