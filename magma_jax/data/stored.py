@@ -1,6 +1,7 @@
 """Data set folders that ``data.convert`` wrote, opened for random access."""
 
 import contextlib
+import json
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 import grain
 import numpy as np
 
-from magma_jax.data.readers.common import field, read_json
 from magma_jax.data.records import DataError, Record, unpack
 from magma_jax.data.shards import INFO_FILE, TEXTS_FILE, texts_name
 from magma_jax.typing import Int
@@ -30,9 +30,10 @@ class StoredRecords:
         folder = Path(folder)
         if not (folder / INFO_FILE).is_file():
             raise DataError(f"{folder}: no data set folder (no {INFO_FILE}); make one: python -m magma_jax.data")
-        self.info = read_json(folder / INFO_FILE, dict)
-        where = str(folder / INFO_FILE)
-        files = [name for name, records in field(self.info, "files", where, dict).items() if records]
+        with _opening(folder / INFO_FILE):
+            self.info = json.loads((folder / INFO_FILE).read_text())
+            expected = int(self.info["records"])
+            files = [name for name, records in self.info["files"].items() if records]
         missing = [name for name in [*files, *map(texts_name, files)] if not (folder / name).is_file()]
         if missing:
             raise DataError(f"{folder}: {missing[0]} is missing ({len(missing)} in all); copy or convert it again")
@@ -44,10 +45,9 @@ class StoredRecords:
         with _opening(folder):
             self._source = grain.sources.ArrayRecordDataSource([str(folder / name) for name in files])
             self._texts = grain.sources.ArrayRecordDataSource([str(folder / texts_name(name)) for name in files])
-        records = field(self.info, "records", where, int)
         for held in (len(self._source), len(self._texts), len(self.texts)):
-            if held != records:
-                raise DataError(f"{folder}: holds {held} records, not {records}; copy or convert it again")
+            if held != expected:
+                raise DataError(f"{folder}: holds {held} records, not {expected}; copy or convert it again")
 
     def __len__(self) -> int:
         return len(self._source)
@@ -67,8 +67,8 @@ class StoredRecords:
 def _opening(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, RuntimeError, ValueError) as error:  # as NumPy and the file library raise them
-        reason = " ".join(str(error).split())
+    except (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"{path}: is damaged ({reason:.200}); copy or convert it again") from error
 
 

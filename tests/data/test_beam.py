@@ -1,13 +1,16 @@
 """Conversion by Apache Beam: the same files, to the byte; skipped where Beam is not installed."""
 
+import functools
 import importlib.util
 import subprocess
 import sys
 
 import pytest
 
+from magma_jax.data.beam import convert_with_beam
 from magma_jax.data.convert import ConvertOptions, convert
 from magma_jax.data.readers import read
+from magma_jax.data.records import DataError
 from tests import datafolders
 
 needs_beam = pytest.mark.skipif(
@@ -58,5 +61,6 @@ def test_an_error_of_a_pipeline_is_one_line(pictures, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("apache_beam") is not None, reason="Apache Beam is installed")
 def test_without_beam_it_is_said_how_to_get_it(pictures, tmp_path):
-    done = run(pictures, tmp_path / "beam")
-    assert done.stderr.strip() == "magma_jax.data: --runner beam needs Apache Beam: pip install 'magma_jax[beam]'"
+    with pytest.raises(DataError, match=r"--runner beam needs Apache Beam: pip install 'magma_jax\[beam\]'"):
+        convert_with_beam(functools.partial(read, "folder", pictures), tmp_path / "beam")
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
