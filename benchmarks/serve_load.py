@@ -2,9 +2,11 @@
 
     python benchmarks/serve_load.py --checkpoint runs/quickstart --pictures FOLDER
 
-Clients send streamed chat completions over loopback: a random picture or none, a random prompt, a random number of
-tokens, drawn or greedy; one in ten leaves in the middle of its answer. Client processes and server share the machine.
-``memory_growth`` is the server's resident memory at the end over that after a quarter of the time.
+Clients send streamed chat completions over loopback: a random picture or none, a random prompt, drawn or greedy; one in
+ten leaves in the middle of its answer. An answer has a random number of tokens, which ``min_tokens`` makes the server
+keep to: what a checkpoint would say by itself has the length of its training data. Both servers get the same load.
+Clients and server share the machine. ``memory_growth`` is the server's resident memory at the end over that after a
+quarter of the time; ``programs`` are those that were compiled, or read from the cache, after the start.
 """
 
 import argparse
@@ -25,6 +27,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+# Tokens of an answer, at least and at most, all numbers between them equally often.
+LENGTHS = (4, 48)
 
 WORDS = (
     "a",
@@ -52,17 +57,15 @@ def main() -> int:
     parser.add_argument("--pictures", type=Path, help="folder of PNG files; default: drawn at random")
     parser.add_argument("--clients", type=int, default=32, help="default %(default)s")
     parser.add_argument("--seconds", type=float, default=60, help="of each of both runs; default %(default)s")
-    parser.add_argument("--slots", type=int, default=16, help="of the server that batches; default %(default)s")
+    parser.add_argument("--slots", type=int, default=32, help="of the server that batches; default %(default)s")
     parser.add_argument("--port", type=int, default=8123, help="default %(default)s")
     arguments = parser.parse_args()
     pictures = [_data_uri(picture) for picture in _pictures(arguments.pictures)]
-    results = {
-        name: _load(arguments, slots, pictures) for name, slots in (("batched", arguments.slots), ("one at a time", 1))
-    }
-    batched, single = (result["tokens_per_second"] for result in results.values())
-    results["ratio"] = round(batched / single, 2)
-    print(json.dumps(results, indent=1))
-    return int(any(results[name]["failures"] or results[name]["compilations"] for name in ("batched", "one at a time")))
+    batched, single = (_load(arguments, slots, pictures) for slots in (arguments.slots, 1))
+    lengths = f"{LENGTHS[0]} to {LENGTHS[1]} new tokens, evenly drawn; min_tokens = max_tokens"
+    ratio = round(batched["tokens_per_second"] / single["tokens_per_second"], 2)
+    print(json.dumps({"lengths": lengths, "batched": batched, "one at a time": single, "ratio": ratio}, indent=1))
+    return int(any(result["failures"] or result["programs"] for result in (batched, single)))
 
 
 def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dict[str, Any]:
@@ -73,8 +76,8 @@ def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dic
             if server.poll() is not None:
                 sys.exit("serve_load.py: the server ended")
             time.sleep(0.2)
-        before = _metrics(arguments.port)
-        end = time.monotonic() + arguments.seconds
+        before, started = _metrics(arguments.port), time.monotonic()
+        end = started + arguments.seconds
         log: list[dict[str, Any]] = []
         threads = [
             threading.Thread(target=_client, args=(arguments.port, random.Random(i), pictures, end, log))
@@ -86,11 +89,14 @@ def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dic
         warm = _metrics(arguments.port)
         for thread in threads:
             thread.join()
-        after = _metrics(arguments.port)
+        after, seconds = _metrics(arguments.port), time.monotonic() - started
     finally:
         server.terminate()
         server.wait()
-    tokens = after["magma_new_tokens"] - before["magma_new_tokens"]
+
+    def counted(name: str) -> float:
+        return after[f"magma_{name}"] - before[f"magma_{name}"]
+
     first = sorted(entry["first"] for entry in log if entry.get("first"))
     speeds = [entry["speed"] for entry in log if entry.get("speed")]
     statuses = [entry["status"] for entry in log]
@@ -98,15 +104,18 @@ def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dic
     return {
         "slots": slots,
         "clients": arguments.clients,
-        "seconds": arguments.seconds,
+        "seconds": round(seconds, 1),
         "requests": len(log),
         "left_in_the_middle": sum(entry.get("left", False) for entry in log),
         "busy_429": statuses.count(429),
         "failures": sorted({str(status) for status in statuses if status not in (200, 429)}),
-        "compilations": int(after["magma_compilations"] - before["magma_compilations"]),
+        "programs": int(counted("programs")),
         "memory_growth": round(after[memory] / warm[memory], 3),
         "memory_gb": round(after[memory] / 1e9, 2),
-        "tokens_per_second": round(tokens / arguments.seconds, 1),
+        "tokens_per_second": round(counted("new_tokens") / seconds, 1),
+        "new_tokens": int(counted("new_tokens")),
+        "pictures_encoded": int(counted("pictures_encoded")),
+        "prompt_tokens_reused": round(counted("reused_tokens") / counted("prompt_tokens"), 3),
         "first_token_seconds_p50": round(first[len(first) // 2], 3),
         "first_token_seconds_p95": round(first[int(0.95 * len(first))], 3),
         "tokens_per_second_of_a_request_p50": round(statistics.median(speeds), 1),
@@ -119,11 +128,14 @@ def _client(port: int, rng: random.Random, pictures: list[str], end: float, log:
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
         if rng.random() < 0.8:
             content.insert(0, {"type": "image_url", "image_url": {"url": rng.choice(pictures)}})
+        length = rng.randint(*LENGTHS)
         body = {
             "messages": [{"role": "user", "content": content}],
-            "max_tokens": rng.randint(1, 48),
+            "max_tokens": length,
+            "min_tokens": length,
             "temperature": rng.choice([0, 0.7]),
             "stream": True,
+            "return_token_ids": True,
         }
         leaves = rng.randint(1, 8) if rng.random() < 0.1 else None
         try:
@@ -133,27 +145,27 @@ def _client(port: int, rng: random.Random, pictures: list[str], end: float, log:
 
 
 def _ask(port: int, body: dict[str, Any], leaves: int | None) -> dict[str, Any]:
-    """One request; ``leaves`` after so many pieces."""
+    """One request; ``leaves`` after so many tokens."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     start = time.monotonic()
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     entry: dict[str, Any] = {"status": response.status}
-    pieces = 0
+    tokens = 0
     try:
         for line in response:
             if response.status != 200 or not line.startswith(b"data: {"):
                 continue
             choice = (json.loads(line[6:]).get("choices") or [{}])[0]
-            if choice.get("delta", {}).get("content"):
-                pieces += 1
+            if choice.get("token_ids"):
+                tokens += len(choice["token_ids"])
                 entry.setdefault("first", time.monotonic() - start)
-                if pieces == leaves:
+                if leaves is not None and tokens >= leaves:
                     return entry | {"left": True}
     finally:
         connection.close()
-    if pieces > 1:
-        entry["speed"] = (pieces - 1) / max(time.monotonic() - start - entry["first"], 1e-6)
+    if tokens > 1:
+        entry["speed"] = (tokens - 1) / max(time.monotonic() - start - entry["first"], 1e-6)
     return entry
 
 

@@ -2,14 +2,17 @@
 
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 
-# Recorded by JAX once for every program that its backend compiles.
+# Recorded by JAX once for every program that is compiled or read from the persistent cache, and for the latter alone.
 COMPILATION_EVENT = "/jax/core/compile/backend_compile_duration"
+CACHE_EVENT = "/jax/compilation_cache/cache_retrieval_time_sec"
 
 _OPTIONS = {
     # The CPU computes in fp32. Its compiler would widen the weights of all layers before the loop over them, which
@@ -19,6 +22,26 @@ _OPTIONS = {
     # the matmuls before them just as well, and the program compiles faster.
     "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
 }
+
+
+def keep_programs(wanted: bool = True) -> None:
+    """From now on compiled programs are kept in a folder, and the next process reads them instead of compiling.
+
+    The folder is ``JAX_COMPILATION_CACHE_DIR``, or ``magma_jax/programs`` in the user's cache folder if that can be
+    written; it may be removed at any time. Not ``wanted``: nothing is kept or read.
+    """
+    if not wanted:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magma_jax" / "programs"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:  # a home that cannot be written is no reason not to run
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    # JAX leaves out what compiles within a second; a small model has nothing else.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def compiler_options(platform: str) -> dict[str, str]:

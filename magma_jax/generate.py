@@ -24,11 +24,12 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from magma_jax.compile import keep_programs
 from magma_jax.data.images import FORMATS, ImageInput
 from magma_jax.inference.answer_file import answer_file
 from magma_jax.inference.api import Magma
 from magma_jax.inference.ask import AHEAD, Answer, Asker, AskOptions
-from magma_jax.inference.attention import look
+from magma_jax.inference.attention import check_head, look
 from magma_jax.inference.requests import EngineError
 from magma_jax.inference.sampling import SamplingConfig
 from magma_jax.output import replace_file
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     1 means that some pictures could not be answered for; 2 an error, which is one line on stderr; 130 an interruption.
     """
     arguments = _parser().parse_args(argv)
+    keep_programs(not arguments.no_program_cache)
     try:
         options = _options(arguments)
         questions = read_inputs(arguments.inputs, together=arguments.together)
@@ -125,8 +127,6 @@ def _check(arguments: argparse.Namespace, questions: list[Question]) -> None:
         raise ValueError("--stream and --attention are for one prompt and one answer, without --output")
     if arguments.stream and (arguments.beams or arguments.choices):
         raise ValueError("--stream shows an answer while it is drawn; leave out --beams and --choices")
-    if arguments.head is not None and arguments.layer is None:
-        raise ValueError("--head needs --layer")
     if arguments.attention:
         if arguments.attention.suffix.lower() != ".png":
             raise ValueError(f"--attention {arguments.attention}: give a name that ends in .png")
@@ -145,6 +145,7 @@ def _print_answers(arguments: argparse.Namespace, questions: list[Question], opt
     # Before the weights are read: a wrong picture should not take so long to tell.
     prompts = [question.prompt() for question in questions]
     model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype)
+    check_head(model.config.lm.layers, model.config.lm.heads, arguments.layer, arguments.head)
     with Asker(model, options, prompts[0], len(prompts)) as asker:
         if arguments.stream:
             tokens = _stream(asker, prompts[0])
@@ -234,11 +235,17 @@ def _record(answers: list[Answer]) -> dict:
 def _line(question: Question, answer: Answer) -> str:
     text = " ".join(answer.text.split())
     share = "" if answer.probability is None else f"\t{answer.probability:.4f}"
-    return (text if question.name is None else f"{question.name}: {text}") + share
+    return (text if question.name is None else f"{_name(question)}: {text}") + share
 
 
 def _name(question: Question) -> str:
-    return question.name or " ".join(part.source for part in question.parts if isinstance(part, ImageInput))
+    pictures = (part.source for part in question.parts if isinstance(part, ImageInput))
+    return _readable(question.name or " ".join(pictures))
+
+
+def _readable(name: str) -> str:
+    r"""A file name as text: bytes that are not UTF-8 become ``\xff``, which any terminal and file takes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _text(question: Question) -> str:
@@ -271,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     add("inputs", nargs="+", metavar="INPUT", help=f"picture, folder or text (no text: {DEFAULT_PROMPT!r})")
     add("--checkpoint", required=True, help="run folder, converted model folder or PyTorch checkpoint")
     add("--dtype", help="of weights and activations, such as bfloat16")
+    add("--no-program-cache", action="store_true", help="compile anew, whatever earlier runs have kept")
     add("--together", action="store_true", help="all inputs are one prompt, also several pictures and one text")
     add("--max-new-tokens", type=int, default=32, help="default: %(default)s")
     add("--stream", action="store_true", help="show the answer while it is drawn")

@@ -1,6 +1,7 @@
 """The command line that captions a picture."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -51,12 +52,12 @@ def test_one_picture_gives_one_line_the_same_as_from_python(folder, picture, cap
 
 
 def test_several_pictures_and_a_prompt(folder, picture, tmp_path, capsys):
-    other = tmp_path / "blue.jpg"
+    other = tmp_path / os.fsdecode(b"bl\xfcue.jpg")  # not UTF-8
     Image.new("RGB", (64, 64), "blue").save(other)
     options = ("--checkpoint", folder, "--max-new-tokens", "4", "--temperature", "1", "--top-k", "20", "--seed", "3")
     status, out, _ = run(capsys, *options, picture, str(other), "Q: What colour is it? A:")
     assert status == 0
-    assert [line.split(": ")[0] for line in out.splitlines()] == [picture, str(other)]
+    assert [line.split(": ")[0] for line in out.splitlines()] == [picture, str(tmp_path / "bl\\xfcue.jpg")]
     assert run(capsys, *options, picture, str(other), "Q: What colour is it? A:")[1] == out
 
 
@@ -86,7 +87,11 @@ def test_several_pictures_and_a_prompt(folder, picture, tmp_path, capsys):
         (["{picture}", "--attention", "a.jpg"], "ends in .png"),
         (["{picture}", "--attention", "{nothing}/a.png"], "no such folder"),
         (["a text", "--attention", "a.png"], "needs a picture"),
-        (["{picture}", "--head", "1"], "--head needs --layer"),
+        (["{picture}", "--head", "1"], "give layer too"),
+        (["{picture}", "--attention", "{out}", "--layer", "99"], "layer 99: the model has 2, counted from 0"),
+        (["{picture}", "--attention", "{out}", "--layer", "0", "--head", "-1"], "head -1: the model has 2"),
+        (["{picture}", "--seed", "99999999999999999999"], "seed must be a whole number from 0 to 4294967295"),
+        (["{picture}", "--seed", "4294967295", "--n", "2"], "seed must be a whole number"),
         (["{picture}", "--output", "{page}"], "already exists"),
         (["{picture}", "--output", "{nothing}/a.jsonl"], "no such folder"),
     ],
@@ -96,6 +101,7 @@ def test_errors_are_one_line_and_status_2(folder, picture, tmp_path, capsys, arg
     page.write_text("<html>")
     empty.write_bytes(b"")
     names = {"picture": picture, "page": page, "empty": empty, "nothing": tmp_path / "nothing", "folder": tmp_path}
+    names |= {"out": tmp_path / "out.png"}
     arguments = [argument.format(**names) for argument in arguments]
     status, out, err = run(capsys, "--checkpoint", folder, *arguments)
     assert (status, out) == (2, "")

@@ -77,6 +77,15 @@ class Tokenizer:
         text = self._parsing.decode([int(i) for i in ids], skip_special_tokens=skip_special)
         return _clean_up(text) if clean_up else text
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, which may be part of a character; empty for special tokens and unknown ids."""
+        symbols = self._parsing.id_to_token(token)
+        if symbols is None or symbols in self._names:
+            return b""
+        known = _symbol_bytes()
+        # Tokens that were added to a vocabulary, such as runs of spaces, are plain text.
+        return bytes(map(known.get, symbols)) if known.keys() >= set(symbols) else symbols.encode()
+
     def pad_to(self, ids: Sequence[int], length: int, truncate: bool = False) -> list[int]:
         """``ids`` followed by end-of-text up to ``length`` (the original's ``max_length`` padding).
 
@@ -156,6 +165,15 @@ def _byte_symbols() -> list[str]:
     """One visible character a byte, in GPT-2's order: printable Latin-1, then the others as U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+@functools.cache
+def _symbol_bytes() -> dict[str, int]:
+    """The byte that each symbol stands for."""
+    symbols = _byte_symbols()
+    printable = [ord(symbol) for symbol in symbols if ord(symbol) < 256]
+    others = [byte for byte in range(256) if byte not in printable]
+    return dict(zip(symbols, [*printable, *others], strict=True))
 
 
 def _rebuild(serialized: str, eos: str, image: str) -> Tokenizer:

@@ -28,7 +28,7 @@ from magma_jax.data.images import ImageInput, normalize, to_uint8
 from magma_jax.data.tokenizer import Tokenizer, gpt2_tokenizer
 from magma_jax.inference.decode import Generation, generate
 from magma_jax.inference.prompts import Prompt, check_prompt
-from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
+from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows, seed_key
 from magma_jax.models.encoders import ENCODERS
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Definition, Params, abstract, merge
@@ -174,7 +174,7 @@ class Magma:
             compat: ``upstream`` for the original's top_p rule and order.
 
         Raises:
-            ValueError: prompt and new tokens exceed the context, or a sampling value out of range.
+            ValueError: prompt and new tokens exceed the context, or a seed or sampling value out of range.
         """
         sampling = SamplingConfig(temperature, top_k, top_p, compat=compat)
         result = self.generate_tokens(embeddings, max_steps, sampling, seed=seed)
@@ -210,20 +210,24 @@ class Magma:
             raise ValueError("a repetition penalty needs the prompts' words: give what preprocess_batch returned")
         check_room(self, batch, max_steps)
         padded = pad_to_bucket(batch.embeddings)
-        return _generate(
+        rows = padded.shape[0]
+        result = _generate(
             self.graphdef,
             self.params,
             padded,
             batch.lengths,
-            _row_keys(seed, padded.shape[0]),
-            max_new_tokens=max_steps,
-            sampling=sampling_rows([sampling] * padded.shape[0]),
+            _row_keys(seed, rows),
+            # One program for all numbers up to the next declared length; where to stop is data.
+            max_new_tokens=padded_length(max_steps),
+            limit=np.full(rows, max_steps, np.int32),
+            sampling=sampling_rows([sampling] * rows),
             compat=sampling.compat,
             eos_id=self.tokenizer.eos_id,
             return_logits=return_logits,
             seen=batch.seen if penalizes else None,
             top=top_logprobs,
         )
+        return result.shortened(max_steps)
 
     def __call__(
         self,
@@ -282,11 +286,11 @@ class Magma:
 
 def _row_keys(seed: int | Sequence[int], rows: int) -> Array:
     if isinstance(seed, numbers.Integral):
-        return row_keys(jax.random.key(int(seed)), rows)
+        return row_keys(seed_key(seed), rows)
     if len(seed) != rows:
         raise ValueError(f"{len(seed)} seeds for {rows} rows; give one a row, or a single number")
     # As a batch of one draws with a single number.
-    return jnp.concatenate([row_keys(jax.random.key(s), 1) for s in seed])
+    return jnp.concatenate([row_keys(seed_key(one), 1) for one in seed])
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from magma_jax.inference.choice import Measure, rank, score
 from magma_jax.inference.engine import Engine, EngineConfig
 from magma_jax.inference.prompts import Prompt, encode_prompt
 from magma_jax.inference.requests import RequestOptions, Ticket
-from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.inference.sampling import SamplingConfig, check_seed
 
 # Questions that are handed over before the answer of the first is asked for.
 AHEAD = 17
@@ -45,6 +45,8 @@ class AskOptions:
     def __post_init__(self):
         if self.n < 1:
             raise ValueError(f"n must be at least 1, got {self.n}")
+        check_seed(self.seed)
+        check_seed(self.seed + self.n - 1)
         if self.beams and self.choices:
             raise ValueError("beams search for an answer, choices are given ones; leave one of them out")
         if self.beams and (self.sampling != SamplingConfig() or self.stop):
@@ -84,7 +86,7 @@ class Asker:
         self._engine: Engine | None = None
         if not (options.beams or options.choices):
             encoded = encode_prompt(first, model.config, model.tokenizer)
-            room = padded_length(len(encoded.tokens) + options.max_new_tokens)
+            room = min(padded_length(len(encoded.tokens) + options.max_new_tokens), model.config.lm.context_length)
             slots = min(8, prompts * options.n)
             pictures = max(len(encoded.pixels), 1) * min(8, prompts)
             self._engine = Engine(model, EngineConfig(slots, room, pictures, queue=AHEAD * options.n + slots))

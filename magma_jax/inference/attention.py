@@ -122,8 +122,8 @@ class PictureAttention:
                 models put much weight on the first positions of a sequence whatever they say; this takes it out.
 
         Raises:
-            ValueError: a head without a layer, or positions that are no places. IndexError: no such word, picture,
-                layer or head.
+            ValueError: no such layer or head, a head without a layer, or positions that are no places. IndexError: no
+                such word or picture.
         """
         if self.grid is None:
             raise ValueError("this model's picture positions are no places (pooled encoder); see weights and rollout")
@@ -153,11 +153,19 @@ class PictureAttention:
         return overlay.sheet(tiles)
 
     def _of(self, layer: int | None, head: int | None) -> Float[np.ndarray, "N I P"]:
-        if layer is None and head is not None:
-            raise ValueError(f"head {head} of which layer? give layer too")
-        if layer is None:
+        if layer is None and head is None:
             return self.rollout
+        check_head(*self.weights.shape[:2], layer, head)
         return self.weights[layer].mean(0) if head is None else self.weights[layer, head]
+
+
+def check_head(layers: int, heads: int, layer: int | None, head: int | None) -> None:
+    """Raises ValueError for a layer or head that a model with so many of each does not have, or a head of no layer."""
+    for name, value, count in (("layer", layer, layers), ("head", head, heads)):
+        if value is not None and not 0 <= value < count:
+            raise ValueError(f"{name} {value}: the model has {count}, counted from 0")
+    if head is not None and layer is None:
+        raise ValueError(f"head {head} of which layer? give layer too")
 
 
 def look(
@@ -300,7 +308,7 @@ def _attend(
     kept = jnp.zeros((heads.shape[0], queries.shape[0], columns.shape[0]))
     step = functools.partial(_follow, queries=queries, columns=columns, heads=heads)
     fold = Fold(step, (jnp.int32(0), rollout, kept))
-    _, rollout, kept = model.lm(slots.embed(model, table, tokens, pictures), fold=fold).folded
+    _, rollout, kept = model.lm(slots.embed(model, table, tokens[None], pictures[None]), fold=fold).folded
     return rollout[queries], kept
 
 

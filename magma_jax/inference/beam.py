@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from magma_jax.compile import jit
-from magma_jax.inference.api import Magma, PromptBatch, as_batch, check_room, pad_to_bucket
+from magma_jax.inference.api import Magma, PromptBatch, as_batch, check_room, pad_to_bucket, padded_length
 from magma_jax.inference.decode import run_prompts
 from magma_jax.inference.sampling import MASKED, mask_missing_ids
 from magma_jax.models.decoder import Decoder, KVCache
@@ -90,7 +90,9 @@ def beam_search(
         pad_to_bucket(batch.embeddings),
         batch.lengths,
         jnp.float32(length_penalty),
-        steps=max_steps,
+        jnp.int32(max_steps),
+        # One program for all numbers up to the next declared length; where to stop is data.
+        steps=padded_length(max_steps),
         beams=beams,
         eos_id=model.tokenizer.eos_id,
     )
@@ -121,6 +123,7 @@ def _search(
     embeddings: Float[Array, "B S D"],
     lengths: Int[Array, " B"],
     penalty: Float[Array, ""],
+    limit: Int[Array, ""],
     *,
     steps: int,
     beams: int,
@@ -143,11 +146,11 @@ def _search(
         jnp.zeros((batch, beams), jnp.int32),
         jnp.zeros(batch, bool),
     )
-    state = _extend(lm, state, logits[owners], 0, penalty, eos_id)
+    state = _extend(lm, state, logits[owners], 0, penalty, limit, eos_id)
 
     def unfinished(carry):
         step, state = carry
-        return (step < steps) & ~state.over.all()
+        return (step < limit) & ~state.over.all()
 
     def body(carry):
         step, state = carry
@@ -155,7 +158,7 @@ def _search(
         positions = (lengths[owners] + step - 1)[:, None]
         output = lm(lm.embed(newest[:, None], embeddings.dtype), positions=positions, cache=state.cache)
         state = state._replace(cache=output.cache)
-        return step + 1, _extend(lm, state, lm.logits(output.hidden[:, 0]), step, penalty, eos_id)
+        return step + 1, _extend(lm, state, lm.logits(output.hidden[:, 0]), step, penalty, limit, eos_id)
 
     step, state = jax.lax.while_loop(unfinished, body, (jnp.int32(1), state))
     # What is alive at the end has no room for more, and competes as it is.
@@ -169,10 +172,11 @@ def _extend(
     logits: Float[Array, "R V"],
     step: int | Int[Array, ""],
     penalty: Float[Array, ""],
+    limit: Int[Array, ""],
     eos_id: int,
 ) -> _Beams:
     """Continues every beginning by every token: finished ones join the finished, the best others live on."""
-    batch, beams, steps = state.tokens.shape
+    batch, beams, _ = state.tokens.shape
     logprobs = jax.nn.log_softmax(mask_missing_ids(logits, lm.config.vocab_rows))
     vocabulary = logprobs.shape[-1]
     total = jnp.maximum(state.logprob[:, :, None] + logprobs.reshape(batch, beams, vocabulary), MASKED)
@@ -186,7 +190,7 @@ def _extend(
     parents = jnp.take_along_axis(parents, kept, axis=1)
     rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
     # The measure of a beginning that drew certain tokens only from now on, at the best length for it.
-    bound = logprob[:, 0] / jnp.float32(steps) ** penalty
+    bound = logprob[:, 0] / limit.astype(jnp.float32) ** penalty
     over = state.over | (bound <= state.done_score[:, -1]) | (logprob[:, 0] <= MASKED)
     return state._replace(
         cache=state.cache.rows(rows),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magma_jax.inference.sampling import Compat, SamplingRows, sample
+from magma_jax.inference.sampling import MASKED, Compat, SamplingRows, sample
 from magma_jax.models.decoder import Decoder, KVCache
 from magma_jax.typing import Array, Bool, Float, Int, Key
 
@@ -29,6 +29,7 @@ class Rows(NamedTuple):
         keys: (B,) random key of each row; token i is drawn with ``fold_in(key, i)``.
         sampling: numbers of each row.
         seen: (B, V) tokens that prompt and answer have, for the repetition penalty; None where no row has one.
+        minimum: (B,) tokens before which the end of text is not drawn; None where no row has such a number.
     """
 
     cache: KVCache
@@ -40,6 +41,7 @@ class Rows(NamedTuple):
     keys: Array
     sampling: SamplingRows
     seen: Array | None
+    minimum: Array | None = None
 
 
 class TopTokens(NamedTuple):
@@ -83,6 +85,14 @@ class Generation(NamedTuple):
     logits: Array | None
     top: TopTokens | None
     cache: KVCache
+
+    def shortened(self, steps: int) -> "Generation":
+        """With the first ``steps`` of the N new tokens."""
+        if steps == self.tokens.shape[1]:
+            return self
+        per_token = self._replace(lengths=None, cache=None)
+        shorter = jax.tree.map(lambda leaf: leaf[:, :steps], per_token)
+        return shorter._replace(lengths=self.lengths, cache=self.cache)
 
 
 def prefill(
@@ -150,8 +160,9 @@ def run(
     compat: Compat = None,
     keep_logits: bool = False,
     top: int = 0,
+    enough: Int[Array, ""] | None = None,
 ) -> tuple[Rows, Drawn]:
-    """Up to ``steps`` steps, fewer if all rows end.
+    """Up to ``steps`` steps, fewer if all rows end, or ``enough`` of those that had not ended before.
 
     Returns the rows, and what was drawn with a column a step, (B, N), (B, N, V) and (B, N, K); logits are None unless
     kept, ``top`` is the number K of likeliest tokens. The
@@ -168,9 +179,12 @@ def run(
     if not steps:
         return rows, drawn
 
+    before = rows.done.sum()
+
     def unfinished(carry):
         step, rows, _ = carry
-        return (step < steps) & ~rows.done.all()
+        going = (step < steps) & ~rows.done.all()
+        return going if enough is None else going & (rows.done.sum() - before < enough)
 
     def body(carry):
         step, rows, drawn = carry
@@ -243,7 +257,11 @@ def draw(
     """Draws the next token of every row from its logits, and moves on the rows that are not done."""
     keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.count)
     table = lm.config.vocab_rows
-    token = sample(logits, keys, rows.sampling, table_rows=table, seen=rows.seen, compat=compat).astype(jnp.int32)
+    allowed = logits
+    if rows.minimum is not None and eos_id is not None:
+        too_early = (rows.count < rows.minimum)[:, None] & (jnp.arange(logits.shape[-1]) == eos_id)
+        allowed = jnp.where(too_early, MASKED, logits)
+    token = sample(allowed, keys, rows.sampling, table_rows=table, seen=rows.seen, compat=compat).astype(jnp.int32)
     logprobs = jax.nn.log_softmax(logits[:, :table])
     logprob = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
     likeliest = TopTokens(*reversed(jax.lax.top_k(logprobs, top))) if top else None

@@ -1,9 +1,8 @@
 """Continuous batching: requests join and leave a running batch, each giving what it gives alone.
 
-One thread owns the device. Between two short bursts of decoding it looks at the queue: a waiting request takes a free
-slot (its pictures are encoded, its prompt is run), a request that has ended or was cancelled leaves its slot. What a
-slot's cache still holds of an earlier prompt is not computed again: the same picture with another question, or the same
-few-shot examples before another picture.
+One thread owns the device. Between two short bursts of decoding it looks at the queue: waiting requests take free
+slots (their pictures are encoded, their prompts are run), requests that have ended or were cancelled leave theirs. What
+a prompt has in common with an earlier one is not computed again (``inference.batch``).
 
     with Engine(Magma.from_checkpoint("runs/quickstart")) as engine:
         ticket = engine.submit([ImageInput("cat.png"), "A picture of"])
@@ -13,23 +12,19 @@ few-shot examples before another picture.
 
 import collections
 import dataclasses
+import logging
 import threading
 import time
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from magma_jax.data.images import ImageInput
-from magma_jax.inference import slots
-from magma_jax.inference.api import LENGTH_BUCKETS, Magma
+from magma_jax.inference.api import Magma
+from magma_jax.inference.batch import Entry, Place, SlotBatch
 from magma_jax.inference.decode import Drawn, TopTokens
-from magma_jax.inference.prompts import WORD, Encoded, Prompt, encode_prompt, picture_positions
+from magma_jax.inference.prompts import Encoded, Prompt, encode_prompt
 from magma_jax.inference.requests import (
-    MAX_TOP_LOGPROBS,
     Alternatives,
     Answer,
     EngineError,
@@ -37,12 +32,11 @@ from magma_jax.inference.requests import (
     RequestOptions,
     Ticket,
 )
-from magma_jax.inference.sampling import sampling_rows
-from magma_jax.models.encoders import ENCODERS
-from magma_jax.typing import Int
 
-# Below this many common positions a prompt is run anew: looking back costs a program of its own.
-MIN_REUSED = 16
+_log = logging.getLogger(__name__)
+
+# While others wait, a burst of decoding ends when so many requests have: one prompt alone is run no quicker than these.
+ENOUGH = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,20 +49,24 @@ class EngineConfig:
         pictures: pictures that are kept encoded; also the most that one prompt may have.
         steps: tokens that are decoded between two looks at the queue.
         queue: requests that may wait.
+        queue_bytes: what the pictures of those that wait may take together, at the encoder's size.
         reuse: whether prompts that begin like an earlier one share its cache.
     """
 
     slots: int = 8
     context: int | None = None
-    pictures: int = 32
+    pictures: int = 64
     steps: int = 8
     queue: int = 256
+    queue_bytes: int = 256 * 2**20
     reuse: bool = True
 
     def __post_init__(self):
-        for name in ("slots", "pictures", "steps", "queue"):
+        for name in ("slots", "pictures", "steps", "queue", "queue_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.context is not None and self.context < 2:
+            raise ValueError(f"context must be at least 2, a prompt and its answer, got {self.context}")
 
 
 class QueueFull(EngineError):
@@ -94,25 +92,53 @@ class _Work:
     answer: Answer
     new: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        return sum(pixels.nbytes for pixels in self.prompt.pixels.values())
+
+
+class _New(NamedTuple):
+    """What a burst drew for one request."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    top: list[Alternatives]
+
 
 class Engine:
-    """Runs requests of many callers on one model; safe to use from many threads. Use it in a ``with`` block."""
+    """Runs requests of many callers on one model; safe to use from many threads. Use it in a ``with`` block.
+
+    Attributes:
+        context: positions of one request.
+        buckets: lengths that prompts are padded to.
+        failure: why the engine has stopped for good; None while it works.
+
+    Raises:
+        ValueError: more context than the model has.
+    """
 
     def __init__(self, model: Magma, config: EngineConfig = EngineConfig()):
         self.model, self.config = model, config
         limit = model.config.lm.context_length
-        self.context = min(config.context or limit, limit)
-        self.buckets = (*(bucket for bucket in LENGTH_BUCKETS if bucket < self.context), self.context)
-        self._graphdef, self._params = model.graphdef, model.params
-        self._top = min(MAX_TOP_LOGPROBS, model.config.lm.vocab_rows)
-        self._picture_positions = picture_positions(model.config)
+        if config.context is not None and config.context > limit:
+            raise ValueError(f"a context of {config.context} was asked for, but the model has {limit} positions")
+        self.context = config.context or limit
+        self.failure: str | None = None
+        self._batch = SlotBatch(
+            model,
+            count=config.slots,
+            context=self.context,
+            pictures=config.pictures,
+            steps=config.steps,
+            reuse=config.reuse,
+        )
+        self.buckets = self._batch.buckets
         self._waiting: collections.deque[_Work] = collections.deque()
         self._running: dict[int, _Work] = {}
         self._changed = threading.Condition()
         self._stopping = self._draining = False
-        self._finished = self._prompt_tokens = self._reused = self._new = self._encoded = 0
-        self._reset()
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._finished = self._prompt_tokens = self._reused = self._new = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> "Engine":
@@ -148,9 +174,9 @@ class Engine:
         """Takes a request and returns at once.
 
         Raises:
-            QueueFull: as many as may wait are waiting.
+            QueueFull: as many as may wait are waiting, or their pictures take as much as they may.
             ValueError: prompt and answer do not fit the context; and what ``encode`` raises.
-            EngineError: the engine is shutting down.
+            EngineError: the engine is shutting down, or has failed.
         """
         encoded = prompt if isinstance(prompt, Encoded) else self.encode(prompt)
         length = len(encoded.tokens)
@@ -160,12 +186,18 @@ class Engine:
                 f"context holds {self.context}; shorten the prompt or lower max_new_tokens"
             )
         ticket = Ticket(length, options)
+        work = _Work(ticket, encoded, Answer(self.model.tokenizer, options.stop))
         with self._changed:
+            if self.failure is not None:
+                raise EngineError(self.failure)
             if self._draining:
                 raise EngineError("the engine is shutting down; ask another or try later")
             if len(self._waiting) >= self.config.queue:
                 raise QueueFull(f"{self.config.queue} requests are waiting already; try again later")
-            self._waiting.append(_Work(ticket, encoded, Answer(self.model.tokenizer, options.stop)))
+            held = sum(other.nbytes for other in self._waiting)
+            if held and held + work.nbytes > self.config.queue_bytes:
+                raise QueueFull("the pictures of waiting requests take all the room they may; try again later")
+            self._waiting.append(work)
             self._changed.notify_all()
         return ticket
 
@@ -179,52 +211,52 @@ class Engine:
                 self._prompt_tokens,
                 self._reused,
                 self._new,
-                self._encoded,
+                self._batch.encoded,
             )
 
     def warmup(self) -> float:
         """Compiles every program now instead of at the first requests that need it; returns the seconds it took."""
         started = time.perf_counter()
-        picture = np.zeros((self.model.config.encoder.image_size,) * 2 + (3,), np.uint8)
-        for bucket in self.buckets:
-            # As long a prompt as the bucket holds beside one new token, of which none repeats another.
-            length = min(bucket, self.context - 1)
-            ids = np.arange(bucket, bucket + length, dtype=np.int32) % self.model.config.lm.vocab_rows
-            places = np.full(length, WORD, np.int32)
-            warm = Encoded(ids, places, [None] * length, {}, -(2**62) - ids.astype(np.int64) - bucket * 2**20)
-            self.submit(warm, RequestOptions(max_new_tokens=1)).text()
-        if self._picture_positions + 1 < self.context:
-            self.submit([ImageInput(Image.fromarray(picture))], RequestOptions(max_new_tokens=1)).text()
         with self._changed:
             self._changed.wait_for(lambda: not (self._waiting or self._running))
-            self._warm_programs()
+            self._batch.warm_up()
         return time.perf_counter() - started
 
     # What follows runs in the engine's thread alone.
 
-    def _reset(self) -> None:
-        """Fresh device state: at the start, and after a failure that may have taken the old one with it."""
-        sizes = (self.config.slots, self.context, self.config.pictures)
-        empty = slots.empty_slots(self._graphdef, self._params, *sizes)
-        self._rows, self._table = slots.beside(self._params, empty)
-        self._pictures: collections.OrderedDict[bytes, int] = collections.OrderedDict()
-        self._histories = [np.zeros(0, np.int64) for _ in range(self.config.slots)]
+    def _run(self) -> None:
+        try:
+            self._loop()
+            reason = "the engine was shut down"
+        except BaseException as error:
+            _log.exception("the engine has stopped")
+            self.failure = reason = f"the engine has stopped ({type(error).__name__}: {error!s:.300}); restart it"
+        self._fail_all(EngineError(reason), waiting=True)
 
     def _loop(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._running or self._stopping)
                 if self._stopping:
-                    break
+                    return
             try:
                 self._drop_cancelled()
-                self._admit_waiting()
-                if self._running:
-                    self._decode()
+                self._step()
             except Exception as error:  # whatever the device raised, the callers must hear of it
                 self._fail_all(EngineError(f"generation failed ({type(error).__name__}: {error!s:.300})"))
-                self._reset()
-        self._fail_all(EngineError("the engine was shut down"), waiting=True)
+                self._batch.reset()
+
+    def _step(self) -> None:
+        """Lets waiting requests in and decodes a burst. The device has all of it before any result is waited for."""
+        admitted = self._admit_waiting()
+        running = dict(self._running)
+        if not running:
+            return
+        top = any(work.ticket.options.top_logprobs for work in running.values())
+        burst, counts = self._batch.decode(top=top, enough=min(ENOUGH, len(self._waiting)) or None)
+        for group, first in admitted:
+            self._deliver_first([(place.slot, running[place.slot]) for place, *_ in group], first)
+        self._deliver_burst(running, burst, counts)
 
     def _fail_all(self, error: EngineError, *, waiting: bool = False) -> None:
         with self._changed:
@@ -242,6 +274,7 @@ class Engine:
             gone = [work for work in self._waiting if work.ticket.cancelled]
             for work in gone:
                 self._waiting.remove(work)
+            self._changed.notify_all()  # whoever drains may have waited for these alone
             left = [slot for slot, work in self._running.items() if work.ticket.cancelled]
         for work in gone:
             self._finished += 1
@@ -249,172 +282,87 @@ class Engine:
         for slot in left:
             self._end(slot, Progress("", finish="cancelled"))
         if left:
-            self._release(left)
+            self._batch.release(left)
 
-    def _admit_waiting(self) -> None:
-        # No more than there are slots: requests that end with their first token would keep the others waiting for ever.
-        for _ in range(self.config.slots):
+    def _admit_waiting(self) -> list[tuple[list[Entry], Drawn]]:
+        """Gives free slots to those who wait, each at most once: others must have their turn of decoding."""
+        admitted: list[tuple[list[Entry], Drawn]] = []
+        placed: list[Entry] = []
+        free = set(range(self.config.slots)) - self._running.keys()
+        while free and self._waiting:
+            work = self._waiting[0]
+            place = self._batch.place(work.prompt, free, placed)
+            if place is None:
+                admitted += self._batch.admit(placed)
+                placed = []
+                continue
+            free.remove(place.slot)
             with self._changed:
-                free = [slot for slot in range(self.config.slots) if slot not in self._running]
-                if not free or not self._waiting:
-                    return
-                work = self._waiting.popleft()
-                slot, start, source = self._choose(work.prompt, free)
-                self._running[slot] = work
-            if source is not None:
-                self._rows = slots.copy_prompt(self._rows, jnp.int32(source), jnp.int32(slot))
-            self._admit(slot, start, work)
+                self._waiting.popleft()
+                self._running[place.slot] = work
+            placed.append(Entry(place, work.prompt, work.ticket.options))
+            self._count_prompt(work, place)
+        return admitted + self._batch.admit(placed)
 
-    def _choose(self, prompt: Encoded, free: list[int]) -> tuple[int, int, int | None]:
-        """The slot to take, how much of the prompt its cache will hold, and the slot to copy that from, if another."""
-        if not self.config.reuse:
-            return free[0], 0, None
-        # The newest token of a running request was drawn but not run yet: the cache does not hold it.
-        held = [history[: -1 if slot in self._running else None] for slot, history in enumerate(self._histories)]
-        common = [_common_prefix(history, prompt.identity) for history in held]
-        # At least one position has to be run: the first token is drawn from its logits.
-        common = [min(size, len(prompt.tokens) - 1) for size in common]
-        best = max(range(len(common)), key=lambda slot: (common[slot], slot in free))
-        if common[best] < MIN_REUSED:
-            # The slot with the least to lose.
-            return min(free, key=lambda slot: len(self._histories[slot])), 0, None
-        if best in free:
-            return best, common[best], None
-        target = min(free, key=lambda slot: len(self._histories[slot]))
-        return target, common[best], best
+    def _count_prompt(self, work: _Work, place: Place) -> None:
+        work.ticket.reused_tokens = place.start
+        self._prompt_tokens += work.ticket.prompt_tokens
+        self._reused += place.start
 
-    def _admit(self, slot: int, start: int, work: _Work) -> None:
-        prompt, options = work.prompt, work.ticket.options
-        length = len(prompt.tokens) - start
-        bucket = next(b for b in self.buckets if b >= length)
-        tokens, pictures = np.zeros(bucket, np.int32), np.full(bucket, WORD, np.int32)
-        tokens[:length] = prompt.tokens[start:]
-        for i in range(length):
-            owner = prompt.owners[start + i]
-            if owner is not None:
-                row = self._picture_row(owner, prompt.pixels[owner])
-                pictures[i] = row * self._picture_positions + prompt.places[start + i]
-        seen = np.zeros(self.model.config.lm.head_rows, bool)
-        seen[prompt.tokens[prompt.places == WORD]] = True
-        admission = slots.Admission(
-            jnp.int32(slot),
-            jnp.int32(start),
-            jnp.int32(length),
-            jnp.asarray(tokens),
-            jnp.asarray(pictures),
-            jnp.asarray(seen),
-            slots.request_key(options.seed),
-            sampling_rows([options.sampling]),
-            jnp.int32(options.max_new_tokens),
-        )
-        eos_id = self.model.tokenizer.eos_id
-        self._rows, first = slots.admit(
-            self._graphdef, self._params, self._rows, self._table, admission, eos_id=eos_id, top=self._top
-        )
-        self._histories[slot] = prompt.identity
-        work.ticket.reused_tokens = start
-        self._prompt_tokens += len(prompt.tokens)
-        self._reused += start
-        top = [_alternatives(first.top, options.top_logprobs, 0)] if options.top_logprobs else []
-        self._deliver({slot: ([int(first.token[0])], [float(first.logprob[0])], top)})
-
-    def _picture_row(self, key: bytes, pixels: np.ndarray) -> int:
-        """Where a picture stands in the table; it is encoded if it is not there, in place of the least used one."""
-        if key in self._pictures:
-            self._pictures.move_to_end(key)
-            return self._pictures[key]
-        if len(self._pictures) < self.config.pictures:
-            row = len(self._pictures)
-        else:
-            _, row = self._pictures.popitem(last=False)
-        entry = ENCODERS[self.model.config.encoder.kind]
-        self._table = slots.add_picture(
-            self._graphdef, self._params, self._table, pixels[None], jnp.int32(row), mean=entry.mean, std=entry.std
-        )
-        self._pictures[key] = row
-        self._encoded += 1
-        return row
-
-    def _decode(self) -> None:
-        before = np.asarray(self._rows.count)
-        wanted = {slot: work.ticket.options.top_logprobs for slot, work in self._running.items()}
-        drawn = self._burst(self._top if any(wanted.values()) else 0)
-        tokens, logprobs, after = np.asarray(drawn.token), np.asarray(drawn.logprob), np.asarray(self._rows.count)
-        top = jax.tree.map(np.asarray, drawn.top)  # once for all rows
-        self._deliver(
-            {
-                slot: (
-                    tokens[slot, :count].tolist(),
-                    logprobs[slot, :count].tolist(),
-                    [_alternatives(top, size, (slot, step)) for step in range(count)] if size else [],
-                )
-                for slot, size in wanted.items()
-                if (count := int(after[slot] - before[slot]))
-            }
-        )
-
-    def _burst(self, top: int) -> Drawn:
-        """A burst of decoding; with ``top`` likeliest tokens where somebody wants them, which takes another program."""
-        eos_id, steps = self.model.tokenizer.eos_id, self.config.steps
-        self._rows, drawn = slots.decode(self._graphdef, self._params, self._rows, steps=steps, eos_id=eos_id, top=top)
-        return drawn
-
-    def _deliver(self, new: dict[int, tuple[list[int], list[float], list[Alternatives]]]) -> None:
-        """Gives every request its new tokens, and ends those that are through."""
+    def _deliver_first(self, works: list[tuple[int, _Work]], drawn: Drawn) -> None:
+        """The first tokens of requests that were run together, a row each."""
+        token, logprob, top = (np.asarray(drawn.token), np.asarray(drawn.logprob), jax.tree.map(np.asarray, drawn.top))
         stopped = []
-        for slot, (tokens, logprobs, top) in new.items():
-            work = self._running[slot]
-            eos_id = self.model.tokenizer.eos_id
-            ended = eos_id in tokens
-            tokens = tokens[: tokens.index(eos_id)] if ended else tokens
-            work.new += len(tokens)
-            self._new += len(tokens)
-            at_limit = work.new >= work.ticket.options.max_new_tokens
-            text, found = work.answer.add(tokens, last=ended or at_limit)
-            self._histories[slot] = np.concatenate([self._histories[slot], np.array(tokens, np.int64)])
-            finish = "stop" if ended or found is not None else "length" if at_limit else None
-            used = len(tokens) if found is None else found
-            piece = Progress(text, tuple(tokens[:used]), tuple(logprobs[:used]), tuple(top[:used]), finish)
-            if finish is None:
-                work.ticket.put(piece)
-            else:
-                self._end(slot, piece)
-                if found is not None:
-                    stopped.append(slot)
+        for row, (slot, work) in enumerate(works):
+            size = work.ticket.options.top_logprobs
+            alternatives = [_alternatives(top, size, row)] if size else []
+            stopped += self._deliver(slot, work, _New([int(token[row])], [float(logprob[row])], alternatives))
         if stopped:
-            self._release(stopped)
+            self._batch.release(stopped)
+
+    def _deliver_burst(self, running: dict[int, _Work], drawn: Drawn, counts: jax.Array) -> None:
+        """What a burst drew, a row a slot, to the requests that were running and have not ended since."""
+        token, logprob, top = (np.asarray(drawn.token), np.asarray(drawn.logprob), jax.tree.map(np.asarray, drawn.top))
+        stopped = []
+        for slot, count in enumerate(np.asarray(counts).tolist()):
+            work = running.get(slot)
+            if not count or work is None or self._running.get(slot) is not work:
+                continue
+            size = work.ticket.options.top_logprobs
+            alternatives = [_alternatives(top, size, (slot, step)) for step in range(count)] if size else []
+            new = _New(token[slot, :count].tolist(), logprob[slot, :count].tolist(), alternatives)
+            stopped += self._deliver(slot, work, new)
+        if stopped:
+            self._batch.release(stopped)
+
+    def _deliver(self, slot: int, work: _Work, new: _New) -> list[int]:
+        """Gives a request its new tokens, and ends it if it is through; the slot, if the device does not know that."""
+        eos_id = self.model.tokenizer.eos_id
+        ended = eos_id in new.tokens
+        tokens = new.tokens[: new.tokens.index(eos_id)] if ended else new.tokens
+        work.new += len(tokens)
+        self._new += len(tokens)
+        at_limit = work.new >= work.ticket.options.max_new_tokens
+        text, found = work.answer.add(tokens, last=ended or at_limit)
+        self._batch.add_tokens(slot, tokens)
+        finish = "stop" if ended or found is not None else "length" if at_limit else None
+        used = len(tokens) if found is None else found
+        piece = Progress(text, tuple(tokens[:used]), tuple(new.logprobs[:used]), tuple(new.top[:used]), finish)
+        if finish is None:
+            work.ticket.put(piece)
+        else:
+            self._end(slot, piece)
+        return [] if found is None else [slot]
 
     def _end(self, slot: int, last: Progress) -> None:
-        # The newest token was drawn but never run: the cache does not hold it.
-        self._histories[slot] = self._histories[slot][:-1]
+        self._batch.end(slot)
         with self._changed:
             work = self._running.pop(slot)
             self._finished += 1
             self._changed.notify_all()
         work.ticket.put(last)
 
-    def _release(self, which: Sequence[int]) -> None:
-        """The device goes on with a row until it hears that nobody wants it."""
-        mask = np.zeros(self.config.slots, bool)
-        mask[list(which)] = True
-        self._rows = slots.release(self._rows, mask)
-
-    def _warm_programs(self) -> None:
-        """Programs that requests of a warm-up do not reach."""
-        self._release([])
-        self._rows = slots.copy_prompt(self._rows, jnp.int32(0), jnp.int32(0))
-        for top in (0, self._top):
-            self._burst(top)
-        jax.block_until_ready(self._rows)
-        self._histories = [np.zeros(0, np.int64) for _ in range(self.config.slots)]
-
 
 def _alternatives(top: TopTokens, count: int, where: int | tuple[int, int]) -> Alternatives:
-    tokens, logprobs = (np.asarray(array)[where][:count].tolist() for array in top)
+    tokens, logprobs = (array[where][:count].tolist() for array in top)
     return tuple(zip(tokens, logprobs, strict=True))
-
-
-def _common_prefix(one: Int[np.ndarray, " A"], two: Int[np.ndarray, " B"]) -> int:
-    size = min(len(one), len(two))
-    different = np.flatnonzero(one[:size] != two[:size])
-    return int(different[0]) if len(different) else size

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from magma_jax.data.tokenizer import Tokenizer
-from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.inference.sampling import SamplingConfig, check_seed
 
 # Why a request ended: its end of text or a stop string, its limit, or because nobody wanted it any more.
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -31,6 +31,7 @@ class RequestOptions:
         seed: the answer is that of ``Magma.generate(..., seed=[seed])``.
         stop: texts that end the answer and are no part of it.
         top_logprobs: likeliest tokens to report beside each token.
+        min_new_tokens: the end of text is not drawn before so many; a stop text ends the answer all the same.
     """
 
     max_new_tokens: int = 64
@@ -38,12 +39,19 @@ class RequestOptions:
     seed: int = 0
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
+    min_new_tokens: int = 0
 
     def __post_init__(self):
+        check_seed(self.seed)
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise ValueError(f"top_logprobs must lie between 0 and {MAX_TOP_LOGPROBS}, got {self.top_logprobs}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must lie between 0 and max_new_tokens ({self.max_new_tokens}), got "
+                f"{self.min_new_tokens}"
+            )
         if any(not text for text in self.stop):
             raise ValueError("stop: an empty text would end every answer at once")
         if self.sampling.compat is not None:

@@ -13,6 +13,7 @@ arrays, one a row: other numbers need no other program, and rows of one batch ma
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -21,6 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from magma_jax.typing import Array, Bool, Float, Int, Key, PRNGKey
+
+# Seeds are below it: a key is made of 32 bits, and larger seeds would stand for smaller ones.
+SEEDS = 2**32
 
 # Low enough for a softmax to give exactly 0 beside any logit, high enough to survive fp32 arithmetic.
 MASKED = -1e30
@@ -89,6 +93,18 @@ def sampling_rows(configs: Sequence[SamplingConfig]) -> SamplingRows:
             for name in SamplingRows._fields
         )
     )
+
+
+def check_seed(seed: int) -> int:
+    """The seed, if it is one; raises ValueError for what is no whole number from 0 to ``SEEDS`` - 1."""
+    if not (isinstance(seed, numbers.Integral) and 0 <= seed < SEEDS):
+        raise ValueError(f"seed must be a whole number from 0 to {SEEDS - 1}, got {seed}")
+    return int(seed)
+
+
+def seed_key(seed: int) -> PRNGKey:
+    """The random key of a seed; errors as ``check_seed``."""
+    return jax.random.key(np.uint32(check_seed(seed)))
 
 
 @functools.partial(jax.jit, static_argnames="rows")

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -25,29 +26,31 @@ T = TypeVar("T")
 
 
 class Admission(NamedTuple):
-    """What a slot is given: the part of a prompt that its cache does not hold yet, and what is wanted.
+    """What A slots are given: of each prompt the part that the slot's cache does not hold yet, and what is wanted.
 
     Attributes:
-        slot: which.
-        start: positions that the slot's cache already holds.
-        length: positions that are new, padding not counted.
-        tokens: (S,) ids, padded; anything where a picture stands.
-        pictures: (S,) row of the picture table times P plus the position in the picture, or ``WORD``.
-        seen: (V,) tokens of the whole prompt.
-        key: random key of the request.
-        sampling: its numbers, (1,) each.
-        limit: tokens wanted at most.
+        slot: (A,) which; where there is no such slot nothing happens.
+        start: (A,) positions that the slot's cache already holds.
+        length: (A,) positions that are new, padding not counted.
+        tokens: (A, S) ids, padded; anything where a picture stands.
+        pictures: (A, S) row of the picture table times P plus the position in the picture, or ``WORD``.
+        seen: (A, V) tokens of the whole prompts.
+        seed: (A,) of the requests, uint32.
+        sampling: their numbers.
+        limit: (A,) tokens wanted at most.
+        minimum: (A,) tokens wanted at least.
     """
 
-    slot: Array
-    start: Array
-    length: Array
-    tokens: Array
-    pictures: Array
-    seen: Array
-    key: Array
+    slot: Array | np.ndarray
+    start: Array | np.ndarray
+    length: Array | np.ndarray
+    tokens: Array | np.ndarray
+    pictures: Array | np.ndarray
+    seen: Array | np.ndarray
+    seed: Array | np.ndarray
     sampling: SamplingRows
-    limit: Array
+    limit: Array | np.ndarray
+    minimum: Array | np.ndarray
 
 
 @jit(static_argnames=("graphdef", "slots", "context", "pictures"))
@@ -62,7 +65,7 @@ def empty_slots(
     keys = jax.random.split(jax.random.key(0), slots)
     seen = jnp.zeros((slots, model.config.lm.head_rows), bool)
     cache = model.lm.init_cache(slots, context, model.dtype)
-    rows = Rows(cache, zeros, zeros, zeros, zeros, jnp.ones(slots, bool), keys, sampling, seen)
+    rows = Rows(cache, zeros, zeros, zeros, zeros, jnp.ones(slots, bool), keys, sampling, seen, zeros)
     return rows, jnp.zeros((pictures, model.image_positions, model.config.lm.width), model.dtype)
 
 
@@ -105,48 +108,49 @@ def admit(
     eos_id: int,
     top: int,
 ) -> tuple[Rows, Drawn]:
-    """Runs a prompt, pictures and words in one program, in the cache of its slot, and draws the first token."""
+    """Runs prompts, pictures and words in one program, in the caches of their slots, and draws the first tokens."""
     model = merge(graphdef, params)
-    slot, start = admission.slot, admission.start
+    slot, start, length = admission.slot, admission.start, admission.length
     embeddings = embed(model, table, admission.tokens, admission.pictures)
-    positions = start + jnp.arange(admission.tokens.shape[0])
-    output = model.lm(embeddings, positions=positions[None], cache=rows.cache, cache_rows=slot[None])
-    logits = model.logits(jnp.take(output.hidden, admission.length - 1, axis=1))
-    zero = jnp.zeros(1, jnp.int32)
-    limit = admission.limit[None]
-    one = Rows(
+    positions = start[:, None] + jnp.arange(admission.tokens.shape[1])
+    output = model.lm(embeddings, positions=positions, cache=rows.cache, cache_rows=slot)
+    logits = model.logits(jnp.take_along_axis(output.hidden, (length - 1)[:, None, None], axis=1)[:, 0])
+    zeros = jnp.zeros_like(slot)
+    new = Rows(
         output.cache,
-        zero,
-        (start + admission.length - 1)[None],
-        zero,
-        limit,
-        limit < 1,
-        admission.key[None],
+        zeros,
+        start + length - 1,
+        zeros,
+        admission.limit,
+        admission.limit < 1,
+        jax.vmap(request_key)(admission.seed),
         admission.sampling,
-        admission.seen[None],
+        admission.seen,
+        admission.minimum,
     )
-    one, drawn = draw(model.lm, one, logits, eos_id, top=top)
+    new, drawn = draw(model.lm, new, logits, eos_id, top=top)
     others = jax.tree.map(
-        lambda all_, new: all_.at[slot].set(new[0]), rows._replace(cache=None), one._replace(cache=None)
+        lambda all_, one: all_.at[slot].set(one, mode="drop"), rows._replace(cache=None), new._replace(cache=None)
     )
     return others._replace(cache=output.cache), drawn._replace(logits=None)
 
 
 def embed(
-    model: MagmaModel, table: Float[Array, "C P D"], tokens: Int[Array, " S"], pictures: Int[Array, " S"]
-) -> Float[Array, "1 S D"]:
-    """Embeddings of a sequence of words and positions of pictures, as in ``Admission``."""
-    words = model.embed_tokens(tokens[None])
+    model: MagmaModel, table: Float[Array, "C P D"], tokens: Int[Array, "A S"], pictures: Int[Array, "A S"]
+) -> Float[Array, "A S D"]:
+    """Embeddings of sequences of words and positions of pictures, as in ``Admission``."""
+    words = model.embed_tokens(tokens)
     positions = table.reshape(-1, table.shape[-1])[jnp.maximum(pictures, 0)]
-    return jnp.where((pictures == WORD)[None, :, None], words, positions[None])
+    return jnp.where((pictures == WORD)[:, :, None], words, positions)
 
 
 @jit(static_argnames=("graphdef", "steps", "eos_id", "top"), donate_argnames=("rows",))
 def decode(
-    graphdef: nnx.GraphDef, params: Params, rows: Rows, *, steps: int, eos_id: int, top: int
-) -> tuple[Rows, Drawn]:
-    """Up to ``steps`` tokens for every slot, see ``inference.decode.run``."""
-    return run(merge(graphdef, params).lm, rows, steps, eos_id=eos_id, top=top)
+    graphdef: nnx.GraphDef, params: Params, rows: Rows, enough: Int[Array, ""], *, steps: int, eos_id: int, top: int
+) -> tuple[Rows, Drawn, Int[Array, " B"]]:
+    """Up to ``steps`` tokens for every slot, see ``inference.decode.run``, and how many each has got."""
+    after, drawn = run(merge(graphdef, params).lm, rows, steps, eos_id=eos_id, top=top, enough=enough)
+    return after, drawn, after.count - rows.count
 
 
 @jit(donate_argnames=("rows",))
@@ -163,6 +167,6 @@ def copy_prompt(rows: Rows, source: Int[Array, ""], target: Int[Array, ""]) -> R
     )
 
 
-def request_key(seed: int) -> PRNGKey:
-    """The key that ``Magma.generate`` gives a row with this seed of its own."""
+def request_key(seed: Array) -> PRNGKey:
+    """The key that ``Magma.generate`` gives a row with this seed (uint32) of its own."""
     return jax.random.fold_in(jax.random.key(seed), 0)

@@ -157,10 +157,10 @@ class Attention(nnx.Module):
         """Queries, keys and values (B, S, H, K) of an input (B, S, D)."""
         raise NotImplementedError
 
-    def __call__(self, x, mask, rotary, store):
+    def __call__(self, x, mask, rotary, store, fused=False):
         """``store(key, value)`` puts new keys and values away and returns those to attend to, heads first."""
         q, k, v = self.heads_of(x, rotary)
-        out, weights = dot_product_attention(q, *store(k, v), mask, scaled=self.scaled)
+        out, weights = dot_product_attention(q, *store(k, v), mask, scaled=self.scaled, fused=fused)
         return self.out_proj(out.reshape(x.shape)), weights, k, v
 
 
@@ -198,9 +198,9 @@ class Block(nnx.Module):
         self.mlp_adapter = mlp_adapter and Adapter(config.width, mlp_adapter, rngs=rngs)
         self.attn_adapter = attn_adapter and Adapter(config.width, attn_adapter, rngs=rngs)
 
-    def __call__(self, x, mask, rotary, store) -> BlockOutput:
+    def __call__(self, x, mask, rotary, store, fused=False) -> BlockOutput:
         h = self.ln_1(x)
-        attn_inner, attentions, key, value = self.attn(h, mask, rotary, store)
+        attn_inner, attentions, key, value = self.attn(h, mask, rotary, store, fused)
         attn = attn_inner if self.attn_adapter is None else self.attn_adapter(h, attn_inner)
         m = h if self.ln_2 is None else self.ln_2(x if self.residual == "parallel" else x + attn)
         mlp_inner = self.mlp(m)
@@ -343,7 +343,8 @@ class Decoder(nnx.Module):
                 return updated.read(index, cache_rows)
 
             visible = mask if window is None else mask & (distances < window)
-            output = layer(x, visible, rotary, store)
+            # Not where gradients are taken: what cuDNN makes of the mask's gradient has not been tried.
+            output = layer(x, visible, rotary, store, fused=cache is not None)
             if fold is not None:
                 state = fold.step(state, output)
             return (output.out, updated, state), {name: getattr(output, name) for name in collect}

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from magma_jax.typing import Array, Float
 
-# dtypes of a language model's config that stand for quantized matrices; all else of the model is then bfloat16.
+# dtypes of a language model's config that stand for quantized matrices. Its other weights are made in bfloat16; a model
+# that is loaded has them, as all that is not quantized, in the dtype of its activations.
 QUANTIZED = ("int8", "int4")
 
 # Inputs that share a scale in 4 bits. Of a matrix with a number of inputs that it does not divide, all share one.

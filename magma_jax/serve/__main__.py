@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from magma_jax.compile import keep_programs
 from magma_jax.inference.api import Magma
 from magma_jax.inference.engine import Engine, EngineConfig
 
@@ -25,6 +26,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         sys.exit(f"magma_jax.serve: {error.name} is missing; pip install fastapi uvicorn prometheus_client")
     arguments = _parser().parse_args()
+    keep_programs(not arguments.no_program_cache)
     try:
         key = arguments.api_key_file.read_text().strip() if arguments.api_key_file else None
         if key == "":
@@ -42,11 +44,17 @@ def main() -> None:
             body_timeout=arguments.body_timeout,
             pictures=rules,
         )
-        sizes = EngineConfig(arguments.slots, arguments.context, queue=arguments.queue)
+        sizes = EngineConfig(
+            arguments.slots,
+            arguments.context,
+            arguments.keep_pictures,
+            arguments.steps,
+            arguments.queue,
+        )
         model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype)
+        app = create_app(Engine(model, sizes), config)
     except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
         sys.exit(f"magma_jax.serve: {error}")
-    app = create_app(Engine(model, sizes), config)
     print(f"compiling, then serving {config.model} on http://{arguments.host}:{arguments.port}", file=sys.stderr)
     uvicorn.run(
         app,
@@ -55,6 +63,8 @@ def main() -> None:
         log_level="warning",
         timeout_graceful_shutdown=int(arguments.timeout),
         timeout_keep_alive=10,
+        # The other implementation, which uvicorn takes where it is installed, has no limit on headers.
+        http="h11",
         h11_max_incomplete_event_size=64 * 1024,
     )
 
@@ -65,11 +75,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="of the model in the API; default: the checkpoint's")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument(
+        "--no-program-cache", action="store_true", help="compile anew, whatever earlier starts have kept"
+    )
     parser.add_argument("--dtype", help="of weights and activations, such as bfloat16")
     parser.add_argument(
         "--slots", type=int, default=EngineConfig.slots, help="requests at a time; default: %(default)s"
     )
     parser.add_argument("--context", type=int, help="positions of a request; default: the model's")
+    parser.add_argument(
+        "--keep-pictures",
+        type=int,
+        default=EngineConfig.pictures,
+        help="encoded pictures that are kept for further questions; default: %(default)s",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=EngineConfig.steps,
+        help="tokens between two looks at the queue; default: %(default)s",
+    )
     parser.add_argument("--queue", type=int, default=EngineConfig.queue, help="waiting at most; default: %(default)s")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take; default: %(default)s")
     parser.add_argument("--body-timeout", type=float, default=20.0, help="seconds to arrive; default: %(default)s")

@@ -9,9 +9,10 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from fastapi import FastAPI, Request
@@ -20,20 +21,25 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from magma_jax.data.images import ImageError, ImageInput
+from magma_jax.data.images import ImageError
 from magma_jax.inference.engine import Encoded, Engine, QueueFull
 from magma_jax.inference.requests import EngineError, Progress, RequestOptions, Ticket
 from magma_jax.serve.attention import AttentionRequest, attention
 from magma_jax.serve.attention import warm_up as attention_warm_up
 from magma_jax.serve.fetch import FetchError
 from magma_jax.serve.metrics import ServerMetrics
-from magma_jax.serve.pictures import PictureRules, open_picture
+from magma_jax.serve.pictures import PictureRules, RequestPicture
 from magma_jax.serve.schema import Asked, ChatRequest, ImageURL, PromptRequest, RequestError, finite, parse, probability
 
 # What an answer that names no limit gets at most.
 DEFAULT_TOKENS = 64
-# Requests for attention that may wait.
+# Requests for attention at a time, those included that wait.
 MAX_LOOKING = 8
+
+# Code of the errors that mean: try again later.
+QUEUE_FULL = "queue_full"
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,7 @@ class ServerConfig:
         max_body_bytes: of a request.
         timeout: seconds that a request may take, waiting included.
         body_timeout: seconds that it may take to arrive.
+        max_held_bytes: of the bodies of requests together, from their arrival until their pictures are decoded.
         decoders: pictures that are decoded at the same time.
         pictures: what pictures are taken.
     """
@@ -55,6 +62,7 @@ class ServerConfig:
     max_body_bytes: int = 32 * 2**20
     timeout: float = 120.0
     body_timeout: float = 20.0
+    max_held_bytes: int = 256 * 2**20
     decoders: int = 2
     pictures: PictureRules = PictureRules()
 
@@ -70,6 +78,7 @@ def create_app(engine: Engine, config: ServerConfig = ServerConfig()) -> FastAPI
         yield
         app.state.ready = False
         await asyncio.to_thread(engine.close, drain=True, timeout=config.timeout)
+        service.close()
 
     app = FastAPI(title="magma_jax", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.ready = False
@@ -83,6 +92,8 @@ def create_app(engine: Engine, config: ServerConfig = ServerConfig()) -> FastAPI
 
     @app.get("/health")
     async def health() -> Response:
+        if engine.failure is not None:
+            return JSONResponse({"status": "failed", "reason": engine.failure}, 503)
         ready = app.state.ready
         return JSONResponse({"status": "ok" if ready else "starting"}, 200 if ready else 503)
 
@@ -127,21 +138,65 @@ class _Service:
         self.engine, self.config = engine, config
         self.created = int(time.time())
         self.metrics = ServerMetrics()
-        self._decoders = anyio.CapacityLimiter(config.decoders)
+        self._decoders = ThreadPoolExecutor(config.decoders, "decoder")
         # One at a time beside the engine, which has the device's time first of all.
-        self._looking = anyio.CapacityLimiter(1)
+        self._looker = ThreadPoolExecutor(1, "attention")
+        self._looking = self._arriving = self._held_bytes = 0
+
+    def close(self) -> None:
+        """Ends the threads; who still waits for one is told."""
+        for threads in (self._decoders, self._looker):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, request: Request) -> Response:
         started = time.perf_counter()
-        wanted = await self._read(request, ChatRequest)
-        encoded = await self._encode(wanted)
-        tickets = self._submit(encoded, wanted.options(self._default_tokens(encoded)))
+        with self._arrival() as hold:
+            wanted = await self._read(request, ChatRequest, hold)
+            encoded = await self._encode(wanted, started)
+            tickets = self._submit(encoded, wanted.options(self._default_tokens(encoded)))
         if wanted.stream:
             body = self._stream(wanted, tickets, started)
             return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         return await self._whole(request, wanted, tickets, started)
 
-    async def _read(self, request: Request, kind: type[Asked]) -> Asked:
+    @contextlib.contextmanager
+    def _arrival(self) -> Iterator[Callable[[int], None]]:
+        """A request on its way to the engine's queue, which counts like one in the queue; called with bytes it holds.
+
+        Raises:
+            RequestError: too many are on their way or waiting, or they hold too much.
+        """
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            if self._held_bytes and self._held_bytes + size > self.config.max_held_bytes:
+                raise _busy("arriving requests hold all the memory they may")
+            held += size
+            self._held_bytes += size
+
+        if self._arriving + self.engine.stats().waiting >= self.engine.config.queue:
+            raise _busy("too many requests are arriving or waiting")
+        self._arriving += 1
+        try:
+            yield hold
+        finally:
+            self._arriving -= 1
+            self._held_bytes -= held
+
+    async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T], started: float) -> T:
+        """Result of ``work``; a thread that takes longer than the request may keeps its place until it is done."""
+        left = started + self.config.timeout - time.perf_counter()
+        try:
+            async with asyncio.timeout(max(left, 0)):
+                return await asyncio.get_running_loop().run_in_executor(threads, work)
+        except TimeoutError:
+            raise self._too_late() from None
+
+    def _too_late(self) -> RequestError:
+        return RequestError(f"not done within {self.config.timeout:g} s", 504, code="timeout")
+
+    async def _read(self, request: Request, kind: type[Asked], hold: Callable[[int], None]) -> Asked:
         """The checked body of a request."""
         body, limit, seconds = bytearray(), self.config.max_body_bytes, self.config.body_timeout
         too_large = RequestError(f"the request has more than {limit} bytes", 413)
@@ -150,9 +205,10 @@ class _Service:
         try:
             async with asyncio.timeout(seconds):
                 async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > limit:
+                    if len(body) + len(chunk) > limit:
                         raise too_large
+                    hold(len(chunk))
+                    body += chunk
         except ClientDisconnect:
             raise RequestError("the request broke off") from None
         except TimeoutError:
@@ -177,14 +233,20 @@ class _Service:
             raise RequestError(f"the request is no JSON ({error!s:.100})") from None
 
     async def attention(self, request: Request) -> Response:
-        wanted = await self._read(request, AttentionRequest)
-        encoded = await self._encode(wanted)
-        if self._looking.statistics().tasks_waiting >= MAX_LOOKING:
-            raise RequestError("too many requests for attention are waiting; try again later", 429, code="queue_full")
-        work = functools.partial(attention, self.engine, encoded, wanted)
-        return JSONResponse(await anyio.to_thread.run_sync(work, limiter=self._looking, abandon_on_cancel=True))
+        started = time.perf_counter()
+        with self._arrival() as hold:
+            wanted = await self._read(request, AttentionRequest, hold)
+            encoded = await self._encode(wanted, started)
+        if self._looking >= MAX_LOOKING:
+            raise _busy("too many requests for attention are waiting")
+        self._looking += 1
+        try:
+            work = functools.partial(attention, self.engine, encoded, wanted)
+            return JSONResponse(await self._in_thread(self._looker, work, started))
+        finally:
+            self._looking -= 1
 
-    async def _encode(self, wanted: PromptRequest) -> Encoded:
+    async def _encode(self, wanted: PromptRequest, started: float) -> Encoded:
         """The prompt of a request, its pictures fetched and decoded."""
         if wanted.model not in (None, self.config.model):
             raise RequestError(f"the model here is {self.config.model!r}", 404, "model", "model_not_found")
@@ -195,11 +257,14 @@ class _Service:
 
         def work() -> Encoded:
             rules = self.config.pictures
-            prompt = [item if isinstance(item, str) else ImageInput(open_picture(item.url, rules)) for item in items]
-            return self.engine.encode(prompt)
+            return self.engine.encode(
+                [item if isinstance(item, str) else RequestPicture(item.url, rules) for item in items]
+            )
 
         try:
-            return await anyio.to_thread.run_sync(work, limiter=self._decoders, abandon_on_cancel=True)
+            return await self._in_thread(self._decoders, work, started)
+        except RequestError:
+            raise
         except (ImageError, FetchError, ValueError) as error:
             raise RequestError(str(error), param="messages") from None
 
@@ -213,7 +278,7 @@ class _Service:
                 tickets.append(self.engine.submit(encoded, one))
         except QueueFull as error:
             _cancel(tickets)
-            raise RequestError(str(error), 429, code="queue_full") from None
+            raise RequestError(str(error), 429, code=QUEUE_FULL) from None
         except EngineError as error:
             _cancel(tickets)
             raise RequestError(str(error), 503) from None
@@ -286,7 +351,7 @@ class _Service:
             try:
                 await asyncio.wait_for(news.wait(), max(left, 0))
             except TimeoutError:
-                raise RequestError(f"not done within {self.config.timeout:g} s", 504, code="timeout") from None
+                raise self._too_late() from None
             news.clear()
             for index in sorted(running):
                 try:
@@ -305,11 +370,12 @@ class _Service:
             self.metrics.duration.observe(time.perf_counter() - started)
 
     def _logprobs(self, pieces: list[Progress]) -> dict[str, Any]:
-        decode = self.engine.model.tokenizer.decode
+        tokenizer = self.engine.model.tokenizer
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = decode([token])
-            return {"token": text, "logprob": probability(logprob), "bytes": list(text.encode())}
+            # A token may be part of a character: the bytes of several join to what their texts cannot show.
+            spelled = list(tokenizer.token_bytes(token))
+            return {"token": tokenizer.decode([token]), "logprob": probability(logprob), "bytes": spelled}
 
         entries = []
         for piece in pieces:
@@ -337,6 +403,10 @@ def _usage(tickets: list[Ticket]) -> dict[str, Any]:
 def _cancel(tickets: list[Ticket]) -> None:
     for ticket in tickets:
         ticket.cancel()
+
+
+def _busy(what: str) -> RequestError:
+    return RequestError(f"{what}; try again later", 429, code=QUEUE_FULL)
 
 
 async def _left(request: Request) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from magma_jax.inference.attention import ALL_HEADS, PictureAttention, attend, picture_grid, split_words
+from magma_jax.inference.attention import ALL_HEADS, PictureAttention, attend, check_head, picture_grid, split_words
 from magma_jax.inference.engine import Engine
 from magma_jax.inference.prompts import WORD, Encoded, picture_positions
 from magma_jax.serve.schema import PromptRequest, RequestError
@@ -18,8 +18,8 @@ class AttentionRequest(PromptRequest):
     """Body of ``POST /v1/attention``: a prompt as for chat completions, and its answer as text or ``token_ids``."""
 
     answer: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=100_000)]
-    layer: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    head: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    layer: int | None = None
+    head: int | None = None
     relative: bool = False
 
 
@@ -30,12 +30,10 @@ def attention(engine: Engine, prompt: Encoded, wanted: AttentionRequest) -> dict
         RequestError: no picture, no answer, no such layer or head, or more than the context holds.
     """
     model = engine.model
-    for name, count in (("layer", model.config.lm.layers), ("head", model.config.lm.heads)):
-        value = getattr(wanted, name)
-        if value is not None and value >= count:
-            raise RequestError(f"{name} {value}: the model has {count}, counted from 0", param=name)
-    if wanted.head is not None and wanted.layer is None:
-        raise RequestError("a head needs a layer", param="head")
+    try:
+        check_head(model.config.lm.layers, model.config.lm.heads, wanted.layer, wanted.head)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
     if len(wanted.answer) > engine.context * model.tokenizer.longest:  # before it is split, which takes long
         raise RequestError(f"the answer is longer than the context of {engine.context} tokens holds", param="answer")
     tokens = model.tokenizer.encode(wanted.answer) if isinstance(wanted.answer, str) else wanted.answer

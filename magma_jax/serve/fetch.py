@@ -52,7 +52,7 @@ class FetchRules:
     """What may be fetched.
 
     Attributes:
-        domains: hosts, each with its subdomains; nothing else is ever contacted.
+        domains: hosts, each with its subdomains, in any case; nothing else is ever contacted.
         max_bytes: of the body.
         timeout: seconds for everything, lookups and redirects included.
         redirects: at most.
@@ -66,6 +66,12 @@ class FetchRules:
     redirects: int = 3
     resolver: Resolver = resolve
     connector: Connector = socket.create_connection
+
+    def __post_init__(self):
+        for domain in self.domains:
+            if not domain.strip(".") or any(mark in domain for mark in "/:@* "):
+                raise ValueError(f"{domain!r} is no domain; give the bare name of a host, such as example.org")
+        object.__setattr__(self, "domains", tuple(domain.strip(".").lower() for domain in self.domains))
 
 
 def is_public(address: str) -> bool:

@@ -39,8 +39,11 @@ class ServerMetrics:
             "pictures_encoded": "Pictures encoded, since the start",
         }
         ProcessCollector(registry=self._registry)  # process_resident_memory_bytes and others
-        compilations = Gauge("magma_compilations", "Programs compiled; none after the start", **options)
-        compilations.set_function(lambda counter=compilations_of_process(): counter.count)
+        counter = compilations_of_process()
+        programs = Gauge("magma_programs", "Programs made ready, compiled or cached; none after the start", **options)
+        programs.set_function(lambda: counter.count)
+        compilations = Gauge("magma_compilations", "Of these, programs that were compiled", **options)
+        compilations.set_function(lambda: counter.count - counter.cached)
         self._engine = {name: Gauge(f"magma_{name}", text, **options) for name, text in gauges.items()}
 
     def count(self, path: str, status: int) -> None:

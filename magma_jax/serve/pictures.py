@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
-from magma_jax.data.images import ImageError, load_image
+from magma_jax.data.images import ImageError, ImageInput, load_image
 from magma_jax.serve.fetch import FetchRules, fetch
 
 # A progressive JPEG has about ten scans, each as long to decode as the whole picture; a hostile one has thousands in
@@ -37,6 +37,17 @@ class PictureRules:
     fetch: FetchRules | None = None
 
 
+class RequestPicture(ImageInput):
+    """A picture of a request, opened when the prompt is encoded: one after another, whatever a request has."""
+
+    def __init__(self, url: str, rules: PictureRules):
+        self._url, self._rules = url, rules
+
+    def load(self, **options) -> Image.Image:
+        """See ``open_picture``; ``options`` are the server's to choose."""
+        return open_picture(self._url, self._rules)
+
+
 def open_picture(url: str, rules: PictureRules) -> Image.Image:
     """The decoded picture behind a URL of a request.
 
@@ -56,9 +67,7 @@ def open_picture(url: str, rules: PictureRules) -> Image.Image:
         raise ImageError(f"{url[:40]!r}: pictures come as data: URIs, such as data:image/png;base64,...")
     if content[:2] == b"\xff\xd8" and content.count(_SCAN) > MAX_SCANS:
         raise ImageError(f"a JPEG of more than {MAX_SCANS} scans takes too long to decode; save the picture anew")
-    image = load_image(content, max_pixels=rules.max_pixels)
-    image.load()
-    return image
+    return load_image(content, max_pixels=rules.max_pixels)
 
 
 def data_uri(image: Image.Image) -> str:

@@ -101,12 +101,13 @@ class PromptRequest(_Strict):
 class ChatRequest(PromptRequest):
     """Body of ``POST /v1/chat/completions``.
 
-    ``top_k``, ``min_p``, ``repetition_penalty`` and ``return_token_ids`` are additions to the standard, named as by
-    vLLM.
+    ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens`` and ``return_token_ids`` are additions to the standard,
+    named as by vLLM.
     """
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -151,9 +152,14 @@ class ChatRequest(PromptRequest):
     def options(self, default_tokens: int) -> list[RequestOptions]:
         """One set of options for each of the ``n`` choices, of seeds ``seed``, ``seed + 1``, ..."""
         sampling = SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
-        wanted = self.max_completion_tokens or self.max_tokens or default_tokens
+        wanted = self.max_completion_tokens or self.max_tokens or max(default_tokens, self.min_tokens)
+        if self.min_tokens > wanted:
+            raise RequestError(f"min_tokens {self.min_tokens} is more than max_tokens {wanted}", param="min_tokens")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return [RequestOptions(wanted, sampling, self.seed + i, stop, self.top_logprobs) for i in range(self.n)]
+        return [
+            RequestOptions(wanted, sampling, self.seed + i, stop, self.top_logprobs, self.min_tokens)
+            for i in range(self.n)
+        ]
 
 
 def parse(content: Any, kind: type[Asked]) -> Asked:

@@ -26,6 +26,15 @@ def test_the_merges_are_the_published_ones(gpt2):
     assert hashlib.sha256(merges.read_bytes()).hexdigest() in GOLDEN["vocab_source"]
 
 
+def test_the_bytes_of_tokens_join_to_the_text(gpt2):
+    for tokenizer in (gpt2, train_bpe(CORPUS, 270)):
+        text = "caf\u00e9 \U0001f600\n of\t"
+        ids = tokenizer.encode(text)
+        assert (
+            b"".join(map(tokenizer.token_bytes, [*ids, tokenizer.eos_id, tokenizer.image_id, 10**6])) == text.encode()
+        )
+
+
 def test_properties_equal_the_originals(gpt2):
     properties = GOLDEN["properties"]
     assert len(gpt2) == properties["length"] == 50258

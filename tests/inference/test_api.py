@@ -130,6 +130,7 @@ def test_more_than_the_context_is_refused_before_any_work(model):
 
 def test_lengths_of_one_bucket_share_a_program(model, caplog):
     with jax.log_compiles():
-        for text in ("a", "a red", "a red square"):
-            model.generate(model.preprocess_inputs([text]), max_steps=5)
+        for text, steps in (("a", 33), ("a red", 40), ("a red square", 48)):  # lengths of prompts, and of answers
+            result = model.generate_tokens(model.preprocess_inputs([text]), steps)
+            assert result.tokens.shape == result.logprobs.shape == (1, steps)
     assert sum("Finished XLA compilation of jit(_generate)" in message for message in caplog.messages) == 1

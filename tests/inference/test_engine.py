@@ -22,7 +22,7 @@ from tests import tiny
 
 GREEDY = SamplingConfig()
 # Few sizes, so that few programs are compiled.
-SIZES = EngineConfig(slots=3, context=64, pictures=4, steps=4)
+SIZES = EngineConfig(slots=4, context=64, pictures=4, steps=4)
 ONE = dataclasses.replace(SIZES, slots=1, queue=3)
 
 
@@ -107,6 +107,50 @@ def test_many_threads_in_any_order(engine, alone):
     for thread in threads:
         thread.join()
     assert all(answers[i] == alone[chosen[i]] for i in range(24))
+
+
+def test_prompts_that_wait_together_are_run_together(model, alone, monkeypatch):
+    sizes = []
+    admit = slots.admit
+
+    def counted(*arguments, **options):
+        sizes.append(len(arguments[4].slot))
+        return admit(*arguments, **options)
+
+    monkeypatch.setattr(slots, "admit", counted)
+    engine = Engine(model, SIZES)
+    with engine._changed:  # all of them wait before the engine looks
+        tickets = [engine.submit(prompt, options) for prompt, options in zip(PROMPTS[:4], OPTIONS[:4], strict=True)]
+    with engine:
+        for ticket in tickets:
+            ticket.text()
+    assert sizes[0] > 1
+    assert sum(sizes) == 4
+    assert [ticket.tokens for ticket in tickets] == alone[:4]
+
+
+def test_the_pictures_of_a_group_fit_the_table(engine):
+    """Four prompts of two pictures each, and a table of four."""
+    colours = [ImageInput(Image.new("RGB", (64, 64), (i, 0, 99))) for i in range(8)]
+    prompts = [[colours[2 * i], colours[2 * i + 1], "a"] for i in range(4)]
+    expected = [engine.submit(prompt, RequestOptions(5)).text() for prompt in prompts]
+    with engine._changed:
+        tickets = [engine.submit(["b", *prompt], RequestOptions(5)) for prompt in prompts]
+    others = [ticket.text() for ticket in tickets]
+    assert others == [engine.submit(["b", *prompt], RequestOptions(5)).text() for prompt in prompts]
+    assert [engine.submit(prompt, RequestOptions(5)).text() for prompt in prompts] == expected
+
+
+def test_an_answer_has_the_tokens_it_must_have(engine):
+    def lengths(minimum):
+        hot = SamplingConfig(temperature=50.0)
+        tickets = [engine.submit(["a"], RequestOptions(40, hot, seed, min_new_tokens=minimum)) for seed in range(12)]
+        return [len(ticket.tokens) for ticket in tickets if ticket.text() is not None]
+
+    free, at_least, exactly = lengths(0), lengths(30), lengths(40)
+    assert min(free) < 30 <= min(at_least)
+    assert all(length == one for length, one in zip(at_least, free, strict=True) if one >= 30)
+    assert exactly == [40] * 12
 
 
 def test_a_compilation_is_counted():
@@ -240,6 +284,42 @@ def test_a_failure_is_told_to_the_callers_and_survived(model, monkeypatch, alone
         assert ticket.tokens == alone[0]
 
 
+def test_an_engine_that_cannot_go_on_says_so(model, monkeypatch, caplog):
+    engine = Engine(model, ONE)
+    monkeypatch.setattr(engine._batch, "decode", lambda **_: 1 / 0)
+    monkeypatch.setattr(engine._batch, "reset", lambda: (_ for _ in ()).throw(MemoryError("no room")))
+    with engine._changed:
+        tickets = [engine.submit(["a"], RequestOptions(2)) for _ in range(2)]
+    for ticket in tickets:
+        with pytest.raises(EngineError, match=r"division by zero|engine has stopped"):
+            ticket.text()
+    engine._thread.join()
+    assert "MemoryError: no room" in engine.failure
+    with pytest.raises(EngineError, match="the engine has stopped"):
+        engine.submit(["a"], RequestOptions(2))
+    engine.close(drain=True)
+    assert "the engine has stopped" in caplog.text
+
+
+def test_pictures_of_waiting_requests_take_no_more_than_they_may(model):
+    engine = Engine(model, dataclasses.replace(ONE, queue=99, queue_bytes=3 * 64 * 64 * 3))
+    with engine._changed:
+        tickets = [engine.submit([square("red"), "a"], RequestOptions(1)) for _ in range(3)]
+        with pytest.raises(QueueFull, match="pictures of waiting requests"):
+            engine.submit([square("red"), "a"], RequestOptions(1))
+        for ticket in tickets:
+            ticket.cancel()
+    engine.close(drain=True)
+
+
+def test_a_context_that_the_model_has_not_is_refused(model):
+    with pytest.raises(ValueError, match="context of 65 was asked for, but the model has 64 positions"):
+        Engine(model, EngineConfig(context=65))
+    for context in (0, -3, 1):
+        with pytest.raises(ValueError, match="context must be at least 2"):
+            EngineConfig(context=context)
+
+
 def test_draining_finishes_what_was_taken(model):
     engine = Engine(model, ONE)
     tickets = [engine.submit(["a"], RequestOptions(8)) for _ in range(2)]
@@ -294,6 +374,9 @@ def test_tokens_behind_a_stop_text_do_not_count(model):
         ({"max_new_tokens": 0}, "at least 1"),
         ({"stop": ("",)}, "empty text"),
         ({"top_logprobs": 21}, "top_logprobs must lie between 0 and 20"),
+        ({"max_new_tokens": 3, "min_new_tokens": 4}, "between 0 and max_new_tokens"),
+        ({"seed": 2**32}, "seed must be a whole number from 0 to 4294967295"),
+        ({"seed": -1}, "seed must be a whole number"),
         ({"sampling": SamplingConfig(compat="upstream")}, "compat is for single runs"),
     ],
 )

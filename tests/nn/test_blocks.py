@@ -10,7 +10,7 @@ from flax import nnx
 
 from magma_jax.models.gptj import GPTJ, GPTJConfig
 from magma_jax.nn.adapters import Adapter, AdapterConfig
-from magma_jax.nn.attention import causal_mask, dot_product_attention, prefix_mask
+from magma_jax.nn.attention import causal_mask, cudnn_serves, dot_product_attention, prefix_mask
 from magma_jax.nn.convolution import BatchNorm
 from magma_jax.nn.modules import AdapterParam, merge, split, variable_types
 from magma_jax.nn.rotary import apply_rotary, rotary_table
@@ -46,6 +46,53 @@ def test_attention_equals_its_formula():
         np.testing.assert_allclose(weights[b, h, s], expected, atol=1e-6)
         np.testing.assert_allclose(out[b, s, h], expected @ v[b, :, h], atol=1e-5)
     assert (np.asarray(weights)[~np.broadcast_to(mask[:, None], weights.shape)] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("device", "serves", "says"),
+    [
+        (("gpu", "9.0", "bfloat16", 256), True, "attention by cuDNN: heads of 256"),
+        (("gpu", "12.0", "float16", 64), True, "compute capability 12.0"),
+        (("gpu", "8.0", "bfloat16", 128), True, "attention by cuDNN"),
+        (("gpu", "8.9", "bfloat16", 256), False, "heads of 256 where compute capability 8.9 takes"),
+        (("gpu", "9.0", "bfloat16", 260), False, "multiples of 8 up to 256"),
+        (("gpu", "9.0", "float32", 64), False, "not float32"),
+        (("gpu", "7.5", "float16", 64), False, "compute capability 7.5 is not supported"),
+        (("gpu", "gfx90a", "bfloat16", 64), False, "not an NVIDIA device"),
+        (("tpu", "", "bfloat16", 256), False, "not an NVIDIA device"),
+        (("cpu", "", "float32", 64), False, "not an NVIDIA device"),
+    ],
+)
+def test_where_cudnn_computes_attention(device, serves, says, caplog):
+    cudnn_serves.cache_clear()
+    with caplog.at_level("INFO"):
+        assert [cudnn_serves(*device), cudnn_serves(*device)] == [serves, serves]
+    (message,) = caplog.messages  # once
+    assert says in message
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_what_cudnn_is_asked_for_is_the_same_attention(monkeypatch, scaled):
+    """cuDNN itself is not there: JAX's plain implementation answers in its place."""
+    plain = jax.nn.dot_product_attention
+    asked = []
+
+    def instead(*arrays, implementation, **options):
+        asked.append(implementation)
+        return plain(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    monkeypatch.setattr("magma_jax.nn.attention._cudnn_serves", lambda q, k: True)
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(2, 3, 2, 8)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, 2, 5, 8)), jnp.float32) for _ in range(2))
+    mask = causal_mask(jnp.array([[0, 1, 2], [2, 3, 4]]), jnp.arange(5))
+    out, weights = dot_product_attention(q, k, v, mask, scaled=scaled, fused=True)
+    expected = dot_product_attention(q, k, v, mask, scaled=scaled)
+    np.testing.assert_allclose(out, expected[0], atol=1e-6)
+    np.testing.assert_array_equal(weights, expected[1])
+    dot_product_attention(q[:, :1], k, v, mask[:, :1], fused=True)  # one query: XLA
+    assert asked == ["cudnn"]
 
 
 def test_a_query_that_sees_nothing_gives_finite_numbers():

@@ -17,7 +17,7 @@ from magma_jax.serve.app import create_app
 from magma_jax.serve.pictures import PictureRules, data_uri
 from tests import tiny
 
-SIZES = EngineConfig(slots=3, context=64, pictures=4, steps=4)
+SIZES = EngineConfig(slots=3, context=64, pictures=4, steps=4)  # with fewer than four slots prompts go one by one
 RULES = PictureRules(max_pictures=3, max_bytes=100_000, max_pixels=1_000_000)
 
 

@@ -50,6 +50,13 @@ def test_urls_that_are_refused_unseen(url, says):
         fetch(url, dataclasses.replace(RULES, resolver=never))
 
 
+def test_domains_are_compared_in_any_case():
+    assert FetchRules(("Pictures.EXAMPLE.", ".b.example")).domains == ("pictures.example", "b.example")
+    for wrong in ("https://a.example", "a.example:80", "*.example", "."):
+        with pytest.raises(ValueError, match="no domain"):
+            FetchRules((wrong,))
+
+
 @pytest.mark.parametrize("addresses", [["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["::ffff:10.0.0.1"], []])
 def test_a_name_that_leads_inside_is_not_connected_to(addresses):
     rules = dataclasses.replace(RULES, resolver=lambda host, port: addresses)

@@ -4,8 +4,8 @@ import dataclasses
 import http.client
 import json
 import socket
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
@@ -59,6 +59,7 @@ def test_several_choices_logprobs_seeds_and_stop_texts(client):
     assert again.choices[0].message.content == texts[1]
     entries = first.choices[0].logprobs.content
     assert entries
+    assert bytes(b for entry in entries for b in entry.bytes).decode(errors="replace") == texts[0]
     assert all(entry.logprob <= 0 for entry in entries)
     for entry in entries:
         likeliest, next_one = (other.logprob for other in entry.top_logprobs)
@@ -68,6 +69,13 @@ def test_several_choices_logprobs_seeds_and_stop_texts(client):
     cut = client.chat.completions.create(**options, seed=seed, stop=[whole[2:4]])
     assert cut.choices[0].message.content == whole[: whole.index(whole[2:4])]
     assert cut.choices[0].finish_reason == "stop"
+
+
+def test_tokens_at_least_and_what_is_refused_of_them(server):
+    answer = server.chat(max_tokens=9, min_tokens=9, temperature=9.0)
+    assert answer.json()["usage"]["completion_tokens"] == 9
+    refused = server.chat(max_tokens=3, min_tokens=4)
+    assert (refused.status_code, "min_tokens 4 is more than" in refused.text) == (400, True)
 
 
 def test_turns_are_a_few_shot_prompt(server, model):
@@ -122,7 +130,7 @@ def test_attention_is_that_of_python(server, model):
         ({"answer": "b" * 500}, "the context holds 64"),
         ({"answer": "b", "layer": 2}, "the model has 2, counted from 0"),
         ({"answer": "b", "layer": 0, "head": 9}, "the model has 2, counted from 0"),
-        ({"answer": "b", "head": 0}, "a head needs a layer"),
+        ({"answer": "b", "head": 0}, "give layer too"),
         ({}, "answer: Field required"),
     ],
 )
@@ -179,17 +187,28 @@ def test_a_key_is_asked_for_on_every_route(model):
         running.stop()
 
 
-def test_a_full_queue_says_429_and_a_slow_answer_504(model):
+def test_requests_that_cannot_be_served_now(model, monkeypatch):
+    """A full queue, slow answers, slow pictures, slow attention, an engine that has stopped."""
     sizes = dataclasses.replace(SIZES, slots=1, queue=3)
     running = Running(model, ServerConfig(model="tiny", timeout=0.3, pictures=RULES), sizes)
+
+    def codes(route, count, **body):
+        with ThreadPoolExecutor(count) as threads:
+            return sorted(threads.map(lambda _: running.post(route, **body).status_code, range(count)))
+
+    chat = {"messages": user("a")}
+    looked = {"messages": user(square("red"), "a"), "answer": "b"}
     try:
+        with monkeypatch.context() as patch:
+            patch.setattr("magma_jax.serve.app.attention", lambda *_: time.sleep(1))
+            assert codes("/v1/attention", 1, **looked) == [504]
+        with monkeypatch.context() as patch:
+            patch.setattr(running.engine, "failure", "the engine has stopped (broken); restart it")
+            assert running.http.get("/health").status_code == 503
+            assert codes("/v1/chat/completions", 1, **chat) == [503]
         running.engine._admit_waiting = lambda: time.sleep(0.01)  # nobody gets a slot
-        codes = []
-        threads = [threading.Thread(target=lambda: codes.append(running.chat().status_code)) for _ in range(5)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sorted(codes) == [429, 429, 504, 504, 504]
+        assert codes("/v1/chat/completions", 5, **chat) == [429, 429, 504, 504, 504]
+        monkeypatch.setattr("magma_jax.serve.pictures.open_picture", lambda *_: time.sleep(1))
+        assert codes("/v1/chat/completions", 5, messages=user(square("red"))) == [429, 429, 504, 504, 504]
     finally:
         running.stop()
