@@ -276,16 +276,25 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
     if opcode in FREE or opcode.endswith("-done"):
         return 0.0
     operands = [computation[name].shapes for name in instruction.operands if name in computation]
-    reads = sum(_hbm(shapes) for shapes in operands)
-    writes = _hbm(instruction.shapes[:1] if opcode.endswith("-start") else instruction.shapes)
-    if opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * writes
+    results = _results(instruction)
+    if opcode.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
+        return _hbm(results) + sum(shape.bytes for shape in results if operands[0][0].in_hbm)
     if opcode == "dynamic-update-slice":
         return 2 * _hbm(operands[1])
     fused = _fused(instruction, computations)
     if opcode == "fusion" and fused:
         return _fusion_traffic(instruction, operands, computations[fused[0]], computations)
-    return reads + writes
+    return sum(map(_hbm, operands)) + _hbm(results)
+
+
+def _results(instruction: Instruction) -> tuple[Shape, ...]:
+    """What an instruction makes, or what the one will have made that it starts."""
+    if instruction.opcode == "copy-start":  # (destination, source, context)
+        return instruction.shapes[:1]
+    if instruction.opcode.endswith("-start"):  # (operands, results, contexts)
+        count = len(instruction.operands)
+        return instruction.shapes[count : 2 * count]
+    return instruction.shapes
 
 
 def _fusion_traffic(
@@ -294,21 +303,41 @@ def _fusion_traffic(
     fused: Computation,
     computations: dict[str, Computation],
 ) -> float:
-    """As ``_traffic``; of an operand that is only sliced the slices count, of one updated in place the update."""
+    """As ``_traffic``; of an operand that is only sliced the slices count, of one updated in place the update.
+
+    A collective that runs beside several fusions hands its buffers from one to the next, in place. What it reads and
+    writes counts where it starts.
+    """
     total = 0.0
+    passed = _passed_on(instruction, fused)
     for index, shapes in enumerate(operands):
         parameter = _parameter(fused, index)
         if parameter is not None and _hbm(shapes):
             total += min(_hbm(shapes), _read(parameter, fused, computations))
     root = next((inner for inner in fused.values() if inner.is_root), None)
-    results = root.operands if root is not None and root.opcode == "tuple" else (root.name,) if root else ()
-    for name, shape in zip(results, instruction.shapes, strict=False):
+    if root is None:
+        return total
+    results = root.operands if root.opcode == "tuple" else (root.name,) * len(instruction.shapes)
+    for index, (name, shape) in enumerate(zip(results, instruction.shapes, strict=False)):
+        if index in passed:
+            continue
         written = _source(name, fused)
         if written.opcode == "dynamic-update-slice" and written.operands[1] in fused:
             total += sum(part.bytes for part in fused[written.operands[1]].shapes) * shape.in_hbm
         else:
             total += _hbm((shape,))
     return total
+
+
+def _passed_on(instruction: Instruction, fused: Computation) -> set[int]:
+    """Results of a fusion beside a collective that are the memory of an operand."""
+    if not any(map(_is_collective, fused.values())):
+        return set()
+    return {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(\d+, \{\}\)", instruction.attributes)}
+
+
+def _is_collective(instruction: Instruction) -> bool:
+    return _kind(instruction.opcode) is not None or '"AsyncCollective' in instruction.attributes
 
 
 def _parameter(fused: Computation, index: int) -> Instruction | None:
@@ -327,7 +356,7 @@ def _read(parameter: Instruction, fused: Computation, computations: dict[str, Co
     for user in fused.values():
         at = [i for i, name in enumerate(user.operands) if name in fused and _source(name, fused) is parameter]
         inner = _fused(user, computations)
-        if not at or user.opcode == "bitcast":
+        if not at or user.opcode in ("bitcast", "tuple") or (_is_collective(user) and not _starts(fused)):
             continue
         if _only_rewrites(user, computations):
             # Computed where it is needed: as many elements as are read of its result, in this parameter's dtype.
@@ -389,16 +418,13 @@ def _starts(computation: Computation) -> bool:
 def _collective(instruction: Instruction, computation: Computation, devices: int, times: int, place: str) -> Collective:
     kind = _kind(instruction.opcode) or ""
     sent = sum(shape.bytes for name in instruction.operands for shape in computation[name].shapes)
-    shapes = instruction.shapes
-    if instruction.opcode.endswith("-start"):  # (operands, results, contexts)
-        shapes = shapes[len(instruction.operands) : 2 * len(instruction.operands)]
     group = _group_size(instruction.attributes, devices)
     received = {
         "all-gather": sent * (group - 1),
         "all-reduce": 2 * sent * (group - 1) / group,
         "collective-permute": sent,
     }.get(kind, sent * (group - 1) / group)
-    return Collective(kind, tuple(shape.dims for shape in shapes), group, received, times, place != "")
+    return Collective(kind, tuple(shape.dims for shape in _results(instruction)), group, received, times, place != "")
 
 
 def _group_size(attributes: str, devices: int) -> int:

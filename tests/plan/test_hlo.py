@@ -94,11 +94,59 @@ def test_a_collective_beside_two_fusions_is_one(costs):
 def test_traffic_counts_slices_and_leaves_out_on_chip_memory(costs):
     layer = 8 * 4 * 2 + 4 + 8 * 4 * 2  # the slice of the weights and its index are read, the layer is written
     begin = 8 * 4 * 2 + 32 * 4 * 2
-    product = 32 * 4 * 2 + 8 * 4 * 2 + 16 * 32 * 2  # x is on the chip
+    product = 32 * 4 * 2 + 16 * 32 * 2  # x is on the chip, and what is sent was read when the gather began
     total = 2 * 16 * 32 * 2
     batched = 4 * (2 * 4 * 8 + 2 * 8 * 6 + 2 * 4 * 6)
     permuted = 4 * 2 * (2 * 4 * 6)
     assert costs.hbm_bytes == 2 * (layer + begin + product + total) + batched + permuted
+
+
+BESIDE = """\
+HloModule beside, is_scheduled=true
+
+%start (p0: bf16[8,4]) -> (bf16[8,4], bf16[32,4]) {
+  %p0 = bf16[8,4]{1,0} parameter(0)
+  %gather.1 = bf16[32,4]{1,0} all-gather(%p0), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %begun = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) custom-call(%p0, %gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%squares (q0: bf16[8,4], q1: bf16[32,4], q2: f32[16]) -> (f32[16], bf16[8,4], bf16[32,4]) {
+  %q0 = bf16[8,4]{1,0} parameter(0)
+  %q1 = bf16[32,4]{1,0} parameter(1)
+  %q2 = f32[16]{0} parameter(2)
+  %square = f32[16]{0} multiply(%q2, %q2)
+  %gather.2 = bf16[32,4]{1,0} all-gather(%q0), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %all = (f32[16]{0}, bf16[8,4]{1,0}, bf16[32,4]{1,0}) tuple(%square, %q0, %gather.2)
+}
+
+%finish (r0: bf16[8,4], r1: bf16[32,4]) -> bf16[32,4] {
+  %r0 = bf16[8,4]{1,0} parameter(0)
+  %r1 = bf16[32,4]{1,0} parameter(1)
+  %gather.3 = bf16[32,4]{1,0} all-gather(%r0), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %whole = bf16[32,4]{1,0} custom-call(%r0, %r1, %gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a0: bf16[8,4], a1: f32[16], a2: f32[4,4]) -> bf16[32,4] {
+  %a0 = bf16[8,4]{1,0} parameter(0)
+  %a1 = f32[16]{0} parameter(1)
+  %a2 = f32[4,4]{1,0} parameter(2)
+  %begin = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) fusion(%a0), calls=%start, output_to_operand_aliasing={{0}: (0, {})}
+  %sent = bf16[8,4]{1,0} get-tuple-element(%begin), index=0
+  %room = bf16[32,4]{1,0} get-tuple-element(%begin), index=1
+  %during = (f32[16]{0}, bf16[8,4]{1,0}, bf16[32,4]{1,0}) fusion(%sent, %room, %a1), calls=%squares, \
+output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}
+  %row = ((f32[4,4]{1,0}), f32[1,4]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a2), slice={[0:1], [0:4]}
+  %kept = f32[1,4]{1,0:S(1)} slice-done(%row)
+  ROOT %end = bf16[32,4]{1,0} fusion(%sent, %room), calls=%finish, output_to_operand_aliasing={{}: (1, {})}
+}
+"""
+
+
+def test_what_a_collective_moves_beside_other_work_counts_once():
+    costs = program_costs(BESIDE, devices=4)
+    gather, squares, row = 2 * (8 * 4 + 32 * 4), 4 * (16 + 16), 4 * 4  # the row goes to memory on the chip
+    assert costs.hbm_bytes == gather + squares + row
+    assert [collective.received for collective in costs.collectives] == [2 * 3 * 8 * 4]
 
 
 NESTED = """\
