@@ -20,7 +20,12 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("score", help="score a file of predictions", description="Scores a prediction file.")
     one.add_argument("--protocol", required=True, choices=PROTOCOLS, metavar="NAME", help=", ".join(PROTOCOLS))
-    one.add_argument("--references", required=True, type=Path, help="the official file of annotations")
+    one.add_argument(
+        "--references",
+        required=True,
+        type=Path,
+        help="the official file of annotations; of GQA also a folder of chunks",
+    )
     one.add_argument("--predictions", required=True, type=Path, help="list of predictions, .json or .jsonl")
     one.add_argument("--choices", type=Path, help="GQA's file of choices, for its validity and plausibility")
     one.add_argument("--draws", type=int, default=DRAWS, help="of the bootstrap; default: %(default)s")

@@ -126,14 +126,12 @@ def _vizwiz(path: Path) -> References:
     return _collect(path, read_json(path, list), read_one)
 
 
-def gqa_references(questions: Mapping[str, Mapping[str, Any]]) -> References:
-    """Questions as ``gqa.read_questions`` gives them; those that are not balanced are not scored."""
-    return {
-        key: Reference((question["answer"],), gqa_groups(question.get("types") or {}))
-        if question.get("isBalanced", True)
-        else None
-        for key, question in questions.items()
-    }
+def _gqa(path: Path) -> References:
+    references: References = {}
+    for key, question in read_questions(path).items():
+        groups = gqa_groups(question.get("types") or {})
+        references[key] = Reference((question["answer"],), groups) if question.get("isBalanced", True) else None
+    return references
 
 
 def gqa_groups(types: Mapping[str, str]) -> dict[str, str]:
@@ -200,11 +198,7 @@ def _one_of(entry: Any, names: Sequence[str], where: str, kind: type | tuple[typ
 
 _QUESTION = {"keys": ("question_id",), "values": ("answer",)}
 _VIZWIZ = {"references": _vizwiz, "keys": ("image",), "values": ("answer",)}
-_GQA = {
-    "references": lambda path: gqa_references(read_questions(path)),
-    "keys": ("questionId", "question_id"),
-    "values": ("prediction", "answer"),
-}
+_GQA = {"references": _gqa, "keys": ("questionId", "question_id"), "values": ("prediction", "answer")}
 _CAPTION = {"keys": ("image_id",), "values": ("caption",)}
 _nocaps = functools.partial(_captions, domains=True)
 

@@ -15,7 +15,6 @@ from magma_jax.evaluation.protocols import (
     Protocol,
     Reference,
     commonest_answer,
-    gqa_references,
     join,
     read_predictions,
 )
@@ -94,12 +93,15 @@ def score_files(
     if choices is not None and not is_gqa:
         raise DataError(f"--choices is for GQA, not for {protocol}")
     said = read_predictions(predictions, chosen)
-    questions = gqa.read_questions(references) if is_gqa else {}
-    truths = gqa_references(questions) if is_gqa else chosen.references(references)
+    truths = chosen.references(references)
     texts, judged = join(truths, said, str(predictions))
     if not judged:
         raise DataError(f"{references}: nothing to score: none of its {len(truths)} entries has an answer that counts")
-    measures = gqa.gqa_measures(questions, said, choices and gqa.read_choices(Path(choices))) if is_gqa else {}
+    measures: dict[str, float] = {}
+    if is_gqa:
+        # Those that are not balanced count here: they follow from others.
+        questions = gqa.read_questions(references)
+        measures = gqa.gqa_measures(questions, said, None if choices is None else gqa.read_choices(Path(choices)))
     found = score(protocol, texts, judged, draws=draws)
     return dataclasses.replace(found, measures=measures, left_out=len(truths) - len(judged))
 
