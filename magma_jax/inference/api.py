@@ -41,7 +41,7 @@ from magma_jax.typing import Array, Bool, Float, Int
 _APART_NBYTES = 128 * 2**20
 
 # Prompts are padded to one of these lengths (then to multiples of the last), so few programs are compiled.
-LENGTH_BUCKETS = (32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
+LENGTH_BUCKETS = (32, 48, 64, 72, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
 
 
 LAYERS = "lm/layers/"
