@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from magma_jax.nn.adapters import Adapter, AdapterConfig
 from magma_jax.nn.attention import causal_mask, dot_product_attention
@@ -83,11 +84,11 @@ class KVCache(NamedTuple):
             if isinstance(kept, tuple):
                 changed = kept[layer].at[rows[:, None], :, positions].set(new.astype(self.dtype))
                 return (*kept[:layer], changed, *kept[layer + 1 :])
-            if new.shape[1] > 1 or len(rows) != kept.shape[1]:
-                return _scatter(kept, layer, rows, positions, new.astype(self.dtype))
-            # TPUs would copy the whole cache in every layer for a scatter; they write one layer anew instead.
             arguments = (kept, layer, rows, positions, new.astype(self.dtype))
-            return jax.lax.platform_dependent(*arguments, tpu=_select, default=_scatter)
+            if new.shape[1] > 1:
+                return _scatter(*arguments)
+            # TPUs would copy the whole cache in every layer for a scatter.
+            return jax.lax.platform_dependent(*arguments, tpu=_row_by_row, default=_scatter)
 
         return KVCache(written(self.key, new.key), written(self.value, new.value))
 
@@ -104,11 +105,21 @@ def _scatter(kept: Array, layer: Any, rows: Array, positions: Array, new: Array)
     return kept.at[layer, rows[:, None], :, positions].set(new)
 
 
-def _select(kept: Array, layer: Any, rows: Array, positions: Array, new: Array) -> Array:
-    """One new position in every row, rows in order."""
-    del rows
-    here = jnp.arange(kept.shape[3])[:, None] == positions[:, :, None, None]
-    return kept.at[layer].set(jnp.where(here, new.swapaxes(1, 2), kept[layer]))
+def _row_by_row(kept: Array, layer: Any, rows: Array, positions: Array, new: Array) -> Array:
+    """One new position in every row; as in a scatter, a position behind the last slot writes nothing.
+
+    The cache keeps its layout: the compiler would choose one for these writes and copy the cache to it and back.
+    """
+
+    def write(kept: Array, row: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        index, position, new = row
+        start = (layer, index, 0, position[0], 0)
+        new = new.swapaxes(0, 1)[None, None]
+        old = jax.lax.dynamic_slice(kept, start, new.shape)
+        kept = jax.lax.dynamic_update_slice(kept, jnp.where(position[0] < kept.shape[3], new, old), start)
+        return with_layout_constraint(kept, Layout(tuple(range(kept.ndim)))), None
+
+    return jax.lax.scan(write, kept, (rows, positions, new))[0]
 
 
 class BlockOutput(NamedTuple):

@@ -14,6 +14,7 @@ from flax import nnx
 from magma_jax.config import from_dict
 from magma_jax.inference.decode import generate
 from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
+from magma_jax.models.decoder import _row_by_row, _scatter
 from magma_jax.models.gpt2 import GPT2Config
 from magma_jax.models.gpt_neo import GPTNeoConfig
 from magma_jax.models.gpt_neox import GPTNeoXConfig
@@ -256,3 +257,12 @@ def test_the_documentation_names_every_size_and_runs():
     exec(compile(blocks[0], "language_models.md", "exec"), names)
     assert from_dict(MagmaConfig, names["model"]).lm.dtype == "bfloat16"
     exec(compile(blocks[1].partition("\nconfig =")[0], "language_models.md", "exec"), names)
+
+
+def test_writing_the_cache_row_by_row_is_a_scatter():
+    """On TPUs; a position behind the last slot writes nothing."""
+    kept, new = np.arange(2 * 3 * 2 * 4 * 5.0).reshape(2, 3, 2, 4, 5), -np.ones((3, 1, 2, 5))
+    arguments = (1, jnp.array([2, 0, 1]), jnp.array([[3], [4], [0]]), jnp.asarray(new))
+    written = _row_by_row(jnp.asarray(kept), *arguments)
+    np.testing.assert_array_equal(written, _scatter(jnp.asarray(kept), *arguments))
+    assert (written != kept).sum() == 2 * 2 * 5
