@@ -16,8 +16,9 @@ FLAGS = ["--xla_force_host_platform_device_count=8"]
 FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs of other runs would hide what is compiled.
+# Programs of other runs would hide what is compiled; and nothing is left in the user's own cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.devnull)
 
 # Not the config reader and the interface: they check what users give them, and the tests give them wrong things.
 CHECKED = ["nn", "models", "training", "convert", "data", "evaluation", "inference.decode", "inference.sampling"]

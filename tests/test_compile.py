@@ -12,6 +12,15 @@ def test_options_are_those_of_the_platform():
     assert compiler_options("cpu")
 
 
+@pytest.fixture
+def no_folder():
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.usefixtures("no_folder")
 @pytest.mark.parametrize(("wanted", "home"), [(True, "writable"), (True, "file/below"), (False, "writable")])
 def test_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path, wanted, home):
     told = {}

@@ -190,7 +190,7 @@ def test_a_key_is_asked_for_on_every_route(model):
 def test_requests_that_cannot_be_served_now(model, monkeypatch):
     """A full queue, slow answers, slow pictures, slow attention, an engine that has stopped."""
     sizes = dataclasses.replace(SIZES, slots=1, queue=3)
-    running = Running(model, ServerConfig(model="tiny", timeout=0.3, pictures=RULES), sizes)
+    running = Running(model, ServerConfig(model="tiny", timeout=0.5, pictures=RULES), sizes)
 
     def codes(route, count, **body):
         with ThreadPoolExecutor(count) as threads:
@@ -200,7 +200,7 @@ def test_requests_that_cannot_be_served_now(model, monkeypatch):
     looked = {"messages": user(square("red"), "a"), "answer": "b"}
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("magma_jax.serve.app.attention", lambda *_: time.sleep(1))
+            patch.setattr("magma_jax.serve.app.attention", lambda *_: time.sleep(1.5))
             assert codes("/v1/attention", 1, **looked) == [504]
         with monkeypatch.context() as patch:
             patch.setattr(running.engine, "failure", "the engine has stopped (broken); restart it")
@@ -208,7 +208,9 @@ def test_requests_that_cannot_be_served_now(model, monkeypatch):
             assert codes("/v1/chat/completions", 1, **chat) == [503]
         running.engine._admit_waiting = lambda: time.sleep(0.01)  # nobody gets a slot
         assert codes("/v1/chat/completions", 5, **chat) == [429, 429, 504, 504, 504]
-        monkeypatch.setattr("magma_jax.serve.pictures.open_picture", lambda *_: time.sleep(1))
+        while running.engine.stats().waiting:  # those that timed out
+            time.sleep(0.01)
+        monkeypatch.setattr("magma_jax.serve.pictures.open_picture", lambda *_: time.sleep(1.5))
         assert codes("/v1/chat/completions", 5, messages=user(square("red"))) == [429, 429, 504, 504, 504]
     finally:
         running.stop()

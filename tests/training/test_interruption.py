@@ -39,6 +39,15 @@ def test_the_first_signal_is_noted_and_told(number, capfd):
     assert capfd.readouterr().err == f"\n{number.name}: finishing this step, then saving; once more stops at once\n"
 
 
+@pytest.fixture
+def interrupts():
+    """Python's own answer to Ctrl-C; behind a shell's & it would be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_the_second_ctrl_c_stops_at_once():
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
