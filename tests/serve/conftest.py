@@ -14,7 +14,7 @@ def model():
 @pytest.fixture(scope="session")
 def server(model):
     with hostile_host() as connector:
-        running = Running(model, hostile_config("tiny", connector, timeout=0.3))
+        running = Running(model, hostile_config("tiny", connector, timeout=0.8))
         yield running
         running.stop()
 
