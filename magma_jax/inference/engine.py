@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -255,8 +256,10 @@ class Engine:
         top = any(work.ticket.options.top_logprobs for work in running.values())
         burst, counts = self._batch.decode(top=top, enough=min(ENOUGH, len(self._waiting)) or None)
         for group, first in admitted:
-            self._deliver_first([(place.slot, running[place.slot]) for place, *_ in group], first)
-        self._deliver_burst(running, burst, counts)
+            works = [(place.slot, running[place.slot]) for place, *_ in group]
+            self._deliver_drawn(works, _as_column(first), [1] * len(works))
+        works = [(slot, running.get(slot)) for slot in range(self.config.slots)]
+        self._deliver_drawn(works, burst, np.asarray(counts).tolist())
 
     def _fail_all(self, error: EngineError, *, waiting: bool = False) -> None:
         with self._changed:
@@ -309,28 +312,16 @@ class Engine:
         self._prompt_tokens += work.ticket.prompt_tokens
         self._reused += place.start
 
-    def _deliver_first(self, works: list[tuple[int, _Work]], drawn: Drawn) -> None:
-        """The first tokens of requests that were run together, a row each."""
-        token, logprob, top = (np.asarray(drawn.token), np.asarray(drawn.logprob), jax.tree.map(np.asarray, drawn.top))
+    def _deliver_drawn(self, works: list[tuple[int, _Work | None]], drawn: Drawn, counts: Sequence[int]) -> None:
+        """What was drawn, a row each and so many of its columns, to those of the requests that have not ended since."""
+        token, logprob, top = jax.device_get((drawn.token, drawn.logprob, drawn.top))
         stopped = []
-        for row, (slot, work) in enumerate(works):
-            size = work.ticket.options.top_logprobs
-            alternatives = [_alternatives(top, size, row)] if size else []
-            stopped += self._deliver(slot, work, _New([int(token[row])], [float(logprob[row])], alternatives))
-        if stopped:
-            self._batch.release(stopped)
-
-    def _deliver_burst(self, running: dict[int, _Work], drawn: Drawn, counts: jax.Array) -> None:
-        """What a burst drew, a row a slot, to the requests that were running and have not ended since."""
-        token, logprob, top = (np.asarray(drawn.token), np.asarray(drawn.logprob), jax.tree.map(np.asarray, drawn.top))
-        stopped = []
-        for slot, count in enumerate(np.asarray(counts).tolist()):
-            work = running.get(slot)
+        for row, ((slot, work), count) in enumerate(zip(works, counts, strict=True)):
             if not count or work is None or self._running.get(slot) is not work:
                 continue
             size = work.ticket.options.top_logprobs
-            alternatives = [_alternatives(top, size, (slot, step)) for step in range(count)] if size else []
-            new = _New(token[slot, :count].tolist(), logprob[slot, :count].tolist(), alternatives)
+            alternatives = [_alternatives(top, size, (row, step)) for step in range(count)] if size else []
+            new = _New(token[row, :count].tolist(), logprob[row, :count].tolist(), alternatives)
             stopped += self._deliver(slot, work, new)
         if stopped:
             self._batch.release(stopped)
@@ -363,6 +354,11 @@ class Engine:
         work.ticket.put(last)
 
 
-def _alternatives(top: TopTokens, count: int, where: int | tuple[int, int]) -> Alternatives:
+def _as_column(drawn: Drawn) -> Drawn:
+    """What one step drew as a burst of one step."""
+    return jax.tree.map(lambda array: np.asarray(array)[:, None], drawn._replace(logits=None))
+
+
+def _alternatives(top: TopTokens, count: int, where: tuple[int, int]) -> Alternatives:
     tokens, logprobs = (array[where][:count].tolist() for array in top)
     return tuple(zip(tokens, logprobs, strict=True))
