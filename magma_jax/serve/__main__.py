@@ -20,7 +20,8 @@ def main() -> None:
     try:
         import uvicorn
 
-        from magma_jax.serve.app import ServerConfig, create_app
+        from magma_jax.serve.app import create_app
+        from magma_jax.serve.config import ServerConfig
         from magma_jax.serve.fetch import FetchRules
         from magma_jax.serve.pictures import PictureRules
     except ModuleNotFoundError as error:

@@ -8,7 +8,8 @@ from pydantic import Field
 from magma_jax.inference.attention import ALL_HEADS, PictureAttention, attend, check_head, picture_grid, split_words
 from magma_jax.inference.engine import Engine
 from magma_jax.inference.prompts import WORD, Encoded, picture_positions
-from magma_jax.serve.schema import PromptRequest, RequestError
+from magma_jax.serve.errors import RequestError
+from magma_jax.serve.schema import PromptRequest
 
 # In place of a layer's number: of no layer, where the rollout alone is wanted.
 _NO_LAYER = -1

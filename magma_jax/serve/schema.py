@@ -1,12 +1,12 @@
 """The OpenAI chat-completions shape: what a request may hold, and how it becomes a prompt."""
 
-import math
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from magma_jax.inference.requests import MAX_TOP_LOGPROBS, RequestOptions
 from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.serve.errors import RequestError
 
 MAX_STOPS = 8
 MAX_CHOICES = 8
@@ -16,14 +16,6 @@ MAX_PARTS = 20_000
 
 
 Asked = TypeVar("Asked", bound="PromptRequest")
-
-
-class RequestError(ValueError):
-    """A request that cannot be served: HTTP status, one line, and the field it is about."""
-
-    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
 
 
 class _Strict(BaseModel):
@@ -183,8 +175,3 @@ def parse(content: Any, kind: type[Asked]) -> Asked:
 def finite(constant: str) -> Any:
     """For ``json.loads(parse_constant=...)``: NaN and Infinity are no JSON."""
     raise ValueError(f"{constant} is not a number of JSON")
-
-
-def probability(logprob: float) -> float:
-    """A log-probability as JSON can hold it: -inf has no place there."""
-    return logprob if math.isfinite(logprob) else -9999.0

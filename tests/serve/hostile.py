@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from magma_jax.serve.app import ServerConfig
+from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.fetch import FetchRules
 from magma_jax.serve.pictures import PictureRules
 

@@ -14,7 +14,7 @@ import pytest
 from magma_jax.data.images import ImageInput
 from magma_jax.inference.attention import look
 from magma_jax.inference.compilations import count_compilations
-from magma_jax.serve.app import ServerConfig
+from magma_jax.serve.config import ServerConfig
 from tests.serve.running import RULES, SIZES, Running, expected, square, user
 
 
@@ -200,7 +200,7 @@ def test_requests_that_cannot_be_served_now(model, monkeypatch):
     looked = {"messages": user(square("red"), "a"), "answer": "b"}
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("magma_jax.serve.app.attention", lambda *_: time.sleep(1.5))
+            patch.setattr("magma_jax.serve.service.attention", lambda *_: time.sleep(1.5))
             assert codes("/v1/attention", 1, **looked) == [504]
         with monkeypatch.context() as patch:
             patch.setattr(running.engine, "failure", "the engine has stopped (broken); restart it")
