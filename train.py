@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 from magma_jax.config import apply_overrides, config_name, from_dict, load_config_file
-from magma_jax.distributed import one_of_several
-from magma_jax.evaluation.own_split import evaluate_run
-from magma_jax.training.config import RunConfig
+from magma_jax.evaluation.tasks.own_split import evaluate_run
+from magma_jax.runtime.distributed import one_of_several
 from magma_jax.training.loop import train
-from magma_jax.training.profiler import StepRange
+from magma_jax.training.monitor.profiler import StepRange
+from magma_jax.training.run.config import RunConfig
 
 
 def main() -> None:

@@ -85,13 +85,13 @@ def make_lm(options: argparse.Namespace) -> dict[str, Any]:
     from flax import nnx
 
     from magma_jax.config import apply_overrides, from_dict, load_config_file
-    from magma_jax.convert.deferred import Deferred
-    from magma_jax.convert.keymap import to_theirs
-    from magma_jax.convert.language_models import language_model_table
-    from magma_jax.convert.safetensors_file import write_safetensors
-    from magma_jax.models.gptj import GPTJConfig
-    from magma_jax.models.language_models import build_language_model
+    from magma_jax.models.language.catalog import build_language_model
+    from magma_jax.models.language.gptj import GPTJConfig
     from magma_jax.nn.modules import abstract, parameter_count
+    from magma_jax.published.keymap.engine import to_theirs
+    from magma_jax.published.language_model_keys import language_model_table
+    from magma_jax.storage.deferred import Deferred
+    from magma_jax.storage.safetensors_file import write_safetensors
 
     lm = from_dict(GPTJConfig, apply_overrides(load_config_file(CONFIG), sizes(options)).model.lm)
     lm = dataclasses.replace(lm, vocab_rows=50400, head_rows=50400, dtype="float16")
@@ -141,10 +141,10 @@ def make_encoder(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from flax import nnx
 
-    from magma_jax.convert.keymap import to_theirs
-    from magma_jax.convert.magma_table import encoder_table
-    from magma_jax.models.clip_resnet import CLIP_RESNETS, CLIPResNet
+    from magma_jax.models.vision.clip_resnet import CLIP_RESNETS, CLIPResNet
     from magma_jax.nn.modules import abstract
+    from magma_jax.published.keymap.engine import to_theirs
+    from magma_jax.published.magma_keys import encoder_table
 
     class Part(torch.nn.Module):
         def forward(self, x):
@@ -193,11 +193,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
     from magma_jax.config import apply_overrides, from_dict, load_config_file
     from magma_jax.nn.modules import parameter_count
-    from magma_jax.sharding import make_mesh
-    from magma_jax.training.config import RunConfig
-    from magma_jax.training.model_folder import read_params
-    from magma_jax.training.optim import partition
-    from magma_jax.training.program import build_program
+    from magma_jax.runtime.sharding import make_mesh
+    from magma_jax.storage.model_folder import read_params
+    from magma_jax.training.run.config import RunConfig
+    from magma_jax.training.step.optim import partition
+    from magma_jax.training.step.program import build_program
 
     # The config's schedule begins with a rate of zero.
     changes = [*sizes(options), "model.dtype=float32", "batch_size=1", "optim.schedule=constant"]

@@ -140,12 +140,12 @@ def reference(folder: Path) -> dict[str, object]:
     import transformers
     from flax import nnx
 
-    from magma_jax.convert.deferred import Deferred
-    from magma_jax.convert.keymap import to_theirs
-    from magma_jax.convert.language_models import language_model_table
-    from magma_jax.convert.magma import open_model_folder
-    from magma_jax.models.gptj import GPTJ
+    from magma_jax.models.language.gptj import GPTJ
     from magma_jax.nn.modules import abstract, merge
+    from magma_jax.published.keymap.engine import to_theirs
+    from magma_jax.published.language_model_keys import language_model_table
+    from magma_jax.published.magma_checkpoint import open_model_folder
+    from magma_jax.storage.deferred import Deferred
 
     model = open_model_folder(folder)
     config = dataclasses.replace(model.config.lm, layers=2)

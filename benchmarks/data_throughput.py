@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from magma_jax.data.convert import ConvertOptions, convert
 from magma_jax.data.datasets import DataConfig, load_dataset
+from magma_jax.data.format.records import FileSlice, Record, pack, pack_text
+from magma_jax.data.format.shards import shard_writer
 from magma_jax.data.images import load_image
-from magma_jax.data.records import FileSlice, Record, pack, pack_text
-from magma_jax.data.shards import shard_writer
+from magma_jax.data.write.conversion import ConvertOptions, convert
 
 BATCH = 32
 # Grain's shuffle looks for its next number a little at random, which takes long among very few.

@@ -104,12 +104,12 @@ def _jax_model(batch: int) -> tuple[Callable[[int], Any], Callable[[], Any], flo
     import numpy as np
     from flax import nnx
 
-    from magma_jax.data.tokenizer import gpt2_tokenizer
+    from magma_jax.data.tokenizers.byte_level import gpt2_tokenizer
     from magma_jax.inference.api import LAYERS, Magma, PromptBatch, layers_apart
-    from magma_jax.inference.sampling import SamplingConfig
-    from magma_jax.models.clip_resnet import CLIP_RESNETS
-    from magma_jax.models.gptj import GPTJConfig
+    from magma_jax.inference.decoding.sampling import SamplingConfig
+    from magma_jax.models.language.gptj import GPTJConfig
     from magma_jax.models.magma import MagmaConfig, MagmaModel
+    from magma_jax.models.vision.clip_resnet import CLIP_RESNETS
     from magma_jax.nn.adapters import AdapterConfig
     from magma_jax.nn.layers import product
     from magma_jax.nn.modules import merge, split

@@ -16,7 +16,7 @@ import urllib.request
 import uvicorn
 
 from magma_jax import Magma
-from magma_jax.inference.engine import Engine, EngineConfig
+from magma_jax.inference.batching.engine import Engine, EngineConfig
 from magma_jax.serve.app import create_app
 from tests.serve.hostile import ROWS, ask, hostile_config, hostile_host
 

@@ -24,15 +24,15 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from magma_jax.compile import keep_programs
 from magma_jax.data.images import FORMATS, ImageInput
 from magma_jax.inference.answer_file import answer_file
+from magma_jax.inference.answers import AHEAD, Answer, Asker, AskOptions
 from magma_jax.inference.api import Magma
-from magma_jax.inference.ask import AHEAD, Answer, Asker, AskOptions
-from magma_jax.inference.attention import check_head, look
-from magma_jax.inference.requests import EngineError
-from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.inference.attention_maps import check_head, look
+from magma_jax.inference.batching.requests import EngineError
+from magma_jax.inference.decoding.sampling import SamplingConfig
 from magma_jax.output import replace_file
+from magma_jax.runtime.compile import keep_programs
 
 DEFAULT_PROMPT = "A picture of"
 SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))

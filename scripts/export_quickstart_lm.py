@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from magma_jax.config import from_dict
 from magma_jax.models import GPTJ, GPTJConfig
 from magma_jax.nn.modules import abstract
-from magma_jax.training.checkpoint import RunCheckpoints
-from magma_jax.training.model_folder import read_model_json
+from magma_jax.storage.model_folder import read_model_json
+from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
 
 ASSETS = Path(__file__).parent.parent / "magma_jax/assets"
 

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from magma_jax.convert import keymap
-from magma_jax.convert.deferred import Deferred, alias_key
-from magma_jax.convert.magma import model_shapes
-from magma_jax.convert.magma_table import attention_buffers, magma_table
-from magma_jax.convert.progress import writing
-from magma_jax.convert.torch_writer import write_torch_file
-from magma_jax.models.gptj import GPTJConfig
+from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.nn.adapters import AdapterConfig
-from magma_jax.training.model_folder import nbytes_of
+from magma_jax.published.keymap import engine as keymap
+from magma_jax.published.magma_checkpoint import model_shapes
+from magma_jax.published.magma_keys import attention_buffers, magma_table
+from magma_jax.storage.deferred import Deferred, alias_key
+from magma_jax.storage.model_folder import nbytes_of
+from magma_jax.storage.progress import writing
+from magma_jax.storage.torch.writer import write_torch_file
 
 # Noise that every tensor takes its values from, each at another place.
 NOISE_NUMBERS = 2**23

@@ -21,7 +21,7 @@ os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.devnull)
 
 # Not the config reader and the interface: they check what users give them, and the tests give them wrong things.
-CHECKED = ["nn", "models", "training", "convert", "data", "evaluation", "inference.decode", "inference.sampling"]
+CHECKED = ["nn", "storage", "data", "models", "published", "training", "evaluation", "convert", "inference.decoding"]
 install_import_hook([f"magma_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from magma_jax.data.convert import ConvertOptions, convert
-from magma_jax.data.prepare import PrepareOptions
-from magma_jax.data.records import Question, Record
+from magma_jax.data.format.records import Question, Record
+from magma_jax.data.write.conversion import ConvertOptions, convert
+from magma_jax.data.write.prepare import PrepareOptions
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 

@@ -11,7 +11,7 @@ from PIL import Image
 from magma_jax.config import to_dict
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
-from magma_jax.training.model_folder import write_model_folder
+from magma_jax.storage.model_folder import write_model_folder
 from tests import tiny
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -17,7 +17,7 @@ from magma_jax.inference.answer_file import AnswerFile
 from magma_jax.inference.api import Magma
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
-from magma_jax.training.model_folder import write_model_folder
+from magma_jax.storage.model_folder import write_model_folder
 from tests import tiny
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from magma_jax.config import apply_overrides, from_dict, load_config_file
-from magma_jax.training.config import RunConfig
+from magma_jax.training.run.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs/launch").glob("*.md"))

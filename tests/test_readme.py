@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magma_jax.training import setup
+from magma_jax.training.run import setup
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent

@@ -6,21 +6,21 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from magma_jax.data.batches.pipeline import sample_batches
 from magma_jax.data.datasets import DataConfig, Dataset
-from magma_jax.data.pipeline import sample_batches
-from magma_jax.data.records import Sample
-from magma_jax.data.tokenizer import train_bpe
-from magma_jax.models.clip_resnet import CLIPResNetConfig
-from magma_jax.models.clip_vit import CLIPViTConfig
-from magma_jax.models.gptj import GPTJConfig
+from magma_jax.data.format.records import Sample
+from magma_jax.data.tokenizers.byte_level import train_bpe
+from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.prefix import PrefixConfig
+from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
+from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.nn.adapters import AdapterConfig
-from magma_jax.sharding import MeshConfig
+from magma_jax.runtime.sharding import MeshConfig
 from magma_jax.training import loop
-from magma_jax.training.config import RunConfig
-from magma_jax.training.optim import OptimConfig
-from magma_jax.training.setup import Run
+from magma_jax.training.run.config import RunConfig
+from magma_jax.training.run.setup import Run
+from magma_jax.training.step.optim import OptimConfig
 
 # Compiles slowly on a CPU, so only tests of BatchNorm use it.
 RESNET = CLIPResNetConfig(blocks=(1, 2, 1, 1), width=8, image_size=64)

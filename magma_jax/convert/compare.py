@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from magma_jax.convert.deferred import alias_key, read_array, read_row
-from magma_jax.convert.files import WeightFileError, open_tensors
-from magma_jax.convert.magma import open_model_folder, published_module
-from magma_jax.convert.magma_table import is_weight
-from magma_jax.training.model_folder import MODEL_FILE
+from magma_jax.published.magma_checkpoint import open_model_folder, published_module
+from magma_jax.published.magma_keys import is_weight
+from magma_jax.storage.deferred import alias_key, read_array, read_row
+from magma_jax.storage.files import WeightFileError, open_tensors
+from magma_jax.storage.model_folder import MODEL_FILE
 
 # Numbers that are widened to fp64 at a time.
 _SLAB = 2**22

@@ -14,17 +14,18 @@ from typing import Any
 import jax
 
 from magma_jax.config import ConfigError, to_dict
-from magma_jax.convert.hashing import hashing
-from magma_jax.convert.hub import local_path
-from magma_jax.convert.lm_sources import read_tokenizer
-from magma_jax.convert.progress import writing
 from magma_jax.models.magma import MagmaConfig
-from magma_jax.nn.modules import Params, abstract, parameter_count, split
-from magma_jax.training.config import RunConfig
-from magma_jax.training.model_folder import CheckpointError, nbytes_of, write_model_folder
-from magma_jax.training.optim import label_parameters, partition
-from magma_jax.training.program import create_model
-from magma_jax.training.weights import open_weights
+from magma_jax.nn.modules import abstract, parameter_count, split
+from magma_jax.published.language_model_sources import read_tokenizer
+from magma_jax.storage.hashing import hashing
+from magma_jax.storage.hub import local_path
+from magma_jax.storage.model_folder import CheckpointError, nbytes_of, write_model_folder
+from magma_jax.storage.progress import writing
+from magma_jax.training.run.config import RunConfig
+from magma_jax.training.run.pretrained import open_weights
+from magma_jax.training.step.optim import label_parameters, partition
+from magma_jax.training.step.program import create_model
+from magma_jax.typing import Params
 from magma_jax.version import __version__
 
 
@@ -42,9 +43,9 @@ def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Compos
 
     Args:
         config: of the runs; its model and seed count here.
-        lm: a language model, see ``convert.lm_sources``: folder, file or ``hf://`` address.
-        encoder: an image encoder, see ``convert.encoder_sources``: file or ``hf://`` address, or a name in
-            ``training.weights.SOURCES``.
+        lm: a language model, see ``published.language_model_sources``: folder, file or ``hf://`` address.
+        encoder: an image encoder, see ``published.encoder_sources``: file or ``hf://`` address, or a name in
+            ``training.run.pretrained.SOURCES``.
         out: the folder; must not exist.
 
     Raises:

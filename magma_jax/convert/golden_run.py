@@ -25,14 +25,15 @@ import numpy as np
 import optax
 from flax import nnx
 
-from magma_jax.convert import keymap
 from magma_jax.convert.golden import GoldenError, inputs_of
-from magma_jax.convert.magma_table import magma_table
 from magma_jax.models.magma import MagmaConfig, MagmaModel
-from magma_jax.nn.modules import Params, abstract, merge
-from magma_jax.training.losses import IGNORED, LossOptions, LossResult, caption_labels, caption_loss
-from magma_jax.training.optim import OptimConfig, label_parameters, make_optimizer, partition
-from magma_jax.training.step import init_state, make_train_step
+from magma_jax.nn.modules import abstract, merge
+from magma_jax.published.keymap import engine as keymap
+from magma_jax.published.magma_keys import magma_table
+from magma_jax.training.step.losses import LossOptions, LossResult, caption_labels, caption_loss
+from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
+from magma_jax.training.step.train_step import init_state, make_train_step
+from magma_jax.typing import IGNORED, Params
 
 Quantities = Iterator[tuple[str, Any]]
 

@@ -12,8 +12,8 @@ from magma_jax.config import ConfigError
 from magma_jax.convert.golden import Comparison, GoldenError, compare, read_golden
 from magma_jax.convert.golden_generate import generations
 from magma_jax.convert.golden_run import Subject, cast, forward, half_precision, training
-from magma_jax.convert.magma import read_torch_magma
 from magma_jax.inference.api import Magma
+from magma_jax.published.magma_checkpoint import read_torch_magma
 
 # What a golden file gives to the model; everything else in it is compared or listed as not compared.
 INPUTS = {"images", "captions", "text_a", "text_b", "opt/images_1", "opt/captions_1", "geneos/eos_token"}
@@ -57,7 +57,7 @@ def verify(checkpoint: str | Path, golden: str | Path, model_config: Mapping[str
     Args:
         checkpoint: PyTorch file in the published layout, or a model or run folder.
         golden: file of named arrays, see ``golden_run``.
-        model_config: what tensors cannot tell (``convert.infer``), and ``eos_token``, ``image_token`` and
+        model_config: what tensors cannot tell (``published.infer_config``), and ``eos_token``, ``image_token`` and
             ``opt_groups`` of the golden run; default: the ``.json`` beside the golden file, if there is one.
 
     Raises:

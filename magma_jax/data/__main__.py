@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from magma_jax.data.beam import convert_with_beam
-from magma_jax.data.convert import ConvertOptions, convert
+from magma_jax.data.format.record_folder import StoredRecords
+from magma_jax.data.format.records import EXPECTED, DataError
 from magma_jax.data.images import MAX_PIXELS
-from magma_jax.data.prepare import Check, Fingerprint, PrepareOptions
 from magma_jax.data.readers import READERS, SELF_CONTAINED, read
-from magma_jax.data.records import EXPECTED, DataError
-from magma_jax.data.stored import StoredRecords
+from magma_jax.data.write.beam import convert_with_beam
+from magma_jax.data.write.conversion import ConvertOptions, convert
+from magma_jax.data.write.prepare import Check, Fingerprint, PrepareOptions
 
 
 def main() -> None:

@@ -12,16 +12,16 @@ import grain
 import numpy as np
 
 from magma_jax.config import ConfigError
-from magma_jax.data import openmoji, openmoji_text
-from magma_jax.data.folders import FolderBatches, drawn_samples
-from magma_jax.data.pictures import Augment, Decode, PictureOptions, StoredPictures
-from magma_jax.data.pipeline import Overlong, encode_sample, form_batches, sample_batches, text_batches
-from magma_jax.data.records import Sample
-from magma_jax.data.sources import FolderSamples, JoinedSamples, SourceConfig
-from magma_jax.data.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe
+from magma_jax.data.batches.folders import FolderBatches, drawn_samples
+from magma_jax.data.batches.pipeline import Overlong, encode_sample, form_batches, sample_batches, text_batches
+from magma_jax.data.batches.sources import FolderSamples, JoinedSamples, SourceConfig
+from magma_jax.data.batches.stored_images import Augment, Decode, PictureOptions, StoredPictures
+from magma_jax.data.format.records import Sample
+from magma_jax.data.openmoji import drawings as openmoji
+from magma_jax.data.openmoji import text as openmoji_text
+from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer, train_bpe
 from magma_jax.data.workers import cores
-from magma_jax.training.losses import IGNORED
-from magma_jax.typing import UInt8
+from magma_jax.typing import IGNORED, UInt8
 
 # The vocabulary that the committed language model was trained with.
 QUICKSTART_TOKENIZER = "assets/tokenizer.json"
@@ -46,13 +46,13 @@ class DataConfig:
         image_size: pixels per side of a picture; pictures of ``folders`` take the encoder's.
         augment: of pictures of ``folders`` that are learned from; None for that of the original, which crops at random
             for an NF-ResNet and does nothing for other encoders.
-        decode: pixels of ``folders`` ``exact`` as the original's, or ``fast``, see ``data.pictures``.
+        decode: pixels of ``folders`` ``exact`` as the original's, or ``fast``, see ``data.batches.stored_images``.
         workers: processes that decode pictures of ``folders``; None for one a core, 0 for none but the run's own.
         max_skipped: share of the samples of ``folders`` that may be left out because they cannot be used.
         cache_dir: where rasterised drawings are kept between runs.
         weights: how often each source of ``openmoji`` is drawn: captions of people, whose gender is known or open;
             captions of everything else; questions.
-        questions: kinds of questions of ``openmoji``, see ``data.openmoji.questions``.
+        questions: kinds of questions of ``openmoji``, see ``data.openmoji.drawings.questions``.
         question_draws: draws of the balanced questions that make up their source.
         lines: lines of text that ``openmoji_text`` composes.
         vocab_size: entries of the vocabulary that ``openmoji_text`` learns.
@@ -111,7 +111,7 @@ class Dataset:
     Attributes:
         tokenizer: of its texts.
         batches: ``(batch_size, seed, rows)`` to endless batches, of which this process wants ``rows``; see
-            ``data.pipeline``.
+            ``data.batches.pipeline``.
         images: every picture, uint8 (N, size, size, 3), in memory or decoded when asked for; None for text alone.
         learned: rows of the pictures that may be learned from; all by default.
         evaluation: split to samples, in a fixed order, in memory or read when asked for; empty for text alone.

@@ -9,9 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-from magma_jax.evaluation.bootstrap import DRAWS
-from magma_jax.evaluation.protocols import PROTOCOLS
-from magma_jax.evaluation.score import score_files
+from magma_jax.evaluation.metrics.bootstrap import DRAWS
+from magma_jax.evaluation.scoring.protocols import PROTOCOLS
+from magma_jax.evaluation.scoring.score import score_files
 
 
 def main() -> None:

@@ -12,22 +12,22 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
-from magma_jax.convert.hub import local_path
 from magma_jax.data.datasets import DataConfig, load_dataset
 from magma_jax.data.workers import cores
-from magma_jax.distributed import barrier, is_main
-from magma_jax.evaluation import comparison
-from magma_jax.evaluation.few_shot import evaluate_task
-from magma_jax.evaluation.perplexity import measure
-from magma_jax.evaluation.report import OPENMOJI
-from magma_jax.evaluation.results_card import write_card
-from magma_jax.evaluation.sweep import combinations, run_sweep, sweep_table, write_sweep
-from magma_jax.evaluation.task_files import write_result
-from magma_jax.evaluation.tasks import TASKS, TaskConfig
+from magma_jax.evaluation.metrics.perplexity import measure
+from magma_jax.evaluation.report.results_card import write_card
+from magma_jax.evaluation.report.run_report import OPENMOJI
+from magma_jax.evaluation.results import comparison
+from magma_jax.evaluation.results.task_files import write_result
+from magma_jax.evaluation.tasks.few_shot import evaluate_task
+from magma_jax.evaluation.tasks.sweep import combinations, run_sweep, sweep_table, write_sweep
+from magma_jax.evaluation.tasks.task import TASKS, TaskConfig
 from magma_jax.inference.api import Magma
-from magma_jax.sharding import MeshConfig, make_mesh
-from magma_jax.training.checkpoint import CHECKPOINTS, RunCheckpoints
-from magma_jax.training.model_folder import MODEL_FILE, read_model_json
+from magma_jax.runtime.distributed import barrier, is_main
+from magma_jax.runtime.sharding import MeshConfig, make_mesh
+from magma_jax.storage.hub import local_path
+from magma_jax.storage.model_folder import MODEL_FILE, read_model_json
+from magma_jax.training.checkpoints.checkpoint import CHECKPOINTS, RunCheckpoints
 
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:

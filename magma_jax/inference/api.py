@@ -20,22 +20,22 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from magma_jax.compile import jit, return_compiler_memory
 from magma_jax.config import from_dict
-from magma_jax.convert.hub import local_path
-from magma_jax.convert.magma import read_torch_magma
 from magma_jax.data.images import ImageInput, normalize, to_uint8
-from magma_jax.data.tokenizer import Tokenizer, gpt2_tokenizer
-from magma_jax.inference.decode import Generation, generate
+from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
+from magma_jax.inference.decoding.decode import Generation, generate
+from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows, seed_key
 from magma_jax.inference.prompts import Prompt, check_prompt
-from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows, seed_key
-from magma_jax.models.encoders import ENCODERS
 from magma_jax.models.magma import MagmaConfig, MagmaModel
-from magma_jax.nn.modules import Definition, Params, abstract, merge
-from magma_jax.sharding import parameter_shardings, parameter_spec, placed
-from magma_jax.training.checkpoint import read_trained_params
-from magma_jax.training.model_folder import in_dtype, read_model_json
-from magma_jax.typing import Array, Bool, Float, Int
+from magma_jax.models.vision.catalog import ENCODERS
+from magma_jax.nn.modules import Definition, abstract, merge
+from magma_jax.published.magma_checkpoint import read_torch_magma
+from magma_jax.runtime.compile import jit, return_compiler_memory
+from magma_jax.runtime.sharding import parameter_shardings, parameter_spec, placed
+from magma_jax.storage.hub import local_path
+from magma_jax.storage.model_folder import in_dtype, read_model_json
+from magma_jax.training.checkpoints.checkpoint import read_trained_params
+from magma_jax.typing import Array, Bool, Float, Int, Params
 
 # Of the stacked layers: smaller ones stay in the caches of a CPU, and copying them costs little.
 _APART_NBYTES = 128 * 2**20
@@ -101,8 +101,8 @@ class Magma:
             path: folder, file, or ``hf://OWNER/NAME[@REVISION][/FILE]`` for a file that is fetched first.
             dtype: dtype of weights and activations, such as ``bfloat16``; default: the config's, which is
                 ``float32`` for a checkpoint file.
-            mesh: devices to spread the weights over, by the table of ``magma_jax.sharding``; default: one device.
-            model_config: what the tensors of a checkpoint file cannot tell, see ``convert.infer``.
+            mesh: devices to spread the weights over, by the table of ``magma_jax.runtime.sharding``; default: one
+            device. model_config: what the tensors of a checkpoint file cannot tell, see ``published.infer_config``.
 
         Raises:
             CheckpointError: not such a folder. HubError: not fetched. WeightFileError, InferenceError, KeyMapError: a

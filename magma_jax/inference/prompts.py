@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from magma_jax.data.images import ImageInput, to_uint8
-from magma_jax.data.tokenizer import Tokenizer
+from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.typing import Int
 

@@ -2,8 +2,8 @@
 
 from typing import TypeAlias
 
-from magma_jax.models.gptj import GPTJ, GPTJConfig
-from magma_jax.models.language_models import LANGUAGE_MODELS, LanguageModelConfig
+from magma_jax.models.language.catalog import LANGUAGE_MODELS, LanguageModelConfig
+from magma_jax.models.language.gptj import GPTJ, GPTJConfig
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 
 ModelConfig: TypeAlias = MagmaConfig | LanguageModelConfig

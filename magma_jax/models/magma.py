@@ -10,12 +10,12 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from magma_jax.models.clip_resnet import CLIPResNetConfig
-from magma_jax.models.decoder import KVCache, LMOutput
-from magma_jax.models.encoders import EncoderConfig, build_encoder
-from magma_jax.models.gptj import GPTJConfig
-from magma_jax.models.language_models import LanguageModelConfig, build_language_model
+from magma_jax.models.language.catalog import LanguageModelConfig, build_language_model
+from magma_jax.models.language.decoder import KVCache, LMOutput
+from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.prefix import ImagePrefix, PrefixConfig
+from magma_jax.models.vision.catalog import EncoderConfig, build_encoder
+from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.attention import causal_mask, same_segment
 from magma_jax.nn.convolution import BatchNormMode
@@ -135,7 +135,7 @@ class MagmaModel(nnx.Module):
         dropout_key: PRNGKey | None = None,
         remat: Remat = "none",
     ) -> Float[Array, "B S D"]:
-        """``caption_hidden`` of rows that hold up to N samples each, see ``data.batching``.
+        """``caption_hidden`` of rows that hold up to N samples each, see ``data.batches.batching``.
 
         A row is its N pictures, then its tokens. Each position sees those of its own sample, at or before itself; for
         two samples of one picture position p and two words w, and one word of padding:

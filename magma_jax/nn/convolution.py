@@ -9,7 +9,7 @@ from flax import nnx
 
 from magma_jax.nn.layers import fan_in_uniform
 from magma_jax.nn.modules import EncoderParam, Statistic
-from magma_jax.sharding import split_rows
+from magma_jax.runtime.sharding import split_rows
 from magma_jax.typing import Array, Float
 
 BatchNormMode = Literal["frozen", "batch"]

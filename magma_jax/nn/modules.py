@@ -4,8 +4,8 @@ Everything outside ``nn`` and ``models`` handles parameters as one flat dict ``{
 ``"lm/layers/attn/q_proj/weight"``. Such a dict is an ordinary pytree (it goes through ``jax.grad``, ``optax`` and
 Orbax as it is), and its keys are what the tables of sharding, optimizer and conversion match on.
 
-``merge`` builds a module again, inside or outside of a trace. Modules are never mutated across a trace: whoever
-wants the running averages that a forward pass updated splits the merged module again (see ``training.step``).
+``merge`` builds a module again, inside or outside of a trace. Modules are never mutated across a trace: whoever wants
+the running averages that a forward pass updated splits the merged module again (see ``training.step.train_step``).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-Params = dict[str, Any]
+from magma_jax.typing import Params
 
 
 class LanguageParam(nnx.Param):

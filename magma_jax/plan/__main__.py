@@ -19,9 +19,9 @@ from magma_jax.config import apply_overrides, from_dict, load_config_file
 from magma_jax.plan.chips import CHIPS, open_topology
 from magma_jax.plan.compilation import compile_decode, compile_step
 from magma_jax.plan.report import Plan, make_plan, to_json, to_text
-from magma_jax.sharding import make_mesh
-from magma_jax.training.config import RunConfig
-from magma_jax.training.program import build_program
+from magma_jax.runtime.sharding import make_mesh
+from magma_jax.training.run.config import RunConfig
+from magma_jax.training.step.program import build_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:

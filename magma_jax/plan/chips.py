@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from magma_jax.config import ConfigError
-from magma_jax.training.flops import PEAK_FLOPS
+from magma_jax.training.step.flops import PEAK_FLOPS
 
 GIB = 2**30
 

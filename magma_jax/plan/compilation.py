@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from magma_jax.config import ConfigError
-from magma_jax.inference.decode import Rows, advance
-from magma_jax.inference.sampling import SamplingRows
-from magma_jax.models.decoder import KVCache
+from magma_jax.inference.decoding.decode import Rows, advance
+from magma_jax.inference.decoding.sampling import SamplingRows
+from magma_jax.models.language.decoder import KVCache
 from magma_jax.nn.modules import merge
-from magma_jax.sharding import BATCH_AXES, batch_sharding, replicated
-from magma_jax.training.model_folder import in_dtype
+from magma_jax.runtime.sharding import BATCH_AXES, batch_sharding, replicated
+from magma_jax.storage.model_folder import in_dtype
 from magma_jax.training.pictures import features_are_fixed
-from magma_jax.training.program import Program
+from magma_jax.training.step.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def compile_decode(program: Program, rows: int, slots: int) -> Compiled:
 
 
 def batch_shapes(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch that the longest rows of a config give, as ``data.batching`` and ``training.pictures`` make it."""
+    """The batch that the longest rows of a config give, as ``data.batches`` and ``training.pictures`` make it."""
     config = program.config
     rows, length = config.batch_size, config.data.length
     shapes: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(("tokens", "labels"), ((rows, length), jnp.int32))

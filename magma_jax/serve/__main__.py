@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from magma_jax.compile import keep_programs
 from magma_jax.inference.api import Magma
-from magma_jax.inference.engine import Engine, EngineConfig
+from magma_jax.inference.batching.engine import Engine, EngineConfig
+from magma_jax.runtime.compile import keep_programs
 
 
 def main() -> None:

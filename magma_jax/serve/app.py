@@ -8,7 +8,7 @@ from importlib import resources
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from magma_jax.inference.engine import Engine
+from magma_jax.inference.batching.engine import Engine
 from magma_jax.serve.attention import warm_up as attention_warm_up
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import RequestError, error_response

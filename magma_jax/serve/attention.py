@@ -5,8 +5,15 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from magma_jax.inference.attention import ALL_HEADS, PictureAttention, attend, check_head, picture_grid, split_words
-from magma_jax.inference.engine import Engine
+from magma_jax.inference.attention_maps import (
+    ALL_HEADS,
+    PictureAttention,
+    attend,
+    check_head,
+    picture_grid,
+    split_words,
+)
+from magma_jax.inference.batching.engine import Engine
 from magma_jax.inference.prompts import WORD, Encoded, picture_positions
 from magma_jax.serve.errors import RequestError
 from magma_jax.serve.schema import PromptRequest

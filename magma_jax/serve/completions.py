@@ -5,8 +5,8 @@ import time
 import uuid
 from typing import Any
 
-from magma_jax.data.tokenizer import Tokenizer
-from magma_jax.inference.requests import Progress, Ticket
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.inference.batching.requests import Progress, Ticket
 
 
 def head(kind: str, model: str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-from magma_jax.inference.compilations import compilations_of_process
-from magma_jax.inference.engine import EngineStats
+from magma_jax.inference.batching.engine import EngineStats
+from magma_jax.runtime.compilations import compilations_of_process
 
 # Seconds; answers take from hundredths on an accelerator to minutes on a CPU.
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)

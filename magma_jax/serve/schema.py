@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from magma_jax.inference.requests import MAX_TOP_LOGPROBS, RequestOptions
-from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.inference.batching.requests import MAX_TOP_LOGPROBS, RequestOptions
+from magma_jax.inference.decoding.sampling import SamplingConfig
 from magma_jax.serve.errors import RequestError
 
 MAX_STOPS = 8

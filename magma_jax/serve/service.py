@@ -13,8 +13,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from magma_jax.data.images import ImageError
-from magma_jax.inference.engine import Encoded, Engine, QueueFull
-from magma_jax.inference.requests import EngineError, Progress, RequestOptions, Ticket
+from magma_jax.inference.batching.engine import Encoded, Engine, QueueFull
+from magma_jax.inference.batching.requests import EngineError, Progress, RequestOptions, Ticket
 from magma_jax.serve import completions
 from magma_jax.serve.attention import AttentionRequest, attention
 from magma_jax.serve.body import read_body

@@ -7,19 +7,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from magma_jax.distributed import say
-from magma_jax.sharding import local_rows, place_batch, replicated
-from magma_jax.training.checkpoint import RunCheckpoints
-from magma_jax.training.config import RunConfig
-from magma_jax.training.interruption import StopRequest
-from magma_jax.training.milestones import Milestones
-from magma_jax.training.nonfinite import NonfiniteGuard
+from magma_jax.runtime.distributed import say
+from magma_jax.runtime.sharding import local_rows, place_batch, replicated
+from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
+from magma_jax.training.checkpoints.milestones import Milestones
+from magma_jax.training.faults.interruption import StopRequest
+from magma_jax.training.faults.nonfinite import NonfiniteGuard
+from magma_jax.training.faults.skipped import SkippedSamples
+from magma_jax.training.monitor.profiler import StepRange
+from magma_jax.training.monitor.validation import make_validation
+from magma_jax.training.monitor.watch import Watch
 from magma_jax.training.pictures import picture_loader
-from magma_jax.training.profiler import StepRange
-from magma_jax.training.setup import Run, prepare_run
-from magma_jax.training.skipped import SkippedSamples
-from magma_jax.training.validation import make_validation
-from magma_jax.training.watch import Watch
+from magma_jax.training.run.config import RunConfig
+from magma_jax.training.run.setup import Run, prepare_run
 from magma_jax.typing import PRNGKey
 
 Batch = dict[str, np.ndarray]
@@ -44,7 +44,7 @@ def train(
     Raises:
         ConfigError: the folder holds a run that may not be continued, or the config does not fit the devices, the data
             or the steps to profile.
-        FloatingPointError: a loss or gradient is not finite, see ``training.nonfinite``.
+        FloatingPointError: a loss or gradient is not finite, see ``training.faults.nonfinite``.
     """
     run = prepare_run(config, workdir, devices, resume=resume)
     config, mesh = run.config, run.program.mesh

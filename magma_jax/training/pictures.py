@@ -11,16 +11,16 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-from magma_jax.convert.deferred import read_array
-from magma_jax.data.folders import fill_pictures
+from magma_jax.data.batches.folders import fill_pictures
+from magma_jax.data.batches.stored_images import StoredPictures
 from magma_jax.data.images import normalize
-from magma_jax.data.pictures import StoredPictures
-from magma_jax.distributed import is_main
-from magma_jax.models.encoders import ENCODERS
-from magma_jax.nn.modules import Params, merge
-from magma_jax.sharding import batch_shards, local_rows, place_batch, replicated
-from magma_jax.training.program import Program
-from magma_jax.typing import Array, Float, UInt8
+from magma_jax.models.vision.catalog import ENCODERS
+from magma_jax.nn.modules import merge
+from magma_jax.runtime.distributed import is_main
+from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch, replicated
+from magma_jax.storage.deferred import read_array
+from magma_jax.training.step.program import Program
+from magma_jax.typing import Array, Float, Params, UInt8
 
 Batch = dict[str, np.ndarray]
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from magma_jax.convert.torch_reader import open_torch_file, state_dict
-from magma_jax.convert.torch_writer import write_torch_file
+from magma_jax.storage.torch.reader import open_torch_file, state_dict
+from magma_jax.storage.torch.writer import write_torch_file
 
 
 def contents(path):

@@ -7,10 +7,10 @@ import pytest
 
 from magma_jax.convert.__main__ import main
 from magma_jax.convert.compare import compare_checkpoints
-from magma_jax.convert.magma import from_torch, to_safetensors
-from magma_jax.convert.safetensors_file import write_safetensors
-from magma_jax.convert.torch_writer import write_torch_file
 from magma_jax.convert.verify import read_model_config
+from magma_jax.published.magma_checkpoint import from_torch, to_safetensors
+from magma_jax.storage.safetensors_file import write_safetensors
+from magma_jax.storage.torch.writer import write_torch_file
 from tests.convert.checkpoints import rewrite
 
 

@@ -12,17 +12,17 @@ import pytest
 from magma_jax.config import ConfigError, to_dict
 from magma_jax.convert.__main__ import main
 from magma_jax.convert.compose import compose
-from magma_jax.convert.magma import model_shapes
-from magma_jax.convert.torch_writer import write_torch_file
 from magma_jax.inference.api import Magma
-from magma_jax.models.clip_vit import CLIPViTConfig
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.prefix import PrefixConfig
+from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.nn.adapters import AdapterConfig
-from magma_jax.training import setup
-from magma_jax.training.model_folder import CheckpointError, open_params, read_model_json, read_params
+from magma_jax.published.magma_checkpoint import model_shapes
+from magma_jax.storage.model_folder import CheckpointError, open_params, read_model_json, read_params
+from magma_jax.storage.torch.writer import write_torch_file
+from magma_jax.training.run import setup
 from tests import tiny
-from tests.convert import published
+from tests.published import published
 
 ENCODER = CLIPViTConfig(layers=1, width=32, heads=2, patch=32, image_size=64, embedding_width=16, output="grid")
 MODEL = MagmaConfig(

@@ -12,8 +12,8 @@ from magma_jax import Magma
 from magma_jax.config import ConfigError
 from magma_jax.convert.__main__ import main
 from magma_jax.nn.quantized import dequantize, quantize
+from magma_jax.storage.model_folder import open_params
 from magma_jax.training import loop
-from magma_jax.training.model_folder import open_params
 from tests import tiny
 
 
@@ -21,7 +21,7 @@ from tests import tiny
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("quantize") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("magma_jax.training.setup.load_dataset", lambda config: tiny.dataset())
+        patch.setattr("magma_jax.training.run.setup.load_dataset", lambda config: tiny.dataset())
         tiny.train(tiny.run_config(steps=1), workdir)
     return workdir
 
@@ -63,7 +63,7 @@ def test_logits_are_close_and_what_was_trained_is_there(trained, quantized):
 
 @pytest.mark.parametrize("quantized", ["int8"], indirect=True)
 def test_adapters_learn_on_a_quantized_base(quantized, tmp_path, monkeypatch):
-    monkeypatch.setattr("magma_jax.training.setup.load_dataset", lambda config: tiny.dataset())
+    monkeypatch.setattr("magma_jax.training.run.setup.load_dataset", lambda config: tiny.dataset())
     model = dataclasses.replace(tiny.MODEL, lm=dataclasses.replace(tiny.MODEL.lm, dtype=quantized.name))
     config = tiny.run_config(model=model, base=str(quantized), steps=2)
     run = tiny.train(config, tmp_path / "run")

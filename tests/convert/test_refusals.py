@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from magma_jax.convert.__main__ import main
-from magma_jax.convert.safetensors_file import write_safetensors
+from magma_jax.storage.safetensors_file import write_safetensors
 from tests.convert.checkpoints import rewrite
 
 

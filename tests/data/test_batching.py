@@ -4,8 +4,8 @@ import grain
 import numpy as np
 import pytest
 
-from magma_jax.data.batching import WINDOW, packed_batches, padded_batches
-from magma_jax.training.cross_entropy import IGNORED
+from magma_jax.data.batches.batching import WINDOW, packed_batches, padded_batches
+from magma_jax.typing import IGNORED
 
 PAD, B, BUCKETS = 99, 4, (4, 8, 16)
 LENGTHS = np.random.default_rng(0).integers(1, 17, 4 * WINDOW * B)

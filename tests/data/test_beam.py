@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from magma_jax.data.beam import convert_with_beam
-from magma_jax.data.convert import ConvertOptions, convert
+from magma_jax.data.format.records import DataError
 from magma_jax.data.readers import read
-from magma_jax.data.records import DataError
+from magma_jax.data.write.beam import convert_with_beam
+from magma_jax.data.write.conversion import ConvertOptions, convert
 from tests import datafolders
 
 needs_beam = pytest.mark.skipif(

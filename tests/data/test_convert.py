@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magma_jax.data import convert as module
 from magma_jax.data import readers
-from magma_jax.data import work as work_module
-from magma_jax.data.convert import ConvertOptions, convert
-from magma_jax.data.prepare import PrepareOptions
-from magma_jax.data.records import NOT_DOWNLOADED, DataError, FileSlice, Question, Record, Skipped, pack, unpack
-from magma_jax.data.stored import StoredRecords
+from magma_jax.data.format.record_folder import StoredRecords
+from magma_jax.data.format.records import NOT_DOWNLOADED, DataError, FileSlice, Question, Record, Skipped, pack, unpack
+from magma_jax.data.write import conversion as module
+from magma_jax.data.write import resumable_shards as work_module
+from magma_jax.data.write.conversion import ConvertOptions, convert
+from magma_jax.data.write.prepare import PrepareOptions
 from tests import datafolders
 
 HERE = ConvertOptions(workers=0, shard_records=3)

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from magma_jax.config import ConfigError, from_dict, to_dict
+from magma_jax.data.batches.sources import FolderSamples, SourceConfig
 from magma_jax.data.datasets import DataConfig, load_dataset
+from magma_jax.data.format.record_folder import StoredRecords
+from magma_jax.data.format.records import DataError, Question, Record
 from magma_jax.data.images import load_image, to_uint8
-from magma_jax.data.records import DataError, Question, Record
-from magma_jax.data.sources import FolderSamples, SourceConfig
-from magma_jax.data.stored import StoredRecords
-from magma_jax.training.cross_entropy import IGNORED
+from magma_jax.typing import IGNORED
 from tests import datafolders
 
 SIZE = 32
@@ -211,7 +211,7 @@ def test_it_is_said_what_was_left_out(damaged):
 
 
 def test_too_many_unusable_samples_are_an_error(damaged, monkeypatch):
-    monkeypatch.setattr("magma_jax.data.folders.JUDGED_SAMPLES", 20)
+    monkeypatch.setattr("magma_jax.data.batches.folders.JUDGED_SAMPLES", 20)
     with pytest.raises(DataError, match=r"samples could not be used, more than data\.max_skipped 10\.00%"):
         batches_of(config_of(damaged, max_skipped=0.1), 20)
 

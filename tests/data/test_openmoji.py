@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from magma_jax.data import openmoji, openmoji_text
+from magma_jax.data.format.records import DataError
 from magma_jax.data.images import load_image
+from magma_jax.data.openmoji import drawings as openmoji
+from magma_jax.data.openmoji import text as openmoji_text
 from magma_jax.data.readers import read
-from magma_jax.data.records import DataError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZE = 128

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from magma_jax.data.pipeline import encode_sample, sample_batches, text_batches
-from magma_jax.data.records import Sample
-from magma_jax.data.tokenizer import gpt2_tokenizer
-from magma_jax.training.losses import IGNORED
+from magma_jax.data.batches.pipeline import encode_sample, sample_batches, text_batches
+from magma_jax.data.format.records import Sample
+from magma_jax.data.tokenizers.byte_level import gpt2_tokenizer
+from magma_jax.typing import IGNORED
 
 TOKENIZER = gpt2_tokenizer()
 

@@ -15,8 +15,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from magma_jax.data import readers
+from magma_jax.data.format.records import DataError, Record, Skipped
 from magma_jax.data.readers.web import WIT_COLUMNS
-from magma_jax.data.records import DataError, Record, Skipped
 
 
 def picture(path, colour=(200, 30, 30)):

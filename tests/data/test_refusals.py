@@ -7,7 +7,7 @@ import json
 import pytest
 
 from magma_jax.data import readers
-from magma_jax.data.records import DataError, Record, Skipped
+from magma_jax.data.format.records import DataError, Record, Skipped
 
 # The smallest whole source of every format that is JSON, about the picture 1.jpg. VQA's two files are one here.
 SOURCES = {

@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import magma_jax.data.tokenizer
-from magma_jax.data.tokenizer import EOS, IMAGE, Tokenizer, gpt2_tokenizer, train_bpe
+import magma_jax.data.tokenizers.byte_level
+from magma_jax.data.tokenizers.byte_level import EOS, IMAGE, Tokenizer, gpt2_tokenizer, train_bpe
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures/golden/tokenizer.json").read_text())
 CORPUS = [f"a {colour} {thing} on the {place}" for colour in ("red", "green", "blue", "grey")
@@ -22,7 +22,7 @@ def gpt2() -> Tokenizer:
 
 
 def test_the_merges_are_the_published_ones(gpt2):
-    merges = Path(magma_jax.data.tokenizer.__file__).parent / "gpt2" / "merges.txt"
+    merges = Path(magma_jax.data.tokenizers.byte_level.__file__).parent / "gpt2" / "merges.txt"
     assert hashlib.sha256(merges.read_bytes()).hexdigest() in GOLDEN["vocab_source"]
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from magma_jax.evaluation.captions import bleu, cider_d, rouge_l
-from magma_jax.evaluation.metrics import METRICS
-from magma_jax.evaluation.ptb import ptb_tokenize
+from magma_jax.evaluation.metrics.by_protocol import METRICS
+from magma_jax.evaluation.metrics.captions import bleu, cider_d, rouge_l
+from magma_jax.evaluation.metrics.ptb import ptb_tokenize
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures/golden/metrics/captions.json").read_text())
 IMAGES = list(GOLDEN["references"])

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from magma_jax.data.records import DataError
-from magma_jax.evaluation.comparison import compare_results, table, to_json
-from magma_jax.evaluation.sweep import combinations, run_sweep, sweep_table, write_sweep
-from magma_jax.evaluation.task_files import predictions_file, write_result
-from magma_jax.evaluation.tasks import TASKS
+from magma_jax.data.format.records import DataError
+from magma_jax.evaluation.results.comparison import compare_results, table, to_json
+from magma_jax.evaluation.results.task_files import predictions_file, write_result
+from magma_jax.evaluation.tasks.sweep import combinations, run_sweep, sweep_table, write_sweep
+from magma_jax.evaluation.tasks.task import TASKS
 from tests.evaluation.test_task_files import result_of
 
 RIGHT, WRONG = [" yes", " red"], [" no", " red"]

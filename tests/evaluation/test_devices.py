@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from magma_jax.config import to_dict
-from magma_jax.training.model_folder import write_model_folder
+from magma_jax.storage.model_folder import write_model_folder
 
 ROOT = Path(__file__).parents[2]
 

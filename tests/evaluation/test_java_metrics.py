@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from magma_jax.data.records import DataError
-from magma_jax.evaluation import java_metrics
-from magma_jax.evaluation.metrics import METRICS
-from magma_jax.evaluation.ptb import ptb_tokenize
+from magma_jax.data.format.records import DataError
+from magma_jax.evaluation.metrics import java as java_metrics
+from magma_jax.evaluation.metrics.by_protocol import METRICS
+from magma_jax.evaluation.metrics.ptb import ptb_tokenize
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):

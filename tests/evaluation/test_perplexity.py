@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magma_jax.data.records import DataError
-from magma_jax.evaluation.perplexity import measure, perplexity
+from magma_jax.data.format.records import DataError
+from magma_jax.evaluation.metrics.perplexity import measure, perplexity
 
 
 def test_a_text_within_one_window_is_predicted_from_all_that_precedes(talkative):

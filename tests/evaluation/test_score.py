@@ -6,11 +6,11 @@ import random
 import numpy as np
 import pytest
 
-from magma_jax.data.records import DataError
-from magma_jax.evaluation import bootstrap
+from magma_jax.data.format.records import DataError
 from magma_jax.evaluation.__main__ import main
-from magma_jax.evaluation.protocols import PROTOCOLS, stem
-from magma_jax.evaluation.score import score_files
+from magma_jax.evaluation.metrics import bootstrap
+from magma_jax.evaluation.scoring.protocols import PROTOCOLS, stem
+from magma_jax.evaluation.scoring.score import score_files
 
 
 def dump(path, content):

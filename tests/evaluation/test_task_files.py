@@ -6,17 +6,17 @@ import os
 
 import pytest
 
-from magma_jax.data.records import DataError
-from magma_jax.evaluation import protocols
-from magma_jax.evaluation.columns import Column
-from magma_jax.evaluation.examples import StoredExamples
-from magma_jax.evaluation.few_shot import finish
-from magma_jax.evaluation.gallery import write_gallery
-from magma_jax.evaluation.paper import FIGURES
-from magma_jax.evaluation.results_card import write_card
-from magma_jax.evaluation.submissions import write_submission
-from magma_jax.evaluation.task_files import predictions_file, read_answers, write_result
-from magma_jax.evaluation.tasks import TASKS
+from magma_jax.data.format.records import DataError
+from magma_jax.evaluation.report.gallery import write_gallery
+from magma_jax.evaluation.report.paper import FIGURES
+from magma_jax.evaluation.report.results_card import write_card
+from magma_jax.evaluation.results.columns import Column
+from magma_jax.evaluation.results.submissions import write_submission
+from magma_jax.evaluation.results.task_files import predictions_file, read_answers, write_result
+from magma_jax.evaluation.scoring import protocols
+from magma_jax.evaluation.tasks.examples import StoredExamples
+from magma_jax.evaluation.tasks.few_shot import finish
+from magma_jax.evaluation.tasks.task import TASKS
 from tests.evaluation.test_report import Page
 
 CHECKPOINT = {"name": "mine", "step": 3}

@@ -11,20 +11,21 @@ import pytest
 from PIL import Image
 
 from magma_jax.config import ConfigError
-from magma_jax.data.convert import ConvertOptions, convert
+from magma_jax.data.format.records import DataError
 from magma_jax.data.images import ImageInput
-from magma_jax.data.records import DataError
-from magma_jax.evaluation import answering, command
-from magma_jax.evaluation.answering import Answerer, PromptError, lay_out
-from magma_jax.evaluation.examples import OwnExamples, StoredExamples, spaced
-from magma_jax.evaluation.few_shot import evaluate_task
-from magma_jax.evaluation.shots import choose_shots, draw_shots
-from magma_jax.evaluation.tasks import TASKS, TaskConfig
-from magma_jax.evaluation.truncation import truncate
+from magma_jax.data.write.conversion import ConvertOptions, convert
+from magma_jax.evaluation import command
+from magma_jax.evaluation.tasks import answering
+from magma_jax.evaluation.tasks.answering import Answerer, PromptError, lay_out
+from magma_jax.evaluation.tasks.examples import OwnExamples, StoredExamples, spaced
+from magma_jax.evaluation.tasks.few_shot import evaluate_task
+from magma_jax.evaluation.tasks.shots import choose_shots, draw_shots
+from magma_jax.evaluation.tasks.task import TASKS, TaskConfig
+from magma_jax.evaluation.tasks.truncation import truncate
 from magma_jax.inference.api import Magma
-from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.inference.decoding.sampling import SamplingConfig
 from magma_jax.nn.modules import merge
-from magma_jax.sharding import MeshConfig, make_mesh, parameter_shardings
+from magma_jax.runtime.sharding import MeshConfig, make_mesh, parameter_shardings
 from tests import tiny
 from tests.evaluation.conftest import DATA, jpeg, vqa_records
 

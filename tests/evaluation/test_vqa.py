@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from magma_jax.evaluation.metrics import METRICS
-from magma_jax.evaluation.vqa import normalize_words, strip_punctuation, vizwiz_by_value, vqa_official
+from magma_jax.evaluation.metrics.by_protocol import METRICS
+from magma_jax.evaluation.metrics.vqa import normalize_words, strip_punctuation, vizwiz_by_value, vqa_official
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures/golden/metrics/vqa.json").read_text())
 VARIANTS = ("vqa_official", "vqa_always_normalised", "vqa_before_2021")

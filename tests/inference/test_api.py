@@ -9,7 +9,7 @@ from PIL import Image
 
 from magma_jax.data.images import ImageError, ImageInput
 from magma_jax.inference.api import Magma
-from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.inference.decoding.sampling import SamplingConfig
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from tests import tiny

@@ -10,13 +10,13 @@ from PIL import Image
 
 from magma_jax.data.images import ImageInput
 from magma_jax.inference.api import Magma
-from magma_jax.inference.attention import ALL_HEADS, attend, look, picture_grid, split_words
+from magma_jax.inference.attention_maps import ALL_HEADS, attend, look, picture_grid, split_words
 from magma_jax.inference.overlay import overlay, sheet
 from magma_jax.inference.prompts import encode_prompt
-from magma_jax.models.clip_vit import CLIPViTConfig
-from magma_jax.models.efficientnet_lite import EfficientNetLiteConfig
 from magma_jax.models.magma import MagmaModel
 from magma_jax.models.prefix import PrefixConfig
+from magma_jax.models.vision.clip_vit import CLIPViTConfig
+from magma_jax.models.vision.efficientnet_lite import EfficientNetLiteConfig
 from magma_jax.nn.modules import split
 from tests import tiny
 

@@ -10,14 +10,14 @@ from flax import nnx
 from PIL import Image
 
 from magma_jax.data.images import ImageInput
-from magma_jax.inference import slots
 from magma_jax.inference.api import Magma
-from magma_jax.inference.compilations import count_compilations
-from magma_jax.inference.engine import Engine, EngineConfig, QueueFull
-from magma_jax.inference.requests import Answer, EngineError, RequestOptions
-from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.inference.batching import slots
+from magma_jax.inference.batching.engine import Engine, EngineConfig, QueueFull
+from magma_jax.inference.batching.requests import Answer, EngineError, RequestOptions
+from magma_jax.inference.decoding.sampling import SamplingConfig
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
+from magma_jax.runtime.compilations import count_compilations
 from tests import tiny
 
 GREEDY = SamplingConfig()

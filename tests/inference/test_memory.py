@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from magma_jax.convert.magma import model_shapes
 from magma_jax.inference import api
-from magma_jax.inference.sampling import SamplingConfig, sampling_rows
-from magma_jax.training.model_folder import in_dtype, nbytes_of
+from magma_jax.inference.decoding.sampling import SamplingConfig, sampling_rows
+from magma_jax.published.magma_checkpoint import model_shapes
+from magma_jax.storage.model_folder import in_dtype, nbytes_of
 from tests import tiny
 
 LM = dataclasses.replace(tiny.MODEL.lm, layers=24, width=128, feed_forward=512, heads=2)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magma_jax.inference import sampling
-from magma_jax.inference.sampling import (
+from magma_jax.inference.decoding import sampling
+from magma_jax.inference.decoding.sampling import (
     MASKED,
     SamplingConfig,
     apply_temperature,

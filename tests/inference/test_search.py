@@ -12,8 +12,8 @@ from PIL import Image
 
 from magma_jax.data.images import ImageInput
 from magma_jax.inference.api import Magma
-from magma_jax.inference.beam import beam_search
-from magma_jax.inference.choice import ROWS, ScoredAnswer, rank, score
+from magma_jax.inference.search.beam import beam_search
+from magma_jax.inference.search.choice import ROWS, ScoredAnswer, rank, score
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from tests import tiny

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.convert.efficientnet_lite import TABLE, read_weights, weights_path
-from magma_jax.convert.keymap import check_table
-from magma_jax.models.efficientnet_lite import (
+from magma_jax.models.vision.efficientnet_lite import (
     LITE_MEAN,
     LITE_STD,
     DepthwiseConv2d,
@@ -17,6 +15,8 @@ from magma_jax.models.efficientnet_lite import (
     same_padding,
 )
 from magma_jax.nn.modules import Statistic, merge, split, variable_types
+from magma_jax.published.efficientnet_lite import TABLE, read_weights, weights_path
+from magma_jax.published.keymap.engine import check_table
 
 # Computed with PyTorch's convolutions from the same weights: stem, block 4 and head of the picture of `picture`.
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "efficientnet_lite0.npz"

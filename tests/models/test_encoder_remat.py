@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from magma_jax.models.clip_resnet import Stage
+from magma_jax.models.vision.clip_resnet import Stage
 from magma_jax.nn.modules import merge, split
 
 

@@ -9,15 +9,15 @@ import pytest
 from flax import nnx
 
 from magma_jax.convert.golden import compare
-from magma_jax.convert.keymap import Rule, to_ours, to_theirs
-from magma_jax.convert.magma_table import encoder_table
-from magma_jax.convert.torch_reader import open_torch_file, state_dict
-from magma_jax.models.clip_resnet import CLIPResNet, CLIPResNetConfig
-from magma_jax.models.clip_vit import CLIPViT, CLIPViTConfig
-from magma_jax.models.nf_resnet import NFResNet, NFResNetConfig
 from magma_jax.models.prefix import ImagePrefix, PrefixConfig
+from magma_jax.models.vision.clip_resnet import CLIPResNet, CLIPResNetConfig
+from magma_jax.models.vision.clip_vit import CLIPViT, CLIPViTConfig
+from magma_jax.models.vision.nf_resnet import NFResNet, NFResNetConfig
 from magma_jax.nn.convolution import average_pool
 from magma_jax.nn.modules import Statistic, abstract, merge, split, variable_types
+from magma_jax.published.keymap.engine import Rule, to_ours, to_theirs
+from magma_jax.published.magma_keys import encoder_table
+from magma_jax.storage.torch.reader import open_torch_file, state_dict
 
 RESNET = CLIPResNetConfig((1, 2, 1, 1), 8, 96, 32, attention_pool=True)
 VIT = CLIPViTConfig(layers=2, width=64, heads=4, patch=16, image_size=64, embedding_width=48)

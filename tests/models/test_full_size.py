@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.convert.keymap import to_theirs
-from magma_jax.convert.magma_table import attention_buffers, encoder_table, magma_table
-from magma_jax.models.encoders import build_encoder
-from magma_jax.models.gptj import GPTJConfig
+from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig, MagmaModel
-from magma_jax.models.nf_resnet import NFResNetConfig
 from magma_jax.models.prefix import PrefixConfig
+from magma_jax.models.vision.catalog import build_encoder
+from magma_jax.models.vision.nf_resnet import NFResNetConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.modules import abstract, parameter_count
-from magma_jax.training.optim import OptimConfig, label_parameters, make_optimizer, partition
+from magma_jax.published.keymap.engine import to_theirs
+from magma_jax.published.magma_keys import attention_buffers, encoder_table, magma_table
+from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
 
 LM = GPTJConfig(dtype="float16")
 V1 = MagmaConfig(LM, mlp_adapter=AdapterConfig(downsample_factor=4))

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.convert.files import open_tensors
-from magma_jax.convert.hf_config import read_config
-from magma_jax.convert.keymap import to_theirs
-from magma_jax.convert.language_models import language_model_table
-from magma_jax.convert.lm_sources import open_lm
-from magma_jax.inference.decode import generate
-from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
-from magma_jax.models.language_models import PUBLISHED_LANGUAGE_MODELS, build_language_model
+from magma_jax.inference.decoding.decode import generate
+from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows
+from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS, build_language_model
 from magma_jax.nn.modules import abstract, merge, parameter_count
+from magma_jax.published.hf_config import read_config
+from magma_jax.published.keymap.engine import to_theirs
+from magma_jax.published.language_model_keys import language_model_table
+from magma_jax.published.language_model_sources import open_lm
+from magma_jax.storage.files import open_tensors
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -12,17 +12,17 @@ import pytest
 from flax import nnx
 
 from magma_jax.config import from_dict
-from magma_jax.inference.decode import generate
-from magma_jax.inference.sampling import SamplingConfig, row_keys, sampling_rows
-from magma_jax.models.decoder import _row_by_row, _scatter
-from magma_jax.models.gpt2 import GPT2Config
-from magma_jax.models.gpt_neo import GPTNeoConfig
-from magma_jax.models.gpt_neox import GPTNeoXConfig
-from magma_jax.models.language_models import PUBLISHED_LANGUAGE_MODELS, build_language_model
+from magma_jax.inference.decoding.decode import generate
+from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows
+from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS, build_language_model
+from magma_jax.models.language.decoder import _row_by_row, _scatter
+from magma_jax.models.language.gpt2 import GPT2Config
+from magma_jax.models.language.gpt_neo import GPTNeoConfig
+from magma_jax.models.language.gpt_neox import GPTNeoXConfig
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.modules import AdapterParam, LanguageParam, abstract, merge, parameter_count, split
-from magma_jax.training.optim import OptimConfig, label_parameters, partition
+from magma_jax.training.step.optim import OptimConfig, label_parameters, partition
 from tests import tiny
 
 SIZES = {"layers": 3, "width": 32, "heads": 4, "feed_forward": 64, "vocab_rows": 50, "context_length": 24}

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.convert.keymap import to_ours
-from magma_jax.convert.magma_table import encoder_table
-from magma_jax.models.clip_resnet import CLIP_RESNETS, CLIPResNet
+from magma_jax.models.vision.clip_resnet import CLIP_RESNETS, CLIPResNet
 from magma_jax.nn.modules import abstract, merge
+from magma_jax.published.keymap.engine import to_ours
+from magma_jax.published.magma_keys import encoder_table
 
 # What other libraries warn about is not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.models.clip_vit import CLIPViTConfig
-from magma_jax.models.encoders import PUBLISHED_ENCODERS, build_encoder
 from magma_jax.models.magma import MagmaModel
 from magma_jax.models.prefix import PrefixConfig
+from magma_jax.models.vision.catalog import PUBLISHED_ENCODERS, build_encoder
+from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.nn.modules import abstract, merge
 from tests import tiny
 

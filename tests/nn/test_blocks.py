@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.models.gptj import GPTJ, GPTJConfig
+from magma_jax.models.language.gptj import GPTJ, GPTJConfig
 from magma_jax.nn.adapters import Adapter, AdapterConfig
 from magma_jax.nn.attention import causal_mask, cudnn_serves, dot_product_attention, prefix_mask
 from magma_jax.nn.convolution import BatchNorm
 from magma_jax.nn.modules import AdapterParam, merge, split, variable_types
 from magma_jax.nn.rotary import apply_rotary, rotary_table
 from magma_jax.nn.stack import scan
-from magma_jax.training.cross_entropy import IGNORED, cross_entropy
+from magma_jax.training.step.cross_entropy import cross_entropy
+from magma_jax.typing import IGNORED
 
 CONFIG = GPTJConfig(layers=3, width=32, heads=4, rotary_dim=4, feed_forward=64, vocab_rows=50, head_rows=60)
 KINDS = ["normal", "parallel", "scaled_parallel"]

@@ -16,9 +16,9 @@ from magma_jax.plan.chips import CHIPS, Topology, open_topology
 from magma_jax.plan.compilation import Compiled, batch_shapes, compile_decode, compile_step
 from magma_jax.plan.hlo import Collective, Costs
 from magma_jax.plan.report import Plan, frozen_gathers, make_plan, to_json, to_text
-from magma_jax.sharding import MeshConfig, make_mesh
-from magma_jax.training.losses import LossOptions
-from magma_jax.training.program import build_program
+from magma_jax.runtime.sharding import MeshConfig, make_mesh
+from magma_jax.training.step.losses import LossOptions
+from magma_jax.training.step.program import build_program
 from tests import tiny
 
 BATCH, LENGTH = 8, 32

@@ -10,7 +10,7 @@ from PIL import Image
 
 from magma_jax.data.images import ImageInput
 from magma_jax.inference.api import Magma
-from magma_jax.inference.engine import Engine, EngineConfig
+from magma_jax.inference.batching.engine import Engine, EngineConfig
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.serve.app import create_app

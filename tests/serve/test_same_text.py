@@ -6,7 +6,7 @@ from magma_jax import generate
 from magma_jax.config import to_dict
 from magma_jax.data.images import ImageInput
 from magma_jax.inference.api import Magma
-from magma_jax.training.model_folder import write_model_folder
+from magma_jax.storage.model_folder import write_model_folder
 from tests.serve.browser import Page
 from tests.serve.running import square, user
 

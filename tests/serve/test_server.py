@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from magma_jax.data.images import ImageInput
-from magma_jax.inference.attention import look
-from magma_jax.inference.compilations import count_compilations
+from magma_jax.inference.attention_maps import look
+from magma_jax.runtime.compilations import count_compilations
 from magma_jax.serve.config import ServerConfig
 from tests.serve.running import RULES, SIZES, Running, expected, square, user
 

@@ -9,8 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
-from magma_jax.training import checkpoint, setup
-from magma_jax.training.milestones import Milestones
+from magma_jax.training.checkpoints import checkpoint
+from magma_jax.training.checkpoints.milestones import Milestones
+from magma_jax.training.run import setup
 from tests import tiny
 
 

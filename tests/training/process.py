@@ -11,9 +11,10 @@ import sys
 import jax
 import numpy as np
 
-from magma_jax.distributed import one_of_several
-from magma_jax.sharding import MeshConfig
-from magma_jax.training import loop, setup
+from magma_jax.runtime.distributed import one_of_several
+from magma_jax.runtime.sharding import MeshConfig
+from magma_jax.training import loop
+from magma_jax.training.run import setup
 from tests import tiny
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from magma_jax.sharding import MeshConfig, make_mesh, placed, replicated, tree_shardings
-from magma_jax.training import checkpoint
-from magma_jax.training.checkpoint import CHECKPOINTS, RunCheckpoints, Snapshot
-from magma_jax.training.checksums import SUMS_FILE
-from magma_jax.training.early_stopping import BestStep
-from magma_jax.training.model_folder import CheckpointError
-from magma_jax.training.step import TrainState, init_state
+from magma_jax.runtime.sharding import MeshConfig, make_mesh, placed, replicated, tree_shardings
+from magma_jax.storage.checksums import SUMS_FILE
+from magma_jax.storage.model_folder import CheckpointError
+from magma_jax.training.checkpoints import checkpoint
+from magma_jax.training.checkpoints.checkpoint import CHECKPOINTS, RunCheckpoints, Snapshot
+from magma_jax.training.checkpoints.early_stopping import BestStep
+from magma_jax.training.step.train_step import TrainState, init_state
 
 OPTIMIZER = optax.adam(1e-2)
 

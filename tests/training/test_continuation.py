@@ -6,10 +6,10 @@ import json
 import pytest
 
 from magma_jax.config import ConfigError, to_dict
-from magma_jax.sharding import MeshConfig
-from magma_jax.training.continuation import continued_config
-from magma_jax.training.early_stopping import ValidationConfig
-from magma_jax.training.losses import LossOptions
+from magma_jax.runtime.sharding import MeshConfig
+from magma_jax.training.checkpoints.early_stopping import ValidationConfig
+from magma_jax.training.run.continuation import continued_config
+from magma_jax.training.step.losses import LossOptions
 from tests import tiny
 
 

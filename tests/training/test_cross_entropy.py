@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from magma_jax.sharding import MeshConfig, make_mesh
-from magma_jax.training.cross_entropy import IGNORED, cross_entropy
+from magma_jax.runtime.sharding import MeshConfig, make_mesh
+from magma_jax.training.step.cross_entropy import cross_entropy
+from magma_jax.typing import IGNORED
 
 B, S, D, V = 4, 13, 8, 50
 

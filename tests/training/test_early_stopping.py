@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from magma_jax.training.early_stopping import BestStep, ValidationConfig
+from magma_jax.training.checkpoints.early_stopping import BestStep, ValidationConfig
 
 
 def _follow(losses, min_delta=0.0):

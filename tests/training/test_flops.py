@@ -9,16 +9,16 @@ import pytest
 from flax import nnx
 
 from magma_jax.models import MODELS
-from magma_jax.models.clip_resnet import CLIPResNetConfig
-from magma_jax.models.clip_vit import CLIPViTConfig
-from magma_jax.models.gptj import GPTJConfig
+from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.prefix import PrefixConfig
+from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
+from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.modules import abstract, merge
-from magma_jax.training.flops import encoder_flops, matmul_flops, peak_flops, step_flops
-from magma_jax.training.losses import LossOptions, caption_loss
-from magma_jax.training.optim import OptimConfig, label_parameters, partition
+from magma_jax.training.step.flops import encoder_flops, matmul_flops, peak_flops, step_flops
+from magma_jax.training.step.losses import LossOptions, caption_loss
+from magma_jax.training.step.optim import OptimConfig, label_parameters, partition
 from tests import tiny
 
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file, to_dict
+from magma_jax.data.batches.sources import SourceConfig
 from magma_jax.data.datasets import DataConfig, load_dataset
-from magma_jax.data.sources import SourceConfig
-from magma_jax.data.tokenizer import train_bpe
+from magma_jax.data.tokenizers.byte_level import train_bpe
 from magma_jax.inference.api import Magma
-from magma_jax.training.checkpoint import RunCheckpoints
-from magma_jax.training.config import RunConfig
-from magma_jax.training.early_stopping import ValidationConfig
-from magma_jax.training.metrics import METRICS_FILE
-from magma_jax.training.optim import OptimConfig
+from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
+from magma_jax.training.checkpoints.early_stopping import ValidationConfig
+from magma_jax.training.monitor.writers import METRICS_FILE
 from magma_jax.training.pictures import KeptFeatures, encode_all
+from magma_jax.training.run.config import RunConfig
+from magma_jax.training.step.optim import OptimConfig
 from tests import datafolders, tiny
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -14,12 +14,12 @@ import jax
 import pytest
 
 from magma_jax.config import from_dict
-from magma_jax.sharding import make_mesh
-from magma_jax.training.checkpoint import RunCheckpoints
-from magma_jax.training.config import RunConfig
-from magma_jax.training.interruption import StopRequest
-from magma_jax.training.model_folder import read_model_json
-from magma_jax.training.program import build_program
+from magma_jax.runtime.sharding import make_mesh
+from magma_jax.storage.model_folder import read_model_json
+from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
+from magma_jax.training.faults.interruption import StopRequest
+from magma_jax.training.run.config import RunConfig
+from magma_jax.training.step.program import build_program
 from tests import tiny
 
 

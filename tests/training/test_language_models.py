@@ -12,14 +12,14 @@ from flax import nnx
 
 from magma_jax.inference.api import Magma
 from magma_jax.models import MODELS
-from magma_jax.models.gpt2 import GPT2Config
-from magma_jax.models.gpt_neo import GPTNeoConfig
-from magma_jax.models.gpt_neox import GPTNeoXConfig
+from magma_jax.models.language.gpt2 import GPT2Config
+from magma_jax.models.language.gpt_neo import GPTNeoConfig
+from magma_jax.models.language.gpt_neox import GPTNeoXConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.modules import abstract, merge, split
-from magma_jax.training import setup
-from magma_jax.training.losses import LOSSES, LossOptions
-from magma_jax.training.step import init_state, make_train_step
+from magma_jax.training.run import setup
+from magma_jax.training.step.losses import LOSSES, LossOptions
+from magma_jax.training.step.train_step import init_state, make_train_step
 from tests import tiny
 
 SIZES = {"layers": 2, "width": 32, "heads": 2, "feed_forward": 64, "vocab_rows": 300, "context_length": 64}

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.data.batching import packed_batches, padded_batches
+from magma_jax.data.batches.batching import packed_batches, padded_batches
+from magma_jax.data.batches.pipeline import sample_batches
 from magma_jax.data.datasets import DataConfig
-from magma_jax.data.pipeline import sample_batches
-from magma_jax.models.gpt2 import GPT2, GPT2Config
+from magma_jax.models.language.gpt2 import GPT2, GPT2Config
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import merge, split, variable_types
-from magma_jax.training import setup
-from magma_jax.training.cross_entropy import IGNORED
-from magma_jax.training.losses import LossOptions, caption_loss, language_loss
-from magma_jax.training.metrics import METRICS_FILE
-from magma_jax.training.optim import label_parameters, partition
+from magma_jax.training.monitor.writers import METRICS_FILE
+from magma_jax.training.run import setup
+from magma_jax.training.step.losses import LossOptions, caption_loss, language_loss
+from magma_jax.training.step.optim import label_parameters, partition
+from magma_jax.typing import IGNORED
 from tests import tiny
 
 LENGTHS = [3, 13, 6, 2, 9, 5, 14, 4]

@@ -13,11 +13,11 @@ import pytest
 
 from magma_jax.config import ConfigError
 from magma_jax.inference.api import Magma
-from magma_jax.training import setup
-from magma_jax.training.checkpoint import RunCheckpoints
-from magma_jax.training.early_stopping import ValidationConfig
-from magma_jax.training.losses import LossOptions
-from magma_jax.training.metrics import METRICS_FILE
+from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
+from magma_jax.training.checkpoints.early_stopping import ValidationConfig
+from magma_jax.training.monitor.writers import METRICS_FILE
+from magma_jax.training.run import setup
+from magma_jax.training.step.losses import LossOptions
 from tests import tiny
 
 

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from magma_jax.config import ConfigError
-from magma_jax.nn.modules import Params
-from magma_jax.sharding import MeshConfig, make_mesh, place_batch
-from magma_jax.training.metrics import METRICS_FILE
-from magma_jax.training.model_folder import read_params
-from magma_jax.training.optim import partition
+from magma_jax.runtime.sharding import MeshConfig, make_mesh, place_batch
+from magma_jax.storage.model_folder import read_params
+from magma_jax.training.monitor.writers import METRICS_FILE
 from magma_jax.training.pictures import picture_loader
-from magma_jax.training.program import build_program, fresh_params
+from magma_jax.training.step.optim import partition
+from magma_jax.training.step.program import build_program, fresh_params
+from magma_jax.typing import Params
 from tests import tiny
 
 # Of one fp32 step; another mesh sums in another order.

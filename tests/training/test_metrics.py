@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from magma_jax.config import ConfigError
-from magma_jax.training.metrics import JsonLines, TensorBoard, Wandb, cut_after, read_lines, tag
+from magma_jax.training.monitor.writers import JsonLines, TensorBoard, Wandb, cut_after, read_lines, tag
 from tests.training import events
 
 

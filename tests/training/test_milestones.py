@@ -6,12 +6,12 @@ import dataclasses
 import jax
 import pytest
 
-from magma_jax.training.checkpoint import RunCheckpoints
-from magma_jax.training.early_stopping import BestStep, ValidationConfig
-from magma_jax.training.interruption import StopRequest
-from magma_jax.training.milestones import Milestones
-from magma_jax.training.setup import Run
-from magma_jax.training.step import TrainState
+from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
+from magma_jax.training.checkpoints.early_stopping import BestStep, ValidationConfig
+from magma_jax.training.checkpoints.milestones import Milestones
+from magma_jax.training.faults.interruption import StopRequest
+from magma_jax.training.run.setup import Run
+from magma_jax.training.step.train_step import TrainState
 from tests import tiny
 
 KEY = jax.random.key(0)

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from magma_jax.training import loop, setup
-from magma_jax.training.nonfinite import MAX_DUMPS, NonfiniteGuard
+from magma_jax.training import loop
+from magma_jax.training.faults.nonfinite import MAX_DUMPS, NonfiniteGuard
+from magma_jax.training.run import setup
 from tests import tiny
 
 

@@ -10,14 +10,22 @@ import optax
 import pytest
 from flax import nnx
 
-from magma_jax.convert.keymap import to_theirs
-from magma_jax.convert.magma_table import magma_table
-from magma_jax.models.clip_resnet import CLIPResNetConfig
 from magma_jax.models.magma import MagmaModel
+from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
 from magma_jax.nn.modules import LanguageParam, abstract, split, variable_types
-from magma_jax.training.losses import IGNORED, LossOptions, caption_labels, caption_loss
-from magma_jax.training.optim import OptimConfig, decays, label_parameters, make_optimizer, make_schedule, partition
-from magma_jax.training.step import init_state, make_train_step
+from magma_jax.published.keymap.engine import to_theirs
+from magma_jax.published.magma_keys import magma_table
+from magma_jax.training.step.losses import LossOptions, caption_labels, caption_loss
+from magma_jax.training.step.optim import (
+    OptimConfig,
+    decays,
+    label_parameters,
+    make_optimizer,
+    make_schedule,
+    partition,
+)
+from magma_jax.training.step.train_step import init_state, make_train_step
+from magma_jax.typing import IGNORED
 from tests import tiny
 
 OPTIM = OptimConfig(learning_rate=1e-2, encoder_learning_rate=1e-3, schedule="constant", clip_norm=1.0)

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from magma_jax.models.gptj import GPTJConfig
-from magma_jax.sharding import make_mesh
-from magma_jax.training.losses import LossOptions
-from magma_jax.training.program import build_program
+from magma_jax.models.language.gptj import GPTJConfig
+from magma_jax.runtime.sharding import make_mesh
+from magma_jax.training.step.losses import LossOptions
+from magma_jax.training.step.program import build_program
 from tests import tiny
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magma_jax.data.records import Sample
-from magma_jax.sharding import MeshConfig
-from magma_jax.training import loop, setup
-from magma_jax.training.metrics import WatchConfig
-from magma_jax.training.samples import choose
+from magma_jax.data.format.records import Sample
+from magma_jax.evaluation.tasks.training_samples import choose
+from magma_jax.runtime.sharding import MeshConfig
+from magma_jax.training import loop
+from magma_jax.training.monitor.writers import WatchConfig
+from magma_jax.training.run import setup
 from tests import tiny
 from tests.training import events
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.models.gptj import GPTJConfig
+from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaModel
 from magma_jax.models.prefix import PrefixConfig
 from magma_jax.nn.modules import split, variable_types
-from magma_jax.sharding import MeshConfig, make_mesh
-from magma_jax.training.cross_entropy import IGNORED
-from magma_jax.training.losses import LossOptions, caption_loss
-from magma_jax.training.optim import OptimConfig, label_parameters, make_optimizer, partition
-from magma_jax.training.program import build_program, fresh_params
-from magma_jax.training.step import init_state, make_train_step
+from magma_jax.runtime.sharding import MeshConfig, make_mesh
+from magma_jax.training.step.losses import LossOptions, caption_loss
+from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
+from magma_jax.training.step.program import build_program, fresh_params
+from magma_jax.training.step.train_step import init_state, make_train_step
+from magma_jax.typing import IGNORED
 from tests import tiny
 
 TEXT_MODEL = GPTJConfig(

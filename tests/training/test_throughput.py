@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from magma_jax.training.throughput import Meter, count_batch
+from magma_jax.training.monitor.throughput import Meter, count_batch
 
 
 class Clock:

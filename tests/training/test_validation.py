@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from magma_jax.config import ConfigError
-from magma_jax.data.pipeline import encode_sample
+from magma_jax.data.batches.pipeline import encode_sample
 from magma_jax.nn.modules import merge
-from magma_jax.training import setup
-from magma_jax.training.early_stopping import ValidationConfig
-from magma_jax.training.losses import LossOptions, caption_loss
+from magma_jax.training.checkpoints.early_stopping import ValidationConfig
+from magma_jax.training.monitor.validation import chosen_samples, make_validation
 from magma_jax.training.pictures import picture_loader
-from magma_jax.training.validation import chosen_samples, make_validation
+from magma_jax.training.run import setup
+from magma_jax.training.step.losses import LossOptions, caption_loss
 from tests import tiny
 
 

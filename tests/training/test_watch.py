@@ -10,16 +10,16 @@ import optax
 import pytest
 
 from magma_jax.config import ConfigError
-from magma_jax.sharding import make_mesh
-from magma_jax.training import watch as watching
-from magma_jax.training.flops import step_flops
-from magma_jax.training.metrics import WatchConfig, read_lines
-from magma_jax.training.optim import make_schedule
-from magma_jax.training.profiler import StepRange
-from magma_jax.training.program import build_program
-from magma_jax.training.setup import Run
-from magma_jax.training.step import TrainState
-from magma_jax.training.watch import Watch, duration, scaled
+from magma_jax.runtime.sharding import make_mesh
+from magma_jax.training.monitor import watch as watching
+from magma_jax.training.monitor.profiler import StepRange
+from magma_jax.training.monitor.watch import Watch, duration, scaled
+from magma_jax.training.monitor.writers import WatchConfig, read_lines
+from magma_jax.training.run.setup import Run
+from magma_jax.training.step.flops import step_flops
+from magma_jax.training.step.optim import make_schedule
+from magma_jax.training.step.program import build_program
+from magma_jax.training.step.train_step import TrainState
 from tests import tiny
 from tests.training import events
 

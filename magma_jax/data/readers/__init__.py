@@ -9,19 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from magma_jax.data.format.records import DataError, Record, Skipped
 from magma_jax.data.readers.coco import read_coco, read_karpathy
 from magma_jax.data.readers.folders import read_folder, read_magma, read_tfds
 from magma_jax.data.readers.openmoji import read_openmoji
-from magma_jax.data.readers.questions import (
-    read_gqa,
-    read_hateful_memes,
-    read_snli_ve,
-    read_vizwiz,
-    read_vqa,
-)
+from magma_jax.data.readers.questions import read_gqa, read_hateful_memes, read_snli_ve, read_vizwiz, read_vqa
 from magma_jax.data.readers.regions import read_localized_narratives, read_visual_genome
 from magma_jax.data.readers.web import read_cc3m, read_cc12m, read_img2dataset, read_laion, read_wit
-from magma_jax.data.records import DataError, Record, Skipped
 
 Reader = Callable[..., Iterator[Record | Skipped]]
 

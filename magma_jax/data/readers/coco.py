@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from magma_jax.data.format.records import DataError, Record, Skipped
 from magma_jax.data.readers.common import ID, PictureFolder, captioned, claim, field, metadata, read_json, text
-from magma_jax.data.records import DataError, Record, Skipped
 
 IMAGE_FIELDS = ("width", "height", "domain", "open_images_id", "coco_url", "license")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from magma_jax.data.records import DataError, FileSlice, Record, Skipped
+from magma_jax.data.format.records import DataError, FileSlice, Record, Skipped
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 

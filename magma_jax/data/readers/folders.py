@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from magma_jax.data.format.records import DataError, FileSlice, Record, Skipped
 from magma_jax.data.readers.common import PICTURE_SUFFIXES, captioned, checked, field, files_below, read_json, within
-from magma_jax.data.records import DataError, FileSlice, Record, Skipped
 
 
 def read_folder(source: Path, images: Path | None = None) -> Iterator[Record | Skipped]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from magma_jax.data import openmoji
-from magma_jax.data.records import DataError, Question, Record, Sample
+from magma_jax.data.format.records import DataError, Question, Record, Sample
+from magma_jax.data.openmoji import drawings as openmoji
 
 SPLITS = ("train", "validation", "test")
 
@@ -21,7 +21,7 @@ def read_openmoji(
     size: int = 128,
     cache_dir: str = "~/.cache/magma_jax",
 ) -> Iterator[Record]:
-    """OpenMoji drawings of a split, each with its caption and balanced questions, see ``data.openmoji``.
+    """OpenMoji drawings of a split, each with its caption and balanced questions, see ``data.openmoji.drawings``.
 
     Args:
         source: the split: ``train``, ``validation`` or ``test``.

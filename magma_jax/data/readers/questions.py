@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from magma_jax.data.format.records import DataError, FileSlice, Question, Record, Skipped, count_samples
 from magma_jax.data.readers.common import (
     ID,
     PictureFolder,
@@ -20,7 +21,6 @@ from magma_jax.data.readers.common import (
     read_json_lines,
     text,
 )
-from magma_jax.data.records import DataError, FileSlice, Question, Record, Skipped, count_samples
 
 
 def read_vqa(source: Path, images: Path, *, annotations: str = "") -> Iterator[Record | Skipped]:

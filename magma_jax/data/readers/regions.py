@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from magma_jax.data.format.records import DataError, Record, Skipped
 from magma_jax.data.readers.common import (
     ID,
     PictureFolder,
@@ -13,7 +14,6 @@ from magma_jax.data.readers.common import (
     read_json_lines,
     text,
 )
-from magma_jax.data.records import DataError, Record, Skipped
 
 BOX = ("region_id", "x", "y", "width", "height")
 

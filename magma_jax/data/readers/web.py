@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet as parquet
 
+from magma_jax.data.format.records import NOT_DOWNLOADED, DataError, FileSlice, Record, Skipped
 from magma_jax.data.readers.common import PICTURE_SUFFIXES, captioned, checked, read_lines
-from magma_jax.data.records import NOT_DOWNLOADED, DataError, FileSlice, Record, Skipped
 
 WIT_COLUMNS = (
     "language",

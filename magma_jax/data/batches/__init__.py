@@ -1,0 +1,1 @@
+"""From dataset folders and samples to batches."""

@@ -1,0 +1,147 @@
+"""From samples to batches of tokens and pictures, with Grain: shuffled, mixed, and resumable to the exact sample.
+
+A sample is a ``data.format.records.Sample``, or an object like it whose ``picture`` may be None. Batches are those of
+``data.batches.batching``, with ``pictures`` beside ``tokens`` and ``labels``.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import grain
+import numpy as np
+
+from magma_jax.data.batches.batching import packed_batches, padded_batches
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.typing import IGNORED, Int
+
+Overlong = Literal["error", "truncate"]
+
+
+def encode_sample(
+    sample: Any,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    overlong: Overlong = "error",
+    classes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Tokens of prompt, answer and one eos, and their labels, which ignore the prompt unless it is learned.
+
+    With ``classes`` the answer is one of them and no text: the tokens are the prompt and one eos, whose label is the
+    number of the class and all that is learned.
+
+    With ``overlong="truncate"`` what exceeds ``length`` is cut off at the end, where the eos is (of a prompt before a
+    class its own end), and ``truncated`` says 1 for such a sample and 0 for others.
+
+    Raises:
+        ValueError: the sample does not fit, since it is never cut silently; or its answer is no class.
+    """
+    prompt = tokenizer.encode(sample.prompt)
+    answer = [] if classes else tokenizer.encode(sample.answer)
+    excess = len(prompt) + len(answer) + 1 - length
+    if excess > 0 and overlong == "error":
+        text = sample.prompt + sample.answer
+        raise ValueError(
+            f"{text!r:.80} has {length + excess} tokens, but data.length is {length}; raise it, or cut such samples "
+            "with data.overlong=truncate"
+        )
+    if classes:
+        tokens = [*prompt[: length - 1], tokenizer.eos_id]
+        labels = [*[IGNORED] * (len(tokens) - 1), _class_number(sample, classes)]
+    else:
+        tokens = [*prompt, *answer, tokenizer.eos_id][:length]
+        labels = (prompt if sample.learn_prompt else [IGNORED] * len(prompt)) + [*answer, tokenizer.eos_id]
+        labels = labels[:length]
+    encoded = {"tokens": np.array(tokens, np.int32), "labels": np.array(labels, np.int32)}
+    if sample.picture is not None:
+        encoded["pictures"] = np.int32(sample.picture)
+    if overlong == "truncate":
+        encoded["truncated"] = np.int32(excess > 0)
+    return encoded
+
+
+def _class_number(sample: Any, classes: Sequence[str]) -> int:
+    name = sample.answer.strip()
+    if name not in classes:
+        raise ValueError(f"answer {name!r} to {sample.prompt!r:.60} is none of data.classes: {', '.join(classes)}")
+    return list(classes).index(name)
+
+
+def sample_batches(
+    sources: Sequence[Sequence[Any]],
+    weights: Sequence[float],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+    buckets: Sequence[int] = (),
+    pack: int = 1,
+    overlong: Overlong = "error",
+) -> grain.IterDataset:
+    """Endless batches that mix ``sources`` by ``weights``; every source is reshuffled each time it is used up.
+
+    Args:
+        rows: those of every batch that are wanted, all by default.
+        buckets: lengths below ``length`` that batches of shorter samples may have.
+        pack: how many samples may share a row of ``length`` tokens; with 1, batches are padded and not packed.
+        overlong: what happens to samples of more than ``length`` tokens, see ``encode_sample``.
+    """
+    datasets = [
+        grain.MapDataset.source(source)
+        .seed(seed + i)
+        .shuffle()
+        .repeat()
+        .map(lambda s: encode_sample(s, tokenizer, length, overlong=overlong))
+        for i, source in enumerate(sources)
+    ]
+    samples = grain.MapDataset.mix(datasets, list(weights))
+    return form_batches(
+        samples,
+        batch_size=batch_size,
+        length=length,
+        seed=seed,
+        rows=rows,
+        buckets=buckets,
+        pack=pack,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+def form_batches(
+    samples: grain.MapDataset,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int,
+    pad_id: int,
+    rows: Sequence[int] | None = None,
+    buckets: Sequence[int] = (),
+    pack: int = 1,
+) -> grain.IterDataset:
+    """Batches of encoded samples: packed, or padded to a bucket; arguments as of ``sample_batches``."""
+    options = {"batch_size": batch_size, "rows": rows or range(batch_size), "pad_id": pad_id}
+    if pack > 1:
+        return packed_batches(samples, length=length, pack=pack, **options)
+    return padded_batches(samples, buckets=(*buckets, length), seed=seed, **options)
+
+
+def text_batches(
+    tokens: Int[np.ndarray, " N"],
+    labels: Int[np.ndarray, " N"],
+    *,
+    batch_size: int,
+    length: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+) -> grain.IterDataset:
+    """Endless batches of ``length`` consecutive tokens of one long text, with their labels; of them only ``rows``."""
+    end = len(tokens) // length * length
+    blocks = np.stack([array[:end].reshape(-1, length) for array in (tokens, labels)], axis=1)
+    dataset = grain.MapDataset.source(blocks).seed(seed).shuffle().repeat()
+    dataset = dataset.map(lambda block: {"tokens": block[0], "labels": block[1]})
+    # Every block fills its row: there is nothing to pad.
+    return padded_batches(
+        dataset, batch_size=batch_size, rows=rows or range(batch_size), buckets=(length,), pad_id=0, seed=seed
+    )

@@ -1,0 +1,80 @@
+"""Data set folders that ``data.write.conversion`` wrote, opened for random access."""
+
+import contextlib
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from magma_jax.data.format.records import DataError, Record, unpack
+from magma_jax.data.format.shards import INFO_FILE, TEXTS_FILE, texts_name
+from magma_jax.typing import Int
+
+
+class StoredRecords:
+    """The records of a data set folder, by row; a source for Grain. Processes may be sent it.
+
+    Attributes:
+        info: the content of ``info.json``.
+        texts: number of captions and of questions of every record, int32 (N, 2).
+    """
+
+    info: dict[str, Any]
+    texts: Int[np.ndarray, "N 2"]
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        if not (folder / INFO_FILE).is_file():
+            raise DataError(f"{folder}: no data set folder (no {INFO_FILE}); make one: python -m magma_jax.data")
+        with _opening(folder / INFO_FILE):
+            self.info = json.loads((folder / INFO_FILE).read_text())
+            expected = int(self.info["records"])
+            files = [name for name, records in self.info["files"].items() if records]
+        missing = [name for name in [*files, *map(texts_name, files)] if not (folder / name).is_file()]
+        if missing:
+            raise DataError(f"{folder}: {missing[0]} is missing ({len(missing)} in all); copy or convert it again")
+        # Mapped, not read: tens of millions of records are some hundred megabytes, in every worker.
+        with _opening(folder / TEXTS_FILE):
+            self.texts = np.load(folder / TEXTS_FILE, mmap_mode="r")
+        self._folder = folder
+        _allow_open_files(2 * len(files))
+        with _opening(folder):
+            self._source = grain.sources.ArrayRecordDataSource([str(folder / name) for name in files])
+            self._texts = grain.sources.ArrayRecordDataSource([str(folder / texts_name(name)) for name in files])
+        for held in (len(self._source), len(self._texts), len(self.texts)):
+            if held != expected:
+                raise DataError(f"{folder}: holds {held} records, not {expected}; copy or convert it again")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, row: int) -> Record:
+        return unpack(self._source[row])
+
+    def text(self, row: int) -> Record:
+        """The record with its captions and questions alone; many times cheaper than the whole."""
+        return unpack(self._texts[row])
+
+    def __repr__(self) -> str:
+        return f"StoredRecords({self._folder})"
+
+
+@contextlib.contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{path}: is damaged ({reason:.200}); copy or convert it again") from error
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit: random access keeps every shard open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

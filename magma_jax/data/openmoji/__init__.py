@@ -1,0 +1,1 @@
+"""OpenMoji drawings and text about them: the data of the quick start."""

@@ -1,0 +1,1 @@
+"""From records to a dataset folder, in parallel and resumable."""

@@ -1,0 +1,83 @@
+"""What happens to one record on its way into storage: its picture is read, checked, and fingerprinted.
+
+The same function serves the converter's worker processes and the Beam pipeline.
+"""
+
+import dataclasses
+import hashlib
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from magma_jax.data.format.records import DataError, Record, Skipped, pack
+from magma_jax.data.images import MAX_PIXELS, ImageError, load_image, open_header
+
+# The one reason that may be gone when the same file is read again.
+UNREADABLE = "picture cannot be read"
+
+Check = Literal["decode", "header"]
+Fingerprint = Literal["none", "content", "perceptual"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareOptions:
+    """How pictures are checked.
+
+    Attributes:
+        check: ``decode`` reads every picture to its end, so that a truncated one is found now and not in training;
+            ``header`` looks at format and size alone.
+        max_pixels: pictures with more are skipped.
+        duplicates: leave out a picture whose bytes (``content``) or whose difference hash (``perceptual``: equal for
+            the same picture in other sizes and qualities, and for some that merely look alike) were there before.
+    """
+
+    check: Check = "decode"
+    max_pixels: int = MAX_PIXELS
+    duplicates: Fingerprint = "none"
+
+    def __post_init__(self):
+        if self.max_pixels < 1:
+            raise DataError(f"max_pixels must be 1 or more, got {self.max_pixels}")
+
+
+def prepare(record: Record, options: PrepareOptions) -> tuple[bytes, str] | Skipped:
+    """The record as it is stored and its fingerprint ("" if none is wanted), or why it is left out."""
+
+    def skipped(reason: str) -> Skipped:
+        return Skipped(record.id, reason, record.samples)
+
+    try:
+        content = record.image_bytes()
+        if options.check == "decode" or options.duplicates == "perceptual":
+            image = load_image(content, max_pixels=options.max_pixels, draft=64)
+        else:
+            image = open_header(content, max_pixels=options.max_pixels)
+    except ImageError as error:
+        return skipped(error.kind)
+    except FileNotFoundError:
+        return skipped("picture missing")
+    except OSError:
+        return skipped(UNREADABLE)
+    except DataError:
+        return skipped("picture cut short")
+    try:
+        stored = pack(dataclasses.replace(record, image=content))
+    except UnicodeEncodeError:  # JSON can name half of a character, which no text can hold
+        return skipped("text is not Unicode")
+    except (OverflowError, TypeError, ValueError) as error:
+        return skipped(f"metadata cannot be stored ({error})")
+    return stored, fingerprint(content, image, options.duplicates)
+
+
+def fingerprint(content: bytes, image: Image.Image, kind: Fingerprint) -> str:
+    """What two duplicates have in common."""
+    if kind == "none":
+        return ""
+    return hashlib.sha256(content).hexdigest() if kind == "content" else difference_hash(image)
+
+
+def difference_hash(image: Image.Image) -> str:
+    """64 bits: whether each pixel of an 8 x 8 grid is darker than its right neighbour (Krawetz's dHash)."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    return np.packbits(grey[:, :-1] < grey[:, 1:]).tobytes().hex()

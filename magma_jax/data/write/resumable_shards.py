@@ -1,0 +1,138 @@
+"""Where a conversion works until its folder is whole: shards, each with a report, that a later run may keep.
+
+    WORK/data/     the shards, as in the folder to be
+    WORK/state/    their reports, and what is being written
+
+A report is there only while its shard is what it says.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordReader
+
+from magma_jax.data.format.records import DataError, Record, Skipped, pack_text, unpack
+from magma_jax.data.format.shards import records_name, shard_writer, texts_name
+from magma_jax.data.write.prepare import UNREADABLE, PrepareOptions, prepare
+from magma_jax.output import replace_file
+
+REPORT = "shard-{}.json"
+
+
+def written_shard(
+    work: Path, number: int, chunk: Sequence[Record | Skipped], options: PrepareOptions
+) -> dict[str, Any]:
+    """The report of a shard, which is written unless a former run has finished it."""
+    digest = _digest(chunk)
+    return _finished(work, number, digest) or _write_shard(work, number, chunk, options, digest)
+
+
+def _write_shard(
+    work: Path, number: int, chunk: Sequence[Record | Skipped], options: PrepareOptions, digest: str
+) -> dict[str, Any]:
+    """Writes one shard and its report, each under a temporary name first."""
+    skipped, texts, ids, prints = [], [], [], []
+    path = shard_path(work, number)
+    with writing(path):
+        report_path(work, number).unlink(missing_ok=True)
+        with shard_writer(path, work / "state") as writer:
+            for entry in chunk:
+                result = entry if isinstance(entry, Skipped) else prepare(entry, options)
+                if isinstance(result, Skipped):
+                    skipped.append([result.id, result.reason, result.samples])
+                    continue
+                content, fingerprint = result
+                writer.write(content, pack_text(entry))
+                ids.append(entry.id)
+                prints.append(fingerprint)
+                texts.append([len(entry.captions), len(entry.questions)])
+        report = {"digest": digest, "input": len(chunk), "ids": ids, "texts": texts, "skipped": skipped}
+        report["fingerprints"] = prints if options.duplicates != "none" else []
+        replace_file(report_path(work, number), to_json(report))
+    return report
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Gives an error of the disk a name; reading pictures raises none."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what, remedy = ("the disk is full", "make room") if full else ("cannot be written", "repair that")
+        raise DataError(f"{path}: {what} ({error}); {remedy} and run the same command again") from None
+
+
+def read_report(work: Path, number: int) -> dict[str, Any]:
+    """The report of a shard that is written."""
+    return json.loads(report_path(work, number).read_text())
+
+
+def remove_records(work: Path, number: int, drop: set[str]) -> None:
+    """Rewrites a shard without the records in ``drop``; its report goes."""
+    report_path(work, number).unlink(missing_ok=True)
+    path = shard_path(work, number)
+    reader = ArrayRecordReader(str(path))
+    contents = reader.read_all()
+    reader.close()
+    with shard_writer(path, work / "state") as writer:
+        for content in contents:
+            record = unpack(content)
+            if record.id not in drop:
+                writer.write(content, pack_text(record))
+
+
+def _finished(work: Path, number: int, digest: str) -> dict[str, Any] | None:
+    """The report of a shard that a former run finished, of the same records; None if there is none."""
+    file = report_path(work, number)
+    path = shard_path(work, number)
+    if not all(part.is_file() for part in (file, path, path.with_name(texts_name(path.name)))):
+        return None
+    report = read_report(work, number)
+    again = report["digest"] != digest or any(reason == UNREADABLE for _, reason, _ in report["skipped"])
+    return None if again else report
+
+
+def _digest(chunk: Sequence[Record | Skipped]) -> str:
+    """Of ids, texts and pictures; of pictures in files it takes place, size and time of the file."""
+    described = hashlib.sha256()
+    state_of = functools.cache(_file_state)  # many pictures may lie in one archive
+    for entry in chunk:
+        state = None
+        if isinstance(entry, Record) and isinstance(entry.image, bytes):
+            entry = dataclasses.replace(entry, image=hashlib.sha256(entry.image).digest())
+        elif isinstance(entry, Record):
+            state = state_of(entry.image.path)
+        described.update(repr((entry, state)).encode())
+    return described.hexdigest()
+
+
+def _file_state(path: str) -> tuple[int, int] | None:
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns
+
+
+def shard_path(work: Path, number: int) -> Path:
+    """Where the records of a shard are."""
+    return work / "data" / records_name(number)
+
+
+def report_path(work: Path, number: int) -> Path:
+    """Where the report of a shard is."""
+    return work / "state" / REPORT.format(f"{number:05d}")
+
+
+def to_json(value: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8, and what UTF-8 cannot hold, half of a character, as JSON's own escape of it."""
+    return json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")

@@ -1,0 +1,87 @@
+"""Perplexity of a language model on a text file, with its adapters and without: is the language model intact?"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from magma_jax.data.format.records import DataError
+from magma_jax.data.readers.common import read_text
+from magma_jax.inference.api import Magma
+from magma_jax.nn.modules import merge
+from magma_jax.runtime.compile import jit
+from magma_jax.training.step.cross_entropy import cross_entropy
+from magma_jax.typing import IGNORED, Array, Float, Int, Params
+
+
+class Perplexity(NamedTuple):
+    """How well a text is predicted.
+
+    Attributes:
+        perplexity: per token.
+        bits_per_byte: of UTF-8; comparable between vocabularies.
+        tokens: that were predicted: all but the first.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+
+def perplexity(model: Magma, text: str, *, batch_size: int = 4) -> Perplexity:
+    """Perplexity of ``text``.
+
+    The text is run in windows as long as the context, each begun half a window after the one before it, and every
+    token is predicted once: by the window in which it has at least half a context before it.
+
+    Raises:
+        DataError: fewer than two tokens.
+    """
+    ids = np.array(model.tokenizer.encode(text), np.int32)
+    if len(ids) < 2:
+        raise DataError(f"the text has {len(ids)} tokens; perplexity needs at least two")
+    window = model.config.lm.context_length
+    starts = range(0, max(1, len(ids) - window // 2), window // 2)
+    tokens = np.full((len(starts), window + 1), model.tokenizer.pad_id, np.int32)
+    labels = np.full((len(starts), window), IGNORED, np.int32)
+    done = 1
+    for row, start in enumerate(starts):
+        piece = ids[start : start + window + 1]
+        tokens[row, : len(piece)] = piece
+        # Label i is token i + 1 of the window; those that an earlier window predicted are left out.
+        labels[row, done - start - 1 : len(piece) - 1] = piece[done - start :]
+        done = start + len(piece)
+    total = 0.0
+    for first in tqdm(range(0, len(starts), batch_size), desc="reading", unit="batch", disable=None):
+        rows = slice(first, first + batch_size)
+        fill = ((0, batch_size - len(tokens[rows])), (0, 0))
+        batch = np.pad(tokens[rows, :-1], fill), np.pad(labels[rows], fill, constant_values=IGNORED)
+        total += float(_loss(model.graphdef, model.params, *batch))
+    count = int((labels != IGNORED).sum())
+    nbytes = len(model.tokenizer.decode(ids[1:].tolist(), skip_special=False).encode())
+    return Perplexity(math.exp(total / count), total / math.log(2) / nbytes, count)
+
+
+def measure(model: Magma, path: str | Path) -> dict[str, Any]:
+    """Perplexity on a file with the model's adapters, and without them where it has any."""
+    text = read_text(Path(path))
+    found = {"file": Path(path).name, "model": perplexity(model, text)._asdict()}
+    if any("_adapter/" in name for name in model.params):
+        found["without_adapters"] = perplexity(model.remove_adapters(), text)._asdict()
+    return found
+
+
+@jit(static_argnames=("graphdef",))
+def _loss(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    tokens: Int[np.ndarray | Array, "B S"],
+    labels: Int[np.ndarray | Array, "B S"],
+) -> Float[Array, ""]:
+    model = merge(graphdef, params)
+    hidden = model(model.embed_tokens(jax.numpy.asarray(tokens))).hidden
+    return cross_entropy(model.logits, hidden, jax.numpy.asarray(labels))[0]

@@ -1,0 +1,56 @@
+"""One picture that shows what a model says: a grid of drawings with caption and one question each."""
+
+import io
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from magma_jax.data.datasets import Dataset
+from magma_jax.evaluation.report.cards import Card, Line, draw_cards
+from magma_jax.evaluation.results.results import CAPTION, Evaluation, question_of
+from magma_jax.output import replace_file
+
+PICTURES = 12
+
+
+def overview_picture(path: str | Path, evaluation: Evaluation, dataset: Dataset, seed: int = 0) -> None:
+    """Writes a PNG, 1200 pixels wide: twelve pictures drawn at random, none chosen for its answer.
+
+    Pictures whose texts are not ASCII are passed over: the font has no letters for them.
+
+    Raises:
+        ValueError: the evaluation has no captions, or none that the font can write.
+    """
+    chosen = _choose(evaluation, seed)
+    if not chosen:
+        raise ValueError("no picture with a caption to show")
+    cards = []
+    for members in chosen:
+        pixels = dataset.images[int(evaluation.samples[members[0]].picture)]
+        lines = [
+            Line(evaluation.predictions["model"][i], evaluation.truths[i], question_of(evaluation.samples[i]))
+            for i in members
+        ]
+        cards.append(Card(pixels, lines))
+    file = io.BytesIO()
+    Image.fromarray(draw_cards(cards)).save(file, "PNG", optimize=True)
+    replace_file(path, file.getvalue())
+
+
+def _choose(evaluation: Evaluation, seed: int) -> list[list[int]]:
+    """Samples by number, a caption and a question of the same picture, each drawn at random."""
+    rng = np.random.default_rng(seed)
+    captions: dict[int, int] = {}
+    questions: dict[int, list[int]] = defaultdict(list)
+    for i, sample in enumerate(evaluation.samples):
+        texts = sample.prompt + sample.answer + evaluation.predictions["model"][i]
+        if not texts.isascii():
+            continue
+        if sample.kind == CAPTION:
+            captions[int(sample.picture)] = i
+        else:
+            questions[int(sample.picture)].append(i)
+    pictures = rng.permutation(sorted(captions))[:PICTURES].tolist()
+    return [[captions[p], *([int(rng.choice(questions[p]))] if questions[p] else [])] for p in pictures]

@@ -1,0 +1,22 @@
+"""Pages in one file each: a common head and style around what a page shows."""
+
+from html import escape
+from importlib import resources
+from string import Template
+
+
+def fill_page(name: str, title: str, **parts: str) -> str:
+    """The page ``name``.html of this package.
+
+    Args:
+        title: text.
+        parts: HTML that takes the place of the page's ``$parts``.
+    """
+    title = escape(title)
+    body = _template(f"{name}.html").substitute(parts, title=title)
+    style = resources.files("magma_jax.evaluation.report").joinpath("page.css").read_text(encoding="utf-8")
+    return _template("page.html").substitute(title=title, style=style, kind=name, body=body)
+
+
+def _template(name: str) -> Template:
+    return Template(resources.files("magma_jax.evaluation.report").joinpath(name).read_text(encoding="utf-8"))

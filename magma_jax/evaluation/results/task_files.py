@@ -1,0 +1,95 @@
+"""The files that a task leaves: its result, every prediction, a page of pictures."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from magma_jax.config import to_dict
+from magma_jax.data.format.records import DataError
+from magma_jax.data.readers.common import read_json, read_json_lines
+from magma_jax.evaluation.report.gallery import write_gallery
+from magma_jax.evaluation.results.names import file_stem
+from magma_jax.evaluation.results.submissions import SUBMISSIONS, write_submission
+from magma_jax.evaluation.tasks.examples import Example
+from magma_jax.evaluation.tasks.few_shot import TaskResult
+from magma_jax.output import replace_file
+from magma_jax.runtime.distributed import say
+
+# Endings of the names: a run folder calls its own results.json, predictions.jsonl and report.html.
+RESULTS, PREDICTIONS, REPORT, SUBMISSION = ".results.json", ".predictions.jsonl", ".report.html", ".submission.json"
+
+
+def write_result(folder: str | Path, result: TaskResult, attribution: str = "") -> Path:
+    """Writes ``NAME.results.json``, ``NAME.predictions.jsonl`` and ``NAME.report.html``; returns the first.
+
+    ``NAME`` is task, shots and settings, and a hash of these, of the data and of the checkpoint: only the same
+    evaluation done again replaces files. Where the benchmark has a format of its own for predictions,
+    ``NAME.submission.json`` follows it, if the ids are the benchmark's. ``attribution`` stands at the end of the page.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    task = result.task
+    name = file_stem(f"{task.name}-{task.shots}shot", task.settings, [to_dict(task), result.stamp.get("checkpoint")])
+    path = folder / f"{name}{RESULTS}"
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _predictions(result))
+    replace_file(predictions_file(path), lines.encode())
+    if task.name in SUBMISSIONS:
+        try:
+            write_submission(folder / f"{name}{SUBMISSION}", task.name, result.examples, result.answers)
+        except DataError as error:
+            say(f"no submission: {error}")
+    write_gallery(folder / f"{name}{REPORT}", result, attribution=attribution)
+    # Last: where it stands the others do, too.
+    replace_file(path, (json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
+    return path
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A stored result.
+
+    Raises:
+        DataError: the file is damaged or of another kind.
+    """
+    result = read_json(path)
+    task = result.get("task") if isinstance(result, dict) else None
+    if not isinstance(task, dict) or not {"name", "shots", "protocols"} <= task.keys():
+        raise DataError(f"{path}: no result of eval.py --task; give one, or remove it")
+    return result
+
+
+def predictions_file(result: Path) -> Path:
+    """The file of predictions beside a result."""
+    return result.with_name(result.name.removesuffix(RESULTS) + PREDICTIONS)
+
+
+def read_answers(result: Path) -> tuple[list[Example], list[str]]:
+    """Examples and answers that a task left.
+
+    Raises:
+        DataError: the file is missing or of another kind.
+    """
+    examples, answers = [], []
+    path = predictions_file(result)
+    for number, line in read_json_lines(path):
+        try:
+            fields = {field.name: line[field.name] for field in dataclasses.fields(Example)}
+            fields |= {"answers": tuple(line["answers"]), "raw_answers": tuple(line["raw_answers"])}
+            examples.append(Example(**fields))
+            answers.append(line["answer"])
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: line {number} was not written by eval.py --task ({error!r})") from None
+    return examples, answers
+
+
+def _predictions(result: TaskResult) -> list[dict[str, Any]]:
+    shared = result.task.shot_policy == "run"
+    scores = result.per_sample()
+    lines = []
+    for i, (example, output, answer) in enumerate(zip(result.examples, result.outputs, result.answers, strict=True)):
+        values = {} if scores is None else {name: float(v[i]) for name, v in scores.per_sample.items()}
+        shots = [{"row": shot.row, "id": shot.example.id} for shot in result.shots[0 if shared else i]]
+        lines.append(
+            {**dataclasses.asdict(example), "shots": shots, "output": output, "answer": answer, "scores": values}
+        )
+    return lines

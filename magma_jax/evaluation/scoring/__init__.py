@@ -1,0 +1,1 @@
+"""Scores of prediction files in the official formats."""

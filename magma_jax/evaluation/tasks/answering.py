@@ -1,0 +1,265 @@
+"""Answers to many prompts of pictures and words, in batches of few shapes, over all devices and processes.
+
+A prompt is a sequence of words and rows of a picture source. Prompts are sorted by length, so that a batch pads little;
+every picture is encoded once while it is kept. What all prompts begin with (the shots of a whole run) is run once and
+its keys and values are shared. The answer to a prompt depends neither on its batch nor on the mesh.
+"""
+
+import collections
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.evaluation.tasks.batched_generate import answer_batch, classify_batch, run_common
+from magma_jax.inference.api import Magma
+from magma_jax.inference.decoding.sampling import SamplingConfig
+from magma_jax.inference.prompts import WORD, picture_positions
+from magma_jax.models.language.decoder import KVCache
+from magma_jax.runtime.distributed import is_main
+from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch
+from magma_jax.training.pictures import Pictures, encode_all
+from magma_jax.typing import Array, Int
+
+# Prompts are padded to multiples of the first number up to the second, so few programs are compiled.
+BUCKETS = ((16, 128), (32, 512), (128, 2**31))
+# Features that are kept, in bytes: 600 pictures of CLIP RN50x16, all of the quick start.
+KEPT_NBYTES = 2**30
+# Pictures that are encoded together.
+ENCODED = 32
+
+Parts: TypeAlias = Sequence[str | int]  # words, or the row of a picture
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be run; one line with the reason."""
+
+
+class Laid(NamedTuple):
+    """A prompt, position by position.
+
+    Attributes:
+        tokens: (S,) ids, 0 where a picture stands.
+        places: (S,) number of the picture in the prompt times P plus the position in it, or ``WORD``.
+        pictures: rows of the pictures.
+    """
+
+    tokens: Int[np.ndarray, " S"]
+    places: Int[np.ndarray, " S"]
+    pictures: list[int]
+
+
+def lay_out(parts: Parts, tokenizer: Tokenizer, positions: int) -> Laid:
+    """Tokens and places of a prompt whose pictures take ``positions`` each; words that meet are encoded as one text."""
+    tokens: list[int] = []
+    places: list[int] = []
+    pictures: list[int] = []
+    words = ""
+    for part in [*parts, None]:
+        if isinstance(part, str):
+            words += part
+            continue
+        ids = tokenizer.encode(words) if words else []
+        tokens += ids
+        places += [WORD] * len(ids)
+        words = ""
+        if part is not None:
+            tokens += [0] * positions
+            places += range(len(pictures) * positions, (len(pictures) + 1) * positions)
+            pictures.append(int(part))
+    return Laid(np.array(tokens, np.int32), np.array(places, np.int32), pictures)
+
+
+def pad_prompts(prompts: Sequence[Laid], length: int) -> dict[str, np.ndarray]:
+    """``tokens`` and ``places`` (B, length) and ``lengths`` (B,), as ``programs.answer_batch`` takes them."""
+
+    def rows(values: Iterable[Int[np.ndarray, " S"]], filler: int) -> Int[np.ndarray, "B length"]:
+        return np.stack([np.pad(row, (0, length - len(row)), constant_values=filler) for row in values])
+
+    return {
+        "tokens": rows((prompt.tokens for prompt in prompts), 0),
+        "places": rows((prompt.places for prompt in prompts), WORD),
+        "lengths": np.array([len(prompt.tokens) for prompt in prompts], np.int32),
+    }
+
+
+class Answerer:
+    """A model, a source of pictures and the devices: prompts in, text out.
+
+    Args:
+        model: with its weights on ``mesh``.
+        pictures: uint8, at the encoder's size.
+        batch_size: prompts that are run together; changes speed, not answers.
+        mesh: devices that share the batches; None for one device.
+    """
+
+    def __init__(self, model: Magma, pictures: Pictures, *, batch_size: int = 32, mesh: Mesh | None = None):
+        shards = 1 if mesh is None else batch_shards(mesh)
+        self.model, self._pictures, self._mesh = model, pictures, mesh
+        self._batch_size = -(-batch_size // shards) * shards
+        self._rows = list(range(self._batch_size)) if mesh is None else local_rows(mesh, self._batch_size)
+        self._features: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        self._positions = picture_positions(model.config)
+
+    def length(self, parts: Parts) -> int:
+        """Positions of a prompt."""
+        return len(lay_out(parts, self.model.tokenizer, self._positions).tokens)
+
+    def __call__(
+        self,
+        prompts: Sequence[Parts],
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig = SamplingConfig(),
+        seed: int = 0,
+        common: Parts = (),
+        extrapolate: bool = False,
+    ) -> list[str]:
+        """What the model says to every prompt, up to its end of text.
+
+        Args:
+            prompts: at least one part each.
+            max_new_tokens: at most.
+            sampling: for all.
+            seed: with a prompt's place among the prompts it decides what is drawn.
+            common: what stands before every prompt and ends with a picture or whole word.
+            extrapolate: whether prompts may exceed the context, which needs rotary positions.
+
+        Raises:
+            PromptError: an empty prompt, or one that does not fit the context.
+        """
+        tokenizer = self.model.tokenizer
+        beginning = lay_out(common, tokenizer, self._positions)
+        laid = self._lay_out(prompts, len(beginning.tokens) + max_new_tokens, extrapolate)
+        prefix = self._run_common(beginning) if len(beginning.tokens) else None
+        answers: list[str] = [""] * len(prompts)
+        for rows, arrays in self._batches(laid):
+            tokens, lengths = answer_batch(
+                self.model.graphdef,
+                self.model.params,
+                arrays,
+                np.uint32(seed),
+                prefix,
+                sampling=sampling,
+                max_new_tokens=max_new_tokens,
+                eos_id=tokenizer.eos_id,
+                mesh=self._mesh,
+            )
+            for i, row, length in zip(rows, np.asarray(tokens), np.asarray(lengths), strict=True):
+                answers[i] = tokenizer.decode(row[:length].tolist())
+        return answers
+
+    def classify(self, prompts: Sequence[Parts]) -> list[int]:
+        """The likeliest class of every prompt, by the model's classification head.
+
+        Raises:
+            PromptError: no head, an empty prompt, or one that does not fit the context.
+        """
+        if not self.model.config.classes:
+            raise PromptError(
+                "this model has no classification head; finetune one that has (configs/finetune_snli_ve.py)"
+            )
+        classes = [0] * len(prompts)
+        for rows, arrays in self._batches(self._lay_out(prompts, 0, False)):
+            found = classify_batch(self.model.graphdef, self.model.params, arrays, mesh=self._mesh)
+            for i, number in zip(rows, np.asarray(found).tolist(), strict=True):
+                classes[i] = number
+        return classes
+
+    def _lay_out(self, prompts: Sequence[Parts], more: int, extrapolate: bool) -> list[Laid]:
+        """The prompts, which with ``more`` positions each must fit the context."""
+        laid = [lay_out(prompt, self.model.tokenizer, self._positions) for prompt in prompts]
+        if any(not len(prompt.tokens) for prompt in laid):
+            raise PromptError("a prompt is empty: give at least one picture or one word")
+        if extrapolate and "lm/wpe/weight" not in self.model.params:
+            return laid
+        context = self.model.config.lm.context_length
+        longest = max((len(prompt.tokens) for prompt in laid), default=0)
+        if longest + more > context:
+            raise PromptError(
+                f"the longest prompt takes {longest} positions, common shots and answer {more}, but the context holds "
+                f"{context}; lower shots or max_new_tokens, or set overlong=drop_shots"
+            )
+        return laid
+
+    def _batches(self, laid: Sequence[Laid]) -> Iterator[tuple[list[int], dict[str, np.ndarray | Array]]]:
+        """Numbers of the prompts of every batch, and the batch on the devices."""
+        most = max((len(prompt.pictures) for prompt in laid), default=0) or 1
+        by_bucket: dict[int, list[int]] = collections.defaultdict(list)
+        for number, prompt in enumerate(laid):
+            by_bucket[_bucket(len(prompt.tokens))].append(number)
+        quiet = None if is_main() else True
+        with tqdm(total=len(laid), desc="answering", unit="prompt", disable=quiet) as bar:
+            for bucket, members in sorted(by_bucket.items()):
+                for start in range(0, len(members), self._batch_size):
+                    batch = members[start : start + self._batch_size]
+                    # The last batch is filled up, so that one program serves all of a bucket.
+                    filled = batch + batch[-1:] * (self._batch_size - len(batch))
+                    yield filled, self._arrays([laid[i] for i in filled], np.array(filled), bucket, most)
+                    bar.update(len(batch))
+
+    def _arrays(
+        self, prompts: Sequence[Laid], numbers: Int[np.ndarray, " B"], bucket: int, pictures: int
+    ) -> dict[str, np.ndarray | Array]:
+        """A batch on the devices; of several processes each encodes and places its own rows."""
+        # A prompt with fewer pictures than another has some picture in the free places, where nothing points to.
+        shown = [p.pictures + (p.pictures[-1:] or [0]) * (pictures - len(p.pictures)) for p in prompts]
+        self._encode({picture for row in shown for picture in row})
+        arrays = {
+            **pad_prompts([prompts[row] for row in self._rows], bucket),
+            "features": np.stack([[self._features[picture] for picture in shown[row]] for row in self._rows]),
+            "numbers": numbers[self._rows].astype(np.int32),
+        }
+        return arrays if self._mesh is None else place_batch(arrays, self._mesh, self._batch_size)
+
+    def _encode(self, wanted: set[int]) -> None:
+        """Sees to it that the features of these pictures are there; those used longest ago make room."""
+        missing = sorted(wanted - self._features.keys())
+        for picture in wanted & self._features.keys():
+            self._features.move_to_end(picture)
+        if missing:
+            features = encode_all(
+                _Chosen(self._pictures, np.array(missing)),
+                self.model.graphdef,
+                self.model.params,
+                self._mesh,
+                ENCODED,
+                progress=False,
+            )
+            self._features.update(zip(missing, features, strict=True))
+        nbytes = next(iter(self._features.values())).nbytes
+        while len(self._features) > max(len(wanted), KEPT_NBYTES // nbytes):
+            self._features.popitem(last=False)
+
+    def _run_common(self, beginning: Laid) -> KVCache:
+        self._encode(set(beginning.pictures))
+        features = np.stack([self._features[picture] for picture in beginning.pictures])[None]
+        return run_common(
+            self.model.graphdef,
+            self.model.params,
+            features,
+            beginning.tokens[None],
+            beginning.places[None],
+            mesh=self._mesh,
+        )
+
+
+class _Chosen:
+    """Some of the pictures of a source, as a source."""
+
+    def __init__(self, pictures: Pictures, rows: Int[np.ndarray, " N"]):
+        self._pictures, self._rows = pictures, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return self._pictures[self._rows[rows]]
+
+
+def _bucket(length: int) -> int:
+    step = next(step for step, end in BUCKETS if length <= end)
+    return -(-length // step) * step

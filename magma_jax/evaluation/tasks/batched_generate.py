@@ -1,0 +1,100 @@
+"""The programs behind ``answering``: prompts of pictures and words, embedded, continued or classified."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from magma_jax.inference.decoding.decode import generate
+from magma_jax.inference.decoding.sampling import SamplingConfig, sampling_rows
+from magma_jax.inference.prompts import WORD
+from magma_jax.models.language.decoder import KVCache
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.modules import merge
+from magma_jax.runtime.compile import jit
+from magma_jax.runtime.sharding import on_mesh, replicated, split_rows
+from magma_jax.typing import Array, Float, Int, Params
+
+
+@jit(static_argnames=("graphdef", "sampling", "max_new_tokens", "eos_id", "mesh"))
+def answer_batch(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: dict[str, Any],
+    seed: Any,
+    prefix: KVCache | None,
+    *,
+    sampling: SamplingConfig,
+    max_new_tokens: int,
+    eos_id: int,
+    mesh: Mesh | None,
+) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
+    """Tokens and lengths of the answers, whole on every device; ``batch`` is what ``Answerer`` lays out."""
+
+    def run() -> tuple[Array, Array]:
+        model = merge(graphdef, params)
+        rows = batch["tokens"].shape[0]
+        result = generate(
+            model.lm,
+            _embed(model, batch["features"], batch["tokens"], batch["places"]),
+            batch["lengths"],
+            jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(batch["numbers"]),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling_rows([sampling] * rows),
+            eos_id=eos_id,
+            prefix=prefix,
+        )
+        return result.tokens, result.lengths
+
+    if mesh is None:
+        return run()
+    return jax.lax.with_sharding_constraint(on_mesh(run, mesh)(), replicated(mesh))
+
+
+@jit(static_argnames=("graphdef", "mesh"))
+def classify_batch(
+    graphdef: nnx.GraphDef, params: Params, batch: dict[str, Any], *, mesh: Mesh | None
+) -> Int[Array, " B"]:
+    """Likeliest classes, whole on every device."""
+
+    def run() -> Array:
+        model = merge(graphdef, params)
+        embeddings = _embed(model, batch["features"], batch["tokens"], batch["places"])
+        return jnp.argmax(model.class_logits(embeddings, batch["lengths"]), axis=-1)
+
+    if mesh is None:
+        return run()
+    return jax.lax.with_sharding_constraint(on_mesh(run, mesh)(), replicated(mesh))
+
+
+@jit(static_argnames=("graphdef", "mesh"))
+def run_common(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    features: Float[Array | np.ndarray, "1 N ..."],
+    tokens: Int[Array | np.ndarray, "1 S"],
+    places: Int[Array | np.ndarray, "1 S"],
+    *,
+    mesh: Mesh | None,
+) -> KVCache:
+    """Keys and values of what all prompts begin with, whole on every device."""
+    model = merge(graphdef, params)
+    embeddings = _embed(model, features, tokens, places)
+    cache = model.lm(embeddings, cache=model.lm.init_cache(1, tokens.shape[1], model.dtype)).cache
+    return cache if mesh is None else jax.lax.with_sharding_constraint(cache, replicated(mesh))
+
+
+def _embed(
+    model: MagmaModel,
+    features: Float[Array | np.ndarray, "B N ..."],
+    tokens: Int[Array | np.ndarray, "B S"],
+    places: Int[Array | np.ndarray, "B S"],
+) -> Float[Array, "B S D"]:
+    rows, pictures = features.shape[:2]
+    seen = model.embed_features(jnp.asarray(features).reshape(rows * pictures, *features.shape[2:]))
+    seen = split_rows(seen.reshape(rows, -1, seen.shape[-1]))
+    at_places = jnp.take_along_axis(seen, jnp.maximum(places, 0)[:, :, None], axis=1)
+    return jnp.where((places == WORD)[:, :, None], model.embed_tokens(jnp.asarray(tokens)), at_places)

@@ -1,0 +1,261 @@
+"""Runs a task: completed examples before each query, answers, scores, and everything they depend on."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from magma_jax.config import to_dict
+from magma_jax.data.datasets import Dataset
+from magma_jax.data.format.records import DataError
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.evaluation.metrics.by_protocol import Scores
+from magma_jax.evaluation.scoring.protocols import PROTOCOLS
+from magma_jax.evaluation.scoring.score import Score, judge, score
+from magma_jax.evaluation.tasks.answering import Answerer, Parts
+from magma_jax.evaluation.tasks.examples import (
+    BlackPictures,
+    Example,
+    Examples,
+    JoinedPictures,
+    OwnExamples,
+    StoredExamples,
+    close,
+    spaced,
+)
+from magma_jax.evaluation.tasks.shots import Shot, choose_shots
+from magma_jax.evaluation.tasks.task import TaskConfig
+from magma_jax.evaluation.tasks.truncation import truncate
+from magma_jax.inference.api import Magma
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """What a task found.
+
+    Attributes:
+        task: how it was run.
+        examples: what was asked, in the order of the data.
+        shots: the examples that stood before each query, with their rows; one list for all where they are shared.
+        outputs: what the model said, whole.
+        answers: what was kept of it and judged.
+        scores: protocol to score; empty where the true answers are secret.
+        first_line: the same for the first line of every output, where no truth can help; empty if nothing else was
+            judged anyway.
+        pictures: of the examples, by ``Example.picture``.
+        stamp: what else the result depends on: data, sizes, checkpoint.
+    """
+
+    task: TaskConfig
+    examples: Sequence[Example]
+    shots: Sequence[Sequence[Shot]]
+    outputs: Sequence[str]
+    answers: Sequence[str]
+    scores: Mapping[str, Score]
+    first_line: Mapping[str, Score]
+    pictures: Any
+    stamp: Mapping[str, Any]
+
+    def per_sample(self) -> Scores | None:
+        """Scores of every answer under the first protocol; None where the true answers are secret."""
+        if not self.scores:
+            return None
+        name = self.task.protocols[0]
+        return judge(PROTOCOLS[name], self.answers, [example.reference(name) for example in self.examples])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; predictions go to a file of their own."""
+        return {
+            "task": to_dict(self.task),
+            "settings": self.task.settings,
+            "scores": {name: found.to_dict() for name, found in self.scores.items()},
+            "first_line": {name: found.to_dict() for name, found in self.first_line.items()},
+            **self.stamp,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A task before the model: who is asked what.
+
+    Attributes:
+        prompts: of every example, without what all have in common.
+        common: what stands before all of them.
+        dropped: shots that did not fit.
+    """
+
+    prompts: list[Parts]
+    common: Parts
+    dropped: int
+
+
+def evaluate_task(
+    model: Magma,
+    task: TaskConfig,
+    dataset: Dataset | None = None,
+    *,
+    batch_size: int = 32,
+    mesh: Mesh | None = None,
+    workers: int = 0,
+    stamp: Mapping[str, Any] | None = None,
+) -> TaskResult:
+    """Answers every query of a task and scores the answers.
+
+    Args:
+        model: with its weights on ``mesh``.
+        dataset: the run's own data, for tasks that take it.
+        batch_size: prompts that are run together; changes speed, not results.
+        mesh: devices that share the work, of one process or several; changes speed, not results.
+        workers: processes that decode pictures of data set folders; 0 for none but this one.
+        stamp: joined to the result's, such as the checkpoint.
+
+    Raises:
+        DataError: data that is missing or has not what the task wants. PromptError: prompts that exceed the context.
+    """
+    queries, pool = open_examples(task, model, dataset, workers)
+    numbers = spaced(len(queries), task.limit)
+    examples = [queries[number] for number in numbers]
+    _check_ids(examples, queries.name)
+    shots = choose_shots(task, queries, pool, examples)
+    same = pool.pictures is queries.pictures
+    pictures = queries.pictures if same else JoinedPictures(queries.pictures, pool.pictures)
+    shown = BlackPictures(len(pictures), model.config.encoder.image_size) if task.blind else pictures
+    answerer = Answerer(model, shown, batch_size=batch_size, mesh=mesh)
+    offset = 0 if same else len(queries.pictures)
+    room = model.config.lm.context_length - task.max_new_tokens
+    asked = ask(task, examples, shots, offset, answerer, room)
+    if task.kind == "class":
+        outputs = _classify(task, answerer, asked.prompts)
+    else:
+        outputs = answerer(
+            asked.prompts,
+            max_new_tokens=task.max_new_tokens,
+            sampling=task.sampling,
+            seed=task.seed,
+            common=asked.common,
+            extrapolate=task.overlong == "extrapolate",
+        )
+    close(pictures)
+    longest = max(map(answerer.length, asked.prompts)) + answerer.length(asked.common)
+    found = {
+        "samples": len(examples),
+        "of": len(queries),
+        "data": queries.name,
+        "shots": {"data": pool.name, "of": len(pool), "dropped": asked.dropped} if task.shots else None,
+        "longest_prompt": longest,
+        "context": model.config.lm.context_length,
+        "decoding": _decoding(task),
+        **(stamp or {}),
+    }
+    return finish(task, model.tokenizer, examples, shots, outputs, pictures, found)
+
+
+def finish(
+    task: TaskConfig,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    shots: Sequence[Sequence[Shot]],
+    outputs: Sequence[str],
+    pictures: Any,
+    stamp: Mapping[str, Any],
+) -> TaskResult:
+    """Truncates and scores outputs that a task got.
+
+    Raises:
+        DataError: some examples have true answers and others have none; or not those that a protocol compares with.
+    """
+
+    def kept(how: str) -> list[str]:
+        texts = zip(outputs, examples, strict=True)
+        return [truncate(output, example.answers, how, tokenizer) for output, example in texts]
+
+    answers, lines = kept(task.truncation), kept("newline")
+    scores, first_line = {}, {}
+    secret = [example.id for example in examples if not example.answers]
+    if secret and len(secret) < len(examples):
+        raise DataError(f"{len(secret)} of {len(examples)} examples have no true answers, such as {secret[0]}")
+    if not secret:
+        for name in task.protocols:
+            references = [example.reference(name) for example in examples]
+            scores[name] = score(name, answers, references)
+            if lines != answers:
+                first_line[name] = score(name, lines, references)
+    return TaskResult(task, examples, shots, outputs, answers, scores, first_line, pictures, stamp)
+
+
+def open_examples(
+    task: TaskConfig, model: Magma, dataset: Dataset | None, workers: int = 0
+) -> tuple[Examples, Examples]:
+    """Examples to ask, and to draw shots from; the same object where these are the same data.
+
+    Raises:
+        DataError: no data.
+    """
+    open_folder = functools.partial(
+        StoredExamples, kind=task.kind, image_size=model.config.encoder.image_size, workers=workers
+    )
+    if task.data is not None:
+        queries = open_folder(task.data)
+        same = task.shot_data is None or Path(task.shot_data).resolve() == Path(task.data).resolve()
+        return queries, queries if same else open_folder(task.shot_data)
+    if dataset is None:
+        raise DataError(f"task {task.name}: no data; give the data set folder with --data")
+    own = OwnExamples(dataset, task.split, task.kind)
+    if task.shot_data is not None:
+        return own, open_folder(task.shot_data)
+    if task.shot_split == task.split or not task.shots:
+        return own, own
+    return own, OwnExamples(dataset, task.shot_split, task.kind)
+
+
+def ask(
+    task: TaskConfig,
+    examples: Sequence[Example],
+    shots: Sequence[Sequence[Shot]],
+    offset: int,
+    answerer: Answerer,
+    room: int,
+) -> Asked:
+    """Prompts of a task; ``offset``: the row of the shots' first picture; ``room``: positions a prompt may take."""
+    completed = [[(offset + shot.picture, task.complete(shot.text, shot.shown)) for _, shot in row] for row in shots]
+    prompts = [(example.picture, task.ask(example.text)) for example in examples]
+    lengths = [answerer.length(prompt) for prompt in prompts]
+    dropped = 0
+
+    def fitting(shown: list[tuple[int, str]], length: int) -> list[int | str]:
+        nonlocal dropped
+        sizes = [answerer.length(shot) for shot in shown]
+        first = 0
+        while task.overlong == "drop_shots" and first < len(shown) and sum(sizes[first:]) + length > room:
+            first += 1
+        dropped += first
+        return [part for shot in shown[first:] for part in shot]
+
+    if task.shot_policy == "run":
+        return Asked(prompts, fitting(completed[0], max(lengths)), dropped)
+    rows = zip(completed, prompts, lengths, strict=True)
+    return Asked([(*fitting(shown, length), *prompt) for shown, prompt, length in rows], (), dropped)
+
+
+def _classify(task: TaskConfig, answerer: Answerer, prompts: Sequence[Parts]) -> list[str]:
+    heads = answerer.model.config.classes
+    if heads and heads != len(task.classes):
+        raise DataError(f"{task.name}: the head has {heads} classes, but {len(task.classes)} names are given")
+    return [task.classes[number] for number in answerer.classify(prompts)]
+
+
+def _decoding(task: TaskConfig) -> str:
+    if task.kind == "class":
+        return "likeliest class"
+    return "greedy" if task.sampling.temperature == 0 else f"sampled, seed {task.seed}"
+
+
+def _check_ids(examples: Sequence[Example], name: str) -> None:
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise DataError(f"{name}: {example.id} is there twice; convert the data set again")
+        seen.add(example.id)

@@ -1,0 +1,99 @@
+"""Which completed examples stand before which question: drawn at random, from a seed that is stored."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from magma_jax.data.batches.stored_images import StoredPictures
+from magma_jax.data.format.records import DataError
+from magma_jax.evaluation.tasks.examples import Example, Examples, picture_marks
+from magma_jax.evaluation.tasks.task import TaskConfig
+
+
+class Shot(NamedTuple):
+    """A completed example, and its row in the data that it was drawn from."""
+
+    row: int
+    example: Example
+
+
+def choose_shots(task: TaskConfig, queries: Examples, pool: Examples, examples: Sequence[Example]) -> list[list[Shot]]:
+    """The shots of every query; one list for all where they are shared.
+
+    No query sees its own picture, nor the same picture under another name or in another folder.
+
+    Args:
+        queries: what ``examples`` are of.
+        pool: what shots are drawn from.
+        examples: the queries themselves.
+
+    Raises:
+        DataError: too few examples to draw from, or one without an answer.
+    """
+    shared = task.shot_policy == "run"
+    if not task.shots:
+        return [[] for _ in examples[: 1 if shared else None]]
+    if shared and pool is queries:
+        raise DataError("shots of a whole run may not come from the questions themselves; give --shot-data")
+    stored = all(isinstance(source.pictures, StoredPictures) for source in (queries, pool))
+    marks_asked = functools.cache(lambda row: picture_marks(queries.pictures, row, stored=stored))
+    marks_shown = functools.cache(lambda row: picture_marks(pool.pictures, row, stored=stored))
+    ids, asked = [example.id for example in examples], [marks_asked(example.picture) for example in examples]
+    if shared:
+        ids, asked = None, [frozenset().union(*asked)]
+    try:
+        rows = draw_shots(
+            len(pool), task.shots, task.seed, ids, lambda i, row: marks_shown(pool.picture(row)).isdisjoint(asked[i])
+        )
+    except ValueError as error:
+        raise DataError(f"{pool.name}: {error}") from None
+    shots = [[Shot(row, pool.shot(row)) for row in chosen] for chosen in rows]
+    bare = next((shot.example.id for chosen in shots for shot in chosen if not shot.example.answers), None)
+    if bare is not None:
+        raise DataError(f"{pool.name}: example {bare} has no answer to show; take shots from a split with answers")
+    return shots
+
+
+def draw_shots(
+    pool: int,
+    shots: int,
+    seed: int,
+    queries: Sequence[str] | None,
+    allowed: Callable[[int, int], bool] = lambda query, shot: True,
+) -> list[list[int]]:
+    """Rows of the shots of every query, all different, the one next to the question last.
+
+    The draw depends on the seed and the query's id alone: fewer queries, or in another order, have the same shots.
+    Fewer shots are the last ones of more, so that numbers of shots can be compared in pairs.
+
+    Args:
+        pool: how many examples there are to draw from.
+        shots: how many each query gets.
+        seed: of the draw.
+        queries: ids of the queries; None for one draw that serves all.
+        allowed: whether a query (by position, 0 for the draw that serves all) may see an example (by row).
+
+    Raises:
+        ValueError: the pool is too small.
+    """
+    drawn = []
+    for number, query in enumerate([""] if queries is None else queries):
+        digest = hashlib.blake2b(query.encode(), digest_size=16).digest()
+        rng = np.random.default_rng([seed, *np.frombuffer(digest, np.uint32).tolist()])
+        chosen: list[int] = []
+        refused: set[int] = set()
+        while len(chosen) < shots:
+            if len(chosen) + len(refused) == pool:
+                raise ValueError(f"{pool} examples are too few to draw {shots} shots from; give other shot data")
+            row = int(rng.integers(pool))
+            if row in chosen or row in refused:
+                continue
+            if allowed(number, row):
+                chosen.append(row)
+            else:
+                refused.add(row)
+        drawn.append(chosen[::-1])
+    return drawn

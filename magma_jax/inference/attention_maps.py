@@ -1,0 +1,324 @@
+"""What an answer looked at: attention from each of its words to the positions of the prompt's pictures.
+
+    seen = look(model, [ImageInput("cat.png"), "A picture of"])
+    print(seen.text, [word.text for word in seen.words])
+    seen.map(0)                            # rollout of the first word, (rows, columns)
+    seen.map(0, layer=3, head=5)           # one head
+    seen.sheet().save("attention.png")     # the picture once for every word
+
+Decoding keeps no attention. The finished sequence is run once more, and of every layer only the weights from the answer
+to the pictures are kept: L x H x N x P numbers instead of L x H x S x S.
+
+The attention of a token is that of the position it was drawn from, the one before it: this is where the model looked
+when it chose the token. Rollout (Abnar and Zuidema 2020) follows attention through all layers: with A the average over
+heads, half of what a layer gives comes through A and half past it, so the maps of the layers are multiplied as
+(A + I) / 2. Both say where information could come from, not why a word was chosen.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from magma_jax.data.images import ImageInput
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.inference import overlay
+from magma_jax.inference.api import Magma, padded_length
+from magma_jax.inference.batching import slots
+from magma_jax.inference.prompts import WORD, Encoded, Prompt, encode_prompt, picture_positions
+from magma_jax.models.language.decoder import BlockOutput, Fold
+from magma_jax.models.magma import MagmaConfig
+from magma_jax.models.vision.catalog import ENCODERS
+from magma_jax.nn.modules import merge
+from magma_jax.runtime.compile import jit
+from magma_jax.typing import Array, Float, Int, Params
+
+# In place of a head's number: the average over heads.
+ALL_HEADS = -1
+
+
+class Word(NamedTuple):
+    """A word of an answer, with the space before it: ``tokens[start:stop]``."""
+
+    text: str
+    start: int
+    stop: int
+
+
+class PictureGrid(NamedTuple):
+    """What the positions of a picture stand for.
+
+    Attributes:
+        rows: of the grid, top to bottom.
+        columns: left to right; positions go row by row.
+        note: what else is in a position, empty if nothing.
+    """
+
+    rows: int
+    columns: int
+    note: str
+
+
+def picture_grid(config: MagmaConfig) -> PictureGrid | None:
+    """The grid of a model's pictures, over the square that the encoder sees; None where positions are no places.
+
+    A position's features come from its cell and, by the encoder's receptive field, from what is around it.
+    """
+    positions = config.encoder.positions
+    if positions is None:
+        return None
+    notes = []
+    if getattr(config.encoder, "statistics", ()):
+        notes.append("every position also carries the colours of the whole picture")
+    if config.prefix.mapping == "transformer":
+        notes.append("the prefix mixes the positions before the language model sees them")
+    if config.encoder.kind == "clip_vit":
+        notes.append("the encoder's attention mixes the positions")
+    side = round(positions**0.5)
+    return PictureGrid(side, side, "; ".join(notes))
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureAttention:
+    """Attention of an answer to the pictures of its prompt.
+
+    Attributes:
+        tokens: of the answer, N.
+        words: that they make.
+        weights: (L, H, N, I, P) attention weights from each token to the P positions of the I pictures. All weights of
+            a head, those to words included, sum to 1.
+        rollout: (N, I, P) the same through all layers.
+        pictures: as they were given.
+        grid: what the positions mean; None where they are no places, as behind a pooled encoder.
+    """
+
+    tokens: tuple[int, ...]
+    words: tuple[Word, ...]
+    weights: Float[np.ndarray, "L H N I P"]
+    rollout: Float[np.ndarray, "N I P"]
+    pictures: tuple[Image.Image, ...]
+    grid: PictureGrid | None
+
+    @property
+    def text(self) -> str:
+        """The answer."""
+        return "".join(word.text for word in self.words)
+
+    def map(
+        self, word: int, *, picture: int = 0, layer: int | None = None, head: int | None = None, relative: bool = False
+    ) -> Float[np.ndarray, "rows columns"]:
+        """Attention of a word, the mean over its tokens, to the cells of a picture.
+
+        Args:
+            word: index into ``words``.
+            picture: index into ``pictures``.
+            layer: one layer; None for rollout.
+            head: one head of that layer; None for the mean over its heads.
+            relative: divided by the mean over all words, 1 where the word looks as much as the others do. Language
+                models put much weight on the first positions of a sequence whatever they say; this takes it out.
+
+        Raises:
+            ValueError: no such layer or head, a head without a layer, or positions that are no places. IndexError: no
+                such word or picture.
+        """
+        if self.grid is None:
+            raise ValueError("this model's picture positions are no places (pooled encoder); see weights and rollout")
+        weights = self._of(layer, head)[:, picture]
+        chosen = self.words[word]
+        found = weights[chosen.start : chosen.stop].mean(0)
+        if relative:
+            found = found / np.maximum(np.mean([weights[w.start : w.stop].mean(0) for w in self.words], axis=0), 1e-12)
+        return found.reshape(self.grid.rows, self.grid.columns)
+
+    def share(self, word: int, *, layer: int | None = None, head: int | None = None) -> float:
+        """How much of a word's attention goes to pictures, 0 to 1."""
+        chosen = self.words[word]
+        return float(self._of(layer, head)[chosen.start : chosen.stop].mean(0).sum())
+
+    def overlay(self, word: int, *, picture: int = 0, **which) -> Image.Image:
+        """A picture with the map of a word laid over it; ``which`` as for ``map``."""
+        return overlay.overlay(self.pictures[picture], self.map(word, picture=picture, **which))
+
+    def sheet(self, *, picture: int = 0, **which) -> Image.Image:
+        """One picture with an overlay for every word, the word and its share of attention to pictures below."""
+        share = {name: which.get(name) for name in ("layer", "head")}
+        tiles = [
+            (self.overlay(i, picture=picture, **which), f"{word.text.strip()}  {100 * self.share(i, **share):.0f} %")
+            for i, word in enumerate(self.words)
+        ]
+        return overlay.sheet(tiles)
+
+    def _of(self, layer: int | None, head: int | None) -> Float[np.ndarray, "N I P"]:
+        if layer is None and head is None:
+            return self.rollout
+        check_head(*self.weights.shape[:2], layer, head)
+        return self.weights[layer].mean(0) if head is None else self.weights[layer, head]
+
+
+def check_head(layers: int, heads: int, layer: int | None, head: int | None) -> None:
+    """Raises ValueError for a layer or head that a model with so many of each does not have, or a head of no layer."""
+    for name, value, count in (("layer", layer, layers), ("head", head, heads)):
+        if value is not None and not 0 <= value < count:
+            raise ValueError(f"{name} {value}: the model has {count}, counted from 0")
+    if head is not None and layer is None:
+        raise ValueError(f"head {head} of which layer? give layer too")
+
+
+def look(
+    model: Magma, prompt: Prompt, answer: str | Sequence[int] | None = None, *, max_steps: int = 32
+) -> PictureAttention:
+    """Attention from an answer to the pictures of its prompt.
+
+    Args:
+        model: any.
+        prompt: pictures and text, with at least one picture.
+        answer: text, or the very tokens that were drawn; default: the model's own, greedy, of at most ``max_steps``.
+        max_steps: new tokens at most.
+
+    Raises:
+        ValueError: no picture, an empty answer, or more than the context holds. ImageError: a bad picture.
+    """
+    pictures = tuple(item.load() for item in prompt if isinstance(item, ImageInput))
+    encoded = encode_prompt(prompt, model.config, model.tokenizer)
+    if answer is None:
+        result = model.generate_tokens(model.preprocess_inputs(prompt), max_steps)
+        answer = np.asarray(result.tokens[0, : int(result.lengths[0])]).tolist()
+    tokens = model.tokenizer.encode(answer) if isinstance(answer, str) else [int(token) for token in answer]
+    layers, heads = model.config.lm.layers, model.config.lm.heads
+    every = np.stack(np.meshgrid(np.arange(layers), np.arange(heads), indexing="ij"), -1).reshape(-1, 2)
+    rollout, weights = attend(model, encoded, tokens, every)
+    return PictureAttention(
+        tuple(tokens),
+        tuple(split_words(model.tokenizer, tokens)),
+        weights.reshape(layers, heads, *weights.shape[1:]),
+        rollout,
+        pictures,
+        picture_grid(model.config),
+    )
+
+
+def attend(
+    model: Magma,
+    prompt: Encoded,
+    answer: Sequence[int],
+    heads: Int[np.ndarray, "K 2"],
+    *,
+    length: int | None = None,
+    pictures: int | None = None,
+) -> tuple[Float[np.ndarray, "N I P"], Float[np.ndarray, "K N I P"]]:
+    """Rollout, and weights of chosen heads, from N tokens of an answer to the P positions of I pictures.
+
+    Args:
+        model: any.
+        prompt: with at least one picture.
+        answer: tokens, at least one.
+        heads: layer and head, or layer and ``ALL_HEADS``; a layer of -1 gives zeros.
+        length: pads everything to so many positions, so that one program serves all prompts that fit (a server's
+            way); default: to the next of the declared lengths, and answer and pictures for themselves.
+        pictures: room for so many different pictures; default: as many as there are.
+
+    Raises:
+        ValueError: no picture, an empty answer, or more than the context or ``length`` holds.
+    """
+    starts, size = prompt.pictures, picture_positions(model.config)
+    if not starts:
+        raise ValueError("the prompt has no picture to look at")
+    if not answer:
+        raise ValueError("the answer is empty: there is no word that could have looked at anything")
+    # The last token is not run: nothing was drawn from its position.
+    before, total = len(prompt.tokens), len(prompt.tokens) + len(answer) - 1
+    limit = length or model.config.lm.context_length
+    if total > limit:
+        raise ValueError(f"prompt and answer have {total} positions, but at most {limit} fit")
+    padded = length or padded_length(total)
+    table, rows = _picture_table(model, prompt, pictures)
+    tokens, places = np.zeros(padded, np.int32), np.full(padded, WORD, np.int32)
+    tokens[:total] = [*prompt.tokens.tolist(), *answer[:-1]]
+    for position, owner in enumerate(prompt.owners):
+        if owner is not None:
+            places[position] = rows[owner] * size + prompt.places[position]
+    queries = np.arange(before - 1, total)
+    columns = np.concatenate([np.arange(start, start + size) for start in starts])
+    rollout, weights = _attend(
+        model.graphdef,
+        model.params,
+        table,
+        tokens,
+        places,
+        _padded(queries, length or padded_length(len(queries))),
+        _padded(columns, length or padded_length(len(columns))),
+        heads.astype(np.int32),
+    )
+    shape = (len(answer), len(starts), size)
+    rollout = np.asarray(rollout)[: len(queries), : len(columns)].reshape(shape)
+    weights = np.asarray(weights)[:, : len(queries), : len(columns)].reshape(-1, *shape)
+    return rollout, weights
+
+
+def split_words(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Word]:
+    """Tokens grouped to words: one begins where the text of a token begins with white space."""
+    words: list[Word] = []
+    shown = ""
+    for i in range(len(tokens)):
+        text = tokenizer.decode(tokens[: i + 1])
+        if i + 1 < len(tokens):
+            text = text.rstrip("\ufffd")  # bytes that are not a whole character yet
+        piece, shown = text[len(shown) :], text
+        if words and not (piece[:1].isspace() and words[-1].text.strip()):
+            words[-1] = Word(words[-1].text + piece, words[-1].start, i + 1)
+        else:
+            words.append(Word(piece, i, i + 1))
+    return words
+
+
+def _picture_table(model: Magma, prompt: Encoded, room: int | None) -> tuple[Float[Array, "C P D"], dict[bytes, int]]:
+    """The prompt's pictures, encoded, and the row of each."""
+    entry = ENCODERS[model.config.encoder.kind]
+    shape = (room or len(prompt.pixels), picture_positions(model.config), model.config.lm.width)
+    table = slots.beside(model.params, np.zeros(shape, jnp.dtype(model.config.dtype)))
+    rows = {}
+    for row, (key, pixels) in enumerate(prompt.pixels.items()):
+        options = {"mean": entry.mean, "std": entry.std}
+        table = slots.add_picture(model.graphdef, model.params, table, pixels[None], jnp.int32(row), **options)
+        rows[key] = row
+    return table, rows
+
+
+def _padded(indices: Int[np.ndarray, " N"], length: int) -> Int[np.ndarray, " M"]:
+    return np.pad(indices, (0, length - len(indices))).astype(np.int32)
+
+
+@jit(static_argnames=("graphdef",))
+def _attend(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    table: Float[Array, "C P D"],
+    tokens: Int[Array, " S"],
+    pictures: Int[Array, " S"],
+    queries: Int[Array, " N"],
+    columns: Int[Array, " M"],
+    heads: Int[Array, "K 2"],
+) -> tuple[Float[Array, "N M"], Float[Array, "K N M"]]:
+    model = merge(graphdef, params)
+    rollout = (jnp.arange(tokens.shape[0])[:, None] == columns).astype(jnp.float32)
+    kept = jnp.zeros((heads.shape[0], queries.shape[0], columns.shape[0]))
+    step = functools.partial(_follow, queries=queries, columns=columns, heads=heads)
+    fold = Fold(step, (jnp.int32(0), rollout, kept))
+    _, rollout, kept = model.lm(slots.embed(model, table, tokens[None], pictures[None]), fold=fold).folded
+    return rollout[queries], kept
+
+
+def _follow(state: tuple[Array, Array, Array], block: BlockOutput, *, queries, columns, heads):
+    layer, rollout, kept = state
+    attention = block.attentions[0]
+    mean = attention.mean(0)
+    # One gather of what is wanted: a copy of all heads would be as large as all their attention.
+    chosen = attention[heads[:, 1, None, None], queries[:, None], columns]
+    chosen = jnp.where(heads[:, 1, None, None] == ALL_HEADS, mean[queries[:, None], columns], chosen)
+    here = (heads[:, 0] == layer)[:, None, None]
+    return layer + 1, (mean @ rollout + rollout) / 2, jnp.where(here, chosen, kept)

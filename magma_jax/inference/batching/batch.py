@@ -1,0 +1,245 @@
+"""The running batch of an engine: its slots on the device, what their caches hold, and the pictures encoded so far.
+
+What a slot's cache still holds of an earlier prompt is not computed again: the same picture with another question, or
+the same few-shot examples before another picture.
+"""
+
+import collections
+from collections.abc import Sequence, Set
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from magma_jax.inference.api import LENGTH_BUCKETS, Magma
+from magma_jax.inference.batching import slots
+from magma_jax.inference.batching.requests import MAX_TOP_LOGPROBS, RequestOptions
+from magma_jax.inference.decoding.decode import Drawn
+from magma_jax.inference.decoding.sampling import sampling_rows
+from magma_jax.inference.prompts import WORD, Encoded, picture_positions
+from magma_jax.models.vision.catalog import ENCODERS
+from magma_jax.typing import Array, Int
+
+# Below this many common positions a prompt is run anew: looking back costs a program of its own.
+MIN_REUSED = 16
+
+# Prompts that are run together: so many, largest first, as long as they have no more positions than this. From there on
+# the products take the time, not the weights that are read for them.
+GROUPS = (8, 4, 1)
+GROUP_POSITIONS = 256
+
+
+class Place(NamedTuple):
+    """Where a request goes.
+
+    Attributes:
+        slot: which.
+        start: positions of its prompt that the slot's cache holds already.
+    """
+
+    slot: int
+    start: int
+
+
+class Entry(NamedTuple):
+    """A request on its way to its slot."""
+
+    place: Place
+    prompt: Encoded
+    options: RequestOptions
+
+    @property
+    def length(self) -> int:
+        """Positions that have to be run."""
+        return len(self.prompt.tokens) - self.place.start
+
+
+class SlotBatch:
+    """Slots, each of which one request has for a while, on one device or mesh. For a single thread.
+
+    Nothing here waits for the device: what it gives are arrays in the making.
+
+    Args:
+        model: any.
+        count: slots.
+        context: positions of each.
+        pictures: pictures that are kept encoded; one prompt may have as many.
+        steps: tokens of a burst of decoding.
+        reuse: whether prompts that begin like an earlier one share its cache.
+    """
+
+    def __init__(self, model: Magma, *, count: int, context: int, pictures: int, steps: int, reuse: bool):
+        self.model, self.count, self.pictures, self.steps, self.reuse = model, count, pictures, steps, reuse
+        self.buckets = (*(bucket for bucket in LENGTH_BUCKETS if bucket < context), context)
+        self.encoded = 0  # pictures, since the start
+        self._context = context
+        self._fixed = (model.graphdef, model.params)
+        self._eos_id, self._vocabulary = model.tokenizer.eos_id, model.config.lm.head_rows
+        self._top = min(MAX_TOP_LOGPROBS, model.config.lm.vocab_rows)
+        self._picture_positions = picture_positions(model.config)
+        self.reset()
+
+    def reset(self) -> None:
+        """Fresh device state: at the start, and after a failure that may have taken the old one with it."""
+        empty = slots.empty_slots(*self._fixed, self.count, self._context, self.pictures)
+        self._rows, self._table = slots.beside(self.model.params, empty)
+        self._row_of: collections.OrderedDict[bytes, int] = collections.OrderedDict()
+        self._held = [np.zeros(0, np.int64) for _ in range(self.count)]
+
+    def place(self, prompt: Encoded, free: Set[int], just_placed: Sequence[Entry]) -> Place | None:
+        """A slot for a prompt; the slot's cache then is the prompt's.
+
+        None if the prompt begins like one that is placed but not admitted yet: admit those first.
+        """
+        slot, start, source = self._choose(prompt, free)
+        if source is not None:
+            if any(entry.place.slot == source for entry in just_placed):
+                return None
+            self._rows = slots.copy_prompt(self._rows, np.int32(source), np.int32(slot))
+        self._held[slot] = prompt.identity
+        return Place(slot, start)
+
+    def _choose(self, prompt: Encoded, free: Set[int]) -> tuple[int, int, int | None]:
+        """The slot, how much of the prompt its cache will hold, and the slot to copy that from, if another."""
+        emptiest = min(free, key=lambda slot: len(self._held[slot]))  # has the least to lose
+        if not self.reuse:
+            return emptiest, 0, None
+        # The newest token of a running request was drawn but not run yet: the cache does not hold it.
+        held = [tokens if slot in free else tokens[:-1] for slot, tokens in enumerate(self._held)]
+        # At least one position has to be run: the first token is drawn from its logits.
+        common = [min(_common_prefix(tokens, prompt.identity), len(prompt.tokens) - 1) for tokens in held]
+        best = max(range(self.count), key=lambda slot: (common[slot], slot in free))
+        if common[best] < MIN_REUSED:
+            return emptiest, 0, None
+        return (best, common[best], None) if best in free else (emptiest, common[best], best)
+
+    def admit(self, entries: Sequence[Entry]) -> list[tuple[list[Entry], Drawn]]:
+        """Runs prompts in the slots they were placed in, together where that is quicker, and draws the first tokens.
+
+        Returns what was run together, each with its first tokens, a row an entry.
+        """
+        waiting = sorted(entries, key=lambda entry: -entry.length)
+        done = []
+        while waiting:
+            bucket = self._bucket(waiting[0].length)
+            size = next(size for size in self._groups(bucket) if size == 1 or self._fit(waiting, size))
+            group, waiting = waiting[:size], waiting[size:]
+            admission = self._admission(group, bucket)  # adds to the table
+            self._rows, drawn = self._run(slots.admit, self._table, admission, top=self._top)
+            done.append((group, drawn))
+        return done
+
+    def _fit(self, entries: Sequence[Entry], size: int) -> bool:
+        """Whether there are so many, and room for the pictures of all of them at once."""
+        pictures = sum(len(entry.prompt.pixels) for entry in entries[:size])
+        return len(entries) >= size and pictures <= self.pictures
+
+    def _groups(self, bucket: int) -> list[int]:
+        """How many prompts of a padded length are run together."""
+        return [size for size in GROUPS if size == 1 or (size <= self.count and size * bucket <= GROUP_POSITIONS)]
+
+    def _bucket(self, length: int) -> int:
+        return next(bucket for bucket in self.buckets if bucket >= length)
+
+    def _admission(self, entries: Sequence[Entry], bucket: int) -> slots.Admission:
+        tokens = np.zeros((len(entries), bucket), np.int32)
+        pictures = np.full((len(entries), bucket), WORD, np.int32)
+        seen = np.zeros((len(entries), self._vocabulary), bool)
+        for row, (place, prompt, _) in enumerate(entries):
+            new = slice(place.start, None)
+            owners = prompt.owners[new]
+            tokens[row, : len(owners)] = prompt.tokens[new]
+            first = {key: self._picture_row(key, prompt) * self._picture_positions for key in set(owners) - {None}}
+            for i, (owner, position) in enumerate(zip(owners, prompt.places[new], strict=True)):
+                if owner is not None:
+                    pictures[row, i] = first[owner] + position
+            seen[row, prompt.tokens[prompt.places == WORD]] = True
+        options = [entry.options for entry in entries]
+
+        def numbers(values: Sequence[int], dtype: type = np.int32) -> np.ndarray:
+            return np.array(values, dtype)
+
+        return slots.Admission(
+            numbers([entry.place.slot for entry in entries]),
+            numbers([entry.place.start for entry in entries]),
+            numbers([entry.length for entry in entries]),
+            tokens,
+            pictures,
+            seen,
+            numbers([one.seed for one in options], np.uint32),
+            sampling_rows([one.sampling for one in options]),
+            numbers([one.max_new_tokens for one in options]),
+            numbers([one.min_new_tokens for one in options]),
+        )
+
+    def _picture_row(self, key: bytes, prompt: Encoded) -> int:
+        """Where a picture stands in the table; it is encoded if it is not there, in place of the least used one."""
+        if key in self._row_of:
+            self._row_of.move_to_end(key)
+            return self._row_of[key]
+        if len(self._row_of) < self.pictures:
+            row = len(self._row_of)
+        else:
+            _, row = self._row_of.popitem(last=False)
+        self._add_picture(prompt.pixels[key], row)
+        self._row_of[key] = row
+        self.encoded += 1
+        return row
+
+    def _add_picture(self, pixels: np.ndarray, row: int) -> None:
+        entry = ENCODERS[self.model.config.encoder.kind]
+        options = {"mean": entry.mean, "std": entry.std}
+        self._table = slots.add_picture(*self._fixed, self._table, pixels[None], np.int32(row), **options)
+
+    def decode(self, *, top: bool, enough: int | None = None) -> tuple[Drawn, Int[Array, " B"]]:
+        """A burst of decoding: what was drawn, a row a slot and a column a step, and how much of it counts.
+
+        Args:
+            top: whether somebody wants the likeliest tokens too, which takes another program.
+            enough: the burst ends when so many requests have.
+        """
+        # More than there are slots never end.
+        enough = np.int32(self.count + 1 if enough is None else enough)
+        options = {"steps": self.steps, "top": self._top if top else 0}
+        self._rows, drawn, counts = self._run(slots.decode, enough, **options)
+        return drawn, counts
+
+    def add_tokens(self, slot: int, tokens: Sequence[int]) -> None:
+        """Notes what a slot's request has drawn."""
+        self._held[slot] = np.concatenate([self._held[slot], np.array(tokens, np.int64)])
+
+    def end(self, slot: int) -> None:
+        """A request has left: its newest token was drawn but never run, so the cache does not hold it."""
+        self._held[slot] = self._held[slot][:-1]
+
+    def release(self, which: Sequence[int]) -> None:
+        """The device goes on with a row until it hears that nobody wants it."""
+        mask = np.zeros(self.count, bool)
+        mask[list(which)] = True
+        self._rows = slots.release(self._rows, mask)
+
+    def warm_up(self) -> None:
+        """Compiles every program, by running each for no slot at all. Nothing may be running."""
+        size = self.model.config.encoder.image_size
+        self._add_picture(np.zeros((size, size, 3), np.uint8), 0)
+        nowhere = Place(self.count, 0)
+        for bucket in self.buckets:
+            prompt = Encoded(np.zeros(1, np.int32), np.full(1, WORD, np.int32), [None], {}, np.zeros(1, np.int64))
+            for size in self._groups(bucket):
+                idle = self._admission([Entry(nowhere, prompt, RequestOptions(1))] * size, bucket)
+                self._rows, _ = self._run(slots.admit, self._table, idle, top=self._top)
+        self.release([])
+        self._rows = slots.copy_prompt(self._rows, np.int32(0), np.int32(0))
+        for top in (False, True):
+            self.decode(top=top)
+        jax.block_until_ready(self._rows)
+        self._row_of.clear()  # the table's first row has changed
+
+    def _run(self, program, *arguments, **options):
+        return program(*self._fixed, self._rows, *arguments, eos_id=self._eos_id, **options)
+
+
+def _common_prefix(one: Int[np.ndarray, " A"], two: Int[np.ndarray, " B"]) -> int:
+    size = min(len(one), len(two))
+    different = np.flatnonzero(one[:size] != two[:size])
+    return int(different[0]) if len(different) else size

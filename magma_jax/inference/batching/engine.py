@@ -1,0 +1,357 @@
+"""Continuous batching: requests join and leave a running batch, each giving what it gives alone.
+
+One thread owns the device. Between two short bursts of decoding it looks at the queue: waiting requests take free
+slots (their pictures are encoded, their prompts are run), requests that have ended or were cancelled leave theirs. What
+a prompt has in common with an earlier one is not computed again (``inference.batching.batch``).
+
+    with Engine(Magma.from_checkpoint("runs/quickstart")) as engine:
+        ticket = engine.submit([ImageInput("cat.png"), "A picture of"])
+        for piece in ticket:
+            print(piece.text, end="")
+"""
+
+import collections
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from magma_jax.inference.api import Magma
+from magma_jax.inference.batching.batch import Entry, Place, SlotBatch
+from magma_jax.inference.batching.requests import Alternatives, Answer, EngineError, Progress, RequestOptions, Ticket
+from magma_jax.inference.decoding.decode import Drawn, TopTokens
+from magma_jax.inference.prompts import Encoded, Prompt, encode_prompt
+
+_log = logging.getLogger(__name__)
+
+# While others wait, a burst of decoding ends when so many requests have: one prompt alone is run no quicker than these.
+ENOUGH = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine; all memory is taken at the start.
+
+    Attributes:
+        slots: requests that decode together.
+        context: positions of one request, prompt and answer; None for the model's context.
+        pictures: pictures that are kept encoded; also the most that one prompt may have.
+        steps: tokens that are decoded between two looks at the queue.
+        queue: requests that may wait.
+        queue_bytes: what the pictures of those that wait may take together, at the encoder's size.
+        reuse: whether prompts that begin like an earlier one share its cache.
+    """
+
+    slots: int = 8
+    context: int | None = None
+    pictures: int = 64
+    steps: int = 8
+    queue: int = 256
+    queue_bytes: int = 256 * 2**20
+    reuse: bool = True
+
+    def __post_init__(self):
+        for name in ("slots", "pictures", "steps", "queue", "queue_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.context is not None and self.context < 2:
+            raise ValueError(f"context must be at least 2, a prompt and its answer, got {self.context}")
+
+
+class QueueFull(EngineError):
+    """Too many requests are waiting; try again later."""
+
+
+class EngineStats(NamedTuple):
+    """Counters since the start, and what is going on now."""
+
+    waiting: int
+    running: int
+    finished: int
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    pictures_encoded: int
+
+
+@dataclasses.dataclass
+class _Work:
+    ticket: Ticket
+    prompt: Encoded
+    answer: Answer
+    new: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(pixels.nbytes for pixels in self.prompt.pixels.values())
+
+
+class _New(NamedTuple):
+    """What a burst drew for one request."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    top: list[Alternatives]
+
+
+class Engine:
+    """Runs requests of many callers on one model; safe to use from many threads. Use it in a ``with`` block.
+
+    Attributes:
+        context: positions of one request.
+        buckets: lengths that prompts are padded to.
+        failure: why the engine has stopped for good; None while it works.
+
+    Raises:
+        ValueError: more context than the model has.
+    """
+
+    def __init__(self, model: Magma, config: EngineConfig = EngineConfig()):
+        self.model, self.config = model, config
+        limit = model.config.lm.context_length
+        if config.context is not None and config.context > limit:
+            raise ValueError(f"a context of {config.context} was asked for, but the model has {limit} positions")
+        self.context = config.context or limit
+        self.failure: str | None = None
+        self._batch = SlotBatch(
+            model,
+            count=config.slots,
+            context=self.context,
+            pictures=config.pictures,
+            steps=config.steps,
+            reuse=config.reuse,
+        )
+        self.buckets = self._batch.buckets
+        self._waiting: collections.deque[_Work] = collections.deque()
+        self._running: dict[int, _Work] = {}
+        self._changed = threading.Condition()
+        self._stopping = self._draining = False
+        self._finished = self._prompt_tokens = self._reused = self._new = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self, *, drain: bool = False, timeout: float | None = None) -> None:
+        """Stops; with ``drain`` after what is waiting and running has ended, without it that fails."""
+        with self._changed:
+            self._draining = True
+            if drain:
+                self._changed.wait_for(lambda: not (self._waiting or self._running), timeout)
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def encode(self, prompt: Prompt) -> Encoded:
+        """Tokens and pixels of a prompt; may run in any thread, before ``submit``.
+
+        Raises:
+            ValueError: an empty prompt, an item that is neither text nor picture, too many pictures, or more text than
+                the context can hold. ImageError.
+        """
+        config, tokenizer = self.model.config, self.model.tokenizer
+        size = sum(len(item) for item in prompt if isinstance(item, str))
+        if size > self.context * tokenizer.longest:  # before it is split, which takes long
+            raise ValueError(f"the prompt has {size} characters, more than the context of {self.context} tokens holds")
+        return encode_prompt(prompt, config, tokenizer, max_pictures=self.config.pictures)
+
+    def submit(self, prompt: Prompt | Encoded, options: RequestOptions = RequestOptions()) -> Ticket:
+        """Takes a request and returns at once.
+
+        Raises:
+            QueueFull: as many as may wait are waiting, or their pictures take as much as they may.
+            ValueError: prompt and answer do not fit the context; and what ``encode`` raises.
+            EngineError: the engine is shutting down, or has failed.
+        """
+        encoded = prompt if isinstance(prompt, Encoded) else self.encode(prompt)
+        length = len(encoded.tokens)
+        if length + options.max_new_tokens > self.context:
+            raise ValueError(
+                f"the prompt has {length} positions and {options.max_new_tokens} new tokens were asked for, but the "
+                f"context holds {self.context}; shorten the prompt or lower max_new_tokens"
+            )
+        ticket = Ticket(length, options)
+        work = _Work(ticket, encoded, Answer(self.model.tokenizer, options.stop))
+        with self._changed:
+            if self.failure is not None:
+                raise EngineError(self.failure)
+            if self._draining:
+                raise EngineError("the engine is shutting down; ask another or try later")
+            if len(self._waiting) >= self.config.queue:
+                raise QueueFull(f"{self.config.queue} requests are waiting already; try again later")
+            held = sum(other.nbytes for other in self._waiting)
+            if held and held + work.nbytes > self.config.queue_bytes:
+                raise QueueFull("the pictures of waiting requests take all the room they may; try again later")
+            self._waiting.append(work)
+            self._changed.notify_all()
+        return ticket
+
+    def stats(self) -> EngineStats:
+        """Counters for whoever watches."""
+        with self._changed:
+            return EngineStats(
+                len(self._waiting),
+                len(self._running),
+                self._finished,
+                self._prompt_tokens,
+                self._reused,
+                self._new,
+                self._batch.encoded,
+            )
+
+    def warmup(self) -> float:
+        """Compiles every program now instead of at the first requests that need it; returns the seconds it took."""
+        started = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._waiting or self._running))
+            self._batch.warm_up()
+        return time.perf_counter() - started
+
+    # What follows runs in the engine's thread alone.
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+            reason = "the engine was shut down"
+        except BaseException as error:
+            _log.exception("the engine has stopped")
+            self.failure = reason = f"the engine has stopped ({type(error).__name__}: {error!s:.300}); restart it"
+        self._fail_all(EngineError(reason), waiting=True)
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._stopping)
+                if self._stopping:
+                    return
+            try:
+                self._drop_cancelled()
+                self._step()
+            except Exception as error:  # whatever the device raised, the callers must hear of it
+                self._fail_all(EngineError(f"generation failed ({type(error).__name__}: {error!s:.300})"))
+                self._batch.reset()
+
+    def _step(self) -> None:
+        """Lets waiting requests in and decodes a burst. The device has all of it before any result is waited for."""
+        admitted = self._admit_waiting()
+        running = dict(self._running)
+        if not running:
+            return
+        top = any(work.ticket.options.top_logprobs for work in running.values())
+        burst, counts = self._batch.decode(top=top, enough=min(ENOUGH, len(self._waiting)) or None)
+        for group, first in admitted:
+            works = [(place.slot, running[place.slot]) for place, *_ in group]
+            self._deliver_drawn(works, _as_column(first), [1] * len(works))
+        works = [(slot, running.get(slot)) for slot in range(self.config.slots)]
+        self._deliver_drawn(works, burst, np.asarray(counts).tolist())
+
+    def _fail_all(self, error: EngineError, *, waiting: bool = False) -> None:
+        with self._changed:
+            lost = list(self._running.values())
+            self._running.clear()
+            if waiting:
+                lost += self._waiting
+                self._waiting.clear()
+            self._changed.notify_all()
+        for work in lost:
+            work.ticket.fail(error)
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            gone = [work for work in self._waiting if work.ticket.cancelled]
+            for work in gone:
+                self._waiting.remove(work)
+            self._changed.notify_all()  # whoever drains may have waited for these alone
+            left = [slot for slot, work in self._running.items() if work.ticket.cancelled]
+        for work in gone:
+            self._finished += 1
+            work.ticket.put(Progress("", finish="cancelled"))
+        for slot in left:
+            self._end(slot, Progress("", finish="cancelled"))
+        if left:
+            self._batch.release(left)
+
+    def _admit_waiting(self) -> list[tuple[list[Entry], Drawn]]:
+        """Gives free slots to those who wait, each at most once: others must have their turn of decoding."""
+        admitted: list[tuple[list[Entry], Drawn]] = []
+        placed: list[Entry] = []
+        free = set(range(self.config.slots)) - self._running.keys()
+        while free and self._waiting:
+            work = self._waiting[0]
+            place = self._batch.place(work.prompt, free, placed)
+            if place is None:
+                admitted += self._batch.admit(placed)
+                placed = []
+                continue
+            free.remove(place.slot)
+            with self._changed:
+                self._waiting.popleft()
+                self._running[place.slot] = work
+            placed.append(Entry(place, work.prompt, work.ticket.options))
+            self._count_prompt(work, place)
+        return admitted + self._batch.admit(placed)
+
+    def _count_prompt(self, work: _Work, place: Place) -> None:
+        work.ticket.reused_tokens = place.start
+        self._prompt_tokens += work.ticket.prompt_tokens
+        self._reused += place.start
+
+    def _deliver_drawn(self, works: list[tuple[int, _Work | None]], drawn: Drawn, counts: Sequence[int]) -> None:
+        """What was drawn, a row each and so many of its columns, to those of the requests that have not ended since."""
+        token, logprob, top = jax.device_get((drawn.token, drawn.logprob, drawn.top))
+        stopped = []
+        for row, ((slot, work), count) in enumerate(zip(works, counts, strict=True)):
+            if not count or work is None or self._running.get(slot) is not work:
+                continue
+            size = work.ticket.options.top_logprobs
+            alternatives = [_alternatives(top, size, (row, step)) for step in range(count)] if size else []
+            new = _New(token[row, :count].tolist(), logprob[row, :count].tolist(), alternatives)
+            stopped += self._deliver(slot, work, new)
+        if stopped:
+            self._batch.release(stopped)
+
+    def _deliver(self, slot: int, work: _Work, new: _New) -> list[int]:
+        """Gives a request its new tokens, and ends it if it is through; the slot, if the device does not know that."""
+        eos_id = self.model.tokenizer.eos_id
+        ended = eos_id in new.tokens
+        tokens = new.tokens[: new.tokens.index(eos_id)] if ended else new.tokens
+        work.new += len(tokens)
+        self._new += len(tokens)
+        at_limit = work.new >= work.ticket.options.max_new_tokens
+        text, found = work.answer.add(tokens, last=ended or at_limit)
+        self._batch.add_tokens(slot, tokens)
+        finish = "stop" if ended or found is not None else "length" if at_limit else None
+        used = len(tokens) if found is None else found
+        piece = Progress(text, tuple(tokens[:used]), tuple(new.logprobs[:used]), tuple(new.top[:used]), finish)
+        if finish is None:
+            work.ticket.put(piece)
+        else:
+            self._end(slot, piece)
+        return [] if found is None else [slot]
+
+    def _end(self, slot: int, last: Progress) -> None:
+        self._batch.end(slot)
+        with self._changed:
+            work = self._running.pop(slot)
+            self._finished += 1
+            self._changed.notify_all()
+        work.ticket.put(last)
+
+
+def _as_column(drawn: Drawn) -> Drawn:
+    """What one step drew as a burst of one step."""
+    return jax.tree.map(lambda array: np.asarray(array)[:, None], drawn._replace(logits=None))
+
+
+def _alternatives(top: TopTokens, count: int, where: tuple[int, int]) -> Alternatives:
+    tokens, logprobs = (array[where][:count].tolist() for array in top)
+    return tuple(zip(tokens, logprobs, strict=True))

@@ -1,0 +1,204 @@
+"""A request on its way through the engine: what was asked, what has come so far, and who is waiting for it."""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.inference.decoding.sampling import SamplingConfig, check_seed
+
+# Why a request ended: its end of text or a stop string, its limit, or because nobody wanted it any more.
+FinishReason = Literal["stop", "length", "cancelled"]
+
+# The most alternatives of a token that can be asked for, as in OpenAI's interface.
+MAX_TOP_LOGPROBS = 20
+
+# The likeliest tokens in place of one, with their log-probabilities.
+Alternatives = tuple[tuple[int, float], ...]
+
+# What a decoder of UTF-8 shows for bytes that are not whole characters yet.
+_INCOMPLETE = "\ufffd"
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOptions:
+    """What is wanted besides the prompt.
+
+    Attributes:
+        max_new_tokens: at most.
+        sampling: how tokens are drawn; ``compat`` is not served.
+        seed: the answer is that of ``Magma.generate(..., seed=[seed])``.
+        stop: texts that end the answer and are no part of it.
+        top_logprobs: likeliest tokens to report beside each token.
+        min_new_tokens: the end of text is not drawn before so many; a stop text ends the answer all the same.
+    """
+
+    max_new_tokens: int = 64
+    sampling: SamplingConfig = SamplingConfig()
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
+    min_new_tokens: int = 0
+
+    def __post_init__(self):
+        check_seed(self.seed)
+        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(f"top_logprobs must lie between 0 and {MAX_TOP_LOGPROBS}, got {self.top_logprobs}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must lie between 0 and max_new_tokens ({self.max_new_tokens}), got "
+                f"{self.min_new_tokens}"
+            )
+        if any(not text for text in self.stop):
+            raise ValueError("stop: an empty text would end every answer at once")
+        if self.sampling.compat is not None:
+            raise ValueError("compat is for single runs (Magma.generate), not for batched serving")
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """A piece of an answer: new text, and the tokens it comes from.
+
+    Attributes:
+        text: new.
+        tokens: new.
+        logprobs: of the tokens.
+        top: alternatives of each token, if any were asked for.
+        finish: on the last piece.
+    """
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top: tuple[Alternatives, ...] = ()
+    finish: FinishReason | None = None
+
+
+class EngineError(RuntimeError):
+    """A request that the engine could not take or finish; one line for whoever made it."""
+
+
+class Ticket:
+    """A request that was taken. Iterate over it for ``Progress`` as it comes, or wait for ``text()``.
+
+    Attributes:
+        prompt_tokens: positions of the prompt, pictures included.
+        reused_tokens: of these, positions that an earlier prompt had left in the cache.
+    """
+
+    def __init__(self, prompt_tokens: int, options: RequestOptions):
+        self.prompt_tokens, self.options = prompt_tokens, options
+        self.reused_tokens = 0
+        self.cancelled = False
+        self._pieces: list[Progress] = []
+        self._error: EngineError | None = None
+        self._changed = threading.Condition()
+        self._listeners: list[Callable[[], None]] = []
+
+    def cancel(self) -> None:
+        """Gives up the request; its slot becomes free."""
+        self.cancelled = True
+
+    def on_progress(self, listener: Callable[[], None]) -> None:
+        """Calls ``listener`` (from the engine's thread) whenever there is something new, and once now."""
+        with self._changed:
+            self._listeners.append(listener)
+        listener()
+
+    def pieces(self, start: int = 0) -> list[Progress]:
+        """What has come from piece ``start`` on, without waiting.
+
+        Raises:
+            EngineError: the request failed.
+        """
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            return self._pieces[start:]
+
+    def __iter__(self) -> Iterator[Progress]:
+        seen, finish = 0, None
+        while finish is None:
+            for piece in self._wait_for_more(seen):
+                seen, finish = seen + 1, piece.finish
+                yield piece
+
+    def text(self) -> str:
+        """Waits for the whole answer."""
+        return "".join(piece.text for piece in self)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of the answer so far, without its end of text."""
+        return [token for piece in self.pieces() for token in piece.tokens]
+
+    @property
+    def finish(self) -> FinishReason | None:
+        """Why it ended; None while it runs."""
+        pieces = self.pieces()
+        return pieces[-1].finish if pieces else None
+
+    def _wait_for_more(self, seen: int) -> list[Progress]:
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._pieces) > seen or self._error is not None)
+        return self.pieces(seen)
+
+    def put(self, piece: Progress) -> None:
+        """For the engine: the next piece."""
+        with self._changed:
+            self._pieces.append(piece)
+            self._changed.notify_all()
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()
+
+    def fail(self, error: EngineError) -> None:
+        """For the engine: there will be no more."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()
+
+
+class Answer:
+    """Turns drawn tokens into text that can be shown: whole characters, up to a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokens: list[int] = []
+        self._shown = 0
+
+    def add(self, tokens: Sequence[int], *, last: bool) -> tuple[str, int | None]:
+        """New text, and how many of ``tokens`` it took until a stop text ended the answer (None: none did).
+
+        What may become a whole character or a stop text with the next tokens is held back, unless these are the last.
+        """
+        for count in range(1, len(tokens) + 1) if self._stop else ():
+            text = self._tokenizer.decode([*self._tokens, *tokens[:count]])
+            found = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
+            if found is not None:
+                return self._show(text[:found]), count
+        self._tokens += tokens
+        text = self._tokenizer.decode(self._tokens)
+        if not last:
+            text = text.rstrip(_INCOMPLETE)
+            text = text[: len(text) - self._held_back(text)]
+        return self._show(text), None
+
+    def _show(self, text: str) -> str:
+        new = text[self._shown :]
+        self._shown += len(new)
+        return new
+
+    def _held_back(self, text: str) -> int:
+        """Length of the longest end of ``text`` that begins a stop text."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stop):
+                return size
+        return 0

@@ -1,0 +1,172 @@
+"""The programs of continuous batching: a fixed number of slots, each a row that one request has for a while.
+
+Everything has a declared shape: the slots and their cache, a table of encoded pictures, prompts padded to one of a few
+lengths. So the programs are few, all are compiled before the first request, and none after it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from magma_jax.data.images import normalize
+from magma_jax.inference.decoding.decode import Drawn, Rows, draw, run
+from magma_jax.inference.decoding.sampling import SamplingRows
+from magma_jax.inference.prompts import WORD
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.modules import merge
+from magma_jax.runtime.compile import jit
+from magma_jax.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8
+
+T = TypeVar("T")
+
+
+class Admission(NamedTuple):
+    """What A slots are given: of each prompt the part that the slot's cache does not hold yet, and what is wanted.
+
+    Attributes:
+        slot: (A,) which; where there is no such slot nothing happens.
+        start: (A,) positions that the slot's cache already holds.
+        length: (A,) positions that are new, padding not counted.
+        tokens: (A, S) ids, padded; anything where a picture stands.
+        pictures: (A, S) row of the picture table times P plus the position in the picture, or ``WORD``.
+        seen: (A, V) tokens of the whole prompts.
+        seed: (A,) of the requests, uint32.
+        sampling: their numbers.
+        limit: (A,) tokens wanted at most.
+        minimum: (A,) tokens wanted at least.
+    """
+
+    slot: Array | np.ndarray
+    start: Array | np.ndarray
+    length: Array | np.ndarray
+    tokens: Array | np.ndarray
+    pictures: Array | np.ndarray
+    seen: Array | np.ndarray
+    seed: Array | np.ndarray
+    sampling: SamplingRows
+    limit: Array | np.ndarray
+    minimum: Array | np.ndarray
+
+
+@jit(static_argnames=("graphdef", "slots", "context", "pictures"))
+def empty_slots(
+    graphdef: nnx.GraphDef, params: Params, slots: int, context: int, pictures: int
+) -> tuple[Rows, Float[Array, "C P D"]]:
+    """Idle rows with room for ``context`` positions each, and an empty table of pictures."""
+    model = merge(graphdef, params)
+    zeros = jnp.zeros(slots, jnp.int32)
+    ones = jnp.ones(slots, jnp.float32)
+    sampling = SamplingRows(0 * ones, zeros, ones, 0 * ones, ones)
+    keys = jax.random.split(jax.random.key(0), slots)
+    seen = jnp.zeros((slots, model.config.lm.head_rows), bool)
+    cache = model.lm.init_cache(slots, context, model.dtype)
+    rows = Rows(cache, zeros, zeros, zeros, zeros, jnp.ones(slots, bool), keys, sampling, seen, zeros)
+    return rows, jnp.zeros((pictures, model.image_positions, model.config.lm.width), model.dtype)
+
+
+def beside(params: Params, arrays: T) -> T:
+    """Arrays placed where the weights are.
+
+    What a program gives has a place, and with such arguments it is another program than with arrays that may be
+    anywhere: without this the second call would compile again.
+    """
+    sharding = next(iter(params.values())).sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.device_put(arrays, sharding)
+
+
+@jit(static_argnames=("graphdef", "mean", "std"), donate_argnames=("table",))
+def add_picture(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    table: Float[Array, "C P D"],
+    pixels: UInt8[Array, "1 h w 3"],
+    row: Int[Array, ""],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Float[Array, "C P D"]:
+    """Encodes a picture into a row of the table."""
+    embedded = merge(graphdef, params).embed_images(normalize(pixels, mean, std))
+    return table.at[row].set(embedded[0].astype(table.dtype))
+
+
+@jit(static_argnames=("graphdef", "eos_id", "top"), donate_argnames=("rows",))
+def admit(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    rows: Rows,
+    table: Float[Array, "C P D"],
+    admission: Admission,
+    *,
+    eos_id: int,
+    top: int,
+) -> tuple[Rows, Drawn]:
+    """Runs prompts, pictures and words in one program, in the caches of their slots, and draws the first tokens."""
+    model = merge(graphdef, params)
+    slot, start, length = admission.slot, admission.start, admission.length
+    embeddings = embed(model, table, admission.tokens, admission.pictures)
+    positions = start[:, None] + jnp.arange(admission.tokens.shape[1])
+    output = model.lm(embeddings, positions=positions, cache=rows.cache, cache_rows=slot)
+    logits = model.logits(jnp.take_along_axis(output.hidden, (length - 1)[:, None, None], axis=1)[:, 0])
+    zeros = jnp.zeros_like(slot)
+    new = Rows(
+        output.cache,
+        zeros,
+        start + length - 1,
+        zeros,
+        admission.limit,
+        admission.limit < 1,
+        jax.vmap(request_key)(admission.seed),
+        admission.sampling,
+        admission.seen,
+        admission.minimum,
+    )
+    new, drawn = draw(model.lm, new, logits, eos_id, top=top)
+    others = jax.tree.map(
+        lambda all_, one: all_.at[slot].set(one, mode="drop"), rows._replace(cache=None), new._replace(cache=None)
+    )
+    return others._replace(cache=output.cache), drawn._replace(logits=None)
+
+
+def embed(
+    model: MagmaModel, table: Float[Array, "C P D"], tokens: Int[Array, "A S"], pictures: Int[Array, "A S"]
+) -> Float[Array, "A S D"]:
+    """Embeddings of sequences of words and positions of pictures, as in ``Admission``."""
+    words = model.embed_tokens(tokens)
+    positions = table.reshape(-1, table.shape[-1])[jnp.maximum(pictures, 0)]
+    return jnp.where((pictures == WORD)[:, :, None], words, positions)
+
+
+@jit(static_argnames=("graphdef", "steps", "eos_id", "top"), donate_argnames=("rows",))
+def decode(
+    graphdef: nnx.GraphDef, params: Params, rows: Rows, enough: Int[Array, ""], *, steps: int, eos_id: int, top: int
+) -> tuple[Rows, Drawn, Int[Array, " B"]]:
+    """Up to ``steps`` tokens for every slot, see ``inference.decoding.decode.run``, and how many each has got."""
+    after, drawn = run(merge(graphdef, params).lm, rows, steps, eos_id=eos_id, top=top, enough=enough)
+    return after, drawn, after.count - rows.count
+
+
+@jit(donate_argnames=("rows",))
+def release(rows: Rows, which: Bool[Array, " B"]) -> Rows:
+    """Makes slots idle, whatever they were doing."""
+    return rows._replace(done=rows.done | which)
+
+
+@jit(donate_argnames=("rows",))
+def copy_prompt(rows: Rows, source: Int[Array, ""], target: Int[Array, ""]) -> Rows:
+    """Copies the cache of one slot to another, where two prompts begin alike."""
+    return rows._replace(
+        cache=jax.tree.map(lambda all_: all_.at[..., target, :, :, :].set(all_[..., source, :, :, :]), rows.cache)
+    )
+
+
+def request_key(seed: Array) -> PRNGKey:
+    """The key that ``Magma.generate`` gives a row with this seed (uint32) of its own."""
+    return jax.random.fold_in(jax.random.key(seed), 0)

@@ -1,0 +1,1 @@
+"""From logits to tokens, step by step on the device."""

@@ -1,0 +1,1 @@
+"""The likeliest answers: beam search, and choice among given ones."""

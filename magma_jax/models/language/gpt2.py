@@ -1,0 +1,76 @@
+"""GPT-2: learned positions, attention and MLP one after the other, the embedding table as head (Radford et al.,
+2019)."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from magma_jax.models.language.decoder import Activation, Attention, Decoder, check_heads, linear
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Sizes of a GPT-2 language model; the defaults are the smallest published one, ``gpt2``.
+
+    Attributes:
+        vocab_rows: rows of the embedding table, which is the head too.
+        context_length: rows of the table of positions; a longer sequence is an error.
+        activation: between the MLP's layers.
+        embedding_std: standard deviation of a fresh embedding table.
+        dtype: dtype the weights are stored in.
+    """
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    feed_forward: int = 3072
+    vocab_rows: int = 50257
+    context_length: int = 1024
+    activation: Activation = "gelu_tanh"
+    layernorm_eps: float = 1e-5
+    embedding_std: float = 0.02
+    dtype: str = "float32"
+    kind: Literal["gpt2"] = "gpt2"
+
+    def __post_init__(self):
+        check_heads(self)
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the head: those of the table."""
+        return self.vocab_rows
+
+
+# Radford et al. (2019), table 2: parameters 124M, 355M, 774M, 1558M.
+GPT2_SIZES = {
+    name: GPT2Config(layers, width, width // 64, 4 * width)
+    for name, layers, width in [
+        ("gpt2", 12, 768),
+        ("gpt2-medium", 24, 1024),
+        ("gpt2-large", 36, 1280),
+        ("gpt2-xl", 48, 1600),
+    ]
+}
+
+
+class GPT2Attention(Attention):
+    """One projection to queries, keys and values, in this order, with biases."""
+
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
+        self.heads = config.heads
+        self.qkv_proj = linear(config, config.width, 3 * config.width, rngs=rngs)
+        self.out_proj = linear(config, config.width, config.width, rngs=rngs)
+
+    def heads_of(self, x, rotary):
+        split_heads = (*x.shape[:2], self.heads, -1)
+        return tuple(part.reshape(split_heads) for part in jnp.split(self.qkv_proj(x), 3, axis=-1))
+
+
+class GPT2(Decoder):
+    """GPT-2; ``options`` are adapters and random keys, see ``Decoder``."""
+
+    def __init__(self, config: GPT2Config, **options: Any):
+        kind = {"residual": "sequential", "activation": config.activation, "learned_positions": True}
+        super().__init__(config, GPT2Attention, **kind, **options)

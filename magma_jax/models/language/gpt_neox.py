@@ -1,0 +1,95 @@
+"""GPT-NeoX and Pythia: rotary positions on the two halves of a part of each head, two LayerNorms a layer, a head of
+its own (Black et al., 2022; Biderman et al., 2023)."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from magma_jax.models.language.decoder import Activation, Attention, Decoder, check_heads, linear
+from magma_jax.nn.rotary import apply_rotary, check_rotary_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTNeoXConfig:
+    """Sizes of a GPT-NeoX language model; the defaults are ``EleutherAI/pythia-70m``.
+
+    Attributes:
+        rotary_dim: features of each head that rotary embedding turns.
+        vocab_rows: rows of the embedding table, and of the head.
+        context_length: positions the model was trained on, in tokens.
+        parallel_residual: attention and MLP side by side, as published; otherwise one after the other.
+        attention_bias: whether attention's projections have biases.
+        activation: between the MLP's layers.
+        embedding_std: standard deviation of a fresh embedding table.
+        dtype: dtype the weights are stored in.
+    """
+
+    layers: int = 6
+    width: int = 512
+    heads: int = 8
+    rotary_dim: int = 16
+    feed_forward: int = 2048
+    vocab_rows: int = 50304
+    context_length: int = 2048
+    rotary_base: float = 10_000.0
+    parallel_residual: bool = True
+    attention_bias: bool = True
+    activation: Activation = "gelu"
+    layernorm_eps: float = 1e-5
+    embedding_std: float = 0.02
+    dtype: str = "float32"
+    kind: Literal["gpt_neox"] = "gpt_neox"
+
+    def __post_init__(self):
+        check_heads(self)
+        check_rotary_dim(self.rotary_dim, self.width // self.heads)
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the head: as many as the table has."""
+        return self.vocab_rows
+
+
+def _published(layers: int, width: int, heads: int, rows: int, activation: Activation = "gelu") -> GPTNeoXConfig:
+    return GPTNeoXConfig(layers, width, heads, width // heads // 4, 4 * width, rows, activation=activation)
+
+
+# Biderman et al. (2023), table 1. The tables of 50,254 or 50,257 tokens were padded for the machines they ran on.
+GPT_NEOX_SIZES = {
+    "EleutherAI/pythia-70m": _published(6, 512, 8, 50304),
+    "EleutherAI/pythia-160m": _published(12, 768, 12, 50304),
+    "EleutherAI/pythia-410m": _published(24, 1024, 16, 50304),
+    "EleutherAI/pythia-1b": _published(16, 2048, 8, 50304),
+    "EleutherAI/pythia-1.4b": _published(24, 2048, 16, 50304),
+    "EleutherAI/pythia-2.8b": _published(32, 2560, 32, 50304),
+    "EleutherAI/pythia-6.9b": _published(32, 4096, 32, 50432),
+    "EleutherAI/pythia-12b": _published(36, 5120, 40, 50688),
+    "EleutherAI/gpt-neox-20b": _published(44, 6144, 64, 50432, "gelu_tanh"),
+}
+
+
+class GPTNeoXAttention(Attention):
+    """One projection whose rows are the query, key and value of the first head, then of the second, and so on."""
+
+    def __init__(self, config: GPTNeoXConfig, *, rngs: nnx.Rngs):
+        self.heads = config.heads
+        options = {"use_bias": config.attention_bias, "rngs": rngs}
+        self.qkv_proj = linear(config, config.width, 3 * config.width, **options)
+        self.out_proj = linear(config, config.width, config.width, **options)
+
+    def heads_of(self, x, rotary):
+        q, k, v = jnp.split(self.qkv_proj(x).reshape(*x.shape[:2], self.heads, -1), 3, axis=-1)
+        q, k = (apply_rotary(part, *rotary, interleaved=False) for part in (q, k))
+        return q, k, v
+
+
+class GPTNeoX(Decoder):
+    """GPT-NeoX; ``options`` are adapters and random keys, see ``Decoder``."""
+
+    def __init__(self, config: GPTNeoXConfig, **options: Any):
+        self.rotary = (config.rotary_dim, config.rotary_base)
+        residual = "parallel" if config.parallel_residual else "sequential"
+        kind = {"residual": residual, "activation": config.activation, "head": "no_bias"}
+        super().__init__(config, GPTNeoXAttention, **kind, **options)

@@ -1,0 +1,50 @@
+"""The image encoders that a config can name by ``kind``. A new one is one import and one row here.
+
+An encoder is a module built as ``Encoder(config, rngs=...)`` and called as ``encoder(images, batch_norm=...,
+remat=...)``. Its config has ``image_size``, ``channels`` and ``positions`` (None if it pools to one vector).
+"""
+
+import dataclasses
+from typing import NamedTuple, TypeAlias
+
+from flax import nnx
+
+from magma_jax.data.images import CLIP_MEAN, CLIP_STD
+from magma_jax.models.vision.clip_resnet import CLIP_RESNETS, CLIPResNet, CLIPResNetConfig
+from magma_jax.models.vision.clip_vit import CLIP_VITS, CLIPViT, CLIPViTConfig
+from magma_jax.models.vision.efficientnet_lite import LITE_MEAN, LITE_STD, EfficientNetLite, EfficientNetLiteConfig
+from magma_jax.models.vision.nf_resnet import NFResNet, NFResNetConfig
+
+EncoderConfig: TypeAlias = CLIPResNetConfig | CLIPViTConfig | NFResNetConfig | EfficientNetLiteConfig
+
+
+class EncoderEntry(NamedTuple):
+    """An encoder's class and the mean and standard deviation that its pixels (0 to 1) are normalised with."""
+
+    module: type[nnx.Module]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+ENCODERS = {
+    "clip_resnet": EncoderEntry(CLIPResNet, CLIP_MEAN, CLIP_STD),
+    "clip_vit": EncoderEntry(CLIPViT, CLIP_MEAN, CLIP_STD),
+    # timm's defaults for nf_resnet50: the ImageNet statistics.
+    "nf_resnet": EncoderEntry(NFResNet, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "efficientnet_lite": EncoderEntry(EfficientNetLite, LITE_MEAN, LITE_STD),
+}
+
+
+# Published sizes. A ViT's plain name is the pooled token, as the original code uses it; "-grid" are the patch tokens.
+PUBLISHED_ENCODERS: dict[str, EncoderConfig] = {
+    **CLIP_RESNETS,
+    **CLIP_VITS,
+    **{f"{name}-grid": dataclasses.replace(config, output="grid") for name, config in CLIP_VITS.items()},
+    "nf_resnet50": NFResNetConfig(),
+    "efficientnet_lite0": EfficientNetLiteConfig(),
+}
+
+
+def build_encoder(config: EncoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The encoder of a config, with fresh weights."""
+    return ENCODERS[config.kind].module(config, rngs=rngs)

@@ -1,0 +1,140 @@
+"""CLIP's vision transformer.
+
+Two uses, by name: ``pooled`` gives the projected class token, which is what the original MAGMA code feeds its prefix;
+``grid`` gives the patch tokens (7 x 7 for ViT-B/32 at 224 px), which is what the paper describes. They are different
+models.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from magma_jax.nn.attention import dot_product_attention
+from magma_jax.nn.convolution import BatchNormMode, Conv2d
+from magma_jax.nn.layers import LayerNorm, Linear, normal
+from magma_jax.nn.modules import EncoderParam
+from magma_jax.nn.stack import Remat, scan, stack
+from magma_jax.runtime.sharding import split_rows
+from magma_jax.typing import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPViTConfig:
+    """Sizes of a CLIP vision transformer.
+
+    Attributes:
+        embedding_width: width of CLIP's image embedding, which ``pooled`` returns.
+        activation: ``quick_gelu`` is the sigmoid approximation of GELU that OpenAI's models use; most that open_clip
+            trained use ``gelu``. The weights do not tell.
+        output: ``pooled`` (projected class token) or ``grid`` (patch tokens after the last LayerNorm, width D).
+    """
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    patch: int = 32
+    image_size: int = 224
+    embedding_width: int = 512
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    output: Literal["pooled", "grid"] = "pooled"
+    kind: Literal["clip_vit"] = "clip_vit"
+
+    @property
+    def channels(self) -> int:
+        """Channels of the output."""
+        return self.embedding_width if self.output == "pooled" else self.width
+
+    @property
+    def positions(self) -> int | None:
+        """Positions of the grid; None for the pooled output."""
+        return None if self.output == "pooled" else (self.image_size // self.patch) ** 2
+
+
+# Radford et al. (2021), table 19.
+CLIP_VITS = {
+    "ViT-B/32": CLIPViTConfig(),
+    "ViT-B/16": CLIPViTConfig(patch=16),
+    "ViT-L/14": CLIPViTConfig(24, 1024, 16, 14, 224, 768),
+}
+
+
+class SelfAttention(nnx.Module):
+    """Attention with queries, keys and values in one matrix, as PyTorch's MultiheadAttention stores them."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        options = {"param": EncoderParam, "weight_init": normal(width**-0.5), "rngs": rngs}
+        self.in_proj = Linear(width, 3 * width, **options)
+        self.out_proj = Linear(width, width, **options)
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(self.in_proj(x), 3, axis=-1))
+        out, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), None)
+        return self.out_proj(out.reshape(x.shape))
+
+
+def _quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
+
+
+class ResidualBlock(nnx.Module):
+    """Pre-LayerNorm transformer block."""
+
+    def __init__(self, config: CLIPViTConfig, *, rngs: nnx.Rngs):
+        width, heads, self.activation = config.width, config.heads, config.activation
+        self.ln_1 = LayerNorm(width, param=EncoderParam)
+        self.attn = SelfAttention(width, heads, rngs=rngs)
+        self.ln_2 = LayerNorm(width, param=EncoderParam)
+        self.c_fc = Linear(width, 4 * width, param=EncoderParam, rngs=rngs)
+        self.c_proj = Linear(4 * width, width, param=EncoderParam, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.c_proj(ACTIVATIONS[self.activation](self.c_fc(self.ln_2(x))))
+
+
+class CLIPViT(nnx.Module):
+    """Pictures to a pooled embedding (B, E) or a grid of patch tokens (B, P, D)."""
+
+    def __init__(self, config: CLIPViTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, scale = config.width, 1 / math.sqrt(config.width)
+        patches = (config.image_size // config.patch) ** 2
+        self.conv1 = Conv2d(3, width, config.patch, stride=config.patch, rngs=rngs)
+        self.class_embedding = EncoderParam(scale * jax.random.normal(rngs.params(), (width,)))
+        self.positional_embedding = EncoderParam(scale * jax.random.normal(rngs.params(), (patches + 1, width)))
+        self.ln_pre = LayerNorm(width, param=EncoderParam)
+        self.blocks = stack(lambda rngs: ResidualBlock(config, rngs=rngs), config.layers, rngs)
+        self.ln_post = LayerNorm(width, param=EncoderParam)
+        self.proj = (
+            EncoderParam(scale * jax.random.normal(rngs.params(), (width, config.embedding_width)))
+            if config.output == "pooled"
+            else None
+        )
+
+    def embed(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B S D"]:
+        """Patches and class token with their positions, after the first LayerNorm."""
+        patches = self.conv1(images)
+        patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
+        cls = jnp.broadcast_to(
+            self.class_embedding[...].astype(patches.dtype), (patches.shape[0], 1, patches.shape[-1])
+        )
+        x = jnp.concatenate([cls, patches], axis=1)
+        return self.ln_pre(x + self.positional_embedding[...].astype(x.dtype))
+
+    def __call__(
+        self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
+    ) -> Float[Array, "B ..."]:
+        """Normalised pictures to features; ``batch_norm`` is accepted by every encoder and means nothing here."""
+        x, _ = scan(self.blocks, lambda block, x, _: (block(split_rows(x)), None), self.embed(images), remat=remat)
+        if self.config.output == "pooled":
+            return self.ln_post(x[:, 0]) @ self.proj[...].astype(x.dtype)
+        return self.ln_post(x[:, 1:])

@@ -1,0 +1,1 @@
+"""Other people's checkpoints: the layouts they are published in."""

@@ -1,0 +1,1 @@
+"""One table of rules renames tensors in both directions."""

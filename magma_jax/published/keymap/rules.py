@@ -1,0 +1,109 @@
+"""The entries of a key map's table, and which of them a name belongs to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from magma_jax.published.keymap import patterns as patterns
+from magma_jax.published.keymap.report import Report
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors named ``theirs`` are our parameter ``ours``.
+
+    ``stack`` names the placeholder that ``ours`` lacks: its values ``start``, ``start + 1``, ... are the rows
+    of our array. Keys with a smaller number are not this rule's (``start=1`` leaves block 0 to another rule).
+    ``to_ours`` and ``to_theirs`` change one tensor (one row) where the shapes differ; both or neither. They
+    are tried on a stand-in to learn the new shape, so they may only reshape and transpose.
+    """
+
+    theirs: str
+    ours: str
+    stack: str | None = None
+    start: int = 0
+    to_ours: Callable[[np.ndarray], np.ndarray] | None = None
+    to_theirs: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        missing = patterns.names(self.theirs) ^ patterns.names(self.ours)
+        if missing != ({self.stack} - {None}) or missing & patterns.names(self.ours):
+            raise ValueError(f"{self.theirs!r} and {self.ours!r} must have the same placeholders, except for `stack`")
+        if (self.to_ours is None) != (self.to_theirs is None):
+            raise ValueError(f"{self.theirs!r}: give both to_ours and to_theirs, or neither")
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A second name: ``theirs`` is the same tensor as ``canonical``, which another entry of the table covers.
+
+    Checked on reading (same storage, or equal bits), written as a second name of the same storage.
+    """
+
+    theirs: str
+    canonical: str
+
+    def __post_init__(self) -> None:
+        if patterns.names(self.theirs) != patterns.names(self.canonical):
+            raise ValueError(f"{self.theirs!r} and {self.canonical!r} must have the same placeholders")
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A tensor we do not keep (a mask, a counter, a table of angles): skipped by name on reading.
+
+    If ``recompute`` is given, it is written again: for every written key that matches ``beside``,
+    ``recompute(**values)`` gives the array (or ``Deferred``), ``values`` being those of the placeholders.
+    """
+
+    theirs: str
+    recompute: Callable[..., object] | None = None
+    beside: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.recompute is None) != (self.beside is None):
+            raise ValueError(f"{self.theirs!r}: give both recompute and beside, or neither")
+        if self.beside is not None and patterns.names(self.theirs) != patterns.names(self.beside):
+            raise ValueError(f"{self.theirs!r} and {self.beside!r} must have the same placeholders")
+
+
+Table = Sequence[Rule | Alias | Ignored]
+
+
+def check_table(table: Table) -> None:
+    """Raises KeyMapError if two entries match the same key, or two rules the same path.
+
+    Tried on names made up from the patterns with the numbers and words that occur in the table, so it finds the
+    likely mistakes before a checkpoint does; ``to_ours`` and ``to_theirs`` check every name they meet.
+    """
+    report = Report()
+    samples = patterns.Sampler(entry.theirs for entry in table)
+    for entry in table:
+        for key in samples(entry.theirs):
+            matches = [other for other in table if match_theirs(other, key) is not None]
+            if len(matches) > 1 and entry in matches:
+                report.add("keys that several entries match", f"{key}  {[other.theirs for other in matches]}")
+                break
+        if not isinstance(entry, Rule):
+            continue
+        for path in samples(entry.ours, "/"):
+            matches = [rule for rule, _ in rules_for(table, path)]
+            if len(matches) > 1:
+                report.add("parameters that several rules match", f"{path}  {[r.ours for r in matches]}")
+                break
+    report.raise_if_any()
+
+
+def match_theirs(entry: Rule | Alias | Ignored, key: str) -> dict[str, str] | None:
+    """The placeholders' values if the foreign key is this entry's, else None."""
+    values = patterns.match(entry.theirs, key)
+    if values and isinstance(entry, Rule) and entry.stack and int(values[entry.stack]) < entry.start:
+        return None
+    return values
+
+
+def rules_for(table: Table, path: str) -> list[tuple[Rule, dict[str, str]]]:
+    """The rules that lead to a path of ours, with the placeholders' values."""
+    rules = [entry for entry in table if isinstance(entry, Rule)]
+    return [(rule, values) for rule in rules if (values := patterns.match(rule.ours, path, "/")) is not None]

@@ -1,0 +1,122 @@
+"""A published language model as the frozen part of a model that a config describes.
+
+Sizes that tensors cannot tell (heads, rotary features, eps) are compared with the ``config.json`` beside the weights.
+The word table and the head may be cut to the rows that the config asks for: GPT-J's 50,400 rows are GPT-2's 50,257
+tokens and padding that was never trained, and MAGMA keeps one of those for ``<|image|>``, which makes 50,258. Rows are
+never added. MAGMA puts a picture's vectors where ``<|image|>`` stands, so that token needs no row at all; and a new row
+in a table that is also the head would compete with trained ones for every next word.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from magma_jax.config import ConfigError
+from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
+from magma_jax.models.language.catalog import LanguageModelConfig, build_language_model
+from magma_jax.nn.modules import abstract
+from magma_jax.published.hf_config import read_config
+from magma_jax.published.keymap.engine import KeyMapError, to_ours
+from magma_jax.published.language_model_keys import language_model_table
+from magma_jax.published.mesh_transformer import is_mesh_transformer, mesh_transformer_files, open_mesh_transformer
+from magma_jax.storage.deferred import Deferred
+from magma_jax.storage.files import open_tensors
+
+# Fields of a config that are this library's choice and not the published model's.
+_FREE = ("vocab_rows", "head_rows", "context_length", "embedding_std", "dtype")
+_GPT2_VOCABULARY = ("gptj", "gpt2", "gpt_neo")
+# What a config's row count is the length of.
+_TABLES = {"vocab_rows": ("wte/weight",), "head_rows": ("lm_head/weight", "lm_head/bias")}
+
+
+@contextlib.contextmanager
+def open_lm(path: str | Path, config: LanguageModelConfig) -> Iterator[tuple[dict[str, Deferred], tuple[Path, ...]]]:
+    """Opens a language model's weights: for every parameter of ``config`` how to read it, and the files it is in.
+
+    Args:
+        path: a folder of Hugging Face's (or one of its files), or a slim checkpoint of mesh-transformer-jax.
+        config: the model to fill, with the dtype; it may have fewer rows than the file, see above.
+
+    Raises:
+        ConfigError: the file holds a model of other sizes, or too few rows. LanguageModelError: no readable
+        ``config.json``. WeightFileError, TorchFileError: the weights cannot be read. KeyMapError: they do not fit.
+    """
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        if is_mesh_transformer(path):
+            if config.kind != "gptj":
+                raise ConfigError(f"{path}: holds a gptj, but the config's language model is a {config.kind}")
+            tensors: Mapping[str, Any] = open_mesh_transformer(path)
+            files = mesh_transformer_files(path)
+        else:
+            _compare(path, read_config(path), config)
+            weights = stack.enter_context(open_tensors(path))
+            tensors, files = weights.tensors, weights.files
+        table = language_model_table(config, tensors)
+        whole = dataclasses.replace(config, **_rows(config, table, tensors))
+        shapes = abstract(lambda: build_language_model(whole, rngs=nnx.Rngs(0)))[1]
+        try:
+            plan = to_ours(table, tensors, shapes)
+        except KeyMapError as error:
+            raise KeyMapError(f"{path}: {error}") from None
+        for field, paths in _TABLES.items():
+            if hasattr(config, field):
+                plan |= {name: _cut(path, plan[name], config, field) for name in paths if name in plan}
+        yield plan, files
+
+
+def read_tokenizer(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
+    """The vocabulary of a published language model: GPT-2's, or the ``tokenizer.json`` beside the weights.
+
+    Raises:
+        ConfigError: a model with a vocabulary of its own, and no readable ``tokenizer.json``.
+    """
+    if config.kind in _GPT2_VOCABULARY:
+        return gpt2_tokenizer()
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / "tokenizer.json"
+    try:
+        return Tokenizer.load(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: no vocabulary of this language model ({error}); fetch it too") from None
+
+
+def _compare(path: Path, found: LanguageModelConfig, config: LanguageModelConfig) -> None:
+    if found.kind != config.kind:
+        raise ConfigError(f"{path}: holds a {found.kind}, but the config's language model is a {config.kind}")
+    differing = [
+        f"{field.name} {getattr(found, field.name)}, not {getattr(config, field.name)}"
+        for field in dataclasses.fields(config)
+        if field.name not in _FREE and getattr(found, field.name) != getattr(config, field.name)
+    ]
+    if differing:
+        raise ConfigError(f"{path}: does not fit model.lm of the config: it has {', '.join(differing)}")
+
+
+def _rows(config: LanguageModelConfig, table: list[Any], tensors: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of rows that the file has; both occur in files that do not agree with their own config."""
+    rows = {}
+    fields = [field.name for field in dataclasses.fields(config)]
+    for entry in table:
+        for field, paths in _TABLES.items():
+            if field in fields and getattr(entry, "ours", None) == paths[0] and entry.theirs in tensors:
+                rows[field] = tensors[entry.theirs].shape[0]
+    return rows
+
+
+def _cut(path: Path, tensor: Deferred, config: LanguageModelConfig, field: str) -> Deferred:
+    wanted, found = getattr(config, field), tensor.shape[0]
+    if wanted == found:
+        return tensor
+    if wanted > found:
+        raise ConfigError(
+            f"{path}: has {found} rows where model.lm.{field} asks for {wanted}; set it to {found} "
+            "(<|image|> needs no row, and rows are not made up)"
+        )
+    if wanted < (words := read_tokenizer(path, config).vocab_size):
+        raise ConfigError(f"{path}: model.lm.{field} {wanted} would cut off words; the vocabulary has {words}")
+    return dataclasses.replace(tensor, shape=(wanted, *tensor.shape[1:]), read=lambda: tensor.read()[:wanted])

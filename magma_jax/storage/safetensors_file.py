@@ -1,0 +1,98 @@
+"""Safetensors files, one or sharded: read tensor by tensor, written without holding more than one tensor.
+
+The library checks a file and its header. It also maps the whole file to read a tensor, and needs every tensor in
+memory to write one, so the bytes themselves go through here: eight bytes with the header's length, a JSON header
+(name -> dtype, shape, first and last byte), and the tensors' bytes.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from magma_jax.output import whole_output
+from magma_jax.storage.byte_file import ByteFile, WeightFileError
+from magma_jax.storage.deferred import elements_ahead
+from magma_jax.storage.torch.storage import DTYPES, LazyTensor, contiguous
+
+# The format's name -> PyTorch's.
+_NAMES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
+    **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+}
+_DTYPES = {name: DTYPES[dtype] for name, dtype in _NAMES.items()}
+_ALIGNMENT = 8
+
+
+def open_safetensors(path: str | os.PathLike) -> tuple[ByteFile, dict[str, LazyTensor], dict[str, str]]:
+    """The open file (to be closed by the caller), its tensors in the file's order, and its metadata.
+
+    Raises:
+        WeightFileError: not a whole safetensors file, or an element type that NumPy lacks. OSError: no such file.
+    """
+    file = ByteFile(path)
+    try:
+        try:
+            with safe_open(file.path, framework="np"):  # every offset, size and overlap
+                pass
+        except SafetensorError as error:
+            raise WeightFileError(f"{path}: cut short or no safetensors file ({error}); fetch it again") from None
+        length = int.from_bytes(file[:8], "little")
+        header = json.loads(file[8 : 8 + length])
+        metadata = header.pop("__metadata__", {})
+        tensors = {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in _DTYPES:
+                raise WeightFileError(f"{path}: {name} has the element type {entry['dtype']}, which is not supported")
+            start = 8 + length + entry["data_offsets"][0]
+            tensors[name] = contiguous(file, name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
+    except BaseException:
+        file.close()
+        raise
+    return file, tensors, metadata
+
+
+def write_safetensors(
+    path: str | os.PathLike,
+    tensors: Mapping[str, object],
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Writes tensors one at a time; the file appears under its name only when it is complete.
+
+    Args:
+        tensors: arrays, or anything with ``shape``, ``dtype`` and ``read()``. Two names of one tensor become two
+            tensors, since the format has no sharing.
+        metadata: text by name.
+        progress: called with the number of bytes after each tensor.
+
+    Raises:
+        TypeError: an element type that the format lacks. ValueError: a tensor is not as announced.
+        OutputError: the disk is too small.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    # Wide elements first keeps every tensor aligned to its own element size.
+    order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        dtype = np.dtype(tensor.dtype)
+        if dtype not in names:
+            raise TypeError(f"{name}: safetensors has no {dtype}")
+        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with whole_output(path, nbytes=8 + len(text) + end) as partial, partial.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for elements in elements_ahead(tensors[name] for name in order):
+            file.write(elements.data)
+            progress(elements.nbytes)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,133 @@
+"""Writes checkpoints that ``torch.load(path, weights_only=True)`` reads, without PyTorch.
+
+The zip format of PyTorch >= 1.6 (see torch_reader). Tensors are asked for one at a time while the
+file is written, so a checkpoint larger than memory passes through.
+"""
+
+import math
+import os
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+
+from magma_jax.output import whole_output
+from magma_jax.storage.deferred import alias_key, elements_ahead
+from magma_jax.storage.torch.storage import DTYPES, STORAGES
+
+# PyTorch places every storage at a multiple of 64 bytes so that it can be mapped into memory.
+ALIGNMENT = 64
+# Any directory would do; this is what PyTorch calls it when it writes to a stream.
+ROOT = "archive"
+_STORAGE_NAMES = {DTYPES[dtype]: storage for storage, dtype in STORAGES.items()}
+_LOCAL_HEADER_NBYTES = 30
+_ZIP64_EXTRA_NBYTES = 20
+_PADDING_ID = 0x4246  # the id of PyTorch's own padding field: "FB"
+_MAX_DEPTH = 100
+
+
+def write_torch_file(
+    path: str | os.PathLike, tree: object, progress: Callable[[int], None] = lambda nbytes: None
+) -> None:
+    """Writes ``tree`` so that ``torch.load(path, weights_only=True)`` gives it back.
+
+    ``tree`` is made of dicts, lists, tuples, strings, numbers, booleans, None, and tensors: NumPy arrays
+    (ml_dtypes' bfloat16 included) or anything with ``shape``, ``dtype`` and ``read()``, such as ``Deferred``
+    or a ``LazyTensor`` of another file. The same object in two places becomes two tensors that share one
+    storage, as tied weights do in PyTorch; so do two LazyTensors over the same elements. ``progress`` is called
+    with the number of bytes after every storage.
+
+    The file appears under its name only when it is complete; on any error the previous file stays.
+    Raises TypeError for what the format cannot hold, ValueError if a deferred tensor is not as announced,
+    OutputError if the disk is too small.
+    """
+    pickled = _Pickled(tree)  # before touching the disk: a wrong leaf is found at once
+    nbytes = len(pickled.code) + sum(_nbytes(tensor) + 2 * ALIGNMENT for tensor in pickled.tensors)
+    with whole_output(path, nbytes=nbytes) as partial, partial.open("xb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            _write_entry(archive, "data.pkl", bytes(pickled.code))
+            _write_entry(archive, "byteorder", b"little")
+            for key, elements in enumerate(elements_ahead(pickled.tensors)):
+                _write_entry(archive, f"data/{key}", elements.data)
+                progress(elements.nbytes)
+            _write_entry(archive, "version", b"3\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _nbytes(tensor: object) -> int:
+    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+
+
+def _write_entry(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
+    info = zipfile.ZipInfo(f"{ROOT}/{name}")  # its date stays at 1980: equal trees give equal files
+    large = len(content) > zipfile.ZIP64_LIMIT
+    header = _LOCAL_HEADER_NBYTES + len(info.filename) + large * _ZIP64_EXTRA_NBYTES + 4
+    padding = -(archive.fp.tell() + header) % ALIGNMENT
+    info.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
+    with archive.open(info, "w", force_zip64=large) as entry:
+        entry.write(content)
+
+
+class _Pickled:
+    """``code``: the pickle (protocol 2, which ``weights_only`` wants); ``tensors[k]``: what storage k holds."""
+
+    def __init__(self, tree: object):
+        self.code, self.tensors, self._storage_of = bytearray(b"\x80\x02"), [], {}
+        self._put(tree, "", 0)
+        self.code += b"."
+
+    def _put(self, value: object, where: str, depth: int) -> None:
+        code = self.code
+        if depth > _MAX_DEPTH:
+            raise TypeError(f"{where[:80]}...: nested more than {_MAX_DEPTH} deep, or contains itself")
+        match value:
+            case None | bool():
+                code += {None: b"N", True: b"\x88", False: b"\x89"}[value]
+            case int() if -(2**31) <= value < 2**31:
+                code += struct.pack("<ci", b"J", value)
+            case int() if -(2**63) <= value < 2**64:
+                code += struct.pack("<cB", b"\x8a", 9) + value.to_bytes(9, "little", signed=True)
+            case float():
+                code += struct.pack(">cd", b"G", value)
+            case str():
+                text = value.encode()
+                code += struct.pack("<cI", b"X", len(text)) + text
+            case dict():
+                code += b"ccollections\nOrderedDict\n)R(" if isinstance(value, OrderedDict) else b"}("
+                for key, item in value.items():
+                    if not isinstance(key, str | int):
+                        raise TypeError(f"{where or 'the top'}: the key {key!r} is no string and no integer")
+                    self._put(key, where, depth + 1)
+                    self._put(item, f"{where}[{key!r}]", depth + 1)
+                code += b"u"
+            case list() | tuple():
+                code += b"](" if isinstance(value, list) else b"("
+                for index, item in enumerate(value):
+                    self._put(item, f"{where}[{index}]", depth + 1)
+                code += b"e" if isinstance(value, list) else b"t"
+            case _ if isinstance(value, np.ndarray) or hasattr(value, "read"):
+                self._put_tensor(value, where)
+            case _:
+                raise TypeError(f"{where or 'the top'}: a checkpoint cannot hold a {type(value).__name__}")
+
+    def _put_tensor(self, tensor: object, where: str) -> None:
+        name = _STORAGE_NAMES.get(np.dtype(tensor.dtype))
+        if name is None:
+            raise TypeError(f"{where or 'the top'}: PyTorch has no storage for {tensor.dtype}")
+        key = self._storage_of.setdefault(alias_key(tensor), len(self.tensors))
+        if key == len(self.tensors):
+            self.tensors.append(tensor)
+        shape = tuple(int(n) for n in tensor.shape)
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        # torch._utils._rebuild_tensor_v2(storage, offset=0, shape, strides, requires_grad=False, hooks={})
+        self.code += b"ctorch._utils\n_rebuild_tensor_v2\n("
+        self.code += b"(X\x07\0\0\0storagectorch\n" + name.encode() + b"\n"
+        for item in (str(key), "cpu", math.prod(shape)):
+            self._put(item, where, 0)
+        self.code += b"tQ"
+        for item in (0, shape, strides, False, OrderedDict()):
+            self._put(item, where, 0)
+        self.code += b"tR"

@@ -1,0 +1,312 @@
+"""Checkpoints of a run: the model folder of the frozen base, written once, and what training changes.
+
+    checkpoints/STEP/params/       trainable parameters and running statistics
+                     optimizer/    state of the optimizer, step, root random key
+                     progress/     position of the data iterator, best validated step
+                     SHA256SUMS    of all these files
+
+A step appears under its name only when it is whole. Orbax is known here and in ``array_files`` only.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from jax.experimental import multihost_utils
+
+from magma_jax.runtime.distributed import barrier, is_main, say
+from magma_jax.storage.checksums import find_damage, write_checksums
+from magma_jax.storage.model_folder import CheckpointError, read_model_json, read_params, with_sharding
+from magma_jax.training.checkpoints.early_stopping import BestStep
+from magma_jax.training.step.optim import label_parameters, partition
+from magma_jax.training.step.train_step import TrainState
+from magma_jax.typing import Params, PRNGKey
+
+CHECKPOINTS = "checkpoints"
+
+# Orbax writes these after the sums, on giving the folder its name.
+WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+T = TypeVar("T")
+
+
+def read_trained_params(path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any]) -> Params:
+    """Parameters of a model folder, or of a run folder with what it has trained, see ``RunCheckpoints.result_step``.
+
+    Each comes straight to the dtype and sharding of ``shapes``.
+    """
+    trained = read_what_was_trained(path, shapes, types)
+    base = read_params(path, {name: shape for name, shape in shapes.items() if name not in trained})
+    return {name: trained[name] if name in trained else base[name] for name in shapes}
+
+
+def read_what_was_trained(path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any]) -> Params:
+    """Trained parameters and statistics of a run folder's result step; none for a model folder."""
+    if not (Path(path) / CHECKPOINTS).is_dir():
+        return {}
+    trainable, _, statistics = partition(shapes, label_parameters(types, read_model_json(path).get("groups", {})))
+    with RunCheckpoints(path) as checkpoints:
+        return checkpoints.restore_params(trainable, statistics)
+
+
+@dataclasses.dataclass
+class Snapshot:
+    """All that a run needs to go on, beside its frozen parameters.
+
+    Attributes:
+        state: what training changes.
+        key: root random key.
+        data: position of the data iterator, plain JSON values. With several processes that of the first is kept, so
+            it must count what all of them have seen.
+        best: the best validated step so far.
+    """
+
+    state: TrainState
+    key: PRNGKey
+    data: dict[str, Any]
+    best: BestStep = BestStep()
+
+
+class RunCheckpoints:
+    """The checkpoints of a run folder: the newest ones and that of the best validated step.
+
+    A step whose files have changed since they were written is damaged. The one before is used instead, with a line
+    on stderr; a writer moves damaged steps to ``STEP.damaged``, a reader leaves the folder as it is.
+
+    Args:
+        workdir: the run folder.
+        writing: whether steps are saved here; one run folder has one writer (which may be many processes).
+        keep: number of newest steps that are kept.
+    """
+
+    def __init__(self, workdir: str | Path, *, writing: bool = False, keep: int = 2):
+        self._folder = Path(workdir).absolute() / CHECKPOINTS
+        self._writing = writing
+        self._kept = _KeptStep()
+        self._saving: ocp.AsyncResponse[bool] | None = None
+        self._saving_step = 0
+        policies = ocp.training.preservation_policies
+        logging.getLogger("absl").addFilter(_is_no_traceback)
+        context = ocp.Context()
+        # Despite its name this is called before the folder gets its final name, by the first process alone. Orbax
+        # copies its options deeply: a bound method would come with a copy of this object.
+        context.async_options.post_finalization_callback = lambda: self._write_checksums()
+        context.checkpointables_options.registry = ocp.handlers.local_registry().add(
+            ocp.handlers.JsonHandler, checkpointable_name="progress"
+        )
+        self._checkpointer = ocp.training.Checkpointer(
+            self._folder,
+            context=context,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self._kept]),
+            # Half-written steps of a killed run; a reader must leave alone what a trainer is writing.
+            cleanup_tmp_directories=writing,
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest step, whole or damaged; None if there is none."""
+        return max(self._steps(), default=None)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Copies the snapshot to the host, then writes it in the background; waits for the save before it.
+
+        Raises:
+            CheckpointError: the save before this one has failed.
+        """
+        step, state = int(snapshot.state.step), snapshot.state
+        self._kept.step = snapshot.best.step
+        contents = {
+            "params": _as_jax({"trainable": state.trainable, "statistics": state.statistics}),
+            "optimizer": _as_jax(_optimizer_part(state, snapshot.key)),
+            "progress": {"data": dict(snapshot.data), "best": snapshot.best.to_json()},
+        }
+        self._finish_save()
+        self._saving_step = step
+        self._saving = self._checkpointer.save_checkpointables_async(step, contents, force=True)
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background; does not wait for one that is under way."""
+        if self._saving is not None and not self._checkpointer.is_saving_in_progress():
+            self._finish_save()
+
+    def restore(self, state: TrainState, key: PRNGKey) -> Snapshot:
+        """The newest whole step, on the dtypes and shardings of ``state`` and ``key``, whatever mesh wrote it.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        wanted = {
+            "params": _abstract({"trainable": state.trainable, "statistics": state.statistics}),
+            "optimizer": _abstract(_optimizer_part(state, key)),
+            "progress": None,
+        }
+        _, loaded = self._load(self._steps(), wanted)
+        optimizer, progress = loaded["optimizer"], loaded["progress"]
+        key = jax.random.wrap_key_data(optimizer.pop("key"), impl=jax.random.key_impl(key))
+        snapshot = Snapshot(
+            TrainState(**loaded["params"], **optimizer), key, progress["data"], BestStep(**progress["best"])
+        )
+        self._kept.step = snapshot.best.step
+        return snapshot
+
+    def restore_params(self, trainable: Params, statistics: Params) -> Params:
+        """The trained parameters and statistics of ``result_step``, for inference."""
+        wanted = {"params": _abstract({"trainable": trainable, "statistics": statistics})}
+        loaded = self._load([self.result_step()], wanted)[1]["params"]
+        return loaded["trainable"] | loaded["statistics"]
+
+    def result_step(self) -> int:
+        """The step that stands for the run: the best validated one, or the newest if none was validated.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        step, loaded = self._load(self._steps(), {"progress": None}, checked=("params", "progress"))
+        best = loaded["progress"]["best"]["step"]
+        if best is None or best not in self._steps():
+            return step
+        problem = _from_first_process(lambda: self._find_damage(best, ("params",)))
+        self._report({} if problem is None else {best: problem}, step)
+        return best if problem is None else step
+
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if kind is None:  # else the first error is the one to tell
+                raise
+
+    def close(self) -> None:
+        """Waits for a save in progress and closes.
+
+        Raises:
+            CheckpointError: that save has failed.
+        """
+        try:
+            self._finish_save()
+        finally:
+            self._checkpointer.close()
+
+    def _finish_save(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saving.result()
+        except Exception as error:  # whatever the storage layer met, such as a full disk
+            with contextlib.suppress(Exception):
+                self._checkpointer.wait()  # Orbax raises the same error once more in every thread
+            folder = self._folder / str(self._saving_step)
+            raise CheckpointError(f"{folder}: could not be saved ({_reason(error)})") from error
+
+    def _write_checksums(self) -> None:
+        # Under its temporary name, which begins with the step and a dot.
+        (folder,) = self._folder.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")
+        write_checksums(folder, leave_out=WRITTEN_LAST)
+
+    def _steps(self) -> list[int]:
+        """Every step that has a folder, also one that Orbax no longer takes for finished; the newest first."""
+
+        def look() -> list[int]:
+            return sorted((int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()), reverse=True)
+
+        return _from_first_process(look)
+
+    def _load(
+        self, steps: Sequence[int], wanted: dict[str, Any], checked: Sequence[str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """The first of ``steps`` that is whole (in the items ``checked``), and what it holds of ``wanted``."""
+        damage: dict[int, str] = {}
+        for step in steps:
+            problem = _from_first_process(lambda step=step: self._find_damage(step, checked or tuple(wanted)))
+            if problem is None:
+                try:
+                    loaded = self._checkpointer.load_checkpointables(step, wanted)
+                except Exception as error:  # Orbax raises whatever its storage layer met
+                    problem = _reason(error)
+                    if jax.process_count() > 1:  # the others may have succeeded, and would wait for this one
+                        raise CheckpointError(f"{self._folder / str(step)}: cannot be read ({problem})") from error
+                else:
+                    self._report(damage, step)
+                    return step, loaded
+            damage[step] = problem
+        if not damage:
+            raise CheckpointError(f"{self._folder}: holds no checkpoint")
+        found = "; ".join(f"{step}: {problem}" for step, problem in damage.items())
+        raise CheckpointError(f"{self._folder}: every checkpoint is damaged ({found}); begin in another folder")
+
+    def _find_damage(self, step: int, items: Sequence[str]) -> str | None:
+        if all(known.step != step for known in self._checkpointer.checkpoints):
+            return "not marked as finished"
+        return find_damage(self._folder / str(step), below=items)
+
+    def _report(self, damage: Mapping[int, str], used: int) -> None:
+        for step, problem in damage.items():
+            folder = self._folder / str(step)
+            moved = ""
+            if self._writing:
+                aside = _from_first_process(lambda folder=folder: _move_aside(folder))
+                moved = f", moved to {aside}"
+            say(f"{folder}: damaged ({problem}){moved}; using {self._folder / str(used)}")
+        if damage and self._writing:
+            self._checkpointer.reload()
+
+
+@dataclasses.dataclass
+class _KeptStep:
+    """Preservation policy: one step that is kept however old it is."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+def _is_no_traceback(record: logging.LogRecord) -> bool:
+    """For Orbax, which logs a failed save five times over before it raises the error, which is told in one line."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _optimizer_part(state: TrainState, key: PRNGKey) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state, "key": jax.random.key_data(key)}
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(with_sharding, tree)
+
+
+def _reason(error: Exception) -> str:
+    return f"{next(iter(str(error).splitlines()), type(error).__name__):.200}"
+
+
+def _move_aside(folder: Path) -> str:
+    names = [f"{folder.name}.damaged", *(f"{folder.name}.damaged-{i}" for i in range(2, 1000))]
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    os.rename(folder, aside)
+    return str(aside)
+
+
+def _from_first_process(ask: Callable[[], T]) -> T:
+    """The first process's answer, plain JSON values, for all: they must agree, and may see a disk differently."""
+    if jax.process_count() == 1:
+        return ask()
+    text = json.dumps(ask()).encode() if is_main() else b""
+    # Reading a large checkpoint takes longer than a collective waits.
+    barrier("checkpoint")
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text))))
+    buffer = np.frombuffer(text.ljust(size), np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
+
+
+def _as_jax(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)

@@ -1,0 +1,266 @@
+"""What can be seen of a run while it trains: figures, a progress bar or lines, samples, profiles, a summary.
+
+Steps run asynchronously, and watching must not make the device wait. So the figures of a step are read after the next
+step has been handed to the device: the read blocks until the step they belong to is done, which gives its time too.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from magma_jax.config import to_dict
+from magma_jax.evaluation.tasks.training_samples import Sampler
+from magma_jax.runtime.distributed import is_main, say
+from magma_jax.training.monitor.profiler import Profiler, StepRange
+from magma_jax.training.monitor.throughput import Meter, Window, count_batch, device_memory
+from magma_jax.training.monitor.writers import METRICS_FILE, TENSORBOARD, JsonLines, TensorBoard, Wandb, Writer, Writers
+from magma_jax.training.run.setup import Run
+from magma_jax.training.step.flops import peak_flops, step_flops
+from magma_jax.training.step.optim import make_schedule
+
+Metrics = Mapping[str, Any]
+
+
+class Watch:
+    """Watches the steps of a run, from where its state stands to the config's last step.
+
+        with Watch(run) as watch:  # time runs from here
+            for step in ...:
+                with watch.waiting():
+                    batch = ...
+                watch.begin(step, batch)
+                run.state, metrics = ...
+                watch.end(step, metrics)
+
+    ``counts`` may be set to a function that gives further numbers whenever figures are written.
+
+    Only the first process writes and prints; all of them ask the model for samples, since all hold parts of it.
+
+    Raises:
+        ConfigError: samples or profile that the run cannot give, or a missing package.
+    """
+
+    def __init__(self, run: Run, profile: StepRange | None = None):
+        self._run, config = run, run.config
+        self.counts: Callable[[], dict[str, int]] = dict
+        self._first = int(run.state.step)
+        self._main = is_main()
+        self._sampler = Sampler(run, writing=self._main) if config.watch.samples_every else None
+        tensorboard = run.workdir / TENSORBOARD
+        profile = profile if self._main else None
+        self._profiler = Profiler(profile, tensorboard, done=self._first, end=config.steps, say=say)
+        writing = self._main and self._first < config.steps
+        self._writers, self._seconds_before = _open_writers(run) if writing else (Writers([]), 0.0)
+        mesh = run.program.mesh
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self._peak = None if peak is None else peak * mesh.size
+        self._rates = _learning_rates(run)
+        self._flops: dict[int, int] = {}
+        self._compiled: set[Any] = set()
+        self._compile_started: float | None = None
+        self._compile_seconds = 0.0
+        self._unwritten: dict[str, float] = {}
+        self._batch: Mapping[str, np.ndarray] = {}
+        self._last: Metrics = {}
+        self._pending: tuple[int, Metrics, Window] | None = None
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """For the time in which the loop waits for a batch."""
+        return self._meter.waiting()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is not training, such as saving; all steps are done when it begins."""
+        self.flush()
+        jax.block_until_ready(self._last)
+        with self._meter.paused():
+            yield
+
+    def begin(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
+        """Before ``step`` is handed to the device; ``batch`` holds the rows of this process."""
+        self._batch = batch
+        if self._profiler.starts(step):
+            with self.paused():
+                self._profiler.start()
+        shapes = tuple((name, array.shape) for name, array in sorted(batch.items()))
+        if shapes not in self._compiled:
+            self._compiled.add(shapes)
+            self.flush()
+            jax.block_until_ready(self._last)
+            self._compile_started = self._meter.elapsed
+
+    def end(self, step: int, metrics: Metrics) -> None:
+        """After it has been handed over; ``metrics`` are arrays that the device has yet to fill."""
+        config = self._run.config
+        self._last = metrics
+        self._bar.update()
+        if self._compile_started is None:
+            samples, tokens, flops = self._size()
+            self._meter.count(samples, tokens, flops)
+        else:
+            # A step that is compiled says nothing about speed: it is measured apart.
+            jax.block_until_ready(metrics)
+            seconds = self._meter.elapsed - self._compile_started
+            self._meter.skip(seconds)
+            self._compile_started = None
+            self._compile_seconds += seconds
+            self._unwritten["compile_seconds"] = self._unwritten.get("compile_seconds", 0.0) + seconds
+            say(f"step {step} took {duration(seconds)}, compilation included")
+        self.flush()
+        if self._profiler.ends(step):
+            with self.paused():
+                self._profiler.close()
+        if step % config.log_every == 0 or step == config.steps:
+            metrics = {**metrics, **self._rates(self._run.state.opt_state)}
+            for value in metrics.values():
+                value.copy_to_host_async()
+            self._pending = (step, metrics, self._meter.cut())
+        if self._sampler and (step % config.watch.samples_every == 0 or step == config.steps):
+            with self.paused():
+                picture = self._sampler(step, self._run.params)
+                self._writers.picture(step, "samples", picture)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Records further figures of a step, such as a validation loss."""
+        self._writers.scalars(step, values)
+
+    def flush(self) -> None:
+        """Reads and writes the figures that are due; waits until their step is done."""
+        if self._pending is None:
+            return
+        (step, metrics, window), self._pending = self._pending, None
+        values = {name: float(value) for name, value in metrics.items()}
+        values = {"seconds": self._seconds_before + self._meter.elapsed, **values}
+        values |= self.counts() | self._meter.figures(window, self._peak) | self._unwritten
+        self._unwritten = {}
+        memory = device_memory()
+        if memory is not None:
+            values["device_memory_bytes"] = memory
+        self._writers.scalars(step, values)
+        self._show(step, values)
+
+    def __enter__(self) -> "Watch":
+        # disable=None: a bar on a terminal, nothing elsewhere, where lines tell instead.
+        self._bar = tqdm(
+            total=self._run.config.steps,
+            initial=self._first,
+            bar_format="{n}/{total} |{bar}| {elapsed}<{remaining}{postfix}",
+            dynamic_ncols=True,
+            disable=None if self._main else True,
+        )
+        self._meter = Meter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self._profiler.close()
+            self._writers.close()
+            self._bar.close()
+        if kind is None:
+            self._summary()
+
+    def _size(self) -> tuple[int, int, int]:
+        """Samples, tokens and operations of the batch; what other processes hold is reckoned from the rows here."""
+        config, program = self._run.config, self._run.program
+        length = self._batch["tokens"].shape[1]
+        if length not in self._flops:
+            self._flops[length] = step_flops(
+                config.model,
+                program.params,
+                program.labels,
+                batch_size=config.batch_size,
+                length=length,
+                pack=config.data.pack,
+                cached_features="features" in self._batch,
+            ).total
+        samples, tokens = count_batch(self._batch, self._run.dataset.tokenizer.pad_id)
+        share = len(self._batch["tokens"]) / config.batch_size
+        return round(samples / share), round(tokens / share), self._flops[length]
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        loss, steps = f"loss {values['loss']:.3f}", self._run.config.steps
+        short, long = [loss], [f"step {step}/{steps}", loss]
+        if "step_seconds" in values:
+            samples, wait = f"{values['samples_per_second']:.0f} samples/s", f"data wait {values['input_wait']:.0%}"
+            tokens = "{:.3g}{} tokens/s".format(*scaled(values["tokens_per_second"]))
+            flops = "{:.3g} {}FLOP/s".format(*scaled(values["model_flops_per_second"]))
+            mfu = [f"MFU {values['mfu']:.1%}"] if "mfu" in values else []
+            short += [samples, *mfu, wait]
+            long += [samples, tokens, flops, *mfu, wait]
+            long += [duration((steps - step) * values["step_seconds"]) + " left"] if step < steps else []
+        self._bar.set_postfix_str(", ".join(short))
+        if self._bar.disable:
+            say("  ".join(long))
+
+    def _summary(self) -> None:
+        total, meter = self._meter.total, self._meter
+        training = meter.elapsed - meter.paused_seconds - self._compile_seconds
+        if not total.steps or training <= 0:
+            return
+        tokens = "{:.3g}{}".format(*scaled(total.tokens / training))
+        say(
+            f"steps {self._first + 1} to {int(self._run.state.step)} took {duration(meter.elapsed)}: "
+            f"{total.samples / training:.0f} samples/s, {tokens} tokens/s; beside that "
+            f"{duration(self._compile_seconds)} compiling, {duration(meter.paused_seconds)} samples and checkpoints"
+        )
+
+
+def _open_writers(run: Run) -> tuple[Writers, float]:
+    """The writers of a run, and the seconds that its earlier parts took."""
+    watch, step, folder = run.config.watch, int(run.state.step), Path(run.workdir)
+    lines = JsonLines(folder / METRICS_FILE, step)
+    writers: list[Writer] = [lines]
+    if watch.wandb is not None:
+        writers.append(Wandb(folder, watch.wandb, to_dict(run.config)))
+    if watch.tensorboard:
+        writers.append(TensorBoard(folder / TENSORBOARD, step))
+    return Writers(writers), float(lines.last.get("seconds", 0.0))
+
+
+def _learning_rates(run: Run) -> Any:
+    """State of the optimizer to the rates of its last update, for the groups that learn.
+
+    They are arrays to be fetched later. The optimizer counts its own updates: a step that was left out is none.
+    """
+    optim, groups = run.config.optim, set(run.program.labels.values())
+    peaks = {"learning_rate": ("rest", optim.learning_rate)}
+    peaks["encoder_learning_rate"] = ("encoder", optim.encoder_learning_rate)
+    schedules = {name: make_schedule(optim, peak) for name, (group, peak) in peaks.items() if group in groups}
+
+    def rates(opt_state: Any) -> dict[str, Any]:
+        leaves = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, optax.ScaleByScheduleState))
+        updates = next(leaf.count for leaf in leaves if isinstance(leaf, optax.ScaleByScheduleState))
+        return {name: schedule(jnp.maximum(updates - 1, 0)) for name, schedule in schedules.items()}
+
+    return jax.jit(rates)
+
+
+def duration(seconds: float | int) -> str:
+    """Seconds for people: ``52 s``, ``5 min 12 s``, ``3 h 20 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def scaled(value: float | int) -> tuple[float | int, str]:
+    """A number below 1000 and the letter of its thousands: ``(12.3, "k")``."""
+    for letter in ("", "k", "M", "G", "T"):
+        if abs(value) < 999.5:
+            return value, letter
+        value /= 1000
+    return value, "P"

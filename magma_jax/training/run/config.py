@@ -1,0 +1,98 @@
+"""What a run is made of: the root of every config file."""
+
+import dataclasses
+
+from magma_jax.data.datasets import DataConfig
+from magma_jax.models import ModelConfig
+from magma_jax.runtime.sharding import MeshConfig
+from magma_jax.training.checkpoints.early_stopping import ValidationConfig
+from magma_jax.training.faults.nonfinite import Policy
+from magma_jax.training.monitor.writers import WatchConfig
+from magma_jax.training.step.losses import LossOptions
+from magma_jax.training.step.optim import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run.
+
+    Attributes:
+        model: what is trained.
+        data: what it is trained on.
+        optim: who learns and how.
+        loss: how the forward pass of training runs.
+        mesh: how devices are arranged; it may change between two parts of a run.
+        base: model folder that the run starts from, such as ``convert compose`` writes, or the folder of another run;
+            what it holds frozen stays there and is not copied. None: start from ``weights``.
+        weights: path prefix to the name of a pretrained part, see ``training.run.pretrained``; the rest starts fresh.
+        steps: optimizer steps.
+        batch_size: samples a step.
+        accumulate: parts that a batch is run in, to save memory.
+        seed: of fresh weights, data order and dropout.
+        log_every: steps between lines of metrics.
+        checkpoint_every: steps between checkpoints; the last step is always one.
+        keep_checkpoints: newest checkpoints that are kept, beside that of the best validation.
+        nonfinite: what a loss or gradient that is not a finite number does: the run will ``stop``, or ``skip``
+            the step, which then changes nothing; its batch is written to the run folder.
+        nonfinite_limit: how many steps in a row may be skipped before the run stops all the same.
+        validation: when the run is validated and ends early.
+        watch: what is recorded beside ``metrics.jsonl``.
+        evaluate: whether the run ends with the evaluation of ``eval.py``.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    loss: LossOptions = LossOptions()
+    mesh: MeshConfig = MeshConfig()
+    base: str | None = None
+    weights: dict[str, str] = dataclasses.field(default_factory=dict)
+    steps: int = 1000
+    batch_size: int = 64
+    accumulate: int = 1
+    seed: int = 0
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    nonfinite: Policy = "stop"
+    nonfinite_limit: int = 10
+    validation: ValidationConfig = ValidationConfig()
+    watch: WatchConfig = WatchConfig()
+    evaluate: bool = False
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.data.name == "folders":
+            object.__setattr__(self, "data", _for_model(self.data, self.model, self.base))
+        if self.data.pack > 1 and self.loss.batch_norm == "batch":
+            raise ValueError(
+                "rows with data.pack have empty places for pictures, which loss.batch_norm=batch would count"
+            )
+        if self.nonfinite_limit < 0:
+            raise ValueError(f"nonfinite_limit must not be negative, got {self.nonfinite_limit}")
+        if self.base and self.weights:
+            raise ValueError("base holds the whole model: give either base or weights")
+        if self.steps < 0:
+            raise ValueError(f"steps must not be negative, got {self.steps}")
+        if self.optim.steps is None:
+            object.__setattr__(self, "optim", dataclasses.replace(self.optim, steps=self.steps))
+        if self.optim.steps and self.optim.warmup_steps >= self.optim.steps:
+            raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} leave nothing of {self.optim.steps} steps")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+
+
+def _for_model(data: DataConfig, model: ModelConfig, base: str | None) -> DataConfig:
+    """Settings of ``folders`` that follow from the model, unless they are given."""
+    if model.kind != "magma":
+        raise ValueError(f"data.name folders holds pictures, which a model of kind {model.kind} does not see")
+    if len(data.classes) != model.classes:
+        raise ValueError(f"data.classes names {len(data.classes)} classes, but model.classes is {model.classes}")
+    return dataclasses.replace(
+        data,
+        image_size=model.encoder.image_size,
+        augment=data.augment or ("random_crop" if model.encoder.kind == "nf_resnet" else "none"),
+        tokenizer=data.tokenizer or base or "gpt2",
+    )

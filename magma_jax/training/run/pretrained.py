@@ -1,0 +1,114 @@
+"""Pretrained parts by name: where a run's starting weights come from."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+from magma_jax.config import ConfigError
+from magma_jax.models import ModelConfig
+from magma_jax.published import efficientnet_lite
+from magma_jax.published.encoder_sources import open_encoder
+from magma_jax.published.language_model_sources import open_lm
+from magma_jax.storage.files import open_tensors
+from magma_jax.storage.hub import local_path
+from magma_jax.typing import Params
+
+# Committed with the package; assets/README.md says how it was trained and how to do so again.
+QUICKSTART_LM = "assets/quickstart_lm.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Pretrained parameters, not all of them in memory.
+
+    Attributes:
+        params: path to array, or to a tensor with ``shape``, ``dtype`` and ``read()``.
+        files: path prefix to the files that its parameters are read from; empty for those of installed packages.
+    """
+
+    params: Params
+    files: dict[str, tuple[Path, ...]]
+
+
+@contextlib.contextmanager
+def open_weights(model: ModelConfig, names: Mapping[str, str], shapes: Mapping[str, Any]) -> Iterator[Pretrained]:
+    """Opens the parts of a model that a config names; the tensors can be read inside the block.
+
+    Args:
+        model: the model that they are parts of.
+        names: path prefix to source: a name in ``SOURCES``; a ``.safetensors`` file whose keys are the paths below
+            that prefix; for ``lm`` and ``image_prefix/encoder`` also published weights, as a file, a folder or an
+            ``hf://`` address (``published.language_model_sources``, ``published.encoder_sources``).
+        shapes: every path of the model, with its shape.
+
+    Raises:
+        ConfigError: a source that is unknown, incomplete or of other shapes. And what reading it raises.
+    """
+    params: Params = {}
+    files: dict[str, tuple[Path, ...]] = {}
+    with contextlib.ExitStack() as stack:
+        for prefix, name in names.items():
+            below = f"{prefix}/"
+            # Adapters sit inside a pretrained language model and start fresh.
+            wanted = {
+                path.removeprefix(below): shape
+                for path, shape in shapes.items()
+                if path.startswith(below) and "_adapter/" not in path
+            }
+            if not wanted:
+                raise ConfigError(f"weights.{prefix}: the model has no parameter below {below}")
+            loaded, files[prefix] = stack.enter_context(_open(model, prefix, name, wanted))
+            differing = sorted(wanted.keys() ^ loaded.keys())
+            differing += [path for path in wanted.keys() & loaded.keys() if loaded[path].shape != wanted[path].shape]
+            if differing:
+                raise ConfigError(
+                    f"weights.{prefix}: {name} does not fit the model in {len(differing)} tensors, such as "
+                    f"{', '.join(differing[:5])}; check the model's sizes"
+                )
+            params |= {below + path: tensor for path, tensor in loaded.items()}
+        yield Pretrained(params, files)
+
+
+def _quickstart_lm(wanted: Params) -> Params:
+    with resources.as_file(resources.files("magma_jax") / QUICKSTART_LM) as path:
+        return load_file(path)
+
+
+# A source is given the paths and shapes that are wanted and returns the arrays it has.
+SOURCES: dict[str, Callable[[Params], Params]] = {
+    "quickstart_lm": _quickstart_lm,
+    "efficientnet_lite0": efficientnet_lite.read_weights,
+}
+
+
+@contextlib.contextmanager
+def _open(
+    model: ModelConfig, prefix: str, name: str, wanted: Params
+) -> Iterator[tuple[Mapping[str, Any], tuple[Path, ...]]]:
+    if name in SOURCES:
+        yield SOURCES[name](wanted), ()
+        return
+    path = local_path(name)
+    if not path.exists():
+        raise ConfigError(
+            f"weights.{prefix}: {name!r} is no file or folder, no hf:// address and none of the known sources "
+            f"({', '.join(SOURCES)})"
+        )
+    with contextlib.ExitStack() as stack:
+        if path.suffix == ".safetensors":
+            weights = stack.enter_context(open_tensors(path))
+            if weights.tensors.keys() & wanted.keys():  # paths of ours
+                yield weights.tensors, weights.files
+                return
+        match prefix:
+            case "lm":
+                yield stack.enter_context(open_lm(path, model.lm))
+            case "image_prefix/encoder":
+                yield stack.enter_context(open_encoder(path, model.encoder))
+            case _:
+                raise ConfigError(f"weights.{prefix}: {name} does not hold paths below {prefix}/ of this model")

@@ -1,0 +1,93 @@
+"""From a config to a run that is ready to train: data, run folder, starting weights, state."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from magma_jax.config import ConfigError
+from magma_jax.data.datasets import Dataset, load_dataset
+from magma_jax.nn.modules import parameter_count
+from magma_jax.runtime.compile import return_compiler_memory
+from magma_jax.runtime.distributed import agreed, say
+from magma_jax.runtime.sharding import make_mesh
+from magma_jax.storage.model_folder import MODEL_FILE, read_params
+from magma_jax.training.checkpoints.early_stopping import BestStep
+from magma_jax.training.run.config import RunConfig
+from magma_jax.training.run.continuation import continued_config
+from magma_jax.training.run.starting_weights import write_run_folder
+from magma_jax.training.step.optim import partition
+from magma_jax.training.step.program import Program, build_program
+from magma_jax.training.step.train_step import TrainState
+from magma_jax.typing import Params
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is ready to train or has been trained.
+
+    Attributes:
+        frozen: parameters that do not change.
+        state: what training changes.
+        best: the best validated step so far.
+        interrupted: whether it was stopped before its end, by a signal.
+    """
+
+    config: RunConfig
+    workdir: Path
+    dataset: Dataset
+    program: Program
+    frozen: Params
+    state: TrainState
+    best: BestStep = BestStep()
+    interrupted: bool = False
+
+    @property
+    def params(self) -> Params:
+        """Every parameter and statistic as it is now."""
+        return {**self.frozen, **self.state.trainable, **self.state.statistics}
+
+
+def prepare_run(
+    config: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | None = None, *, resume: bool = True
+) -> Run:
+    """Makes the run folder, or opens the one there; its state is that before the first step.
+
+    Raises:
+        ConfigError: the folder holds a run that may not be continued, see ``training.run.continuation``, or the config
+            does not fit the devices.
+    """
+    return_compiler_memory()
+    workdir = Path(workdir)
+    exists = agreed((workdir / MODEL_FILE).exists())
+    if exists:
+        config, notes = continued_config(config, workdir, resume=resume)
+        for note in notes:
+            say(note)
+    program = build_program(config, make_mesh(config.mesh, devices))
+    say(f"preparing data: {config.data.name}")
+    dataset = load_dataset(config.data)
+    _check_vocabulary(config, dataset)
+    if not exists:
+        write_run_folder(program, workdir, dataset)
+    # The base folder holds every parameter as the run started; what learns is replaced by the checkpoint's.
+    params = read_params(workdir, program.params)
+    frozen = partition(params, program.labels)[1]
+    state = program.init_state(params)
+    say(
+        f"model: {parameter_count(state.trainable):,} parameters learn, {parameter_count(frozen):,} are frozen; "
+        f"{program.mesh.size} {program.mesh.devices.flat[0].platform} device(s)"
+    )
+    return Run(config, workdir, dataset, program, frozen, state)
+
+
+def _check_vocabulary(config: RunConfig, dataset: Dataset) -> None:
+    language_model = config.model.lm if config.model.kind == "magma" else config.model
+    # Without the placeholder of pictures, which no text holds.
+    size = dataset.tokenizer.vocab_size
+    if size > language_model.vocab_rows:
+        raise ConfigError(
+            f"the tokenizer has {size} tokens, but the language model embeds {language_model.vocab_rows}; "
+            "set data.tokenizer to that of the language model"
+        )

@@ -1,0 +1,138 @@
+"""Where a run starts: fresh, from pretrained parts, or from a base folder whose frozen parameters are not copied.
+
+A base is a model folder, or another run, which is taken as its result stands when this run begins.
+
+The run's folder is a model folder with the parameters as the run starts; what learns is replaced by the checkpoints'.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from magma_jax.config import ConfigError, from_dict, to_dict
+from magma_jax.data.datasets import Dataset
+from magma_jax.nn.modules import abstract
+from magma_jax.runtime.distributed import is_main
+from magma_jax.runtime.sharding import MeshConfig, make_mesh, parameter_shardings, placed, replicated
+from magma_jax.storage.deferred import Deferred, read_array
+from magma_jax.storage.model_folder import (
+    BASE,
+    base_reference,
+    is_whole,
+    open_params,
+    read_model_json,
+    write_model_folder,
+)
+from magma_jax.training.checkpoints.checkpoint import read_what_was_trained
+from magma_jax.training.pictures import feature_statistics
+from magma_jax.training.run.config import RunConfig
+from magma_jax.training.run.continuation import differences
+from magma_jax.training.run.pretrained import open_weights
+from magma_jax.training.step.program import Program, create_model, fresh_params
+from magma_jax.typing import Params
+
+# What a run's model may have otherwise than its base: how it is run and stored, and how fresh parts would begin.
+MAY_DIFFER = ("dtype", "lm.dtype", "lm.embedding_std", "prefix.dropout", "mlp_adapter.init", "attn_adapter.init")
+
+CLASS_HEAD = "class_head/"
+
+
+def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
+    """Writes the folder of a new run; with several processes all call this, and the first one does the work.
+
+    Raises:
+        ConfigError: weights or a base that do not fit the model. CheckpointError: no model folder.
+    """
+    config = program.config
+    trained: Params = {}
+    if config.base is not None:
+        _check_base(config)
+        # All processes: checkpoints are read together.
+        trained = _trained_in_base(program)
+    metadata = {"model": to_dict(config.model), "groups": dict(config.optim.groups), "run": to_dict(config)}
+    metadata |= {} if config.base is None else {BASE: base_reference(config.base)}
+    starting = _starting_params(program, dataset, trained) if is_main() else contextlib.nullcontext(program.params)
+    with starting as params:
+        # With a base, what is frozen stays there, unless the base is a run that has trained it.
+        kept = {path for path, label in program.labels.items() if config.base and label == "frozen"} - trained.keys()
+        own = {path: params[path] for path in program.params if path not in kept}
+        write_model_folder(workdir, metadata, own, lambda folder: dataset.tokenizer.save(folder / "tokenizer"))
+
+
+@contextlib.contextmanager
+def _starting_params(program: Program, dataset: Dataset, trained: Params) -> Iterator[Params]:
+    """Parameters on their way from files to a folder, unread; fresh ones on the devices of this process alone."""
+    config, devices = program.config, program.mesh.local_devices
+    mesh = make_mesh(MeshConfig(fsdp=len(devices)), devices)
+    shapes = placed(program.params, parameter_shardings(program.params, mesh))
+    with _opened(config, shapes) as stored:
+        stored = stored | trained
+        params = {path: _in_dtype(tensor, shapes[path].dtype) for path, tensor in stored.items()}
+        params |= fresh_params(config, {path: shape for path, shape in shapes.items() if path not in params})
+        if dataset.images is not None and config.base is None:
+            learned = dataset.images if dataset.learned is None else dataset.images[np.asarray(dataset.learned)]
+            params |= feature_statistics(learned, program.graphdef, params)
+        yield params
+
+
+@contextlib.contextmanager
+def _opened(config: RunConfig, shapes: Params) -> Iterator[Params]:
+    if config.base is None:
+        with open_weights(config.model, config.weights, shapes) as pretrained:
+            yield pretrained.params
+        return
+    stored = open_params(config.base)
+    wanted = [path for path in shapes if path in stored or not path.startswith(CLASS_HEAD)]
+    wrong = [path for path in wanted if path not in stored or tuple(stored[path].shape) != shapes[path].shape]
+    wrong += [
+        path for path in wanted if path not in wrong and is_whole(stored[path].dtype) != is_whole(shapes[path].dtype)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"base: {config.base} lacks {', '.join(wrong[:5])} of the model's shape; compose it again, or, if one of "
+            "them is quantized, set model.lm.dtype to what the base has"
+        )
+    yield {path: stored[path] for path in wanted}
+
+
+def _trained_in_base(program: Program) -> Params:
+    """What a base that is a run has trained, whole on every device; empty for a model folder."""
+    base = program.config.base
+    types = abstract(functools.partial(create_model, program.config))[2]
+    there = {path for path in types if not path.startswith(CLASS_HEAD)} | open_params(base).keys()
+    whole = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(program.mesh))
+        for path, leaf in program.params.items()
+        if path in there
+    }
+    return read_what_was_trained(base, whole, {path: types[path] for path in whole})
+
+
+def _in_dtype(tensor: Any, dtype: Any) -> Any:
+    dtype = np.dtype(dtype)
+    if tensor.dtype == dtype:
+        return tensor
+    return Deferred(
+        tuple(tensor.shape),
+        dtype,
+        lambda: read_array(tensor).astype(dtype),
+        tuple(_in_dtype(row, dtype) for row in getattr(tensor, "rows", ())),
+        getattr(tensor, "position", ("", 0)),
+    )
+
+
+def _check_base(config: RunConfig) -> None:
+    base = Path(config.base or "")
+    theirs = to_dict(from_dict(type(config.model), read_model_json(base)["model"], f"{base}: model"))
+    # A new head may be put on a model without one.
+    may_differ = (*MAY_DIFFER, *(() if theirs.get("classes") else ("classes",)))
+    changed = [name for name in differences(theirs, to_dict(config.model)) if name not in may_differ]
+    if changed:
+        raise ConfigError(
+            f"base: {base} holds another model ({', '.join(changed[:5])} differ); compose one from this config"
+        )

@@ -1,0 +1,1 @@
+"""The optimizer step: losses, gradients, updates, and what they cost."""

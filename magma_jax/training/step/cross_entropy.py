@@ -1,0 +1,117 @@
+"""Next-token cross-entropy that never holds the logits of a whole batch.
+
+With V = 50,400 the fp32 logits of 256 rows of 112 positions are 5.8 GB, and a plain backward pass holds them twice.
+Here a loop goes over stretches of the sequence: logits, loss, and the gradient of the loss with respect to the hidden
+states are made together and only the last is kept, which is as large as the hidden states themselves. The head is
+multiplied as often as in the plain form: nothing is computed again in the backward pass.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from magma_jax.typing import IGNORED, Array, Float, Int
+
+# Of fp32 logits on one device at a time. For each stretch the head's weights are read anew, and gathered where they
+# are split over fsdp. On a v5e reading them takes as long as computing with 240 positions; 128 MiB are 665 positions
+# of GPT-J's vocabulary. On a CPU 32 MiB, 128 MiB and all at once take equally long.
+LOGIT_BYTES = 128 * 2**20
+
+# Hidden states to fp32 logits; what it closes over may be differentiated.
+Project = Callable[[Float[Array, "B S D"]], Float[Array, "B S V"]]
+
+
+def cross_entropy(
+    project: Project,
+    hidden: Float[Array, "B S D"],
+    labels: Int[Array, "B S"],
+    *,
+    logit_bytes: int = LOGIT_BYTES,
+) -> tuple[Float[Array, ""], Int[Array, ""], Int[Array, ""]]:
+    """Sum of the loss over the labels that are not ``IGNORED``, their number, and how many of them are predicted.
+
+    Sums let devices and accumulation steps form one token-weighted mean instead of a mean of means. A label counts as
+    predicted if no token is more likely. Derivatives are first-order and reverse-mode, with respect to ``hidden`` and
+    to whatever of ``project`` is being differentiated: the weights of a frozen head get no gradient and cost none.
+
+    Args:
+        project: hidden states to fp32 logits of any stretch of the sequence.
+        hidden: the final hidden states.
+        labels: the token that each of them predicts.
+        logit_bytes: bound on the logits that one device holds at a time; at least one position of each row is held.
+    """
+    batch, length, width = hidden.shape
+    size = jax.eval_shape(project, hidden).shape[-1] * batch * 4 / _devices(hidden)
+    stretches = -(-length // max(1, int(logit_bytes / size)))
+    stretch = -(-length // stretches)
+    padding = stretches * stretch - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    padded = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORED)
+    # The rows, which devices share, stay together in each stretch.
+    hidden = hidden.reshape(batch, stretches, stretch, width).swapaxes(0, 1)
+    padded = padded.reshape(batch, stretches, stretch).swapaxes(0, 1)
+    project, weights = jax.closure_convert(project, hidden[0])
+    loss, predicted = _summed(project, hidden, padded, *weights)
+    return loss, jnp.sum(labels != IGNORED), predicted
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(project, hidden, labels, *weights):
+    """Loss and number of predicted labels, summed over stretches (N, B, S, D)."""
+
+    def body(sums, inputs):
+        hidden, labels = inputs
+        loss, predicted, _ = _losses(project(hidden, *weights), labels)
+        return (sums[0] + loss, sums[1] + predicted), None
+
+    return jax.lax.scan(body, (jnp.zeros(()), jnp.zeros((), jnp.int32)), (hidden, labels))[0]
+
+
+def _forward(project, hidden, labels, *weights):
+    values = dict(enumerate(weight.value for weight in weights))
+    learned = {i: values[i] for i, weight in enumerate(weights) if weight.perturbed}
+
+    def body(carry, inputs):
+        loss, predicted, gradients = carry
+        hidden, labels = inputs
+        logits, pullback = jax.vjp(lambda h, w: project(h, *(values | w).values()), hidden, learned)
+        new_loss, new_predicted, logits_gradient = _losses(logits, labels)
+        hidden_gradient, new = pullback(logits_gradient)
+        gradients = jax.tree.map(jnp.add, gradients, new)
+        return (loss + new_loss, predicted + new_predicted, gradients), hidden_gradient
+
+    start = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, learned))
+    (loss, predicted, gradients), hidden_gradient = jax.lax.scan(body, start, (hidden.value, labels.value))
+    return (loss, predicted), (hidden_gradient, [gradients.get(i) for i in values])
+
+
+def _backward(project, gradients, cotangents):
+    del project
+    scale, _ = cotangents  # the number of predicted labels has no derivative
+    hidden, weights = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
+    return hidden, None, *weights
+
+
+_summed.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _losses(logits, labels):
+    """Loss and predicted labels, summed, and the gradient of that loss with respect to the logits."""
+    counted = labels != IGNORED
+    labels = jnp.where(counted, labels, 0)[..., None]
+    largest = logits.max(-1)
+    log_total = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(-1))
+    label_logit = jnp.take_along_axis(logits, labels, -1)[..., 0]
+    loss = jnp.where(counted, log_total - label_logit, 0).sum()
+    # Not from the exponentials above: keeping them would cost as much memory as the logits.
+    probability = jnp.exp(logits - log_total[..., None])
+    is_label = jnp.arange(logits.shape[-1]) == labels
+    gradient = jnp.where(counted[..., None], probability - is_label, 0)
+    return loss, jnp.sum(counted & (label_logit >= largest)), gradient
+
+
+def _devices(array: Array) -> int:
+    """Devices that work on an array inside ``jax.jit``, whose type names their mesh; 1 where there is none."""
+    return jax.typeof(array).sharding.mesh.size or 1

@@ -1,0 +1,224 @@
+"""Floating-point operations of a training step, by the frozen-model count, and what devices can do at best.
+
+A matmul weight costs 2 operations a position forward, 2 more for the gradient of its input and 2 more for its own. A
+frozen weight under something that learns has no gradient of its own: 4 a position, where the usual rule says 6. With
+N frozen and M trained matmul weights in the language model, D wide with L layers, a row of T positions costs
+
+    (4 N + 6 M) T  +  12 T^2 D L (attention scores and their weighted sum)  +  encoder
+
+The encoder costs three forward passes if it learns, one if it is frozen, nothing if its features are cached. All
+positions that are run count, padding and the whole square of scores too; what remat computes again does not.
+Embedding look-ups, normalisation, activations, the optimizer, and depthwise convolutions that are written as shifted
+products (EfficientNet-Lite) are left out.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+
+from magma_jax.models import ModelConfig
+from magma_jax.models.vision.catalog import EncoderConfig, build_encoder
+from magma_jax.nn.modules import abstract, merge
+
+# Dense bf16 (fp16 where there is no bf16) operations a second of one JAX device, from the makers' data sheets. TPU v2
+# and v3 show each of a chip's two cores as a device.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v4 lite": 138e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA A40": 149.7e12,
+    "NVIDIA RTX A6000": 154.8e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GH200": 989.4e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA H100": 989.4e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
+    "Tesla T4": 65e12,
+    "Tesla V100": 125e12,
+}
+
+ENCODER = "image_prefix/encoder/"
+
+# What multiplies the weights of a path, in vectors a row: see ``_vectors``. Encoders are counted by tracing them.
+INPUTS = (
+    (re.compile(r"image_prefix/encoder/.*|(.*/)?ln(_\w+)?/weight"), None),
+    (re.compile(r"(lm/)?(wte|wpe)/weight"), None),  # looked up
+    (re.compile(r"(lm/)?layers/.*weight"), "positions"),
+    (re.compile(r"(lm/)?lm_head/weight"), "predicted"),
+    (re.compile(r"image_prefix/transformer/.*weight"), "picture"),
+    (re.compile(r"image_prefix/proj(_in)?/weight"), "features"),
+    (re.compile(r"class_head/weight"), "row"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """Operations of one optimizer step over the whole batch.
+
+    Attributes:
+        frozen: matmuls with frozen weights of language model and prefix.
+        trained: matmuls with weights that learn there.
+        attention: scores and their weighted sums.
+        encoder: the image encoder.
+    """
+
+    frozen: int
+    trained: int
+    attention: int
+    encoder: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.frozen + self.trained + self.attention + self.encoder
+
+
+def step_flops(
+    model: ModelConfig,
+    shapes: Mapping[str, Any],
+    labels: Mapping[str, str],
+    *,
+    batch_size: int,
+    length: int,
+    pack: int = 1,
+    cached_features: bool = False,
+) -> StepFlops:
+    """Counts the operations of one optimizer step.
+
+    Args:
+        model: config of the model.
+        shapes: its parameters, arrays or ``jax.ShapeDtypeStruct`` by path.
+        labels: who learns, see ``training.step.optim.label_parameters``.
+        batch_size: rows of the batch, over all devices and accumulation parts.
+        length: tokens of a row, without the positions of its pictures.
+        pack: pictures that a row has room for; with more than one the rows are packed, see ``data.batches.batching``.
+        cached_features: whether the batch brings the features of a frozen encoder instead of pictures.
+
+    Raises:
+        ValueError: a matrix whose number of inputs a row no rule tells.
+    """
+    vectors = _vectors(model, length, pack)
+    learns = {path for path, label in labels.items() if label in ("encoder", "rest")}
+    encoder_learns = any(path.startswith(ENCODER) for path in learns)
+    # Two numbers in 4 bits are a byte.
+    matrices = {
+        path: math.prod(leaf.shape) * (2 if leaf.dtype == jnp.uint8 else 1)
+        for path, leaf in shapes.items()
+        if path.endswith("weight")
+    }
+    names = {path: _inputs(path) for path in matrices}
+    if "predicted" not in names.values():
+        # No head of its own: the embedding table is used as one.
+        names |= dict.fromkeys((path for path in names if path.removeprefix("lm/") == "wte/weight"), "predicted")
+
+    counts = {True: 0, False: 0}
+    for path, name in names.items():
+        if name is None:
+            continue
+        # Below the map from features only an encoder that learns asks for a gradient.
+        passes = encoder_learns if name == "features" else bool(learns)
+        operations = 2 + 2 * (path in learns) + 2 * passes
+        counts[path in learns] += operations * vectors[name] * matrices[path]
+
+    language = model.lm if model.kind == "magma" else model
+    attention = 12 * vectors["positions"] ** 2 * language.width * language.layers
+    encoder = 0
+    if model.kind == "magma":
+        if model.prefix.mapping == "transformer":
+            attention += (
+                12 * pack * (vectors["picture"] // pack) ** 2 * language.width * model.prefix.transformer_layers
+            )
+        if not cached_features:
+            encoder = (3 if encoder_learns else 1) * pack * encoder_flops(model.encoder)
+    return StepFlops(*(batch_size * count for count in (counts[False], counts[True], attention, encoder)))
+
+
+@functools.lru_cache
+def encoder_flops(config: EncoderConfig) -> int:
+    """Operations of the matmuls and convolutions that an encoder runs for one picture, forward."""
+    graphdef, shapes, _ = abstract(lambda: build_encoder(config, rngs=nnx.Rngs(0)))
+    picture = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
+    traced = jax.make_jaxpr(lambda params, images: merge(graphdef, params)(images, batch_norm="frozen"))
+    return matmul_flops(traced(shapes, picture).jaxpr)
+
+
+def matmul_flops(jaxpr: Any) -> int:
+    """Operations of the matmuls and convolutions in a ``jaxpr``, loop bodies multiplied by their trip count.
+
+    ``while`` loops count once: their trip count is not known. Of branches the most expensive one counts.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+            # The gradient of a strided convolution is one over pixels spread apart; zeros between them are no work.
+            skipped = outputs * math.prod(params["lhs_dilation"])
+            total += 2 * equation.outvars[0].aval.size * math.prod(kernel) // skipped
+        elif name == "cond":
+            total += max(map(matmul_flops, jaxprs_in_params(params)))
+        else:
+            inner = sum(map(matmul_flops, jaxprs_in_params(params)))
+            total += inner * (params["length"] if name == "scan" else 1)
+    return total
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Operations a second that a device can do at best; None for one that the table lacks, as a CPU.
+
+    Names of GPUs go on with memory or socket ("NVIDIA A100-SXM4-80GB"): the longest name that fits counts.
+    """
+    fitting = [name for name in PEAK_FLOPS if re.match(rf"{re.escape(name)}(?![A-Za-z0-9])", device_kind)]
+    return PEAK_FLOPS[max(fitting, key=len)] if fitting else None
+
+
+def _inputs(path: str) -> str | None:
+    for pattern, name in INPUTS:
+        if pattern.fullmatch(path):
+            return name
+    raise ValueError(f"parameter {path}: training.step.flops.INPUTS does not say what it multiplies")
+
+
+def _vectors(model: ModelConfig, length: int, pack: int) -> dict[str, int]:
+    """Vectors of one row by name."""
+    if model.kind != "magma":
+        return {"positions": length - 1, "predicted": length - 1, "row": 1}
+    grid = model.encoder.positions
+    picture = pack * (grid or model.prefix.image_positions)
+    return {
+        # The last token predicts nothing; in a row that is not packed it is not run.
+        "positions": picture + length - (1 if pack == 1 else 0),
+        "predicted": length,  # the picture's last position predicts the first token
+        "picture": picture,
+        "features": pack * (grid or 1),
+        "row": 1,
+    }

@@ -1,0 +1,119 @@
+"""What is compiled: the model of a config without its weights, the place of every array, and the jitted step.
+
+Both the training loop and the ahead-of-time plan start here, so what is planned is what runs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from magma_jax.config import ConfigError
+from magma_jax.models import MODELS
+from magma_jax.nn.modules import abstract, split
+from magma_jax.runtime.compile import compiler_options
+from magma_jax.runtime.sharding import (
+    batch_sharding,
+    batch_shards,
+    on_mesh,
+    parameter_shardings,
+    placed,
+    replicated,
+    tree_shardings,
+)
+from magma_jax.training.run.config import RunConfig
+from magma_jax.training.step.losses import LOSSES
+from magma_jax.training.step.optim import label_parameters, make_optimizer, partition
+from magma_jax.training.step.train_step import TrainState, init_state, make_train_step
+from magma_jax.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A run's step, and where all it reads and writes lies.
+
+    Attributes:
+        labels: group of every parameter, see ``training.step.optim``.
+        params: every parameter as a ``jax.ShapeDtypeStruct`` with its sharding.
+        state: the train state, likewise.
+        frozen: the frozen part of ``params``.
+        step: jitted ``(state, frozen, batch, key) -> (state, metrics)``; the state is donated, every array of
+            ``batch`` has its rows over ``data`` and ``fsdp``, ``key`` and metrics are replicated.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    labels: dict[str, str]
+    optimizer: optax.GradientTransformation
+    params: Params
+    state: TrainState
+    frozen: Params
+    step: Callable[..., Any]
+
+    def init_state(self, params: Params) -> TrainState:
+        """The state before the first step, of ``params`` of the whole model."""
+        trainable, _, statistics = partition(params, self.labels)
+        # Jitted, so that moments are made where they belong and the state is committed to its devices, as every
+        # later state is: one that is not would compile the step a second time.
+        create = functools.partial(init_state, optimizer=self.optimizer)
+        return jax.jit(create, out_shardings=_shardings(self.state))(trainable, statistics)
+
+
+def build_program(config: RunConfig, mesh: Mesh) -> Program:
+    """Builds the program of a config on a mesh; nothing is allocated and nothing compiled.
+
+    Raises:
+        ConfigError: the batch cannot be split evenly.
+    """
+    parts = batch_shards(mesh) * config.accumulate
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is not a multiple of {parts} "
+            f"(mesh.data x mesh.fsdp = {batch_shards(mesh)}, accumulate {config.accumulate})"
+        )
+    graphdef, shapes, types = abstract(functools.partial(create_model, config))
+    labels = label_parameters(types, config.optim.groups)
+    optimizer = make_optimizer(config.optim, labels)
+
+    trainable, frozen, statistics = partition(shapes, labels)
+    over_fsdp = config.mesh.frozen == "sharded"
+    frozen = placed(frozen, parameter_shardings(frozen, mesh, over_fsdp=over_fsdp))
+    state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), trainable, statistics)
+    state = placed(state, tree_shardings(state, mesh))
+
+    loss = functools.partial(LOSSES[config.model.kind], options=config.loss)
+    step = jax.jit(
+        on_mesh(make_train_step(graphdef, loss, optimizer, accumulate=config.accumulate), mesh),
+        in_shardings=(_shardings(state), _shardings(frozen), batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(_shardings(state), replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
+    params = {path: {**state.trainable, **frozen, **state.statistics}[path] for path in shapes}
+    return Program(config, mesh, graphdef, labels, optimizer, params, state, frozen, step)
+
+
+def fresh_params(config: RunConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    """New parameters for the paths of ``shapes``, made where they belong; the same values on every mesh."""
+
+    def create() -> Params:
+        params = split(create_model(config))[1]
+        return {path: params[path] for path in shapes}
+
+    # Under jit only what is returned is computed: pretrained parts are not first filled with noise.
+    return jax.jit(create, out_shardings=_shardings(dict(shapes)))()
+
+
+def create_model(config: RunConfig) -> nnx.Module:
+    """The model of a config with fresh weights."""
+    return MODELS[config.model.kind](config.model, rngs=nnx.Rngs(config.seed))
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -1,0 +1,102 @@
+"""One optimizer step: gradient of the trainable part, accumulation, update, new running statistics."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from magma_jax.nn.modules import merge, split
+from magma_jax.typing import Array, Params, PRNGKey
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """All that training changes; frozen parameters are passed beside it and are not part of it."""
+
+    step: Any  # int32 scalar; anything in a tree of shapes or shardings
+    trainable: Params
+    statistics: Params
+    opt_state: Any
+
+
+# (model, batch, key) -> summed loss, number of tokens it sums over, summed metrics; the key feeds dropout.
+LossFunction = Callable[[Any, Batch, PRNGKey], tuple[Array, Array, Metrics]]
+
+
+def init_state(trainable: Params, statistics: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, statistics, optimizer.init(trainable))
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    loss_function: LossFunction,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Params, Batch, PRNGKey], tuple[TrainState, Metrics]]:
+    """Builds ``(state, frozen, batch, root_key) -> (state, metrics)``, to be jitted by the caller.
+
+    With ``accumulate`` = n the batch is run in n parts whose loss sums, token counts and gradients add up, so the
+    result is the step of the whole batch (BatchNorm in batch mode sees the parts). The key of a step is
+    ``fold_in(root_key, step)``. Metrics: ``loss`` (mean over tokens), ``grad_norm`` (before clipping), ``nonfinite``,
+    and the loss function's sums divided by the token count.
+
+    If the loss or the norm of the gradient is no finite number, ``nonfinite`` is 1 and nothing but ``step`` changes.
+    """
+
+    def sums(trainable: Params, frozen: Params, statistics: Params, batch: Batch, key: PRNGKey):
+        model = merge(graphdef, trainable, frozen, statistics)
+        loss, count, metrics = loss_function(model, batch, key)
+        updated = split(model)[1]
+        return loss, (count, metrics, {path: updated[path] for path in statistics})
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch, root_key: PRNGKey):
+        key = jax.random.fold_in(root_key, state.step)
+
+        def part(statistics, batch, key):
+            (loss, (count, metrics, statistics)), grads = jax.value_and_grad(sums, has_aux=True)(
+                state.trainable, frozen, statistics, batch, key
+            )
+            return statistics, (grads, loss, count, metrics)
+
+        if accumulate == 1:
+            statistics, (grads, loss, count, metrics) = part(state.statistics, batch, key)
+        else:
+            # Every n-th row, not n blocks: a block would lie on some devices and leave the others idle.
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+            keys = jax.random.split(key, accumulate)
+
+            def body(carry, inputs):
+                statistics, total = carry
+                statistics, new = part(statistics, *inputs)
+                return (statistics, jax.tree.map(jnp.add, total, new)), None
+
+            shapes = jax.eval_shape(part, state.statistics, jax.tree.map(lambda x: x[0], parts), keys[0])[1]
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            (statistics, (grads, loss, count, metrics)), _ = jax.lax.scan(
+                body, (state.statistics, zeros), (parts, keys)
+            )
+
+        count = jnp.maximum(count, 1)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {name: value / count for name, value in metrics.items()}
+        metrics |= {"loss": loss / count, "grad_norm": optax.tree.norm(grads)}
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["nonfinite"] = 1 - finite.astype(jnp.int32)
+        # Here and not on the host: the state is donated, and it must not be lost to a NaN that is noticed later.
+        old, new = (state.trainable, state.statistics, state.opt_state), (trainable, statistics, opt_state)
+        kept = jax.tree.map(lambda old, new: jnp.where(finite, new, old), old, new)
+        return TrainState(state.step + 1, *kept), metrics
+
+    return train_step
