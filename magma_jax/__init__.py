@@ -1,8 +1,31 @@
 """MAGMA in JAX/Flax: a frozen language model that sees, through an image prefix and adapters."""
 
-from magma_jax.data.images import ImageInput
-from magma_jax.inference.api import Magma
-from magma_jax.models.magma import MagmaConfig, MagmaModel
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from magma_jax.version import __version__
 
+if TYPE_CHECKING:
+    from magma_jax.data.images import ImageInput
+    from magma_jax.inference.api import Magma
+    from magma_jax.models.magma import MagmaConfig, MagmaModel
+
 __all__ = ["ImageInput", "Magma", "MagmaConfig", "MagmaModel", "__version__"]
+
+# Imported when first asked for: commands that need neither a model nor JAX start in a fraction of a second.
+_HOMES = {
+    "ImageInput": "magma_jax.data.images",
+    "Magma": "magma_jax.inference.api",
+    "MagmaConfig": "magma_jax.models.magma",
+    "MagmaModel": "magma_jax.models.magma",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,12 +5,15 @@ D width, H heads, K head size, F feed-forward, V vocabulary, L layers, C channel
 ``Float[Array, "B S D"]`` are documentation in normal use and are checked at run time in the tests.
 """
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from jax import Array
 from jaxtyping import Bool, Float, Int, Key, Shaped, UInt8
 
-PRNGKey: TypeAlias = Key[Array, ""]
+if TYPE_CHECKING:
+    from jax import Array
+
+    PRNGKey: TypeAlias = Key[Array, ""]
+
 PyTree: TypeAlias = object
 # Parameters by path, such as "lm/layers/attn/q_proj/weight"; see ``nn.modules``.
 Params: TypeAlias = dict[str, Any]
@@ -19,3 +22,12 @@ Params: TypeAlias = dict[str, Any]
 IGNORED = -100
 
 __all__ = ["IGNORED", "Array", "Bool", "Float", "Int", "Key", "PRNGKey", "Params", "PyTree", "Shaped", "UInt8"]
+
+
+def __getattr__(name: str) -> Any:
+    # JAX is imported for those who ask for its arrays; scores of prediction files, for one, do without.
+    if name not in ("Array", "PRNGKey"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import jax
+
+    return jax.Array if name == "Array" else Key[jax.Array, ""]

@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="as for train.py")
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=f"chips: {', '.join(CHIPS)}")
     parser.add_argument("--what", choices=["train", "generate"], default="train", help="default: %(default)s")
-    parser.add_argument("--batch", type=int, help="rows over all chips; default: the config's")
+    parser.add_argument("--batch", type=int, help="rows over all devices; default: the config's")
     parser.add_argument("--slots", type=int, help="generate: positions in the cache; default: the context length")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the config")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
-    # The chips of the plan are no devices of this process, and it needs none but the CPU.
+    # The devices of the plan are no devices of this process, and it needs none but the CPU.
     jax.config.update("jax_platforms", "cpu")
     try:
         config = from_dict(RunConfig, apply_overrides(load_config_file(arguments.config), arguments.set))
@@ -59,7 +59,7 @@ def plan(config: RunConfig, topology_name: str, what: str, batch: int | None = N
     if batch is not None:
         config = dataclasses.replace(config, batch_size=batch)
     program = build_program(config, make_mesh(config.mesh, topology.devices))
-    print(f"compiling for {len(topology.devices)} chips; a full-size model takes minutes", file=sys.stderr, flush=True)
+    print(f"compiling for {len(topology.devices)} devices; a full-size model takes minutes", file=sys.stderr, flush=True)
     if what == "train":
         compiled = compile_step(program)
     else:

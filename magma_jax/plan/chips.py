@@ -1,4 +1,4 @@
-"""What a TPU chip can do at best, and topologies of chips that are not there."""
+"""What a TPU can do at best, and topologies of TPUs that are not there."""
 
 import dataclasses
 import importlib.metadata
@@ -16,14 +16,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Limits of one chip, which JAX shows as one device.
+    """Limits of one JAX device of a kind of chip: a whole chip, except where a chip shows several devices.
 
     Attributes:
         name: as topologies call it.
         kind: JAX's ``device_kind``.
-        hbm_bytes: memory.
-        hbm_bandwidth: bytes a second between memory and chip.
-        ici_bandwidth: bytes a second that a chip receives from its neighbours over all of its links together.
+        hbm_bytes: memory of a device.
+        hbm_bandwidth: bytes a second between memory and device.
+        ici_bandwidth: bytes a second that a device receives from its neighbours over all of its links together.
+        devices_per_chip: devices that JAX shows for each chip of a topology.
         options: what ``get_topology_desc`` must be told beside the topology's name.
     """
 
@@ -32,6 +33,7 @@ class Chip:
     hbm_bytes: float
     hbm_bandwidth: float
     ici_bandwidth: float
+    devices_per_chip: int = 1
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -40,8 +42,9 @@ class Chip:
         return PEAK_FLOPS[self.kind]
 
 
-# https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: HBM capacity and bandwidth, and inter-chip bandwidth, given
-# there in Gbit/s (2400, 1600, 4800, 3584) or as the sum of both directions; here in bytes and one direction.
+# https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x: HBM capacity and bandwidth, and inter-chip bandwidth,
+# given there in Gbit/s (2400, 1600, 4800, 3584) or as the sum of both directions (TPU7x: 1200 GB/s); here in bytes and
+# one direction.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -52,18 +55,20 @@ CHIPS = {
             32 * GIB,
             1228e9,
             300e9,
-            {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)},
+            options={"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)},
         ),
         Chip("v5e", "TPU v5e", 16 * GIB, 819e9, 200e9),
         Chip("v5p", "TPU v5p", 95 * GIB, 2765e9, 600e9),
         Chip("v6e", "TPU v6e", 32 * GIB, 1638e9, 448e9),
+        # Two devices share the 192 GiB, 7380 GB/s and the links of a chip.
+        Chip("tpu7x", "TPU7x", 96 * GIB, 3690e9, 300e9, devices_per_chip=2),
     )
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips that only the compiler sees.
+    """Devices that only the compiler sees.
 
     Attributes:
         name: chip and shape, such as ``v5e:4x4``.
@@ -84,7 +89,7 @@ def open_topology(name: str) -> Topology:
     chip_name, _, shape = name.partition(":")
     if chip_name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise ConfigError(
-            f"--topology {name}: expected CHIP:SHAPE, such as v5e:4x4 or v4:2x2x4, CHIP: {', '.join(CHIPS)}"
+            f"--topology {name}: expected CHIP:SHAPE, such as v5e:4x4, v4:2x2x4 or tpu7x:2x2x1, CHIP: {', '.join(CHIPS)}"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(f"XLA's TPU compiler is not installed: pip install '{_libtpu_requirement()}'")
@@ -103,7 +108,7 @@ def open_topology(name: str) -> Topology:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **(chip.options | one_host)).devices
     except (RuntimeError, NotImplementedError) as error:
         raise ConfigError(f"--topology {name}: {str(error).splitlines()[0]}") from None
-    if len(devices) != math.prod(sides):
+    if len(devices) != math.prod(sides) * chip.devices_per_chip:
         raise ConfigError(f"--topology {name}: the compiler shows {len(devices)} devices; try another shape")
     return Topology(name, chip, tuple(devices))
 

@@ -144,7 +144,7 @@ def to_text(plan: Plan) -> str:
     devices = len(plan.topology.devices)
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     lines = [
-        f"{plan.what} step, batch {plan.batch}, on {plan.topology.name}: {devices} chips, mesh {axes}",
+        f"{plan.what} step, batch {plan.batch}, on {plan.topology.name}: {devices} devices, mesh {axes}",
         f"compiled in {plan.compiled.seconds:.0f} s ({plan.compiled.cpu_seconds:.0f} s of CPU)",
         "",
     ]
@@ -175,7 +175,7 @@ def to_text(plan: Plan) -> str:
     for name, formula in TERMS.items():
         lines.append(f"  {name:<8}{1e3 * plan.terms[name]:9.1f} ms  {formula}")
     if plan.mfu is not None:
-        formula = f"frozen count / ({devices} chips x {chip.peak_flops:.3g} x {plan.seconds:.4f} s)"
+        formula = f"frozen count / ({devices} devices x {chip.peak_flops:.3g} x {plan.seconds:.4f} s)"
         lines.append(f"MFU at most {plan.mfu:.1%} = {formula}")
     elif plan.seconds:
         lines.append(f"at most {plan.batch / plan.seconds:.0f} tokens/s over all rows")

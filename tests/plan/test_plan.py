@@ -128,9 +128,11 @@ def test_without_the_compiler_the_command_to_install_it_is_told(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_a_tpu_plan():
-    topology = open_topology("v4:2x2x1")
-    assert len(topology.devices) == 4
+@pytest.mark.parametrize(("name", "devices"), [("v4:2x2x1", 4), ("tpu7x:2x1x1", 4)])
+def test_a_tpu_plan(name, devices):
+    topology = open_topology(name)
+    assert len(topology.devices) == devices
+    assert {device.device_kind for device in topology.devices} == {topology.chip.kind}
     config = tiny.run_config(batch_size=BATCH, mesh=MeshConfig(fsdp=4))
     built = build_program(config, make_mesh(config.mesh, topology.devices))
     planned = make_plan(built, topology, compile_decode(built, BATCH, slots=64), "generate", BATCH)

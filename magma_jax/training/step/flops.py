@@ -41,6 +41,7 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,  # half a chip
     "NVIDIA A100": 312e12,
     "NVIDIA A10": 125e12,
     "NVIDIA A10G": 70e12,
