@@ -30,8 +30,9 @@ from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import abstract, merge
 from magma_jax.published.keymap import engine as keymap
 from magma_jax.published.magma_keys import magma_table
-from magma_jax.training.step.losses import LossOptions, LossResult, caption_labels, caption_loss
+from magma_jax.training.step.losses import LossOptions, caption_labels, caption_loss
 from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
+from magma_jax.training.step.terms import LOSS, Terms
 from magma_jax.training.step.train_step import init_state, make_train_step
 from magma_jax.typing import IGNORED, Params
 
@@ -219,7 +220,7 @@ def _keep_gradients() -> optax.GradientTransformation:
     return optax.GradientTransformation(zeros, lambda updates, state, params=None: (updates, updates))
 
 
-def _train_loss(model: MagmaModel, batch: Mapping[str, Any], key: Any) -> LossResult:
+def _train_loss(model: MagmaModel, batch: Mapping[str, Any], key: Any) -> Terms:
     """The library's loss with BatchNorm as in the original's training; its dropout was off in the golden runs."""
     del key
     return caption_loss(model, batch, None, options=LossOptions(batch_norm="batch"))
@@ -246,8 +247,7 @@ def _run(model: MagmaModel, batch: Mapping[str, Any], collect: tuple[str, ...]) 
 
 
 def _mean_loss(model: MagmaModel, batch: Mapping[str, Any]) -> Any:
-    loss, count, _ = caption_loss(model, batch, None, options=LossOptions())
-    return loss / count
+    return caption_loss(model, batch, None, options=LossOptions())[LOSS].mean
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))

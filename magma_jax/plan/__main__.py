@@ -59,7 +59,9 @@ def plan(config: RunConfig, topology_name: str, what: str, batch: int | None = N
     if batch is not None:
         config = dataclasses.replace(config, batch_size=batch)
     program = build_program(config, make_mesh(config.mesh, topology.devices))
-    print(f"compiling for {len(topology.devices)} devices; a full-size model takes minutes", file=sys.stderr, flush=True)
+    print(
+        f"compiling for {len(topology.devices)} devices; a full-size model takes minutes", file=sys.stderr, flush=True
+    )
     if what == "train":
         compiled = compile_step(program)
     else:

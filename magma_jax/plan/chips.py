@@ -89,7 +89,7 @@ def open_topology(name: str) -> Topology:
     chip_name, _, shape = name.partition(":")
     if chip_name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise ConfigError(
-            f"--topology {name}: expected CHIP:SHAPE, such as v5e:4x4, v4:2x2x4 or tpu7x:2x2x1, CHIP: {', '.join(CHIPS)}"
+            f"--topology {name}: expected CHIP:SHAPE, such as v5e:4x4 or tpu7x:2x2x1, CHIP: {', '.join(CHIPS)}"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(f"XLA's TPU compiler is not installed: pip install '{_libtpu_requirement()}'")

@@ -19,6 +19,7 @@ from magma_jax.nn.modules import abstract, merge
 from magma_jax.training.step.flops import encoder_flops, matmul_flops, peak_flops, step_flops
 from magma_jax.training.step.losses import LossOptions, caption_loss
 from magma_jax.training.step.optim import OptimConfig, label_parameters, partition
+from magma_jax.training.step.terms import LOSS
 from tests import tiny
 
 
@@ -87,7 +88,7 @@ def test_the_formula_finds_what_tracing_the_gradient_finds(changes, groups):
 
     def loss(trainable, images, frozen, statistics, texts):
         model = merge(graphdef, trainable, frozen, statistics)
-        return caption_loss(model, {"images": images, **texts}, None, options=LossOptions())[0]
+        return caption_loss(model, {"images": images, **texts}, None, options=LossOptions())[LOSS].total
 
     gradient = jax.grad(loss, argnums=(0,) if groups.get("encoder") == "frozen" else (0, 1))
     traced = matmul_flops(jax.make_jaxpr(gradient)(trainable, images, frozen, statistics, texts).jaxpr)
@@ -119,7 +120,7 @@ def test_cached_features_cost_nothing_and_unknown_matrices_are_refused():
     sizes = {"batch_size": 1, "length": 20}
     assert step_flops(tiny.MODEL, shapes, labels, **sizes, cached_features=True).encoder == 0
     assert step_flops(tiny.MODEL, shapes, labels, **sizes).encoder == encoder_flops(tiny.MODEL.encoder)
-    with pytest.raises(ValueError, match=r"parameter lm/other/weight: training\.flops\.INPUTS"):
+    with pytest.raises(ValueError, match=r"parameter lm/other/weight: training\.step\.flops\.INPUTS"):
         step_flops(tiny.MODEL, {**shapes, "lm/other/weight": np.zeros((2, 2))}, labels, **sizes)
 
 

@@ -20,6 +20,7 @@ from magma_jax.training.monitor.writers import METRICS_FILE
 from magma_jax.training.run import setup
 from magma_jax.training.step.losses import LossOptions, caption_loss, language_loss
 from magma_jax.training.step.optim import label_parameters, partition
+from magma_jax.training.step.terms import LOSS
 from magma_jax.typing import IGNORED
 from tests import tiny
 
@@ -68,8 +69,8 @@ def _mean(case, form):
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def sums(learned, batch):
-        value, count, _ = loss(merge(graphdef, learned, frozen), batch, None, options=LossOptions())
-        return value, count
+        term = loss(merge(graphdef, learned, frozen), batch, None, options=LossOptions())[LOSS]
+        return term.total, term.count
 
     features = np.random.default_rng(1).normal(size=(len(LENGTHS), 4, 32)).astype(np.float32)
     parts = []

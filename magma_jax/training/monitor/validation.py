@@ -20,6 +20,7 @@ from magma_jax.runtime.sharding import local_rows, place_batch, replicated
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.setup import Run
 from magma_jax.training.step.losses import LOSSES
+from magma_jax.training.step.terms import term_means
 from magma_jax.training.step.train_step import TrainState
 from magma_jax.typing import IGNORED, Array, Params
 
@@ -27,10 +28,10 @@ Batch = dict[str, np.ndarray]
 
 
 def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[], dict[str, float]]:
-    """Builds the function that returns ``validation_loss`` and ``validation_accuracy`` of the run's present state.
+    """Builds the function that returns ``validation_loss`` and the other terms of the run's present state.
 
-    They are loss and accuracy of training, summed over all tokens and divided by their number, so that batches of
-    different lengths and mesh shapes do not matter. BatchNorm uses its running statistics.
+    They are the terms of training, such as ``validation_accuracy``, summed over all samples and divided by what they
+    count, so that batches of different lengths and mesh shapes do not matter. BatchNorm uses its running statistics.
 
     Args:
         prepare: fetches the pictures of a batch, see ``training.pictures``.
@@ -45,19 +46,17 @@ def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[],
     options = dataclasses.replace(config.loss, batch_norm="frozen")
     loss_function = functools.partial(LOSSES[config.model.kind], options=options)
 
-    def loss_sum(state: TrainState, frozen: Params, batch: dict[str, Array]):
+    def loss_terms(state: TrainState, frozen: Params, batch: dict[str, Array]):
         model = merge(run.program.graphdef, state.trainable, frozen, state.statistics)
         return loss_function(model, batch, None)
 
-    loss_sum = jax.jit(loss_sum, out_shardings=replicated(mesh))
+    loss_terms = jax.jit(loss_terms, out_shardings=replicated(mesh))
 
     def validate() -> dict[str, float]:
-        sums = [loss_sum(run.state, run.frozen, place_batch(prepare(batch), mesh, size)) for batch in batches]
-        losses, counts, others = zip(*jax.device_get(sums), strict=True)
-        total = np.sum(counts, dtype=np.float64)
-        means = {"loss": np.sum(losses, dtype=np.float64) / total}
-        means |= {name: sum(float(values[name]) for values in others) / total for name in others[0]}
-        return {f"validation_{name}": float(mean) for name, mean in means.items()}
+        sums = [loss_terms(run.state, run.frozen, place_batch(prepare(batch), mesh, size)) for batch in batches]
+        # In float64: fp32 would lose the smaller digits of many batches.
+        terms = jax.tree.map(lambda *parts: np.sum(parts, dtype=np.float64), *jax.device_get(sums))
+        return {f"validation_{name}": float(mean) for name, mean in term_means(terms).items()}
 
     return validate
 

@@ -15,11 +15,10 @@ from magma_jax.nn.attention import causal_mask, same_segment
 from magma_jax.nn.convolution import BatchNormMode
 from magma_jax.nn.stack import Remat
 from magma_jax.training.step.cross_entropy import cross_entropy
+from magma_jax.training.step.terms import Terms, label_terms
 from magma_jax.typing import IGNORED, Array, Float, Int, PRNGKey
 
 Batch: TypeAlias = dict[str, Array]
-# Summed loss, number of tokens it sums over, summed metrics.
-LossResult: TypeAlias = tuple[Array, Array, dict[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ def caption_labels(tokens: Int[Array, "B S"], eos_id: int) -> Int[Array, "B S"]:
     return jnp.where(behind_first_eos, IGNORED, tokens)
 
 
-def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> LossResult:
+def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> Terms:
     """Next-token loss of the words behind a picture (paper, equation 3), or the loss of a classification head.
 
     With a head (paper, section 4.1.3) a label is a class and stands at the end of text behind a statement, for which
@@ -75,7 +74,7 @@ def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, option
     return _label_loss(model.logits, hidden, batch["labels"])
 
 
-def language_loss(model: Decoder, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> LossResult:
+def language_loss(model: Decoder, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> Terms:
     """Next-token loss of text alone; ``batch`` holds ``tokens`` and ``labels`` (B, S).
 
     If rows hold several samples, ``segments`` and ``positions`` (B, S) say which, see ``data.batches.batching``.
@@ -92,14 +91,11 @@ def language_loss(model: Decoder, batch: Batch, key: PRNGKey | None, *, options:
 
 
 # By the ``kind`` of the model's config.
-LOSSES: dict[str, Callable[..., LossResult]] = {
+LOSSES: dict[str, Callable[..., Terms]] = {
     "magma": caption_loss,
     **dict.fromkeys(LANGUAGE_MODELS, language_loss),
 }
 
 
-def _label_loss(
-    logits: Callable[[Array], Array], hidden: Float[Array, "B S D"], labels: Int[Array, "B S"]
-) -> LossResult:
-    loss, count, predicted = cross_entropy(logits, hidden, labels)
-    return loss, count, {"accuracy": predicted}
+def _label_loss(logits: Callable[[Array], Array], hidden: Float[Array, "B S D"], labels: Int[Array, "B S"]) -> Terms:
+    return label_terms(*cross_entropy(logits, hidden, labels))

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from magma_jax.nn.modules import merge, split
+from magma_jax.training.step.terms import Terms, learned_counts, objective, term_means
 from magma_jax.typing import Array, Params, PRNGKey
 
 Batch = dict[str, Array]
@@ -27,8 +28,8 @@ class TrainState:
     opt_state: Any
 
 
-# (model, batch, key) -> summed loss, number of tokens it sums over, summed metrics; the key feeds dropout.
-LossFunction = Callable[[Any, Batch, PRNGKey], tuple[Array, Array, Metrics]]
+# (model, batch, key) -> terms of the loss; the key feeds dropout.
+LossFunction = Callable[[Any, Batch, PRNGKey], Terms]
 
 
 def init_state(trainable: Params, statistics: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -45,53 +46,52 @@ def make_train_step(
 ) -> Callable[[TrainState, Params, Batch, PRNGKey], tuple[TrainState, Metrics]]:
     """Builds ``(state, frozen, batch, root_key) -> (state, metrics)``, to be jitted by the caller.
 
-    With ``accumulate`` = n the batch is run in n parts whose loss sums, token counts and gradients add up, so the
-    result is the step of the whole batch (BatchNorm in batch mode sees the parts). The key of a step is
-    ``fold_in(root_key, step)``. Metrics: ``loss`` (mean over tokens), ``grad_norm`` (before clipping), ``nonfinite``,
-    and the loss function's sums divided by the token count.
+    With ``accumulate`` = n the batch is run in n parts whose sums, counts and gradients add up, so the result is the
+    step of the whole batch (BatchNorm in batch mode sees the parts). Of a loss of several terms the counts of all parts
+    are known before the first gradient, see ``terms``. The key of a step is ``fold_in(root_key, step)``. Metrics: the
+    mean of every term, ``loss``, ``grad_norm`` (before clipping), ``nonfinite``.
 
     If the loss or the norm of the gradient is no finite number, ``nonfinite`` is 1 and nothing but ``step`` changes.
     """
 
-    def sums(trainable: Params, frozen: Params, statistics: Params, batch: Batch, key: PRNGKey):
+    def sums(trainable: Params, frozen: Params, statistics: Params, batch: Batch, key: PRNGKey, counts: Any):
         model = merge(graphdef, trainable, frozen, statistics)
-        loss, count, metrics = loss_function(model, batch, key)
+        terms = loss_function(model, batch, key)
         updated = split(model)[1]
-        return loss, (count, metrics, {path: updated[path] for path in statistics})
+        total = objective(terms, learned_counts(terms) if counts is None else counts)
+        return total, (terms, {path: updated[path] for path in statistics})
 
     def train_step(state: TrainState, frozen: Params, batch: Batch, root_key: PRNGKey):
         key = jax.random.fold_in(root_key, state.step)
 
-        def part(statistics, batch, key):
-            (loss, (count, metrics, statistics)), grads = jax.value_and_grad(sums, has_aux=True)(
-                state.trainable, frozen, statistics, batch, key
+        def part(statistics, batch, key, counts):
+            (_, (terms, statistics)), grads = jax.value_and_grad(sums, has_aux=True)(
+                state.trainable, frozen, statistics, batch, key, counts
             )
-            return statistics, (grads, loss, count, metrics)
+            return statistics, (grads, terms)
+
+        def count(batch, key):
+            return learned_counts(loss_function(merge(graphdef, state.trainable, frozen, state.statistics), batch, key))
 
         if accumulate == 1:
-            statistics, (grads, loss, count, metrics) = part(state.statistics, batch, key)
+            statistics, (grads, terms) = part(state.statistics, batch, key, None)
         else:
             # Every n-th row, not n blocks: a block would lie on some devices and leave the others idle.
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
             keys = jax.random.split(key, accumulate)
-
-            def body(carry, inputs):
-                statistics, total = carry
-                statistics, new = part(statistics, *inputs)
-                return (statistics, jax.tree.map(jnp.add, total, new)), None
-
-            shapes = jax.eval_shape(part, state.statistics, jax.tree.map(lambda x: x[0], parts), keys[0])[1]
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (statistics, (grads, loss, count, metrics)), _ = jax.lax.scan(
-                body, (state.statistics, zeros), (parts, keys)
+            first = jax.tree.map(lambda x: x[0], parts)
+            counts = None
+            if len(jax.eval_shape(count, first, keys[0])) > 1:
+                counts = _summed(lambda _, inputs: (None, count(*inputs)), None, (parts, keys))[1]
+            statistics, (grads, terms) = _summed(
+                lambda statistics, inputs: part(statistics, *inputs, counts), state.statistics, (parts, keys)
             )
 
-        count = jnp.maximum(count, 1)
-        grads = jax.tree.map(lambda g: g / count, grads)
+        divisor = jnp.maximum(next(iter(learned_counts(terms).values())), 1)
+        grads = jax.tree.map(lambda g: g / divisor, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {name: value / count for name, value in metrics.items()}
-        metrics |= {"loss": loss / count, "grad_norm": optax.tree.norm(grads)}
+        metrics = term_means(terms) | {"grad_norm": optax.tree.norm(grads)}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["nonfinite"] = 1 - finite.astype(jnp.int32)
         # Here and not on the host: the state is donated, and it must not be lost to a NaN that is noticed later.
@@ -100,3 +100,16 @@ def make_train_step(
         return TrainState(state.step + 1, *kept), metrics
 
     return train_step
+
+
+def _summed(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
+    """``lax.scan`` that adds up the outputs instead of stacking them."""
+
+    def step(state, inputs):
+        carry, total = state
+        carry, new = body(carry, inputs)
+        return (carry, jax.tree.map(jnp.add, total, new)), None
+
+    shapes = jax.eval_shape(body, carry, jax.tree.map(lambda x: x[0], inputs))[1]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(step, (carry, zeros), inputs)[0]
