@@ -10,12 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from magma_jax.config import apply_overrides, config_name, from_dict, load_config_file
+from magma_jax.config import apply_overrides, config_name, load_config_file
 from magma_jax.evaluation.tasks.own_split import evaluate_run
+from magma_jax.families import family_of, run_config
 from magma_jax.runtime.distributed import one_of_several
 from magma_jax.training.loop import train
 from magma_jax.training.monitor.profiler import StepRange
-from magma_jax.training.run.config import RunConfig
 
 
 def main() -> None:
@@ -35,10 +35,10 @@ def main() -> None:
     arguments = parser.parse_args()
     workdir = arguments.workdir or Path("runs") / config_name(arguments.config)
     try:
-        config = from_dict(RunConfig, apply_overrides(load_config_file(arguments.config), arguments.set))
+        config = run_config(apply_overrides(load_config_file(arguments.config), arguments.set))
         profile = StepRange.parse(arguments.profile_steps) if arguments.profile_steps else None
         with one_of_several(arguments.distributed):
-            run = train(config, workdir, resume=arguments.resume, profile=profile)
+            run = train(family_of(config.model), config, workdir, resume=arguments.resume, profile=profile)
         # Evaluation runs in one process.
         if config.evaluate and not run.interrupted and not arguments.distributed:
             evaluate_run(workdir)

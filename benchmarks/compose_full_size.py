@@ -191,21 +191,20 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from magma_jax.config import apply_overrides, from_dict, load_config_file
+    from magma_jax.config import apply_overrides, load_config_file
     from magma_jax.nn.modules import parameter_count
     from magma_jax.runtime.sharding import make_mesh
     from magma_jax.storage.model_folder import read_params
-    from magma_jax.training.run.config import RunConfig
     from magma_jax.training.step.optim import partition
     from magma_jax.training.step.program import build_program
 
     # The config's schedule begins with a rate of zero.
     changes = [*sizes(options), "model.dtype=float32", "batch_size=1", "optim.schedule=constant"]
     changes += [f"model.encoder.image_size={options.image_size}"] if options.image_size else []
-    run_config = from_dict(RunConfig, apply_overrides(load_config_file(CONFIG), changes))
-    program = build_program(run_config, make_mesh(run_config.mesh, jax.devices()[:1]))
+    config = run_config(apply_overrides(load_config_file(CONFIG), changes))
+    program = build_program(MAGMA, config, make_mesh(config.mesh, jax.devices()[:1]))
     generator = np.random.default_rng(0)
-    size = run_config.model.encoder.image_size
+    size = config.model.encoder.image_size
     tokens = generator.integers(0, 50257, (1, TOKENS))
     batch = {
         "images": generator.standard_normal((1, size, size, 3), np.float32),
@@ -260,7 +259,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "grad_norm": float(metrics["grad_norm"]),
         "trainable_tensors": len(state.trainable),
         "of_which_unchanged": unchanged,
-        "positions": run_config.model.encoder.positions + TOKENS - 1,
+        "positions": config.model.encoder.positions + TOKENS - 1,
     }
 
 

@@ -102,14 +102,15 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
     import numpy as np
     from flax import nnx
 
+    from magma_jax.families.magma.loss import caption_loss
     from magma_jax.models.language.gptj import GPTJConfig
     from magma_jax.models.magma import MagmaConfig, MagmaModel
     from magma_jax.models.vision.clip_resnet import CLIP_RESNETS
     from magma_jax.nn.adapters import AdapterConfig
     from magma_jax.nn.modules import abstract, split
     from magma_jax.runtime.compile import compiler_options, return_compiler_memory
-    from magma_jax.training.step.losses import LossOptions, caption_loss
     from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
+    from magma_jax.training.step.options import LossOptions
     from magma_jax.training.step.train_step import init_state, make_train_step
 
     lm = GPTJConfig(LAYERS, WIDTH, HEADS, WIDTH // HEADS, FEED_FORWARD, VOCAB_ROWS, HEAD_ROWS)

@@ -23,8 +23,16 @@ class ConfigError(ValueError):
     """A config that names an unknown key or holds a value of the wrong type."""
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+def from_dict(
+    cls: type[T], values: Mapping[str, Any], where: str = "config", types: Mapping[str, Any] | None = None
+) -> T:
     """Builds the dataclass ``cls`` from nested mappings; keys that are absent keep their defaults.
+
+    Args:
+        cls: a frozen dataclass.
+        values: its fields.
+        where: what messages call it.
+        types: field to its type, where the class itself leaves it open.
 
     Raises:
         ConfigError: an unknown key, a missing required key or a wrong type; the message names its full path.
@@ -36,7 +44,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
     if unknown:
         names = ", ".join(f"{where}.{key}" for key in unknown)
         raise ConfigError(f"unknown key {names}; {cls.__name__} has: {', '.join(fields)}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls) | dict(types or {})
     arguments = {key: _convert(hints[key], values[key], f"{where}.{key}") for key in values}
     try:
         return cls(**arguments)

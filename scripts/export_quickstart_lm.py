@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from magma_jax.config import from_dict
-from magma_jax.models import GPTJ, GPTJConfig
+from magma_jax.models.language.gptj import GPTJ, GPTJConfig
 from magma_jax.nn.modules import abstract
 from magma_jax.storage.model_folder import read_model_json
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints

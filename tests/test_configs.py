@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from magma_jax.config import ConfigError, config_name, from_dict, load_config_file, to_dict
+from magma_jax.config import ConfigError, config_name, load_config_file, to_dict
+from magma_jax.families import run_config
 from magma_jax.nn.modules import abstract, parameter_count
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.step.optim import label_parameters, partition
@@ -45,7 +46,7 @@ ADAPTERS = {"none": 0, "ff2": 2, "ff4": 1, "attn8-ff8": 1, "attn12-ff6": 1, "par
 
 
 def load(name: str) -> RunConfig:
-    return from_dict(RunConfig, load_config_file(f"{FOLDER}/{name}"))
+    return run_config(load_config_file(f"{FOLDER}/{name}"))
 
 
 def learning_and_frozen(config: RunConfig):
@@ -66,7 +67,7 @@ def test_every_file_is_tested():
 @pytest.mark.parametrize("name", COUNTS)
 def test_complete_and_built_without_memory(name):
     config = load(name)
-    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert run_config(json.loads(json.dumps(to_dict(config)))) == config
     assert tuple(map(parameter_count, learning_and_frozen(config))) == COUNTS[name]
 
 

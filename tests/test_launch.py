@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from magma_jax.config import apply_overrides, from_dict, load_config_file
-from magma_jax.training.run.config import RunConfig
+from magma_jax.config import apply_overrides, load_config_file
+from magma_jax.families import run_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs/launch").glob("*.md"))
@@ -56,7 +56,7 @@ def test_commands_name_configs_and_settings_that_exist(page):
         assert {word for word in words if word.startswith("--")} <= options(words[1] if words[0] == "-m" else "train")
         settings = words[words.index("--set") + 1 :] if "--set" in words else []
         config = load_config_file(ROOT / words[words.index("--config") + 1])
-        from_dict(RunConfig, apply_overrides(config, settings))
+        run_config(apply_overrides(config, settings))
 
 
 def options(program: str) -> set[str]:

@@ -18,16 +18,16 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from magma_jax.config import apply_overrides, from_dict, load_config_file
+from magma_jax.config import apply_overrides, load_config_file
 from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.compose import compose
 from magma_jax.convert.quantize import quantize_folder
 from magma_jax.convert.verify import read_model_config, verify
+from magma_jax.families import run_config
 from magma_jax.nn.quantized import QUANTIZED
 from magma_jax.published.hf_export import to_hf
 from magma_jax.published.magma_checkpoint import from_torch, to_safetensors, to_torch
 from magma_jax.storage.hub import local_path
-from magma_jax.training.run.config import RunConfig
 
 # The package's own errors are ValueErrors; each says what is wrong with which file.
 ERRORS = (ValueError, OSError)
@@ -102,7 +102,7 @@ def _from_torch(options: argparse.Namespace) -> int:
 
 
 def _compose(options: argparse.Namespace) -> int:
-    config = from_dict(RunConfig, apply_overrides(load_config_file(options.config), options.set))
+    config = run_config(apply_overrides(load_config_file(options.config), options.set))
     made = compose(config, options.lm, options.encoder, options.out)
     print(f"{options.out}: {made.trainable:,} parameters learn ({made.fresh:,} are fresh), {made.frozen:,} are frozen")
     return 0

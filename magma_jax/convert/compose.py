@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from magma_jax.config import ConfigError, to_dict
+from magma_jax.families.magma import MAGMA
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.nn.modules import abstract, parameter_count, split
 from magma_jax.published.language_model_sources import read_tokenizer
@@ -59,9 +60,9 @@ def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Compos
         raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
     lm_path = local_path(lm)
     tokenizer = read_tokenizer(lm_path, config.model.lm)
-    _, shapes, types = abstract(functools.partial(create_model, config))
+    _, shapes, types = abstract(functools.partial(create_model, MAGMA, config))
     names = {"lm": str(lm_path), "image_prefix/encoder": encoder}
-    with open_weights(config.model, names, shapes) as pretrained:
+    with open_weights(MAGMA, config.model, names, shapes) as pretrained:
         fresh = _fresh(config, [path for path in shapes if path not in pretrained.params])
         params = {path: {**pretrained.params, **fresh}[path] for path in shapes}
         files = [file for group in pretrained.files.values() for file in group]
@@ -91,7 +92,7 @@ def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Compos
 
 def _fresh(config: RunConfig, paths: list[str]) -> Params:
     def create() -> Params:
-        params = split(create_model(config))[1]
+        params = split(create_model(MAGMA, config))[1]
         return {path: params[path] for path in paths}
 
     # Under jit only what is returned is computed: the pretrained parts are not first filled with noise.

@@ -26,12 +26,13 @@ import optax
 from flax import nnx
 
 from magma_jax.convert.golden import GoldenError, inputs_of
+from magma_jax.families.magma.loss import caption_labels, caption_loss
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import abstract, merge
 from magma_jax.published.keymap import engine as keymap
 from magma_jax.published.magma_keys import magma_table
-from magma_jax.training.step.losses import LossOptions, caption_labels, caption_loss
 from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
+from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.terms import LOSS, Terms
 from magma_jax.training.step.train_step import init_state, make_train_step
 from magma_jax.typing import IGNORED, Params

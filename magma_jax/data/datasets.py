@@ -116,6 +116,8 @@ class Dataset:
         learned: rows of the pictures that may be learned from; all by default.
         evaluation: split to samples, in a fixed order, in memory or read when asked for; empty for text alone.
         records: what is known of every picture, in the order of ``images``.
+        held_out: ``(split, limit, batch_size, rows)`` to the batches of up to ``limit`` samples that a run is validated
+            on, of which this process wants ``rows``; None for those made of ``evaluation``.
     """
 
     tokenizer: Tokenizer
@@ -124,6 +126,7 @@ class Dataset:
     learned: Sequence[int] | None = None
     evaluation: dict[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     records: Sequence[Any] = ()
+    held_out: Callable[[str, int, int, Sequence[int]], list[dict[str, np.ndarray]]] | None = None
 
 
 def load_dataset(config: DataConfig) -> Dataset:

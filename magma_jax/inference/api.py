@@ -26,7 +26,7 @@ from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
 from magma_jax.inference.decoding.decode import Generation, generate
 from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows, seed_key
 from magma_jax.inference.prompts import Prompt, check_prompt
-from magma_jax.models.magma import MagmaConfig, MagmaModel
+from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
 from magma_jax.models.vision.catalog import ENCODERS
 from magma_jax.nn.modules import Definition, abstract, merge
 from magma_jax.published.magma_checkpoint import read_torch_magma
@@ -112,7 +112,7 @@ class Magma:
         if path.is_file() or any(path.glob("*.index.json")):
 
             def place(name: str, array: np.ndarray) -> Array:
-                spec = PartitionSpec() if mesh is None else parameter_spec(name, array.shape, mesh)
+                spec = PartitionSpec() if mesh is None else parameter_spec(name, array.shape, mesh, SHARDINGS)
                 return jax.device_put(array, None if mesh is None else NamedSharding(mesh, spec))
 
             config, params = read_torch_magma(path, model_config, dtype or "float32", place)
@@ -123,7 +123,7 @@ class Magma:
         _, shapes, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))
         shapes = in_dtype(shapes, jnp.dtype(config.dtype))
         if mesh is not None:
-            shapes = placed(shapes, parameter_shardings(shapes, mesh))
+            shapes = placed(shapes, parameter_shardings(shapes, mesh, SHARDINGS))
         tokenizer = Tokenizer.load(path / "tokenizer")
         return cls(config, _for_device(read_trained_params(path, shapes, types), config), tokenizer)
 

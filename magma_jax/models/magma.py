@@ -10,6 +10,7 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.family import ShardingRow
 from magma_jax.models.language.catalog import LanguageModelConfig, build_language_model
 from magma_jax.models.language.decoder import KVCache, LMOutput
 from magma_jax.models.language.gptj import GPTJConfig
@@ -23,6 +24,12 @@ from magma_jax.nn.layers import Linear
 from magma_jax.nn.modules import HeadParam
 from magma_jax.nn.stack import Remat
 from magma_jax.typing import Array, Bool, Float, Int, PRNGKey
+
+# Of everything before the language model.
+SHARDINGS: tuple[ShardingRow, ...] = (
+    (r"image_prefix/encoder/.*(conv\w*|downsample)/weight", ("fsdp", None, None, None)),
+    (r"image_prefix/.*(proj|proj_in|qkv|c_fc)/weight", ("fsdp", None)),
+)
 
 
 @dataclasses.dataclass(frozen=True)

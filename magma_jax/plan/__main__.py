@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import jax
 
-from magma_jax.config import apply_overrides, from_dict, load_config_file
+from magma_jax.config import apply_overrides, load_config_file
+from magma_jax.families import family_of, run_config
 from magma_jax.plan.chips import CHIPS, open_topology
 from magma_jax.plan.compilation import compile_decode, compile_step
 from magma_jax.plan.report import Plan, make_plan, to_json, to_text
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The devices of the plan are no devices of this process, and it needs none but the CPU.
     jax.config.update("jax_platforms", "cpu")
     try:
-        config = from_dict(RunConfig, apply_overrides(load_config_file(arguments.config), arguments.set))
+        config = run_config(apply_overrides(load_config_file(arguments.config), arguments.set))
         result = plan(config, arguments.topology, arguments.what, arguments.batch, arguments.slots)
     except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
         print(f"magma_jax.plan: {error}", file=sys.stderr)
@@ -58,15 +59,16 @@ def plan(config: RunConfig, topology_name: str, what: str, batch: int | None = N
     topology = open_topology(topology_name)
     if batch is not None:
         config = dataclasses.replace(config, batch_size=batch)
-    program = build_program(config, make_mesh(config.mesh, topology.devices))
+    family = family_of(config.model)
+    program = build_program(family, config, make_mesh(config.mesh, topology.devices))
     print(
         f"compiling for {len(topology.devices)} devices; a full-size model takes minutes", file=sys.stderr, flush=True
     )
     if what == "train":
         compiled = compile_step(program)
     else:
-        lm = config.model.lm if config.model.kind == "magma" else config.model
-        compiled = compile_decode(program, config.batch_size, slots or lm.context_length)
+        context = family.language_model(config.model).context_length
+        compiled = compile_decode(program, config.batch_size, slots or context)
     return make_plan(program, topology, compiled, what, config.batch_size)
 
 

@@ -14,7 +14,6 @@ from magma_jax.models.language.decoder import KVCache
 from magma_jax.nn.modules import merge
 from magma_jax.runtime.sharding import BATCH_AXES, batch_sharding, replicated
 from magma_jax.storage.model_folder import in_dtype
-from magma_jax.training.pictures import features_are_fixed
 from magma_jax.training.step.program import Program
 
 
@@ -63,7 +62,7 @@ def compile_step(program: Program) -> Compiled:
     """Compiles the training step that the loop runs."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(program.mesh))
-    return _compile(program.step, program.state, program.frozen, batch_shapes(program), key)
+    return _compile(program.step, program.state, program.frozen, batch_structs(program), key)
 
 
 def compile_decode(program: Program, rows: int, slots: int) -> Compiled:
@@ -72,7 +71,7 @@ def compile_decode(program: Program, rows: int, slots: int) -> Compiled:
     Rows lie over ``data`` and ``fsdp``, the cache's heads over ``model``.
     """
     config, mesh = program.config.model, program.mesh
-    lm = config.lm if config.kind == "magma" else config
+    lm = program.family.language_model(config)
     by_rows = batch_sharding(mesh)
     by_heads = jax.NamedSharding(mesh, jax.P(None, BATCH_AXES, "model"))
 
@@ -97,30 +96,17 @@ def compile_decode(program: Program, rows: int, slots: int) -> Compiled:
 
     def decode(params, rows):
         model = merge(program.graphdef, params)
-        return advance(model.lm if config.kind == "magma" else model, rows, eos_id=lm.vocab_rows - 1)[0]
+        return advance(program.family.language_model(model), rows, eos_id=lm.vocab_rows - 1)[0]
 
     out_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     params = in_dtype(program.params, _activations(config))  # as models are loaded for use
     return _compile(jax.jit(decode, donate_argnums=1, out_shardings=out_shardings), params, state)
 
 
-def batch_shapes(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch that the longest rows of a config give, as ``data.batches`` and ``training.pictures`` make it."""
-    config = program.config
-    rows, length = config.batch_size, config.data.length
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(("tokens", "labels"), ((rows, length), jnp.int32))
-    pictures: tuple[int, ...] = (rows,)
-    if config.data.pack > 1:
-        shapes |= dict.fromkeys(("segments", "positions"), ((rows, length), jnp.int32))
-        pictures = (rows, config.data.pack)
-    if config.model.kind == "magma":
-        encoder = config.model.encoder
-        if features_are_fixed(program) and config.data.name != "folders":
-            grid = (encoder.channels,) if encoder.positions is None else (encoder.positions, encoder.channels)
-            shapes["features"] = ((*pictures, *grid), jnp.float32)
-        else:
-            shapes["images"] = ((*pictures, encoder.image_size, encoder.image_size, 3), jnp.uint8)
+def batch_structs(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
+    """The longest batch of a run, on its devices."""
     sharding = batch_sharding(program.mesh)
+    shapes = program.family.batch_shapes(program)
     return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
 
 

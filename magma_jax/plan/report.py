@@ -8,8 +8,7 @@ from typing import Any
 from magma_jax.plan.chips import GIB, Topology
 from magma_jax.plan.compilation import Compiled
 from magma_jax.plan.hlo import Collective, Costs, program_costs
-from magma_jax.training.pictures import features_are_fixed
-from magma_jax.training.step.flops import StepFlops, step_flops
+from magma_jax.training.step.flops import StepFlops
 from magma_jax.training.step.program import Program
 
 TERMS = {
@@ -100,15 +99,8 @@ def make_plan(program: Program, topology: Topology, compiled: Compiled, what: st
     config = program.config
     flops = None
     if what == "train":
-        cached = config.model.kind == "magma" and features_are_fixed(program)
-        flops = step_flops(
-            config.model,
-            program.params,
-            program.labels,
-            batch_size=config.batch_size,
-            length=config.data.length,
-            cached_features=cached,
-        )
+        batch = {name: shape for name, (shape, _) in program.family.batch_shapes(program).items()}
+        flops = program.family.flops(config.model, program.params, program.labels, batch)
     gathers = frozen_gathers(program, costs)
     return Plan(topology, what, dict(program.mesh.shape), batch, compiled, costs, flops, gathers)
 

@@ -23,14 +23,16 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from magma_jax.family import ShardingRow
 from magma_jax.typing import Params
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
 
-# The first matching row names an axis for each of the last dimensions; dimensions before them (the layers of a
-# stack) are whole on every device. Weights are (out, in), convolutions (out, in, height, width).
-TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
+# Rows that all families share; a family adds its own (``Family.shardings``). The one row that matches a path names an
+# axis for each of the last dimensions; dimensions before them (the layers of a stack) are whole on every device.
+# Weights are (out, in), convolutions (out, in, height, width).
+SHARED: tuple[ShardingRow, ...] = (
     (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/weight(_scale)?", ("model", "fsdp")),
     (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/bias", ("model",)),
     (r"(lm/)?layers/.*(out_proj|c_proj)/weight(_scale)?", ("fsdp", "model")),
@@ -40,8 +42,6 @@ TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"(lm/)?w[tp]e/weight", (None, ("fsdp", "model"))),
     (r"(lm/)?layers/.*_adapter/down/weight", (None, "fsdp")),
     (r"(lm/)?layers/.*_adapter/up/weight", ("fsdp", None)),
-    (r"image_prefix/encoder/.*(conv\w*|downsample)/weight", ("fsdp", None, None, None)),
-    (r"image_prefix/.*(proj|proj_in|qkv|c_fc)/weight", ("fsdp", None)),
 )
 
 
@@ -85,18 +85,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh, *, over_fsdp: bool = True) -> PartitionSpec:
+def parameter_spec(
+    path: str, shape: Sequence[int], mesh: Mesh, own: Sequence[ShardingRow], *, over_fsdp: bool = True
+) -> PartitionSpec:
     """How one parameter is split; an axis that does not divide its dimension leaves that dimension whole.
 
+    Args:
+        own: rows of the model's family, beside ``SHARED``.
+
     Raises:
-        ValueError: a matrix that no row of the table covers.
+        ValueError: a matrix that no row covers, or a parameter that two rows match.
     """
-    row = next((axes for pattern, axes in TABLE if re.fullmatch(pattern, path)), None)
-    if row is None:
+    found = [(pattern, axes) for pattern, axes in (*own, *SHARED) if re.fullmatch(pattern, path)]
+    if len(found) > 1:
+        raise ValueError(f"parameter {path} matches two sharding rows, {found[0][0]} and {found[1][0]}; narrow one")
+    if not found:
         # Biases, norms and statistics are small; nothing else may be left whole by oversight.
         if math.prod(shape) >= 2**20:
-            raise ValueError(f"parameter {path} of shape {tuple(shape)} is in no row of sharding.TABLE; add one")
+            raise ValueError(
+                f"parameter {path} of shape {tuple(shape)} is in no sharding row; add one to its family's shardings"
+            )
         return PartitionSpec()
+    row = found[0][1]
     axes: list[Any] = [None] * (len(shape) - len(row))
     for size, axis in zip(shape[len(axes) :], row, strict=True):
         kept = tuple(name for name in _names(axis) if mesh.shape[name] > 1 and (over_fsdp or name != "fsdp"))
@@ -107,15 +117,17 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh, *, over_fsdp: bo
     return PartitionSpec(*axes)
 
 
-def parameter_shardings(params: Mapping[str, Any], mesh: Mesh, *, over_fsdp: bool = True) -> dict[str, NamedSharding]:
-    """The sharding of every path of a flat dict of arrays or shapes."""
+def parameter_shardings(
+    params: Mapping[str, Any], mesh: Mesh, own: Sequence[ShardingRow], *, over_fsdp: bool = True
+) -> dict[str, NamedSharding]:
+    """The sharding of every path of a flat dict of arrays or shapes; see ``parameter_spec``."""
     return {
-        path: NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh, over_fsdp=over_fsdp))
+        path: NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh, own, over_fsdp=over_fsdp))
         for path, leaf in params.items()
     }
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh, own: Sequence[ShardingRow]) -> Any:
     """Shardings of a pytree that holds parameters, such as a ``TrainState``: moments lie where their parameter lies.
 
     A leaf whose innermost dictionary key is a parameter's path follows the table; all others are replicated.
@@ -123,7 +135,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
     def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = next((key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), None)
-        spec = parameter_spec(name, leaf.shape, mesh) if isinstance(name, str) and "/" in name else PartitionSpec()
+        spec = parameter_spec(name, leaf.shape, mesh, own) if isinstance(name, str) and "/" in name else PartitionSpec()
         return NamedSharding(mesh, spec)
 
     return jax.tree.map_with_path(sharding, tree)

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from magma_jax.family import Family
 from magma_jax.runtime.distributed import say
 from magma_jax.runtime.sharding import local_rows, place_batch, replicated
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
@@ -17,7 +18,6 @@ from magma_jax.training.faults.skipped import SkippedSamples
 from magma_jax.training.monitor.profiler import StepRange
 from magma_jax.training.monitor.validation import make_validation
 from magma_jax.training.monitor.watch import Watch
-from magma_jax.training.pictures import picture_loader
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.setup import Run, prepare_run
 from magma_jax.typing import PRNGKey
@@ -26,6 +26,7 @@ Batch = dict[str, np.ndarray]
 
 
 def train(
+    family: Family,
     config: RunConfig,
     workdir: str | Path,
     devices: Sequence[jax.Device] | None = None,
@@ -38,6 +39,10 @@ def train(
     SIGTERM, or Ctrl-C once, ends it after the step at hand, with a checkpoint; see ``Run.interrupted``.
 
     Args:
+        family: of the config's model, see ``magma_jax.families``.
+        config: what is trained on what, and how.
+        workdir: run folder.
+        devices: that share the work.
         resume: whether a run that is in the folder is continued; if not, it is an error.
         profile: steps that are traced into the run folder.
 
@@ -46,7 +51,7 @@ def train(
             or the steps to profile.
         FloatingPointError: a loss or gradient is not finite, see ``training.faults.nonfinite``.
     """
-    run = prepare_run(config, workdir, devices, resume=resume)
+    run = prepare_run(family, config, workdir, devices, resume=resume)
     config, mesh = run.config, run.program.mesh
     batches = iter(run.dataset.batches(config.batch_size, config.seed, local_rows(mesh, config.batch_size)))
     # Made on the mesh: with several processes no other array may go into the step.
@@ -62,7 +67,7 @@ def train(
             batches.set_state(snapshot.data)
             say(f"resuming after step {int(run.state.step)}")
         watch = Watch(run, profile)
-        prepare = picture_loader(run.dataset.images, run.program, run.params)
+        prepare = family.prepare(run.program, run.dataset, run.params)
         validate = make_validation(run, prepare) if config.validation.every else None
         with watch:
             _steps(run, batches, key, prepare, validate, watch, checkpoints, stop)

@@ -11,6 +11,7 @@ import pytest
 from magma_jax import Magma
 from magma_jax.config import ConfigError
 from magma_jax.convert.__main__ import main
+from magma_jax.families.magma import MAGMA
 from magma_jax.nn.quantized import dequantize, quantize
 from magma_jax.storage.model_folder import open_params
 from magma_jax.training import loop
@@ -76,7 +77,7 @@ def test_adapters_learn_on_a_quantized_base(quantized, tmp_path, monkeypatch):
     assert not np.array_equal(run.state.trainable[learned], stored[learned].read())
     assert Magma.from_checkpoint(tmp_path / "run").config.lm.dtype == quantized.name
     with pytest.raises(ConfigError, match=r"quantized, set model\.lm\.dtype"):
-        loop.train(tiny.run_config(base=str(quantized)), tmp_path / "other", jax.devices()[:1])
+        loop.train(MAGMA, tiny.run_config(base=str(quantized)), tmp_path / "other", jax.devices()[:1])
 
 
 @pytest.mark.parametrize("quantized", ["int8"], indirect=True)

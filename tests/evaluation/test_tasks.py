@@ -24,6 +24,7 @@ from magma_jax.evaluation.tasks.task import TASKS, TaskConfig
 from magma_jax.evaluation.tasks.truncation import truncate
 from magma_jax.inference.api import Magma
 from magma_jax.inference.decoding.sampling import SamplingConfig
+from magma_jax.models.magma import SHARDINGS
 from magma_jax.nn.modules import merge
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, parameter_shardings
 from tests import tiny
@@ -98,7 +99,7 @@ def test_twice_the_same_whatever_the_batches(talkative, two_shots):
 
 def test_several_devices_give_what_one_gives(talkative, two_shots):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
-    params = jax.device_put(talkative.params, parameter_shardings(talkative.params, mesh))
+    params = jax.device_put(talkative.params, parameter_shardings(talkative.params, mesh, SHARDINGS))
     spread = type(talkative)(talkative.config, params, talkative.tokenizer)
     result = evaluate_task(spread, dataclasses.replace(OWN, shots=2), DATA, batch_size=3, mesh=mesh)
     assert result.outputs == two_shots.outputs

@@ -7,6 +7,7 @@ import pytest
 
 from magma_jax import Magma
 from magma_jax.convert.verify import read_model_config
+from magma_jax.models.magma import SHARDINGS
 from magma_jax.published.magma_checkpoint import from_torch, to_safetensors
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, parameter_shardings
 
@@ -48,7 +49,7 @@ def test_on_a_mesh(kind, folder, tmp_path):
         to_safetensors(folder, path)
     mesh = make_mesh(MeshConfig(fsdp=4, model=2))
     model = Magma.from_checkpoint(path, mesh=mesh)
-    shardings = parameter_shardings(model.params, mesh)
+    shardings = parameter_shardings(model.params, mesh, SHARDINGS)
     for name, leaf in model.params.items():
         assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim), name
     c_fc = model.params["lm/layers/mlp/c_fc/weight"]

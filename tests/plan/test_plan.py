@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import pytest
 
 from magma_jax.config import ConfigError
+from magma_jax.families.magma import MAGMA
 from magma_jax.plan import chips
 from magma_jax.plan.__main__ import main
 from magma_jax.plan.chips import CHIPS, Topology, open_topology
-from magma_jax.plan.compilation import Compiled, batch_shapes, compile_decode, compile_step
+from magma_jax.plan.compilation import Compiled, batch_structs, compile_decode, compile_step
 from magma_jax.plan.hlo import Collective, Costs
 from magma_jax.plan.report import Plan, frozen_gathers, make_plan, to_json, to_text
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
-from magma_jax.training.step.losses import LossOptions
+from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.program import build_program
 from tests import tiny
 
@@ -26,7 +27,7 @@ BATCH, LENGTH = 8, 32
 
 def program(**changes):
     config = tiny.run_config(batch_size=BATCH, mesh=MeshConfig(fsdp=4), loss=LossOptions(remat="full"), **changes)
-    return build_program(config, make_mesh(config.mesh))
+    return build_program(MAGMA, config, make_mesh(config.mesh))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_what_does_not_fit_says_so():
 
 
 def test_batches_are_those_of_the_loop():
-    shapes = batch_shapes(program())
+    shapes = batch_structs(program())
     length = tiny.run_config().data.length
     assert {name: leaf.shape for name, leaf in shapes.items()} == {
         "tokens": (BATCH, length),
@@ -94,7 +95,7 @@ def test_batches_are_those_of_the_loop():
     }
     groups = tiny.run_config().optim.groups | {"encoder": "frozen"}
     frozen = program(optim=dataclasses.replace(tiny.run_config().optim, groups=groups))
-    assert batch_shapes(frozen)["features"].shape == (BATCH, 4, 32)
+    assert batch_structs(frozen)["features"].shape == (BATCH, 4, 32)
 
 
 def test_a_decoding_step_reads_the_cache_in_place():
@@ -134,7 +135,7 @@ def test_a_tpu_plan(name, devices):
     assert len(topology.devices) == devices
     assert {device.device_kind for device in topology.devices} == {topology.chip.kind}
     config = tiny.run_config(batch_size=BATCH, mesh=MeshConfig(fsdp=4))
-    built = build_program(config, make_mesh(config.mesh, topology.devices))
+    built = build_program(MAGMA, config, make_mesh(config.mesh, topology.devices))
     planned = make_plan(built, topology, compile_decode(built, BATCH, slots=64), "generate", BATCH)
     assert planned.fits
     assert planned.costs.unknown_loops == 0

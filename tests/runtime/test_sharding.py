@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS, build_language_model
-from magma_jax.models.magma import MagmaConfig, MagmaModel
+from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
 from magma_jax.models.vision.catalog import PUBLISHED_ENCODERS
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.convolution import Conv2d
@@ -33,13 +33,13 @@ def shapes(request):
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
 def test_every_full_size_parameter_has_a_place(shapes, sizes):
     mesh = make_mesh(MeshConfig(*sizes))
-    for path, placement in sharding.parameter_shardings(shapes, mesh).items():
+    for path, placement in sharding.parameter_shardings(shapes, mesh, SHARDINGS).items():
         placement.shard_shape(shapes[path].shape)  # raises where an axis does not divide
 
 
 def test_a_device_holds_its_share(shapes):
     mesh = make_mesh(MeshConfig(fsdp=4, model=2))
-    shardings = sharding.parameter_shardings(shapes, mesh)
+    shardings = sharding.parameter_shardings(shapes, mesh, SHARDINGS)
     # Adapters and encoder are not split over model: they are small, and it would cost an all-reduce each.
     held = sum(int(np.prod(shardings[path].shard_shape(shape.shape))) for path, shape in shapes.items())
     assert held < 1.1 * sum(shape.size for shape in shapes.values()) / 8
@@ -47,18 +47,24 @@ def test_a_device_holds_its_share(shapes):
 
 def test_replicated_frozen_weights_are_split_over_model_alone():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
-    spec = sharding.parameter_spec("lm/layers/mlp/c_fc/weight", (28, 16384, 4096), mesh, over_fsdp=False)
+    spec = sharding.parameter_spec("lm/layers/mlp/c_fc/weight", (28, 16384, 4096), mesh, (), over_fsdp=False)
     assert spec == P(None, "model")
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():
     mesh = make_mesh(MeshConfig(fsdp=8))
-    assert sharding.parameter_spec("lm/layers/mlp/c_fc/weight", (2, 16, 12), mesh) == P()
+    assert sharding.parameter_spec("lm/layers/mlp/c_fc/weight", (2, 16, 12), mesh, ()) == P()
 
 
 def test_a_large_parameter_without_a_row_is_an_error():
-    with pytest.raises(ValueError, match=r"no row of sharding\.TABLE"):
-        sharding.parameter_spec("lm/new/matrix", (2048, 2048), make_mesh(MeshConfig()))
+    with pytest.raises(ValueError, match="no sharding row; add one to its family"):
+        sharding.parameter_spec("lm/new/matrix", (2048, 2048), make_mesh(MeshConfig()), ())
+
+
+def test_a_parameter_that_two_rows_match_is_an_error():
+    rows = ((r"lm/layers/mlp/c_fc/weight", ("fsdp", None)),)
+    with pytest.raises(ValueError, match=r"lm/layers/mlp/c_fc/weight matches two sharding rows, .*; narrow one"):
+        sharding.parameter_spec("lm/layers/mlp/c_fc/weight", (2, 16, 16), make_mesh(MeshConfig()), rows)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "EleutherAI/gpt-neo-125m", "EleutherAI/pythia-70m", "EleutherAI/gpt-j-6b"])
@@ -67,8 +73,10 @@ def test_a_language_model_alone_lies_as_it_does_inside_magma(name):
     shapes = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))[1]
     mesh = make_mesh(MeshConfig(fsdp=4, model=2))
     inside = {f"lm/{path}": shape for path, shape in shapes.items()}
-    alone = sharding.parameter_shardings(shapes, mesh)
-    assert {f"lm/{path}": place for path, place in alone.items()} == sharding.parameter_shardings(inside, mesh)
+    alone = sharding.parameter_shardings(shapes, mesh, SHARDINGS)
+    assert {f"lm/{path}": place for path, place in alone.items()} == sharding.parameter_shardings(
+        inside, mesh, SHARDINGS
+    )
     held = sum(int(np.prod(alone[path].shard_shape(shape.shape))) for path, shape in shapes.items())
     # GPT-J's table and head have 50,400 rows; biases and norms are whole on every device.
     assert held < 1.02 * sum(shape.size for shape in shapes.values()) / 8
@@ -78,7 +86,7 @@ def test_moments_lie_where_their_parameters_lie():
     mesh = make_mesh(MeshConfig(fsdp=8))
     trainable = {"lm/layers/mlp_adapter/down/weight": jax.ShapeDtypeStruct((2, 4, 16), np.float32)}
     state = jax.eval_shape(lambda t: init_state(t, {}, optax.adam(1e-3)), trainable)
-    placed = sharding.placed(state, sharding.tree_shardings(state, mesh))
+    placed = sharding.placed(state, sharding.tree_shardings(state, mesh, ()))
     specs = [leaf.sharding.spec for leaf in jax.tree.leaves(placed) if leaf.ndim]
     assert specs == [P(None, None, "fsdp")] * 3
     assert placed.step.sharding.spec == P()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from magma_jax.config import ConfigError
+from magma_jax.families.magma import MAGMA
 from magma_jax.storage.model_folder import (
     CheckpointError,
     open_params,
@@ -102,4 +103,4 @@ def test_damaged_parameters_are_named(folder, victim):
 )
 def test_pretrained_parts_that_do_not_fit(names, message):
     with pytest.raises(ConfigError, match=message):
-        open_weights(tiny.MODEL, names, {"lm/wte/weight": jax.ShapeDtypeStruct((3, 4), jnp.float32)}).__enter__()
+        open_weights(MAGMA, tiny.MODEL, names, {"lm/wte/weight": jax.ShapeDtypeStruct((3, 4), jnp.float32)}).__enter__()

@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 
+from magma_jax.families.magma import MAGMA
 from magma_jax.runtime.distributed import one_of_several
 from magma_jax.runtime.sharding import MeshConfig
 from magma_jax.training import loop
@@ -24,7 +25,7 @@ def main() -> None:
     if "DIES_AFTER" in os.environ:
         _die_after(int(os.environ["DIES_AFTER"]))
     with one_of_several():
-        run = loop.train(tiny.mesh_config(MeshConfig(data, fsdp, model), steps), workdir)
+        run = loop.train(MAGMA, tiny.mesh_config(MeshConfig(data, fsdp, model), steps), workdir)
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(run.state):
             for shard in leaf.addressable_shards:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from magma_jax.models.magma import SHARDINGS
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, placed, replicated, tree_shardings
 from magma_jax.storage.checksums import SUMS_FILE
 from magma_jax.storage.model_folder import CheckpointError
@@ -73,7 +74,7 @@ def test_everything_comes_back_on_any_mesh(tmp_path):
 
     def on_mesh(*sizes):
         mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
-        return placed(saved.state, tree_shardings(saved.state, mesh)), replicated(mesh)
+        return placed(saved.state, tree_shardings(saved.state, mesh, SHARDINGS)), replicated(mesh)
 
     shapes, whole = on_mesh(8, 1, 1)
     state = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), saved.state, shapes)

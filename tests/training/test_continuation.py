@@ -6,10 +6,11 @@ import json
 import pytest
 
 from magma_jax.config import ConfigError, to_dict
+from magma_jax.families.magma import MAGMA
 from magma_jax.runtime.sharding import MeshConfig
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
 from magma_jax.training.run.continuation import continued_config
-from magma_jax.training.step.losses import LossOptions
+from magma_jax.training.step.options import LossOptions
 from tests import tiny
 
 
@@ -34,7 +35,7 @@ def folder(tmp_path):
 )
 def test_what_leaves_the_result_alone_may_change(folder, changes):
     config = tiny.run_config(**changes)
-    assert continued_config(config, folder(tiny.run_config())) == (config, [])
+    assert continued_config(MAGMA, config, folder(tiny.run_config())) == (config, [])
 
 
 def test_the_message_says_what_differs(folder):
@@ -42,7 +43,7 @@ def test_the_message_says_what_differs(folder):
     data = dataclasses.replace(tiny.run_config().data, length=16)
     changed = tiny.run_config(seed=3, data=data, validation=ValidationConfig(samples=7), log_every=9)
     with pytest.raises(ConfigError) as caught:
-        continued_config(changed, workdir)
+        continued_config(MAGMA, changed, workdir)
     assert str(caught.value) == (
         f"{workdir}: holds a run with another config (data.length is 32 there and 16 here, seed is 0 there and 3 here, "
         "validation.samples is 512 there and 7 here); choose another --workdir"
@@ -52,7 +53,7 @@ def test_the_message_says_what_differs(folder):
 def test_parts_of_a_batch_matter_to_its_statistics(folder):
     batch = LossOptions(batch_norm="batch")
     with pytest.raises(ConfigError, match="accumulate is 1 there and 2 here"):
-        continued_config(tiny.run_config(accumulate=2, loss=batch), folder(tiny.run_config(loss=batch)))
+        continued_config(MAGMA, tiny.run_config(accumulate=2, loss=batch), folder(tiny.run_config(loss=batch)))
 
 
 def test_fields_that_are_younger_than_the_run_have_their_defaults(folder):
@@ -60,25 +61,25 @@ def test_fields_that_are_younger_than_the_run_have_their_defaults(folder):
     stored = json.loads((workdir / "model.json").read_text())
     del stored["run"]["validation"], stored["run"]["optim"]["eps"]
     (workdir / "model.json").write_text(json.dumps(stored))
-    assert continued_config(tiny.run_config(), workdir)[1] == []
+    assert continued_config(MAGMA, tiny.run_config(), workdir)[1] == []
 
 
 def test_fields_that_are_gone_are_listed(folder):
     with pytest.raises(ConfigError, match="shoe_size is 43 there and None here"):
-        continued_config(tiny.run_config(), folder(tiny.run_config(), shoe_size=43))
+        continued_config(MAGMA, tiny.run_config(), folder(tiny.run_config(), shoe_size=43))
 
 
 def test_without_resume_a_run_is_refused(folder):
     workdir = folder(tiny.run_config())
     with pytest.raises(ConfigError, match="holds a run; choose another --workdir, or continue it without --no-resume"):
-        continued_config(tiny.run_config(), workdir, resume=False)
+        continued_config(MAGMA, tiny.run_config(), workdir, resume=False)
 
 
 def test_a_converted_model_is_no_run(folder):
     workdir = folder(tiny.run_config())
     (workdir / "model.json").write_text('{"model": {}}')
     with pytest.raises(ConfigError, match="holds a model that was not trained here"):
-        continued_config(tiny.run_config(), workdir)
+        continued_config(MAGMA, tiny.run_config(), workdir)
 
 
 def _of_length(steps, **optim):
@@ -88,24 +89,24 @@ def _of_length(steps, **optim):
 
 def test_more_steps_keep_the_schedule_and_say_so(folder):
     workdir = folder(_of_length(4))
-    config, notes = continued_config(_of_length(8), workdir)
+    config, notes = continued_config(MAGMA, _of_length(8), workdir)
     assert (config.steps, config.optim.steps) == (8, 4)
     note = "the schedule of the learning rates keeps the 4 steps that the run started with"
     assert notes == [f"{note}; behind them they stay at 0.001 and 0.0001"]
-    config, notes = continued_config(_of_length(2), workdir)
+    config, notes = continued_config(MAGMA, _of_length(2), workdir)
     assert (config.steps, config.optim.steps, notes) == (2, 4, [note])
 
 
 def test_a_schedule_of_a_named_length_needs_no_words_but_must_stay(folder):
     workdir = folder(_of_length(4))
     named = dataclasses.replace(_of_length(8), optim=_of_length(4).optim)
-    assert continued_config(named, workdir) == (named, [])
+    assert continued_config(MAGMA, named, workdir) == (named, [])
     other = dataclasses.replace(_of_length(8), optim=_of_length(6).optim)
     with pytest.raises(ConfigError, match=r"optim.steps is 4 there and 6 here"):
-        continued_config(other, workdir)
+        continued_config(MAGMA, other, workdir)
 
 
 def test_more_steps_at_rate_zero_are_refused(folder):
     decays = {"schedule": "warmup_decay", "warmup_steps": 1}
     with pytest.raises(ConfigError, match=r"\(warmup_decay\) has fallen to zero after 4 steps"):
-        continued_config(_of_length(8, **decays), folder(_of_length(4, **decays)))
+        continued_config(MAGMA, _of_length(8, **decays), folder(_of_length(4, **decays)))

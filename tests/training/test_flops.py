@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.models import MODELS
+from magma_jax.families import family_of
+from magma_jax.families.magma.flops import encoder_flops, step_flops
+from magma_jax.families.magma.loss import caption_loss
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.prefix import PrefixConfig
@@ -16,17 +18,28 @@ from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
 from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.modules import abstract, merge
-from magma_jax.training.step.flops import encoder_flops, matmul_flops, peak_flops, step_flops
-from magma_jax.training.step.losses import LossOptions, caption_loss
+from magma_jax.training.step.flops import matmul_flops, peak_flops
 from magma_jax.training.step.optim import OptimConfig, label_parameters, partition
+from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.terms import LOSS
 from tests import tiny
 
 
-def count(model, groups=None, **options):
-    _, shapes, types = abstract(lambda: MODELS[model.kind](model, rngs=nnx.Rngs(0)))
+def build(model):
+    return abstract(lambda: family_of(model).build(model, nnx.Rngs(0)))
+
+
+def count(model, groups=None, **sizes):
+    _, shapes, types = build(model)
     labels = label_parameters(types, OptimConfig().groups | (groups or {}))
-    return step_flops(model, shapes, labels, **options)
+    return family_of(model).flops(model, shapes, labels, batch_of(**sizes))
+
+
+def batch_of(batch_size, length, pack=1, cached_features=False):
+    """Shapes of a batch, as far as the count looks at them."""
+    pictures = (batch_size, pack) if pack > 1 else (batch_size,)
+    shapes = {"tokens": (batch_size, length), "features" if cached_features else "images": pictures}
+    return shapes | ({"segments": (batch_size, length)} if pack > 1 else {})
 
 
 def test_full_size_v2_by_hand():
@@ -80,7 +93,7 @@ def test_vit_encoder_by_hand():
 def test_the_formula_finds_what_tracing_the_gradient_finds(changes, groups):
     """Every matmul of the traced step. The count of an encoder that learns includes the gradient of its pixels."""
     model = dataclasses.replace(tiny.MODEL, **changes)
-    graphdef, shapes, types = abstract(lambda: MODELS[model.kind](model, rngs=nnx.Rngs(0)))
+    graphdef, shapes, types = build(model)
     labels = label_parameters(types, OptimConfig().groups | groups)
     trainable, frozen, statistics = partition(shapes, labels)
     images = jax.ShapeDtypeStruct((3, 64, 64, 3), jnp.float32)
@@ -92,7 +105,7 @@ def test_the_formula_finds_what_tracing_the_gradient_finds(changes, groups):
 
     gradient = jax.grad(loss, argnums=(0,) if groups.get("encoder") == "frozen" else (0, 1))
     traced = matmul_flops(jax.make_jaxpr(gradient)(trainable, images, frozen, statistics, texts).jaxpr)
-    formula = step_flops(model, shapes, labels, batch_size=3, length=20).total
+    formula = step_flops(model, shapes, labels, batch_of(3, 20)).total
     assert traced == pytest.approx(formula, rel=1e-6)
 
 
@@ -106,22 +119,22 @@ def test_language_model_alone():
 
 
 def test_a_tied_head_counts_where_it_predicts():
-    _, shapes, types = abstract(lambda: MODELS["magma"](tiny.MODEL, rngs=nnx.Rngs(0)))
+    _, shapes, types = build(tiny.MODEL)
     labels = label_parameters(types, OptimConfig().groups)
     tied = {path: leaf for path, leaf in shapes.items() if not path.startswith("lm/lm_head/")}
     sizes = {"batch_size": 1, "length": 20}
-    without, full = (step_flops(tiny.MODEL, given, labels, **sizes) for given in (tied, shapes))
+    without, full = (step_flops(tiny.MODEL, given, labels, batch_of(**sizes)) for given in (tied, shapes))
     assert full.frozen - without.frozen == 4 * 20 * 32 * (310 - 300)
 
 
 def test_cached_features_cost_nothing_and_unknown_matrices_are_refused():
-    _, shapes, types = abstract(lambda: MODELS["magma"](tiny.MODEL, rngs=nnx.Rngs(0)))
+    _, shapes, types = build(tiny.MODEL)
     labels = label_parameters(types, OptimConfig().groups | {"encoder": "frozen"})
     sizes = {"batch_size": 1, "length": 20}
-    assert step_flops(tiny.MODEL, shapes, labels, **sizes, cached_features=True).encoder == 0
-    assert step_flops(tiny.MODEL, shapes, labels, **sizes).encoder == encoder_flops(tiny.MODEL.encoder)
-    with pytest.raises(ValueError, match=r"parameter lm/other/weight: training\.step\.flops\.INPUTS"):
-        step_flops(tiny.MODEL, {**shapes, "lm/other/weight": np.zeros((2, 2))}, labels, **sizes)
+    assert step_flops(tiny.MODEL, shapes, labels, batch_of(**sizes, cached_features=True)).encoder == 0
+    assert step_flops(tiny.MODEL, shapes, labels, batch_of(**sizes)).encoder == encoder_flops(tiny.MODEL.encoder)
+    with pytest.raises(ValueError, match="parameter lm/other/weight: its family's flops do not say"):
+        step_flops(tiny.MODEL, {**shapes, "lm/other/weight": np.zeros((2, 2))}, labels, batch_of(**sizes))
 
 
 @pytest.mark.parametrize(

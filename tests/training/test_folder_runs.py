@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file, to_dict
+from magma_jax.config import ConfigError, apply_overrides, load_config_file, to_dict
 from magma_jax.data.batches.sources import SourceConfig
 from magma_jax.data.datasets import DataConfig, load_dataset
 from magma_jax.data.tokenizers.byte_level import train_bpe
+from magma_jax.families import run_config
 from magma_jax.inference.api import Magma
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
 from magma_jax.training.monitor.writers import METRICS_FILE
 from magma_jax.training.pictures import KeptFeatures, encode_all
-from magma_jax.training.run.config import RunConfig
 from magma_jax.training.step.optim import OptimConfig
 from tests import datafolders, tiny
 
@@ -182,7 +182,7 @@ def test_the_configs_that_finetune_run(folders, pretrained, tmp_path, task):
         config.data.classes = ("yes", "no", "perhaps")
     changes = ["steps=2", "batch_size=4", "data.workers=0", "data.length=50", "validation.every=1", "log_every=1"]
     changes += ["watch.samples_every=0", f"base={pretrained.workdir}", f"optim.groups={GROUPS}"]
-    run = tiny.train(from_dict(RunConfig, apply_overrides(config, changes)), tmp_path / "run")
+    run = tiny.train(run_config(apply_overrides(config, changes)), tmp_path / "run")
     losses = [line["validation_loss"] for line in lines_of(run) if "validation_loss" in line]
     assert len(losses) == 2
     assert np.isfinite(losses).all()

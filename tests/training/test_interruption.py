@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from magma_jax.config import from_dict
+from magma_jax.families import run_config
+from magma_jax.families.magma import MAGMA
 from magma_jax.runtime.sharding import make_mesh
 from magma_jax.storage.model_folder import read_model_json
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
 from magma_jax.training.faults.interruption import StopRequest
-from magma_jax.training.run.config import RunConfig
 from magma_jax.training.step.program import build_program
 from tests import tiny
 
@@ -108,8 +108,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_one_process_r
     (step,) = re.findall(r"SIGTERM: stopped after step (\d+) of 100000, which is saved", first)
     assert "stopped after" not in second  # the first process speaks for both
 
-    config = from_dict(RunConfig, read_model_json(run)["run"])
-    program = build_program(config, make_mesh(tiny.run_config().mesh, jax.devices()[:1]))
+    config = run_config(read_model_json(run)["run"])
+    program = build_program(MAGMA, config, make_mesh(tiny.run_config().mesh, jax.devices()[:1]))
     with RunCheckpoints(run) as checkpoints:
         snapshot = checkpoints.restore(program.state, jax.random.key(0))
     assert int(snapshot.state.step) == int(step)

@@ -10,15 +10,15 @@ import optax
 import pytest
 from flax import nnx
 
+from magma_jax.families.language import LANGUAGE
 from magma_jax.inference.api import Magma
-from magma_jax.models import MODELS
 from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.models.language.gpt_neox import GPTNeoXConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.modules import abstract, merge, split
 from magma_jax.training.run import setup
-from magma_jax.training.step.losses import LOSSES, LossOptions
+from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.train_step import init_state, make_train_step
 from tests import tiny
 
@@ -57,11 +57,11 @@ def test_from_training_to_text(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("gpt_neo", marks=pytest.mark.slow), "gpt_neox"])
 def test_alone(kind):
     """A run of text: every leaf learns, a tied table from both of its uses, and the loss falls."""
-    create = functools.partial(MODELS[kind], LANGUAGE_MODELS[kind])
-    definition = abstract(lambda: create(rngs=nnx.Rngs(0)))[0]
-    params = jax.jit(lambda: split(create(rngs=nnx.Rngs(0)))[1])()
+    create = functools.partial(LANGUAGE.build, LANGUAGE_MODELS[kind])
+    definition = abstract(lambda: create(nnx.Rngs(0)))[0]
+    params = jax.jit(lambda: split(create(nnx.Rngs(0)))[1])()
     optimizer = optax.adam(3e-3)
-    loss = functools.partial(LOSSES[kind], options=LossOptions())
+    loss = functools.partial(LANGUAGE.loss, options=LossOptions())
     step = jax.jit(make_train_step(definition, loss, optimizer))
     state = init_state(params, {}, optimizer)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (2, 24)))

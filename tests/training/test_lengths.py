@@ -13,13 +13,15 @@ from flax import nnx
 from magma_jax.data.batches.batching import packed_batches, padded_batches
 from magma_jax.data.batches.pipeline import sample_batches
 from magma_jax.data.datasets import DataConfig
+from magma_jax.families.language.loss import language_loss
+from magma_jax.families.magma.loss import caption_loss
 from magma_jax.models.language.gpt2 import GPT2, GPT2Config
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import merge, split, variable_types
 from magma_jax.training.monitor.writers import METRICS_FILE
 from magma_jax.training.run import setup
-from magma_jax.training.step.losses import LossOptions, caption_loss, language_loss
 from magma_jax.training.step.optim import label_parameters, partition
+from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.terms import LOSS
 from magma_jax.typing import IGNORED
 from tests import tiny
@@ -27,11 +29,11 @@ from tests import tiny
 LENGTHS = [3, 13, 6, 2, 9, 5, 14, 4]
 EOS = 298
 
-MAGMA = dataclasses.replace(tiny.MODEL, lm=dataclasses.replace(tiny.MODEL.lm, layers=1))
+MODEL = dataclasses.replace(tiny.MODEL, lm=dataclasses.replace(tiny.MODEL.lm, layers=1))
 GPT2_TINY = GPT2Config(layers=1, width=32, heads=2, feed_forward=64, vocab_rows=300, context_length=2048)
 
 CASES = {
-    "captions": (lambda: MagmaModel(MAGMA, rngs=nnx.Rngs(0)), caption_loss),
+    "captions": (lambda: MagmaModel(MODEL, rngs=nnx.Rngs(0)), caption_loss),
     # Learned positions, where a wrong one shows at once.
     "text": (lambda: GPT2(GPT2_TINY, rngs=nnx.Rngs(0)), language_loss),
 }

@@ -17,7 +17,7 @@ from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
 from magma_jax.training.monitor.writers import METRICS_FILE
 from magma_jax.training.run import setup
-from magma_jax.training.step.losses import LossOptions
+from magma_jax.training.step.options import LossOptions
 from tests import tiny
 
 

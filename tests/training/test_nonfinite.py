@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from magma_jax.training import loop
+from magma_jax.families.magma import MAGMA
 from magma_jax.training.faults.nonfinite import MAX_DUMPS, NonfiniteGuard
 from magma_jax.training.run import setup
 from tests import tiny
@@ -22,14 +22,13 @@ def squares(monkeypatch):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Puts a NaN into the features of a picture in the given steps (0, 1, ...)."""
-    original = loop.picture_loader
 
     def poison(*steps):
         def loader(*arguments):
-            prepare, count = original(*arguments), iter(range(1000))
+            prepare, count = MAGMA.prepare(*arguments), iter(range(1000))
             return lambda batch: _with_nan(prepare(batch)) if next(count) in steps else prepare(batch)
 
-        monkeypatch.setattr(loop, "picture_loader", loader)
+        monkeypatch.setattr(tiny, "MAGMA", dataclasses.replace(MAGMA, prepare=loader))
 
     return poison
 

@@ -10,12 +10,12 @@ import optax
 import pytest
 from flax import nnx
 
+from magma_jax.families.magma.loss import caption_labels, caption_loss
 from magma_jax.models.magma import MagmaModel
 from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
 from magma_jax.nn.modules import LanguageParam, abstract, split, variable_types
 from magma_jax.published.keymap.engine import to_theirs
 from magma_jax.published.magma_keys import magma_table
-from magma_jax.training.step.losses import LossOptions, caption_labels, caption_loss
 from magma_jax.training.step.optim import (
     OptimConfig,
     decays,
@@ -24,6 +24,7 @@ from magma_jax.training.step.optim import (
     make_schedule,
     partition,
 )
+from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.train_step import init_state, make_train_step
 from magma_jax.typing import IGNORED
 from tests import tiny

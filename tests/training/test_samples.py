@@ -11,6 +11,7 @@ from PIL import Image
 
 from magma_jax.data.format.records import Sample
 from magma_jax.evaluation.tasks.training_samples import choose
+from magma_jax.families.magma import MAGMA
 from magma_jax.runtime.sharding import MeshConfig
 from magma_jax.training import loop
 from magma_jax.training.monitor.writers import WatchConfig
@@ -52,7 +53,7 @@ def test_a_run_leaves_pictures_and_lines(tmp_path):
     groups = {**config.optim.groups, "encoder": "frozen"}
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, groups=groups))
     # Four devices share the six samples.
-    run = loop.train(dataclasses.replace(config, mesh=MeshConfig(data=4)), tmp_path / "run", jax.devices()[:4])
+    run = loop.train(MAGMA, dataclasses.replace(config, mesh=MeshConfig(data=4)), tmp_path / "run", jax.devices()[:4])
     assert sorted(path.name for path in (run.workdir / "samples").iterdir()) == ["000002.png", "000004.png"]
     lines = [json.loads(line) for line in (run.workdir / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2] * 6 + [4] * 6

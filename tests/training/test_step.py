@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax.families.magma import MAGMA
+from magma_jax.families.magma.loss import caption_loss
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaModel
 from magma_jax.models.prefix import PrefixConfig
 from magma_jax.nn.modules import split, variable_types
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
-from magma_jax.training.step.losses import LossOptions, caption_loss
 from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
+from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.program import build_program, fresh_params
 from magma_jax.training.step.train_step import init_state, make_train_step
 from magma_jax.typing import IGNORED
@@ -43,8 +45,8 @@ def _text_step(mesh, accumulate):
         accumulate=accumulate,
         mesh=mesh,
     )
-    program = build_program(config, make_mesh(mesh, jax.devices()[: 1 if mesh.data == 1 else 8]))
-    params = fresh_params(config, program.params)
+    program = build_program(MAGMA, config, make_mesh(mesh, jax.devices()[: 1 if mesh.data == 1 else 8]))
+    params = fresh_params(MAGMA, config, program.params)
     compiled = program.step.lower(program.state, program.frozen, _uneven_text(), jax.random.key(0)).compile()
     _, metrics = program.step(program.init_state(params), {}, _uneven_text(), jax.random.key(0))
     return compiled.as_text(), metrics

@@ -25,7 +25,7 @@ def test_the_loss_is_the_weighted_sum_of_means():
         "image": 2.0, "text": 4.0, "length": 5.0, "accuracy": 0.5, "loss": 2.0 + 0.5 * 4.0 + 2.0 * 5.0,
     }  # fmt: skip
     counts = learned_counts(terms)
-    assert list(counts) == ["image", "text", "length"]
+    assert list(counts) == ["image", "length", "text"]
     assert float(objective(terms, counts)) / 3 == pytest.approx(float(means["loss"]))
 
 
@@ -47,11 +47,11 @@ def _loss(model, batch, key):
     """Two terms that count different rows, one of them drawn by the key."""
     out = model(batch["x"])
     drawn = jax.random.bernoulli(key, 0.5, batch["labels"].shape)
-    squares, sums = jnp.square(out).sum(-1), jnp.abs(out).sum(-1)
+    tokens, lengths = jnp.square(out).sum(-1), jnp.abs(out).sum(-1)
     labelled = batch["labels"] >= 0
     return {
-        "squares": Term(jnp.where(labelled, squares, 0).sum(), labelled.sum()),
-        "sums": Term(jnp.where(drawn & labelled, sums, 0).sum(), (drawn & labelled).sum(), weight=0.5),
+        "tokens": Term(jnp.where(labelled, tokens, 0).sum(), labelled.sum()),
+        "length": Term(jnp.where(drawn & labelled, lengths, 0).sum(), (drawn & labelled).sum(), weight=0.5),
         "seen": Term(out.sum(), jnp.int32(out.size), weight=0.0),
     }
 
@@ -100,11 +100,10 @@ def test_counting_the_parts_runs_no_forward_pass(problem):
 
     def one_term(model, batch, key):
         terms = _loss(model, batch, key)
-        merged = terms["squares"].total + terms["sums"].total
-        return {"loss": Term(merged, terms["squares"].count)}
+        merged = terms["tokens"].total + terms["length"].total
+        return {"loss": Term(merged, terms["tokens"].count)}
 
     several, one = flops(_loss), flops(one_term)
     forward = 2 * 4 * (4 * 8 + 8 * 3)  # of the four rows of a part
     assert several[1] >= one[1]
     assert several[0] - one[0] < forward
-

@@ -10,13 +10,13 @@ import optax
 import pytest
 
 from magma_jax.config import ConfigError
+from magma_jax.families.magma import MAGMA
 from magma_jax.runtime.sharding import make_mesh
 from magma_jax.training.monitor import watch as watching
 from magma_jax.training.monitor.profiler import StepRange
 from magma_jax.training.monitor.watch import Watch, duration, scaled
 from magma_jax.training.monitor.writers import WatchConfig, read_lines
 from magma_jax.training.run.setup import Run
-from magma_jax.training.step.flops import step_flops
 from magma_jax.training.step.optim import make_schedule
 from magma_jax.training.step.program import build_program
 from magma_jax.training.step.train_step import TrainState
@@ -36,7 +36,7 @@ def toy_step(state, batch):
 
 @pytest.fixture(scope="module")
 def program():
-    return build_program(tiny.run_config(), make_mesh(tiny.run_config().mesh, jax.devices()[:1]))
+    return build_program(MAGMA, tiny.run_config(), make_mesh(tiny.run_config().mesh, jax.devices()[:1]))
 
 
 @pytest.fixture
@@ -83,7 +83,8 @@ def test_figures_of_a_run(make_run, monkeypatch, capsys):
     assert "compile_seconds" not in read[1]
     # Four rows of five tokens and an end of text; operations by the count of the model.
     program = run.program
-    flops = step_flops(run.config.model, program.params, program.labels, batch_size=4, length=20).total
+    batch = {"tokens": (4, 20), "images": (4, 64, 64, 3)}
+    flops = MAGMA.flops(run.config.model, program.params, program.labels, batch).total
     for line in read:
         assert line["tokens_per_second"] == pytest.approx(line["samples_per_second"] * 6)
         assert line["model_flops_per_second"] == pytest.approx(flops / line["step_seconds"], rel=1e-6)

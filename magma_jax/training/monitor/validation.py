@@ -19,7 +19,6 @@ from magma_jax.runtime.distributed import say
 from magma_jax.runtime.sharding import local_rows, place_batch, replicated
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.setup import Run
-from magma_jax.training.step.losses import LOSSES
 from magma_jax.training.step.terms import term_means
 from magma_jax.training.step.train_step import TrainState
 from magma_jax.typing import IGNORED, Array, Params
@@ -42,9 +41,13 @@ def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[],
     config, mesh = run.config, run.program.mesh
     # A part of a batch, as the step runs it at once, fits in memory and divides by the devices.
     size = config.batch_size // config.accumulate
-    batches = _batches(run, size)
+    rows, held_out = local_rows(mesh, size), run.dataset.held_out
+    if held_out is None:
+        batches = _batches(run, size)
+    else:
+        batches = held_out(config.validation.split, config.validation.samples, size, rows)
     options = dataclasses.replace(config.loss, batch_norm="frozen")
-    loss_function = functools.partial(LOSSES[config.model.kind], options=options)
+    loss_function = functools.partial(run.program.family.loss, options=options)
 
     def loss_terms(state: TrainState, frozen: Params, batch: dict[str, Array]):
         model = merge(run.program.graphdef, state.trainable, frozen, state.statistics)

@@ -15,14 +15,13 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from magma_jax.config import to_dict
-from magma_jax.evaluation.tasks.training_samples import Sampler
+from magma_jax.config import ConfigError, to_dict
 from magma_jax.runtime.distributed import is_main, say
 from magma_jax.training.monitor.profiler import Profiler, StepRange
-from magma_jax.training.monitor.throughput import Meter, Window, count_batch, device_memory
+from magma_jax.training.monitor.throughput import Meter, Window, device_memory
 from magma_jax.training.monitor.writers import METRICS_FILE, TENSORBOARD, JsonLines, TensorBoard, Wandb, Writer, Writers
 from magma_jax.training.run.setup import Run
-from magma_jax.training.step.flops import peak_flops, step_flops
+from magma_jax.training.step.flops import peak_flops
 from magma_jax.training.step.optim import make_schedule
 
 Metrics = Mapping[str, Any]
@@ -52,7 +51,7 @@ class Watch:
         self.counts: Callable[[], dict[str, int]] = dict
         self._first = int(run.state.step)
         self._main = is_main()
-        self._sampler = Sampler(run, writing=self._main) if config.watch.samples_every else None
+        self._sampler = _make_panel(run, writing=self._main) if config.watch.samples_every else None
         tensorboard = run.workdir / TENSORBOARD
         profile = profile if self._main else None
         self._profiler = Profiler(profile, tensorboard, done=self._first, end=config.steps, say=say)
@@ -62,7 +61,7 @@ class Watch:
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = None if peak is None else peak * mesh.size
         self._rates = _learning_rates(run)
-        self._flops: dict[int, int] = {}
+        self._flops: dict[Any, int] = {}
         self._compiled: set[Any] = set()
         self._compile_started: float | None = None
         self._compile_seconds = 0.0
@@ -172,20 +171,14 @@ class Watch:
     def _size(self) -> tuple[int, int, int]:
         """Samples, tokens and operations of the batch; what other processes hold is reckoned from the rows here."""
         config, program = self._run.config, self._run.program
-        length = self._batch["tokens"].shape[1]
-        if length not in self._flops:
-            self._flops[length] = step_flops(
-                config.model,
-                program.params,
-                program.labels,
-                batch_size=config.batch_size,
-                length=length,
-                pack=config.data.pack,
-                cached_features="features" in self._batch,
-            ).total
-        samples, tokens = count_batch(self._batch, self._run.dataset.tokenizer.pad_id)
-        share = len(self._batch["tokens"]) / config.batch_size
-        return round(samples / share), round(tokens / share), self._flops[length]
+        whole = {name: (config.batch_size, *array.shape[1:]) for name, array in self._batch.items()}
+        shapes = tuple(sorted(whole.items()))
+        if shapes not in self._flops:
+            flops = program.family.flops(config.model, program.params, program.labels, whole)
+            self._flops[shapes] = flops.total
+        samples, tokens = program.family.count(self._batch, self._run.dataset.tokenizer.pad_id)
+        share = len(next(iter(self._batch.values()))) / config.batch_size
+        return round(samples / share), round(tokens / share), self._flops[shapes]
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         loss, steps = f"loss {values['loss']:.3f}", self._run.config.steps
@@ -213,6 +206,15 @@ class Watch:
             f"{total.samples / training:.0f} samples/s, {tokens} tokens/s; beside that "
             f"{duration(self._compile_seconds)} compiling, {duration(meter.paused_seconds)} samples and checkpoints"
         )
+
+
+def _make_panel(run: Run, *, writing: bool) -> Any:
+    panel = run.program.family.panel
+    if panel is None:
+        raise ConfigError(
+            f"watch.samples_every: a model of the family {run.program.family.name} has no samples to show; set it to 0"
+        )
+    return panel(run, writing=writing)
 
 
 def _open_writers(run: Run) -> tuple[Writers, float]:

@@ -1,15 +1,20 @@
 """What a run is made of: the root of every config file."""
 
 import dataclasses
+import functools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from magma_jax.config import ConfigError, from_dict
 from magma_jax.data.datasets import DataConfig
-from magma_jax.models import ModelConfig
+from magma_jax.family import Family
 from magma_jax.runtime.sharding import MeshConfig
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
 from magma_jax.training.faults.nonfinite import Policy
 from magma_jax.training.monitor.writers import WatchConfig
-from magma_jax.training.step.losses import LossOptions
 from magma_jax.training.step.optim import OptimConfig
+from magma_jax.training.step.options import LossOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +22,7 @@ class RunConfig:
     """One training run.
 
     Attributes:
-        model: what is trained.
+        model: what is trained, a config of one of the ``families``.
         data: what it is trained on.
         optim: who learns and how.
         loss: how the forward pass of training runs.
@@ -40,7 +45,7 @@ class RunConfig:
         evaluate: whether the run ends with the evaluation of ``eval.py``.
     """
 
-    model: ModelConfig
+    model: Any
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     loss: LossOptions = LossOptions()
@@ -64,12 +69,6 @@ class RunConfig:
         for name in ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.data.name == "folders":
-            object.__setattr__(self, "data", _for_model(self.data, self.model, self.base))
-        if self.data.pack > 1 and self.loss.batch_norm == "batch":
-            raise ValueError(
-                "rows with data.pack have empty places for pictures, which loss.batch_norm=batch would count"
-            )
         if self.nonfinite_limit < 0:
             raise ValueError(f"nonfinite_limit must not be negative, got {self.nonfinite_limit}")
         if self.base and self.weights:
@@ -84,15 +83,22 @@ class RunConfig:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
 
 
-def _for_model(data: DataConfig, model: ModelConfig, base: str | None) -> DataConfig:
-    """Settings of ``folders`` that follow from the model, unless they are given."""
-    if model.kind != "magma":
-        raise ValueError(f"data.name folders holds pictures, which a model of kind {model.kind} does not see")
-    if len(data.classes) != model.classes:
-        raise ValueError(f"data.classes names {len(data.classes)} classes, but model.classes is {model.classes}")
-    return dataclasses.replace(
-        data,
-        image_size=model.encoder.image_size,
-        augment=data.augment or ("random_crop" if model.encoder.kind == "nf_resnet" else "none"),
-        tokenizer=data.tokenizer or base or "gpt2",
-    )
+def read_run_config(models: Sequence[type], values: Mapping[str, Any], where: str = "config") -> RunConfig:
+    """A run config from nested mappings; ``models`` are the dataclasses that its model may be, by their ``kind``.
+
+    Raises:
+        ConfigError: as ``config.from_dict``.
+    """
+    return from_dict(RunConfig, values, where, {"model": functools.reduce(operator.or_, models)})
+
+
+def completed(family: Family, config: RunConfig) -> RunConfig:
+    """The config with what follows from its model.
+
+    Raises:
+        ConfigError: data and model do not fit.
+    """
+    try:
+        return family.complete(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from magma_jax.config import ConfigError, from_dict, to_dict
+from magma_jax.config import ConfigError, to_dict
+from magma_jax.family import Family
 from magma_jax.storage.model_folder import read_model_json
-from magma_jax.training.run.config import RunConfig
+from magma_jax.training.run.config import RunConfig, completed, read_run_config
 from magma_jax.training.step.optim import make_schedule
 
 # What may differ between two parts of one run, since it leaves the parameters as they are but for rounding: how long
@@ -34,7 +35,9 @@ MAY_CHANGE = (
 )
 
 
-def continued_config(config: RunConfig, workdir: Path, *, resume: bool = True) -> tuple[RunConfig, list[str]]:
+def continued_config(
+    family: Family, config: RunConfig, workdir: Path, *, resume: bool = True
+) -> tuple[RunConfig, list[str]]:
     """The config that goes on with the run in ``workdir``, and lines that say what is unexpected about it.
 
     The length of the learning rate's schedule is settled when a run starts: other ``steps`` do not stretch it.
@@ -53,7 +56,7 @@ def continued_config(config: RunConfig, workdir: Path, *, resume: bool = True) -
     if config.optim.steps == config.steps != length == stored["steps"]:
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=length))
         notes = [_schedule_note(config, workdir)]
-    differing = differences(_with_defaults(stored), to_dict(config))
+    differing = differences(_with_defaults(family, stored), to_dict(config))
     # With statistics of the batch, the parts that it is run in make a difference.
     fixed = {"accumulate"} if config.loss.batch_norm == "batch" else set()
     differing = {name: pair for name, pair in differing.items() if name in fixed or not _may_change(name)}
@@ -82,10 +85,10 @@ def _peaks(config: RunConfig) -> list[float]:
     return [config.optim.learning_rate, *([config.optim.encoder_learning_rate] if encoder else [])]
 
 
-def _with_defaults(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_defaults(family: Family, stored: Mapping[str, Any]) -> Mapping[str, Any]:
     """Adds the fields that are younger than the run."""
     try:
-        return to_dict(from_dict(RunConfig, stored))
+        return to_dict(completed(family, read_run_config(family.configs, stored)))
     except ConfigError:  # fields that no longer exist; they will be listed
         return stored
 

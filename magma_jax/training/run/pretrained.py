@@ -10,10 +10,8 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from magma_jax.config import ConfigError
-from magma_jax.models import ModelConfig
+from magma_jax.family import Family
 from magma_jax.published import efficientnet_lite
-from magma_jax.published.encoder_sources import open_encoder
-from magma_jax.published.language_model_sources import open_lm
 from magma_jax.storage.files import open_tensors
 from magma_jax.storage.hub import local_path
 from magma_jax.typing import Params
@@ -36,14 +34,17 @@ class Pretrained:
 
 
 @contextlib.contextmanager
-def open_weights(model: ModelConfig, names: Mapping[str, str], shapes: Mapping[str, Any]) -> Iterator[Pretrained]:
+def open_weights(
+    family: Family, model: Any, names: Mapping[str, str], shapes: Mapping[str, Any]
+) -> Iterator[Pretrained]:
     """Opens the parts of a model that a config names; the tensors can be read inside the block.
 
     Args:
-        model: the model that they are parts of.
+        family: that knows how parts are published.
+        model: config of the model that they are parts of.
         names: path prefix to source: a name in ``SOURCES``; a ``.safetensors`` file whose keys are the paths below
-            that prefix; for ``lm`` and ``image_prefix/encoder`` also published weights, as a file, a folder or an
-            ``hf://`` address (``published.language_model_sources``, ``published.encoder_sources``).
+            that prefix; or published weights, as a file, a folder or an ``hf://`` address, for prefixes that the
+            family can open.
         shapes: every path of the model, with its shape.
 
     Raises:
@@ -62,7 +63,7 @@ def open_weights(model: ModelConfig, names: Mapping[str, str], shapes: Mapping[s
             }
             if not wanted:
                 raise ConfigError(f"weights.{prefix}: the model has no parameter below {below}")
-            loaded, files[prefix] = stack.enter_context(_open(model, prefix, name, wanted))
+            loaded, files[prefix] = stack.enter_context(_open(family, model, prefix, name, wanted))
             differing = sorted(wanted.keys() ^ loaded.keys())
             differing += [path for path in wanted.keys() & loaded.keys() if loaded[path].shape != wanted[path].shape]
             if differing:
@@ -88,7 +89,7 @@ SOURCES: dict[str, Callable[[Params], Params]] = {
 
 @contextlib.contextmanager
 def _open(
-    model: ModelConfig, prefix: str, name: str, wanted: Params
+    family: Family, model: Any, prefix: str, name: str, wanted: Params
 ) -> Iterator[tuple[Mapping[str, Any], tuple[Path, ...]]]:
     if name in SOURCES:
         yield SOURCES[name](wanted), ()
@@ -105,10 +106,6 @@ def _open(
             if weights.tensors.keys() & wanted.keys():  # paths of ours
                 yield weights.tensors, weights.files
                 return
-        match prefix:
-            case "lm":
-                yield stack.enter_context(open_lm(path, model.lm))
-            case "image_prefix/encoder":
-                yield stack.enter_context(open_encoder(path, model.encoder))
-            case _:
-                raise ConfigError(f"weights.{prefix}: {name} does not hold paths below {prefix}/ of this model")
+        if prefix not in family.parts:
+            raise ConfigError(f"weights.{prefix}: {name} does not hold paths below {prefix}/ of this model")
+        yield stack.enter_context(family.parts[prefix](path, model))

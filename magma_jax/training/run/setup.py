@@ -8,13 +8,14 @@ import jax
 
 from magma_jax.config import ConfigError
 from magma_jax.data.datasets import Dataset, load_dataset
+from magma_jax.family import Family
 from magma_jax.nn.modules import parameter_count
 from magma_jax.runtime.compile import return_compiler_memory
 from magma_jax.runtime.distributed import agreed, say
 from magma_jax.runtime.sharding import make_mesh
 from magma_jax.storage.model_folder import MODEL_FILE, read_params
 from magma_jax.training.checkpoints.early_stopping import BestStep
-from magma_jax.training.run.config import RunConfig
+from magma_jax.training.run.config import RunConfig, completed
 from magma_jax.training.run.continuation import continued_config
 from magma_jax.training.run.starting_weights import write_run_folder
 from magma_jax.training.step.optim import partition
@@ -50,7 +51,12 @@ class Run:
 
 
 def prepare_run(
-    config: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | None = None, *, resume: bool = True
+    family: Family,
+    config: RunConfig,
+    workdir: str | Path,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    resume: bool = True,
 ) -> Run:
     """Makes the run folder, or opens the one there; its state is that before the first step.
 
@@ -59,16 +65,16 @@ def prepare_run(
             does not fit the devices.
     """
     return_compiler_memory()
-    workdir = Path(workdir)
+    workdir, config = Path(workdir), completed(family, config)
     exists = agreed((workdir / MODEL_FILE).exists())
     if exists:
-        config, notes = continued_config(config, workdir, resume=resume)
+        config, notes = continued_config(family, config, workdir, resume=resume)
         for note in notes:
             say(note)
-    program = build_program(config, make_mesh(config.mesh, devices))
+    program = build_program(family, config, make_mesh(config.mesh, devices))
     say(f"preparing data: {config.data.name}")
     dataset = load_dataset(config.data)
-    _check_vocabulary(config, dataset)
+    _check_vocabulary(program, dataset)
     if not exists:
         write_run_folder(program, workdir, dataset)
     # The base folder holds every parameter as the run started; what learns is replaced by the checkpoint's.
@@ -82,12 +88,10 @@ def prepare_run(
     return Run(config, workdir, dataset, program, frozen, state)
 
 
-def _check_vocabulary(config: RunConfig, dataset: Dataset) -> None:
-    language_model = config.model.lm if config.model.kind == "magma" else config.model
+def _check_vocabulary(program: Program, dataset: Dataset) -> None:
     # Without the placeholder of pictures, which no text holds.
-    size = dataset.tokenizer.vocab_size
-    if size > language_model.vocab_rows:
+    size, rows = dataset.tokenizer.vocab_size, program.family.vocab_rows(program.config.model)
+    if size > rows:
         raise ConfigError(
-            f"the tokenizer has {size} tokens, but the language model embeds {language_model.vocab_rows}; "
-            "set data.tokenizer to that of the language model"
+            f"the tokenizer has {size} tokens, but the model embeds {rows}; set data.tokenizer to that of the model"
         )

@@ -29,7 +29,6 @@ from magma_jax.storage.model_folder import (
     write_model_folder,
 )
 from magma_jax.training.checkpoints.checkpoint import read_what_was_trained
-from magma_jax.training.pictures import feature_statistics
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.continuation import differences
 from magma_jax.training.run.pretrained import open_weights
@@ -69,21 +68,22 @@ def _starting_params(program: Program, dataset: Dataset, trained: Params) -> Ite
     """Parameters on their way from files to a folder, unread; fresh ones on the devices of this process alone."""
     config, devices = program.config, program.mesh.local_devices
     mesh = make_mesh(MeshConfig(fsdp=len(devices)), devices)
-    shapes = placed(program.params, parameter_shardings(program.params, mesh))
-    with _opened(config, shapes) as stored:
+    shapes = placed(program.params, parameter_shardings(program.params, mesh, program.family.shardings))
+    with _opened(program, shapes) as stored:
         stored = stored | trained
         params = {path: _in_dtype(tensor, shapes[path].dtype) for path, tensor in stored.items()}
-        params |= fresh_params(config, {path: shape for path, shape in shapes.items() if path not in params})
-        if dataset.images is not None and config.base is None:
-            learned = dataset.images if dataset.learned is None else dataset.images[np.asarray(dataset.learned)]
-            params |= feature_statistics(learned, program.graphdef, params)
+        missing = {path: shape for path, shape in shapes.items() if path not in params}
+        params |= fresh_params(program.family, config, missing)
+        if config.base is None:
+            params |= program.family.first_values(program, dataset, params)
         yield params
 
 
 @contextlib.contextmanager
-def _opened(config: RunConfig, shapes: Params) -> Iterator[Params]:
+def _opened(program: Program, shapes: Params) -> Iterator[Params]:
+    config = program.config
     if config.base is None:
-        with open_weights(config.model, config.weights, shapes) as pretrained:
+        with open_weights(program.family, config.model, config.weights, shapes) as pretrained:
             yield pretrained.params
         return
     stored = open_params(config.base)
@@ -103,7 +103,7 @@ def _opened(config: RunConfig, shapes: Params) -> Iterator[Params]:
 def _trained_in_base(program: Program) -> Params:
     """What a base that is a run has trained, whole on every device; empty for a model folder."""
     base = program.config.base
-    types = abstract(functools.partial(create_model, program.config))[2]
+    types = abstract(functools.partial(create_model, program.family, program.config))[2]
     there = {path for path in types if not path.startswith(CLASS_HEAD)} | open_params(base).keys()
     whole = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(program.mesh))

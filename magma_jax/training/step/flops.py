@@ -6,27 +6,20 @@ N frozen and M trained matmul weights in the language model, D wide with L layer
 
     (4 N + 6 M) T  +  12 T^2 D L (attention scores and their weighted sum)  +  encoder
 
-The encoder costs three forward passes if it learns, one if it is frozen, nothing if its features are cached. All
+What a family has beside a language model it counts itself, see ``Family.flops``. All
 positions that are run count, padding and the whole square of scores too; what remat computes again does not.
 Embedding look-ups, normalisation, activations, the optimizer, and depthwise convolutions that are written as shifted
 products (EfficientNet-Lite) are left out.
 """
 
 import dataclasses
-import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.extend.core import jaxprs_in_params
-
-from magma_jax.models import ModelConfig
-from magma_jax.models.vision.catalog import EncoderConfig, build_encoder
-from magma_jax.nn.modules import abstract, merge
 
 # Dense bf16 (fp16 where there is no bf16) operations a second of one JAX device, from the makers' data sheets. TPU v2
 # and v3 show each of a chip's two cores as a device.
@@ -62,17 +55,15 @@ PEAK_FLOPS = {
     "Tesla V100": 125e12,
 }
 
-ENCODER = "image_prefix/encoder/"
+# What multiplies the weights of a path, in vectors a row by name; None for what is no matmul.
+Inputs = Sequence[tuple[re.Pattern[str], str | None]]
 
-# What multiplies the weights of a path, in vectors a row: see ``_vectors``. Encoders are counted by tracing them.
-INPUTS = (
-    (re.compile(r"image_prefix/encoder/.*|(.*/)?ln(_\w+)?/weight"), None),
+# Of the parameters of ``models.language``, alone or inside another model.
+LANGUAGE_INPUTS: Inputs = (
+    (re.compile(r"(lm/)?(.*/)?ln(_\w+)?/weight"), None),
     (re.compile(r"(lm/)?(wte|wpe)/weight"), None),  # looked up
     (re.compile(r"(lm/)?layers/.*weight"), "positions"),
     (re.compile(r"(lm/)?lm_head/weight"), "predicted"),
-    (re.compile(r"image_prefix/transformer/.*weight"), "picture"),
-    (re.compile(r"image_prefix/proj(_in)?/weight"), "features"),
-    (re.compile(r"class_head/weight"), "row"),
 )
 
 
@@ -98,40 +89,40 @@ class StepFlops:
         return self.frozen + self.trained + self.attention + self.encoder
 
 
-def step_flops(
-    model: ModelConfig,
+def learning_paths(labels: Mapping[str, str]) -> set[str]:
+    """Paths of the parameters that learn."""
+    return {path for path, label in labels.items() if label in ("encoder", "rest")}
+
+
+def matrix_flops(
     shapes: Mapping[str, Any],
     labels: Mapping[str, str],
+    inputs: Inputs,
+    vectors: Mapping[str, int],
     *,
-    batch_size: int,
-    length: int,
-    pack: int = 1,
-    cached_features: bool = False,
-) -> StepFlops:
-    """Counts the operations of one optimizer step.
+    first: Sequence[str] = (),
+) -> tuple[int, int]:
+    """Operations that one row costs in matmuls with frozen weights, and with weights that learn.
 
     Args:
-        model: config of the model.
-        shapes: its parameters, arrays or ``jax.ShapeDtypeStruct`` by path.
+        shapes: parameters, arrays or ``jax.ShapeDtypeStruct`` by path.
         labels: who learns, see ``training.step.optim.label_parameters``.
-        batch_size: rows of the batch, over all devices and accumulation parts.
-        length: tokens of a row, without the positions of its pictures.
-        pack: pictures that a row has room for; with more than one the rows are packed, see ``data.batches.batching``.
-        cached_features: whether the batch brings the features of a frozen encoder instead of pictures.
+        inputs: the first pattern that matches a path names its inputs.
+        vectors: how many vectors of each name a row has; "predicted" for the head, which is the embedding table where
+            there is no other.
+        first: names of inputs below which nothing learns, so that they need no gradient.
 
     Raises:
-        ValueError: a matrix whose number of inputs a row no rule tells.
+        ValueError: a matrix that no pattern matches.
     """
-    vectors = _vectors(model, length, pack)
-    learns = {path for path, label in labels.items() if label in ("encoder", "rest")}
-    encoder_learns = any(path.startswith(ENCODER) for path in learns)
+    learns = learning_paths(labels)
     # Two numbers in 4 bits are a byte.
     matrices = {
         path: math.prod(leaf.shape) * (2 if leaf.dtype == jnp.uint8 else 1)
         for path, leaf in shapes.items()
         if path.endswith("weight")
     }
-    names = {path: _inputs(path) for path in matrices}
+    names = {path: _inputs(path, inputs) for path in matrices}
     if "predicted" not in names.values():
         # No head of its own: the embedding table is used as one.
         names |= dict.fromkeys((path for path in names if path.removeprefix("lm/") == "wte/weight"), "predicted")
@@ -140,31 +131,14 @@ def step_flops(
     for path, name in names.items():
         if name is None:
             continue
-        # Below the map from features only an encoder that learns asks for a gradient.
-        passes = encoder_learns if name == "features" else bool(learns)
-        operations = 2 + 2 * (path in learns) + 2 * passes
-        counts[path in learns] += operations * vectors[name] * matrices[path]
-
-    language = model.lm if model.kind == "magma" else model
-    attention = 12 * vectors["positions"] ** 2 * language.width * language.layers
-    encoder = 0
-    if model.kind == "magma":
-        if model.prefix.mapping == "transformer":
-            attention += (
-                12 * pack * (vectors["picture"] // pack) ** 2 * language.width * model.prefix.transformer_layers
-            )
-        if not cached_features:
-            encoder = (3 if encoder_learns else 1) * pack * encoder_flops(model.encoder)
-    return StepFlops(*(batch_size * count for count in (counts[False], counts[True], attention, encoder)))
+        backward = bool(learns) and name not in first
+        counts[path in learns] += (2 + 2 * (path in learns) + 2 * backward) * vectors[name] * matrices[path]
+    return counts[False], counts[True]
 
 
-@functools.lru_cache
-def encoder_flops(config: EncoderConfig) -> int:
-    """Operations of the matmuls and convolutions that an encoder runs for one picture, forward."""
-    graphdef, shapes, _ = abstract(lambda: build_encoder(config, rngs=nnx.Rngs(0)))
-    picture = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
-    traced = jax.make_jaxpr(lambda params, images: merge(graphdef, params)(images, batch_norm="frozen"))
-    return matmul_flops(traced(shapes, picture).jaxpr)
+def attention_flops(width: int, layers: int, positions: int) -> int:
+    """Operations of scores and their weighted sums, forward and backward, in one row."""
+    return 12 * positions**2 * width * layers
 
 
 def matmul_flops(jaxpr: Any) -> int:
@@ -202,24 +176,8 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(fitting, key=len)] if fitting else None
 
 
-def _inputs(path: str) -> str | None:
-    for pattern, name in INPUTS:
+def _inputs(path: str, inputs: Inputs) -> str | None:
+    for pattern, name in inputs:
         if pattern.fullmatch(path):
             return name
-    raise ValueError(f"parameter {path}: training.step.flops.INPUTS does not say what it multiplies")
-
-
-def _vectors(model: ModelConfig, length: int, pack: int) -> dict[str, int]:
-    """Vectors of one row by name."""
-    if model.kind != "magma":
-        return {"positions": length - 1, "predicted": length - 1, "row": 1}
-    grid = model.encoder.positions
-    picture = pack * (grid or model.prefix.image_positions)
-    return {
-        # The last token predicts nothing; in a row that is not packed it is not run.
-        "positions": picture + length - (1 if pack == 1 else 0),
-        "predicted": length,  # the picture's last position predicts the first token
-        "picture": picture,
-        "features": pack * (grid or 1),
-        "row": 1,
-    }
+    raise ValueError(f"parameter {path}: its family's flops do not say what it multiplies")

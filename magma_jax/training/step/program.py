@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from magma_jax.config import ConfigError
-from magma_jax.models import MODELS
+from magma_jax.family import Family
 from magma_jax.nn.modules import abstract, split
 from magma_jax.runtime.compile import compiler_options
 from magma_jax.runtime.sharding import (
@@ -26,8 +26,7 @@ from magma_jax.runtime.sharding import (
     replicated,
     tree_shardings,
 )
-from magma_jax.training.run.config import RunConfig
-from magma_jax.training.step.losses import LOSSES
+from magma_jax.training.run.config import RunConfig, completed
 from magma_jax.training.step.optim import label_parameters, make_optimizer, partition
 from magma_jax.training.step.train_step import TrainState, init_state, make_train_step
 from magma_jax.typing import Params
@@ -46,6 +45,7 @@ class Program:
             ``batch`` has its rows over ``data`` and ``fsdp``, ``key`` and metrics are replicated.
     """
 
+    family: Family
     config: RunConfig
     mesh: Mesh
     graphdef: nnx.GraphDef
@@ -65,29 +65,30 @@ class Program:
         return jax.jit(create, out_shardings=_shardings(self.state))(trainable, statistics)
 
 
-def build_program(config: RunConfig, mesh: Mesh) -> Program:
+def build_program(family: Family, config: RunConfig, mesh: Mesh) -> Program:
     """Builds the program of a config on a mesh; nothing is allocated and nothing compiled.
 
     Raises:
-        ConfigError: the batch cannot be split evenly.
+        ConfigError: the batch cannot be split evenly, or data and model do not fit.
     """
+    config = completed(family, config)
     parts = batch_shards(mesh) * config.accumulate
     if config.batch_size % parts:
         raise ConfigError(
             f"batch_size {config.batch_size} is not a multiple of {parts} "
             f"(mesh.data x mesh.fsdp = {batch_shards(mesh)}, accumulate {config.accumulate})"
         )
-    graphdef, shapes, types = abstract(functools.partial(create_model, config))
+    graphdef, shapes, types = abstract(functools.partial(create_model, family, config))
     labels = label_parameters(types, config.optim.groups)
     optimizer = make_optimizer(config.optim, labels)
 
     trainable, frozen, statistics = partition(shapes, labels)
     over_fsdp = config.mesh.frozen == "sharded"
-    frozen = placed(frozen, parameter_shardings(frozen, mesh, over_fsdp=over_fsdp))
+    frozen = placed(frozen, parameter_shardings(frozen, mesh, family.shardings, over_fsdp=over_fsdp))
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), trainable, statistics)
-    state = placed(state, tree_shardings(state, mesh))
+    state = placed(state, tree_shardings(state, mesh, family.shardings))
 
-    loss = functools.partial(LOSSES[config.model.kind], options=config.loss)
+    loss = functools.partial(family.loss, options=config.loss)
     step = jax.jit(
         on_mesh(make_train_step(graphdef, loss, optimizer, accumulate=config.accumulate), mesh),
         in_shardings=(_shardings(state), _shardings(frozen), batch_sharding(mesh), replicated(mesh)),
@@ -96,23 +97,23 @@ def build_program(config: RunConfig, mesh: Mesh) -> Program:
         compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
     params = {path: {**state.trainable, **frozen, **state.statistics}[path] for path in shapes}
-    return Program(config, mesh, graphdef, labels, optimizer, params, state, frozen, step)
+    return Program(family, config, mesh, graphdef, labels, optimizer, params, state, frozen, step)
 
 
-def fresh_params(config: RunConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+def fresh_params(family: Family, config: RunConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
     """New parameters for the paths of ``shapes``, made where they belong; the same values on every mesh."""
 
     def create() -> Params:
-        params = split(create_model(config))[1]
+        params = split(create_model(family, config))[1]
         return {path: params[path] for path in shapes}
 
     # Under jit only what is returned is computed: pretrained parts are not first filled with noise.
     return jax.jit(create, out_shardings=_shardings(dict(shapes)))()
 
 
-def create_model(config: RunConfig) -> nnx.Module:
+def create_model(family: Family, config: RunConfig) -> nnx.Module:
     """The model of a config with fresh weights."""
-    return MODELS[config.model.kind](config.model, rngs=nnx.Rngs(config.seed))
+    return family.build(config.model, nnx.Rngs(config.seed))
 
 
 def _shardings(tree: Any) -> Any:

@@ -30,7 +30,7 @@ class Term:
     weight: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     @property
-    def mean(self) -> Array:
+    def mean(self) -> Any:
         """0 where nothing was counted."""
         return self.total / (self.count + (self.count == 0))  # of NumPy's numbers too, in their precision
 
@@ -42,8 +42,9 @@ LOSS = "loss"
 
 
 def learned_counts(terms: Terms) -> dict[str, Array]:
-    """Counts of the terms that have a weight; the first of them divides the gradients of a step."""
-    return {name: term.count for name, term in terms.items() if term.weight}
+    """Counts of the terms that have a weight, by name in order; the first of them divides the gradients of a step."""
+    # Sorted, as JAX sorts the keys of every dict that goes through it.
+    return {name: terms[name].count for name in sorted(terms) if terms[name].weight}
 
 
 def objective(terms: Terms, counts: Mapping[str, Array]) -> Array:
@@ -59,7 +60,7 @@ def objective(terms: Terms, counts: Mapping[str, Array]) -> Array:
     return total
 
 
-def term_means(terms: Terms) -> dict[str, Array]:
+def term_means(terms: Terms) -> dict[str, Any]:
     """The mean of every term, and the loss that they make."""
     means = {name: term.mean for name, term in terms.items()}
     return means | {LOSS: sum(term.weight * means[name] for name, term in terms.items() if term.weight)}

@@ -1,0 +1,58 @@
+"""Language models alone: next-token prediction of text."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from magma_jax.families.language.loss import language_loss
+from magma_jax.family import Family
+from magma_jax.models.language.catalog import LanguageModelConfig, build_language_model
+from magma_jax.models.language.decoder import Decoder
+from magma_jax.training.monitor.throughput import count_batch
+from magma_jax.training.run.config import RunConfig
+from magma_jax.training.step.flops import LANGUAGE_INPUTS, StepFlops, attention_flops, matrix_flops
+
+
+def _build(config: LanguageModelConfig, rngs: nnx.Rngs) -> Decoder:
+    return build_language_model(config, rngs=rngs)
+
+
+def _complete(config: RunConfig) -> RunConfig:
+    if config.data.name == "folders":
+        raise ValueError(f"data.name folders holds pictures, which a model of kind {config.model.kind} does not see")
+    return config
+
+
+def _batch_shapes(program: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+    rows, data = (program.config.batch_size, program.config.data.length), program.config.data
+    names = ("tokens", "labels", *(("segments", "positions") if data.pack > 1 else ()))
+    return dict.fromkeys(names, (rows, jnp.int32))
+
+
+def _flops(config: LanguageModelConfig, shapes: Any, labels: Any, batch: Any) -> StepFlops:
+    rows, length = batch["tokens"]
+    # The last token predicts nothing and is not run.
+    vectors = {"positions": length - 1, "predicted": length - 1}
+    frozen, trained = matrix_flops(shapes, labels, LANGUAGE_INPUTS, vectors)
+    attention = attention_flops(config.width, config.layers, length - 1)
+    return StepFlops(rows * frozen, rows * trained, rows * attention, 0)
+
+
+LANGUAGE = Family(
+    name="language",
+    configs=LanguageModelConfig.__args__,
+    build=_build,
+    complete=_complete,
+    loss=language_loss,
+    shardings=(),
+    vocab_rows=lambda config: config.vocab_rows,
+    batch_shapes=_batch_shapes,
+    count=count_batch,
+    flops=_flops,
+    prepare=lambda program, dataset, params: lambda batch: batch,
+    first_values=lambda program, dataset, params: {},
+    parts={},
+    language_model=lambda model: model,
+    panel=None,
+)

@@ -1,0 +1,27 @@
+"""Next-token loss of text."""
+
+import jax.numpy as jnp
+
+from magma_jax.models.language.decoder import Decoder
+from magma_jax.nn.attention import causal_mask, same_segment
+from magma_jax.training.step.cross_entropy import cross_entropy
+from magma_jax.training.step.options import LossOptions
+from magma_jax.training.step.terms import Terms, label_terms
+from magma_jax.training.step.train_step import Batch
+from magma_jax.typing import IGNORED, PRNGKey
+
+
+def language_loss(model: Decoder, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> Terms:
+    """Next-token loss of text alone; ``batch`` holds ``tokens`` and ``labels`` (B, S).
+
+    If rows hold several samples, ``segments`` and ``positions`` (B, S) say which, see ``data.batches.batching``.
+    """
+    tokens, labels = batch["tokens"][:, :-1], batch["labels"][:, 1:]
+    positions = mask = None
+    if "segments" in batch:
+        segments, positions = batch["segments"], batch["positions"][:, :-1]
+        mask = same_segment(segments[:, :-1]) & causal_mask(positions, positions)
+        # The first token of a sample follows nothing.
+        labels = jnp.where(segments[:, 1:] == segments[:, :-1], labels, IGNORED)
+    hidden = model(model.embed(tokens), positions=positions, mask=mask, remat=options.remat).hidden
+    return label_terms(*cross_entropy(model.logits, hidden, labels))

@@ -1,0 +1,50 @@
+"""MAGMA: pictures become words of a frozen language model (Eichenberg et al., 2021)."""
+
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from magma_jax.evaluation.tasks.training_samples import Sampler
+from magma_jax.families.magma.data import batch_shapes, complete
+from magma_jax.families.magma.flops import step_flops
+from magma_jax.families.magma.loss import caption_loss
+from magma_jax.family import Family
+from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
+from magma_jax.published.encoder_sources import open_encoder
+from magma_jax.published.language_model_sources import open_lm
+from magma_jax.training.monitor.throughput import count_batch
+from magma_jax.training.pictures import feature_statistics, picture_loader
+
+
+def _build(config: MagmaConfig, rngs: nnx.Rngs) -> MagmaModel:
+    return MagmaModel(config, rngs=rngs)
+
+
+def _first_values(program: Any, dataset: Any, params: Any) -> dict[str, Any]:
+    if dataset.images is None:
+        return {}
+    learned = dataset.images if dataset.learned is None else dataset.images[np.asarray(dataset.learned)]
+    return feature_statistics(learned, program.graphdef, params)
+
+
+MAGMA = Family(
+    name="magma",
+    configs=(MagmaConfig,),
+    build=_build,
+    complete=complete,
+    loss=caption_loss,
+    shardings=SHARDINGS,
+    vocab_rows=lambda config: config.lm.vocab_rows,
+    batch_shapes=batch_shapes,
+    count=count_batch,
+    flops=step_flops,
+    prepare=lambda program, dataset, params: picture_loader(dataset.images, program, params),
+    first_values=_first_values,
+    parts={
+        "lm": lambda path, model: open_lm(path, model.lm),
+        "image_prefix/encoder": lambda path, model: open_encoder(path, model.encoder),
+    },
+    language_model=lambda model: model.lm,
+    panel=Sampler,
+)

@@ -1,0 +1,50 @@
+"""The loss of MAGMA: the words behind a picture, or the class of a picture and a statement."""
+
+import jax.numpy as jnp
+
+from magma_jax.data.images import normalize
+from magma_jax.models.magma import MagmaModel
+from magma_jax.models.vision.catalog import ENCODERS
+from magma_jax.training.step.cross_entropy import cross_entropy
+from magma_jax.training.step.options import LossOptions
+from magma_jax.training.step.terms import Terms, label_terms
+from magma_jax.training.step.train_step import Batch
+from magma_jax.typing import IGNORED, Array, Int, PRNGKey
+
+
+def caption_labels(tokens: Int[Array, "B S"], eos_id: int) -> Int[Array, "B S"]:
+    """Labels of captions: the tokens up to and including the first eos, ``IGNORED`` behind it (original)."""
+    ends = jnp.cumsum(tokens == eos_id, axis=1)
+    behind_first_eos = (ends - (tokens == eos_id)) > 0
+    return jnp.where(behind_first_eos, IGNORED, tokens)
+
+
+def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> Terms:
+    """Next-token loss of the words behind a picture (paper, equation 3), or the loss of a classification head.
+
+    With a head (paper, section 4.1.3) a label is a class and stands at the end of text behind a statement, for which
+    the embedding of the last token of the statement is asked.
+
+    ``batch`` holds ``tokens`` and ``labels`` (B, S), and either ``images`` (uint8, or normalised pictures) or
+    ``features`` (what a frozen encoder made of them, computed once). ``key=None`` means no dropout. If rows hold
+    several samples, ``segments`` and ``positions`` (B, S) say which, and pictures and features have a second axis, see
+    ``data.batches.batching``.
+    """
+    if "features" in batch:
+        features = batch["features"]
+    else:
+        *leading, height, width, channels = batch["images"].shape
+        images = batch["images"].reshape(-1, height, width, channels)
+        if images.dtype == jnp.uint8:
+            entry = ENCODERS[model.config.encoder.kind]
+            images = normalize(images, entry.mean, entry.std)
+        features = model.encode_images(images, batch_norm=options.batch_norm, remat=options.encoder_remat)
+        features = features.reshape(*leading, *features.shape[1:])
+    forward = {"dropout_key": key, "remat": options.remat}
+    if "segments" in batch:
+        hidden = model.packed_hidden(features, batch["tokens"], batch["segments"], batch["positions"], **forward)
+    else:
+        hidden = model.caption_hidden(features, batch["tokens"], **forward)
+    if model.class_head is not None:
+        return label_terms(*cross_entropy(model.class_logits_of, hidden, batch["labels"]))
+    return label_terms(*cross_entropy(model.logits, hidden, batch["labels"]))

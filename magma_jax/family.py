@@ -1,0 +1,55 @@
+"""A model family, as far as the rest of the house must know one: a record of plain functions.
+
+Training, inference and evaluation know no family by name; they are given its record. The records stand in
+``magma_jax.families``, the only package that may import all of these rooms.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+# A row of a sharding table, see ``runtime.sharding``: a pattern of paths, and an axis for each of the last dimensions.
+ShardingRow = tuple[str, tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the house asks of a family.
+
+    Attributes:
+        name: in messages.
+        configs: dataclasses of its models, told apart by their ``kind``.
+        build: ``(config, rngs)`` to the model, an ``nnx.Module``.
+        complete: run config to the run config with what follows from the model; ValueError where they do not fit.
+        loss: ``(model, batch, key, *, options)`` to the terms of the loss, see ``training.step.terms``; ``key=None``
+            means no dropout.
+        shardings: rows for its own parameters, beside those that all families share.
+        vocab_rows: config to the number of token ids that the model embeds.
+        batch_shapes: ``(program)`` to names, shapes and dtypes of the longest batch of a run.
+        count: ``(batch, pad_id)`` to the samples and tokens of a batch on the host.
+        flops: ``(config, shapes, labels, batch)`` to the operations of a step (``training.step.flops.StepFlops``);
+            ``batch`` has the shape of every array of the whole batch.
+        prepare: ``(program, dataset, params)`` to a function that fits a batch of the dataset to the loss.
+        first_values: ``(program, dataset, params)`` to parameters that are computed from data before the first step.
+        parts: path prefix to what opens published weights for the parameters below it: ``(path, config)`` to a
+            context of their arrays by path and the files these are read from.
+        language_model: ``(model)`` to the part that decodes token by token; of a config, its config.
+        panel: ``(run, writing)`` to what shows samples while the run learns; None where there is nothing to show.
+    """
+
+    name: str
+    configs: tuple[type, ...]
+    build: Callable[[Any, Any], Any]
+    complete: Callable[[Any], Any]
+    loss: Callable[..., Mapping[str, Any]]
+    shardings: tuple[ShardingRow, ...]
+    vocab_rows: Callable[[Any], int]
+    batch_shapes: Callable[[Any], dict[str, tuple[tuple[int, ...], Any]]]
+    count: Callable[[Mapping[str, Any], int], tuple[int, int]]
+    flops: Callable[..., Any]
+    prepare: Callable[..., Callable[[dict[str, Any]], dict[str, Any]]]
+    first_values: Callable[..., dict[str, Any]]
+    parts: Mapping[str, Callable[[Any, Any], AbstractContextManager[tuple[Mapping[str, Any], tuple[Any, ...]]]]]
+    language_model: Callable[[Any], Any]
+    panel: Callable[..., Any] | None
