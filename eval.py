@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from magma_jax.evaluation.command import add_other_options, add_task_options, run_comparison, run_perplexity, run_tasks
-from magma_jax.evaluation.tasks.own_split import evaluate_run
+from magma_jax.evaluation.own_split import evaluate_run
 from magma_jax.runtime.distributed import one_of_several
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from magma_jax.config import apply_overrides, config_name, load_config_file
-from magma_jax.evaluation.tasks.own_split import evaluate_run
+from magma_jax.evaluation.own_split import evaluate_run
 from magma_jax.families import family_of, run_config
 from magma_jax.runtime.distributed import one_of_several
 from magma_jax.training.loop import train

@@ -195,8 +195,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     from magma_jax.nn.modules import parameter_count
     from magma_jax.runtime.sharding import make_mesh
     from magma_jax.storage.model_folder import read_params
+    from magma_jax.training.run.program import build_program
     from magma_jax.training.step.optim import partition
-    from magma_jax.training.step.program import build_program
 
     # The config's schedule begins with a rate of zero.
     changes = [*sizes(options), "model.dtype=float32", "batch_size=1", "optim.schedule=constant"]

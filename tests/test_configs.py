@@ -10,8 +10,8 @@ from magma_jax.config import ConfigError, config_name, load_config_file, to_dict
 from magma_jax.families import run_config
 from magma_jax.nn.modules import abstract, parameter_count
 from magma_jax.training.run.config import RunConfig
+from magma_jax.training.run.program import create_model
 from magma_jax.training.step.optim import label_parameters, partition
-from magma_jax.training.step.program import create_model
 
 FOLDER = Path(__file__).parent.parent / "configs"
 TABLE1 = "paper_table1.py"

@@ -24,8 +24,8 @@ from magma_jax.storage.model_folder import CheckpointError, nbytes_of, write_mod
 from magma_jax.storage.progress import writing
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.pretrained import open_weights
+from magma_jax.training.run.program import create_model
 from magma_jax.training.step.optim import label_parameters, partition
-from magma_jax.training.step.program import create_model
 from magma_jax.typing import Params
 from magma_jax.version import __version__
 

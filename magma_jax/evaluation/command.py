@@ -15,10 +15,10 @@ from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
 from magma_jax.data.datasets import DataConfig, load_dataset
 from magma_jax.data.workers import cores
 from magma_jax.evaluation.metrics.perplexity import measure
+from magma_jax.evaluation.report import comparison
 from magma_jax.evaluation.report.results_card import write_card
 from magma_jax.evaluation.report.run_report import OPENMOJI
-from magma_jax.evaluation.results import comparison
-from magma_jax.evaluation.results.task_files import write_result
+from magma_jax.evaluation.report.task_files import write_result
 from magma_jax.evaluation.tasks.few_shot import evaluate_task
 from magma_jax.evaluation.tasks.sweep import combinations, run_sweep, sweep_table, write_sweep
 from magma_jax.evaluation.tasks.task import TASKS, TaskConfig

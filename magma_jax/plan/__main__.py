@@ -22,7 +22,7 @@ from magma_jax.plan.compilation import compile_decode, compile_step
 from magma_jax.plan.report import Plan, make_plan, to_json, to_text
 from magma_jax.runtime.sharding import make_mesh
 from magma_jax.training.run.config import RunConfig
-from magma_jax.training.step.program import build_program
+from magma_jax.training.run.program import build_program
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from magma_jax.models.language.decoder import KVCache
 from magma_jax.nn.modules import merge
 from magma_jax.runtime.sharding import BATCH_AXES, batch_sharding, replicated
 from magma_jax.storage.model_folder import in_dtype
-from magma_jax.training.step.program import Program
+from magma_jax.training.run.program import Program
 
 
 @dataclasses.dataclass(frozen=True)

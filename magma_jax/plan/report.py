@@ -8,8 +8,8 @@ from typing import Any
 from magma_jax.plan.chips import GIB, Topology
 from magma_jax.plan.compilation import Compiled
 from magma_jax.plan.hlo import Collective, Costs, program_costs
+from magma_jax.training.run.program import Program
 from magma_jax.training.step.flops import StepFlops
-from magma_jax.training.step.program import Program
 
 TERMS = {
     "compute": "operations of the program / peak",

@@ -11,15 +11,15 @@ from magma_jax.family import Family
 from magma_jax.runtime.distributed import say
 from magma_jax.runtime.sharding import local_rows, place_batch, replicated
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
-from magma_jax.training.checkpoints.milestones import Milestones
 from magma_jax.training.faults.interruption import StopRequest
 from magma_jax.training.faults.nonfinite import NonfiniteGuard
 from magma_jax.training.faults.skipped import SkippedSamples
+from magma_jax.training.milestones import Milestones
 from magma_jax.training.monitor.profiler import StepRange
-from magma_jax.training.monitor.validation import make_validation
-from magma_jax.training.monitor.watch import Watch
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.setup import Run, prepare_run
+from magma_jax.training.validation import make_validation
+from magma_jax.training.watch import Watch
 from magma_jax.typing import PRNGKey
 
 Batch = dict[str, np.ndarray]

@@ -19,7 +19,7 @@ from magma_jax.nn.modules import merge
 from magma_jax.runtime.distributed import is_main
 from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch, replicated
 from magma_jax.storage.deferred import read_array
-from magma_jax.training.step.program import Program
+from magma_jax.training.run.program import Program
 from magma_jax.typing import Array, Float, Params, UInt8
 
 Batch = dict[str, np.ndarray]

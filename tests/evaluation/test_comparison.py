@@ -6,8 +6,8 @@ import json
 import pytest
 
 from magma_jax.data.format.records import DataError
-from magma_jax.evaluation.results.comparison import compare_results, table, to_json
-from magma_jax.evaluation.results.task_files import predictions_file, write_result
+from magma_jax.evaluation.report.comparison import compare_results, table, to_json
+from magma_jax.evaluation.report.task_files import predictions_file, write_result
 from magma_jax.evaluation.tasks.sweep import combinations, run_sweep, sweep_table, write_sweep
 from magma_jax.evaluation.tasks.task import TASKS
 from tests.evaluation.test_task_files import result_of

@@ -15,10 +15,10 @@ from flax import nnx
 
 from magma_jax.convert.quantize import quantize_folder
 from magma_jax.data.openmoji.drawings import Sample
+from magma_jax.evaluation import own_split
 from magma_jax.evaluation.metrics.baselines import most_frequent_answers, shuffle_pictures
 from magma_jax.evaluation.results.results import CONDITIONS
 from magma_jax.evaluation.tasks import batched_generate as programs
-from magma_jax.evaluation.tasks import own_split
 from magma_jax.inference.api import Magma
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from magma_jax.data.format.records import Sample
+from magma_jax.evaluation.own_split import score
 from magma_jax.evaluation.report.charts import line_chart, ticks
 from magma_jax.evaluation.report.overview import overview_picture
 from magma_jax.evaluation.report.run_report import write_report
 from magma_jax.evaluation.results.results import CONDITIONS, Evaluation
-from magma_jax.evaluation.tasks.own_split import score
 from magma_jax.output import replace_file
 from tests import tiny
 

@@ -10,9 +10,9 @@ from magma_jax.data.format.records import DataError
 from magma_jax.evaluation.report.gallery import write_gallery
 from magma_jax.evaluation.report.paper import FIGURES
 from magma_jax.evaluation.report.results_card import write_card
+from magma_jax.evaluation.report.submissions import write_submission
+from magma_jax.evaluation.report.task_files import predictions_file, read_answers, write_result
 from magma_jax.evaluation.results.columns import Column
-from magma_jax.evaluation.results.submissions import write_submission
-from magma_jax.evaluation.results.task_files import predictions_file, read_answers, write_result
 from magma_jax.evaluation.scoring import protocols
 from magma_jax.evaluation.tasks.examples import StoredExamples
 from magma_jax.evaluation.tasks.few_shot import finish

@@ -25,9 +25,9 @@ from magma_jax.training.loop import train
 from magma_jax.training.monitor.writers import WatchConfig
 from magma_jax.training.run import setup
 from magma_jax.training.run.config import RunConfig, read_run_config
+from magma_jax.training.run.program import build_program
 from magma_jax.training.step.flops import matmul_flops
 from magma_jax.training.step.optim import OptimConfig
-from magma_jax.training.step.program import build_program
 from tests.families import toy
 from tests.families.toy import LENGTH, TOY, ToyConfig
 

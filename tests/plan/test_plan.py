@@ -18,8 +18,8 @@ from magma_jax.plan.compilation import Compiled, batch_structs, compile_decode, 
 from magma_jax.plan.hlo import Collective, Costs
 from magma_jax.plan.report import Plan, frozen_gathers, make_plan, to_json, to_text
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
+from magma_jax.training.run.program import build_program
 from magma_jax.training.step.options import LossOptions
-from magma_jax.training.step.program import build_program
 from tests import tiny
 
 BATCH, LENGTH = 8, 32

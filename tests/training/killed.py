@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from magma_jax.training.checkpoints import checkpoint
-from magma_jax.training.checkpoints.milestones import Milestones
+from magma_jax.training.milestones import Milestones
 from magma_jax.training.run import setup
 from tests import tiny
 

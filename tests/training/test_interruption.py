@@ -19,7 +19,7 @@ from magma_jax.runtime.sharding import make_mesh
 from magma_jax.storage.model_folder import read_model_json
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
 from magma_jax.training.faults.interruption import StopRequest
-from magma_jax.training.step.program import build_program
+from magma_jax.training.run.program import build_program
 from tests import tiny
 
 

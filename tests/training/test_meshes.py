@@ -21,8 +21,8 @@ from magma_jax.runtime.sharding import MeshConfig, make_mesh, place_batch
 from magma_jax.storage.model_folder import read_params
 from magma_jax.training.monitor.writers import METRICS_FILE
 from magma_jax.training.pictures import picture_loader
+from magma_jax.training.run.program import build_program, fresh_params
 from magma_jax.training.step.optim import partition
-from magma_jax.training.step.program import build_program, fresh_params
 from magma_jax.typing import Params
 from tests import tiny
 

@@ -8,8 +8,8 @@ import pytest
 
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
 from magma_jax.training.checkpoints.early_stopping import BestStep, ValidationConfig
-from magma_jax.training.checkpoints.milestones import Milestones
 from magma_jax.training.faults.interruption import StopRequest
+from magma_jax.training.milestones import Milestones
 from magma_jax.training.run.setup import Run
 from magma_jax.training.step.train_step import TrainState
 from tests import tiny

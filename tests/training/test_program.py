@@ -9,8 +9,8 @@ import pytest
 from magma_jax.families.magma import MAGMA
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.runtime.sharding import make_mesh
+from magma_jax.training.run.program import build_program
 from magma_jax.training.step.options import LossOptions
-from magma_jax.training.step.program import build_program
 from tests import tiny
 
 

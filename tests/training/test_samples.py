@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from magma_jax.data.format.records import Sample
-from magma_jax.evaluation.tasks.training_samples import choose
 from magma_jax.families.magma import MAGMA
+from magma_jax.families.magma.panel import choose
 from magma_jax.runtime.sharding import MeshConfig
 from magma_jax.training import loop
 from magma_jax.training.monitor.writers import WatchConfig

@@ -16,9 +16,9 @@ from magma_jax.models.magma import MagmaModel
 from magma_jax.models.prefix import PrefixConfig
 from magma_jax.nn.modules import split, variable_types
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
+from magma_jax.training.run.program import build_program, fresh_params
 from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
 from magma_jax.training.step.options import LossOptions
-from magma_jax.training.step.program import build_program, fresh_params
 from magma_jax.training.step.train_step import init_state, make_train_step
 from magma_jax.typing import IGNORED
 from tests import tiny

@@ -12,11 +12,11 @@ from magma_jax.families.magma import MAGMA
 from magma_jax.families.magma.loss import caption_loss
 from magma_jax.nn.modules import merge
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
-from magma_jax.training.monitor.validation import chosen_samples, make_validation
 from magma_jax.training.pictures import picture_loader
 from magma_jax.training.run import setup
 from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.terms import LOSS
+from magma_jax.training.validation import chosen_samples, make_validation
 from tests import tiny
 
 

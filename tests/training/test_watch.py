@@ -12,14 +12,14 @@ import pytest
 from magma_jax.config import ConfigError
 from magma_jax.families.magma import MAGMA
 from magma_jax.runtime.sharding import make_mesh
-from magma_jax.training.monitor import watch as watching
+from magma_jax.training import watch as watching
 from magma_jax.training.monitor.profiler import StepRange
-from magma_jax.training.monitor.watch import Watch, duration, scaled
 from magma_jax.training.monitor.writers import WatchConfig, read_lines
+from magma_jax.training.run.program import build_program
 from magma_jax.training.run.setup import Run
 from magma_jax.training.step.optim import make_schedule
-from magma_jax.training.step.program import build_program
 from magma_jax.training.step.train_step import TrainState
+from magma_jax.training.watch import Watch, duration, scaled
 from tests import tiny
 from tests.training import events
 

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from magma_jax.evaluation.report.pages import fill_page
-from magma_jax.evaluation.report.tables import html_table
 from magma_jax.evaluation.results.provenance import counted, stamp, title
+from magma_jax.evaluation.tables import html_table
 from magma_jax.evaluation.tasks.examples import Example, close, spaced
 from magma_jax.evaluation.tasks.few_shot import TaskResult
 from magma_jax.evaluation.tasks.shots import Shot

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from magma_jax.evaluation.report.paper import FIGURES
-from magma_jax.evaluation.report.tables import text_table
+from magma_jax.evaluation.report.task_files import RESULTS, read_result
 from magma_jax.evaluation.results.columns import Column, columns_of, figure, first_score
 from magma_jax.evaluation.results.names import file_stem
 from magma_jax.evaluation.results.provenance import stamp
-from magma_jax.evaluation.results.task_files import RESULTS, read_result
+from magma_jax.evaluation.tables import text_table
 from magma_jax.evaluation.tasks.task import TASKS
 from magma_jax.output import replace_file
 

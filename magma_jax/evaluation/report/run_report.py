@@ -12,7 +12,6 @@ from PIL import Image
 from magma_jax.data.datasets import Dataset
 from magma_jax.evaluation.report.charts import line_chart
 from magma_jax.evaluation.report.pages import fill_page
-from magma_jax.evaluation.report.tables import html_table
 from magma_jax.evaluation.results.results import (
     CAPTION,
     CONDITIONS,
@@ -22,6 +21,7 @@ from magma_jax.evaluation.results.results import (
     question_of,
     summary,
 )
+from magma_jax.evaluation.tables import html_table
 from magma_jax.output import replace_file
 from magma_jax.training.monitor.writers import read_lines
 from magma_jax.typing import UInt8

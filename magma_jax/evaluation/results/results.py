@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from magma_jax.evaluation.report.tables import text_table
+from magma_jax.evaluation.tables import text_table
 from magma_jax.output import replace_file
 
 # The model as it is, and three baselines that know less.

@@ -10,7 +10,6 @@ from magma_jax.data.format.records import DataError
 from magma_jax.evaluation.metrics import gqa
 from magma_jax.evaluation.metrics.bootstrap import DRAWS, Interval, intervals, rarity_note
 from magma_jax.evaluation.metrics.by_protocol import Scores
-from magma_jax.evaluation.report.tables import text_table
 from magma_jax.evaluation.scoring.protocols import (
     PROTOCOLS,
     Protocol,
@@ -19,6 +18,7 @@ from magma_jax.evaluation.scoring.protocols import (
     join,
     read_predictions,
 )
+from magma_jax.evaluation.tables import text_table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
 from magma_jax.data.tokenizers.byte_level import Tokenizer
-from magma_jax.evaluation.report.tables import text_table
 from magma_jax.evaluation.results.columns import first_score
 from magma_jax.evaluation.results.names import file_stem
+from magma_jax.evaluation.tables import text_table
 from magma_jax.evaluation.tasks.few_shot import TaskResult, finish
 from magma_jax.evaluation.tasks.task import TaskConfig
 from magma_jax.output import replace_file

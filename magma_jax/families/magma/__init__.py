@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from magma_jax.evaluation.tasks.training_samples import Sampler
 from magma_jax.families.magma.data import batch_shapes, complete
 from magma_jax.families.magma.flops import step_flops
 from magma_jax.families.magma.loss import caption_loss
+from magma_jax.families.magma.panel import Sampler
 from magma_jax.family import Family
 from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
 from magma_jax.published.encoder_sources import open_encoder

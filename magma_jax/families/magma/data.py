@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from magma_jax.training.pictures import features_are_fixed
 from magma_jax.training.run.config import RunConfig
-from magma_jax.training.step.program import Program
+from magma_jax.training.run.program import Program
 
 
 def complete(config: RunConfig) -> RunConfig:

@@ -17,9 +17,9 @@ from magma_jax.storage.model_folder import MODEL_FILE, read_params
 from magma_jax.training.checkpoints.early_stopping import BestStep
 from magma_jax.training.run.config import RunConfig, completed
 from magma_jax.training.run.continuation import continued_config
+from magma_jax.training.run.program import Program, build_program
 from magma_jax.training.run.starting_weights import write_run_folder
 from magma_jax.training.step.optim import partition
-from magma_jax.training.step.program import Program, build_program
 from magma_jax.training.step.train_step import TrainState
 from magma_jax.typing import Params
 

@@ -32,7 +32,7 @@ from magma_jax.training.checkpoints.checkpoint import read_what_was_trained
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.continuation import differences
 from magma_jax.training.run.pretrained import open_weights
-from magma_jax.training.step.program import Program, create_model, fresh_params
+from magma_jax.training.run.program import Program, create_model, fresh_params
 from magma_jax.typing import Params
 
 # What a run's model may have otherwise than its base: how it is run and stored, and how fresh parts would begin.

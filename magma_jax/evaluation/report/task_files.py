@@ -9,8 +9,8 @@ from magma_jax.config import to_dict
 from magma_jax.data.format.records import DataError
 from magma_jax.data.readers.common import read_json, read_json_lines
 from magma_jax.evaluation.report.gallery import write_gallery
+from magma_jax.evaluation.report.submissions import SUBMISSIONS, write_submission
 from magma_jax.evaluation.results.names import file_stem
-from magma_jax.evaluation.results.submissions import SUBMISSIONS, write_submission
 from magma_jax.evaluation.tasks.examples import Example
 from magma_jax.evaluation.tasks.few_shot import TaskResult
 from magma_jax.output import replace_file

@@ -6,11 +6,11 @@ from typing import Any
 
 from magma_jax.data.format.records import DataError
 from magma_jax.evaluation.metrics.bootstrap import DRAWS, Comparison, compare, rarity_note
-from magma_jax.evaluation.report.tables import text_table
+from magma_jax.evaluation.report.task_files import RESULTS, read_answers, read_result
 from magma_jax.evaluation.results.provenance import title
-from magma_jax.evaluation.results.task_files import RESULTS, read_answers, read_result
 from magma_jax.evaluation.scoring.protocols import PROTOCOLS
 from magma_jax.evaluation.scoring.score import judge
+from magma_jax.evaluation.tables import text_table
 
 
 def compare_results(
