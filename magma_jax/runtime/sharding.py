@@ -12,11 +12,13 @@ one all-reduce. For the MLP of one layer, on fsdp = 2, model = 2:
 Numbers do not depend on the mesh, except for the order of summation.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -25,6 +27,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from magma_jax.family import ShardingRow
 from magma_jax.typing import Params
+
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
@@ -172,14 +176,29 @@ def split_rows(x: jax.Array, *, features: str | None = None) -> jax.Array:
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """``function``, traced in such a way that ``split_rows`` knows the mesh."""
+    """``function``, traced in such a way that ``split_rows`` knows the mesh and kernels know its kind of device."""
 
     @functools.wraps(function)
     def traced(*arguments: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), traced_for(mesh.devices.flat[0].platform):
             return function(*arguments)
 
     return traced
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """What is traced inside is meant for devices of this platform, which need not be there."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def target_platform() -> str:
+    """Platform that the program at hand is traced for, such as ``tpu``; by default that of this process."""
+    return _PLATFORM.get() or jax.default_backend()
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -1,0 +1,79 @@
+"""Masks of attention as rules, so that a kernel can be told "causal" where an array would hide it.
+
+Over a sequence of two prefix positions p and two words w, a query (row) sees these keys (columns):
+
+    causal     prefix     full       window 2   segments 1 1 2 2
+    p p w w    p p w w    p p w w    p p w w    p p w w
+    1 0 0 0    1 1 0 0    1 1 1 1    1 0 0 0    1 0 0 0
+    1 1 0 0    1 1 0 0    1 1 1 1    1 1 0 0    1 1 0 0
+    1 1 1 0    1 1 1 0    1 1 1 1    0 1 1 0    0 0 1 0
+    1 1 1 1    1 1 1 1    1 1 1 1    0 0 1 1    0 0 1 1
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from magma_jax.typing import Array, Bool, Int
+
+# Finite, so that a row without any visible key gives finite (unused) numbers instead of NaN.
+MASKED_SCORE = -1e30
+
+# causal: keys at or before the query. prefix: these, and a prefix of the row. full: all keys.
+Kind = Literal["causal", "prefix", "full"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """What a query sees: all rules hold at once. Positions are places in the sequence, from 0.
+
+    Attributes:
+        kind: see ``Kind``.
+        prefix: (B,) length of the prefix of each row, for ``kind`` prefix.
+        lengths: (B,) of the rows; keys behind them are padding that nobody sees.
+        segments: (B, S) numbers of samples that share a row; a query sees its own sample alone.
+        window: positions that a query sees, itself included; a number, or an array if it differs between layers.
+        extra: (B or 1, S or 1, T) further restriction.
+        queries: (B, S) places of the queries among the keys, as with a cache; None for 0, 1, ...
+    """
+
+    kind: Kind = dataclasses.field(default="causal", metadata={"static": True})
+    prefix: Any = None
+    lengths: Any = None
+    segments: Any = None
+    window: Any = None
+    extra: Any = None
+    queries: Any = None
+
+    def __post_init__(self):
+        if self.kind == "prefix" and self.prefix is None:
+            raise ValueError("a mask of kind prefix needs the lengths of the prefixes")
+
+    def visible(self, queries: Int[Array, " s"], keys: Int[Array, " t"]) -> Bool[Array, "#B s t"]:
+        """True where a query sees a key; ``queries`` and ``keys`` are places of the sequence."""
+        places = queries[None] if self.queries is None else self.queries[:, queries]
+        q, k = places[:, :, None], keys[None, None, :]
+        seen = jnp.ones((1, len(queries), len(keys)), bool) if self.kind == "full" else k <= q
+        if self.kind == "prefix":
+            seen = seen | (k < self.prefix[:, None, None])
+        if self.window is not None:
+            seen = seen & (q - k < self.window)
+        if self.lengths is not None:
+            seen = seen & (k < self.lengths[:, None, None])
+        if self.segments is not None:
+            seen = seen & (self.segments[:, queries][:, :, None] == self.segments[:, keys][:, None, :])
+        if self.extra is not None:
+            rows = self.extra if self.extra.shape[1] == 1 else self.extra[:, queries]
+            seen = seen & rows[:, :, keys]
+        return seen
+
+    def dense(self, queries: int, keys: int) -> Bool[Array, "#B S T"]:
+        """The whole mask as an array."""
+        return self.visible(jnp.arange(queries), jnp.arange(keys))
+
+    def with_window(self, window: Any) -> "Mask":
+        """The same with a window; None for none."""
+        return dataclasses.replace(self, window=window)
