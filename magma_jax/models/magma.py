@@ -18,12 +18,12 @@ from magma_jax.models.prefix import ImagePrefix, PrefixConfig
 from magma_jax.models.vision.catalog import EncoderConfig, build_encoder
 from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
 from magma_jax.nn.adapters import AdapterConfig
-from magma_jax.nn.attention import causal_mask, same_segment
 from magma_jax.nn.convolution import BatchNormMode
 from magma_jax.nn.layers import Linear
+from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import HeadParam
 from magma_jax.nn.stack import Remat
-from magma_jax.typing import Array, Bool, Float, Int, PRNGKey
+from magma_jax.typing import Array, Float, Int, PRNGKey
 
 # Of everything before the language model.
 SHARDINGS: tuple[ShardingRow, ...] = (
@@ -101,7 +101,7 @@ class MagmaModel(nnx.Module):
         embeddings: Float[Array, "B S D"],
         *,
         positions: Int[Array, "B S"] | None = None,
-        mask: Bool[Array, "#B #S T"] | None = None,
+        mask: Mask | None = None,
         cache: KVCache | None = None,
         collect: tuple[str, ...] = (),
         remat: Remat = "none",
@@ -164,7 +164,8 @@ class MagmaModel(nnx.Module):
         slot, place = jnp.divmod(jnp.arange(slots * size), size)
         owner = _behind(slot + 1, segments)
         all_positions = _behind(place, size + positions)
-        mask = same_segment(owner) & causal_mask(all_positions, all_positions)
+        # A sample's pictures stand before its words, so that what is before in the row is before in the sample.
+        mask = Mask("causal", segments=owner)
         hidden = self(embeddings, positions=all_positions, mask=mask, remat=remat).hidden
 
         # A token is predicted from the one before it, the first of a sample from the end of its picture.

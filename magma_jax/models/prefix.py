@@ -14,6 +14,7 @@ from flax import nnx
 
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.layers import LayerNorm, Linear, dropout
+from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import PrefixParam, Statistic
 from magma_jax.nn.stack import scan, stack
 from magma_jax.typing import Array, Float, PRNGKey
@@ -57,7 +58,7 @@ class PrefixTransformerLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(self.qkv(self.ln_1(x)), 3, axis=-1))
-        seen, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), None)
+        seen, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), Mask("full"))
         x = x + self.out_proj(seen.reshape(x.shape))
         return x + self.c_proj(jax.nn.gelu(self.c_fc(self.ln_2(x))))
 

@@ -57,7 +57,8 @@ def fused_attention(
 
 def choose_kernel(q: Array, k: Array, mask: Mask) -> Kernel:
     """The kernel for arrays of these shapes on the devices that the program is traced for."""
-    window = "static" if isinstance(mask.window, int) else "traced" if mask.window is not None else ""
+    window = "static" if isinstance(mask.window, int) and mask.positions is None else "traced"
+    window = "" if mask.window is None else window
     rules = (mask.kind, window, mask.extra is not None, mask.queries is not None, mask.segments is not None)
     platform = target_platform()
     capability = ""
@@ -118,7 +119,7 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Mask, scale: float) -> Array:
     batch, length = q.shape[:2]
     options: dict[str, object] = {"scale": scale, "implementation": "cudnn"}
     plain = mask.queries is None and mask.extra is None and mask.segments is None and mask.kind != "prefix"
-    windowed = mask.kind == "causal" and isinstance(mask.window, int)
+    windowed = mask.kind == "causal" and isinstance(mask.window, int) and mask.positions is None
     if plain and (mask.window is None or windowed):
         options["is_causal"] = mask.kind == "causal"
         if windowed:

@@ -36,6 +36,7 @@ class Mask:
         lengths: (B,) of the rows; keys behind them are padding that nobody sees.
         segments: (B, S) numbers of samples that share a row; a query sees its own sample alone.
         window: positions that a query sees, itself included; a number, or an array if it differs between layers.
+        positions: (B, S) what the window counts in, where these are not places in the sequence.
         extra: (B or 1, S or 1, T) further restriction.
         queries: (B, S) places of the queries among the keys, as with a cache; None for 0, 1, ...
     """
@@ -45,6 +46,7 @@ class Mask:
     lengths: Any = None
     segments: Any = None
     window: Any = None
+    positions: Any = None
     extra: Any = None
     queries: Any = None
 
@@ -59,8 +61,11 @@ class Mask:
         seen = jnp.ones((1, len(queries), len(keys)), bool) if self.kind == "full" else k <= q
         if self.kind == "prefix":
             seen = seen | (k < self.prefix[:, None, None])
-        if self.window is not None:
+        if self.window is not None and self.positions is None:
             seen = seen & (q - k < self.window)
+        elif self.window is not None:
+            distance = self.positions[:, queries][:, :, None] - self.positions[:, keys][:, None, :]
+            seen = seen & (distance < self.window)
         if self.lengths is not None:
             seen = seen & (k < self.lengths[:, None, None])
         if self.segments is not None:
@@ -69,6 +74,12 @@ class Mask:
             rows = self.extra if self.extra.shape[1] == 1 else self.extra[:, queries]
             seen = seen & rows[:, :, keys]
         return seen
+
+    @property
+    def hides(self) -> bool:
+        """Whether anything may be hidden from a query."""
+        rules = (self.lengths, self.segments, self.window, self.extra)
+        return self.kind != "full" or any(rule is not None for rule in rules)
 
     def dense(self, queries: int, keys: int) -> Bool[Array, "#B S T"]:
         """The whole mask as an array."""

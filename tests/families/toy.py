@@ -18,6 +18,7 @@ from magma_jax.data.datasets import Dataset
 from magma_jax.family import Family
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal
+from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import HeadParam, LanguageParam
 from magma_jax.nn.stack import scan, stack
 from magma_jax.training.step.flops import StepFlops, attention_flops, matrix_flops
@@ -46,7 +47,7 @@ class ToyBlock(nnx.Module):
 
     def __call__(self, x):
         q, k, v = jnp.split(self.qkv_proj(self.ln(x)).reshape(*x.shape[:2], self.heads, -1), 3, axis=-1)
-        out, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), None)
+        out, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), Mask("full"))
         return x + self.out_proj(out.reshape(x.shape))
 
 

@@ -21,6 +21,7 @@ from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.models.language.gpt_neox import GPTNeoXConfig
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import AdapterParam, LanguageParam, abstract, merge, parameter_count, split
 from magma_jax.training.step.optim import OptimConfig, label_parameters, partition
 from tests import tiny
@@ -106,9 +107,7 @@ def test_two_documents_in_one_row_give_what_they_give_alone(name):
     both = embeddings_of(1, 16)
     document = jnp.repeat(jnp.arange(2), jnp.array([7, 9]), total_repeat_length=16)
     positions = jnp.concatenate([jnp.arange(7), jnp.arange(9)])[None]
-    at = jnp.arange(16)
-    mask = (document[:, None] == document) & (at <= at[:, None])
-    packed = run(params, both, positions, mask[None])[0]
+    packed = run(params, both, positions, Mask("causal", segments=document[None]))[0]
     # What stands behind a document changes nothing in it.
     first, second = run(params, jnp.stack([both[0], jnp.roll(both[0], -7, axis=0)]))
     np.testing.assert_allclose(packed[:7], first[:7], atol=1e-4)
@@ -124,7 +123,8 @@ def test_local_layers_see_their_window_within_any_mask():
         return merge(definition, params)(embeddings, mask=mask, collect=("attentions",)).collected["attentions"]
 
     at = np.arange(12)
-    seen = run(params, embeddings_of(1, 12), jnp.broadcast_to(at != 4, (1, 12, 12)))[:, 0, 0] > 0
+    mask = Mask("full", extra=jnp.broadcast_to(at != 4, (1, 12, 12)))
+    seen = run(params, embeddings_of(1, 12), mask)[:, 0, 0] > 0
     expected = np.broadcast_to(at != 4, (12, 12))
     np.testing.assert_array_equal(seen[0], expected)
     np.testing.assert_array_equal(seen[1], expected & (at[:, None] - at < 3))

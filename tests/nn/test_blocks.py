@@ -1,6 +1,7 @@
 """Masks, attention, rotary positions, stacks and their remat policies, adapters: each against a direct formula."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import pytest
 from flax import nnx
 
 from magma_jax.models.language.gptj import GPTJ, GPTJConfig
+from magma_jax.nn import fused, masks
 from magma_jax.nn.adapters import Adapter, AdapterConfig
-from magma_jax.nn.attention import causal_mask, cudnn_serves, dot_product_attention, prefix_mask
+from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.convolution import BatchNorm
+from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import AdapterParam, merge, split, variable_types
 from magma_jax.nn.rotary import apply_rotary, rotary_table
 from magma_jax.nn.stack import scan
@@ -23,14 +26,23 @@ KINDS = ["normal", "parallel", "scaled_parallel"]
 
 
 def test_masks_are_those_drawn_in_the_module():
-    positions = jnp.arange(4)[None]
-    causal = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    prefix = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    np.testing.assert_array_equal(causal_mask(positions, positions)[0], np.array(causal, bool))
-    np.testing.assert_array_equal(prefix_mask(positions, positions, jnp.array([2]))[0], np.array(prefix, bool))
+    drawn = [line.split() for line in masks.__doc__.splitlines() if re.fullmatch(r" +([01] ?)+ .*", line)]
+    pictures = np.array(drawn, int).reshape(4, 5, 4).swapaxes(0, 1)  # five masks of four queries and four keys
+    segments = jnp.array([[1, 1, 2, 2]])
+    rules = [
+        Mask("causal"),
+        Mask("prefix", prefix=jnp.array([2])),
+        Mask("full"),
+        Mask("causal", window=2),
+        Mask("causal", segments=segments),
+    ]
+    for mask, picture in zip(rules, pictures, strict=True):
+        np.testing.assert_array_equal(mask.dense(4, 4)[0], picture)
     # Rows with prefixes of their own, and a single query against a cache of five slots.
-    both = prefix_mask(jnp.array([[3], [3]]), jnp.arange(5), jnp.array([0, 5]))
+    both = Mask("prefix", prefix=jnp.array([0, 5]), queries=jnp.array([[3], [3]])).dense(1, 5)
     np.testing.assert_array_equal(both[:, 0], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="needs the lengths of the prefixes"):
+        Mask("prefix")
 
 
 def test_attention_equals_its_formula():
@@ -38,8 +50,9 @@ def test_attention_equals_its_formula():
     q, k, v = (rng.normal(size=(2, length, 3, 8)).astype(np.float32) for length in (4, 6, 6))
     mask = rng.random((2, 4, 6)) < 0.7
     mask[:, :, 0] = True
+    heads_first = (jnp.asarray(k).swapaxes(1, 2), jnp.asarray(v).swapaxes(1, 2))
     out, weights = dot_product_attention(
-        jnp.asarray(q), jnp.asarray(k).swapaxes(1, 2), jnp.asarray(v).swapaxes(1, 2), jnp.asarray(mask)
+        jnp.asarray(q), *heads_first, Mask("full", extra=jnp.asarray(mask)), weights=True
     )
     for b, h, s in np.ndindex(2, 3, 4):
         scores = np.exp(k[b, :, h] @ q[b, s, h] / math.sqrt(8)) * mask[b, s]
@@ -52,22 +65,24 @@ def test_attention_equals_its_formula():
 @pytest.mark.parametrize(
     ("device", "serves", "says"),
     [
-        (("gpu", "9.0", "bfloat16", 256), True, "attention by cuDNN: heads of 256"),
+        (("gpu", "9.0", "bfloat16", 256), True, "attention by cudnn: heads of 256"),
         (("gpu", "12.0", "float16", 64), True, "compute capability 12.0"),
-        (("gpu", "8.0", "bfloat16", 128), True, "attention by cuDNN"),
+        (("gpu", "8.0", "bfloat16", 128), True, "attention by cudnn"),
         (("gpu", "8.9", "bfloat16", 256), False, "heads of 256 where compute capability 8.9 takes"),
         (("gpu", "9.0", "bfloat16", 260), False, "multiples of 8 up to 256"),
         (("gpu", "9.0", "float32", 64), False, "not float32"),
         (("gpu", "7.5", "float16", 64), False, "compute capability 7.5 is not supported"),
         (("gpu", "gfx90a", "bfloat16", 64), False, "not an NVIDIA device"),
-        (("tpu", "", "bfloat16", 256), False, "not an NVIDIA device"),
-        (("cpu", "", "float32", 64), False, "not an NVIDIA device"),
+        (("tpu", "", "bfloat16", 256), False, "splash attention knows"),
+        (("cpu", "", "float32", 64), False, "no kernel for cpu"),
     ],
 )
 def test_where_cudnn_computes_attention(device, serves, says, caplog):
-    cudnn_serves.cache_clear()
+    fused._chosen.cache_clear()
+    platform, capability, dtype, size = device
+    arguments = (platform, capability, dtype, 64, 64, size, ("prefix", "", False, False, False))
     with caplog.at_level("INFO"):
-        assert [cudnn_serves(*device), cudnn_serves(*device)] == [serves, serves]
+        assert [fused._chosen(*arguments) == "cudnn" for _ in range(2)] == [serves, serves]
     (message,) = caplog.messages  # once
     assert says in message
 
@@ -83,22 +98,24 @@ def test_what_cudnn_is_asked_for_is_the_same_attention(monkeypatch, scaled):
         return plain(*arrays, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
-    monkeypatch.setattr("magma_jax.nn.attention._cudnn_serves", lambda q, k: True)
+    monkeypatch.setattr("magma_jax.nn.attention.choose_kernel", lambda q, k, mask: "cudnn")
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.normal(size=(2, 3, 2, 8)), jnp.float32)
     k, v = (jnp.asarray(rng.normal(size=(2, 2, 5, 8)), jnp.float32) for _ in range(2))
-    mask = causal_mask(jnp.array([[0, 1, 2], [2, 3, 4]]), jnp.arange(5))
-    out, weights = dot_product_attention(q, k, v, mask, scaled=scaled, fused=True)
-    expected = dot_product_attention(q, k, v, mask, scaled=scaled)
-    np.testing.assert_allclose(out, expected[0], atol=1e-6)
-    np.testing.assert_array_equal(weights, expected[1])
-    dot_product_attention(q[:, :1], k, v, mask[:, :1], fused=True)  # one query: XLA
+    places = jnp.array([[0, 1, 2], [2, 3, 4]])
+    mask = Mask("causal", queries=places)
+    out, _ = dot_product_attention(q, k, v, mask, scaled=scaled)
+    expected, weights = dot_product_attention(q, k, v, mask, scaled=scaled, weights=True)  # weights: with all scores
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    assert weights.shape == (2, 2, 3, 5)
+    dot_product_attention(q[:, :1], k, v, Mask("causal", queries=places[:, :1]))  # one query: XLA
     assert asked == ["cudnn"]
 
 
 def test_a_query_that_sees_nothing_gives_finite_numbers():
     q = jnp.ones((1, 2, 1, 4))
-    out, weights = dot_product_attention(q, q.swapaxes(1, 2), q.swapaxes(1, 2), jnp.zeros((1, 2, 2), bool))
+    nothing = Mask("full", extra=jnp.zeros((1, 2, 2), bool))
+    out, weights = dot_product_attention(q, q.swapaxes(1, 2), q.swapaxes(1, 2), nothing, weights=True)
     assert jnp.isfinite(out).all()
     assert jnp.isfinite(weights).all()
 
@@ -201,12 +218,11 @@ def test_a_stack_computes_what_its_layers_compute_one_by_one(language_model):
     definition, params = language_model
     model = merge(definition, params)
     x = jax.random.normal(jax.random.key(0), (2, 7, 32))
-    mask = causal_mask(jnp.broadcast_to(jnp.arange(7), (2, 7)), jnp.arange(7))
     rotary = rotary_table(jnp.broadcast_to(jnp.arange(7), (2, 7)), CONFIG.rotary_dim)
     layer_definition, layers = split(model.layers)
     for i in range(CONFIG.layers):
         layer = merge(layer_definition, {path: leaf[i] for path, leaf in layers.items()})
-        x = layer(x, mask, rotary, lambda key, value: (key.swapaxes(1, 2), value.swapaxes(1, 2))).out
+        x = layer(x, Mask("causal"), rotary, None, weights=False).out
     expected = model.ln_f(x)
     output = model(jax.random.normal(jax.random.key(0), (2, 7, 32)), collect=("out", "attentions"))
     np.testing.assert_allclose(output.hidden, expected, atol=1e-5)

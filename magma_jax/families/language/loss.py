@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from magma_jax.models.language.decoder import Decoder
-from magma_jax.nn.attention import causal_mask, same_segment
+from magma_jax.nn.masks import Mask
 from magma_jax.training.step.cross_entropy import cross_entropy
 from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.terms import Terms, label_terms
@@ -20,7 +20,7 @@ def language_loss(model: Decoder, batch: Batch, key: PRNGKey | None, *, options:
     positions = mask = None
     if "segments" in batch:
         segments, positions = batch["segments"], batch["positions"][:, :-1]
-        mask = same_segment(segments[:, :-1]) & causal_mask(positions, positions)
+        mask = Mask("causal", segments=segments[:, :-1])
         # The first token of a sample follows nothing.
         labels = jnp.where(segments[:, 1:] == segments[:, :-1], labels, IGNORED)
     hidden = model(model.embed(tokens), positions=positions, mask=mask, remat=options.remat).hidden

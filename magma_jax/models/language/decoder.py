@@ -4,6 +4,7 @@ A language model is a subclass of ``Decoder`` that names its parts, and an ``Att
 becomes queries, keys and values. Block, cache, loop over layers and head stand here once.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -15,14 +16,15 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from magma_jax.nn.adapters import Adapter, AdapterConfig
-from magma_jax.nn.attention import causal_mask, dot_product_attention
+from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal, product
+from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import LanguageParam
 from magma_jax.nn.quantized import float_dtype
 from magma_jax.nn.rotary import rotary_table
 from magma_jax.nn.stack import Apart, Remat, scan, stack
 from magma_jax.runtime.sharding import split_rows
-from magma_jax.typing import Array, Bool, Float, Int
+from magma_jax.typing import Array, Float, Int
 
 # Where the MLP reads. With LN_1 and LN_2 the two LayerNorms of a layer:
 #   shared      x + attention(LN_1 x) + mlp(LN_1 x)
@@ -122,6 +124,39 @@ def _row_by_row(kept: Array, layer: Any, rows: Array, positions: Array, new: Arr
     return jax.lax.scan(write, kept, (rows, positions, new))[0]
 
 
+class CachedLayer(NamedTuple):
+    """One layer's part of a cache, and where new keys and values go in it.
+
+    Attributes:
+        cache: of all layers. It goes through the loop over them and is written in place: stacking caches of single
+            layers would copy them at every step.
+        layer: number of the layer.
+        rows: (B,) rows of the cache that the batch stands for; None for all, in order.
+        positions: (B, S) slots of the new positions.
+    """
+
+    cache: KVCache
+    layer: Any
+    rows: Array | None
+    positions: Array
+
+    def extend(self, key: Float[Array, "B S H K"], value: Float[Array, "B S H K"]) -> tuple[KVCache, Array, Array]:
+        """The cache with new keys and values, and all of the layer's, (B, H, T, K) each."""
+        rows = jnp.arange(key.shape[0]) if self.rows is None else self.rows
+        cache = self.cache.write(self.layer, rows, self.positions, KVCache(key, value))
+        return cache, *cache.read(self.layer, self.rows)
+
+
+class AttentionOutput(NamedTuple):
+    """What attention gives a block."""
+
+    out: Array  # (B, S, D)
+    weights: Array | None  # (B, H, S, T), fp32, if they were asked for
+    key: Array  # (B, S, H, K) after rotary
+    value: Array  # (B, S, H, K)
+    cache: KVCache | None  # with the new keys and values
+
+
 class BlockOutput(NamedTuple):
     """Everything a block computes; what nobody reads is removed by the compiler."""
 
@@ -131,9 +166,10 @@ class BlockOutput(NamedTuple):
     mlp_inner: Array  # (B, S, D) MLP without its adapter
     mlp: Array  # (B, S, D) MLP with its adapter
     out: Array  # (B, S, D)
-    attentions: Array  # (B, H, S, T) attention weights, fp32
+    attentions: Array | None  # (B, H, S, T) attention weights, fp32, if they were asked for
     key: Array  # (B, S, H, K) after rotary
     value: Array  # (B, S, H, K)
+    cache: KVCache | None  # of all layers, with this one's new keys and values
 
 
 class LMOutput(NamedTuple):
@@ -168,11 +204,22 @@ class Attention(nnx.Module):
         """Queries, keys and values (B, S, H, K) of an input (B, S, D)."""
         raise NotImplementedError
 
-    def __call__(self, x, mask, rotary, store, fused=False):
-        """``store(key, value)`` puts new keys and values away and returns those to attend to, heads first."""
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Mask,
+        rotary: tuple[Array, Array] | None,
+        cached: CachedLayer | None,
+        *,
+        weights: bool,
+    ) -> AttentionOutput:
         q, k, v = self.heads_of(x, rotary)
-        out, weights = dot_product_attention(q, *store(k, v), mask, scaled=self.scaled, fused=fused)
-        return self.out_proj(out.reshape(x.shape)), weights, k, v
+        if cached is None:
+            cache, keys, values = None, k.swapaxes(1, 2), v.swapaxes(1, 2)
+        else:
+            cache, keys, values = cached.extend(k, v)
+        out, found = dot_product_attention(q, keys, values, mask, scaled=self.scaled, weights=weights)
+        return AttentionOutput(self.out_proj(out.reshape(x.shape)), found, k, v, cache)
 
 
 class MLP(nnx.Module):
@@ -209,14 +256,33 @@ class Block(nnx.Module):
         self.mlp_adapter = mlp_adapter and Adapter(config.width, mlp_adapter, rngs=rngs)
         self.attn_adapter = attn_adapter and Adapter(config.width, attn_adapter, rngs=rngs)
 
-    def __call__(self, x, mask, rotary, store, fused=False) -> BlockOutput:
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Mask,
+        rotary: tuple[Array, Array] | None,
+        cached: CachedLayer | None,
+        *,
+        weights: bool,
+    ) -> BlockOutput:
         h = self.ln_1(x)
-        attn_inner, attentions, key, value = self.attn(h, mask, rotary, store, fused)
-        attn = attn_inner if self.attn_adapter is None else self.attn_adapter(h, attn_inner)
+        attention = self.attn(h, mask, rotary, cached, weights=weights)
+        attn = attention.out if self.attn_adapter is None else self.attn_adapter(h, attention.out)
         m = h if self.ln_2 is None else self.ln_2(x if self.residual == "parallel" else x + attn)
         mlp_inner = self.mlp(m)
         mlp = mlp_inner if self.mlp_adapter is None else self.mlp_adapter(m, mlp_inner)
-        return BlockOutput(h, attn_inner, attn, mlp_inner, mlp, x + attn + mlp, attentions, key, value)
+        return BlockOutput(
+            ln_1=h,
+            attn_inner=attention.out,
+            attn=attn,
+            mlp_inner=mlp_inner,
+            mlp=mlp,
+            out=x + attn + mlp,
+            attentions=attention.weights,
+            key=attention.key,
+            value=attention.value,
+            cache=attention.cache,
+        )
 
 
 class Decoder(nnx.Module):
@@ -294,7 +360,7 @@ class Decoder(nnx.Module):
         embeddings: Float[Array, "B S D"],
         *,
         positions: Int[Array, "B S"] | None = None,
-        mask: Bool[Array, "#B #S T"] | None = None,
+        mask: Mask | None = None,
         cache: KVCache | None = None,
         cache_rows: Int[Array, " B"] | None = None,
         collect: tuple[str, ...] = (),
@@ -307,7 +373,8 @@ class Decoder(nnx.Module):
             embeddings: word embeddings and image prefixes in one sequence.
             positions: position of every embedding, per row (default 0, 1, ...). With a cache they are also the
                 slots that the new keys and values are written to.
-            mask: what each query may see (default causal); with a cache, T is its number of slots.
+            mask: what each query sees (default: what is not after it in ``positions``); with a cache, keys are its
+                slots.
             cache: keys and values of earlier positions. Slots after a query's position are never seen, so right
                 padding may leave garbage there; later tokens overwrite it.
             cache_rows: rows of the cache that the batch stands for (default: all, in order), so that one request can
@@ -327,38 +394,29 @@ class Decoder(nnx.Module):
                     f"{length} positions exceed the context of {self.config.context_length}, which is all that a "
                     "language model with learned positions knows; shorten the sequence"
                 )
+            mask = Mask("causal") if mask is None and cache is None else mask
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        keys = positions if cache is None else jnp.arange(cache.slots)
-        if mask is None:
-            mask = causal_mask(positions, keys)
+        if mask is None and cache is not None:
+            mask = Mask("causal", queries=positions)
+        elif mask is None:
+            mask = Mask("full", extra=positions[:, None, :] <= positions[:, :, None])
         x = embeddings if self.wpe is None else embeddings + self.wpe(positions, embeddings.dtype)
         rotary = None if self.rotary is None else rotary_table(positions, *self.rotary)
-        windows = distances = None
+        windows = None
         if self.windows is not None:
             windows = jnp.array([np.iinfo(np.int32).max if window is None else window for window in self.windows])
-            distances = positions[..., :, None] - keys[..., None, :]
+            mask = mask if cache is not None else dataclasses.replace(mask, positions=positions)
+        weights = fold is not None or "attentions" in collect
 
         def body(layer, carry, inputs):
             x, cache, state = carry
-            x = split_rows(x)
             index, window = inputs
-            updated = cache
-
-            def store(key, value):
-                nonlocal updated
-                if cache is None:
-                    return key.swapaxes(1, 2), value.swapaxes(1, 2)
-                # In the loop's carry and written in place: stacking per-layer caches would copy them every step.
-                rows = jnp.arange(batch) if cache_rows is None else cache_rows
-                updated = cache.write(index, rows, positions, KVCache(key, value))
-                return updated.read(index, cache_rows)
-
-            visible = mask if window is None else mask & (distances < window)
-            # Not where gradients are taken: what cuDNN makes of the mask's gradient has not been tried.
-            output = layer(x, visible, rotary, store, fused=cache is not None)
+            cached = None if cache is None else CachedLayer(cache, index, cache_rows, positions)
+            visible = mask if window is None else mask.with_window(window)
+            output = layer(split_rows(x), visible, rotary, cached, weights=weights)
             if fold is not None:
                 state = fold.step(state, output)
-            return (output.out, updated, state), {name: getattr(output, name) for name in collect}
+            return (output.out, output.cache, state), {name: getattr(output, name) for name in collect}
 
         layers = range(self.config.layers) if isinstance(self.layers, Apart) else jnp.arange(self.config.layers)
         first = (x, cache, None if fold is None else fold.first)

@@ -15,6 +15,7 @@ from flax import nnx
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.convolution import BatchNorm, BatchNormMode, Conv2d, average_pool
 from magma_jax.nn.layers import Linear, normal
+from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import EncoderParam
 from magma_jax.nn.stack import Remat, once, scan, stack
 from magma_jax.typing import Array, Float
@@ -125,7 +126,7 @@ class AttentionPool(nnx.Module):
             proj(y).reshape(*y.shape[:2], self.heads, -1)
             for proj, y in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
         )
-        pooled, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), None)
+        pooled, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), Mask("full"))
         return self.c_proj(pooled.reshape(x.shape[0], -1))
 
 

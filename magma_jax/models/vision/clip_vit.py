@@ -17,6 +17,7 @@ from flax import nnx
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.convolution import BatchNormMode, Conv2d
 from magma_jax.nn.layers import LayerNorm, Linear, normal
+from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import EncoderParam
 from magma_jax.nn.stack import Remat, scan, stack
 from magma_jax.runtime.sharding import split_rows
@@ -74,7 +75,7 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(self.in_proj(x), 3, axis=-1))
-        out, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), None)
+        out, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), Mask("full"))
         return self.out_proj(out.reshape(x.shape))
 
 
