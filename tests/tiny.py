@@ -10,7 +10,7 @@ from magma_jax.data.batches.pipeline import sample_batches
 from magma_jax.data.datasets import DataConfig, Dataset
 from magma_jax.data.format.records import Sample
 from magma_jax.data.tokenizers.byte_level import train_bpe
-from magma_jax.families.magma import MAGMA
+from magma_jax.families import family_of
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.prefix import PrefixConfig
@@ -70,7 +70,7 @@ def run_config(**changes) -> RunConfig:
 
 def train(config: RunConfig, workdir: str | Path) -> Run:
     """Trains on one device: eight take longer to compile."""
-    return loop.train(MAGMA, config, workdir, jax.devices()[:1])
+    return loop.train(family_of(config.model), config, workdir, jax.devices()[:1])
 
 
 def mesh_config(mesh: MeshConfig, steps: int) -> RunConfig:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from magma_jax.config import ConfigError
-from magma_jax.families.magma import MAGMA
+from magma_jax.families import family_of
 from magma_jax.plan import chips
 from magma_jax.plan.__main__ import main
 from magma_jax.plan.chips import CHIPS, Topology, open_topology
@@ -27,7 +27,7 @@ BATCH, LENGTH = 8, 32
 
 def program(**changes):
     config = tiny.run_config(batch_size=BATCH, mesh=MeshConfig(fsdp=4), loss=LossOptions(remat="full"), **changes)
-    return build_program(MAGMA, config, make_mesh(config.mesh))
+    return build_program(family_of(config.model), config, make_mesh(config.mesh))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_tpu_plan(name, devices):
     assert len(topology.devices) == devices
     assert {device.device_kind for device in topology.devices} == {topology.chip.kind}
     config = tiny.run_config(batch_size=BATCH, mesh=MeshConfig(fsdp=4))
-    built = build_program(MAGMA, config, make_mesh(config.mesh, topology.devices))
+    built = build_program(family_of(config.model), config, make_mesh(config.mesh, topology.devices))
     planned = make_plan(built, topology, compile_decode(built, BATCH, slots=64), "generate", BATCH)
     assert planned.fits
     assert planned.costs.unknown_loops == 0

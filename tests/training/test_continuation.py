@@ -6,6 +6,7 @@ import json
 import pytest
 
 from magma_jax.config import ConfigError, to_dict
+from magma_jax.families import family_of
 from magma_jax.families.magma import MAGMA
 from magma_jax.runtime.sharding import MeshConfig
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
@@ -35,7 +36,7 @@ def folder(tmp_path):
 )
 def test_what_leaves_the_result_alone_may_change(folder, changes):
     config = tiny.run_config(**changes)
-    assert continued_config(MAGMA, config, folder(tiny.run_config())) == (config, [])
+    assert continued_config(family_of(config.model), config, folder(tiny.run_config())) == (config, [])
 
 
 def test_the_message_says_what_differs(folder):
@@ -43,7 +44,7 @@ def test_the_message_says_what_differs(folder):
     data = dataclasses.replace(tiny.run_config().data, length=16)
     changed = tiny.run_config(seed=3, data=data, validation=ValidationConfig(samples=7), log_every=9)
     with pytest.raises(ConfigError) as caught:
-        continued_config(MAGMA, changed, workdir)
+        continued_config(family_of(changed.model), changed, workdir)
     assert str(caught.value) == (
         f"{workdir}: holds a run with another config (data.length is 32 there and 16 here, seed is 0 there and 3 here, "
         "validation.samples is 512 there and 7 here); choose another --workdir"
@@ -100,10 +101,10 @@ def test_more_steps_keep_the_schedule_and_say_so(folder):
 def test_a_schedule_of_a_named_length_needs_no_words_but_must_stay(folder):
     workdir = folder(_of_length(4))
     named = dataclasses.replace(_of_length(8), optim=_of_length(4).optim)
-    assert continued_config(MAGMA, named, workdir) == (named, [])
+    assert continued_config(family_of(named.model), named, workdir) == (named, [])
     other = dataclasses.replace(_of_length(8), optim=_of_length(6).optim)
     with pytest.raises(ConfigError, match=r"optim.steps is 4 there and 6 here"):
-        continued_config(MAGMA, other, workdir)
+        continued_config(family_of(other.model), other, workdir)
 
 
 def test_more_steps_at_rate_zero_are_refused(folder):

@@ -197,10 +197,10 @@ def source_at(source, path):
 def test_configs_that_contradict_their_model_are_refused(folders, pretrained, tmp_path):
     data = data_of(folders, folders["questions"])
     with pytest.raises(ValueError, match=r"data\.classes names 0 classes, but model\.classes is 2"):
-        tiny.run_config(data=data, model=dataclasses.replace(tiny.MODEL, classes=2))
+        tiny.train(tiny.run_config(data=data, model=dataclasses.replace(tiny.MODEL, classes=2)), tmp_path / "run")
     with pytest.raises(ValueError, match="which a model of kind gptj does not see"):
-        tiny.run_config(data=data, model=tiny.MODEL.lm)
-    with pytest.raises(ConfigError, match=r"the tokenizer has 50257 tokens, but the language model embeds 300"):
+        tiny.train(tiny.run_config(data=data, model=tiny.MODEL.lm), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"the tokenizer has 50257 tokens, but the model embeds 300"):
         tiny.train(tiny.run_config(data=dataclasses.replace(data, tokenizer="gpt2")), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"data\.tokenizer: .*nowhere is not there"):
         load_dataset(dataclasses.replace(data, tokenizer="nowhere"))

@@ -13,8 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from magma_jax.families import run_config
-from magma_jax.families.magma import MAGMA
+from magma_jax.families import family_of, run_config
 from magma_jax.runtime.sharding import make_mesh
 from magma_jax.storage.model_folder import read_model_json
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
@@ -109,7 +108,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_one_process_r
     assert "stopped after" not in second  # the first process speaks for both
 
     config = run_config(read_model_json(run)["run"])
-    program = build_program(MAGMA, config, make_mesh(tiny.run_config().mesh, jax.devices()[:1]))
+    program = build_program(family_of(config.model), config, make_mesh(tiny.run_config().mesh, jax.devices()[:1]))
     with RunCheckpoints(run) as checkpoints:
         snapshot = checkpoints.restore(program.state, jax.random.key(0))
     assert int(snapshot.state.step) == int(step)

@@ -14,6 +14,7 @@ from magma_jax.data.batches.batching import packed_batches, padded_batches
 from magma_jax.data.batches.pipeline import sample_batches
 from magma_jax.data.datasets import DataConfig
 from magma_jax.families.language.loss import language_loss
+from magma_jax.families.magma import MAGMA
 from magma_jax.families.magma.loss import caption_loss
 from magma_jax.models.language.gpt2 import GPT2, GPT2Config
 from magma_jax.models.magma import MagmaModel
@@ -143,4 +144,4 @@ def test_lengths_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="cut into blocks"):
         DataConfig(name="openmoji_text", pack=2)
     with pytest.raises(ValueError, match=r"loss\.batch_norm=batch would count"):
-        tiny.run_config(data=DataConfig(name="openmoji", pack=2), loss=LossOptions(batch_norm="batch"))
+        MAGMA.complete(tiny.run_config(data=DataConfig(name="openmoji", pack=2), loss=LossOptions(batch_norm="batch")))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from magma_jax.config import ConfigError
-from magma_jax.families.magma import MAGMA
+from magma_jax.families import family_of
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, place_batch
 from magma_jax.storage.model_folder import read_params
 from magma_jax.training.monitor.writers import METRICS_FILE
@@ -37,8 +37,8 @@ def _first_step(data: int, fsdp: int, model: int, seeds: Sequence[int] = (0,)) -
     """Metrics of the first step, by seeds of its dropout, and the frozen parameters behind it."""
     config = tiny.mesh_config(MeshConfig(data, fsdp, model), steps=1)
     mesh = make_mesh(config.mesh, jax.devices()[: data * fsdp * model])
-    program = build_program(MAGMA, config, mesh)
-    params = fresh_params(MAGMA, config, program.params)
+    program = build_program(family_of(config.model), config, mesh)
+    params = fresh_params(family_of(config.model), config, program.params)
     dataset, size = tiny.dataset(), config.batch_size
     batch = next(iter(dataset.batches(size, config.seed, range(size))))
     batch = place_batch(picture_loader(dataset.images, program, params)(batch), mesh, size)
@@ -72,7 +72,7 @@ def test_a_step_is_the_same_on_every_mesh(one_device, sizes):
 def test_a_batch_that_cannot_be_split_evenly_is_an_error():
     config = dataclasses.replace(tiny.mesh_config(MeshConfig(fsdp=8), steps=1), accumulate=2)
     with pytest.raises(ConfigError, match=r"batch_size 8 is not a multiple of 16 \(mesh\.data x mesh\.fsdp = 8"):
-        build_program(MAGMA, config, make_mesh(config.mesh))
+        build_program(family_of(config.model), config, make_mesh(config.mesh))
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def poisoned(monkeypatch):
             prepare, count = MAGMA.prepare(*arguments), iter(range(1000))
             return lambda batch: _with_nan(prepare(batch)) if next(count) in steps else prepare(batch)
 
-        monkeypatch.setattr(tiny, "MAGMA", dataclasses.replace(MAGMA, prepare=loader))
+        monkeypatch.setattr(tiny, "family_of", lambda model: dataclasses.replace(MAGMA, prepare=loader))
 
     return poison
 

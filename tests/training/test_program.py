@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from magma_jax.families.magma import MAGMA
+from magma_jax.families import family_of
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.runtime.sharding import make_mesh
 from magma_jax.training.run.program import build_program
@@ -21,7 +21,7 @@ def test_a_cpu_does_not_hold_the_frozen_model_a_second_time():
     )
     model = dataclasses.replace(tiny.MODEL, lm=lm)
     config = tiny.run_config(model=model, batch_size=1, loss=LossOptions(remat="full"))
-    program = build_program(MAGMA, config, make_mesh(config.mesh, jax.devices()[:1]))
+    program = build_program(family_of(config.model), config, make_mesh(config.mesh, jax.devices()[:1]))
     tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
     batch = {"images": jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32), "tokens": tokens, "labels": tokens}
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.families.magma import MAGMA
+from magma_jax.families import family_of
 from magma_jax.families.magma.loss import caption_loss
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaModel
@@ -45,8 +45,9 @@ def _text_step(mesh, accumulate):
         accumulate=accumulate,
         mesh=mesh,
     )
-    program = build_program(MAGMA, config, make_mesh(mesh, jax.devices()[: 1 if mesh.data == 1 else 8]))
-    params = fresh_params(MAGMA, config, program.params)
+    devices = jax.devices()[: 1 if mesh.data == 1 else 8]
+    program = build_program(family_of(config.model), config, make_mesh(mesh, devices))
+    params = fresh_params(family_of(config.model), config, program.params)
     compiled = program.step.lower(program.state, program.frozen, _uneven_text(), jax.random.key(0)).compile()
     _, metrics = program.step(program.init_state(params), {}, _uneven_text(), jax.random.key(0))
     return compiled.as_text(), metrics

@@ -8,7 +8,7 @@ import pytest
 
 from magma_jax.config import ConfigError
 from magma_jax.data.batches.pipeline import encode_sample
-from magma_jax.families.magma import MAGMA
+from magma_jax.families import family_of
 from magma_jax.families.magma.loss import caption_loss
 from magma_jax.nn.modules import merge
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
@@ -25,7 +25,7 @@ def test_the_loss_is_the_mean_over_tokens_in_batches_of_any_size(tmp_path, monke
     data = tiny.dataset()
     monkeypatch.setattr(setup, "load_dataset", lambda config: data)
     config = tiny.run_config(validation=ValidationConfig(every=1, split="test"))
-    run = setup.prepare_run(MAGMA, config, tmp_path / "run", jax.devices()[:1])
+    run = setup.prepare_run(family_of(config.model), config, tmp_path / "run", jax.devices()[:1])
     prepare = picture_loader(data.images, run.program, run.params)
     # One sample after the other; eight samples make batches of 3, 3 and 2.
     model = merge(run.program.graphdef, run.params)
