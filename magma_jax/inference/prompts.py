@@ -79,6 +79,20 @@ def encode_prompt(
     return Encoded(*as_array, owners, pixels, np.array(identity, np.int64))
 
 
+def encode_tokens(tokens: Sequence[int], config: MagmaConfig) -> Encoded:
+    """A prompt of tokens alone.
+
+    Raises:
+        ValueError: none, or one that the vocabulary lacks.
+    """
+    ids = np.array(tokens, np.int64)
+    if not len(ids):
+        raise ValueError("the prompt is empty: give at least one token")
+    if wrong := [token for token in tokens if not 0 <= token < config.lm.vocab_rows]:
+        raise ValueError(f"the prompt has token {wrong[0]}, the vocabulary has {config.lm.vocab_rows}")
+    return Encoded(ids.astype(np.int32), np.full(len(ids), WORD, np.int32), [None] * len(ids), {}, ids)
+
+
 def check_prompt(prompt: Prompt) -> list[str | ImageInput]:
     """The items of a prompt.
 

@@ -9,13 +9,13 @@ from magma_jax.inference.attention import ALL_HEADS, PictureAttention, attend, c
 from magma_jax.inference.engine import Engine
 from magma_jax.inference.prompts import WORD, Encoded, picture_positions
 from magma_jax.serve.errors import RequestError
-from magma_jax.serve.schema import PromptRequest
+from magma_jax.serve.schema import MessagesRequest
 
 # In place of a layer's number: of no layer, where the rollout alone is wanted.
 _NO_LAYER = -1
 
 
-class AttentionRequest(PromptRequest):
+class AttentionRequest(MessagesRequest):
     """Body of ``POST /v1/attention``: a prompt as for chat completions, and its answer as text or ``token_ids``."""
 
     answer: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=100_000)]

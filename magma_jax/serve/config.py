@@ -3,6 +3,7 @@
 import dataclasses
 
 from magma_jax.serve.pictures import PictureRules
+from magma_jax.serve.templates import Templates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,7 +12,13 @@ class ServerConfig:
 
     Attributes:
         model: the name that requests call the model by.
-        api_key: asked for on every route, as a bearer token or as the password of basic authentication; None for none.
+        api_key: asked for on every route but ``/health``, as a bearer token or as the password of basic
+            authentication; None for none.
+        open_metrics: whether ``/metrics`` answers without the key.
+        cors: origins of web pages that may use the server, such as ``https://example.org``; ``*`` for all.
+        root_path: prefix of all routes, where a proxy puts the server below one.
+        templates: the wordings that messages are put into.
+        cut_max_tokens: answers get what the context has left where more is asked for, in place of an error.
         max_body_bytes: of a request.
         timeout: seconds that a request may take, waiting included.
         body_timeout: seconds that it may take to arrive.
@@ -28,3 +35,8 @@ class ServerConfig:
     max_held_bytes: int = 256 * 2**20
     decoders: int = 2
     pictures: PictureRules = PictureRules()
+    open_metrics: bool = False
+    cors: tuple[str, ...] = ()
+    root_path: str = ""
+    templates: Templates = Templates()
+    cut_max_tokens: bool = False

@@ -11,28 +11,44 @@ from magma_jax.serve.metrics import ServerMetrics
 
 
 class Guard:
-    """Asks for the key, counts, and adds headers, without standing between a stream and its client."""
+    """Asks for the key, counts, and adds headers, without standing between a stream and its client.
 
-    def __init__(self, app: ASGIApp, key: str | None, metrics: ServerMetrics):
-        self._app, self._key, self._metrics = app, key, metrics
+    Args:
+        app: what is behind it.
+        key: asked for; None for none.
+        metrics: what counts.
+        unlocked: routes that answer without the key.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None, metrics: ServerMetrics, unlocked: frozenset[str] = frozenset()):
+        self._app, self._key, self._metrics, self._unlocked = app, key, metrics, unlocked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
+        route = route_of(scope)
+
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._metrics.count(scope["path"], message["status"])
+                self._metrics.count(route, message["status"])
                 MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
         app = self._app
-        if self._key is not None and not _authorized(dict(scope["headers"]).get(b"authorization", b""), self._key):
+        header = dict(scope["headers"]).get(b"authorization", b"")
+        if self._key is not None and route not in self._unlocked and not _authorized(header, self._key):
             app = error_response(RequestError("wrong or missing API key", 401, code="invalid_api_key"))
             # A browser then asks for the key, as a password.
             app.headers["WWW-Authenticate"] = 'Basic realm="magma_jax", charset="UTF-8"'
         await app(scope, receive, watched)
+
+
+def route_of(scope: Scope) -> str:
+    """The path of a request below the server's root path, whether or not a proxy has left that on."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _authorized(header: bytes, key: str) -> bool:

@@ -15,7 +15,9 @@ from magma_jax.inference.engine import EngineStats
 
 # Seconds; answers take from hundredths on an accelerator to minutes on a CPU.
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-_ROUTES = frozenset({"/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/attention"})
+_ROUTES = frozenset(
+    {"/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/attention"}
+)
 
 
 class ServerMetrics:

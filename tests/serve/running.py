@@ -32,12 +32,13 @@ class Running:
 
     def __init__(self, model, config, sizes=SIZES):
         self.engine = Engine(model, sizes)
-        settings = uvicorn.Config(create_app(self.engine, config), port=0, log_level="error", lifespan="on")
+        self.app = create_app(self.engine, config)
+        settings = uvicorn.Config(self.app, port=0, log_level="error", lifespan="on")
         self.server = uvicorn.Server(settings)
         self.server.install_signal_handlers = lambda: None
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
-        while not self.server.started:
+        while not (self.server.started and (self.app.state.ready or self.app.state.failure)):
             time.sleep(0.01)
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
