@@ -322,7 +322,8 @@ def _request_rows() -> dict[str, Row]:
     wrong = {
         "no messages": ({"messages": []}, "messages"),
         "messages of a wrong type": ({"messages": "a"}, "messages: Input should be a valid list"),
-        "unknown field": ({"tools": []}, "tools: Extra inputs"),
+        "unknown field": ({"tool": []}, "tool: no field that this server knows"),
+        "a tool": ({"tools": [{}]}, "tools: not supported"),
         "half a character in a field": ({"\ud800": 1}, "half a character"),
         "half a character in the text": ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a character"),
         "strange role": ({"messages": [{"role": "root", "content": "a"}]}, "messages.0.role"),
@@ -339,7 +340,7 @@ def _request_rows() -> dict[str, Row]:
         "huge top_k": ({"top_k": 10**12}, "top_k"),
         "negative top_k": ({"top_k": -5}, "top_k"),
         "top_p above 1": ({"top_p": 1.5}, "top_p"),
-        "a penalty that is not served": ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+        "a penalty that is not served": ({"frequency_penalty": 0.5}, "frequency_penalty: not supported"),
         "alternatives by the thousand": ({"logprobs": True, "top_logprobs": 1000}, "top_logprobs"),
         "alternatives of nothing": ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         "too many choices": ({"n": 1000}, "n: "),
@@ -388,7 +389,7 @@ def _connection_rows() -> dict[str, Row]:
         "a broken chunk": (head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         "a huge header": (head + b"X: " + b"a" * 200_000 + b"\r\n\r\n", 400),
         "a strange path": (b"GET /%ff%00/../../etc/passwd HTTP/1.1\r\nHost: a\r\n\r\n", 404),
-        "another method": (b"DELETE /v1/models HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        "another method": (b"DELETE /v1/models HTTP/1.1\r\nHost: a\r\n\r\n", 405),
     }
     rows = {name: Row(b"", status, "", _raw(content)) for name, (content, status) in sent.items()}
     rows["a slow request"] = Row(b"", 408, "did not arrive within", _slowly)

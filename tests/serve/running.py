@@ -28,9 +28,9 @@ def tiny_model():
 
 
 class Running:
-    """A server on a free port, in a thread."""
+    """A server on a free port, in a thread; ``ready=False`` for one that may still be starting."""
 
-    def __init__(self, model, config, sizes=SIZES):
+    def __init__(self, model, config, sizes=SIZES, *, ready=True):
         self.engine = Engine(model, sizes)
         self.app = create_app(self.engine, config)
         settings = uvicorn.Config(self.app, port=0, log_level="error", lifespan="on")
@@ -38,11 +38,17 @@ class Running:
         self.server.install_signal_handlers = lambda: None
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
-        while not (self.server.started and (self.app.state.ready or self.app.state.failure)):
+        while not self.server.started:
             time.sleep(0.01)
+        if ready:
+            self.wait()
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=30)
+
+    def wait(self):
+        while not (self.app.state.ready or self.app.state.failure):
+            time.sleep(0.01)
 
     def chat(self, **body):
         return self.post("/v1/chat/completions", **{"messages": user("a"), **body})
