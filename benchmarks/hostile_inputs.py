@@ -34,7 +34,7 @@ def main() -> int:
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
         thread = threading.Thread(target=server.run)
         thread.start()
-        while not server.started:
+        while not (server.started and app.state.ready):
             time.sleep(0.05)
         port = server.servers[0].sockets[0].getsockname()[1]
         rows = []

@@ -70,6 +70,7 @@ def main() -> int:
 
 def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "magma_jax.serve", "--checkpoint", arguments.checkpoint, "--slots", str(slots)]
+    command += ["--template", "raw"]
     server = subprocess.Popen([*command, "--port", str(arguments.port)])
     try:
         while not _healthy(arguments.port):

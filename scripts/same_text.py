@@ -93,7 +93,7 @@ def main() -> int:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "magma_jax.serve", "--checkpoint", arguments.checkpoint, "--port", str(port)]
-    server = subprocess.Popen(command)
+    server = subprocess.Popen([*command, "--template", "raw"])  # the other ways know no other
     asked = (arguments.pictures, arguments.prompt)
     try:
         found = {

@@ -3,7 +3,7 @@
     python -m magma_jax.serve --checkpoint runs/quickstart
     python -m magma_jax.serve --checkpoint runs/quickstart --host 0.0.0.0 --api-key-file key.txt
 
-OpenAI's chat completions at /v1/chat/completions, a page to try it at /, /health and /metrics.
+OpenAI's shapes at /v1/chat/completions and /v1/completions, a page to try the model at /, /health and /metrics.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
             body_timeout=arguments.body_timeout,
             pictures=rules,
             open_metrics=arguments.open_metrics,
-            cors=tuple(arguments.cors),
+            origins=tuple(arguments.cors),
             root_path=root_path_of(arguments.root_path),
             templates=templates_for(local_path(arguments.checkpoint), arguments.template),
             cut_max_tokens=arguments.cut_max_tokens,

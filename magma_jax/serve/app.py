@@ -62,9 +62,9 @@ def create_app(
     service = Service(engine, config)
     unlocked = {"/health", *(["/metrics"] if config.open_metrics else [])}
     app.add_middleware(Guard, key=config.api_key, metrics=service.metrics, unlocked=frozenset(unlocked))
-    if config.cors:
+    if config.origins:
         # In front of the guard: a browser asks without a key whether it may ask.
-        allowed = {"allow_origins": config.cors, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        allowed = {"allow_origins": config.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, **allowed)
 
     if config.root_path:

@@ -15,7 +15,7 @@ class ServerConfig:
         api_key: asked for on every route but ``/health``, as a bearer token or as the password of basic
             authentication; None for none.
         open_metrics: whether ``/metrics`` answers without the key.
-        cors: origins of web pages that may use the server, such as ``https://example.org``; ``*`` for all.
+        origins: web origins, such as ``https://lab.example``, whose pages may use the server; ``*`` for any.
         root_path: prefix of all routes, where a proxy puts the server below one.
         templates: the wordings that messages are put into.
         cut_max_tokens: answers get what the context has left where more is asked for, in place of an error.
@@ -36,7 +36,7 @@ class ServerConfig:
     decoders: int = 2
     pictures: PictureRules = PictureRules()
     open_metrics: bool = False
-    cors: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
     root_path: str = ""
     templates: Templates = Templates()
     cut_max_tokens: bool = False

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 from magma_jax.inference.requests import MAX_TOP_LOGPROBS, RequestOptions
 from magma_jax.inference.sampling import SamplingConfig
 from magma_jax.serve.errors import RequestError
-from magma_jax.serve.unserved import Strict, UnservedOfAnswers, UnservedOfChat, unserved
+from magma_jax.serve.unserved import Name, Strict, UnservedOfAnswers, UnservedOfChat, unserved
 
 MAX_STOPS = 8
 # Answers to one request.
@@ -77,7 +77,7 @@ class Message(Strict):
         ]
         | None
     ) = None
-    name: str | None = None
+    name: Name | None = None
     refusal: unserved("put it into content", "") = None
     audio: unserved("the model reads text and pictures") = None
     annotations: unserved("the model reads text and pictures", []) = None
@@ -114,14 +114,14 @@ class StreamOptions(Strict, frozen=True):
 class PromptRequest(Strict):
     """What every request with a prompt has."""
 
-    model: str | None = None
+    model: Name | None = None
 
 
 class MessagesRequest(PromptRequest):
     """A prompt of messages; ``template`` names the wording that they are put into, see ``serve.templates``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    template: str | None = None
+    template: Name | None = None
 
 
 class SamplingRequest(UnservedOfAnswers):

@@ -5,7 +5,10 @@ The names are those of the OpenAI SDKs' request types and of vLLM's additions.
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+# A text that is only passed along.
+Name = Annotated[str, Field(max_length=512)]
 
 _NO_FUNCTIONS = "the model calls no functions"
 _TEXT_ALONE = "the model writes text alone"
@@ -67,8 +70,8 @@ class UnservedOfAnswers(Strict):
     vllm_xargs: unserved("there are none", {}) = None
 
     # Taken, for they ask for nothing that the answer would show.
-    user: str | None = None
-    request_id: str | None = None
+    user: Name | None = None
+    request_id: Name | None = None
 
 
 class UnservedOfChat(UnservedOfAnswers):
@@ -103,6 +106,6 @@ class UnservedOfChat(UnservedOfAnswers):
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     metadata: dict[str, Any] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    prompt_cache_retention: Name | None = None

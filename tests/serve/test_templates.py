@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -164,3 +165,9 @@ def test_a_request_names_its_template():
     assert templates.items(parse({**body, "template": "raw"}, ChatRequest)) == ["a?", " b"]
     with pytest.raises(RequestError, match="'other' is not among raw, qa"):
         templates.items(parse({**body, "template": "other"}, ChatRequest))
+
+
+def test_the_template_of_the_documentation():
+    source = Path("docs/serving.md").read_text().partition("```jinja\n")[2].partition("```")[0]
+    found = JinjaTemplate(source, "docs")(messages([PICTURE, text("a")], "b", [text("c"), PICTURE]))
+    assert found == [SEEN, "Task: a Result: b.", SEEN, "Task: c Result:"]
