@@ -8,9 +8,9 @@ D width, H heads, K head size, F feed-forward, V vocabulary, L layers, C channel
 from typing import TypeAlias
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Key, Shaped, UInt8, UInt32
 
 PRNGKey: TypeAlias = Key[Array, ""]
 PyTree: TypeAlias = object
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "PRNGKey", "PyTree", "Shaped", "UInt8"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "PRNGKey", "PyTree", "Shaped", "UInt8", "UInt32"]

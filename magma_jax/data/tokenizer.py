@@ -24,6 +24,7 @@ class Tokenizer:
 
     Attributes:
         longest: bytes of the longest token: a text of N bytes has at least N / ``longest`` tokens.
+        special_ids: tokens that ``decode`` leaves out: these two, and what else the vocabulary calls special.
 
     Raises:
         ValueError: the vocabulary has no ``eos`` token.
@@ -41,6 +42,8 @@ class Tokenizer:
         self.eos_id: int = self._parsing.token_to_id(eos)
         self.pad_id: int = self.eos_id
         self.image_id: int = self._parsing.token_to_id(image)
+        added = self._parsing.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
         vocabulary = self._parsing.get_vocab(with_added_tokens=True)
         self._rows = max(vocabulary.values()) + 1
         # One character of a byte-level token stands for one byte.
@@ -80,7 +83,7 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for, which may be part of a character; empty for special tokens and unknown ids."""
         symbols = self._parsing.id_to_token(token)
-        if symbols is None or symbols in self._names:
+        if symbols is None or token in self.special_ids:
             return b""
         known = _symbol_bytes()
         # Tokens that were added to a vocabulary, such as runs of spaces, are plain text.

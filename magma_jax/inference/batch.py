@@ -5,7 +5,7 @@ the same few-shot examples before another picture.
 """
 
 import collections
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import jax
@@ -13,12 +13,14 @@ import numpy as np
 
 from magma_jax.inference import slots
 from magma_jax.inference.api import LENGTH_BUCKETS, Magma
+from magma_jax.inference.constraints import installed
 from magma_jax.inference.decode import Drawn
+from magma_jax.inference.grammars import Guide, everything
 from magma_jax.inference.prompts import WORD, Encoded, picture_positions
 from magma_jax.inference.requests import MAX_TOP_LOGPROBS, RequestOptions
 from magma_jax.inference.sampling import sampling_rows
 from magma_jax.models.encoders import ENCODERS
-from magma_jax.typing import Array, Int
+from magma_jax.typing import Array, Int, UInt32
 
 # Below this many common positions a prompt is run anew: looking back costs a program of its own.
 MIN_REUSED = 16
@@ -47,6 +49,7 @@ class Entry(NamedTuple):
     place: Place
     prompt: Encoded
     options: RequestOptions
+    guide: Guide | None = None
 
     @property
     def length(self) -> int:
@@ -145,7 +148,7 @@ class SlotBatch:
         tokens = np.zeros((len(entries), bucket), np.int32)
         pictures = np.full((len(entries), bucket), WORD, np.int32)
         seen = np.zeros((len(entries), self._vocabulary), bool)
-        for row, (place, prompt, _) in enumerate(entries):
+        for row, (place, prompt, *_) in enumerate(entries):
             new = slice(place.start, None)
             owners = prompt.owners[new]
             tokens[row, : len(owners)] = prompt.tokens[new]
@@ -170,7 +173,16 @@ class SlotBatch:
             sampling_rows([one.sampling for one in options]),
             numbers([one.max_new_tokens for one in options]),
             numbers([one.min_new_tokens for one in options]),
+            self._allowed(len(entries), {row: entry.guide for row, entry in enumerate(entries)}),
         )
+
+    def _allowed(self, rows: int, guides: Mapping[int, Guide | None]) -> UInt32[np.ndarray, "{rows} W"]:
+        """What may come next in each row: all, where nothing guides it."""
+        allowed = everything(rows, self._vocabulary)
+        for row, guide in guides.items():
+            if guide is not None:
+                allowed[row] = guide.mask
+        return allowed
 
     def _picture_row(self, key: bytes, prompt: Encoded) -> int:
         """Where a picture stands in the table; it is encoded if it is not there, in place of the least used one."""
@@ -191,17 +203,22 @@ class SlotBatch:
         options = {"mean": entry.mean, "std": entry.std}
         self._table = slots.add_picture(*self._fixed, self._table, pixels[None], np.int32(row), **options)
 
-    def decode(self, *, top: bool, enough: int | None = None) -> tuple[Drawn, Int[Array, " B"]]:
+    def decode(
+        self, *, top: bool, enough: int | None = None, guides: Mapping[int, Guide] | None = None
+    ) -> tuple[Drawn, Int[Array, " B"]]:
         """A burst of decoding: what was drawn, a row a slot and a column a step, and how much of it counts.
 
         Args:
             top: whether somebody wants the likeliest tokens too, which takes another program.
             enough: the burst ends when so many requests have.
+            guides: of slots whose answers are constrained. The burst then has one step: what may come after it depends
+                on what it draws.
         """
         # More than there are slots never end.
         enough = np.int32(self.count + 1 if enough is None else enough)
-        options = {"steps": self.steps, "top": self._top if top else 0}
-        self._rows, drawn, counts = self._run(slots.decode, enough, **options)
+        allowed = None if guides is None else self._allowed(self.count, guides)
+        options = {"steps": self.steps if allowed is None else 1, "top": self._top if top else 0}
+        self._rows, drawn, counts = self._run(slots.decode, enough, allowed, **options)
         return drawn, counts
 
     def add_tokens(self, slot: int, tokens: Sequence[int]) -> None:
@@ -230,8 +247,9 @@ class SlotBatch:
                 self._rows, _ = self._run(slots.admit, self._table, idle, top=self._top)
         self.release([])
         self._rows = slots.copy_prompt(self._rows, np.int32(0), np.int32(0))
-        for top in (False, True):
-            self.decode(top=top)
+        for guides in (None, {}) if installed() else (None,):
+            for top in (False, True):
+                self.decode(top=top, guides=guides)
         jax.block_until_ready(self._rows)
         self._row_of.clear()  # the table's first row has changed
 

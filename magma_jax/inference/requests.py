@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from magma_jax.data.tokenizer import Tokenizer
+from magma_jax.inference.constraints import Constraint
+from magma_jax.inference.grammars import Grammar
 from magma_jax.inference.sampling import SamplingConfig, check_seed
 
 # Why a request ended: its end of text or a stop string, its limit, or because nobody wanted it any more.
@@ -31,7 +33,10 @@ class RequestOptions:
         seed: the answer is that of ``Magma.generate(..., seed=[seed])``.
         stop: texts that end the answer and are no part of it.
         top_logprobs: likeliest tokens to report beside each token.
-        min_new_tokens: the end of text is not drawn before so many; a stop text ends the answer all the same.
+        min_new_tokens: the end of text is not drawn before so many; a stop text ends the answer all the same, and so
+            does a constraint that allows nothing but the end.
+        constraint: what the answer must look like, unless ``max_new_tokens`` or a stop text ends it before; a
+            ``Constraint``, or one that ``Engine.compile`` has compiled.
     """
 
     max_new_tokens: int = 64
@@ -40,6 +45,7 @@ class RequestOptions:
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
     min_new_tokens: int = 0
+    constraint: Constraint | Grammar | None = None
 
     def __post_init__(self):
         check_seed(self.seed)
@@ -79,6 +85,10 @@ class Progress:
 
 class EngineError(RuntimeError):
     """A request that the engine could not take or finish; one line for whoever made it."""
+
+
+class UnfinishedError(EngineError):
+    """A request whose constraint cannot be kept to any further: the fault of the request, not of the engine."""
 
 
 class Ticket:
