@@ -108,7 +108,12 @@ class Grammars:
         matcher = self._vocabulary.matcher(text)
         if matcher.is_error():
             raise ConstraintError(_one_line(matcher.get_error()))
-        return Grammar(matcher, self._ids, self._tokenizer.eos_id, nbytes=verdict.nbytes, skips_space=skips_space)
+        grammar = Grammar(matcher, self._ids, self._tokenizer.eos_id, nbytes=verdict.nbytes, skips_space=skips_space)
+        try:
+            grammar.start()
+        except GuideError as error:
+            raise ConstraintError(str(error)) from None
+        return grammar
 
     def _may_begin_with_space(self, guide: "Guide") -> bool:
         allowed = np.unpackbits(guide.mask.view(np.uint8), bitorder="little")[: self._ids]
@@ -127,11 +132,7 @@ class Grammar:
         self.nbytes = nbytes
 
     def start(self) -> "Guide":
-        """From the beginning of an answer.
-
-        Raises:
-            GuideError: the first step takes too much.
-        """
+        """From the beginning of an answer."""
         return Guide(self._matcher.deep_copy(), self._ids, self._eos_id, skips_space=self._skips_space)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from magma_jax.inference.requests import EngineError, Progress, Ticket
+from magma_jax.inference.requests import EngineError, Progress, Ticket, UnfinishedError
 from magma_jax.serve.completions import Shape, head, usage
 from magma_jax.serve.errors import RequestError, error_body
 from magma_jax.serve.metrics import ServerMetrics
@@ -130,7 +130,7 @@ class Answer:
                 try:
                     pieces = tickets[index].pieces(seen[index])
                 except EngineError as error:
-                    raise RequestError(str(error), 500) from None
+                    raise RequestError(str(error), 400 if isinstance(error, UnfinishedError) else 500) from None
                 for piece in pieces:
                     if first:
                         first = False

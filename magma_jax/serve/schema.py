@@ -5,9 +5,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from magma_jax.inference.grammars import Grammar
 from magma_jax.inference.requests import MAX_TOP_LOGPROBS, RequestOptions
 from magma_jax.inference.sampling import SamplingConfig
 from magma_jax.serve.errors import RequestError
+from magma_jax.serve.structured import StructuredFields
 from magma_jax.serve.unserved import Name, Strict, UnservedOfAnswers, UnservedOfChat, unserved
 
 MAX_STOPS = 8
@@ -124,7 +126,7 @@ class MessagesRequest(PromptRequest):
     template: Name | None = None
 
 
-class SamplingRequest(UnservedOfAnswers):
+class SamplingRequest(UnservedOfAnswers, StructuredFields):
     """How an answer is drawn and sent, to a message or to a text.
 
     ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos`` and ``return_token_ids`` are additions
@@ -169,12 +171,13 @@ class SamplingRequest(UnservedOfAnswers):
         """Likeliest tokens to report beside each token."""
         raise NotImplementedError
 
-    def options(self, left: int, *, cut: bool) -> list[RequestOptions]:
+    def options(self, left: int, *, cut: bool, grammar: Grammar | None = None) -> list[RequestOptions]:
         """One set of options for each of the ``n`` choices, of seeds ``seed``, ``seed + 1``, ...
 
         Args:
             left: positions of the context that the prompt leaves.
             cut: draw so many at most, whatever is asked for.
+            grammar: what the answers must look like.
         """
         wanted, least = self.limit or max(1, self.min_tokens, min(self.default_tokens, left)), self.min_tokens
         if least > wanted:
@@ -185,7 +188,10 @@ class SamplingRequest(UnservedOfAnswers):
         top_k = max(self.top_k, 0)  # vLLM writes -1 for all
         sampling = SamplingConfig(self.temperature, top_k, self.top_p, self.min_p, self.repetition_penalty)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return [RequestOptions(wanted, sampling, self.seed + i, stop, self.alternatives, least) for i in range(self.n)]
+        return [
+            RequestOptions(wanted, sampling, self.seed + i, stop, self.alternatives, least, grammar)
+            for i in range(self.n)
+        ]
 
     @property
     def limit(self) -> int | None:

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from magma_jax.data.images import ImageError
 from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.inference.engine import Encoded, Engine, QueueFull
+from magma_jax.inference.grammars import Grammar
 from magma_jax.inference.prompts import encode_tokens
 from magma_jax.inference.requests import EngineError, Ticket
 from magma_jax.serve.answers import Answer, cancel, too_late
@@ -43,11 +44,12 @@ class Service:
         self._decoders = ThreadPoolExecutor(config.decoders, "decoder")
         # One at a time beside the engine, which has the device's time first of all.
         self._looker = ThreadPoolExecutor(1, "attention")
+        self._compilers = ThreadPoolExecutor(1, "grammars")  # apart, so that pictures do not wait for grammars
         self._looking = self._arriving = self._held_bytes = 0
 
     def close(self) -> None:
         """Ends the threads; who still waits for one is told."""
-        for threads in (self._decoders, self._looker):
+        for threads in (self._decoders, self._looker, self._compilers):
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, request: Request) -> Response:
@@ -65,11 +67,13 @@ class Service:
         with self._arrival() as hold:
             wanted = await read_body(request, ChatRequest, self.config, hold)
             self.check_model(wanted.model)
+            grammar = await self._grammar(wanted, started)
             encoded = await self._encode([self.config.templates.items(wanted)], started, "messages")
-            tickets = self._submit(encoded, wanted)
+            tickets = self._submit(encoded, wanted, grammar)
         shape = ChatShape(self.engine.model.tokenizer, logprobs=wanted.logprobs)
-        # In a template's wording the space before an answer belongs to the wording, not to the answer.
-        strip = not self.config.templates.is_raw(wanted)
+        # In a template's wording the space before an answer belongs to the wording, not to the answer. A form says
+        # itself what its answer begins with.
+        strip = not self.config.templates.is_raw(wanted) and grammar is None
         return self._answer(wanted, shape, tickets, started, strip=strip)
 
     async def _begin_text(self, request: Request) -> Answer:
@@ -77,8 +81,9 @@ class Service:
         with self._arrival() as hold:
             wanted = await read_body(request, TextRequest, self.config, hold)
             self.check_model(wanted.model)
+            grammar = await self._grammar(wanted, started)
             encoded = await self._encode(wanted.prompts, started, "prompt")
-            tickets = self._submit(encoded, wanted)
+            tickets = self._submit(encoded, wanted, grammar)
         tokenizer, echo = self.engine.model.tokenizer, None
         if wanted.echo:
             echo = [_spelled(prompt, tokenizer) for prompt in wanted.prompts for _ in range(wanted.n)]
@@ -189,10 +194,18 @@ class Service:
         except (ImageError, FetchError, ValueError) as error:
             raise RequestError(str(error), param=param) from None
 
-    def _submit(self, prompts: list[Encoded], wanted: SamplingRequest) -> list[list[Ticket]]:
+    async def _grammar(self, wanted: SamplingRequest, started: float) -> Grammar | None:
+        """What the answers of a request must look like, compiled; None for anything."""
+        if not wanted.forms:
+            return None
+        return await self._in_thread(self._compilers, functools.partial(wanted.grammar, self.engine), started)
+
+    def _submit(
+        self, prompts: list[Encoded], wanted: SamplingRequest, grammar: Grammar | None
+    ) -> list[list[Ticket]]:
         """The tickets of every answer to every prompt."""
         cut, context = self.config.cut_max_tokens, self.engine.context
-        options = [wanted.options(context - len(prompt.tokens), cut=cut) for prompt in prompts]
+        options = [wanted.options(context - len(prompt.tokens), cut=cut, grammar=grammar) for prompt in prompts]
         tickets: list[list[Ticket]] = [[] for _ in prompts]
         try:
             for of_one, prompt, several in zip(tickets, prompts, options, strict=True):

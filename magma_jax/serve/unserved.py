@@ -81,7 +81,6 @@ class UnservedOfChat(UnservedOfAnswers):
     tool_choice: unserved(_NO_FUNCTIONS, "none", "auto") = None
     functions: unserved(_NO_FUNCTIONS, []) = None
     function_call: unserved(_NO_FUNCTIONS, "none", "auto") = None
-    response_format: unserved("answers are text", {"type": "text"}) = None
     modalities: unserved(_TEXT_ALONE, ["text"], []) = None
     audio: unserved(_TEXT_ALONE) = None
     prediction: unserved("every token is drawn") = None
