@@ -15,6 +15,7 @@ from magma_jax.data.tokenizer import Tokenizer, gpt2_tokenizer, train_bpe
 from magma_jax.inference import grammars as grammars_module
 from magma_jax.inference.constraints import MAX_LENGTH, Constraint, ConstraintError
 from magma_jax.inference.grammars import Grammars, GuideError
+from tests.hostile_schemas import SCHEMAS as SCHEMAS_OF_HARM
 
 TOKENIZER = train_bpe(["a red square, a green circle", '{"colour": "red", "size": 10}'], 300)
 
@@ -200,49 +201,17 @@ def test_what_must_come_is_split_as_the_tokenizer_splits_it(grammars):
     assert len(tokens) < len(TOKENIZER.encode(text)) * 1.1
 
 
-def nested(depth):
-    schema = {"type": "null"}
-    for _ in range(depth):
-        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
-    return schema
-
-
-def chained(count, link):
-    definitions = {f"d{i}": link({"$ref": f"#/$defs/d{i + 1}"}) for i in range(count)}
-    return {"$defs": {**definitions, f"d{count}": {"type": "null"}}, "$ref": "#/$defs/d0"}
-
-
-HOSTILE = {
-    "deep": nested(400),
-    "chain of unions": chained(700, lambda ref: {"anyOf": [ref, {"type": "null"}]}),
-    "chain of objects": chained(700, lambda ref: {"type": "object", "properties": {"a": ref}}),
-    "many patterns at once": {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{i}}}c"} for i in range(1, 60)]},
-    "counts": {"allOf": [{"type": "string", "pattern": f"a{{{i},}}b"} for i in range(1, 100)]},
-    "divisor": {"type": "integer", "multipleOf": 1000003},
-    "pattern names": {
-        "type": "object",
-        "patternProperties": {f"^{i * 7919 % 99991}x": {"type": "string"} for i in range(900)},
-    },
-    "products": {"allOf": [{"anyOf": [{"pattern": f"{i}{j}"} for j in range(8)]} for i in range(8)]},
-    "itself": {"allOf": [{"$ref": "#"}]},
-    "itself further on": {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]},
-    "not": {"not": {"type": "string"}},
-    "elsewhere": {"$ref": "http://127.0.0.1/schema.json"},
-    "nothing": False,
-    "no type": {"type": "colour"},
-    "bounds": {"type": "string", "minLength": 5, "maxLength": 2},
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", SCHEMAS_OF_HARM)
 def test_hostile_schemas_are_refused_in_one_line_and_bounded_time(grammars, name):
+    schema, says = SCHEMAS_OF_HARM[name]
     started = time.process_time()
     with pytest.raises(ConstraintError) as refused:
-        grammars.compile(Constraint.json_schema(HOSTILE[name]))
+        grammars.compile(Constraint.json_schema(schema))
     # In this process: the trial in the other one has ended before anything was compiled here.
     assert time.process_time() - started < 1
+    assert says in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert 5 < len(str(refused.value)) < 400
+    assert len(str(refused.value)) < 400
     assert accepts(grammars.compile(Constraint.choice(["red"])), "red")
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.fetch import FetchRules
 from magma_jax.serve.pictures import PictureRules
+from tests.hostile_schemas import SCHEMAS
 
 CHAT = "/v1/chat/completions"
 # An address that may be connected to; the connection then goes to the host of the tests.
@@ -378,6 +379,23 @@ def _request_rows() -> dict[str, Row]:
     return rows
 
 
+def _form_rows() -> dict[str, Row]:
+    rows = {f"schema: {name}": Row({"guided_json": schema}, 400, says) for name, (schema, says) in SCHEMAS.items()}
+    wrong = {
+        "an expression that is none": ({"guided_regex": "(a"}, "guided_regex: invalid regex"),
+        "an expression that looks around": ({"guided_regex": "(?=a)b"}, "look-around"),
+        "an expression of nothing": ({"guided_regex": r"[^\s\S]"}, "nothing may follow"),
+        "brackets in brackets": ({"guided_regex": "(" * 9_000 + "a" + ")" * 9_000}, "guided_regex: invalid regex"),
+        "choices without end": ({"guided_choice": ["a"] * 100_000}, "guided_choice"),
+        "long choices": ({"guided_choice": [str(i) * 20 for i in range(2_000)]}, "at most 65536 are taken"),
+        "no choice": ({"guided_choice": []}, "guided_choice"),
+        "a schema that is no JSON": ({"guided_json": "{"}, "the schema is no JSON"),
+        "a schema of brackets": ({"guided_json": "[" * 60_000}, "the schema is no JSON"),
+        "two forms": ({"guided_regex": "a", "guided_choice": ["b"]}, "an answer has one form"),
+    }
+    return rows | {name: Row(body, 400, says) for name, (body, says) in wrong.items()}
+
+
 def _connection_rows() -> dict[str, Row]:
     head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\n".encode()
     sent = {
@@ -396,4 +414,4 @@ def _connection_rows() -> dict[str, Row]:
     return rows
 
 
-ROWS = {**_picture_rows(), **_fetch_rows(), **_request_rows(), **_connection_rows()}
+ROWS = {**_picture_rows(), **_fetch_rows(), **_request_rows(), **_form_rows(), **_connection_rows()}
