@@ -23,8 +23,8 @@ MAX_TOKENS = 100_000
 CHAT_TOKENS, TEXT_TOKENS = 64, 16
 
 # Fields that are unions, and the names of their members, which pydantic puts into the place of an error.
-_UNIONS = frozenset({"content", "prompt"})
-_TAGS = frozenset({"text", "texts", "tokens", "token lists", "parts", "image_url"})
+_UNIONS = frozenset({"content", "prompt", "response_format"})
+_TAGS = frozenset({"text", "texts", "tokens", "token lists", "parts", "image_url", "json_object", "json_schema"})
 
 Asked = TypeVar("Asked", bound="PromptRequest")
 
@@ -306,7 +306,7 @@ def parse(content: Any, kind: type[Asked]) -> Asked:
 
 
 def _where(places: Sequence[str | int]) -> str:
-    """Path to a value: without the names that unions give their members, which stand behind a number or a prompt."""
+    """Path to a value: without the names that unions give their members, which stand behind a number or a union."""
     named, before = [], None
     for place in places:
         if not (place in _TAGS and (isinstance(before, int) or before in _UNIONS)):

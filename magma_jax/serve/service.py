@@ -200,9 +200,7 @@ class Service:
             return None
         return await self._in_thread(self._compilers, functools.partial(wanted.grammar, self.engine), started)
 
-    def _submit(
-        self, prompts: list[Encoded], wanted: SamplingRequest, grammar: Grammar | None
-    ) -> list[list[Ticket]]:
+    def _submit(self, prompts: list[Encoded], wanted: SamplingRequest, grammar: Grammar | None) -> list[list[Ticket]]:
         """The tickets of every answer to every prompt."""
         cut, context = self.config.cut_max_tokens, self.engine.context
         options = [wanted.options(context - len(prompt.tokens), cut=cut, grammar=grammar) for prompt in prompts]

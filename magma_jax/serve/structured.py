@@ -31,7 +31,7 @@ class NamedSchema(Strict):
 
     name: Name | None = None
     description: str | None = None
-    schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")]
+    schema_: Annotated[Any, Field(alias="schema")]
     strict: bool | None = None
 
 
@@ -42,15 +42,15 @@ class SchemaFormat(Strict):
     json_schema: NamedSchema
 
 
+_Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 _FORMS = "JSON schemas, choices and regular expressions are"
-_Schema = dict[str, Any] | bool | str
 _Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
 
 
 class StructuredOutputs(Strict):
     """vLLM's newer way to say it; exactly one of the first four."""
 
-    json_: Annotated[_Schema | None, Field(alias="json")] = None
+    json_: Annotated[Any, Field(alias="json")] = None
     json_object: bool | None = None
     choice: _Texts | None = None
     regex: str | None = None
@@ -80,9 +80,9 @@ class StructuredOutputs(Strict):
 class StructuredFields(Strict):
     """The fields of a request that say what its answer must look like; at most one of them is set."""
 
-    response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    response_format: _Format | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: _Schema | None = None
+    guided_json: Any = None
     guided_choice: _Texts | None = None
     guided_regex: str | None = None
     guided_grammar: unserved(_FORMS) = None

@@ -158,6 +158,10 @@ def test_null_is_not_set_at_every_depth():
     ]
     messages = [{"role": "user", "content": parts, "name": None}]
     chat(messages=messages, stream_options={"include_usage": None}, response_format={"type": "text", "extra": None})
+    form = {"name": "a", "description": None, "schema": {}, "strict": None}
+    assert chat(response_format={"type": "json_schema", "json_schema": form}, guided_json=None).forms == [
+        "response_format"
+    ]
 
 
 @pytest.mark.parametrize(

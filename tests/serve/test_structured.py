@@ -96,6 +96,17 @@ def test_every_way_to_ask(running, asked, right):
         right(content(running.chat(messages=user("a red"), max_tokens=30, temperature=temperature, **asked)))
 
 
+def test_texts_are_continued_in_a_form_too(running):
+    answer = running.post("/v1/completions", prompt=["a", "b"], guided_choice=CHOICES, max_tokens=20, temperature=2)
+    assert answer.status_code == 200, answer.text
+    assert all(choice["text"] in CHOICES for choice in answer.json()["choices"])
+
+
+def test_a_space_of_the_choice_itself_stays(running):
+    assert content(running.chat(guided_choice=[" red"], template="qa")) == " red"
+    assert content(running.chat(guided_choice=["red"], template="raw", temperature=9)) == "red"
+
+
 def test_any_object_and_any_text(running):
     for asked in ({"response_format": {"type": "json_object"}}, {"structured_outputs": {"json_object": True}}):
         assert content(running.chat(max_tokens=20, **asked)).startswith("{")
@@ -106,10 +117,16 @@ def test_any_object_and_any_text(running):
 @pytest.mark.parametrize(
     ("asked", "field", "says"),
     [
-        ({"response_format": {"type": "yaml"}}, "response_format", "'yaml'"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format", "schema"),
+        ({"response_format": {"type": "yaml"}}, "response_format", "'yaml' is not supported"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+            "Field required",
+        ),
+        ({"guided_json": [1]}, "guided_json", "a schema is an object, not [1]"),
+        ({"guided_json": 3}, "guided_json", "a schema is an object, not 3"),
         ({"guided_json": {"type": "colour"}}, "guided_json", "guided_json: Invalid type: colour"),
-        ({"guided_grammar": "start: 'a'"}, "guided_grammar", "not supported; JSON schemas, choices and"),
+        ({"guided_grammar": "start: 'a'"}, "guided_grammar", "not supported: JSON schemas, choices and"),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one of json, json_object, choice and regex"),
         ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "structured_outputs", "exactly one of"),
         ({"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar", "not supported"),
