@@ -7,9 +7,11 @@
     python -m magma_jax.convert compose --lm LM --encoder ENCODER --config CONFIG.py OUT [--set KEY=VALUE ...]
     python -m magma_jax.convert verify A B [--tolerance X] [--json]
     python -m magma_jax.convert verify CKPT --golden FILE.npz [--model-config FILE.json] [--json]
+    python -m magma_jax.convert verify FOLDER --checksums [--json]
+    python -m magma_jax.convert add-checksums FOLDER
 
-Exit status: 0 done, 1 two sides differ, 2 unusable input (one message on standard error). See docs/conversion.md
-and docs/sources.md.
+Exit status: 0 done, 1 two sides differ or files have changed, 2 unusable input (one message on standard error). See
+docs/conversion.md and docs/sources.md.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from magma_jax.config import apply_overrides, from_dict, load_config_file
+from magma_jax.convert.check_folder import check_folder
 from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.compose import compose
 from magma_jax.convert.hf_export import to_hf
@@ -28,6 +31,7 @@ from magma_jax.convert.quantize import quantize_folder
 from magma_jax.convert.verify import read_model_config, verify
 from magma_jax.nn.quantized import QUANTIZED
 from magma_jax.training.config import RunConfig
+from magma_jax.training.model_folder import add_checksums
 
 # The package's own errors are ValueErrors; each says what is wrong with which file.
 ERRORS = (ValueError, OSError)
@@ -87,9 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("other", nargs="?", help="the checkpoint to compare with, of the same or another kind")
     command.add_argument("--tolerance", type=float, default=0.0, help="difference that counts as equal; default 0")
     command.add_argument("--golden", help="instead of another checkpoint: NPZ of inputs and the original's results")
+    command.add_argument("--checksums", action="store_true", help="whether all files of a folder are as written")
     command.add_argument("--model-config", help=f"{config_help}; default: the .json beside the golden file")
     command.add_argument("--json", action="store_true", help="machine-readable result on standard output")
     command.set_defaults(run=_verify)
+
+    command = commands.add_parser("add-checksums", help="list the sums of a folder that was written without them")
+    command.add_argument("folder", help="model folder or run folder")
+    command.set_defaults(run=_add_checksums)
     return parser
 
 
@@ -121,15 +130,23 @@ def _export(function: Callable[[str, str], None], options: argparse.Namespace) -
 
 
 def _verify(options: argparse.Namespace) -> int:
-    if (options.other is None) == (options.golden is None):
-        raise ValueError("verify takes either two checkpoints or one and --golden FILE.npz")
-    if options.other is not None:
+    if (options.other is not None) + (options.golden is not None) + options.checksums != 1:
+        raise ValueError("verify takes either two checkpoints, or one and --golden FILE.npz, or one and --checksums")
+    if options.checksums:
+        result = check_folder(options.checkpoint)
+    elif options.other is not None:
         result = compare_checkpoints(local_path(options.checkpoint), local_path(options.other), options.tolerance)
     else:
         model_config = read_model_config(options.model_config) if options.model_config else None
         result = verify(local_path(options.checkpoint), options.golden, model_config)
     print(json.dumps(result.as_json(), indent=2) if options.json else result.as_table())
     return 0 if result.ok else 1
+
+
+def _add_checksums(options: argparse.Namespace) -> int:
+    add_checksums(options.folder)
+    print(f"{options.folder}: sums written, of its files as they are now")
+    return 0
 
 
 if __name__ == "__main__":

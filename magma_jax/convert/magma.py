@@ -31,6 +31,8 @@ from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Params, abstract
 from magma_jax.training.checkpoint import read_what_was_trained
 from magma_jax.training.model_folder import (
+    BUFFER_FILE,
+    TORCH_FILE,
     CheckpointError,
     in_dtype,
     nbytes_of,
@@ -40,8 +42,6 @@ from magma_jax.training.model_folder import (
 )
 from magma_jax.version import __version__
 
-TORCH_FILE = "torch.json"
-BUFFER_FILE = "torch_buffers.npz"
 # Of a safetensors file's metadata: the config, as JSON.
 CONFIG_KEY = "magma_config"
 
@@ -167,10 +167,10 @@ def from_torch(checkpoint: str | Path, out: str | Path, model_config: Mapping[st
             np.savez_compressed(folder / BUFFER_FILE, **source["buffers"])
             (folder / TORCH_FILE).write_text(json.dumps({"counters": counters, "keys": source["keys"]}))
 
-        with hashing(model.files) as digests, writing(out, nbytes_of(model.params)) as progress:
+        with hashing(model.files) as digest_of, writing(out, nbytes_of(model.params)) as progress:
 
             def metadata() -> dict[str, Any]:
-                sums = {file.name: digest for file, digest in digests().items()}
+                sums = {file.name: digest_of(file) for file in model.files}
                 return {
                     "model": to_dict(model.config),
                     "source": {"file": Path(checkpoint).name, "sha256": sums},

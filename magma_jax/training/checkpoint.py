@@ -10,19 +10,16 @@ A step appears under its name only when it is whole. Orbax is known here and in 
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from jax.experimental import multihost_utils
 
-from magma_jax.distributed import barrier, is_main, say
+from magma_jax.distributed import from_first_process, say
 from magma_jax.nn.modules import Params
 from magma_jax.training.checksums import find_damage, write_checksums
 from magma_jax.training.early_stopping import BestStep
@@ -35,8 +32,6 @@ CHECKPOINTS = "checkpoints"
 
 # Orbax writes these after the sums, on giving the folder its name.
 WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
-
-T = TypeVar("T")
 
 
 def read_trained_params(path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any]) -> Params:
@@ -173,7 +168,7 @@ class RunCheckpoints:
         best = loaded["progress"]["best"]["step"]
         if best is None or best not in self._steps():
             return step
-        problem = _from_first_process(lambda: self._find_damage(best, ("params",)))
+        problem = from_first_process(lambda: self._find_damage(best, ("params",)))
         self._report({} if problem is None else {best: problem}, step)
         return best if problem is None else step
 
@@ -221,7 +216,7 @@ class RunCheckpoints:
         def look() -> list[int]:
             return sorted((int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()), reverse=True)
 
-        return _from_first_process(look)
+        return from_first_process(look)
 
     def _load(
         self, steps: Sequence[int], wanted: dict[str, Any], checked: Sequence[str] | None = None
@@ -229,7 +224,7 @@ class RunCheckpoints:
         """The first of ``steps`` that is whole (in the items ``checked``), and what it holds of ``wanted``."""
         damage: dict[int, str] = {}
         for step in steps:
-            problem = _from_first_process(lambda step=step: self._find_damage(step, checked or tuple(wanted)))
+            problem = from_first_process(lambda step=step: self._find_damage(step, checked or tuple(wanted)))
             if problem is None:
                 try:
                     loaded = self._checkpointer.load_checkpointables(step, wanted)
@@ -256,7 +251,7 @@ class RunCheckpoints:
             folder = self._folder / str(step)
             moved = ""
             if self._writing:
-                aside = _from_first_process(lambda folder=folder: _move_aside(folder))
+                aside = from_first_process(lambda folder=folder: _move_aside(folder))
                 moved = f", moved to {aside}"
             say(f"{folder}: damaged ({problem}){moved}; using {self._folder / str(used)}")
         if damage and self._writing:
@@ -295,18 +290,6 @@ def _move_aside(folder: Path) -> str:
     aside = next(path for path in map(folder.with_name, names) if not path.exists())
     os.rename(folder, aside)
     return str(aside)
-
-
-def _from_first_process(ask: Callable[[], T]) -> T:
-    """The first process's answer, plain JSON values, for all: they must agree, and may see a disk differently."""
-    if jax.process_count() == 1:
-        return ask()
-    text = json.dumps(ask()).encode() if is_main() else b""
-    # Reading a large checkpoint takes longer than a collective waits.
-    barrier("checkpoint")
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text))))
-    buffer = np.frombuffer(text.ljust(size), np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
 
 
 def _as_jax(tree: Any) -> Any:
