@@ -25,6 +25,7 @@ from magma_jax.training.checksums import find_damage, write_checksums
 from magma_jax.training.early_stopping import BestStep
 from magma_jax.training.model_folder import CheckpointError, read_model_json, read_params, with_sharding
 from magma_jax.training.optim import label_parameters, partition
+from magma_jax.training.run_lock import RunLock
 from magma_jax.training.step import TrainState
 from magma_jax.typing import PRNGKey
 
@@ -79,8 +80,12 @@ class RunCheckpoints:
 
     Args:
         workdir: the run folder.
-        writing: whether steps are saved here; one run folder has one writer (which may be many processes).
+        writing: whether steps are saved here; one run folder has one writer (which may be many processes), see
+            ``training.run_lock``.
         keep: number of newest steps that are kept.
+
+    Raises:
+        CheckpointError: another process writes this run.
     """
 
     def __init__(self, workdir: str | Path, *, writing: bool = False, keep: int = 2):
@@ -89,6 +94,15 @@ class RunCheckpoints:
         self._kept = _KeptStep()
         self._saving: ocp.AsyncResponse[bool] | None = None
         self._saving_step = 0
+        self._lock = _lock(Path(workdir)) if writing else None
+        try:
+            self._checkpointer = self._open(writing, keep)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
+
+    def _open(self, writing: bool, keep: int) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
         logging.getLogger("absl").addFilter(_is_no_traceback)
         context = ocp.Context()
@@ -98,7 +112,7 @@ class RunCheckpoints:
         context.checkpointables_options.registry = ocp.handlers.local_registry().add(
             ocp.handlers.JsonHandler, checkpointable_name="progress"
         )
-        self._checkpointer = ocp.training.Checkpointer(
+        return ocp.training.Checkpointer(
             self._folder,
             context=context,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self._kept]),
@@ -114,7 +128,7 @@ class RunCheckpoints:
         """Copies the snapshot to the host, then writes it in the background; waits for the save before it.
 
         Raises:
-            CheckpointError: the save before this one has failed.
+            CheckpointError: the save before this one has failed, or another process has taken the folder over.
         """
         step, state = int(snapshot.state.step), snapshot.state
         self._kept.step = snapshot.best.step
@@ -124,6 +138,8 @@ class RunCheckpoints:
             "progress": {"data": dict(snapshot.data), "best": snapshot.best.to_json()},
         }
         self._finish_save()
+        if (other := from_first_process(lambda: self._lock.lost_to() if self._lock else None)) is not None:
+            raise CheckpointError(f"{self._folder}: taken over by {other}; this process stops without saving")
         self._saving_step = step
         self._saving = self._checkpointer.save_checkpointables_async(step, contents, force=True)
 
@@ -191,7 +207,11 @@ class RunCheckpoints:
         try:
             self._finish_save()
         finally:
-            self._checkpointer.close()
+            try:
+                self._checkpointer.close()
+            finally:
+                if self._lock is not None:
+                    self._lock.release()
 
     def _finish_save(self) -> None:
         saving, self._saving = self._saving, None
@@ -266,6 +286,24 @@ class _KeptStep:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+def _lock(workdir: Path) -> RunLock | None:
+    """The lock of all processes of this run, which the first one takes and holds."""
+    lock = None
+
+    def take() -> str | None:
+        nonlocal lock
+        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = RunLock(workdir)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    if (problem := from_first_process(take)) is not None:
+        raise CheckpointError(problem)
+    return lock
 
 
 def _is_no_traceback(record: logging.LogRecord) -> bool:
