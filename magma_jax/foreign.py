@@ -4,7 +4,6 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 # The largest small files that are published, vocabularies and indexes of shards, take some 20 MB.
@@ -97,13 +96,10 @@ def check_tree(tree: Any) -> None:
 
 def shown(value: object, length: int = 100) -> str:
     """A value from a file for a message: no control characters, and no more of it than a line takes."""
-    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."
+    text = repr(value if not isinstance(value, str | bytes) else value[: length + 1])
+    return printable(text if len(text) <= length else f"{text[:length]}...").replace("\n", "\\n")
 
 
-def is_regular(path: Path) -> bool:
-    """Whether a regular file stands there itself, not a link to one."""
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except OSError:
-        return False
+def printable(text: str) -> str:
+    """Text that may hold names from a file, for a terminal: control characters are spelled out, but for line ends."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

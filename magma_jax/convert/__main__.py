@@ -1,6 +1,6 @@
 """Command line of the conversion.
 
-    python -m magma_jax.convert from-torch CKPT OUT [--model-config FILE.json]
+    python -m magma_jax.convert from-torch CKPT OUT [--model-config FILE.json] [--tokenizer FILE.json]
     python -m magma_jax.convert to-torch FOLDER CKPT.pt
     python -m magma_jax.convert to-safetensors FOLDER CKPT.safetensors
     python -m magma_jax.convert to-hf FOLDER OUT
@@ -26,15 +26,19 @@ from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.compose import compose
 from magma_jax.convert.hf_export import to_hf
 from magma_jax.convert.hub import local_path
+from magma_jax.convert.infer import MODEL_CONFIG_KEYS
 from magma_jax.convert.magma import from_torch, to_safetensors, to_torch
 from magma_jax.convert.quantize import quantize_folder
 from magma_jax.convert.verify import read_model_config, verify
+from magma_jax.data.tokenizer import Tokenizer
+from magma_jax.foreign import printable
 from magma_jax.nn.quantized import QUANTIZED
 from magma_jax.training.config import RunConfig
 from magma_jax.training.model_folder import add_checksums
 
-# The package's own errors are ValueErrors; each says what is wrong with which file.
-ERRORS = (ValueError, OSError)
+# The package's own errors are ValueErrors; each says what is wrong with which file. The last is for sizes that a file
+# claims to have.
+ERRORS = (ValueError, OSError, MemoryError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,19 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ERRORS as error:
         # The system's own messages name the file behind the reason; ours begin with it.
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"error: {message}", file=sys.stderr)
+        text = printable(str(message) or "not enough memory")
+        print(f"error: {text}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m magma_jax.convert", description="Converts MAGMA checkpoints.")
     commands = parser.add_subparsers(required=True)
-    config_help = "JSON with what tensors cannot tell: lm (n_heads, rotary_dim, seq_len), encoder (res, heads)"
+    known = ", ".join(f"{part} ({', '.join(names)})" for part, names in MODEL_CONFIG_KEYS.items())
+    config_help = f"JSON with what tensors cannot tell: {known}"
 
     command = commands.add_parser("from-torch", help="checkpoint with the published keys to model folder")
     command.add_argument("checkpoint", help="PyTorch or safetensors file, folder of shards, or an hf:// address")
     command.add_argument("out", help="model folder to write; must not exist")
     command.add_argument("--model-config", help=config_help)
+    command.add_argument("--tokenizer", help="tokenizer.json or a folder with one; default: the file's own, or GPT-2's")
     command.set_defaults(run=_from_torch)
 
     for name, kind, function in (
@@ -104,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _from_torch(options: argparse.Namespace) -> int:
     model_config = read_model_config(options.model_config) if options.model_config else None
-    config = from_torch(local_path(options.checkpoint), options.out, model_config)
+    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    config = from_torch(local_path(options.checkpoint), options.out, model_config, tokenizer)
     lm = config.lm
     print(f"{options.out}: {lm.layers} layers of width {lm.width}, {config.encoder.kind}, vocabulary {lm.vocab_rows}")
     return 0

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from magma_jax.config import from_dict, to_dict
+from magma_jax.config import ConfigError, from_dict, to_dict
 from magma_jax.convert import keymap
 from magma_jax.convert.deferred import alias_key
 from magma_jax.convert.files import open_tensors
@@ -26,7 +27,16 @@ from magma_jax.convert.magma_table import BUFFERS, attention_buffers, is_weight,
 from magma_jax.convert.progress import writing
 from magma_jax.convert.safetensors_file import write_safetensors
 from magma_jax.convert.torch_writer import write_torch_file
-from magma_jax.data.tokenizer import gpt2_tokenizer
+from magma_jax.data.tokenizer import Tokenizer, gpt2_tokenizer
+from magma_jax.foreign import (
+    MAX_TEXT_NBYTES,
+    ForeignError,
+    check_tree,
+    open_regular,
+    parse_json,
+    read_json,
+    shown,
+)
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Params, abstract
 from magma_jax.training.checkpoint import read_what_was_trained
@@ -42,8 +52,12 @@ from magma_jax.training.model_folder import (
 )
 from magma_jax.version import __version__
 
+# Masks of 28 layers and 2048 positions, if all of them were unusual, take 120 MB.
+_MAX_BUFFER_NBYTES = 2**30
 # Of a safetensors file's metadata: the config, as JSON.
 CONFIG_KEY = "magma_config"
+# And the vocabulary, unless it is GPT-2's.
+TOKENIZER_KEY = "magma_tokenizer"
 
 
 def model_shapes(config: MagmaConfig) -> dict[str, Any]:
@@ -67,12 +81,14 @@ class OpenMagma:
         source: what ``to_torch`` needs to write the same file again: the counters beside the weights, the order of
             the keys, and buffers that differ from the recomputed ones.
         files: where the parameters come from.
+        tokenizer: GPT-2's for files that hold none.
     """
 
     config: MagmaConfig
     params: Params
     source: dict[str, Any]
     files: tuple[Path, ...]
+    tokenizer: Tokenizer
 
 
 @contextlib.contextmanager
@@ -95,9 +111,11 @@ def open_torch_magma(
         try:
             described = weights.others.get(CONFIG_KEY)
             if isinstance(described, str):  # safetensors that this library wrote
-                config = from_dict(MagmaConfig, json.loads(described), f"{CONFIG_KEY}: model")
+                config = from_dict(MagmaConfig, parse_json(described), f"{CONFIG_KEY}: model")
             else:
-                config = infer_config(tensors, model_config)
+                config = infer_config(tensors, model_config, lambda line: print(f"{path}: {line}", file=sys.stderr))
+            _check_types(tensors)
+            tokenizer = _tokenizer_in(weights.others)
             table = magma_table(config)
             shapes = model_shapes(config)
             target = _in_stored_dtypes(shapes, table, tensors) if dtype is None else in_dtype(shapes, dtype)
@@ -107,9 +125,13 @@ def open_torch_magma(
                 "keys": list(tensors),
                 "buffers": _unusual_buffers(config, tensors),
             }
-        except (InferenceError, keymap.KeyMapError) as error:
+        except (InferenceError, keymap.KeyMapError, ConfigError) as error:
             raise type(error)(f"{path}: {error}") from None
-        yield OpenMagma(config, params, source, weights.files)
+        except ForeignError as error:
+            raise InferenceError(f"{path}: its {CONFIG_KEY} {error}") from None
+        except ValueError as error:
+            raise InferenceError(f"{path}: {error}") from None
+        yield OpenMagma(config, params, source, weights.files, tokenizer)
 
 
 def read_torch_magma(
@@ -117,8 +139,8 @@ def read_torch_magma(
     model_config: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
-) -> tuple[MagmaConfig, Params]:
-    """Config and parameters of a checkpoint in the published layout, see ``open_torch_magma``.
+) -> tuple[MagmaConfig, Params, Tokenizer]:
+    """Config, parameters and vocabulary of a checkpoint in the published layout, see ``open_torch_magma``.
 
     ``place(path, array)`` takes each array as soon as it is read, to move it to its devices. The largest come first,
     so that an array and its copy meet when little else is in memory.
@@ -126,7 +148,18 @@ def read_torch_magma(
     with open_torch_magma(path, model_config, dtype) as model:
         order = sorted(model.params, key=lambda name: -math.prod(model.params[name].shape))
         params = {name: place(name, model.params[name].read()) for name in order}
-        return model.config, {name: params[name] for name in model.params}
+        check_vocabulary(path, model.tokenizer, model.config)
+        return model.config, {name: params[name] for name in model.params}, model.tokenizer
+
+
+def check_vocabulary(path: str | Path, tokenizer: Tokenizer, config: MagmaConfig) -> None:
+    """Says so where a model has fewer rows than its vocabulary has words, as one of another vocabulary has."""
+    if tokenizer.vocab_size > config.lm.vocab_rows:
+        print(
+            f"{path}: embeds {config.lm.vocab_rows} words, but its vocabulary (GPT-2's unless it holds another) has "
+            f"{tokenizer.vocab_size}; from-torch --tokenizer sets the right one",
+            file=sys.stderr,
+        )
 
 
 def published_module(model: OpenMagma) -> dict[str, Any]:
@@ -144,10 +177,22 @@ def published_module(model: OpenMagma) -> dict[str, Any]:
     return module
 
 
-def from_torch(checkpoint: str | Path, out: str | Path, model_config: Mapping[str, Any] | None = None) -> MagmaConfig:
+def from_torch(
+    checkpoint: str | Path,
+    out: str | Path,
+    model_config: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> MagmaConfig:
     """Converts a checkpoint in the published layout to a model folder; nothing is written unless everything fits.
 
     Tensors pass through one at a time, in the order of the file, and stay in its dtypes.
+
+    Args:
+        checkpoint: see ``open_torch_magma``.
+        out: the folder; must not exist.
+        model_config: what the tensors cannot tell, see ``convert.infer``.
+        tokenizer: the model's vocabulary; default: the file's own if it holds one, else GPT-2's, which the published
+            models have.
 
     Raises:
         CheckpointError: something already stands at ``out``, or the disk is too small. And whatever
@@ -160,10 +205,13 @@ def from_torch(checkpoint: str | Path, out: str | Path, model_config: Mapping[st
         counters = {key: value for key, value in source["counters"].items() if _is_json(value)}
         dropped = sorted(set(source["counters"]) - set(counters), key=str)
         if dropped:
-            print(f"{checkpoint}: not kept, since no weights: {', '.join(map(str, dropped))}", file=sys.stderr)
+            print(f"{checkpoint}: not kept, since no weights: {', '.join(map(shown, dropped[:20]))}", file=sys.stderr)
+
+        words = tokenizer or model.tokenizer
+        check_vocabulary(checkpoint, words, model.config)
 
         def extras(folder: Path) -> None:
-            gpt2_tokenizer().save(folder / "tokenizer")
+            words.save(folder / "tokenizer")
             np.savez_compressed(folder / BUFFER_FILE, **source["buffers"])
             (folder / TORCH_FILE).write_text(json.dumps({"counters": counters, "keys": source["keys"]}))
 
@@ -191,6 +239,12 @@ def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
     _absent(checkpoint)
     model = open_model_folder(folder)
     module = published_module(model)
+    if model.tokenizer.to_json() != gpt2_tokenizer().to_json():
+        print(
+            f"{checkpoint}: has no place for the vocabulary of {folder}, which is not GPT-2's; to convert it back, give "
+            f"from-torch --tokenizer {Path(folder) / 'tokenizer'}",
+            file=sys.stderr,
+        )
     with writing(checkpoint, nbytes_of({alias_key(tensor): tensor for tensor in module.values()})) as progress:
         write_torch_file(checkpoint, {"module": module, **model.source.get("counters", {})}, progress)
 
@@ -198,7 +252,7 @@ def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
 def to_safetensors(folder: str | Path, out: str | Path) -> None:
     """Writes a model folder as one safetensors file with the published keys, without buffers and second names.
 
-    The config goes into the file's metadata, so ``open_torch_magma`` needs no other.
+    The config, and a vocabulary that is not GPT-2's, go into the file's metadata: ``open_torch_magma`` needs no other.
 
     Raises: as ``to_torch``.
     """
@@ -207,6 +261,8 @@ def to_safetensors(folder: str | Path, out: str | Path) -> None:
     rules = [entry for entry in magma_table(model.config) if isinstance(entry, Rule)]
     tensors = keymap.to_theirs(rules, model.params)
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(to_dict(model.config)), "magma_jax": __version__}
+    if (words := model.tokenizer.to_json()) != gpt2_tokenizer().to_json():
+        metadata[TOKENIZER_KEY] = words
     with writing(out, nbytes_of(tensors)) as progress:
         write_safetensors(out, tensors, metadata, progress)
 
@@ -224,11 +280,44 @@ def open_model_folder(folder: str | Path) -> OpenMagma:
         raise CheckpointError(f"{folder}: does not fit its config in {', '.join(misfits[:5])}; write it again")
     params = {path: params[path] for path in shapes} | read_what_was_trained(folder, shapes, types)
     source: dict[str, Any] = {}
-    if (folder / TORCH_FILE).is_file():
-        source = json.loads((folder / TORCH_FILE).read_text())
-        with np.load(folder / BUFFER_FILE) as buffers:
-            source["buffers"] = dict(buffers)
-    return OpenMagma(config, params, source, (folder,))
+    if (folder / TORCH_FILE).exists():
+        source = _read_source(folder)
+    return OpenMagma(config, params, source, (folder,), load_tokenizer(folder))
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The vocabulary of a model folder.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = Path(folder) / "tokenizer"
+    try:
+        return Tokenizer.load(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no vocabulary ({error}); write the folder again") from None
+
+
+def _tokenizer_in(others: Mapping[Any, Any]) -> Tokenizer:
+    words = others.get(TOKENIZER_KEY)
+    return Tokenizer.from_json(words) if isinstance(words, str) else gpt2_tokenizer()
+
+
+def _read_source(folder: Path) -> dict[str, Any]:
+    try:
+        source = read_json(folder / TORCH_FILE)
+        if not isinstance(source["counters"], dict) or not all(isinstance(key, str) for key in source["keys"]):
+            raise ForeignError("does not hold counters and keys")
+    except (OSError, ForeignError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / TORCH_FILE}: {error}; convert the checkpoint again") from None
+    try:
+        with open(open_regular(folder / BUFFER_FILE), "rb") as file, np.load(file, allow_pickle=False) as buffers:
+            sizes = [info.file_size for info in buffers.zip.infolist()]
+            if sum(sizes) > _MAX_BUFFER_NBYTES:
+                raise ValueError(f"it claims to hold {sum(sizes)} bytes")
+            return source | {"buffers": dict(buffers)}
+    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{folder / BUFFER_FILE}: {error}; convert the checkpoint again") from None
 
 
 def _absent(path: str | Path) -> None:
@@ -237,10 +326,22 @@ def _absent(path: str | Path) -> None:
 
 
 def _is_json(value: object) -> bool:
+    """Whether a counter of a checkpoint can be kept; not one that nobody can walk through, or that is no Unicode."""
     try:
-        return json.loads(json.dumps(value)) == value
+        check_tree(value)
+        text = json.dumps(value, ensure_ascii=False)
+        return len(text.encode()) <= MAX_TEXT_NBYTES and json.loads(text) == value
     except (TypeError, ValueError):
         return False
+
+
+def _check_types(tensors: Mapping[str, Any]) -> None:
+    """Raises KeyMapError for 8-bit floats: without the scales that belong to them they are not the weights."""
+    if small := [key for key, tensor in tensors.items() if "float8" in tensor.dtype.name]:
+        raise keymap.KeyMapError(
+            f"{len(small)} tensors are in 8-bit floats, such as {small[0]} ({tensors[small[0]].dtype.name}), which are "
+            "not converted; save the checkpoint in half precision first"
+        )
 
 
 def _in_stored_dtypes(shapes: Mapping[str, Any], table: Table, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,10 +371,15 @@ def _unusual_buffers(config: MagmaConfig, tensors: Mapping[str, Any]) -> dict[st
         name = key.rsplit(".", 1)[-1]
         if not key.startswith("lm.") or ".attention." not in key or name not in BUFFERS:
             continue
-        if tensor.dtype not in usual:
-            usual[tensor.dtype] = attention_buffers(config, tensor.dtype)
         array = tensor.read()
-        if array.tobytes() != usual[tensor.dtype][name].tobytes() or array.shape != usual[tensor.dtype][name].shape:
+        # A mask of as many positions as the file claims to have is made only if it is as large.
+        if name == "bias" and array.shape != (1, 1, config.lm.context_length, config.lm.context_length):
+            unusual[key] = np.array(array)
+            continue
+        if (name, tensor.dtype) not in usual:
+            usual[name, tensor.dtype] = attention_buffers(config, tensor.dtype, (name,))[name]
+        expected = usual[name, tensor.dtype]
+        if array.tobytes() != expected.tobytes() or array.shape != expected.shape:
             unusual[key] = np.array(array)
     return unusual
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from magma_jax.foreign import read_text
+
 EOS = "<|endoftext|>"
 IMAGE = "<|image|>"
 
@@ -96,12 +98,29 @@ class Tokenizer:
             raise ValueError(f"{len(ids)} ids do not fit {length} positions; pass truncate=True to cut them")
         return [*ids[:length], *[self.pad_id] * (length - len(ids))]
 
+    def to_json(self) -> str:
+        """The whole encoding as text, in the ``tokenizers`` format."""
+        return self._parsing.to_str()
+
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes ``folder/tokenizer.json`` (the ``tokenizers`` format) and returns its path."""
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self._parsing.to_str(), encoding="utf-8")
+        path.write_text(self.to_json(), encoding="utf-8")
         return path
+
+    @classmethod
+    def from_json(cls, text: str, eos: str = EOS, image: str = IMAGE) -> "Tokenizer":
+        """Reads what ``to_json`` gave.
+
+        Raises:
+            ValueError: not in the ``tokenizers`` format, or no ``eos`` in it.
+        """
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the binding raises plain Exception
+            raise ValueError(f"is not a tokenizer.json: {error}") from None
+        return cls(backend, eos, image)
 
     @classmethod
     def load(cls, path: str | os.PathLike, eos: str = EOS, image: str = IMAGE) -> "Tokenizer":
@@ -112,12 +131,10 @@ class Tokenizer:
         """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        text = path.read_text(encoding="utf-8")
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the binding raises plain Exception
-            raise ValueError(f"{str(path)!r} is not a tokenizer.json: {error}") from None
-        return cls(backend, eos, image)
+            return cls.from_json(read_text(path), eos, image)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} {error}") from None
 
 
 @functools.cache
