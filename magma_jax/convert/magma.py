@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from magma_jax.config import ConfigError, from_dict, to_dict
 from magma_jax.convert import keymap
 from magma_jax.convert.deferred import alias_key
 from magma_jax.convert.files import open_tensors
+from magma_jax.convert.golden import BAD_NPZ
 from magma_jax.convert.hashing import hashing
 from magma_jax.convert.infer import InferenceError, infer_config
 from magma_jax.convert.keymap_patterns import fill
@@ -241,8 +241,8 @@ def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
     module = published_module(model)
     if model.tokenizer.to_json() != gpt2_tokenizer().to_json():
         print(
-            f"{checkpoint}: has no place for the vocabulary of {folder}, which is not GPT-2's; to convert it back, give "
-            f"from-torch --tokenizer {Path(folder) / 'tokenizer'}",
+            f"{checkpoint}: has no place for the vocabulary of {folder}, which is not GPT-2's; from-torch takes it by "
+            f"--tokenizer {Path(folder) / 'tokenizer'}",
             file=sys.stderr,
         )
     with writing(checkpoint, nbytes_of({alias_key(tensor): tensor for tensor in module.values()})) as progress:
@@ -316,7 +316,7 @@ def _read_source(folder: Path) -> dict[str, Any]:
             if sum(sizes) > _MAX_BUFFER_NBYTES:
                 raise ValueError(f"it claims to hold {sum(sizes)} bytes")
             return source | {"buffers": dict(buffers)}
-    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except (*BAD_NPZ, OSError) as error:
         raise CheckpointError(f"{folder / BUFFER_FILE}: {error}; convert the checkpoint again") from None
 
 

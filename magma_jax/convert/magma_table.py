@@ -198,4 +198,4 @@ def attention_buffers(config: MagmaConfig, dtype: np.dtype, names: Collection[st
             "sin": lambda: np.sin(angles.astype(np.float64)).astype(np.float32).astype(dtype),
             "cos": lambda: np.cos(angles.astype(np.float64)).astype(np.float32).astype(dtype),
         }
-        return {name: make[name]() for name in names}
+        return {name: np.asarray(make[name]()) for name in names}

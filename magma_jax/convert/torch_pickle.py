@@ -44,7 +44,7 @@ _SCRIPT_CLASSES = "__torch__."
 
 # Values that calls may copy from others. The largest checkpoints have some thousand shapes of a few numbers, but a file
 # can have one list of a million copied a million times.
-_MAX_COPIED = 10_000_000
+_MAX_COPIED = 5_000_000
 _SCALARS = (str, int, float, bool, bytes, type(None))
 
 

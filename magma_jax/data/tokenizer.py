@@ -25,6 +25,7 @@ class Tokenizer:
     it. ``<|image|>`` gets the next free id where the vocabulary lacks it, as in the original.
 
     Attributes:
+        eos: the end-of-text token, as it is spelled.
         longest: bytes of the longest token: a text of N bytes has at least N / ``longest`` tokens.
 
     Raises:
@@ -40,6 +41,7 @@ class Tokenizer:
         self._parsing.add_special_tokens([eos, image])
         self._plain = _without_padding(self._parsing.to_str())
         self._plain.encode_special_tokens = True
+        self.eos = eos
         self.eos_id: int = self._parsing.token_to_id(eos)
         self.pad_id: int = self.eos_id
         self.image_id: int = self._parsing.token_to_id(image)

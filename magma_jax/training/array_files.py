@@ -87,14 +87,21 @@ def open_arrays(folder: Path) -> dict[str, Deferred]:
             whatever TensorStore met.
     """
     (metadata,) = folder.glob("*/_METADATA")
-    layout = read_json(metadata)
+    return open_item(metadata.parent)
+
+
+def open_item(folder: Path) -> dict[str, Deferred]:
+    """Every array of one of a checkpoint's items, as ``open_arrays``."""
+    layout = read_json(folder / "_METADATA")
     driver = "zarr3" if layout["use_zarr3"] else "zarr"
-    base = {"driver": "file", "path": f"{metadata.parent}/"}
+    base = {"driver": "file", "path": f"{folder}/"}
     stores = {}
     for entry in layout["tree_metadata"].values():
+        if entry.get("value_metadata", {}).get("skip_deserialize"):  # a branch without leaves
+            continue
         keys = [key["key"] for key in entry["key_metadata"]]
         name = ".".join(keys)
-        kvstore = {"driver": "file", "path": f"{metadata.parent}/{name}/"}
+        kvstore = {"driver": "file", "path": f"{folder}/{name}/"}
         if layout["use_ocdbt"]:  # one database of all arrays, as Orbax writes by default
             kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         stores["/".join(keys)] = ts.open({"driver": driver, "kvstore": kvstore}, read=True, open=True)
@@ -102,7 +109,7 @@ def open_arrays(folder: Path) -> dict[str, Deferred]:
     for path, store in stores.items():
         arrays[path] = _deferred(path, store.result())
         if driver == "zarr" and not layout["use_ocdbt"]:
-            _check_parts(metadata.parent / path.replace("/", "."), store.result())
+            _check_parts(folder / path.replace("/", "."), store.result())
     return arrays
 
 

@@ -19,8 +19,12 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
+from magma_jax.config import from_dict
 from magma_jax.distributed import from_first_process, say
+from magma_jax.foreign import read_json
 from magma_jax.nn.modules import Params
+from magma_jax.output import OutputError, raise_if_full
+from magma_jax.training.array_files import open_item
 from magma_jax.training.checksums import find_damage, write_checksums
 from magma_jax.training.early_stopping import BestStep
 from magma_jax.training.model_folder import CheckpointError, read_model_json, read_params, with_sharding
@@ -223,6 +227,10 @@ class RunCheckpoints:
             with contextlib.suppress(Exception):
                 self._checkpointer.wait()  # Orbax raises the same error once more in every thread
             folder = self._folder / str(self._saving_step)
+            try:
+                raise_if_full(folder, error)
+            except OutputError as full:
+                raise CheckpointError(f"{full}; the step before is whole, and the run continues from it") from error
             raise CheckpointError(f"{folder}: could not be saved ({_reason(error)})") from error
 
     def _write_checksums(self) -> None:
@@ -247,6 +255,7 @@ class RunCheckpoints:
             problem = from_first_process(lambda step=step: self._find_damage(step, checked or tuple(wanted)))
             if problem is None:
                 try:
+                    self._check(step, wanted)
                     loaded = self._checkpointer.load_checkpointables(step, wanted)
                 except Exception as error:  # Orbax raises whatever its storage layer met
                     problem = _reason(error)
@@ -260,6 +269,18 @@ class RunCheckpoints:
             raise CheckpointError(f"{self._folder}: holds no checkpoint")
         found = "; ".join(f"{step}: {problem}" for step, problem in damage.items())
         raise CheckpointError(f"{self._folder}: every checkpoint is damaged ({found}); begin in another folder")
+
+    def _check(self, step: int, wanted: Mapping[str, Any]) -> None:
+        """Raises for arrays that claim a size which reading would not survive, and for progress of another form."""
+        for item in wanted:
+            folder = self._folder / str(step) / item
+            if item != "progress":
+                open_item(folder)
+                continue
+            content = read_json(folder / "data.json")
+            if not isinstance(content["data"], dict):
+                raise TypeError("progress/data.json holds no position in the data")
+            from_dict(BestStep, content["best"], "best")
 
     def _find_damage(self, step: int, items: Sequence[str]) -> str | None:
         if all(known.step != step for known in self._checkpointer.checkpoints):
