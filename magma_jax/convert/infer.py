@@ -8,12 +8,11 @@ published model that the sizes are those of, and then a line says what was taken
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
-from magma_jax.config import from_dict, to_dict
 from magma_jax.foreign import shown
 from magma_jax.models.clip_resnet import CLIP_RESNETS, CLIPResNetConfig
 from magma_jax.models.clip_vit import CLIP_VITS, CLIPViTConfig
@@ -23,7 +22,7 @@ from magma_jax.models.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.nf_resnet import NFResNetConfig
 from magma_jax.models.prefix import PrefixConfig
-from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.nn.adapters import ACTIVATIONS, AdapterConfig
 
 # What a model config file may hold, as in the .json beside a golden file; other keys are ignored there.
 MODEL_CONFIG_KEYS = {
@@ -46,11 +45,13 @@ class Known:
         self.values = values
         self.assumed: list[str] = []
 
-    def get(self, part: str, name: str, default: T, reason: str | None = None) -> T:
+    def get(self, part: str, name: str, default: T, reason: str | None = None, choices: Collection[T] = ()) -> T:
         """A value of the file; else the default, which is noted with ``reason`` where there is one."""
         if (value := (self.values.get(part) or {}).get(name)) is not None:
             if not isinstance(value, type(default)) or isinstance(value, bool):
-                raise InferenceError(f"{part}.{name} must be a {type(default).__name__}, got {shown(value)}")
+                raise InferenceError(f"{part}.{name} must be of type {type(default).__name__}, got {shown(value)}")
+            if choices and value not in choices:
+                raise InferenceError(f"{part}.{name} {shown(value)} is not one of {', '.join(map(repr, choices))}")
             return value
         if reason is not None:
             self.assumed.append(f"{part}.{name} {default} ({reason})")
@@ -75,8 +76,7 @@ def infer_config(
     """
     known = Known(model_config or {})
     try:
-        # Once more from its values, which checks those of the model config.
-        config = from_dict(MagmaConfig, to_dict(_infer(tensors, known)), "model config")
+        config = _infer(tensors, known)
     except InferenceError:
         raise
     # Sizes that no model has, from tensors that were made up.
@@ -165,7 +165,8 @@ def _adapter(tensors: Mapping[str, Any], place: str, width: int, known: Known) -
     factor = width // max(bottleneck, 1)
     if not factor or width // factor != bottleneck:
         raise InferenceError(f"{nested}: a bottleneck of {bottleneck} is no whole part of the width {width}")
-    return AdapterConfig(kind, factor, layernorm, known.get("adapter", "activation", AdapterConfig.activation))
+    activation = known.get("adapter", "activation", AdapterConfig.activation, choices=tuple(ACTIVATIONS))
+    return AdapterConfig(kind, factor, layernorm, activation)
 
 
 def encoder_config(
@@ -208,7 +209,13 @@ def encoder_config(
             patch=patch,
             image_size=side * patch,
             embedding_width=_shape(tensors, f"{root}proj")[1] if pooled else CLIPViTConfig.embedding_width,
-            activation=known.get("encoder", "activation", CLIPViTConfig.activation, "as OpenAI's, others use gelu"),
+            activation=known.get(
+                "encoder",
+                "activation",
+                CLIPViTConfig.activation,
+                "as OpenAI's, others use gelu",
+                choices=("quick_gelu", "gelu"),
+            ),
             output="pooled" if pooled else "grid",
         )
     if f"{root}0.0.conv.weight" in tensors:
