@@ -44,7 +44,8 @@ def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
             yield partial
             os.rename(partial, path)
         except BaseException as error:
-            _remove(partial)
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                _remove(partial)
             raise_if_full(path, error)
             raise
         # Without this a power cut may forget the new name. Not every system can open a directory.

@@ -64,19 +64,25 @@ def write_arrays(
     stores = {path: _create(places[path], leaf) for path, leaf in params.items()}
     pieces = sorted(itertools.chain.from_iterable(_pieces(path, leaf) for path, leaf in params.items()))
     waiting: deque[tuple[Any, int]] = deque()
-    for _, path, row in pieces:
-        leaf = params[path]
-        array = np.asarray(read_array(leaf) if row is None else read_row(leaf, row), order="C")
-        shape = tuple(leaf.shape) if row is None else tuple(leaf.shape[1:])
-        if array.shape != shape or array.dtype != leaf.dtype:
-            raise ValueError(f"{path}: announced as {shape} {leaf.dtype}, read as {array.shape} {array.dtype}")
-        store = stores[path].result() if row is None else stores[path].result()[row]
-        write = store.write(array, can_reference_source_data_indefinitely=True)
-        waiting.append((write, array.nbytes))
-        while waiting and sum(nbytes for _, nbytes in waiting) > _IN_FLIGHT_NBYTES:
+    try:
+        for _, path, row in pieces:
+            leaf = params[path]
+            array = np.asarray(read_array(leaf) if row is None else read_row(leaf, row), order="C")
+            shape = tuple(leaf.shape) if row is None else tuple(leaf.shape[1:])
+            if array.shape != shape or array.dtype != leaf.dtype:
+                raise ValueError(f"{path}: announced as {shape} {leaf.dtype}, read as {array.shape} {array.dtype}")
+            store = stores[path].result() if row is None else stores[path].result()[row]
+            write = store.write(array, can_reference_source_data_indefinitely=True)
+            waiting.append((write, array.nbytes))
+            while waiting and sum(nbytes for _, nbytes in waiting) > _IN_FLIGHT_NBYTES:
+                _finish(waiting, progress)
+        while waiting:
             _finish(waiting, progress)
-    while waiting:
-        _finish(waiting, progress)
+    finally:
+        # After an error the folder will be removed, and nobody may write into it any more.
+        for write, _ in waiting:
+            with contextlib.suppress(Exception):
+                write.result()
 
 
 def open_arrays(folder: Path) -> dict[str, Deferred]:

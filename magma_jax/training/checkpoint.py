@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from magma_jax.config import from_dict
-from magma_jax.distributed import from_first_process, say
+from magma_jax.distributed import from_first_process, is_main, say
 from magma_jax.foreign import read_json
 from magma_jax.nn.modules import Params
 from magma_jax.output import OutputError, raise_if_full
@@ -227,6 +228,9 @@ class RunCheckpoints:
             with contextlib.suppress(Exception):
                 self._checkpointer.wait()  # Orbax raises the same error once more in every thread
             folder = self._folder / str(self._saving_step)
+            if is_main():  # of a full disk every byte counts
+                for partial in self._folder.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(partial, ignore_errors=True)
             try:
                 raise_if_full(folder, error)
             except OutputError as full:
