@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from magma_jax.config import apply_overrides, from_dict, load_config_file
-from magma_jax.convert.check_folder import check_folder
+from magma_jax.convert.check_folder import add_checksums, check_folder
 from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.compose import compose
 from magma_jax.convert.hf_export import to_hf
@@ -34,7 +34,6 @@ from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.foreign import printable
 from magma_jax.nn.quantized import QUANTIZED
 from magma_jax.training.config import RunConfig
-from magma_jax.training.model_folder import add_checksums
 
 # The package's own errors are ValueErrors; each says what is wrong with which file. The last is for sizes that a file
 # claims to have.

@@ -1,12 +1,28 @@
-"""``verify --checksums``: whether all files of a folder are as they were written."""
+"""``verify --checksums`` and ``add-checksums``: whether the files of a folder are as they were written."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from magma_jax.training.checkpoint import CHECKPOINTS
-from magma_jax.training.checksums import find_damage
-from magma_jax.training.model_folder import CheckpointError, base_folder, check_files
+from magma_jax.training.checksums import (
+    SUMS_FILE,
+    comparing,
+    find_damage,
+    read_checksums,
+    regular_files,
+    write_checksums,
+)
+from magma_jax.training.model_folder import (
+    LISTED,
+    MODEL_FILE,
+    PARAMS,
+    CheckpointError,
+    base_folder,
+    read_model_json,
+    unchecked,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +55,7 @@ def check_folder(path: str | Path) -> FolderCheck:
     Raises:
         CheckpointError: not such a folder, or one without sums.
     """
-    found = {str(path): list(check_files(path))}
+    found = {str(path): list(_damages(path))}
     steps = [step for step in Path(path).glob(f"{CHECKPOINTS}/*") if step.name.isdecimal()]
     for step in sorted(steps, key=lambda step: int(step.name)):
         problem = find_damage(step)
@@ -52,3 +68,36 @@ def check_folder(path: str | Path) -> FolderCheck:
         else:
             found |= check_folder(base).folders if base else {}
     return FolderCheck(found)
+
+
+def add_checksums(path: str | Path) -> None:
+    """Lists the sums of a model folder that was written before there were any, as its files are now.
+
+    Raises:
+        CheckpointError: not a model folder, or it has sums already.
+    """
+    read_model_json(path)
+    folder = Path(path).absolute()
+    if (folder / SUMS_FILE).exists():
+        raise CheckpointError(
+            f"{folder / SUMS_FILE}: already exists; to take the files as they are now for right, remove it first"
+        )
+    write_checksums(folder, below=[name for name in LISTED if (folder / name).exists()])
+
+
+def _damages(path: str | Path) -> Iterator[str]:
+    """What is wrong with a folder's own files, one line each; all of them are read.
+
+    Raises:
+        CheckpointError: not a model folder, or it has no sums.
+    """
+    folder = Path(path).absolute()
+    if not (folder / MODEL_FILE).exists():
+        read_model_json(path)
+    if (listed := read_checksums(folder)) is None:
+        raise CheckpointError(unchecked(path))
+    for name in regular_files(folder, folder / PARAMS):
+        if name not in listed:
+            yield f"{name} is not listed in {SUMS_FILE}"
+    with comparing(folder, listed) as damages:
+        yield from damages

@@ -10,7 +10,7 @@ import numpy as np
 from magma_jax.convert.deferred import Deferred
 from magma_jax.convert.keymap import to_theirs
 from magma_jax.convert.language_models import language_model_table
-from magma_jax.convert.magma import open_model_folder
+from magma_jax.convert.open_magma import open_model_folder
 from magma_jax.convert.progress import writing
 from magma_jax.convert.safetensors_file import write_safetensors
 from magma_jax.data.tokenizer import Tokenizer

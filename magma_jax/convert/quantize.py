@@ -10,7 +10,7 @@ import numpy as np
 
 from magma_jax.config import to_dict
 from magma_jax.convert.deferred import Deferred, read_array, read_row
-from magma_jax.convert.magma import abstract_model, open_model_folder
+from magma_jax.convert.open_magma import abstract_model, open_model_folder
 from magma_jax.convert.progress import writing
 from magma_jax.nn.quantized import QUANTIZED, quantize
 from magma_jax.training.model_folder import BASE, CheckpointError, nbytes_of, read_model_json, write_model_folder

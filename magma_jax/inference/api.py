@@ -24,7 +24,7 @@ from magma_jax.compile import jit, return_compiler_memory
 from magma_jax.config import from_dict
 from magma_jax.convert.files import holds_weights
 from magma_jax.convert.hub import local_path
-from magma_jax.convert.magma import load_tokenizer, read_torch_magma
+from magma_jax.convert.open_magma import load_tokenizer, read_torch_magma
 from magma_jax.data.images import ImageInput, normalize, to_uint8
 from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.inference.decode import Generation, generate

@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from magma_jax.config import from_dict
-from magma_jax.distributed import from_first_process, is_main, say
+from magma_jax.distributed import from_first_process, say
 from magma_jax.foreign import read_json
 from magma_jax.nn.modules import Params
 from magma_jax.output import OutputError, raise_if_full
@@ -35,6 +35,9 @@ from magma_jax.training.step import TrainState
 from magma_jax.typing import PRNGKey
 
 CHECKPOINTS = "checkpoints"
+
+# How Orbax calls a step until it is whole, behind its number.
+_PARTIAL = ".orbax-checkpoint-tmp"
 
 # Orbax writes these after the sums, on giving the folder its name.
 WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -216,7 +219,14 @@ class RunCheckpoints:
                 self._checkpointer.close()
             finally:
                 if self._lock is not None:
+                    self._remove_partial_steps(self._lock)
                     self._lock.release()
+
+    def _remove_partial_steps(self, lock: RunLock) -> None:
+        """What failed saves left; nothing is being saved any more."""
+        if lock.lost_to() is None:
+            for partial in self._folder.glob(f"*{_PARTIAL}*"):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _finish_save(self) -> None:
         saving, self._saving = self._saving, None
@@ -228,9 +238,6 @@ class RunCheckpoints:
             with contextlib.suppress(Exception):
                 self._checkpointer.wait()  # Orbax raises the same error once more in every thread
             folder = self._folder / str(self._saving_step)
-            if is_main():  # of a full disk every byte counts
-                for partial in self._folder.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(partial, ignore_errors=True)
             try:
                 raise_if_full(folder, error)
             except OutputError as full:
@@ -239,7 +246,7 @@ class RunCheckpoints:
 
     def _write_checksums(self) -> None:
         # Under its temporary name, which begins with the step and a dot.
-        (folder,) = self._folder.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")
+        (folder,) = self._folder.glob(f"{self._saving_step}{_PARTIAL}*")
         write_checksums(folder, leave_out=WRITTEN_LAST)
 
     def _steps(self) -> list[int]:

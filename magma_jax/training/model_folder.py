@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -44,7 +44,7 @@ BASE = "base"
 TORCH_FILE = "torch.json"
 BUFFER_FILE = "torch_buffers.npz"
 # All that a run does not add later.
-_LISTED = (MODEL_FILE, PARAMS, "tokenizer", TORCH_FILE, BUFFER_FILE)
+LISTED = (MODEL_FILE, PARAMS, "tokenizer", TORCH_FILE, BUFFER_FILE)
 # Room on the disk for all that is not a parameter.
 _OTHER_NBYTES = 32 * 2**20
 
@@ -230,39 +230,6 @@ def open_params(path: str | Path) -> dict[str, Deferred]:
     return (open_params(base) if base else {}) | own
 
 
-def add_checksums(path: str | Path) -> None:
-    """Lists the sums of a model folder that was written before there were any, as its files are now.
-
-    Raises:
-        CheckpointError: not a model folder, or it has sums already.
-    """
-    read_model_json(path)
-    folder = Path(path).absolute()
-    if (folder / SUMS_FILE).exists():
-        raise CheckpointError(
-            f"{folder / SUMS_FILE}: already exists; to take the files as they are now for right, remove it first"
-        )
-    write_checksums(folder, below=[name for name in _LISTED if (folder / name).exists()])
-
-
-def check_files(path: str | Path) -> Iterator[str]:
-    """What is wrong with a folder's own files, one line each; all of them are read.
-
-    Raises:
-        CheckpointError: not a model folder, or it has no sums.
-    """
-    folder = Path(path).absolute()
-    if not (folder / MODEL_FILE).exists():
-        read_model_json(path)
-    if (listed := read_checksums(folder)) is None:
-        raise CheckpointError(_unchecked(path))
-    for name in regular_files(folder, folder / PARAMS):
-        if name not in listed:
-            yield f"{name} is not listed in {SUMS_FILE}"
-    with comparing(folder, listed) as damages:
-        yield from damages
-
-
 def _open_own_params(path: str | Path) -> _Stored:
     folder = Path(path).absolute()
     if not (folder / PARAMS).is_dir():
@@ -276,7 +243,7 @@ def _open_own_params(path: str | Path) -> _Stored:
             _compared(folder, {name: listed[name] for name in listed if name.startswith(f"{PARAMS}/")})
         raise damaged(folder / PARAMS, error) from error
     if listed is None:
-        _say_unchecked(path)
+        _sayunchecked(path)
         return _Stored(stored, {})
     for name in sorted({name for name in listed if name.startswith(f"{PARAMS}/")} ^ set(there)):
         problem = f"{SUMS_FILE} does not list {name}" if name in there else f"{name} is missing"
@@ -329,10 +296,11 @@ def _is_of_row(file: str, row: int) -> bool:
 
 @functools.cache
 def _say_unchecked(path: str | Path) -> None:
-    say(_unchecked(path))
+    say(unchecked(path))
 
 
-def _unchecked(path: str | Path) -> str:
+def unchecked(path: str | Path) -> str:
+    """The line about a folder that lists no sums."""
     return (
         f"{path}: has no {SUMS_FILE}, so damaged files would not be noticed; add it with "
         f"python -m magma_jax.convert add-checksums {path}"

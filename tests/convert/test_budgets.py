@@ -16,7 +16,8 @@ from magma_jax.convert import torch_pickle
 from magma_jax.convert.__main__ import main
 from magma_jax.convert.golden import GoldenError, read_golden
 from magma_jax.convert.hf_config import LanguageModelError, from_hf_config
-from magma_jax.convert.magma import from_torch, open_model_folder
+from magma_jax.convert.magma import from_torch
+from magma_jax.convert.open_magma import open_model_folder
 from magma_jax.convert.safetensors_file import write_safetensors
 from magma_jax.convert.torch_reader import TorchFileError, open_torch_file
 from magma_jax.convert.verify import read_model_config

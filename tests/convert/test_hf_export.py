@@ -14,7 +14,8 @@ from magma_jax.convert.__main__ import main
 from magma_jax.convert.files import open_tensors
 from magma_jax.convert.hf_config import read_config
 from magma_jax.convert.hf_export import to_hf
-from magma_jax.convert.magma import from_torch, open_model_folder, to_safetensors, to_torch
+from magma_jax.convert.magma import from_torch, to_safetensors, to_torch
+from magma_jax.convert.open_magma import open_model_folder
 from magma_jax.convert.verify import read_model_config
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from magma_jax.convert.__main__ import main
+from magma_jax.convert.check_folder import add_checksums
 from magma_jax.training import array_files, model_folder
 from magma_jax.training.checksums import SUMS_FILE
 from magma_jax.training.model_folder import (
     BASE,
     CheckpointError,
-    add_checksums,
     base_reference,
     open_params,
     read_model_json,
