@@ -143,7 +143,7 @@ def reference(folder: Path) -> dict[str, object]:
     from magma_jax.convert.deferred import Deferred
     from magma_jax.convert.keymap import to_theirs
     from magma_jax.convert.language_models import language_model_table
-    from magma_jax.convert.magma import open_model_folder
+    from magma_jax.convert.open_magma import open_model_folder
     from magma_jax.models.gptj import GPTJ
     from magma_jax.nn.modules import abstract, merge
 

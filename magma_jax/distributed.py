@@ -12,12 +12,14 @@ A process that fails takes the others down with it, since no step can be done wi
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -38,6 +40,8 @@ BARRIER_TIMEOUT_S = 12 * 3600
 RESTART = "start all processes again, and the run continues from its newest checkpoint"
 
 _barriers = itertools.count()
+
+T = TypeVar("T")
 
 
 def is_main() -> bool:
@@ -64,6 +68,18 @@ def agreed(answer: bool) -> bool:
     """The first process's answer, for all: what several processes see of a shared disk may differ for a moment."""
     barrier("question")
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
+
+
+def from_first_process(ask: Callable[[], T]) -> T:
+    """The first process's answer, plain JSON values, for all: they must agree, and may see a disk differently."""
+    if jax.process_count() == 1:
+        return ask()
+    text = json.dumps(ask()).encode() if is_main() else b""
+    # Reading a large checkpoint takes longer than a collective waits.
+    barrier("checkpoint")
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text))))
+    buffer = np.frombuffer(text.ljust(size), np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
 
 
 @contextlib.contextmanager

@@ -1,12 +1,16 @@
 """Output that appears under its final name only when it is whole."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# A disk or a quota that is full, a file that is as large as it may get.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutputError(ValueError):
@@ -25,7 +29,8 @@ def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
         nbytes: size of the output. If the disk has less room, nothing is begun.
 
     Raises:
-        OutputError: no room, another process is writing there, or a folder with something in it stands there.
+        OutputError: no room at the start or later, another process is writing there, or a folder with something in it
+            stands there.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,8 +43,10 @@ def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
         try:
             yield partial
             os.rename(partial, path)
-        except BaseException:
-            _remove(partial)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                _remove(partial)
+            raise_if_full(path, error)
             raise
         # Without this a power cut may forget the new name. Not every system can open a directory.
         with contextlib.suppress(OSError):
@@ -47,17 +54,37 @@ def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
-    """Writes a file under a temporary name beside ``path``, then renames it: it is whole or it is not there."""
+    """Writes a file under a temporary name beside ``path``, then renames it: it is whole or it is not there.
+
+    Raises:
+        OutputError: the disk is full. OSError: the file cannot be written for another reason.
+    """
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    except OSError as error:
+        raise_if_full(path, error)
+        raise
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        raise_if_full(path, error)
         raise
+
+
+def raise_if_full(path: str | os.PathLike, error: BaseException) -> None:
+    """Raises OutputError if ``error`` came of a full disk; libraries in C++ say so in the text of theirs."""
+    code = error.errno if isinstance(error, OSError) else None
+    said = str(error) if isinstance(error, Exception) else ""
+    full = next((known for known in _FULL if known == code or os.strerror(known) in said), None)
+    if full is not None:
+        raise OutputError(
+            f"{path}: the disk is full ({os.strerror(full)}); free some space or choose another disk"
+        ) from error
 
 
 def partial_name(path: Path) -> Path:

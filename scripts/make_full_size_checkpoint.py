@@ -16,8 +16,8 @@ import numpy as np
 
 from magma_jax.convert import keymap
 from magma_jax.convert.deferred import Deferred, alias_key
-from magma_jax.convert.magma import model_shapes
 from magma_jax.convert.magma_table import attention_buffers, magma_table
+from magma_jax.convert.open_magma import model_shapes
 from magma_jax.convert.progress import writing
 from magma_jax.convert.torch_writer import write_torch_file
 from magma_jax.models.gptj import GPTJConfig

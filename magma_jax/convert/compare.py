@@ -12,8 +12,9 @@ import numpy as np
 
 from magma_jax.convert.deferred import alias_key, read_array, read_row
 from magma_jax.convert.files import WeightFileError, open_tensors
-from magma_jax.convert.magma import open_model_folder, published_module
+from magma_jax.convert.magma import published_module
 from magma_jax.convert.magma_table import is_weight
+from magma_jax.convert.open_magma import open_model_folder
 from magma_jax.training.model_folder import MODEL_FILE
 
 # Numbers that are widened to fp64 at a time.

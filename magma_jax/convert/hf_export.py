@@ -10,16 +10,17 @@ import numpy as np
 from magma_jax.convert.deferred import Deferred
 from magma_jax.convert.keymap import to_theirs
 from magma_jax.convert.language_models import language_model_table
-from magma_jax.convert.magma import open_model_folder
+from magma_jax.convert.open_magma import open_model_folder
 from magma_jax.convert.progress import writing
 from magma_jax.convert.safetensors_file import write_safetensors
+from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.models.gptj import GPTJConfig
 from magma_jax.output import OutputError, whole_output
 from magma_jax.training.model_folder import nbytes_of
 
 
 def to_hf(folder: str | Path, out: str | Path) -> None:
-    """Writes ``config.json`` and ``model.safetensors``, which ``GPTJForCausalLM.from_pretrained(out)`` reads.
+    """Writes weights, settings and vocabulary, which ``AutoModelForCausalLM`` and ``AutoTokenizer`` read from ``out``.
 
     Adapters have no place there and are left out. Hugging Face has one size of vocabulary, so the word table gets
     zeros for the rows that only the head has.
@@ -44,7 +45,11 @@ def to_hf(folder: str | Path, out: str | Path) -> None:
     with whole_output(out, nbytes=nbytes) as partial, writing(out, nbytes) as progress:
         partial.mkdir()
         dtype = np.dtype(plain["wte/weight"].dtype).name
-        (partial / "config.json").write_text(json.dumps(_hf_config(config, dtype), indent=2) + "\n")
+        words = model.tokenizer
+        special = {"bos_token_id": words.eos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
+        _write_json(partial / "config.json", {**_hf_config(config, dtype), **special})
+        _write_json(partial / "generation_config.json", special)
+        _write_tokenizer(partial, words, config)
         write_safetensors(partial / "model.safetensors", tensors, {"format": "pt"}, progress)
 
 
@@ -62,10 +67,28 @@ def _hf_config(config: GPTJConfig, dtype: str) -> dict[str, Any]:
         "activation_function": "gelu_new",
         "layer_norm_epsilon": config.layernorm_eps,
         "tie_word_embeddings": False,
-        "bos_token_id": 50256,
-        "eos_token_id": 50256,
         "dtype": dtype,
     }
+
+
+def _write_tokenizer(folder: Path, words: Tokenizer, config: GPTJConfig) -> None:
+    content = json.loads(words.to_json())
+    # The place of a picture has no row in most models, so its id would be out of their range.
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < config.head_rows]
+    _write_json(folder / "tokenizer.json", content)
+    settings = {
+        # Takes tokenizer.json as it is; the class of GPT-2's would build another one from parts of it.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), words.eos),
+        "model_max_length": config.context_length,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",  # where generation wants it
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _with_rows(table: Any, rows: int) -> Any:

@@ -1,132 +1,41 @@
-"""MAGMA checkpoints: the published PyTorch layout to our parameters, and back, bit for bit."""
+"""MAGMA checkpoints: the published PyTorch layout to a model folder, and back, bit for bit."""
 
-import contextlib
-import functools
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
-from magma_jax.config import from_dict, to_dict
+from magma_jax.config import to_dict
 from magma_jax.convert import keymap
 from magma_jax.convert.deferred import alias_key
-from magma_jax.convert.files import open_tensors
 from magma_jax.convert.hashing import hashing
-from magma_jax.convert.infer import InferenceError, infer_config
-from magma_jax.convert.keymap_patterns import fill
-from magma_jax.convert.keymap_rules import Rule, Table, match_theirs
-from magma_jax.convert.magma_table import BUFFERS, attention_buffers, is_weight, magma_table
+from magma_jax.convert.keymap_rules import Rule
+from magma_jax.convert.magma_table import attention_buffers, is_weight, magma_table
+from magma_jax.convert.open_magma import (
+    CONFIG_KEY,
+    TOKENIZER_KEY,
+    OpenMagma,
+    check_vocabulary,
+    open_model_folder,
+    open_torch_magma,
+)
 from magma_jax.convert.progress import writing
 from magma_jax.convert.safetensors_file import write_safetensors
 from magma_jax.convert.torch_writer import write_torch_file
-from magma_jax.data.tokenizer import gpt2_tokenizer
-from magma_jax.models.magma import MagmaConfig, MagmaModel
-from magma_jax.nn.modules import Params, abstract
-from magma_jax.training.checkpoint import read_what_was_trained
+from magma_jax.data.tokenizer import Tokenizer, gpt2_tokenizer
+from magma_jax.foreign import MAX_TEXT_NBYTES, check_tree, shown
+from magma_jax.models.magma import MagmaConfig
 from magma_jax.training.model_folder import (
+    BUFFER_FILE,
+    TORCH_FILE,
     CheckpointError,
-    in_dtype,
     nbytes_of,
-    open_params,
-    read_model_json,
     write_model_folder,
 )
 from magma_jax.version import __version__
-
-TORCH_FILE = "torch.json"
-BUFFER_FILE = "torch_buffers.npz"
-# Of a safetensors file's metadata: the config, as JSON.
-CONFIG_KEY = "magma_config"
-
-
-def model_shapes(config: MagmaConfig) -> dict[str, Any]:
-    """Shape and dtype of every parameter, without memory."""
-    return dict(abstract_model(config)[0])
-
-
-@functools.lru_cache(maxsize=16)
-def abstract_model(config: MagmaConfig) -> tuple[Params, dict[str, type[nnx.Variable]]]:
-    """Shapes and variable types of a model, by path."""
-    return abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[1:]
-
-
-@dataclass(frozen=True)
-class OpenMagma:
-    """A model whose parameters are not read yet.
-
-    Attributes:
-        config: its sizes.
-        params: path to ``Deferred``; valid inside the block that opened them.
-        source: what ``to_torch`` needs to write the same file again: the counters beside the weights, the order of
-            the keys, and buffers that differ from the recomputed ones.
-        files: where the parameters come from.
-    """
-
-    config: MagmaConfig
-    params: Params
-    source: dict[str, Any]
-    files: tuple[Path, ...]
-
-
-@contextlib.contextmanager
-def open_torch_magma(
-    path: str | Path, model_config: Mapping[str, Any] | None = None, dtype: str | None = None
-) -> Iterator[OpenMagma]:
-    """Opens a checkpoint in the published layout of keys; needs no PyTorch and runs no code.
-
-    Args:
-        path: anything that ``open_tensors`` opens: a PyTorch file (DeepSpeed dict or bare state dict), safetensors,
-            or a folder of shards.
-        model_config: what the tensors cannot tell, see ``convert.infer``.
-        dtype: dtype of all floating parameters; default: as in the file.
-
-    Raises:
-        WeightFileError, InferenceError, KeyMapError: with one message that names everything that does not fit.
-    """
-    with open_tensors(path) as weights:
-        tensors = weights.tensors
-        try:
-            described = weights.others.get(CONFIG_KEY)
-            if isinstance(described, str):  # safetensors that this library wrote
-                config = from_dict(MagmaConfig, json.loads(described), f"{CONFIG_KEY}: model")
-            else:
-                config = infer_config(tensors, model_config)
-            table = magma_table(config)
-            shapes = model_shapes(config)
-            target = _in_stored_dtypes(shapes, table, tensors) if dtype is None else in_dtype(shapes, dtype)
-            params = keymap.to_ours(table, tensors, target)
-            source = {
-                "counters": {} if weights.metadata_is_text else weights.others,
-                "keys": list(tensors),
-                "buffers": _unusual_buffers(config, tensors),
-            }
-        except (InferenceError, keymap.KeyMapError) as error:
-            raise type(error)(f"{path}: {error}") from None
-        yield OpenMagma(config, params, source, weights.files)
-
-
-def read_torch_magma(
-    path: str | Path,
-    model_config: Mapping[str, Any] | None = None,
-    dtype: str | None = None,
-    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
-) -> tuple[MagmaConfig, Params]:
-    """Config and parameters of a checkpoint in the published layout, see ``open_torch_magma``.
-
-    ``place(path, array)`` takes each array as soon as it is read, to move it to its devices. The largest come first,
-    so that an array and its copy meet when little else is in memory.
-    """
-    with open_torch_magma(path, model_config, dtype) as model:
-        order = sorted(model.params, key=lambda name: -math.prod(model.params[name].shape))
-        params = {name: place(name, model.params[name].read()) for name in order}
-        return model.config, {name: params[name] for name in model.params}
 
 
 def published_module(model: OpenMagma) -> dict[str, Any]:
@@ -144,10 +53,22 @@ def published_module(model: OpenMagma) -> dict[str, Any]:
     return module
 
 
-def from_torch(checkpoint: str | Path, out: str | Path, model_config: Mapping[str, Any] | None = None) -> MagmaConfig:
+def from_torch(
+    checkpoint: str | Path,
+    out: str | Path,
+    model_config: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> MagmaConfig:
     """Converts a checkpoint in the published layout to a model folder; nothing is written unless everything fits.
 
     Tensors pass through one at a time, in the order of the file, and stay in its dtypes.
+
+    Args:
+        checkpoint: see ``open_torch_magma``.
+        out: the folder; must not exist.
+        model_config: what the tensors cannot tell, see ``convert.infer``.
+        tokenizer: the model's vocabulary; default: the file's own if it holds one, else GPT-2's, which the published
+            models have.
 
     Raises:
         CheckpointError: something already stands at ``out``, or the disk is too small. And whatever
@@ -160,17 +81,20 @@ def from_torch(checkpoint: str | Path, out: str | Path, model_config: Mapping[st
         counters = {key: value for key, value in source["counters"].items() if _is_json(value)}
         dropped = sorted(set(source["counters"]) - set(counters), key=str)
         if dropped:
-            print(f"{checkpoint}: not kept, since no weights: {', '.join(map(str, dropped))}", file=sys.stderr)
+            print(f"{checkpoint}: not kept, since no weights: {', '.join(map(shown, dropped[:20]))}", file=sys.stderr)
+
+        words = tokenizer or model.tokenizer
+        check_vocabulary(checkpoint, words, model.config)
 
         def extras(folder: Path) -> None:
-            gpt2_tokenizer().save(folder / "tokenizer")
+            words.save(folder / "tokenizer")
             np.savez_compressed(folder / BUFFER_FILE, **source["buffers"])
             (folder / TORCH_FILE).write_text(json.dumps({"counters": counters, "keys": source["keys"]}))
 
-        with hashing(model.files) as digests, writing(out, nbytes_of(model.params)) as progress:
+        with hashing(model.files) as digest_of, writing(out, nbytes_of(model.params)) as progress:
 
             def metadata() -> dict[str, Any]:
-                sums = {file.name: digest for file, digest in digests().items()}
+                sums = {file.name: digest_of(file) for file in model.files}
                 return {
                     "model": to_dict(model.config),
                     "source": {"file": Path(checkpoint).name, "sha256": sums},
@@ -191,6 +115,12 @@ def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
     _absent(checkpoint)
     model = open_model_folder(folder)
     module = published_module(model)
+    if model.tokenizer.to_json() != gpt2_tokenizer().to_json():
+        print(
+            f"{checkpoint}: has no place for the vocabulary of {folder}, which is not GPT-2's; from-torch takes it by "
+            f"--tokenizer {Path(folder) / 'tokenizer'}",
+            file=sys.stderr,
+        )
     with writing(checkpoint, nbytes_of({alias_key(tensor): tensor for tensor in module.values()})) as progress:
         write_torch_file(checkpoint, {"module": module, **model.source.get("counters", {})}, progress)
 
@@ -198,7 +128,7 @@ def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
 def to_safetensors(folder: str | Path, out: str | Path) -> None:
     """Writes a model folder as one safetensors file with the published keys, without buffers and second names.
 
-    The config goes into the file's metadata, so ``open_torch_magma`` needs no other.
+    The config, and a vocabulary that is not GPT-2's, go into the file's metadata: ``open_torch_magma`` needs no other.
 
     Raises: as ``to_torch``.
     """
@@ -207,28 +137,10 @@ def to_safetensors(folder: str | Path, out: str | Path) -> None:
     rules = [entry for entry in magma_table(model.config) if isinstance(entry, Rule)]
     tensors = keymap.to_theirs(rules, model.params)
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(to_dict(model.config)), "magma_jax": __version__}
+    if (words := model.tokenizer.to_json()) != gpt2_tokenizer().to_json():
+        metadata[TOKENIZER_KEY] = words
     with writing(out, nbytes_of(tensors)) as progress:
         write_safetensors(out, tensors, metadata, progress)
-
-
-def open_model_folder(folder: str | Path) -> OpenMagma:
-    """Config and parameters of a model folder or a trained run, in the dtypes it stores.
-
-    The parameters of a model folder are read when asked for; what a run has trained is read at once.
-    """
-    folder = Path(folder)
-    config = from_dict(MagmaConfig, read_model_json(folder)["model"], "model.json: model")
-    shapes, types = abstract_model(config)
-    params = open_params(folder)
-    if misfits := [path for path in shapes if path not in params or params[path].shape != shapes[path].shape]:
-        raise CheckpointError(f"{folder}: does not fit its config in {', '.join(misfits[:5])}; write it again")
-    params = {path: params[path] for path in shapes} | read_what_was_trained(folder, shapes, types)
-    source: dict[str, Any] = {}
-    if (folder / TORCH_FILE).is_file():
-        source = json.loads((folder / TORCH_FILE).read_text())
-        with np.load(folder / BUFFER_FILE) as buffers:
-            source["buffers"] = dict(buffers)
-    return OpenMagma(config, params, source, (folder,))
 
 
 def _absent(path: str | Path) -> None:
@@ -237,45 +149,13 @@ def _absent(path: str | Path) -> None:
 
 
 def _is_json(value: object) -> bool:
+    """Whether a counter of a checkpoint can be kept; not one that nobody can walk through, or that is no Unicode."""
     try:
-        return json.loads(json.dumps(value)) == value
+        check_tree(value)
+        text = json.dumps(value, ensure_ascii=False)
+        return len(text.encode()) <= MAX_TEXT_NBYTES and json.loads(text) == value
     except (TypeError, ValueError):
         return False
-
-
-def _in_stored_dtypes(shapes: Mapping[str, Any], table: Table, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """``shapes`` with the file's floating dtypes, which may differ between parameters."""
-    found: dict[str, dict[np.dtype, str]] = {}
-    for key, tensor in tensors.items():
-        for rule in table:
-            if isinstance(rule, Rule) and (values := match_theirs(rule, key)) is not None:
-                found.setdefault(fill(rule.ours, values, "/"), {}).setdefault(tensor.dtype, key)
-    mixed = [" and ".join(f"{key} {dtype.name}" for dtype, key in by.items()) for by in found.values() if len(by) > 1]
-    if mixed:
-        raise keymap.KeyMapError(
-            "layers of one parameter have different dtypes, which a stack cannot hold: " + "; ".join(mixed)
-        )
-    return {
-        path: jax.ShapeDtypeStruct(shape.shape, next(iter(found[path])))
-        if path in found and np.issubdtype(shape.dtype, np.floating) and "float" in next(iter(found[path])).name
-        else shape
-        for path, shape in shapes.items()
-    }
-
-
-def _unusual_buffers(config: MagmaConfig, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Buffers whose bits recomputing does not give: sines differ in the last bit between math libraries."""
-    unusual, usual = {}, {}
-    for key, tensor in tensors.items():
-        name = key.rsplit(".", 1)[-1]
-        if not key.startswith("lm.") or ".attention." not in key or name not in BUFFERS:
-            continue
-        if tensor.dtype not in usual:
-            usual[tensor.dtype] = attention_buffers(config, tensor.dtype)
-        array = tensor.read()
-        if array.tobytes() != usual[tensor.dtype][name].tobytes() or array.shape != usual[tensor.dtype][name].shape:
-            unusual[key] = np.array(array)
-    return unusual
 
 
 def _second_name(key: str) -> str:

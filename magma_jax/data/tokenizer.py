@@ -8,6 +8,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from magma_jax.foreign import read_text
+
 EOS = "<|endoftext|>"
 IMAGE = "<|image|>"
 
@@ -23,6 +25,7 @@ class Tokenizer:
     it. ``<|image|>`` gets the next free id where the vocabulary lacks it, as in the original.
 
     Attributes:
+        eos: the end-of-text token, as it is spelled.
         longest: bytes of the longest token: a text of N bytes has at least N / ``longest`` tokens.
         special_ids: tokens that ``decode`` leaves out: these two, and what else the vocabulary calls special.
 
@@ -39,6 +42,7 @@ class Tokenizer:
         self._parsing.add_special_tokens([eos, image])
         self._plain = _without_padding(self._parsing.to_str())
         self._plain.encode_special_tokens = True
+        self.eos = eos
         self.eos_id: int = self._parsing.token_to_id(eos)
         self.pad_id: int = self.eos_id
         self.image_id: int = self._parsing.token_to_id(image)
@@ -99,12 +103,29 @@ class Tokenizer:
             raise ValueError(f"{len(ids)} ids do not fit {length} positions; pass truncate=True to cut them")
         return [*ids[:length], *[self.pad_id] * (length - len(ids))]
 
+    def to_json(self) -> str:
+        """The whole encoding as text, in the ``tokenizers`` format."""
+        return self._parsing.to_str()
+
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes ``folder/tokenizer.json`` (the ``tokenizers`` format) and returns its path."""
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self._parsing.to_str(), encoding="utf-8")
+        path.write_text(self.to_json(), encoding="utf-8")
         return path
+
+    @classmethod
+    def from_json(cls, text: str, eos: str = EOS, image: str = IMAGE) -> "Tokenizer":
+        """Reads what ``to_json`` gave.
+
+        Raises:
+            ValueError: not in the ``tokenizers`` format, or no ``eos`` in it.
+        """
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the binding raises plain Exception
+            raise ValueError(f"is not a tokenizer.json: {error}") from None
+        return cls(backend, eos, image)
 
     @classmethod
     def load(cls, path: str | os.PathLike, eos: str = EOS, image: str = IMAGE) -> "Tokenizer":
@@ -115,12 +136,10 @@ class Tokenizer:
         """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        text = path.read_text(encoding="utf-8")
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the binding raises plain Exception
-            raise ValueError(f"{str(path)!r} is not a tokenizer.json: {error}") from None
-        return cls(backend, eos, image)
+            return cls.from_json(read_text(path), eos, image)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} {error}") from None
 
 
 @functools.cache

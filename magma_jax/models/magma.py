@@ -10,6 +10,7 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.config import check_dtype
 from magma_jax.models.clip_resnet import CLIPResNetConfig
 from magma_jax.models.decoder import KVCache, LMOutput
 from magma_jax.models.encoders import EncoderConfig, build_encoder
@@ -44,6 +45,11 @@ class MagmaConfig:
     classes: int = 0
     dtype: str = "float32"
     kind: Literal["magma"] = "magma"
+
+    def __post_init__(self):
+        check_dtype("dtype", self.dtype)
+        if not 0 <= self.classes < 2**31:
+            raise ValueError(f"classes must not be negative, got {self.classes}")
 
 
 class MagmaModel(nnx.Module):

@@ -9,16 +9,17 @@ import jax
 from magma_jax.compile import return_compiler_memory
 from magma_jax.config import ConfigError
 from magma_jax.data.datasets import Dataset, load_dataset
-from magma_jax.distributed import agreed, say
+from magma_jax.distributed import agreed, from_first_process, say
 from magma_jax.nn.modules import Params, parameter_count
 from magma_jax.sharding import make_mesh
 from magma_jax.training.base import write_run_folder
 from magma_jax.training.config import RunConfig
 from magma_jax.training.continuation import continued_config
 from magma_jax.training.early_stopping import BestStep
-from magma_jax.training.model_folder import MODEL_FILE, read_params
+from magma_jax.training.model_folder import MODEL_FILE, CheckpointError, read_params
 from magma_jax.training.optim import partition
 from magma_jax.training.program import Program, build_program
+from magma_jax.training.run_lock import writer_of
 from magma_jax.training.step import TrainState
 
 
@@ -55,12 +56,15 @@ def prepare_run(
 
     Raises:
         ConfigError: the folder holds a run that may not be continued, see ``training.continuation``, or the config
-            does not fit the devices.
+            does not fit the devices. CheckpointError: another process is training in the folder.
     """
     return_compiler_memory()
     workdir = Path(workdir)
     exists = agreed((workdir / MODEL_FILE).exists())
     if exists:
+        # Again, and for certain, before anything is written.
+        if (problem := from_first_process(lambda: writer_of(workdir))) is not None:
+            raise CheckpointError(problem)
         config, notes = continued_config(config, workdir, resume=resume)
         for note in notes:
             say(note)

@@ -12,7 +12,7 @@ import pytest
 from magma_jax.config import ConfigError, to_dict
 from magma_jax.convert.__main__ import main
 from magma_jax.convert.compose import compose
-from magma_jax.convert.magma import model_shapes
+from magma_jax.convert.open_magma import model_shapes
 from magma_jax.convert.torch_writer import write_torch_file
 from magma_jax.inference.api import Magma
 from magma_jax.models.clip_vit import CLIPViTConfig

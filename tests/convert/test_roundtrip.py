@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from magma_jax.convert import magma
 from magma_jax.convert.__main__ import main
 from magma_jax.convert.compare import compare_checkpoints
-from magma_jax.convert.magma import from_torch, open_model_folder, read_torch_magma, to_safetensors, to_torch
+from magma_jax.convert.magma import from_torch, to_safetensors, to_torch
+from magma_jax.convert.open_magma import open_model_folder, read_torch_magma
 from magma_jax.convert.torch_reader import open_torch_file
 from magma_jax.convert.verify import read_model_config
+from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.training import setup
 from magma_jax.version import __version__
 from tests import tiny
@@ -160,7 +161,7 @@ def test_an_interrupted_conversion_can_be_run_again(golden, golden_checkpoint, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(magma, "gpt2_tokenizer", interrupt)
+        patched.setattr(Tokenizer, "save", interrupt)
         with pytest.raises(KeyboardInterrupt):
             from_torch(golden_checkpoint("none"), tmp_path / "model", config)
     assert not any(tmp_path.iterdir())

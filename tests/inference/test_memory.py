@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from magma_jax.convert.magma import model_shapes
+from magma_jax.convert.open_magma import model_shapes
 from magma_jax.inference import api
 from magma_jax.inference.sampling import SamplingConfig, sampling_rows
 from magma_jax.training.model_folder import in_dtype, nbytes_of
