@@ -41,6 +41,8 @@ class Tokenizer:
         self.eos_id: int = self._parsing.token_to_id(eos)
         self.pad_id: int = self.eos_id
         self.image_id: int = self._parsing.token_to_id(image)
+        added = self._parsing.get_added_tokens_decoder().items()
+        self._special = frozenset(token for token, entry in added if entry.special)
         vocabulary = self._parsing.get_vocab(with_added_tokens=True)
         self._rows = max(vocabulary.values()) + 1
         # One character of a byte-level token stands for one byte.
@@ -78,9 +80,12 @@ class Tokenizer:
         return _clean_up(text) if clean_up else text
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for, which may be part of a character; empty for special tokens and unknown ids."""
+        """What a token stands for, which may be part of a character; empty for special tokens and unknown ids.
+
+        Those of several tokens, one behind the other, are the UTF-8 of what ``decode`` gives.
+        """
         symbols = self._parsing.id_to_token(token)
-        if symbols is None or symbols in self._names:
+        if symbols is None or token in self._special:
             return b""
         known = _symbol_bytes()
         # Tokens that were added to a vocabulary, such as runs of spaces, are plain text.
