@@ -18,6 +18,7 @@ import uvicorn
 from magma_jax import Magma
 from magma_jax.inference.engine import Engine, EngineConfig
 from magma_jax.serve.app import create_app
+from magma_jax.serve.connections import settings
 from tests.serve.hostile import ROWS, ask, hostile_config, hostile_host
 
 LIMIT = 2.0
@@ -30,8 +31,9 @@ def main() -> int:
     arguments = parser.parse_args()
     model = Magma.from_checkpoint(arguments.checkpoint)
     with hostile_host() as connector:
-        app = create_app(Engine(model, EngineConfig(slots=4)), hostile_config("hostile", connector, timeout=1.0))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
+        config = hostile_config("hostile", connector, timeout=1.0)
+        app = create_app(Engine(model, EngineConfig(slots=4)), config)
+        server = uvicorn.Server(settings(app, config, port=0, lifespan="on"))
         thread = threading.Thread(target=server.run)
         thread.start()
         while not server.started:

@@ -7,6 +7,7 @@ OpenAI's chat completions at /v1/chat/completions, a page to try it at /, /healt
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def main() -> None:
 
         from magma_jax.serve.app import create_app
         from magma_jax.serve.config import ServerConfig
+        from magma_jax.serve.connections import settings
         from magma_jax.serve.fetch import FetchRules
         from magma_jax.serve.pictures import PictureRules
     except ModuleNotFoundError as error:
@@ -43,6 +45,10 @@ def main() -> None:
             key,
             timeout=arguments.timeout,
             body_timeout=arguments.body_timeout,
+            send_timeout=arguments.send_timeout,
+            grace=arguments.grace,
+            connections=arguments.connections,
+            hosts=(*(name.lower() for name in arguments.allow_host), arguments.host.lower()),
             pictures=rules,
         )
         sizes = EngineConfig(
@@ -51,23 +57,18 @@ def main() -> None:
             arguments.keep_pictures,
             arguments.steps,
             arguments.queue,
+            reuse=not arguments.no_reuse,
         )
         model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype)
         app = create_app(Engine(model, sizes), config)
     except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
         sys.exit(f"magma_jax.serve: {error}")
     print(f"compiling, then serving {config.model} on http://{arguments.host}:{arguments.port}", file=sys.stderr)
-    uvicorn.run(
-        app,
-        host=arguments.host,
-        port=arguments.port,
-        log_level="warning",
-        timeout_graceful_shutdown=int(arguments.timeout),
-        timeout_keep_alive=10,
-        # The other implementation, which uvicorn takes where it is installed, has no limit on headers.
-        http="h11",
-        h11_max_incomplete_event_size=64 * 1024,
-    )
+    server = uvicorn.Server(settings(app, config, host=arguments.host, port=arguments.port))
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all is closed
+        server.run()
+    if not server.started:
+        sys.exit(1)  # it has said why
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,6 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--queue", type=int, default=EngineConfig.queue, help="waiting at most; default: %(default)s")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take; default: %(default)s")
     parser.add_argument("--body-timeout", type=float, default=20.0, help="seconds to arrive; default: %(default)s")
+    parser.add_argument(
+        "--send-timeout", type=float, default=30.0, help="seconds to read what waits for a client; default: %(default)s"
+    )
+    parser.add_argument(
+        "--grace", type=float, default=25.0, help="seconds left to requests after SIGTERM; default: %(default)s"
+    )
+    parser.add_argument("--connections", type=int, default=1000, help="at a time; default: %(default)s")
+    parser.add_argument(
+        "--allow-host", nargs="*", default=[], help="further names that the server is called by; * for any"
+    )
+    parser.add_argument("--no-reuse", action="store_true", help="requests share no work, see the docs")
     parser.add_argument("--api-key-file", type=Path, help="file with the key that every route asks for")
     parser.add_argument("--max-pictures", type=int, default=16, help="in a request; default: %(default)s")
     parser.add_argument("--folder", type=Path, help="pictures below it may be named by file: URLs")

@@ -26,13 +26,14 @@ def create_app(engine: Engine, config: ServerConfig = ServerConfig()) -> FastAPI
         app.state.ready = True
         yield
         app.state.ready = False
-        await asyncio.to_thread(engine.close, drain=True, timeout=config.timeout)
+        # Requests have ended or were given up: what the engine has left is what it does just now.
+        await asyncio.to_thread(engine.close, drain=True, timeout=1.0)
         service.close()
 
     app = FastAPI(title="magma_jax", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.ready = False
     service = Service(engine, config)
-    app.add_middleware(Guard, key=config.api_key, metrics=service.metrics)
+    app.add_middleware(Guard, config=config, metrics=service.metrics)
 
     @app.exception_handler(404)
     @app.exception_handler(405)
@@ -48,7 +49,7 @@ def create_app(engine: Engine, config: ServerConfig = ServerConfig()) -> FastAPI
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        content, media_type = service.metrics.expose(engine.stats())
+        content, media_type = service.metrics.expose()
         return Response(content, media_type=media_type)
 
     @app.get("/v1/models")

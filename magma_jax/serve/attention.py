@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from magma_jax.inference.attention import ALL_HEADS, PictureAttention, attend, check_head, picture_grid, split_words
 from magma_jax.inference.engine import Engine
@@ -15,12 +15,19 @@ from magma_jax.serve.schema import PromptRequest
 _NO_LAYER = -1
 
 
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Index = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+
+
 class AttentionRequest(PromptRequest):
     """Body of ``POST /v1/attention``: a prompt as for chat completions, and its answer as text or ``token_ids``."""
 
-    answer: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=100_000)]
-    layer: int | None = None
-    head: int | None = None
+    answer: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[Token], Field(max_length=100_000, fail_fast=True), Tag("tokens")],
+        Discriminator(lambda answer: "text" if isinstance(answer, str) else "tokens"),
+    ]
+    layer: Index | None = None
+    head: Index | None = None
     relative: bool = False
 
 
@@ -80,7 +87,8 @@ def warm_up(engine: Engine) -> None:
     for length in engine.buckets:
         if length > size:
             tokens, places = np.zeros(size + 1, np.int32), np.array([*range(size), WORD], np.int32)
-            prompt = Encoded(tokens, places, [owner] * size + [None], {owner: pixels}, tokens.astype(np.int64))
+            identity = np.zeros((size + 1, 3), np.int64)
+            prompt = Encoded(tokens, places, [owner] * size + [None], {owner: pixels}, identity)
             _attend(engine, prompt, [0], _NO_LAYER, ALL_HEADS, length)
 
 

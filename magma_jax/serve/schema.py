@@ -1,19 +1,27 @@
 """The OpenAI chat-completions shape: what a request may hold, and how it becomes a prompt."""
 
+import secrets
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from magma_jax.inference.requests import MAX_TOP_LOGPROBS, RequestOptions
-from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.inference.sampling import SEED_BITS, SamplingConfig
 from magma_jax.serve.errors import RequestError
 
 MAX_STOPS = 8
+# Characters of a stop text: every burst of tokens is searched for all of it.
+MAX_STOP_LENGTH = 256
 MAX_CHOICES = 8
 # Far above what a prompt can hold; so much is looked through before the pictures among it are counted.
 MAX_MESSAGES = 2_000
 MAX_PARTS = 20_000
+# Of what an error quotes.
+MAX_QUOTED = 200
 
+# Every list and string has a bound, and a list ends at its first error: each error is a kilobyte of objects. The texts
+# of a prompt and the URLs of its pictures have that of the body; what the model takes is far less.
+Name = Annotated[str, Field(max_length=512)]
 
 Asked = TypeVar("Asked", bound="PromptRequest")
 
@@ -54,7 +62,7 @@ class Message(_Strict):
         Annotated[str, Tag("text")] | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True), Tag("parts")],
         Discriminator(lambda content: "text" if isinstance(content, str) else "parts"),
     ]
-    name: str | None = None
+    name: Name | None = None
 
 
 class StreamOptions(_Strict):
@@ -66,8 +74,9 @@ class StreamOptions(_Strict):
 class PromptRequest(_Strict):
     """What every request with a prompt has."""
 
-    model: str | None = None
+    model: Name | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    cache_salt: Name | None = None
 
     def items(self) -> list[str | ImageURL]:
         """Texts and pictures in the order of the prompt.
@@ -90,30 +99,38 @@ class PromptRequest(_Strict):
         return [item for item in items if item != ""]
 
 
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stops = Annotated[
+    Annotated[StopText, Tag("text")]
+    | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("texts")],
+    Discriminator(lambda stop: "text" if isinstance(stop, str) else "texts"),
+]
+
+
 class ChatRequest(PromptRequest):
     """Body of ``POST /v1/chat/completions``.
 
-    ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens`` and ``return_token_ids`` are additions to the standard,
-    named as by vLLM.
+    ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``cache_salt`` and ``return_token_ids`` are additions
+    to the standard, named as by vLLM.
     """
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] = 0
+    max_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**63)] = 0
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    stop: str | list[str] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stops | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     return_token_ids: bool = False
-    user: str | None = None
+    user: Name | None = None
 
     # Named by the standard and not served: refused unless they ask for nothing.
     frequency_penalty: float | None = None
@@ -122,15 +139,8 @@ class ChatRequest(PromptRequest):
     @field_validator("temperature", "top_p", "min_p", "repetition_penalty", mode="before")
     @classmethod
     def _whole_numbers_are_numbers(cls, value: Any) -> Any:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    @field_validator("stop")
-    @classmethod
-    def _stops(cls, value: Any) -> Any:
-        texts = [value] if isinstance(value, str) else value or []
-        if len(texts) > MAX_STOPS or not all(texts):
-            raise ValueError(f"give at most {MAX_STOPS} texts, none of them empty")
-        return value
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return float(value) if whole and abs(value) < 2**63 else value  # larger ones may be no float
 
     @model_validator(mode="after")
     def _unsupported(self) -> "ChatRequest":
@@ -142,14 +152,15 @@ class ChatRequest(PromptRequest):
         return self
 
     def options(self, default_tokens: int) -> list[RequestOptions]:
-        """One set of options for each of the ``n`` choices, of seeds ``seed``, ``seed + 1``, ..."""
+        """One set of options for each of the ``n`` choices, of seeds ``seed``, ``seed + 1``, ...; random if none."""
         sampling = SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         wanted = self.max_completion_tokens or self.max_tokens or max(default_tokens, self.min_tokens)
         if self.min_tokens > wanted:
             raise RequestError(f"min_tokens {self.min_tokens} is more than max_tokens {wanted}", param="min_tokens")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        seed = secrets.randbits(SEED_BITS) if self.seed is None else self.seed
         return [
-            RequestOptions(wanted, sampling, self.seed + i, stop, self.top_logprobs, self.min_tokens)
+            RequestOptions(wanted, sampling, (seed + i) % 2**SEED_BITS, stop, self.top_logprobs, self.min_tokens)
             for i in range(self.n)
         ]
 
@@ -166,9 +177,9 @@ def parse(content: Any, kind: type[Asked]) -> Asked:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"][:6])
-        message = first["msg"].removeprefix("Value error, ")
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"][:6])[:MAX_QUOTED]
+        message = first["msg"].removeprefix("Value error, ")[:MAX_QUOTED]
         raise RequestError(f"{where}: {message}" if where else message, param=where or None) from None
 
 

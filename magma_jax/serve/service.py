@@ -39,7 +39,7 @@ class Service:
     def __init__(self, engine: Engine, config: ServerConfig):
         self.engine, self.config = engine, config
         self.created = int(time.time())
-        self.metrics = ServerMetrics()
+        self.metrics = ServerMetrics(engine.stats)
         self._decoders = ThreadPoolExecutor(config.decoders, "decoder")
         # One at a time beside the engine, which has the device's time first of all.
         self._looker = ThreadPoolExecutor(1, "attention")
@@ -55,6 +55,7 @@ class Service:
         with self._arrival() as hold:
             wanted = await read_body(request, ChatRequest, self.config, hold)
             encoded = await self._encode(wanted, started)
+            wanted.messages.clear()  # they may be large, and the answer may take long
             tickets = self._submit(encoded, wanted.options(self._default_tokens(encoded)))
         if wanted.stream:
             body = self._stream(wanted, tickets, started)
@@ -103,6 +104,7 @@ class Service:
         with self._arrival() as hold:
             wanted = await read_body(request, AttentionRequest, self.config, hold)
             encoded = await self._encode(wanted, started)
+            wanted.messages.clear()
         if self._looking >= MAX_LOOKING:
             raise busy("too many requests for attention are waiting")
         self._looking += 1
@@ -123,9 +125,8 @@ class Service:
 
         def work() -> Encoded:
             rules = self.config.pictures
-            return self.engine.encode(
-                [item if isinstance(item, str) else RequestPicture(item.url, rules) for item in items]
-            )
+            prompt = [item if isinstance(item, str) else RequestPicture(item.url, rules) for item in items]
+            return self.engine.encode(prompt, (wanted.cache_salt or "").encode())
 
         try:
             return await self._in_thread(self._decoders, work, started)
