@@ -25,11 +25,9 @@ MAX_MARKS = 200_000
 _MARKS = b",:[{"
 # Backslashes in a request: a picture of the largest size has half as many where each of its slashes has one.
 MAX_BACKSLASHES = 1_000_000
-# Fields of one object: each that nobody knows makes an error of a kilobyte.
-MAX_FIELDS = 1_000
 
-# A string that holds a data: URI; some writers of JSON put a backslash before every slash.
-_DATA_URI = re.compile(rb'"(data:[ !#-\[\]-~]*+(?:\\/[ !#-\[\]-~]*+)*+)"')
+# A string that holds a data: URI and names no field; some writers of JSON put a backslash before every slash.
+_DATA_URI = re.compile(rb'"(data:[ !#-\[\]-~]*+(?:\\/[ !#-\[\]-~]*+)*+)"(?!\s*+:)')
 # Shorter ones stay where they are.
 _LONG = 1_024
 # Stands in the text for a picture that was taken out of it; nobody else knows it.
@@ -42,23 +40,49 @@ async def read_body(request: Request, kind: type[Asked], config: ServerConfig, h
     Raises:
         RequestError: too large, too slow, no JSON, or not what ``kind`` takes.
     """
+    # In another thread: a large one would keep everybody waiting.
+    found = await anyio.to_thread.run_sync(_read, await _receive(request, config, hold), kind, config.max_text_bytes)
+    if isinstance(found, RequestError):
+        raise found
+    return found
+
+
+async def _receive(request: Request, config: ServerConfig, hold: Callable[[int], None]) -> bytearray:
     body, limit, seconds = bytearray(), config.max_body_bytes, config.body_timeout
-    too_large = RequestError(f"the request has more than {limit} bytes", 413)
-    if int(request.headers.get("content-length") or 0) > limit:
-        raise too_large
     try:
+        if int(request.headers.get("content-length") or 0) > limit:
+            raise _too_large(limit)
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
                 if len(body) + len(chunk) > limit:
-                    raise too_large
+                    raise _too_large(limit)
                 hold(len(chunk))
                 body += chunk
+        return body
     except ClientDisconnect:
+        body.clear()  # the error's traceback may keep it for long
         raise RequestError("the request broke off") from None
     except TimeoutError:
+        body.clear()
         raise RequestError(f"the request did not arrive within {seconds:g} s", 408) from None
-    # Not here: a large one would keep everybody waiting.
-    return await anyio.to_thread.run_sync(lambda: parse(read_json(body, config.max_text_bytes), kind))
+    except RequestError:
+        body.clear()
+        raise
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(f"the request has more than {limit} bytes", 413)
+
+
+def _read(body: bytearray, kind: type[Asked], max_text_bytes: int) -> Asked | RequestError:
+    """The checked fields of a body, or what is wrong with it.
+
+    The error is returned, for what is raised keeps all that its frames hold until garbage is collected.
+    """
+    try:
+        return parse(read_json(body, max_text_bytes), kind)
+    except RequestError as error:
+        return RequestError(str(error), error.status, error.param, error.code)
 
 
 def read_json(body: bytearray, max_text_bytes: int) -> Any:
@@ -74,11 +98,9 @@ def read_json(body: bytearray, max_text_bytes: int) -> Any:
         raise RequestError(f"the request has more than {MAX_BACKSLASHES} backslashes")
     text, pictures = _take_out_pictures(body, max_text_bytes)
     try:
-        content = json.loads(text.decode(), parse_constant=finite, object_pairs_hook=_fields)
+        content = json.loads(text.decode(), parse_constant=finite)
         if b"\\u" in text:  # an escape may spell half a character, which is no text
             json.dumps(content, ensure_ascii=False).encode()
-    except RequestError:
-        raise
     except UnicodeDecodeError as error:
         raise RequestError(f"the request is not UTF-8 ({error.reason})") from None
     except UnicodeEncodeError:
@@ -87,33 +109,30 @@ def read_json(body: bytearray, max_text_bytes: int) -> Any:
         # Where something is wrong is told only if it stands there: not behind a picture that was taken out.
         reason = getattr(error, "msg", error) if pictures else error
         raise RequestError(f"the request is no JSON ({reason!s:.100})") from None
-    if pictures:
-        _put_back(content, pictures)
-    return content
+    return _put_back(content, pictures) if pictures else content
 
 
 def _take_out_pictures(body: bytearray, max_text_bytes: int) -> tuple[bytes, dict[str, str]]:
     """The body with a name in place of every long data: URI, and what the names stand for."""
-    whole, kept, pictures, end = memoryview(body), [], {}, 0
-    for found in _DATA_URI.finditer(body):
-        start, stop = found.span(1)
-        # Behind a backslash it is no string that begins, but a quotation mark within one.
-        if stop - start < _LONG or body[max(start - 2, 0)] == ord("\\"):
-            continue
-        name = f"{_NAME}:{len(pictures)}"
-        pictures[name] = str(whole[start:stop], "ascii").replace("\\/", "/")
-        kept += [whole[end:start], name.encode()]
-        end = stop
-    kept.append(whole[end:])
-    size = sum(map(len, kept))
+    spans = (found.span(1) for found in _DATA_URI.finditer(body))
+    # Behind a backslash it is no string that begins, but a quotation mark within one.
+    spans = [(a, b) for a, b in spans if b - a >= _LONG and body[max(a - 2, 0)] != ord("\\")]
+    size = len(body) - sum(stop - start for start, stop in spans)
     if size > max_text_bytes:
         raise RequestError(f"the request has {size} bytes beside its pictures, at most {max_text_bytes} are taken", 413)
-    return b"".join(kept), pictures
+    text, pictures, end = bytearray(), {}, 0
+    for start, stop in spans:
+        name = f"{_NAME}:{len(pictures)}"
+        pictures[name] = body[start:stop].decode("ascii").replace("\\/", "/")
+        text += body[end:start] + name.encode()
+        end = stop
+    return bytes(text + body[end:]), pictures
 
 
-def _put_back(content: Any, pictures: dict[str, str]) -> None:
-    """Replaces the names of pictures by what they stand for, in place."""
-    waiting = [content] if isinstance(content, dict | list) else []
+def _put_back(content: Any, pictures: dict[str, str]) -> Any:
+    """The content with pictures in place of their names."""
+    whole = [content]
+    waiting: list[Any] = [whole]
     while waiting:
         values = waiting.pop()
         for key, value in values.items() if isinstance(values, dict) else enumerate(values):
@@ -121,9 +140,4 @@ def _put_back(content: Any, pictures: dict[str, str]) -> None:
                 waiting.append(value)
             elif isinstance(value, str) and value in pictures:
                 values[key] = pictures[value]
-
-
-def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > MAX_FIELDS:
-        raise RequestError(f"the request has an object of {len(pairs)} fields, at most {MAX_FIELDS} are taken")
-    return dict(pairs)
+    return whole[0]

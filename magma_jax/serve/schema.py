@@ -16,6 +16,8 @@ MAX_CHOICES = 8
 # Far above what a prompt can hold; so much is looked through before the pictures among it are counted.
 MAX_MESSAGES = 2_000
 MAX_PARTS = 20_000
+# Fields of one object: each that nobody knows makes an error of its own.
+MAX_FIELDS = 1_000
 # Of what an error quotes.
 MAX_QUOTED = 200
 
@@ -171,6 +173,7 @@ def parse(content: Any, kind: type[Asked]) -> Asked:
     Raises:
         RequestError: with the first thing that is wrong.
     """
+    _check_fields(content)
     if isinstance(content, dict):
         # Clients send null for what they do not set.
         content = {key: value for key, value in content.items() if value is not None}
@@ -181,6 +184,19 @@ def parse(content: Any, kind: type[Asked]) -> Asked:
         where = ".".join(str(part) for part in first["loc"][:6])[:MAX_QUOTED]
         message = first["msg"].removeprefix("Value error, ")[:MAX_QUOTED]
         raise RequestError(f"{where}: {message}" if where else message, param=where or None) from None
+
+
+def _check_fields(content: Any) -> None:
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if len(value) > MAX_FIELDS:
+                raise RequestError(f"the request has an object of {len(value)} fields, at most {MAX_FIELDS} are taken")
+            value = value.values()
+        elif not isinstance(value, list):
+            continue
+        waiting += [inner for inner in value if isinstance(inner, dict | list)]
 
 
 def finite(constant: str) -> Any:

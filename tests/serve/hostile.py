@@ -509,7 +509,7 @@ LARGE: dict[str, Callable[[], bytes]] = {
     "lists for stops": _filled(_ASKED + b',"stop":[', b"[],", b"0]}"),
     "numbers for stops": _filled(_ASKED + b',"stop":[', b"0,", b"0]}"),
     "a picture for a stop": _filled(_ASKED + b',"stop":["data:image/png;base64,', b"iVBO", b'"]}'),
-    "pictures for stops": _filled(_ASKED + b',"stop":[', b'"data:image/png;base64,' + b"iVBO" * 250 + b'",', b"0]}"),
+    "pictures for stops": _filled(_ASKED + b',"stop":[', b'"data:image/png;base64,' + b"iVBO" * 300 + b'",', b"0]}"),
     "a picture for a name": _filled(_ASKED + b',"data:image/png;base64,', b"iVBO", b'":0}'),
     "no bytes of text": _filled(b"", b"\xff", b""),
     "zero bytes": _filled(b"", b"\0", b""),
