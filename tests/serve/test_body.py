@@ -10,7 +10,22 @@ from magma_jax.serve.errors import RequestError
 from magma_jax.serve.schema import MAX_FIELDS, ChatRequest, parse
 
 URI = "data:image/png;base64," + "iVBORw0K/+" * 200
-PIECES = ["", "a", '"', "\\", "\\\\", "/", "data:", URI, URI[:1000], f'"{URI}', f"\\{URI}", f"{URI} \u00e9", "\u00e9", ","]
+PIECES = [
+    "",
+    "a",
+    '"',
+    "\\",
+    "\\\\",
+    "/",
+    "data:",
+    ",",
+    "\u00e9",
+    URI,
+    URI[:1000],
+    f'"{URI}',
+    f"\\{URI}",
+    f"{URI} \u00e9",
+]
 
 
 def read(content: bytes, most=2**20):
