@@ -96,7 +96,7 @@ def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dic
         server.wait()
 
     def counted(name: str) -> float:
-        return after[f"magma_{name}"] - before[f"magma_{name}"]
+        return after[f"magma_{name}_total"] - before[f"magma_{name}_total"]
 
     first = sorted(entry["first"] for entry in log if entry.get("first"))
     speeds = [entry["speed"] for entry in log if entry.get("speed")]

@@ -85,7 +85,10 @@ class Tokenizer:
         return _clean_up(text) if clean_up else text
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for, which may be part of a character; empty for special tokens and unknown ids."""
+        """What a token stands for, which may be part of a character; empty for special tokens and unknown ids.
+
+        Those of several tokens, one behind the other, are the UTF-8 of what ``decode`` gives.
+        """
         symbols = self._parsing.id_to_token(token)
         if symbols is None or token in self.special_ids:
             return b""

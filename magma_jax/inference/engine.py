@@ -13,6 +13,7 @@ a prompt has in common with an earlier one is not computed again (``inference.ba
 import collections
 import dataclasses
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ class EngineConfig:
         steps: tokens that are decoded between two looks at the queue.
         queue: requests that may wait.
         queue_bytes: what the pictures, at the encoder's size, and grammars of those that wait may take together.
-        reuse: whether prompts that begin like an earlier one share its cache.
+        reuse: whether prompts that begin like an earlier one share its cache, and equal pictures are encoded once.
     """
 
     slots: int = 8
@@ -175,8 +176,11 @@ class Engine:
         """
         return self._grammars.compile(constraint)
 
-    def encode(self, prompt: Prompt) -> Encoded:
+    def encode(self, prompt: Prompt, salt: bytes = b"") -> Encoded:
         """Tokens and pixels of a prompt; may run in any thread, before ``submit``.
+
+        Prompts of another ``salt`` share no work with this one, so that nobody can tell from the time or the counts of
+        an answer what they are.
 
         Raises:
             ValueError: an empty prompt, an item that is neither text nor picture, too many pictures, or more text than
@@ -186,7 +190,8 @@ class Engine:
         size = sum(len(item) for item in prompt if isinstance(item, str))
         if size > self.context * tokenizer.longest:  # before it is split, which takes long
             raise ValueError(f"the prompt has {size} characters, more than the context of {self.context} tokens holds")
-        return encode_prompt(prompt, config, tokenizer, max_pictures=self.config.pictures)
+        salt = salt if self.config.reuse else secrets.token_bytes(16)
+        return encode_prompt(prompt, config, tokenizer, max_pictures=self.config.pictures, salt=salt)
 
     def submit(self, prompt: Prompt | Encoded, options: RequestOptions = RequestOptions()) -> Ticket:
         """Takes a request and returns at once.

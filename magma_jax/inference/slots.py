@@ -35,7 +35,7 @@ class Admission(NamedTuple):
         tokens: (A, S) ids, padded; anything where a picture stands.
         pictures: (A, S) row of the picture table times P plus the position in the picture, or ``WORD``.
         seen: (A, V) tokens of the whole prompts.
-        seed: (A,) of the requests, uint32.
+        seed: (A, 2) ``seed_words`` of the requests, uint32.
         sampling: their numbers.
         limit: (A,) tokens wanted at most.
         minimum: (A,) tokens wanted at least.
@@ -178,6 +178,8 @@ def copy_prompt(rows: Rows, source: Int[Array, ""], target: Int[Array, ""]) -> R
     )
 
 
-def request_key(seed: Array) -> PRNGKey:
-    """The key that ``Magma.generate`` gives a row with this seed (uint32) of its own."""
-    return jax.random.fold_in(jax.random.key(seed), 0)
+def request_key(words: Array) -> PRNGKey:
+    """The key that ``Magma.generate`` gives a row with a seed of its own; ``words`` (2,), see ``seed_words``."""
+    key = jax.random.key(words[0])
+    key = jnp.where(words[1] == 0, key, jax.random.fold_in(key, words[1]))
+    return jax.random.fold_in(key, 0)

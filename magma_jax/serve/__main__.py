@@ -26,6 +26,7 @@ def main() -> None:
 
         from magma_jax.serve.app import create_app
         from magma_jax.serve.config import ServerConfig
+        from magma_jax.serve.connections import settings
         from magma_jax.serve.fetch import FetchRules
         from magma_jax.serve.listen import listen
         from magma_jax.serve.pictures import PictureRules
@@ -51,6 +52,10 @@ def main() -> None:
             key,
             timeout=arguments.timeout,
             body_timeout=arguments.body_timeout,
+            send_timeout=arguments.send_timeout,
+            grace=arguments.grace,
+            connections=arguments.connections,
+            hosts=(*(name.lower() for name in arguments.allow_host), arguments.host.lower()),
             pictures=rules,
             open_metrics=arguments.open_metrics,
             origins=tuple(arguments.cors),
@@ -64,6 +69,7 @@ def main() -> None:
             arguments.keep_pictures,
             arguments.steps,
             arguments.queue,
+            reuse=not arguments.no_reuse,
         )
         model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype)
         engine = Engine(model, sizes)
@@ -87,16 +93,7 @@ def main() -> None:
     app = create_app(engine, config, begun)
     if arguments.log_requests:
         app.add_middleware(RequestLog)
-    settings = uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=int(arguments.timeout),
-        timeout_keep_alive=10,
-        # The other implementation, which uvicorn takes where it is installed, has no limit on headers.
-        http="h11",
-        h11_max_incomplete_event_size=64 * 1024,
-    )
-    server = uvicorn.Server(settings)
+    server = uvicorn.Server(settings(app, config))
     with contextlib.suppress(KeyboardInterrupt):  # raised once more after everything has ended
         server.run(sockets=sockets)
     if not outcome:  # compiling cannot be interrupted, and to end would be to wait for it
@@ -148,6 +145,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--queue", type=int, default=EngineConfig.queue, help="waiting at most; default: %(default)s")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take; default: %(default)s")
     parser.add_argument("--body-timeout", type=float, default=20.0, help="seconds to arrive; default: %(default)s")
+    parser.add_argument(
+        "--send-timeout", type=float, default=30.0, help="seconds to read what waits for a client; default: %(default)s"
+    )
+    parser.add_argument(
+        "--grace", type=float, default=25.0, help="seconds left to requests after SIGTERM; default: %(default)s"
+    )
+    parser.add_argument("--connections", type=int, default=1000, help="at a time; default: %(default)s")
+    parser.add_argument(
+        "--allow-host", nargs="*", default=[], help="further names that the server is called by; * for any"
+    )
+    parser.add_argument("--no-reuse", action="store_true", help="requests share no work, see the docs")
     parser.add_argument("--api-key-file", type=Path, help="file with the key that every route but /health asks for")
     parser.add_argument("--open-metrics", action="store_true", help="/metrics answers without the key")
     parser.add_argument("--cors", nargs="*", default=[], metavar="ORIGIN", help="web pages that may use it; * for all")

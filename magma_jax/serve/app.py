@@ -55,13 +55,20 @@ def create_app(
         app.state.ready = False
         service.close()
         if not warming.is_alive():  # else it holds the engine, and compiling cannot be interrupted
-            await asyncio.to_thread(engine.close, drain=True, timeout=config.timeout)
+            # Requests have ended or were given up: what the engine has left is what it does just now.
+            await asyncio.to_thread(engine.close, drain=True, timeout=1.0)
 
     app = FastAPI(title="magma_jax", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.ready, app.state.failure = False, None
-    service = Service(engine, config)
-    unlocked = {"/health", *(["/metrics"] if config.open_metrics else [])}
-    app.add_middleware(Guard, key=config.api_key, metrics=service.metrics, unlocked=frozenset(unlocked))
+
+    def stats() -> EngineStats:
+        # While it is warmed up the engine tells nothing.
+        return engine.stats() if app.state.ready else EngineStats(*[0] * len(EngineStats._fields))
+
+    service = Service(engine, config, stats)
+    # The page itself holds nothing: what it asks for needs the key, which may stand in its address behind "#".
+    unlocked = {"/", "/health", *(["/metrics"] if config.open_metrics else [])}
+    app.add_middleware(Guard, config=config, metrics=service.metrics, unlocked=frozenset(unlocked))
     if config.origins:
         # In front of the guard: a browser asks without a key whether it may ask.
         allowed = {"allow_origins": config.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
@@ -104,9 +111,7 @@ def create_app(
 
     @app.api_route("/metrics", methods=_READ)
     async def metrics() -> Response:
-        # While it is warmed up the engine tells nothing.
-        stats = engine.stats() if app.state.ready else EngineStats(*[0] * len(EngineStats._fields))
-        content, media_type = service.metrics.expose(stats)
+        content, media_type = service.metrics.expose()
         return Response(content, media_type=media_type)
 
     @app.api_route("/v1/models", methods=_READ)

@@ -1,5 +1,6 @@
 """The OpenAI shapes: what a request may hold, and what it asks of the engine."""
 
+import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -7,23 +8,32 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 
 from magma_jax.inference.grammars import Grammar
 from magma_jax.inference.requests import MAX_TOP_LOGPROBS, RequestOptions
-from magma_jax.inference.sampling import SamplingConfig
+from magma_jax.inference.sampling import SEED_BITS, SamplingConfig
 from magma_jax.serve.errors import RequestError
 from magma_jax.serve.structured import StructuredFields
 from magma_jax.serve.unserved import Name, Strict, UnservedOfAnswers, UnservedOfChat, unserved
 
 MAX_STOPS = 8
+# Characters of a stop text: every burst of tokens is searched for all of it.
+MAX_STOP_LENGTH = 256
 # Answers to one request.
 MAX_CHOICES = 8
 # Far above what a prompt can hold; so much is looked through before the pictures among it are counted.
 MAX_MESSAGES = 2_000
 MAX_PARTS = 20_000
 MAX_TOKENS = 100_000
+# Fields of one object: each that nobody knows makes an error of its own.
+MAX_FIELDS = 1_000
+# Of what an error quotes.
+MAX_QUOTED = 200
+# Every list and string has a bound, and a list ends at its first error: each error is a kilobyte of objects. The texts
+# of a prompt and the URLs of its pictures have that of the body; what the model takes is far less.
+
 # What an answer that names no limit gets at most: in a chat, and to a text as the standard says.
 CHAT_TOKENS, TEXT_TOKENS = 64, 16
 
 # Fields that are unions, and the names of their members, which pydantic puts into the place of an error.
-_UNIONS = frozenset({"content", "prompt", "response_format"})
+_UNIONS = frozenset({"content", "prompt", "response_format", "stop", "answer"})
 _TAGS = frozenset({"text", "texts", "tokens", "token lists", "parts", "image_url", "json_object", "json_schema"})
 
 Asked = TypeVar("Asked", bound="PromptRequest")
@@ -117,6 +127,7 @@ class PromptRequest(Strict):
     """What every request with a prompt has."""
 
     model: Name | None = None
+    cache_salt: Name | None = None
 
 
 class MessagesRequest(PromptRequest):
@@ -126,6 +137,16 @@ class MessagesRequest(PromptRequest):
     template: Name | None = None
 
 
+Number = Annotated[int, Field(ge=1, lt=2**63)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stops = Annotated[
+    Annotated[StopText, Tag("text")]
+    | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("texts")],
+    Discriminator(lambda stop: "text" if isinstance(stop, str) else "texts"),
+]
+
+
 class SamplingRequest(UnservedOfAnswers, StructuredFields):
     """How an answer is drawn and sent, to a message or to a text.
 
@@ -133,8 +154,8 @@ class SamplingRequest(UnservedOfAnswers, StructuredFields):
     to the standard, named as by vLLM.
     """
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] = 0
+    max_tokens: Number | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**63)] = 0
     ignore_eos: bool = False
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -142,8 +163,8 @@ class SamplingRequest(UnservedOfAnswers, StructuredFields):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    stop: str | list[str] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stops | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
@@ -151,15 +172,8 @@ class SamplingRequest(UnservedOfAnswers, StructuredFields):
     @field_validator("temperature", "top_p", "min_p", "repetition_penalty", mode="before")
     @classmethod
     def _whole_numbers_are_numbers(cls, value: Any) -> Any:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    @field_validator("stop")
-    @classmethod
-    def _stops(cls, value: Any) -> Any:
-        texts = [value] if isinstance(value, str) else value or []
-        if len(texts) > MAX_STOPS or not all(texts):
-            raise ValueError(f"give at most {MAX_STOPS} texts, none of them empty")
-        return value
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return float(value) if whole and abs(value) < 2**63 else value  # larger ones may be no float
 
     @property
     def default_tokens(self) -> int:
@@ -172,7 +186,7 @@ class SamplingRequest(UnservedOfAnswers, StructuredFields):
         raise NotImplementedError
 
     def options(self, left: int, *, cut: bool, grammar: Grammar | None = None) -> list[RequestOptions]:
-        """One set of options for each of the ``n`` choices, of seeds ``seed``, ``seed + 1``, ...
+        """One set of options for each of the ``n`` choices, of seeds ``seed``, ``seed + 1``, ...; random if none.
 
         Args:
             left: positions of the context that the prompt leaves.
@@ -188,8 +202,9 @@ class SamplingRequest(UnservedOfAnswers, StructuredFields):
         top_k = max(self.top_k, 0)  # vLLM writes -1 for all
         sampling = SamplingConfig(self.temperature, top_k, self.top_p, self.min_p, self.repetition_penalty)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        seed = secrets.randbits(SEED_BITS) if self.seed is None else self.seed
         return [
-            RequestOptions(wanted, sampling, self.seed + i, stop, self.alternatives, least, grammar)
+            RequestOptions(wanted, sampling, (seed + i) % 2**SEED_BITS, stop, self.alternatives, least, grammar)
             for i in range(self.n)
         ]
 
@@ -202,7 +217,7 @@ class SamplingRequest(UnservedOfAnswers, StructuredFields):
 class ChatRequest(MessagesRequest, SamplingRequest, UnservedOfChat):
     """Body of ``POST /v1/chat/completions``."""
 
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Number | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
 
@@ -232,7 +247,7 @@ def _kind_of_prompt(prompt: Any) -> str:
     return "text"
 
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
 Several = Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
 
 
@@ -297,12 +312,13 @@ def parse(content: Any, kind: type[Asked]) -> Asked:
     Raises:
         RequestError: with the first thing that is wrong.
     """
+    _check_fields(content)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = _where(first["loc"][:8])
-        raise RequestError(f"{where}: {_words(first)}" if where else _words(first), param=where or None) from None
+        where, words = _where(first["loc"][:8])[:MAX_QUOTED], _words(first)[:MAX_QUOTED]
+        raise RequestError(f"{where}: {words}" if where else words, param=where or None) from None
 
 
 def _where(places: Sequence[str | int]) -> str:
@@ -321,6 +337,19 @@ def _words(error: Any) -> str:
     if error["type"] == "union_tag_invalid":
         return f"{error['ctx']['tag']!r:.40} is not supported; {error['ctx']['expected_tags']} are"
     return error["msg"].removeprefix("Value error, ")
+
+
+def _check_fields(content: Any) -> None:
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if len(value) > MAX_FIELDS:
+                raise RequestError(f"the request has an object of {len(value)} fields, at most {MAX_FIELDS} are taken")
+            value = value.values()
+        elif not isinstance(value, list):
+            continue
+        waiting += [inner for inner in value if isinstance(inner, dict | list)]
 
 
 def finite(constant: str) -> Any:

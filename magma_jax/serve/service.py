@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from magma_jax.data.images import ImageError
 from magma_jax.data.tokenizer import Tokenizer
-from magma_jax.inference.engine import Encoded, Engine, QueueFull
+from magma_jax.inference.engine import Encoded, Engine, EngineStats, QueueFull
 from magma_jax.inference.grammars import Grammar
 from magma_jax.inference.prompts import encode_tokens
 from magma_jax.inference.requests import EngineError, Ticket
@@ -26,7 +26,7 @@ from magma_jax.serve.errors import QUEUE_FULL, RequestError, busy
 from magma_jax.serve.fetch import FetchError
 from magma_jax.serve.metrics import ServerMetrics
 from magma_jax.serve.pictures import RequestPicture
-from magma_jax.serve.schema import ChatRequest, ImageURL, Items, SamplingRequest, TextRequest
+from magma_jax.serve.schema import ChatRequest, ImageURL, Items, PromptRequest, SamplingRequest, TextRequest
 
 # Requests for attention at a time, those included that wait.
 MAX_LOOKING = 8
@@ -37,10 +37,10 @@ T = TypeVar("T")
 class Service:
     """What the routes share."""
 
-    def __init__(self, engine: Engine, config: ServerConfig):
+    def __init__(self, engine: Engine, config: ServerConfig, stats: Callable[[], EngineStats]):
         self.engine, self.config = engine, config
         self.created = int(time.time())
-        self.metrics = ServerMetrics()
+        self.metrics = ServerMetrics(stats)
         self._decoders = ThreadPoolExecutor(config.decoders, "decoder")
         # One at a time beside the engine, which has the device's time first of all.
         self._looker = ThreadPoolExecutor(1, "attention")
@@ -68,7 +68,7 @@ class Service:
             wanted = await read_body(request, ChatRequest, self.config, hold)
             self.check_model(wanted.model)
             grammar = await self._grammar(wanted, started)
-            encoded = await self._encode([self.config.templates.items(wanted)], started, "messages")
+            encoded = await self._encode([self.config.templates.items(wanted)], wanted, started, "messages")
             tickets = self._submit(encoded, wanted, grammar)
         shape = ChatShape(self.engine.model.tokenizer, logprobs=wanted.logprobs)
         # In a template's wording the space before an answer belongs to the wording, not to the answer. A form says
@@ -82,7 +82,7 @@ class Service:
             wanted = await read_body(request, TextRequest, self.config, hold)
             self.check_model(wanted.model)
             grammar = await self._grammar(wanted, started)
-            encoded = await self._encode(wanted.prompts, started, "prompt")
+            encoded = await self._encode(wanted.prompts, wanted, started, "prompt")
             tickets = self._submit(encoded, wanted, grammar)
         tokenizer, echo = self.engine.model.tokenizer, None
         if wanted.echo:
@@ -151,7 +151,7 @@ class Service:
         with self._arrival() as hold:
             wanted = await read_body(request, AttentionRequest, self.config, hold)
             self.check_model(wanted.model)
-            (encoded,) = await self._encode([self.config.templates.items(wanted)], started, "messages")
+            (encoded,) = await self._encode([self.config.templates.items(wanted)], wanted, started, "messages")
         if self._looking >= MAX_LOOKING:
             raise busy("too many requests for attention are waiting")
         self._looking += 1
@@ -171,10 +171,10 @@ class Service:
             raise RequestError(f"the model here is {self.config.model!r}", 404, "model", "model_not_found")
 
     async def _encode(
-        self, prompts: list[list[str | ImageURL] | list[int]], started: float, param: str
+        self, prompts: list[list[str | ImageURL] | list[int]], wanted: PromptRequest, started: float, param: str
     ) -> list[Encoded]:
         """Prompts of texts and pictures, which are fetched and decoded, or of token ids."""
-        rules = self.config.pictures
+        rules, salt = self.config.pictures, (wanted.cache_salt or "").encode()
         pictures = sum(isinstance(item, ImageURL) for items in prompts for item in items)
         if pictures > rules.max_pictures:
             says = f"the request has {pictures} pictures, at most {rules.max_pictures} are taken"
@@ -182,10 +182,9 @@ class Service:
 
         def encode(items: Items | list[int]) -> Encoded:
             if items and isinstance(items[0], int):
-                return encode_tokens(items, self.engine.model.config)
-            return self.engine.encode(
-                [item if isinstance(item, str) else RequestPicture(item.url, rules) for item in items]
-            )
+                return encode_tokens(items, self.engine.model.config, salt)
+            prompt = [item if isinstance(item, str) else RequestPicture(item.url, rules) for item in items]
+            return self.engine.encode(prompt, salt)
 
         try:
             return await self._in_thread(self._decoders, lambda: [encode(items) for items in prompts], started)

@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +69,7 @@ class Row(NamedTuple):
         says: part of its message.
         send: for what is no ordinary request: from a connected socket to status and whole answer.
         route: that it goes to.
+        headers: beside that of JSON, or in its place.
     """
 
     body: dict | bytes
@@ -76,6 +77,7 @@ class Row(NamedTuple):
     says: str
     send: Callable[[socket.socket], tuple[int, str]] | None = None
     route: str = CHAT
+    headers: Mapping[str, str] = {}
 
 
 def ask(port: int, row: Row) -> tuple[int, str]:
@@ -88,7 +90,7 @@ def ask(port: int, row: Row) -> tuple[int, str]:
         body = json.dumps({"messages": [{"role": "user", "content": "a"}], **body}).encode()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     with contextlib.closing(connection):
-        connection.request("POST", row.route, body, {"Content-Type": "application/json"})
+        connection.request("POST", row.route, body, {"Content-Type": "application/json", **row.headers})
         response = connection.getresponse()
         return response.status, json.loads(response.read())["error"]["message"]
 
@@ -121,7 +123,15 @@ def hostile_config(name: str, connector: Callable[..., socket.socket], *, timeou
     """A server with low limits that fetches from ``pictures.example``; ``timeout`` of bodies and fetches, seconds."""
     fetch = FetchRules(("pictures.example",), timeout=timeout, resolver=Resolver(), connector=connector)
     pictures = PictureRules(max_pictures=3, max_bytes=100_000, max_pixels=1_000_000, fetch=fetch)
-    return ServerConfig(name, timeout=20, body_timeout=timeout, max_body_bytes=1_000_000, pictures=pictures)
+    return ServerConfig(
+        name,
+        timeout=20,
+        head_timeout=timeout,
+        body_timeout=timeout,
+        max_body_bytes=1_000_000,
+        max_text_bytes=950_000,
+        pictures=pictures,
+    )
 
 
 class Resolver:
@@ -237,15 +247,20 @@ def _raw(content: bytes) -> Callable[[socket.socket], tuple[int, str]]:
     return send
 
 
-def _slowly(connection: socket.socket) -> tuple[int, str]:
-    """A byte at a time, until the server has had enough."""
-    connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n".encode())
-    while not select.select([connection], [], [], 0.05)[0]:
-        connection.sendall(b" ")
-    return _received(connection)
+def _slowly(start: bytes) -> Callable[[socket.socket], tuple[int, str]]:
+    """What follows comes a byte at a time, until the server has had enough."""
+
+    def send(connection: socket.socket) -> tuple[int, str]:
+        connection.sendall(start)
+        while not select.select([connection], [], [], 0.05)[0]:
+            connection.sendall(b" ")
+        return _received(connection)
+
+    return send
 
 
 def _received(connection: socket.socket) -> tuple[int, str]:
+    """Status and whole answer; 0 and nothing where the server just closes."""
     answer = b""
     with contextlib.suppress(ConnectionResetError):
         while chunk := connection.recv(65536):
@@ -254,7 +269,7 @@ def _received(connection: socket.socket) -> tuple[int, str]:
             length = head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0]
             if length and len(body) >= int(length):
                 break
-    return int(answer.split(b" ")[1]), answer.decode(errors="replace")
+    return int(answer.split(b" ")[1]) if answer else 0, answer.decode(errors="replace")
 
 
 def _picture_rows() -> dict[str, Row]:
@@ -337,7 +352,9 @@ def _request_rows() -> dict[str, Row]:
         "huge temperature": ({"temperature": 1e300}, "temperature"),
         "NaN as text": ({"temperature": "NaN"}, "temperature"),
         "huge seed": ({"seed": 2**80}, "seed"),
-        "negative seed": ({"seed": -1}, "seed"),
+        "a seed of 65 bits": ({"seed": -(2**63) - 1}, "seed"),
+        "a number that is no float": ({"temperature": 10**400}, "temperature"),
+        "more tokens than can be counted": ({"max_tokens": 10**4000}, "max_tokens"),
         "huge top_k": ({"top_k": 10**12}, "top_k"),
         "negative top_k": ({"top_k": -5}, "top_k"),
         "top_p above 1": ({"top_p": 1.5}, "top_p"),
@@ -345,8 +362,24 @@ def _request_rows() -> dict[str, Row]:
         "alternatives by the thousand": ({"logprobs": True, "top_logprobs": 1000}, "top_logprobs"),
         "alternatives of nothing": ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         "too many choices": ({"n": 1000}, "n: "),
-        "too many stops": ({"stop": ["a"] * 10_000}, "at most 8 texts"),
-        "empty stop": ({"stop": ""}, "none of them empty"),
+        "too many stops": ({"stop": ["a"] * 10_000}, "at most 8 items"),
+        "numbers for stops": ({"stop": [0] * 90_000}, "stop.texts.0: Input should be a valid string"),
+        "lists for stops": ({"stop": [[]] * 60_000}, "stop.texts.0: Input should be a valid string"),
+        "empty stop": ({"stop": ""}, "at least 1 character"),
+        "an empty one among stops": ({"stop": ["a", ""]}, "at least 1 character"),
+        "a long stop": ({"stop": ["a" * 900_000]}, "at most 256 characters"),
+        "a long name": ({"user": "a" * 900_000}, "at most 512 characters"),
+        "a long salt": ({"cache_salt": "a" * 900_000}, "at most 512 characters"),
+        "a long field": ({"a" * 900_000: 0}, "Extra inputs"),
+        "a long role": ({"messages": [{"role": "a" * 900_000, "content": "a"}]}, "messages.0.role"),
+        "a long kind of part": (
+            {"messages": [{"role": "user", "content": [{"type": "a" * 900_000}]}]},
+            "messages.0.content.parts.0",
+        ),
+        "900 fields of a message": (
+            {"messages": [{"role": "user", "content": "a"} | {str(i): 0 for i in range(900)}] * 90},
+            "Extra inputs",
+        ),
         "max_tokens beyond the context": ({"max_tokens": 2**40}, "the context holds"),
         "a prompt beyond the context": ({"messages": [{"role": "user", "content": "ab " * 3_000}]}, "context"),
         "900,000 characters": ({"messages": [{"role": "user", "content": "ab " * 300_000}]}, "characters, more than"),
@@ -372,9 +405,17 @@ def _request_rows() -> dict[str, Row]:
     )
     rows["1e999"] = Row(b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', 400, "temperature")
     rows["a number of 100,000 digits"] = Row(b'{"seed": ' + b"9" * 100_000 + b"}", 400, "is no JSON")
-    rows["60,000 fields"] = Row(json.dumps({str(i): 0 for i in range(60_000)}).encode(), 400, "messages")
+    rows["60,000 fields"] = Row({str(i): 0 for i in range(60_000)}, 400, "an object of 60001 fields")
+    rows["100,000 empty lists"] = Row(b"[" + b"[]," * 99_000 + b"[]]", 400, "valid dictionary")
+    for name, piece in {"lists": b"[],", "objects": b"{},", "numbers": b"0,", "texts": b'"",'}.items():
+        rows[f"{name} by the hundred thousand"] = Row(b"[" + piece * 210_000 + b"0]", 400, "at most 200000 are taken")
+    rows["no text, and much of it"] = Row({"user": "a" * 960_000}, 413, "bytes beside its pictures")
+    rows["an end of a picture that is none"] = Row(b'{"messages":["data:' + b"a" * 960_000, 413, "beside its pictures")
+    rows["escapes"] = Row(b'{"user":"' + b"\\u00e9" * 150_000 + b'"}', 400, "messages: Field required")
     rows["a huge body"] = Row(b"x" * 1_100_000, 413, "more than 1000000 bytes")
     looked = {"messages": with_url(uri(png(8, 8)))["messages"], "answer": "b " * 400_000}
+    rows["no tokens to look at"] = Row({"answer": [[]] * 60_000}, 400, "answer.tokens.0", route="/v1/attention")
+    rows["a layer beyond all"] = Row({"answer": "a", "layer": 10**30}, 400, "layer", route="/v1/attention")
     rows["a huge answer to look at"] = Row(looked, 400, "context", route="/v1/attention")
     return rows
 
@@ -397,7 +438,7 @@ def _form_rows() -> dict[str, Row]:
 
 
 def _connection_rows() -> dict[str, Row]:
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\n".encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode()
     sent = {
         "not HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(50) + b"\r\n\r\n", 400),
         "a negative length": (head + b"Content-Length: -5\r\n\r\n", 400),
@@ -406,12 +447,89 @@ def _connection_rows() -> dict[str, Row]:
         "a huge length": (head + b"Content-Length: 99999999999999\r\n\r\n", 413),
         "a broken chunk": (head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         "a huge header": (head + b"X: " + b"a" * 200_000 + b"\r\n\r\n", 400),
-        "a strange path": (b"GET /%ff%00/../../etc/passwd HTTP/1.1\r\nHost: a\r\n\r\n", 404),
-        "another method": (b"DELETE /v1/models HTTP/1.1\r\nHost: a\r\n\r\n", 405),
+        "a strange path": (b"GET /%ff%00/../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+        "another method": (b"DELETE /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
     }
     rows = {name: Row(b"", status, "", _raw(content)) for name, (content, status) in sent.items()}
-    rows["a slow request"] = Row(b"", 408, "did not arrive within", _slowly)
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n"
+    rows["chunks of a byte"] = Row(b"", 400, "", _raw(head + chunked + b"1\r\n \r\n" * 50_000))
+    rows["a slow request"] = Row(b"", 408, "did not arrive within", _slowly(head + b"Content-Length: 100000\r\n\r\n"))
+    rows["slow headers of a request"] = Row(b"", 0, "", _slowly(head + b"X: "))
+    rows["a request that never begins"] = Row(b"", 0, "", _raw(b""))
+    rows["a body behind its answer"] = Row(
+        b"", 413, "more than 1000000", _slowly(head + b"Content-Length: 10000000\r\n\r\n")
+    )
     return rows
 
 
-ROWS = {**_picture_rows(), **_fetch_rows(), **_request_rows(), **_form_rows(), **_connection_rows()}
+def _page_rows() -> dict[str, Row]:
+    """What pages of other sites make their visitors' browsers send."""
+    chat = {"max_tokens": 1}
+    wrong = {
+        "a page of another site": ({"Origin": "https://evil.example"}, 403, "pages of 'https://evil.example' may not"),
+        "a page of another port": ({"Origin": "http://127.0.0.1:1"}, 403, "may not use this server"),
+        "a page without a site": ({"Origin": "null"}, 403, "may not use this server"),
+        "an origin that is none": ({"Origin": "http://[::1"}, 403, "may not use this server"),
+        "another site, said by the browser": ({"Sec-Fetch-Site": "cross-site"}, 403, "pages of other sites"),
+        "a neighbouring site": ({"Sec-Fetch-Site": "same-site"}, 403, "pages of other sites"),
+        "a form that leads here": (
+            {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
+            403,
+            "pages of other sites",
+        ),
+        "a name that leads here": ({"Host": "evil.example"}, 403, "--allow-host 'evil.example'"),
+        "a name that looks like an address": ({"Host": "127.0.0.1.evil.example:8000"}, 403, "--allow-host"),
+        "a name that ends alike": ({"Host": "notlocalhost"}, 403, "--allow-host"),
+        "no name": ({"Host": ""}, 403, "--allow-host"),
+        "text": ({"Content-Type": "text/plain"}, 415, "Content-Type: application/json"),
+        "a form": ({"Content-Type": "application/x-www-form-urlencoded"}, 415, "Content-Type: application/json"),
+        "a form of parts": ({"Content-Type": "multipart/form-data; boundary=a"}, 415, "Content-Type: application/json"),
+        "two types": ({"Content-Type": "text/plain, application/json"}, 415, "Content-Type: application/json"),
+        "an empty type": ({"Content-Type": ""}, 415, "Content-Type: application/json"),
+    }
+    return {name: Row(chat, status, says, headers=headers) for name, (headers, status, says) in wrong.items()}
+
+
+ROWS = {**_picture_rows(), **_fetch_rows(), **_request_rows(), **_form_rows(), **_page_rows(), **_connection_rows()}
+
+_LARGEST = 32 * 2**20 - 1_000
+
+
+def _filled(start: bytes, piece: bytes, end: bytes) -> Callable[[], bytes]:
+    return lambda: start + piece * ((_LARGEST - len(start) - len(end)) // len(piece)) + end
+
+
+_ASKED = b'{"messages":[{"role":"user","content":"a"}]'
+# Bodies of the largest size that a server takes by default, built when they are sent; each must get a 4xx.
+LARGE: dict[str, Callable[[], bytes]] = {
+    "lists": _filled(b"[", b"[],", b"0]"),
+    "objects": _filled(b"[", b"{},", b"0]"),
+    "objects with a field": _filled(b"[", b'{"a":0},', b"0]"),
+    "zeros": _filled(b"[", b"0,", b"0]"),
+    "floats": _filled(b"[", b"1.1,", b"0]"),
+    "long numbers": _filled(b"[", b"1" * 4_000 + b",", b"0]"),
+    "one number": _filled(b"[", b"1", b"]"),
+    "one fraction": _filled(b"[0.", b"1", b"]"),
+    "texts": _filled(b"[", b'"",', b"0]"),
+    "one text": _filled(_ASKED + b',"user":"', b"a", b'"}'),
+    "one text of wide characters": _filled(_ASKED + b',"user":"\xf0\x9f\x98\x80', b"a", b'"}'),
+    "escapes": _filled(_ASKED + b',"user":"', b"\\u00e9", b'"}'),
+    "halves of characters": _filled(_ASKED + b',"user":"', b"\\ud83d", b'"}'),
+    "backslashes": _filled(_ASKED + b',"user":"', b"\\\\", b'"}'),
+    "slashes in a picture": _filled(b'["data:', b"\\/", b'"]'),
+    "beginnings of pictures": _filled(b"[", b'"data:"', b"]"),
+    "a picture without an end": _filled(b'["data:', b"a", b""),
+    "spaces": _filled(b"[", b" ", b"]"),
+    "brackets": _filled(b"", b"[", b""),
+    "keys": lambda: _ASKED + b"".join(b',"%x":0' % i for i in range(2_800_000)) + b"}",
+    "one key": _filled(_ASKED + b',"', b"a", b'":0}'),
+    "parts": _filled(b'{"messages":[{"role":"user","content":[', b'{"type":"text","text":""},', b"0]}]}"),
+    "lists for parts": _filled(b'{"messages":[{"role":"user","content":[', b"[],", b"0]}]}"),
+    "lists for stops": _filled(_ASKED + b',"stop":[', b"[],", b"0]}"),
+    "numbers for stops": _filled(_ASKED + b',"stop":[', b"0,", b"0]}"),
+    "a picture for a stop": _filled(_ASKED + b',"stop":["data:image/png;base64,', b"iVBO", b'"]}'),
+    "pictures for stops": _filled(_ASKED + b',"stop":[', b'"data:image/png;base64,' + b"iVBO" * 300 + b'",', b"0]}"),
+    "a picture for a name": _filled(_ASKED + b',"data:image/png;base64,', b"iVBO", b'":0}'),
+    "no bytes of text": _filled(b"", b"\xff", b""),
+    "zero bytes": _filled(b"", b"\0", b""),
+}

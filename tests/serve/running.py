@@ -14,6 +14,7 @@ from magma_jax.inference.engine import Engine, EngineConfig
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.serve.app import create_app
+from magma_jax.serve.connections import settings
 from magma_jax.serve.pictures import PictureRules, data_uri
 from tests import tiny
 
@@ -33,8 +34,7 @@ class Running:
     def __init__(self, model, config, sizes=SIZES, *, ready=True):
         self.engine = Engine(model, sizes)
         self.app = create_app(self.engine, config)
-        settings = uvicorn.Config(self.app, port=0, log_level="error", lifespan="on")
-        self.server = uvicorn.Server(settings)
+        self.server = uvicorn.Server(settings(self.app, config, port=0, lifespan="on"))
         self.server.install_signal_handlers = lambda: None
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
