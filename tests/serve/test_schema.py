@@ -132,7 +132,7 @@ def said(kind=ChatRequest, **fields):
 
 @pytest.mark.parametrize(("name", "value"), NOTHING)
 def test_a_field_that_asks_for_nothing_is_taken(name, value):
-    assert chat(**{name: value}).options(50, cut=False) == chat().options(50, cut=False)
+    assert chat(seed=1, **{name: value}).options(50, cut=False) == chat(seed=1).options(50, cut=False)
 
 
 @pytest.mark.parametrize(("name", "value"), SOMETHING)
