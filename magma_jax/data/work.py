@@ -47,7 +47,7 @@ def _write_shard(
             for entry in chunk:
                 result = entry if isinstance(entry, Skipped) else prepare(entry, options)
                 if isinstance(result, Skipped):
-                    skipped.append([result.id, result.reason, result.samples])
+                    skipped.append([result.id, result.reason, result.samples, result.detail])
                     continue
                 content, fingerprint = result
                 writer.write(content, pack_text(entry))
@@ -68,7 +68,9 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what, remedy = ("the disk is full", "make room") if full else ("cannot be written", "repair that")
-        raise DataError(f"{path}: {what} ({error}); {remedy} and run the same command again") from None
+        # What else the file library says of a full disk fills several lines of a terminal.
+        reason = os.strerror(error.errno) if full else error
+        raise DataError(f"{path}: {what} ({reason}); {remedy} and run the same command again") from None
 
 
 def read_report(work: Path, number: int) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def _finished(work: Path, number: int, digest: str) -> dict[str, Any] | None:
     if not all(part.is_file() for part in (file, path, path.with_name(texts_name(path.name)))):
         return None
     report = read_report(work, number)
-    again = report["digest"] != digest or any(reason == UNREADABLE for _, reason, _ in report["skipped"])
+    again = report["digest"] != digest or any(reason == UNREADABLE for _, reason, *_ in report["skipped"])
     return None if again else report
 
 
