@@ -95,11 +95,16 @@ def replace_file(path: str | Path, content: bytes) -> None:
         raise
 
 
-def raise_if_full(path: str | os.PathLike, error: BaseException) -> None:
-    """Raises OutputError if ``error`` came of a full disk; libraries in C++ say so in the text of theirs."""
+def full_disk(error: BaseException) -> int | None:
+    """The system's number for a full disk, if an error came of one; libraries in C++ say so in the text of theirs."""
     code = error.errno if isinstance(error, OSError) else None
     said = str(error) if isinstance(error, Exception) else ""
-    full = next((known for known in _FULL if known == code or os.strerror(known) in said), None)
+    return next((known for known in _FULL if known == code or os.strerror(known) in said), None)
+
+
+def raise_if_full(path: str | os.PathLike, error: BaseException) -> None:
+    """Raises OutputError if ``error`` came of a full disk."""
+    full = full_disk(error)
     if full is not None:
         raise OutputError(
             f"{path}: the disk is full ({os.strerror(full)}); free some space or choose another disk"

@@ -8,7 +8,6 @@ A report is there only while its shard is what it says.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -22,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from magma_jax.data.prepare import UNREADABLE, PrepareOptions, prepare
 from magma_jax.data.records import DataError, Record, Skipped, pack_text, unpack
 from magma_jax.data.shards import records_name, shard_writer, texts_name
-from magma_jax.output import replace_file
+from magma_jax.output import OutputError, full_disk, replace_file
 
 REPORT = "shard-{}.json"
 
@@ -65,11 +64,11 @@ def writing(path: Path) -> Iterator[None]:
     """Gives an error of the disk a name; reading pictures raises none."""
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    except (OSError, OutputError) as error:
+        full = full_disk(error)
         what, remedy = ("the disk is full", "make room") if full else ("cannot be written", "repair that")
         # What else the file library says of a full disk fills several lines of a terminal.
-        reason = os.strerror(error.errno) if full else error
+        reason = os.strerror(full) if full else error
         raise DataError(f"{path}: {what} ({reason}); {remedy} and run the same command again") from None
 
 

@@ -243,7 +243,7 @@ def _open_own_params(path: str | Path) -> _Stored:
             _compared(folder, {name: listed[name] for name in listed if name.startswith(f"{PARAMS}/")})
         raise damaged(folder / PARAMS, error) from error
     if listed is None:
-        _sayunchecked(path)
+        _say_unchecked(path)
         return _Stored(stored, {})
     for name in sorted({name for name in listed if name.startswith(f"{PARAMS}/")} ^ set(there)):
         problem = f"{SUMS_FILE} does not list {name}" if name in there else f"{name} is missing"

@@ -75,4 +75,4 @@ def test_unusable_input(layouts, tmp_path, capsys):
     assert main(["verify", str(layouts["pt"]), str(tmp_path / "x.pt")]) == 2
     assert "no tensor name in common" in capsys.readouterr().err
     assert main(["verify", str(layouts["pt"])]) == 2
-    assert "either two checkpoints or one" in capsys.readouterr().err
+    assert "takes either two checkpoints" in capsys.readouterr().err
