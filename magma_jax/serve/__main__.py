@@ -52,6 +52,7 @@ def main() -> None:
             arguments.name or name_of(arguments.checkpoint),
             key,
             timeout=arguments.timeout,
+            head_timeout=arguments.head_timeout,
             body_timeout=arguments.body_timeout,
             send_timeout=arguments.send_timeout,
             grace=arguments.grace,
@@ -145,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--queue", type=int, default=EngineConfig.queue, help="waiting at most; default: %(default)s")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take; default: %(default)s")
+    parser.add_argument(
+        "--head-timeout", type=float, default=10.0, help="seconds until a request must begin; default: %(default)s"
+    )
     parser.add_argument("--body-timeout", type=float, default=20.0, help="seconds to arrive; default: %(default)s")
     parser.add_argument(
         "--send-timeout", type=float, default=30.0, help="seconds to read what waits for a client; default: %(default)s"

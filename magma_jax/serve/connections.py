@@ -161,8 +161,13 @@ class BoundedProtocol(H11Protocol):
             body = json.dumps(error_body(RequestError(why, status))).encode()
             headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
             headers.append((b"content-length", str(len(body)).encode()))
+            if self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD":
+                body = b""
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event))
+        if self.cycle is not None:  # the application may be about to answer, too late
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     def _look(self) -> None:

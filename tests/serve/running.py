@@ -1,5 +1,6 @@
 """A server of a tiny model on a free port, for tests that talk to one."""
 
+import dataclasses
 import threading
 import time
 
@@ -8,6 +9,7 @@ import uvicorn
 from flax import nnx
 from PIL import Image
 
+from magma_jax.config import to_dict
 from magma_jax.data.images import ImageInput
 from magma_jax.inference.api import Magma
 from magma_jax.inference.engine import Engine, EngineConfig
@@ -16,6 +18,7 @@ from magma_jax.nn.modules import split
 from magma_jax.serve.app import create_app
 from magma_jax.serve.connections import settings
 from magma_jax.serve.pictures import PictureRules, data_uri
+from magma_jax.training.model_folder import write_model_folder
 from tests import tiny
 
 SIZES = EngineConfig(slots=3, context=64, pictures=4, steps=4)  # with fewer than four slots prompts go one by one
@@ -26,6 +29,14 @@ def tiny_model():
     """Random weights, large enough for answers to differ."""
     params = split(MagmaModel(tiny.MODEL, rngs=nnx.Rngs(0)))[1]
     return Magma(tiny.MODEL, {k: 4 * v if v.ndim > 1 else v for k, v in params.items()}, tiny.dataset().tokenizer)
+
+
+def write_tiny_folder(path):
+    """A model folder of such weights, with some more context, for a server in a process of its own."""
+    config = dataclasses.replace(tiny.MODEL, lm=dataclasses.replace(tiny.MODEL.lm, context_length=128))
+    params = split(MagmaModel(config, rngs=nnx.Rngs(0)))[1]
+    tokenizer = tiny.dataset().tokenizer
+    write_model_folder(path, {"model": to_dict(config)}, params, lambda made: tokenizer.save(made / "tokenizer"))
 
 
 class Running:

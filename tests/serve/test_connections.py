@@ -122,7 +122,7 @@ def test_told_to_stop_the_server_waits_for_readers_only(model):
         assert time.monotonic() - started < 20
 
 
-def test_told_to_stop_the_server_ends_what_is_running(model, caplog):
+def test_told_to_stop_the_server_ends_what_is_running(model, printed):
     """A request that would take longer than the grace is told so; nothing is logged as a fault of the server."""
     server = start(model, grace=0.3)
     server.engine._admit_waiting = lambda: time.sleep(0.01)  # nobody gets a slot
@@ -133,7 +133,18 @@ def test_told_to_stop_the_server_ends_what_is_running(model, caplog):
         answer = connection.recv(65536)
     assert b" 503 " in answer
     assert b"shutting down" in answer
-    assert "Traceback" not in caplog.text
+    assert "Traceback" not in printed()
+
+
+@pytest.mark.parametrize("method", [b"POST", b"HEAD"])
+def test_a_body_that_breaks_while_the_answer_is_on_its_way(running, method, printed):
+    with connect(running) as connection:
+        start = method + b" /nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(start + b"no length\r\n")
+        assert b" 400 " in connection.recv(65536)
+        assert is_closed(connection)
+    assert running.http.get("/health").status_code == 200
+    assert "Traceback" not in printed()
 
 
 def test_connections_are_no_more_than_files_may_be_open(monkeypatch):
