@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
+from magma_jax.data.decoders import DecoderBusy, DecoderError
 from magma_jax.data.images import ImageError
 from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.inference.engine import Encoded, Engine, QueueFull
@@ -25,7 +26,7 @@ from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import QUEUE_FULL, RequestError, busy
 from magma_jax.serve.fetch import FetchError
 from magma_jax.serve.metrics import ServerMetrics
-from magma_jax.serve.pictures import RequestPicture
+from magma_jax.serve.pictures import RequestPicture, decoders_of
 from magma_jax.serve.schema import ChatRequest, ImageURL, Items, SamplingRequest, TextRequest
 
 # Requests for attention at a time, those included that wait.
@@ -41,15 +42,23 @@ class Service:
         self.engine, self.config = engine, config
         self.created = int(time.time())
         self.metrics = ServerMetrics()
-        self._decoders = ThreadPoolExecutor(config.decoders, "decoder")
+        self._decoders = decoders_of(config.pictures, config.decoders, engine.config.queue)
+        # Prompts of text do not wait for pictures, which wait for hosts and for a decoder, a thread each.
+        self._texts = ThreadPoolExecutor(2, "texts")
+        self._pictures = ThreadPoolExecutor(engine.config.queue, "pictures")
         # One at a time beside the engine, which has the device's time first of all.
         self._looker = ThreadPoolExecutor(1, "attention")
         self._compilers = ThreadPoolExecutor(1, "grammars")  # apart, so that pictures do not wait for grammars
         self._looking = self._arriving = self._held_bytes = 0
 
+    def start(self) -> None:
+        """Starts what takes a moment to start, ahead of the first request."""
+        self._decoders.start()
+
     def close(self) -> None:
-        """Ends the threads; who still waits for one is told."""
-        for threads in (self._decoders, self._looker, self._compilers):
+        """Ends the threads and the decoders; who still waits for one is told."""
+        self._decoders.close()
+        for threads in (self._texts, self._pictures, self._looker, self._compilers):
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, request: Request) -> Response:
@@ -138,7 +147,11 @@ class Service:
             self._held_bytes -= held
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T], started: float) -> T:
-        """Result of ``work``; a thread that takes longer than the request may keeps its place until it is done."""
+        """Result of ``work``; a thread that takes longer than the request may keeps its place until it is done.
+
+        Raises:
+            RequestError: not done in time.
+        """
         left = started + self.config.timeout - time.perf_counter()
         try:
             async with asyncio.timeout(max(left, 0)):
@@ -180,17 +193,25 @@ class Service:
             says = f"the request has {pictures} pictures, at most {rules.max_pictures} are taken"
             raise RequestError(says, param=param)
 
+        deadline = time.monotonic() + started + self.config.timeout - time.perf_counter()
+
         def encode(items: Items | list[int]) -> Encoded:
             if items and isinstance(items[0], int):
                 return encode_tokens(items, self.engine.model.config)
+            opened = (rules, self._decoders, deadline)
             return self.engine.encode(
-                [item if isinstance(item, str) else RequestPicture(item.url, rules) for item in items]
+                [item if isinstance(item, str) else RequestPicture(item.url, *opened) for item in items]
             )
 
         try:
-            return await self._in_thread(self._decoders, lambda: [encode(items) for items in prompts], started)
+            threads = self._pictures if pictures else self._texts
+            return await self._in_thread(threads, lambda: [encode(items) for items in prompts], started)
         except RequestError:
             raise
+        except DecoderBusy as error:
+            raise busy(str(error)) from None
+        except DecoderError as error:
+            raise RequestError(str(error), 503) from None
         except (ImageError, FetchError, ValueError) as error:
             raise RequestError(str(error), param=param) from None
 
