@@ -1,8 +1,11 @@
-"""A process that decodes pictures and nothing else; ``data.decoders`` starts and watches it.
+"""Processes that decode pictures and nothing else; ``data.decoders`` starts and watches them.
 
-Run by its path, with its settings as JSON, so that nothing of the package is imported but ``pillow_steps``. Requests
-come on standard input, answers go to standard output: four bytes with the length of a JSON object, eight with the
-length of what follows, the object, and that. Ends at the end of its input.
+Run by its path, with its settings as JSON, so that nothing of the package is imported but ``pillow_steps``. The first
+process is ready to decode and never does: for every socket that it is sent it makes a copy of itself that does, within
+milliseconds, and it kills the copy whose number it is sent. It ends at the end of its input, and so do the copies.
+
+On their sockets come requests and go answers: four bytes with the length of a JSON object, eight with the length of
+what follows, the object, and that.
 """
 
 import errno
@@ -12,6 +15,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import stat
 import struct
 import sys
@@ -22,10 +26,12 @@ from typing import Any, BinaryIO
 LENGTHS = struct.Struct(">IQ")
 # Beside other work of the machine. Much lower, and pictures would hardly be decoded while all cores are busy.
 NICENESS = 5
+# Of a process beside what the pixels take: the encoded picture, several times over.
+SPARE_MEMORY = 2**28
 
 
 def main() -> None:
-    """Answers requests until there are none."""
+    """Makes processes and kills them, as it is told."""
     settings = json.loads(sys.argv[1])
     sys.path[:] = settings["path"]
     # The parent says when to end: schedulers send SIGTERM to all processes of a job, which may want to finish.
@@ -33,45 +39,66 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
     steps = _load_steps()
-    _limit_memory(settings["memory"])
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    _send(answers, {}, b"")
-    # What the C libraries have to say about damaged pictures is said in the answer too.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # What the C libraries have to say about damaged pictures is said in the answers too.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    while (request := _receive(requests)) is not None:
-        # The kernel kills this process when it has taken so much processor time, whatever library it is in.
-        signal.setitimer(signal.ITIMER_PROF, settings["seconds"])
-        answer = _answer(steps, *request)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _send(answers, *answer)
+    control, children = socket.socket(fileno=0), set()
+    while True:
+        message, sockets, _, _ = socket.recv_fds(control, 32, 1)
+        if not message:
+            return
+        if sockets:
+            answer = os.fork()
+            if not answer:
+                control.close()
+                _serve(steps, sockets[0], settings)
+            os.close(sockets[0])
+            children.add(answer)
+        else:
+            # Numbers of processes are given again, but not before the process was waited for.
+            answer, child = -signal.SIGKILL, int(message)
+            if child in children:
+                children.remove(child)
+                os.kill(child, signal.SIGKILL)
+                answer = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        control.sendall(b"%d" % answer)
+
+
+def _serve(steps: ModuleType, connection: int, settings: dict[str, Any]) -> None:
+    """Answers requests until there are none, and ends."""
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        steps.limit_memory(settings["max_pixels"], SPARE_MEMORY)
+        steps.keep_freed_memory()
+        requests, answers = open(connection, "rb"), open(connection, "wb", closefd=False)  # noqa: SIM115
+        while (request := _receive(requests)) is not None:
+            # The kernel kills this process when it has taken so much processor time, whatever library it is in.
+            signal.setitimer(signal.ITIMER_PROF, settings["seconds"])
+            answer = _answer(steps, settings["max_pixels"], *request)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            _send(answers, *answer)
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 def _load_steps() -> ModuleType:
     spec = importlib.util.spec_from_file_location("pillow_steps", Path(__file__).with_name("pillow_steps.py"))
     steps = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(steps)
-    steps.Image.preinit()  # the plug-ins now: they would count as time of the first picture
-    importlib.import_module("PIL.WebPImagePlugin")
+    steps.Image.init()  # the plug-ins now: they would count as time of the first picture
     return steps
 
 
-def _limit_memory(size: int) -> None:
-    """Lets this process have so many bytes more, write no file and leave no dump."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        size += int(statm.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
-
-
-def _answer(steps: ModuleType, request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
+def _answer(
+    steps: ModuleType, max_pixels: int, request: dict[str, Any], content: bytes
+) -> tuple[dict[str, Any], bytes]:
     """What a picture becomes: a square of pixels where a size is wanted, or the whole picture."""
     name = request["name"]
     try:
         try:
             with _opened(request["file"]) if "file" in request else io.BytesIO(content) as file:
-                image = steps.decode(steps.open_picture(file, name, request["max_pixels"]), name)
+                image = steps.decode(steps.open_picture(file, name, max_pixels), name)
             if "size" in request:
                 return {}, steps.to_square(image, request["size"]).tobytes()
             described = {"mode": image.mode, "size": image.size}

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 from magma_jax.data.images import ImageError, load_image, random_crop, to_square
+from magma_jax.data.pillow_steps import keep_freed_memory
 from magma_jax.data.records import DataError
 from magma_jax.data.stored import StoredRecords
 from magma_jax.data.time_limit import TimeLimit
-from magma_jax.data.workers import finished, keep_freed_memory, worker_pool
+from magma_jax.data.workers import finished, worker_pool
 from magma_jax.typing import Int, UInt8
 
 Decode = Literal["exact", "fast"]
