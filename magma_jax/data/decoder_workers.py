@@ -97,6 +97,11 @@ class Worker:
         self._poll.register(connection, select.POLLIN)
         self._before = 0.0
 
+    def is_ready(self) -> bool:
+        """Whether a process without a request is there, and can be killed."""
+        # What it has to say without being asked is that it has ended.
+        return self._starter.is_alive() and not self.has_answer(0.0)
+
     def ask(self, request: dict[str, Any], content: bytes, deadline: float | None) -> None:
         """Sends a request; errors as of ``answer``."""
         head = json.dumps(request).encode()

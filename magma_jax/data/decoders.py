@@ -185,7 +185,7 @@ class Decoders:
                 if not self._idle:
                     return None
                 worker = self._idle.pop()
-            if not worker.has_answer(0):  # there is nothing to say but that it has ended
+            if worker.is_ready():
                 return worker
             self._end(worker)
 
