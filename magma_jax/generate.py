@@ -26,7 +26,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from magma_jax.compile import keep_programs
-from magma_jax.data.decoders import Decoders
+from magma_jax.data.decoders import DecoderError, Decoders
 from magma_jax.data.images import FORMATS, ImageInput
 from magma_jax.data.time_limit import OWN_SECONDS
 from magma_jax.inference.answer_file import answer_file
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _to_file(arguments, questions, options)
         _print_answers(arguments, questions, options)
     # ImageError, CheckpointError, ConfigError and the like: all say in one line what to do.
-    except (ValueError, OSError, EngineError) as error:
+    except (ValueError, OSError, EngineError, DecoderError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -21,6 +21,10 @@ START_SECONDS = 60.0
 _SCRIPT = str(Path(__file__).with_name("decoder_process.py"))
 
 
+class DecoderError(RuntimeError):
+    """No fault of a picture: the decoders are closed or busy, or their processes cannot be started."""
+
+
 class WorkerDied(Exception):
     """A process ended in place of an answer."""
 
@@ -56,14 +60,14 @@ class Starter:
         """Another process.
 
         Raises:
-            RuntimeError: it cannot be started.
+            DecoderError: it cannot be started.
         """
         ours, theirs = socket.socketpair()
         with theirs:
             pid = self._tell(b"new", theirs.fileno())
         if pid is None:
             ours.close()
-            raise RuntimeError("a process that decodes pictures cannot be started")
+            raise DecoderError("a process that decodes pictures cannot be started")
         return Worker(self, ours, pid)
 
     def kill(self, pid: int) -> int | None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from magma_jax.data.decoder_workers import Starter, Worker, WorkerDied, seconds_left
+from magma_jax.data.decoder_workers import DecoderError, Starter, Worker, WorkerDied, seconds_left
 from magma_jax.data.pillow_steps import MAX_PIXELS, ImageError, name_of, too_long
 from magma_jax.typing import UInt8
 
@@ -31,7 +31,7 @@ SLICE = 0.05
 LOOK = 0.02
 
 
-class DecoderBusy(RuntimeError):
+class DecoderBusy(DecoderError):
     """Too many pictures are waiting; try again later."""
 
 
@@ -77,7 +77,7 @@ class Decoders:
         Raises:
             ImageError: as of both; or the picture takes too much time or memory, or the decoder breaks down on it.
             TimeoutError: past the deadline. DecoderBusy: too many wait.
-            RuntimeError: closed, or processes cannot be started.
+            DecoderError: closed, or processes cannot be started.
         """
         _, pixels = self._ask({"name": name_of(content), "size": size}, content, deadline)
         return np.frombuffer(pixels, np.uint8).reshape(size, size, 3)
@@ -105,7 +105,7 @@ class Decoders:
             return starter + [worker.pid for worker in self._all]
 
     def close(self) -> None:
-        """Kills the processes; who waits for a picture gets a RuntimeError."""
+        """Kills the processes; who waits for a picture gets a DecoderError."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -166,7 +166,7 @@ class Decoders:
         except WorkerDied:
             status = self._end(worker)
             if self._closed:
-                raise RuntimeError("the decoders were closed") from None
+                raise DecoderError("the decoders were closed") from None
             if status == -signal.SIGPROF:
                 raise too_long(name, self.seconds) from None
             raise ImageError(f"{name}: the decoder breaks down on it (status {status}); save it anew") from None
@@ -196,12 +196,12 @@ class Decoders:
             if not self._closed:
                 return worker
         self._end(worker)
-        raise RuntimeError("the decoders were closed")
+        raise DecoderError("the decoders were closed")
 
     def _living_starter(self) -> Starter:
         with self._lock:
             if self._closed:
-                raise RuntimeError("the decoders were closed")
+                raise DecoderError("the decoders were closed")
             if self._starter is not None and not self._starter.is_alive():
                 self._starter.close()
                 self._starter = None

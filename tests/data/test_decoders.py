@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magma_jax.data.decoders import DecoderBusy, Decoders
+from magma_jax.data.decoders import DecoderBusy, DecoderError, Decoders
 from magma_jax.data.images import ImageError, load_image, to_uint8
 from tests.data.hostile_pictures import SLOW, bmp_runs, many_scans, saved
 
@@ -139,7 +139,7 @@ def test_pictures_that_take_long_do_not_stand_in_the_way():
         assert not any(future.done() for future in slow)
         pool.close()
         for future in slow:
-            with pytest.raises(RuntimeError, match="closed"):
+            with pytest.raises(DecoderError, match="closed"):
                 future.result()
     assert pool.process_ids()
     assert not any(map(_is_there, pool.process_ids()))
@@ -164,9 +164,9 @@ def test_only_so_many_wait():
         with pytest.raises(DecoderBusy):
             pool.square(FILES["PNG RGB"], 32)
         pool.close()
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(DecoderError, match="closed"):
             slow.result()
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(DecoderError, match="closed"):
             pool.square(FILES["PNG RGB"], 32)
 
 
