@@ -19,6 +19,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +27,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from magma_jax.compile import keep_programs
+from magma_jax.data.decoders import DecoderError, Decoders
 from magma_jax.data.images import FORMATS, ImageInput
 from magma_jax.data.readers.common import files_below
 from magma_jax.data.records import Skipped
+from magma_jax.data.time_limit import OWN_SECONDS
 from magma_jax.inference.answer_file import answer_file
 from magma_jax.inference.api import Magma
 from magma_jax.inference.ask import AHEAD, Answer, Asker, AskOptions
@@ -37,6 +40,8 @@ from magma_jax.inference.requests import EngineError
 from magma_jax.inference.sampling import SamplingConfig
 from magma_jax.output import error_line, printable, replace_file
 
+# For the pictures of a prompt, on a disk that may be far away.
+READ_SECONDS = 120.0
 DEFAULT_PROMPT = "A picture of"
 SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
 
@@ -47,9 +52,13 @@ class Question(NamedTuple):
     name: str | None
     parts: list[str | ImageInput]
 
-    def prompt(self) -> list[str | ImageInput]:
+    def prompt(self, decoders: Decoders) -> list[str | ImageInput]:
         """With its pictures read."""
-        return [part if isinstance(part, str) else ImageInput(part.load()) for part in self.parts]
+        deadline = time.monotonic() + READ_SECONDS
+        return [
+            part if isinstance(part, str) else ImageInput(decoders.picture(part.source, deadline))
+            for part in self.parts
+        ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _to_file(arguments, questions, options)
         _print_answers(arguments, questions, options)
     # ImageError, CheckpointError, ConfigError and the like: all say in one line what to do.
-    except (ValueError, OSError, EngineError) as error:
+    except (ValueError, OSError, EngineError, DecoderError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -149,7 +158,8 @@ def _check(arguments: argparse.Namespace, questions: list[Question]) -> None:
 
 def _print_answers(arguments: argparse.Namespace, questions: list[Question], options: AskOptions) -> None:
     # Before the weights are read: a wrong picture should not take so long to tell.
-    prompts = [question.prompt() for question in questions]
+    with _decoders() as decoders:
+        prompts = [question.prompt(decoders) for question in questions]
     model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype)
     check_head(model.config.lm.layers, model.config.lm.heads, arguments.layer, arguments.head)
     with Asker(model, options, prompts[0], len(prompts)) as asker:
@@ -170,6 +180,10 @@ def _print_answers(arguments: argparse.Namespace, questions: list[Question], opt
         replace_file(arguments.attention, buffer.getvalue())
         if seen.grid.note:
             print(printable(f"note: {seen.grid.note}"), file=sys.stderr)
+
+
+def _decoders() -> Decoders:
+    return Decoders(1, seconds=OWN_SECONDS)
 
 
 def _stream(asker: Asker, prompt: list[str | ImageInput]) -> tuple[int, ...]:
@@ -195,10 +209,10 @@ def _to_file(arguments: argparse.Namespace, questions: list[Question], options: 
         model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype) if left else None
 
         def begin(stack: contextlib.ExitStack) -> Iterator:
-            asker = None
+            asker, decoders = None, stack.enter_context(_decoders())
             for question in left:
                 try:
-                    prompt = question.prompt()
+                    prompt = question.prompt(decoders)
                 except (ValueError, OSError) as error:
                     yield question, _one_line(error)
                     continue

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from magma_jax.data.pillow_steps import limit_memory
 from magma_jax.data.prepare import PrepareOptions
 from magma_jax.data.records import (
     DUPLICATE,
@@ -43,6 +44,9 @@ from magma_jax.data.work import REPORT, remove_records, shard_path, to_json, wri
 from magma_jax.data.workers import cores, finished, worker_pool
 from magma_jax.output import locked, partial_name, replace_file
 from magma_jax.version import __version__
+
+# Of a worker process beside the picture it decodes: a shard's buffers, and the encoded picture several times over.
+WORKER_MEMORY = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +155,7 @@ def _write_shards(
         bar.set_postfix_str(f"{sum(len(report['skipped']) for report in reports)} skipped")
 
     bar = tqdm(desc="converting", unit="record", total=total, disable=None)
-    with bar, _executor(workers) as submit:
+    with bar, _executor(workers, options.prepare.max_pixels) as submit:
         for number, chunk in enumerate(chunks(records, options.shard_records)):
             if len(waiting) >= 2 * workers > 0:
                 collect()
@@ -164,12 +168,12 @@ def _write_shards(
 
 
 @contextlib.contextmanager
-def _executor(workers: int) -> Iterator[Callable[..., concurrent.futures.Future]]:
+def _executor(workers: int, max_pixels: int) -> Iterator[Callable[..., concurrent.futures.Future]]:
     """``submit`` of a pool of processes, or a call on the spot where there are none."""
     if not workers:
         yield lambda function, *arguments: finished(function(*arguments))
         return
-    pool = worker_pool(workers)
+    pool = worker_pool(workers, limit_memory, (max_pixels, WORKER_MEMORY))
     try:
         yield pool.submit
     except concurrent.futures.process.BrokenProcessPool:

@@ -25,7 +25,7 @@ from magma_jax.config import from_dict
 from magma_jax.convert.files import holds_weights
 from magma_jax.convert.hub import local_path
 from magma_jax.convert.open_magma import load_tokenizer, read_torch_magma
-from magma_jax.data.images import ImageInput, normalize, to_uint8
+from magma_jax.data.images import ImageInput, normalize
 from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.inference.decode import Generation, generate
 from magma_jax.inference.prompts import Prompt, check_prompt
@@ -276,7 +276,7 @@ class Magma:
         parts = []
         for item in check_prompt(prompt):
             if isinstance(item, ImageInput):
-                pixels = to_uint8(item.load(), self.config.encoder.image_size)
+                pixels = item.pixels(self.config.encoder.image_size)
                 parts.append(self.embed_features(self.encode_images(pixels[None]))[0])
             else:
                 parts.append(self.embed_tokens(self.tokenizer.encode(item)))

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from magma_jax.data.images import ImageInput, to_uint8
+from magma_jax.data.images import ImageInput
 from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.typing import Int
@@ -64,7 +64,7 @@ def encode_prompt(
     pixels: dict[bytes, np.ndarray] = {}
     for item in check_prompt(prompt):
         if isinstance(item, ImageInput):
-            array = to_uint8(item.load(), size)
+            array = item.pixels(size)
             key = hashlib.blake2b(array.tobytes(), key=key_of_hash, digest_size=16).digest()
             pixels[key] = array
             tokens += [0] * per_picture

@@ -32,6 +32,7 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
         loop = asyncio.get_running_loop()
 
         def tell(error: Exception | None) -> None:

@@ -7,7 +7,6 @@ that resolves differently the second time leads inside. Time and size are bounde
 import contextlib
 import dataclasses
 import http.client
-import ipaddress
 import queue
 import socket
 import ssl
@@ -16,18 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from urllib.parse import urljoin, urlsplit
 
-# What is not a public host although ``ipaddress`` calls it global, or hides another address inside.
-_TUNNELS = tuple(
-    ipaddress.ip_network(network)
-    for network in (
-        "2002::/16",  # 6to4
-        "2001::/32",  # Teredo
-        "64:ff9b::/96",  # NAT64
-        "64:ff9b:1::/48",  # NAT64, local use
-        "::ffff:0:0/96",  # IPv4-mapped
-        "::/96",  # IPv4-compatible
-    )
-)
+from magma_jax.serve.addresses import is_public
+
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CHUNK = 64 * 1024
 
@@ -72,14 +61,6 @@ class FetchRules:
             if not domain.strip(".") or any(mark in domain for mark in "/:@* "):
                 raise ValueError(f"{domain!r} is no domain; give the bare name of a host, such as example.org")
         object.__setattr__(self, "domains", tuple(domain.strip(".").lower() for domain in self.domains))
-
-
-def is_public(address: str) -> bool:
-    """Whether an address belongs to the public internet: no private, loopback, link-local, shared or tunnel range."""
-    ip = ipaddress.ip_address(address.split("%")[0])
-    if any(ip in network for network in _TUNNELS if ip.version == network.version):
-        return False
-    return ip.is_global and not ip.is_multicast
 
 
 def fetch(url: str, rules: FetchRules) -> bytes:

@@ -1,21 +1,23 @@
-"""Pictures of a request: data URIs, files below one folder, and URLs where these are allowed."""
+"""Pictures of a request: data URIs, files below one folder, and URLs where these are allowed.
+
+They are strangers' pictures: other processes decode them, see ``data.decoders``.
+"""
 
 import base64
 import binascii
 import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 from PIL import Image
 
-from magma_jax.data.images import ImageError, ImageInput, load_image
+from magma_jax.data.decoders import Decoders
+from magma_jax.data.images import ImageError, ImageInput
 from magma_jax.serve.fetch import FetchRules, fetch
-
-# A progressive JPEG has about ten scans, each as long to decode as the whole picture; a hostile one has thousands in
-# few bytes. The marker cannot occur within the data of a scan.
-MAX_SCANS = 100
-_SCAN = b"\xff\xda"
+from magma_jax.typing import UInt8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,7 @@ class PictureRules:
         max_pictures: in one request, counted before any is looked at.
         max_bytes: of one encoded picture.
         max_pixels: width times height, checked before decoding.
+        seconds: of processor time that decoding one picture may take.
         folder: files below it may be named by ``file:`` URLs; None for none.
         fetch: rules for http and https URLs; None for no such URLs.
     """
@@ -33,41 +36,54 @@ class PictureRules:
     max_pictures: int = 16
     max_bytes: int = 10 * 2**20
     max_pixels: int = 40_000_000
+    seconds: float = 1.5
     folder: Path | None = None
     fetch: FetchRules | None = None
 
 
 class RequestPicture(ImageInput):
-    """A picture of a request, opened when the prompt is encoded: one after another, whatever a request has."""
+    """A picture of a request, opened when the prompt is encoded: one after another, whatever a request has.
 
-    def __init__(self, url: str, rules: PictureRules):
-        self._url, self._rules = url, rules
+    Args:
+        url: where it is.
+        rules: what is taken.
+        decoders: of the server.
+        deadline: of the request, in ``time.monotonic()``.
+    """
 
-    def load(self, **options) -> Image.Image:
-        """See ``open_picture``; ``options`` are the server's to choose."""
-        return open_picture(self._url, self._rules)
+    def __init__(self, url: str, rules: PictureRules, decoders: Decoders, deadline: float):
+        self.source, self._rules, self._decoders, self._deadline = url, rules, decoders, deadline
+
+    def pixels(self, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+        """The square that an encoder sees, with the errors of ``read_picture`` and ``Decoders.square``."""
+        return self._decoders.square(read_picture(self.source, self._rules), size, self._deadline)
+
+    def load(self, **options: Any) -> Image.Image:
+        """The whole picture; ``options`` are the server's to choose."""
+        return self._decoders.picture(read_picture(self.source, self._rules), self._deadline)
 
 
-def open_picture(url: str, rules: PictureRules) -> Image.Image:
-    """The decoded picture behind a URL of a request.
+def decoders_of(rules: PictureRules, processes: int, waiting: int) -> Decoders:
+    """The processes that decode pictures by these rules."""
+    return Decoders(processes, seconds=rules.seconds, max_pixels=rules.max_pixels, waiting=waiting)
+
+
+def read_picture(url: str, rules: PictureRules) -> bytes:
+    """The encoded picture behind a URL of a request.
 
     Raises:
-        ImageError, FetchError: not allowed, not there, too large, or no picture in a known format; one line.
+        ImageError, FetchError: not allowed, not there, or too large; one line.
     """
     scheme = urlsplit(url[:64]).scheme.lower() if ":" in url[:64] else ""
     if scheme == "data":
-        content = _data(url, rules)
+        return _data(url, rules)
     elif scheme in ("http", "https"):
         if rules.fetch is None:
             raise ImageError("pictures by http URL are not enabled on this server; send a data: URI")
-        content = fetch(url, dataclasses.replace(rules.fetch, max_bytes=rules.max_bytes))
+        return fetch(url, dataclasses.replace(rules.fetch, max_bytes=rules.max_bytes))
     elif scheme == "file":
-        content = _file(url, rules)
-    else:
-        raise ImageError(f"{url[:40]!r}: pictures come as data: URIs, such as data:image/png;base64,...")
-    if content[:2] == b"\xff\xd8" and content.count(_SCAN) > MAX_SCANS:
-        raise ImageError(f"a JPEG of more than {MAX_SCANS} scans takes too long to decode; save the picture anew")
-    return load_image(content, max_pixels=rules.max_pixels)
+        return _file(url, rules)
+    raise ImageError(f"{url[:40]!r}: pictures come as data: URIs, such as data:image/png;base64,...")
 
 
 def data_uri(image: Image.Image) -> str:
@@ -93,15 +109,16 @@ def _data(url: str, rules: PictureRules) -> bytes:
 def _file(url: str, rules: PictureRules) -> bytes:
     if rules.folder is None:
         raise ImageError("pictures by file: URL are not enabled on this server; send a data: URI")
-    folder = rules.folder.resolve()
     try:
+        folder = rules.folder.resolve()
         path = (folder / unquote(urlsplit(url).path).lstrip("/")).resolve()
-        inside = path.is_relative_to(folder) and path.is_file()
-    except (OSError, ValueError):  # names too long, null bytes
-        inside = False
-    if not inside:
+        if not (path.is_relative_to(folder) and path.is_file()):
+            raise FileNotFoundError
+        with path.open("rb") as file:
+            content = file.read(rules.max_bytes + 1)
+    except (OSError, ValueError, RuntimeError):  # names too long, null bytes, not readable, a loop of links
         # The same words whether it does not exist or lies elsewhere: what exists outside is nobody's business.
-        raise ImageError(f"{url[:80]!r}: no such picture in the server's folder")
-    if path.stat().st_size > rules.max_bytes:
+        raise ImageError(f"{url[:80]!r}: no such picture in the server's folder") from None
+    if len(content) > rules.max_bytes:
         raise ImageError(f"the picture has more than {rules.max_bytes} bytes; send a smaller one")
-    return path.read_bytes()
+    return content

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
+from magma_jax.data.decoders import DecoderBusy, DecoderError
 from magma_jax.data.images import ImageError
 from magma_jax.data.tokenizer import Tokenizer
 from magma_jax.inference.engine import Encoded, Engine, EngineStats, QueueFull
@@ -25,8 +26,16 @@ from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import QUEUE_FULL, RequestError, busy
 from magma_jax.serve.fetch import FetchError
 from magma_jax.serve.metrics import ServerMetrics
-from magma_jax.serve.pictures import RequestPicture
-from magma_jax.serve.schema import ChatRequest, ImageURL, Items, PromptRequest, SamplingRequest, TextRequest
+from magma_jax.serve.pictures import RequestPicture, decoders_of
+from magma_jax.serve.schema import (
+    ChatRequest,
+    ImageURL,
+    Items,
+    MessagesRequest,
+    PromptRequest,
+    SamplingRequest,
+    TextRequest,
+)
 
 # Requests for attention at a time, those included that wait.
 MAX_LOOKING = 8
@@ -41,15 +50,23 @@ class Service:
         self.engine, self.config = engine, config
         self.created = int(time.time())
         self.metrics = ServerMetrics(stats)
-        self._decoders = ThreadPoolExecutor(config.decoders, "decoder")
+        self._decoders = decoders_of(config.pictures, config.decoders, engine.config.queue)
+        # Prompts of text do not wait for pictures, which wait for hosts and for a decoder, a thread each.
+        self._texts = ThreadPoolExecutor(2, "texts")
+        self._pictures = ThreadPoolExecutor(engine.config.queue, "pictures")
         # One at a time beside the engine, which has the device's time first of all.
         self._looker = ThreadPoolExecutor(1, "attention")
         self._compilers = ThreadPoolExecutor(1, "grammars")  # apart, so that pictures do not wait for grammars
         self._looking = self._arriving = self._held_bytes = 0
 
+    def start(self) -> None:
+        """Starts what takes a moment to start, ahead of the first request."""
+        self._decoders.start()
+
     def close(self) -> None:
-        """Ends the threads; who still waits for one is told."""
-        for threads in (self._decoders, self._looker, self._compilers):
+        """Ends the threads and the decoders; who still waits for one is told."""
+        self._decoders.close()
+        for threads in (self._texts, self._pictures, self._looker, self._compilers):
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, request: Request) -> Response:
@@ -68,7 +85,7 @@ class Service:
             wanted = await read_body(request, ChatRequest, self.config, hold)
             self.check_model(wanted.model)
             grammar = await self._grammar(wanted, started)
-            encoded = await self._encode([self.config.templates.items(wanted)], wanted, started, "messages")
+            encoded = await self._encode([await self._items(wanted, started)], wanted, started, "messages")
             tickets = self._submit(encoded, wanted, grammar)
         shape = ChatShape(self.engine.model.tokenizer, logprobs=wanted.logprobs)
         # In a template's wording the space before an answer belongs to the wording, not to the answer. A form says
@@ -138,7 +155,11 @@ class Service:
             self._held_bytes -= held
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T], started: float) -> T:
-        """Result of ``work``; a thread that takes longer than the request may keeps its place until it is done."""
+        """Result of ``work``; a thread that takes longer than the request may keeps its place until it is done.
+
+        Raises:
+            RequestError: not done in time.
+        """
         left = started + self.config.timeout - time.perf_counter()
         try:
             async with asyncio.timeout(max(left, 0)):
@@ -151,7 +172,7 @@ class Service:
         with self._arrival() as hold:
             wanted = await read_body(request, AttentionRequest, self.config, hold)
             self.check_model(wanted.model)
-            (encoded,) = await self._encode([self.config.templates.items(wanted)], wanted, started, "messages")
+            (encoded,) = await self._encode([await self._items(wanted, started)], wanted, started, "messages")
         if self._looking >= MAX_LOOKING:
             raise busy("too many requests for attention are waiting")
         self._looking += 1
@@ -170,6 +191,10 @@ class Service:
         if name not in (None, self.config.model):
             raise RequestError(f"the model here is {self.config.model!r}", 404, "model", "model_not_found")
 
+    async def _items(self, wanted: MessagesRequest, started: float) -> Items:
+        """Messages in their template's wording; texts of megabytes keep no one else waiting."""
+        return await self._in_thread(self._texts, lambda: self.config.templates.items(wanted), started)
+
     async def _encode(
         self, prompts: list[list[str | ImageURL] | list[int]], wanted: PromptRequest, started: float, param: str
     ) -> list[Encoded]:
@@ -180,16 +205,24 @@ class Service:
             says = f"the request has {pictures} pictures, at most {rules.max_pictures} are taken"
             raise RequestError(says, param=param)
 
+        deadline = time.monotonic() + started + self.config.timeout - time.perf_counter()
+
         def encode(items: Items | list[int]) -> Encoded:
             if items and isinstance(items[0], int):
                 return encode_tokens(items, self.engine.model.config, salt)
-            prompt = [item if isinstance(item, str) else RequestPicture(item.url, rules) for item in items]
+            opened = (rules, self._decoders, deadline)
+            prompt = [item if isinstance(item, str) else RequestPicture(item.url, *opened) for item in items]
             return self.engine.encode(prompt, salt)
 
         try:
-            return await self._in_thread(self._decoders, lambda: [encode(items) for items in prompts], started)
+            threads = self._pictures if pictures else self._texts
+            return await self._in_thread(threads, lambda: [encode(items) for items in prompts], started)
         except RequestError:
             raise
+        except DecoderBusy as error:
+            raise busy(str(error)) from None
+        except DecoderError as error:
+            raise RequestError(str(error), 503) from None
         except (ImageError, FetchError, ValueError) as error:
             raise RequestError(str(error), param=param) from None
 

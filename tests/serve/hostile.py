@@ -7,7 +7,6 @@ checkpoint and prints how long each took.
 import base64
 import contextlib
 import http.client
-import io
 import json
 import select
 import socket
@@ -25,6 +24,7 @@ from PIL import Image
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.fetch import FetchRules
 from magma_jax.serve.pictures import PictureRules
+from tests.data.hostile_pictures import SLOW, bmp_runs, chunk, many_scans, saved
 from tests.hostile_schemas import SCHEMAS
 
 CHAT = "/v1/chat/completions"
@@ -57,6 +57,18 @@ INSIDE = {
     "v4-mapped loopback": "::ffff:127.0.0.1",
     "v4-mapped public": "::ffff:8.8.8.8",
     "v4-compatible": "::127.0.0.1",
+    "translated loopback": "::ffff:0:127.0.0.1",
+    "ISATAP of loopback": "2606:4700::5efe:7f00:1",
+    "ISATAP of a private address": "2606:4700::200:5efe:a00:1",
+    "site-local v6": "fec0::1",
+    "documentation v6": "2001:db8::1",
+    "documentation v6, larger": "3fff::1",
+    "segment routing": "5f00::1",
+    "protocol assignments": "192.0.0.9",
+    "protocol assignments v6": "2001:1::1",
+    "6to4 relays": "192.88.99.1",
+    "discard v6": "100::1",
+    "not given out": "4000::1",
 }
 
 
@@ -122,7 +134,7 @@ def hostile_host() -> Iterator[Callable[..., socket.socket]]:
 def hostile_config(name: str, connector: Callable[..., socket.socket], *, timeout: float) -> ServerConfig:
     """A server with low limits that fetches from ``pictures.example``; ``timeout`` of bodies and fetches, seconds."""
     fetch = FetchRules(("pictures.example",), timeout=timeout, resolver=Resolver(), connector=connector)
-    pictures = PictureRules(max_pictures=3, max_bytes=100_000, max_pixels=1_000_000, fetch=fetch)
+    pictures = PictureRules(max_pictures=3, max_bytes=700_000, max_pixels=4_200_000, seconds=0.03, fetch=fetch)
     return ServerConfig(
         name,
         timeout=20,
@@ -190,38 +202,20 @@ def _for_ever(piece: bytes) -> Iterator[bytes]:
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """A black picture in few bytes, with further chunks."""
-    buffer = io.BytesIO()
-    Image.new("1", (width, height)).save(buffer, "PNG")
-    content = buffer.getvalue()
-    return content[:33] + b"".join(_chunk(*chunk) for chunk in chunks) + content[33:]
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    content = saved(Image.new("1", (width, height)), "PNG")
+    return content[:33] + b"".join(chunk(*each) for each in chunks) + content[33:]
 
 
 def _claims(width: int, height: int) -> bytes:
     """The head of a PNG that says it is this large."""
-    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + _chunk(b"IDAT", zlib.compress(bytes(99))) + _chunk(b"IEND", b"")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
 
 
 def _gif(side: int) -> bytes:
     """A small picture on a large screen."""
-    content = _saved(Image.new("P", (8, 8)), "GIF")
+    content = saved(Image.new("P", (8, 8)), "GIF")
     return content[:6] + struct.pack("<HH", side, side) + content[10:]
-
-
-def _saved(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def _many_scans() -> bytes:
-    content = _saved(Image.new("RGB", (800, 800)), "JPEG", progressive=True)
-    start = content.rindex(b"\xff\xda")
-    return content[:start] + content[start:-2] * 2_000 + content[-2:]
 
 
 def _noise() -> Image.Image:
@@ -275,20 +269,22 @@ def _received(connection: socket.socket) -> tuple[int, str]:
 def _picture_rows() -> dict[str, Row]:
     wide = struct.pack("<IHHIIiiHH", 99, 0, 0, 54, 40, 60_000, 60_000, 1, 24)
     contents = {
-        "a bomb of pixels": (png(8_000, 8_000), "the limit is 1000000"),
-        "a bomb by URL": ("http://a.pictures.example/bomb", "the limit is 1000000"),
+        "a bomb of pixels": (png(8_000, 8_000), "the limit is 4200000"),
+        "a bomb by URL": ("http://a.pictures.example/bomb", "the limit is 4200000"),
         "two thousand million pixels": (_claims(2**31 - 1, 2**31 - 1), "limit"),
         "a bomb of text": (png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(50_000_000)))), "damaged"),
         "a GIF larger than said": (_gif(65_535), "limit"),
         "a BMP that claims much": (b"BM" + wide + bytes(99), "limit"),
-        "a JPEG of 2,000 scans": (_many_scans(), "scans"),
-        "long and thin": (_saved(Image.new("1", (1_000_000, 1)), "PNG"), "too long and thin"),
-        "cut short": (_saved(_noise(), "PNG")[:6000], "truncated or damaged"),
+        "a JPEG of 2,000 scans": (many_scans(800, 2_000), "scans"),
+        "a BMP of single pixels": (bmp_runs(41_000, 102, b"\1\0\0\0" * 102), "takes more than 0.03 s to decode"),
+        **{name: (slow(690_000), "takes more than 0.03 s to decode") for name, slow in SLOW.items()},
+        "long and thin": (saved(Image.new("1", (1_000_000, 1)), "PNG"), "too long and thin"),
+        "cut short": (saved(_noise(), "PNG")[:6000], "truncated or damaged"),
         "a TIFF": (b"II*\x00" + bytes(100), "no image in one of the formats"),
         "an SVG": (b"<svg/>", "no image in one of the formats"),
         "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image in one of the formats"),
         "nothing": (b"", "empty"),
-        "too many bytes": (b"\x89PNG" + bytes(150_000), "more than 100000 bytes"),
+        "too many bytes": (b"\x89PNG" + bytes(705_000), "more than 700000 bytes"),
     }
     return {
         name: Row(with_url(content if isinstance(content, str) else uri(content)), 400, says)
