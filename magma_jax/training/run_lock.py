@@ -42,6 +42,7 @@ class RunLock:
     def __init__(self, folder: Path):
         self._folder, self._path = folder, folder / LOCK_FILE
         self._token = secrets.token_hex(8)
+        self._line = f"{json.dumps(_myself() | {'token': self._token})}\n".encode()
         self._beats, self._ended = 0, threading.Event()
         self._descriptor = self._place()
         while self._descriptor is None:
@@ -70,7 +71,7 @@ class RunLock:
 
     def _place(self) -> int | None:
         """The open lock file; None if there is one already."""
-        content = f"{json.dumps(_myself() | {'token': self._token})}\n{0:010d}\n".encode()
+        content = self._line + f"{0:010d}\n".encode()
         temporary = self._path.with_name(f"{LOCK_FILE}.{self._token}")
         descriptor = _write_new(temporary, content)
         try:
@@ -127,9 +128,10 @@ class RunLock:
                 if not self._path.exists() and (descriptor := self._place()) is not None:
                     os.dup2(descriptor, self._descriptor, inheritable=False)
                     os.close(descriptor)
+                elif self.lost_to() is not None:
+                    return
                 self._beats += 1
-                content = os.pread(self._descriptor, 10_000, 0)
-                os.pwrite(self._descriptor, f"{self._beats:010d}\n".encode(), content.index(b"\n") + 1)
+                os.pwrite(self._descriptor, f"{self._beats:010d}\n".encode(), len(self._line))
                 os.fsync(self._descriptor)
 
 

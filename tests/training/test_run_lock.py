@@ -54,7 +54,8 @@ def left(workdir):
 def written_by(workdir, **changes):
     """A lock as a process that does not live here has written it."""
     there = run_lock._myself() | {"token": "00", "host": "far", "process": 7} | changes
-    (workdir / LOCK_FILE).write_text(f"{json.dumps(there)}\n{0:010d}\n")
+    (workdir / "another").write_text(f"{json.dumps(there)}\n{0:010d}\n")
+    os.replace(workdir / "another", workdir / LOCK_FILE)
 
 
 def test_a_second_process_is_refused_and_a_killed_one_replaced(tmp_path, capsys):
