@@ -359,22 +359,22 @@ def _request_rows() -> dict[str, Row]:
         "alternatives of nothing": ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         "too many choices": ({"n": 1000}, "n: "),
         "too many stops": ({"stop": ["a"] * 10_000}, "at most 8 items"),
-        "numbers for stops": ({"stop": [0] * 90_000}, "stop.texts.0: Input should be a valid string"),
-        "lists for stops": ({"stop": [[]] * 60_000}, "stop.texts.0: Input should be a valid string"),
+        "numbers for stops": ({"stop": [0] * 90_000}, "stop.0: Input should be a valid string"),
+        "lists for stops": ({"stop": [[]] * 60_000}, "stop.0: Input should be a valid string"),
         "empty stop": ({"stop": ""}, "at least 1 character"),
         "an empty one among stops": ({"stop": ["a", ""]}, "at least 1 character"),
         "a long stop": ({"stop": ["a" * 900_000]}, "at most 256 characters"),
         "a long name": ({"user": "a" * 900_000}, "at most 512 characters"),
         "a long salt": ({"cache_salt": "a" * 900_000}, "at most 512 characters"),
-        "a long field": ({"a" * 900_000: 0}, "Extra inputs"),
+        "a long field": ({"a" * 900_000: 0}, "no field that this server knows"),
         "a long role": ({"messages": [{"role": "a" * 900_000, "content": "a"}]}, "messages.0.role"),
         "a long kind of part": (
             {"messages": [{"role": "user", "content": [{"type": "a" * 900_000}]}]},
-            "messages.0.content.parts.0",
+            "messages.0.content.0",
         ),
         "900 fields of a message": (
             {"messages": [{"role": "user", "content": "a"} | {str(i): 0 for i in range(900)}] * 90},
-            "Extra inputs",
+            "no field that this server knows",
         ),
         "max_tokens beyond the context": ({"max_tokens": 2**40}, "the context holds"),
         "a prompt beyond the context": ({"messages": [{"role": "user", "content": "ab " * 3_000}]}, "context"),
@@ -407,10 +407,10 @@ def _request_rows() -> dict[str, Row]:
         rows[f"{name} by the hundred thousand"] = Row(b"[" + piece * 210_000 + b"0]", 400, "at most 200000 are taken")
     rows["no text, and much of it"] = Row({"user": "a" * 960_000}, 413, "bytes beside its pictures")
     rows["an end of a picture that is none"] = Row(b'{"messages":["data:' + b"a" * 960_000, 413, "beside its pictures")
-    rows["escapes"] = Row(b'{"user":"' + b"\\u00e9" * 150_000 + b'"}', 400, "messages: Field required")
+    rows["escapes"] = Row(b'{"user":"' + b"\\u00e9" * 150_000 + b'"}', 400, "user: String should have at most 512")
     rows["a huge body"] = Row(b"x" * 1_100_000, 413, "more than 1000000 bytes")
     looked = {"messages": with_url(uri(png(8, 8)))["messages"], "answer": "b " * 400_000}
-    rows["no tokens to look at"] = Row({"answer": [[]] * 60_000}, 400, "answer.tokens.0", route="/v1/attention")
+    rows["no tokens to look at"] = Row({"answer": [[]] * 60_000}, 400, "answer.0", route="/v1/attention")
     rows["a layer beyond all"] = Row({"answer": "a", "layer": 10**30}, 400, "layer", route="/v1/attention")
     rows["a huge answer to look at"] = Row(looked, 400, "context", route="/v1/attention")
     return rows

@@ -241,7 +241,7 @@ def test_requests_that_cannot_be_served_now(model, monkeypatch):
         assert codes("/v1/chat/completions", 5, **chat) == [429, 429, 504, 504, 504]
         while running.engine.stats().waiting:  # those that timed out
             time.sleep(0.01)
-        monkeypatch.setattr("magma_jax.serve.pictures.open_picture", lambda *_: time.sleep(1.5))
+        monkeypatch.setattr("magma_jax.serve.pictures.read_picture", lambda *_: time.sleep(1.5))
         assert codes("/v1/chat/completions", 5, messages=user(square("red"))) == [429, 429, 504, 504, 504]
     finally:
         running.stop()
