@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from magma_jax.config import ConfigError
+from magma_jax.output import printable
 
 # A process that has been silent for so long is taken for dead, and the others abort.
 HEARTBEAT_TIMEOUT_S = 30
@@ -52,7 +53,7 @@ def is_main() -> bool:
 def say(message: str) -> None:
     """One line for whoever watches the run, once for all processes, and above the progress bar if there is one."""
     if is_main():
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(printable(message), file=sys.stderr)
 
 
 def barrier(name: str) -> None:
@@ -144,7 +145,7 @@ def _report(name: str, error: BaseException) -> None:
     expected = (ValueError, OSError, FloatingPointError, SystemExit, jax.errors.JaxRuntimeError)
     if not isinstance(error, expected):
         traceback.print_exception(error)
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    reason = printable(next(iter(str(error).splitlines()), "") or type(error).__name__)
     remedy = f"; if another process stopped first, its output says why; {RESTART}"
     print(
         f"{name}: {reason}{remedy if isinstance(error, jax.errors.JaxRuntimeError) else ''}",

@@ -6,6 +6,8 @@ import stat
 from collections.abc import Mapping
 from typing import Any
 
+from magma_jax.output import printable
+
 # The largest small files that are published, vocabularies and indexes of shards, take some 20 MB.
 MAX_TEXT_NBYTES = 64 * 2**20
 # Values in a tree. An index of a model has a name and a file for each of some thousand tensors.
@@ -98,8 +100,3 @@ def shown(value: object, length: int = 100) -> str:
     """A value from a file for a message: no control characters, and no more of it than a line takes."""
     text = repr(value if not isinstance(value, str | bytes) else value[: length + 1])
     return printable(text if len(text) <= length else f"{text[:length]}...").replace("\n", "\\n")
-
-
-def printable(text: str) -> str:
-    """Text that may hold names from a file, for a terminal: control characters are spelled out, but for line ends."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,13 +27,15 @@ from tqdm import tqdm
 
 from magma_jax.compile import keep_programs
 from magma_jax.data.images import FORMATS, ImageInput
+from magma_jax.data.readers.common import files_below
+from magma_jax.data.records import Skipped
 from magma_jax.inference.answer_file import answer_file
 from magma_jax.inference.api import Magma
 from magma_jax.inference.ask import AHEAD, Answer, Asker, AskOptions
 from magma_jax.inference.attention import check_head, look
 from magma_jax.inference.requests import EngineError
 from magma_jax.inference.sampling import SamplingConfig
-from magma_jax.output import replace_file
+from magma_jax.output import error_line, printable, replace_file
 
 DEFAULT_PROMPT = "A picture of"
 SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
@@ -111,10 +114,13 @@ def _part(text: str) -> str | ImageInput:
 
 
 def _pictures_in(path: str) -> list[str]:
-    """The pictures below a folder, in order; of a file, itself."""
+    """The pictures below a folder, in order, without hidden files; of a file, itself."""
     if not os.path.isdir(path):
         return [path]
-    found = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    ignored: list[Skipped] = []
+    found = sorted(map(str, map(Path, filter(os.path.isfile, files_below(Path(path), SUFFIXES, ignored)))))
+    if ignored:
+        print(printable(f"note: {path}: {len(ignored)} hidden files are left out"), file=sys.stderr)
     if not found:
         raise ValueError(f"{path}: no pictures in it ({', '.join(SUFFIXES)})")
     return found
@@ -155,7 +161,7 @@ def _print_answers(arguments: argparse.Namespace, questions: list[Question], opt
                 answers = wait()
                 tokens = answers[0].tokens
                 for answer in answers:
-                    print(_line(question, answer))
+                    print(printable(_line(question, answer)))
     if arguments.attention:
         seen = look(model, prompts[0], tokens)
         buffer = io.BytesIO()
@@ -163,7 +169,7 @@ def _print_answers(arguments: argparse.Namespace, questions: list[Question], opt
         seen.sheet(**which).save(buffer, "PNG")
         replace_file(arguments.attention, buffer.getvalue())
         if seen.grid.note:
-            print(f"note: {seen.grid.note}", file=sys.stderr)
+            print(printable(f"note: {seen.grid.note}"), file=sys.stderr)
 
 
 def _stream(asker: Asker, prompt: list[str | ImageInput]) -> tuple[int, ...]:
@@ -173,7 +179,8 @@ def _stream(asker: Asker, prompt: list[str | ImageInput]) -> tuple[int, ...]:
     for piece in ticket:
         text = piece.text if begun else piece.text.lstrip()
         begun = begun or bool(text)
-        print(text, end="", flush=True)
+        # As in a whole answer, any kind of space is one; but lines stay.
+        print(printable(re.sub(r"[^\S\n]", " ", text)), end="", flush=True)
     print()
     return tuple(ticket.tokens)
 
@@ -310,8 +317,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"{error.filename}: no such file"
-    return " ".join(str(error).split())
+        error = ValueError(f"{error.filename}: no such file")
+    return error_line(error)
 
 
 if __name__ == "__main__":

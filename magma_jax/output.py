@@ -1,9 +1,10 @@
-"""Output that appears under its final name only when it is whole."""
+"""Output: files that appear under their final name only when they are whole, and text that a terminal may be given."""
 
 import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,24 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class OutputError(ValueError):
     """A place where nothing can be written; one line with the remedy."""
+
+
+# What moves a terminal's cursor, changes its colours, its title or the direction of its text, or ends a line where none
+# does; and halves of characters, which cannot be written at all.
+_NOT_PRINTABLE = re.compile("[^\n\t -~\u00a0-\U0010ffff]|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text of data, files or models as a terminal may be given it: control characters become JSON's escapes of them."""
+    return _NOT_PRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def error_line(error: BaseException) -> str:
+    """What an error says, in one printable line; of an error of the system, the file comes first."""
+    said = str(error)
+    if isinstance(error, OSError) and isinstance(error.filename, str | bytes) and error.strerror:
+        said = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return printable(" ".join(filter(None, map(str.strip, re.split("[\r\n]+", said)))) or type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -107,11 +126,14 @@ def locked(path: Path) -> Iterator[None]:
     """Keeps other processes from writing what shall appear at ``path``; the lock of a process that dies is free.
 
     Raises:
-        OutputError: another process holds it.
+        OutputError: another process holds it, or nothing can be written there.
     """
     name = path.with_name(f".{path.name}.lock")
     while True:
-        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror}); repair that and try again") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The one who held it may have removed this very file in between: then the lock locks nothing.

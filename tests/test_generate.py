@@ -109,6 +109,17 @@ def test_errors_are_one_line_and_status_2(folder, picture, tmp_path, capsys, arg
     assert err.count("\n") == 1
 
 
+def test_hidden_pictures_of_a_folder_are_left_out_and_counted(tmp_path, capsys):
+    for name in ("b.png", "a/c.jpg", "._b.png", ".ipynb_checkpoints/b.png", "__MACOSX/a/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(b"a picture, never opened")
+    (tmp_path / "folder.png").mkdir()
+    questions = generate.read_inputs([str(tmp_path), "A picture of"])
+    assert [question.name for question in questions] == [str(tmp_path / "a" / "c.jpg"), str(tmp_path / "b.png")]
+    assert capsys.readouterr().err == f"note: {tmp_path}: 3 hidden files are left out\n"
+    assert len(generate.read_inputs([str(tmp_path / "._b.png"), "A picture of"])) == 1  # asked for by name
+
+
 def test_a_prompt_may_be_longer_than_a_file_name(folder, picture, capsys):
     status, _, err = run(capsys, "--checkpoint", folder, picture, "a " * 3000)
     assert status == 2

@@ -31,8 +31,8 @@ from magma_jax.convert.magma import from_torch, to_safetensors, to_torch
 from magma_jax.convert.quantize import quantize_folder
 from magma_jax.convert.verify import read_model_config, verify
 from magma_jax.data.tokenizer import Tokenizer
-from magma_jax.foreign import printable
 from magma_jax.nn.quantized import QUANTIZED
+from magma_jax.output import printable
 from magma_jax.training.config import RunConfig
 
 # The package's own errors are ValueErrors; each says what is wrong with which file. The last is for sizes that a file
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("compose", help="published language model and encoder to a model folder to train")
     command.add_argument("--lm", required=True, help="folder, file or hf:// address, such as hf://EleutherAI/gpt-j-6b")
     command.add_argument("--encoder", required=True, help="CLIP or NF-ResNet: file or hf:// address")
-    command.add_argument("--config", required=True, help="config of the runs, such as configs/magma_v2.py")
+    command.add_argument("--config", required=True, help="Python config of the runs, which is run: configs/magma_v2.py")
     command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the config")
     command.add_argument("out", help="model folder to write; must not exist")
     command.set_defaults(run=_compose)

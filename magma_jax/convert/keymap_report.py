@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from magma_jax.foreign import printable
+from magma_jax.output import printable
 
 # Of one kind, in a message; a model of another kind can differ in all of its thousands of names.
 MAX_LINES = 500

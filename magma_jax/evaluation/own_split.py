@@ -27,6 +27,7 @@ from magma_jax.evaluation.overview import overview_picture
 from magma_jax.evaluation.report import OPENMOJI, write_report
 from magma_jax.evaluation.results import CAPTION, Evaluation, table, write_predictions, write_results
 from magma_jax.inference.api import Magma
+from magma_jax.output import printable
 from magma_jax.training.checkpoint import CHECKPOINTS, RunCheckpoints
 from magma_jax.training.model_folder import CheckpointError, read_model_json
 from magma_jax.typing import UInt8
@@ -87,7 +88,7 @@ def evaluate_run(
     write_report(workdir / f"report{suffix}.html", evaluation, dataset, workdir / "metrics.jsonl", attribution)
     if overview is not None:
         overview_picture(overview, evaluation, dataset)
-    print(table(evaluation.figures))
+    print(printable(table(evaluation.figures)))
     return evaluation
 
 

@@ -17,6 +17,7 @@ from magma_jax.compile import keep_programs
 from magma_jax.convert.hub import local_path
 from magma_jax.inference.api import Magma
 from magma_jax.inference.engine import Engine, EngineConfig
+from magma_jax.output import error_line
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def main() -> None:
         model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype)
         engine = Engine(model, sizes)
     except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
-        print(f"magma_jax.serve: {error}", file=sys.stderr)
+        print(f"magma_jax.serve: {error_line(error)}", file=sys.stderr)
         sys.exit(2)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     address = f"http://{host}:{sockets[0].getsockname()[1]}{config.root_path}"
@@ -86,7 +87,7 @@ def main() -> None:
             seconds, template = time.perf_counter() - started, config.templates.default
             says = f"serving {config.model} on {address}, template {template}; ready after {seconds:.0f} s"
         else:
-            says = f"the engine cannot start ({type(error).__name__}: {error!s:.300})"
+            says = f"the engine cannot start ({type(error).__name__}: {error_line(error):.300})"
             server.should_exit = True
         print(f"magma_jax.serve: {says}", file=sys.stderr, flush=True)
 
