@@ -564,9 +564,13 @@ def test_parquet_files_hold_what_python_has_no_type_for(tmp_path, downloads):
     assert records["1"].metadata == {"url": "http://a.example/2.jpg"} | {
         name: value for name, (_, value) in fine.items()
     }
-    (tmp_path / "list.parquet").write_bytes((tmp_path / "list.parquet").read_bytes()[:-9])
-    with pytest.raises(DataError, match=r"list\.parquet: not a whole parquet file"):
-        read("laion", tmp_path / "list.parquet", downloads)
+    whole = (tmp_path / "list.parquet").read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for content in (whole[:-9], whole[:footer] + b"\xff" * 20 + whole[footer + 20 :]):
+        (tmp_path / "list.parquet").write_bytes(content)
+        with pytest.raises(DataError, match=r"list\.parquet: not a whole parquet file") as error:
+            read("laion", tmp_path / "list.parquet", downloads)
+        assert "\n" not in str(error.value)
 
 
 def test_wit_takes_three_columns_as_captions(tmp_path, downloads):

@@ -11,6 +11,7 @@ import pyarrow.parquet as parquet
 
 from magma_jax.data.readers.common import check_file
 from magma_jax.data.records import DataError
+from magma_jax.output import error_line
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -33,7 +34,7 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     except DataError:
         raise
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a whole parquet file ({error}); fetch it again") from None
+        raise DataError(f"{path}: not a whole parquet file ({error_line(error)}); fetch it again") from None
 
 
 def _values(array: pyarrow.Array) -> list[Any]:
