@@ -11,6 +11,7 @@ Processes that only read pictures, where nobody waits for one, have ``data.time_
 
 import collections
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -50,7 +51,7 @@ class Decoders:
     """
 
     def __init__(self, processes: int = 2, *, seconds: float = 1.5, max_pixels: int = MAX_PIXELS, waiting: int = 256):
-        if processes < 1 or waiting < 1 or seconds <= 0:
+        if processes < 1 or waiting < 1 or not 0 < seconds < math.inf:
             raise ValueError(f"processes, waiting and seconds are above 0, got {processes}, {waiting}, {seconds}")
         self.seconds = seconds
         self._settings = {"seconds": seconds, "max_pixels": max_pixels}

@@ -47,7 +47,9 @@ def main() -> None:
             if arguments.allow_domain
             else None
         )
-        rules = PictureRules(arguments.max_pictures, folder=arguments.folder, fetch=fetch)
+        rules = PictureRules(
+            arguments.max_pictures, seconds=arguments.picture_seconds, folder=arguments.folder, fetch=fetch
+        )
         config = ServerConfig(
             arguments.name or name_of(arguments.checkpoint),
             key,
@@ -179,6 +181,12 @@ def _parser() -> argparse.ArgumentParser:
         help="answer with what the context has left where max_tokens is more, in place of an error",
     )
     parser.add_argument("--max-pictures", type=int, default=16, help="in a request; default: %(default)s")
+    parser.add_argument(
+        "--picture-seconds",
+        type=float,
+        default=1.5,
+        help="of processor time that decoding one picture may take; default: %(default)s",
+    )
     parser.add_argument("--folder", type=Path, help="pictures below it may be named by file: URLs")
     parser.add_argument("--allow-domain", nargs="*", default=[], help="hosts that pictures are fetched from")
     parser.add_argument("--fetch-timeout", type=float, default=5.0, help="seconds of a fetch; default: %(default)s")

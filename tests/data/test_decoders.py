@@ -156,6 +156,12 @@ def test_a_deadline_ends_the_picture_at_hand_and_those_that_wait():
         assert len(pool.process_ids()) == 2  # none that went on
 
 
+@pytest.mark.parametrize("wrong", [{"processes": 0}, {"waiting": 0}, {"seconds": 0.0}, {"seconds": float("nan")}])
+def test_limits_are_above_zero(wrong):
+    with pytest.raises(ValueError, match="are above 0"):
+        Decoders(**wrong)
+
+
 def test_only_so_many_wait():
     with Decoders(1, seconds=LONG, waiting=1) as pool, concurrent.futures.ThreadPoolExecutor(1) as threads:
         slow = threads.submit(pool.square, ENDLESS, 32)
