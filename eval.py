@@ -17,6 +17,7 @@ from pathlib import Path
 
 from magma_jax.evaluation.command import add_other_options, add_task_options, run_comparison, run_perplexity, run_tasks
 from magma_jax.evaluation.own_split import evaluate_run
+from magma_jax.output import error_line
 from magma_jax.runtime.distributed import one_of_several
 
 
@@ -46,7 +47,7 @@ def main() -> None:
         else:
             evaluate_run(arguments.workdir, arguments.split, arguments.limit, arguments.overview)
     except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
-        sys.exit(f"eval.py: {error}")
+        sys.exit(f"eval.py: {error_line(error)}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from magma_jax.config import apply_overrides, config_name, load_config_file
 from magma_jax.evaluation.own_split import evaluate_run
 from magma_jax.families import family_of, run_config
+from magma_jax.output import error_line
 from magma_jax.runtime.distributed import one_of_several
 from magma_jax.training.loop import train
 from magma_jax.training.monitor.profiler import StepRange
@@ -21,7 +22,12 @@ from magma_jax.training.monitor.profiler import StepRange
 def main() -> None:
     """Reads the command line, trains, and evaluates if the config says so."""
     parser = argparse.ArgumentParser(description="Trains what a config describes; by default the quick start.")
-    parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs/quickstart.py")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path(__file__).parent / "configs/quickstart.py",
+        help="a Python program, which is run; default: configs/quickstart.py",
+    )
     parser.add_argument("--workdir", type=Path, help="run folder; default: runs/ and the name of the config")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the config")
     parser.add_argument(
@@ -46,7 +52,7 @@ def main() -> None:
             print(f"A picture of your own: python -m magma_jax.generate --checkpoint {workdir} picture.png")
     # The package's own errors are ValueErrors; FloatingPointError is a loss that is no number.
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {error_line(error)}")
 
 
 if __name__ == "__main__":

@@ -140,11 +140,11 @@ def reference(folder: Path) -> dict[str, object]:
     import transformers
     from flax import nnx
 
+    from magma_jax.convert.open_folder import open_model_folder
     from magma_jax.models.language.gptj import GPTJ
     from magma_jax.nn.modules import abstract, merge
     from magma_jax.published.keymap.engine import to_theirs
     from magma_jax.published.language_model_keys import language_model_table
-    from magma_jax.published.magma_checkpoint import open_model_folder
     from magma_jax.storage.deferred import Deferred
 
     model = open_model_folder(folder)

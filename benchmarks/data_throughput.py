@@ -2,6 +2,7 @@
 
     python benchmarks/data_throughput.py
     python benchmarks/data_throughput.py --convert 10000
+    python benchmarks/data_throughput.py --decoders
 
 Prints JSON. Every contender reads the same JPEGs, resizes the shorter side to --size with Pillow's bicubic filter, and
 crops the centre:
@@ -12,7 +13,8 @@ crops the centre:
     magma_jax_fast  the same with data.decode=fast
 
 They take turns for --rounds rounds, and their figures are pictures a second of processor time over all their processes:
-what else runs on the machine then matters little. Pictures are noise with the spectrum of photographs.
+what else runs on the machine then matters little. ``--decoders`` compares the processes that decode strangers' pictures
+with decoding in this one, by the processor time of both sides. Pictures are noise with the spectrum of photographs.
 """
 
 import argparse
@@ -31,9 +33,10 @@ import numpy as np
 from PIL import Image
 
 from magma_jax.data.datasets import DataConfig, load_dataset
+from magma_jax.data.decoders import Decoders
 from magma_jax.data.format.records import FileSlice, Record, pack, pack_text
 from magma_jax.data.format.shards import shard_writer
-from magma_jax.data.images import load_image
+from magma_jax.data.images import load_image, to_uint8
 from magma_jax.data.write.conversion import ConvertOptions, convert
 
 BATCH = 32
@@ -51,10 +54,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--distinct", type=int, default=48, help="different pictures; default: %(default)s")
     parser.add_argument("--convert", type=int, metavar="N", help="measure a conversion of N pictures instead")
+    parser.add_argument("--decoders", action="store_true", help="measure decoding in other processes instead")
     parser.add_argument("--folder", type=Path, help="where files are made; default: a temporary folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         measure = measure_conversion if arguments.convert else measure_batches
+        measure = measure_decoders if arguments.decoders else measure
         print(json.dumps({"cores": os.cpu_count(), **measure(Path(folder), arguments)}, indent=2))
 
 
@@ -244,6 +249,35 @@ def measure_conversion(folder: Path, arguments: argparse.Namespace) -> dict[str,
     results[f"conversion_in_{arguments.workers}_processes"] = {"seconds": timed(parallel)["seconds"]}
     results["writing_share_of_cpu"] = round(results["writing_alone"]["cpu"] / results["conversion"]["cpu"], 3)
     return results
+
+
+def measure_decoders(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of processor time a picture in this process, and how many times that with ``Decoders``."""
+    results: dict[str, Any] = {"size": arguments.size}
+    with Decoders(1) as decoders:
+        for name, size in (SIZES | {"4000x3000": (4000, 3000)}).items():
+            (file,) = make_pictures(folder / name, 1, size)
+            buffer = io.BytesIO()
+            Image.open(file).save(buffer, "PNG")
+            for kind, content in {"JPEG": file.read_bytes(), "PNG": buffer.getvalue()}.items():
+                here = lambda content=content: to_uint8(load_image(content), arguments.size)  # noqa: E731
+                there = lambda content=content: decoders.square(content, arguments.size)  # noqa: E731
+                assert np.array_equal(here(), there())
+                count = max(1, 10_000_000 // (size[0] * size[1]))
+                rounds = [(cost(here, count, []), cost(there, count, decoders.process_ids())) for _ in range(7)]
+                results[f"{name} {kind}"] = {
+                    "milliseconds": round(1000 * statistics.median(a for a, _ in rounds), 2),
+                    "ratio": round(statistics.median(b / a for a, b in rounds), 3),
+                }
+    return results
+
+
+def cost(function: Callable[[], Any], count: int, others: list[int]) -> float:
+    """Processor seconds of a call, in this process and others."""
+    started = time.process_time() + sum(map(cpu_of, others))
+    for _ in range(count):
+        function()
+    return (time.process_time() + sum(map(cpu_of, others)) - started) / count
 
 
 def timed(function: Callable[[], Any]) -> dict[str, float]:

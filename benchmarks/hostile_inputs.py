@@ -1,58 +1,136 @@
-"""Sends the table of hostile requests to a live server and prints what each got and how long it took, as JSON.
+"""Sends the tables of hostile requests to a live server and prints what each got and what it cost, as JSON.
 
     PYTHONPATH=. python benchmarks/hostile_inputs.py --checkpoint runs/quickstart
 
-Each must get its 4xx within two seconds, and the server must be healthy after each. Bodies that come too slowly, of
-requests and of fetched pictures, are given one second (the server's defaults are 20 and 5).
+First the rows that are tests, at a server of low limits: each must get its 4xx within two seconds. Bodies that come too
+slowly, of requests and of fetched pictures, are given one second (the server's defaults are 20 and 5). Then bodies of
+32 MB, the most that a server takes by default. The server is a process of its own, and healthy after each row.
+``waited`` is how long another client waited for ``/health`` at most, meanwhile; ``memory`` what the process had at most
+beyond what it had before, in MB.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
+import re
 import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from magma_jax import Magma
 from magma_jax.inference.batching.engine import Engine, EngineConfig
 from magma_jax.serve.app import create_app
-from tests.serve.hostile import ROWS, ask, hostile_config, hostile_host
+from magma_jax.serve.config import ServerConfig
+from magma_jax.serve.network.connections import settings
+from tests.serve.hostile import LARGE, ROWS, Row, ask, hostile_config, hostile_host
 
-LIMIT = 2.0
+# Seconds of a row, and of another client meanwhile.
+LIMIT, WAIT = 2.0, 0.5
+# Memory of a body of the largest size, in times its own.
+MEMORY = 3
 
 
 def main() -> int:
     """Reads the command line; returns 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--only", choices=("small", "large"), help="one of the two tables")
     arguments = parser.parse_args()
-    model = Magma.from_checkpoint(arguments.checkpoint)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    if arguments.only != "large":
+        with _server(arguments.checkpoint, low=True) as (port, pid):
+            tables["small"] = [_send(port, pid, name, row) for name, row in ROWS.items()]
+    if arguments.only != "small":
+        with _server(arguments.checkpoint, low=False) as (port, pid):
+            tables["large"] = [_send(port, pid, name, Row(build(), 0, "")) for name, build in LARGE.items()]
+    summary = {name: _summary(rows) for name, rows in tables.items()}
+    print(json.dumps({"summary": summary, "tables": tables}, indent=1))
+    return 1 if any(table["failed"] for table in summary.values()) else 0
+
+
+@contextlib.contextmanager
+def _server(checkpoint: str, *, low: bool) -> Iterator[tuple[int, int]]:
+    """Port and process of a server with low limits, or with its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(checkpoint, low, theirs))
+    process.start()
+    theirs.close()
+    try:
+        yield ours.recv(), process.pid
+    except EOFError:
+        sys.exit("hostile_inputs.py: the server did not start")
+    finally:
+        ours.close()
+        process.join()
+
+
+def _serve(checkpoint: str, low: bool, pipe: Connection) -> None:
+    engine = Engine(Magma.from_checkpoint(checkpoint), EngineConfig(slots=4))
     with hostile_host() as connector:
-        app = create_app(Engine(model, EngineConfig(slots=4)), hostile_config("hostile", connector, timeout=1.0))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
+        config = hostile_config("hostile", connector, timeout=1.0) if low else ServerConfig("hostile")
+        server = uvicorn.Server(settings(create_app(engine, config), config, port=0, lifespan="on"))
         thread = threading.Thread(target=server.run)
         thread.start()
-        while not server.started:
+        while not (server.started and app.state.ready):
             time.sleep(0.05)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        rows = []
-        for name, row in ROWS.items():
-            started = time.perf_counter()
-            status, says = ask(port, row)
-            seconds = time.perf_counter() - started
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as response:
-                healthy = json.load(response)["status"] == "ok"
-            fine = status == row.status and row.says in says and seconds < LIMIT and healthy
-            rows.append({"row": name, "status": status, "seconds": round(seconds, 3), "fine": fine, "says": says[:100]})
+        pipe.send(server.servers[0].sockets[0].getsockname()[1])
+        with contextlib.suppress(EOFError):
+            pipe.recv()  # until the other end is closed
         server.should_exit = True
         thread.join()
-    failed = [row["row"] for row in rows if not row["fine"]]
-    slowest = max(rows, key=lambda row: row["seconds"])
-    summary = {"rows": len(rows), "failed": failed, "slowest": slowest["row"], "seconds": slowest["seconds"]}
-    print(json.dumps({**summary, "table": rows}, indent=1))
-    return 1 if failed else 0
+
+
+def _send(port: int, pid: int, name: str, row: Row) -> dict[str, Any]:
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
+    before, waits, done = _memory(pid, "VmRSS"), [0.0], threading.Event()
+
+    def other_client() -> None:
+        while not done.is_set():
+            started = time.perf_counter()
+            _health(port)
+            waits.append(time.perf_counter() - started)
+            done.wait(0.01)
+
+    other = threading.Thread(target=other_client)
+    other.start()
+    started = time.perf_counter()
+    status, says = ask(port, row)
+    seconds = time.perf_counter() - started
+    done.set()
+    other.join()
+    memory = _memory(pid, "VmHWM") - before
+    fine = seconds < LIMIT and max(waits) < WAIT and _health(port) == "ok"
+    if row.status or row.send:
+        fine = fine and status == row.status and row.says in says
+    else:  # a body of the largest size
+        fine = fine and 400 <= status < 500 and memory < MEMORY * len(row.body) / 1e6
+    cost = {"seconds": round(seconds, 3), "waited": round(max(waits), 3), "memory": round(memory, 1)}
+    return {"row": name, "status": status, **cost, "fine": fine, "says": says[:100]}
+
+
+def _health(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as response:
+        return json.load(response)["status"]
+
+
+def _memory(pid: int, name: str) -> float:
+    """A line of the process's status, in MB."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / 1e6
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    worst = {key: max(rows, key=lambda row: row[key]) for key in ("seconds", "waited", "memory")}
+    most = {key: {"row": row["row"], key: row[key]} for key, row in worst.items()}
+    return {"rows": len(rows), "failed": [row["row"] for row in rows if not row["fine"]], "most": most}
 
 
 if __name__ == "__main__":

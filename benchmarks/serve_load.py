@@ -70,6 +70,7 @@ def main() -> int:
 
 def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "magma_jax.serve", "--checkpoint", arguments.checkpoint, "--slots", str(slots)]
+    command += ["--template", "raw"]
     server = subprocess.Popen([*command, "--port", str(arguments.port)])
     try:
         while not _healthy(arguments.port):
@@ -95,7 +96,7 @@ def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dic
         server.wait()
 
     def counted(name: str) -> float:
-        return after[f"magma_{name}"] - before[f"magma_{name}"]
+        return after[f"magma_{name}_total"] - before[f"magma_{name}_total"]
 
     first = sorted(entry["first"] for entry in log if entry.get("first"))
     speeds = [entry["speed"] for entry in log if entry.get("speed")]

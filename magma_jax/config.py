@@ -16,7 +16,11 @@ from typing import Any, TypeVar
 
 import ml_collections
 
+from magma_jax.foreign import shown
+
 T = TypeVar("T")
+
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 class ConfigError(ValueError):
@@ -38,11 +42,11 @@ def from_dict(
         ConfigError: an unknown key, a missing required key or a wrong type; the message names its full path.
     """
     if not isinstance(values, Mapping | ml_collections.ConfigDict):
-        raise ConfigError(f"{where}: expected a mapping with fields of {cls.__name__}, got {values!r}")
+        raise ConfigError(f"{where}: expected a mapping with fields of {cls.__name__}, got {shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(map(str, set(values) - set(fields)))
     if unknown:
-        names = ", ".join(f"{where}.{key}" for key in unknown)
+        names = ", ".join(f"{where}.{key}" for key in unknown[:20])
         raise ConfigError(f"unknown key {names}; {cls.__name__} has: {', '.join(fields)}")
     hints = typing.get_type_hints(cls) | dict(types or {})
     arguments = {key: _convert(hints[key], values[key], f"{where}.{key}") for key in values}
@@ -59,6 +63,21 @@ def from_dict(
 def to_dict(config: Any) -> dict[str, Any]:
     """The nested dict of plain JSON values that ``from_dict`` turns into the same config."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """Raises ValueError unless the fields of these names are whole numbers, or tuples of them, of a possible size."""
+    for name in names:
+        value = getattr(config, name)
+        for size in value if isinstance(value, tuple) else (value,):
+            if not 1 <= size < 2**31:
+                raise ValueError(f"{name} must be at least 1 and below 2**31, got {shown(value)}")
+
+
+def check_dtype(name: str, dtype: str, others: Sequence[str] = ()) -> None:
+    """Raises ValueError unless ``dtype`` names a floating type that models compute with, or one of ``others``."""
+    if dtype not in (*FLOATS, *others):
+        raise ValueError(f"{name} {shown(dtype)} is none of {', '.join((*FLOATS, *others))}")
 
 
 def load_config_file(path: str | Path) -> ml_collections.ConfigDict:
@@ -139,13 +158,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(args, value, where)
     if origin is typing.Literal:
         if value not in args:
-            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+            raise ConfigError(f"{where}: {shown(value)} is not one of {', '.join(map(repr, args))}")
         return value
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
+            raise ConfigError(f"{where}: expected a list, got {shown(value)}")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) != len(value):
             raise ConfigError(f"{where}: expected {len(kinds)} values, got {len(value)}")
@@ -153,11 +172,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             _convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
         )
     if origin is dict or hint is dict:
+        if not isinstance(value, Mapping | ml_collections.ConfigDict):
+            raise ConfigError(f"{where}: expected a mapping, got {shown(value)}")
         return {k: _convert(args[1], v, f"{where}.{k}") if args else v for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{where}: {shown(value)} is too large for a float") from None
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {shown(value)}")
     return value
 
 
@@ -171,8 +195,8 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
         if len(classes) == 1:
             return from_dict(classes[0], value, where)
         kinds = {next(f.default for f in dataclasses.fields(c) if f.name == "kind"): c for c in classes}
-        if value.get("kind") not in kinds:
-            raise ConfigError(f"{where}.kind: {value.get('kind')!r} is not one of {', '.join(kinds)}")
+        if value.get("kind") not in list(kinds):
+            raise ConfigError(f"{where}.kind: {shown(value.get('kind'))} is not one of {', '.join(kinds)}")
         return from_dict(kinds[value["kind"]], value, where)
     errors = []
     for option in options:
@@ -182,4 +206,4 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
             return _convert(option, value, where)
         except ConfigError as error:
             errors.append(str(error))
-    raise ConfigError(errors[0] if errors else f"{where}: {value!r} does not fit")
+    raise ConfigError(errors[0] if errors else f"{where}: {shown(value)} does not fit")

@@ -17,23 +17,31 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from magma_jax.data.decoders import DecoderError, Decoders
+from magma_jax.data.format.records import Skipped
 from magma_jax.data.images import FORMATS, ImageInput
+from magma_jax.data.readers.common import files_below
+from magma_jax.data.time_limit import OWN_SECONDS
 from magma_jax.inference.answer_file import answer_file
 from magma_jax.inference.answers import AHEAD, Answer, Asker, AskOptions
 from magma_jax.inference.api import Magma
 from magma_jax.inference.attention_maps import check_head, look
 from magma_jax.inference.batching.requests import EngineError
 from magma_jax.inference.decoding.sampling import SamplingConfig
-from magma_jax.output import replace_file
+from magma_jax.output import error_line, printable, replace_file
 from magma_jax.runtime.compile import keep_programs
 
+# For the pictures of a prompt, on a disk that may be far away.
+READ_SECONDS = 120.0
 DEFAULT_PROMPT = "A picture of"
 SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
 
@@ -44,9 +52,13 @@ class Question(NamedTuple):
     name: str | None
     parts: list[str | ImageInput]
 
-    def prompt(self) -> list[str | ImageInput]:
+    def prompt(self, decoders: Decoders) -> list[str | ImageInput]:
         """With its pictures read."""
-        return [part if isinstance(part, str) else ImageInput(part.load()) for part in self.parts]
+        deadline = time.monotonic() + READ_SECONDS
+        return [
+            part if isinstance(part, str) else ImageInput(decoders.picture(part.source, deadline))
+            for part in self.parts
+        ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _to_file(arguments, questions, options)
         _print_answers(arguments, questions, options)
     # ImageError, CheckpointError, ConfigError and the like: all say in one line what to do.
-    except (ValueError, OSError, EngineError) as error:
+    except (ValueError, OSError, EngineError, DecoderError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -111,10 +123,13 @@ def _part(text: str) -> str | ImageInput:
 
 
 def _pictures_in(path: str) -> list[str]:
-    """The pictures below a folder, in order; of a file, itself."""
+    """The pictures below a folder, in order, without hidden files; of a file, itself."""
     if not os.path.isdir(path):
         return [path]
-    found = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    ignored: list[Skipped] = []
+    found = sorted(map(str, map(Path, filter(os.path.isfile, files_below(Path(path), SUFFIXES, ignored)))))
+    if ignored:
+        print(printable(f"note: {path}: {len(ignored)} hidden files are left out"), file=sys.stderr)
     if not found:
         raise ValueError(f"{path}: no pictures in it ({', '.join(SUFFIXES)})")
     return found
@@ -143,7 +158,8 @@ def _check(arguments: argparse.Namespace, questions: list[Question]) -> None:
 
 def _print_answers(arguments: argparse.Namespace, questions: list[Question], options: AskOptions) -> None:
     # Before the weights are read: a wrong picture should not take so long to tell.
-    prompts = [question.prompt() for question in questions]
+    with _decoders() as decoders:
+        prompts = [question.prompt(decoders) for question in questions]
     model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype)
     check_head(model.config.lm.layers, model.config.lm.heads, arguments.layer, arguments.head)
     with Asker(model, options, prompts[0], len(prompts)) as asker:
@@ -155,7 +171,7 @@ def _print_answers(arguments: argparse.Namespace, questions: list[Question], opt
                 answers = wait()
                 tokens = answers[0].tokens
                 for answer in answers:
-                    print(_line(question, answer))
+                    print(printable(_line(question, answer)))
     if arguments.attention:
         seen = look(model, prompts[0], tokens)
         buffer = io.BytesIO()
@@ -163,7 +179,11 @@ def _print_answers(arguments: argparse.Namespace, questions: list[Question], opt
         seen.sheet(**which).save(buffer, "PNG")
         replace_file(arguments.attention, buffer.getvalue())
         if seen.grid.note:
-            print(f"note: {seen.grid.note}", file=sys.stderr)
+            print(printable(f"note: {seen.grid.note}"), file=sys.stderr)
+
+
+def _decoders() -> Decoders:
+    return Decoders(1, seconds=OWN_SECONDS)
 
 
 def _stream(asker: Asker, prompt: list[str | ImageInput]) -> tuple[int, ...]:
@@ -173,7 +193,8 @@ def _stream(asker: Asker, prompt: list[str | ImageInput]) -> tuple[int, ...]:
     for piece in ticket:
         text = piece.text if begun else piece.text.lstrip()
         begun = begun or bool(text)
-        print(text, end="", flush=True)
+        # As in a whole answer, any kind of space is one; but lines stay.
+        print(printable(re.sub(r"[^\S\n]", " ", text)), end="", flush=True)
     print()
     return tuple(ticket.tokens)
 
@@ -188,10 +209,10 @@ def _to_file(arguments: argparse.Namespace, questions: list[Question], options: 
         model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype) if left else None
 
         def begin(stack: contextlib.ExitStack) -> Iterator:
-            asker = None
+            asker, decoders = None, stack.enter_context(_decoders())
             for question in left:
                 try:
-                    prompt = question.prompt()
+                    prompt = question.prompt(decoders)
                 except (ValueError, OSError) as error:
                     yield question, _one_line(error)
                     continue
@@ -310,8 +331,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"{error.filename}: no such file"
-    return " ".join(str(error).split())
+        error = ValueError(f"{error.filename}: no such file")
+    return error_line(error)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ D width, H heads, K head size, F feed-forward, V vocabulary, L layers, C channel
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from jaxtyping import Bool, Float, Int, Key, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Key, Shaped, UInt8, UInt32
 
 if TYPE_CHECKING:
     from jax import Array
@@ -21,7 +21,20 @@ Params: TypeAlias = dict[str, Any]
 # Label of positions that carry no loss (PyTorch's convention, which the original's labels follow).
 IGNORED = -100
 
-__all__ = ["IGNORED", "Array", "Bool", "Float", "Int", "Key", "PRNGKey", "Params", "PyTree", "Shaped", "UInt8"]
+__all__ = [
+    "IGNORED",
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Key",
+    "PRNGKey",
+    "Params",
+    "PyTree",
+    "Shaped",
+    "UInt8",
+    "UInt32",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,8 +18,8 @@ from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.published.keymap import engine as keymap
-from magma_jax.published.magma_checkpoint import model_shapes
 from magma_jax.published.magma_keys import attention_buffers, magma_table
+from magma_jax.published.open_magma import model_shapes
 from magma_jax.storage.deferred import Deferred, alias_key
 from magma_jax.storage.model_folder import nbytes_of
 from magma_jax.storage.progress import writing

@@ -90,8 +90,8 @@ def test_several_pictures_and_a_prompt(folder, picture, tmp_path, capsys):
         (["{picture}", "--head", "1"], "give layer too"),
         (["{picture}", "--attention", "{out}", "--layer", "99"], "layer 99: the model has 2, counted from 0"),
         (["{picture}", "--attention", "{out}", "--layer", "0", "--head", "-1"], "head -1: the model has 2"),
-        (["{picture}", "--seed", "99999999999999999999"], "seed must be a whole number from 0 to 4294967295"),
-        (["{picture}", "--seed", "4294967295", "--n", "2"], "seed must be a whole number"),
+        (["{picture}", "--seed", "99999999999999999999"], "seed must be a whole number from -2**63"),
+        (["{picture}", "--seed", "18446744073709551615", "--n", "2"], "seed must be a whole number"),
         (["{picture}", "--output", "{page}"], "already exists"),
         (["{picture}", "--output", "{nothing}/a.jsonl"], "no such folder"),
     ],
@@ -107,6 +107,17 @@ def test_errors_are_one_line_and_status_2(folder, picture, tmp_path, capsys, arg
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_hidden_pictures_of_a_folder_are_left_out_and_counted(tmp_path, capsys):
+    for name in ("b.png", "a/c.jpg", "._b.png", ".ipynb_checkpoints/b.png", "__MACOSX/a/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(b"a picture, never opened")
+    (tmp_path / "folder.png").mkdir()
+    questions = generate.read_inputs([str(tmp_path), "A picture of"])
+    assert [question.name for question in questions] == [str(tmp_path / "a" / "c.jpg"), str(tmp_path / "b.png")]
+    assert capsys.readouterr().err == f"note: {tmp_path}: 3 hidden files are left out\n"
+    assert len(generate.read_inputs([str(tmp_path / "._b.png"), "A picture of"])) == 1  # asked for by name
 
 
 def test_a_prompt_may_be_longer_than_a_file_name(folder, picture, capsys):

@@ -1,11 +1,55 @@
 """Output that appears when it is whole, one writer at a time."""
 
 import fcntl
+import importlib
 import os
+import sys
 
 import pytest
 
-from magma_jax.output import OutputError, check_room, whole_output
+from magma_jax.output import OutputError, check_room, error_line, printable, whole_output
+
+
+def test_what_a_terminal_may_be_given():
+    tongues = "caf\u00e9 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f468\u200d\U0001f469 tab\tline\n"
+    assert printable(tongues) == tongues
+    assert printable("\x1b[2J\x00\x7f\x9b\r\u202e\u2066\ud800") == (
+        "\\u001b[2J\\u0000\\u007f\\u009b\\u000d\\u202e\\u2066\\ud800"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train", ["--config", "no\x1b[31m.py"]),
+        ("eval", ["--workdir", "no\x1b[31m"]),
+        ("magma_jax.convert.__main__", ["to-torch", "no\x1b[31m", "out"]),
+        ("magma_jax.data.__main__", ["show", "no\x1b[31m"]),
+        ("magma_jax.evaluation.__main__", ["score", "--protocol=coco", "--references=no", "--predictions=no\x1b[31m"]),
+        ("magma_jax.generate", ["--checkpoint", "no\x1b[31m", "no\x1b[31m.png"]),
+        ("magma_jax.plan.__main__", ["--config", "no\x1b[31m.py", "--topology", "v5e:2x2"]),
+        ("magma_jax.serve.__main__", ["--checkpoint", "no", "--api-key-file", "no\x1b[31m"]),
+    ],
+)
+def test_error_lines_of_commands_hold_no_control_characters(command, arguments, monkeypatch, tmp_path, capsys):
+    main = importlib.import_module(command).main
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [command, *arguments])
+    try:
+        status = main()
+    except SystemExit as error:
+        status = error.code
+    said = status if isinstance(status, str) else capsys.readouterr().err
+    assert "no\\u001b[31m" in said
+    assert said.strip().isprintable()
+
+
+def test_an_error_is_one_line():
+    assert error_line(ValueError("a\n  b\r\n\x1b[31m  two  spaces")) == "a b \\u001b[31m  two  spaces"
+    assert error_line(FileNotFoundError(2, "No such file", "x\ny\x07")) == "x y\\u0007: No such file"
+    assert error_line(PermissionError(13, "Permission denied", b"\xff")) == "\\udcff: Permission denied"
+    assert error_line(OSError(9, "Bad file descriptor", 3)) == "[Errno 9] Bad file descriptor: 3"
+    assert error_line(ValueError()) == "ValueError"
 
 
 def names(folder):

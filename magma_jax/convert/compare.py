@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from magma_jax.published.magma_checkpoint import open_model_folder, published_module
+from magma_jax.convert.magma_checkpoint import published_module
+from magma_jax.convert.open_folder import open_model_folder
 from magma_jax.published.magma_keys import is_weight
 from magma_jax.storage.deferred import alias_key, read_array, read_row
 from magma_jax.storage.files import WeightFileError, open_tensors

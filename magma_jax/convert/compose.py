@@ -66,15 +66,14 @@ def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Compos
         fresh = _fresh(config, [path for path in shapes if path not in pretrained.params])
         params = {path: {**pretrained.params, **fresh}[path] for path in shapes}
         files = [file for group in pretrained.files.values() for file in group]
-        with hashing(files) as digests, writing(out, nbytes_of(params)) as progress:
+        with hashing(files) as digest_of, writing(out, nbytes_of(params)) as progress:
 
             def metadata() -> dict[str, Any]:
-                found = digests()
                 sources = {
                     prefix: {
                         "from": {"lm": lm, "image_prefix/encoder": encoder}[prefix],
                         **_commit(group),
-                        "sha256": {_name(file, lm_path): found[file] for file in group},
+                        "sha256": {_name(file, lm_path): digest_of(file) for file in group},
                     }
                     for prefix, group in pretrained.files.items()
                 }

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from magma_jax.config import to_dict
-from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.convert.open_folder import open_model_folder
 from magma_jax.nn.quantized import QUANTIZED, quantize
-from magma_jax.published.magma_checkpoint import abstract_model, open_model_folder
+from magma_jax.published.open_magma import abstract_model
 from magma_jax.storage.deferred import Deferred, read_array, read_row
 from magma_jax.storage.model_folder import BASE, CheckpointError, nbytes_of, read_model_json, write_model_folder
 from magma_jax.storage.progress import writing
@@ -51,9 +51,8 @@ def quantize_folder(folder: str | Path, out: str | Path, dtype: str) -> None:
     metadata |= {"model": to_dict(config), "source": {"quantized": folder.name}, "magma_jax": __version__}
     if "run" in metadata:
         metadata["run"] |= {"model": metadata["model"]}
-    tokenizer = Tokenizer.load(folder / "tokenizer")
     with writing(out, nbytes_of(params)) as progress:
-        write_model_folder(out, metadata, params, lambda made: tokenizer.save(made / "tokenizer"), progress)
+        write_model_folder(out, metadata, params, lambda made: model.tokenizer.save(made / "tokenizer"), progress)
 
 
 def _deferred(weight: Any, shape: jax.ShapeDtypeStruct, dtype: str, part: int) -> Deferred:

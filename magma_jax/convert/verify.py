@@ -1,7 +1,6 @@
 """Proves a conversion: runs a checkpoint on a golden file's inputs and compares with what the original computed."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from magma_jax.config import ConfigError
 from magma_jax.convert.golden import Comparison, GoldenError, compare, read_golden
 from magma_jax.convert.golden_generate import generations
 from magma_jax.convert.golden_run import Subject, cast, forward, half_precision, training
+from magma_jax.foreign import ForeignError, read_json, shown
 from magma_jax.inference.api import Magma
-from magma_jax.published.magma_checkpoint import read_torch_magma
+from magma_jax.published.infer_config import MODEL_CONFIG_KEYS
 
 # What a golden file gives to the model; everything else in it is compared or listed as not compared.
 INPUTS = {"images", "captions", "text_a", "text_b", "opt/images_1", "opt/captions_1", "geneos/eos_token"}
@@ -69,11 +69,8 @@ def verify(checkpoint: str | Path, golden: str | Path, model_config: Mapping[str
     beside = Path(golden).with_suffix(".json")
     if model_config is None and beside.is_file():
         model_config = read_model_config(beside)
-    if checkpoint.is_dir():
-        loaded = Magma.from_checkpoint(checkpoint)
-        config, params = loaded.config, loaded.params
-    else:
-        config, params = read_torch_magma(checkpoint, model_config)
+    loaded = Magma.from_checkpoint(checkpoint, model_config=model_config)
+    config, params = loaded.config, loaded.params
     config = dataclasses.replace(config, dtype="float32")
     subject = Subject(config, cast(params, jnp.float32), arrays, model_config or {})
 
@@ -97,14 +94,14 @@ def read_model_config(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except OSError:
         raise ConfigError(f"{path}: no such model config file") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    except ForeignError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a model config is a JSON object, not a {type(values).__name__}")
-    for part in ("lm", "encoder"):
+    for part in MODEL_CONFIG_KEYS:
         if not isinstance(values.get(part, {}), dict):
-            raise ConfigError(f"{path}: {part!r} must be an object, got {values[part]!r}")
+            raise ConfigError(f"{path}: {part!r} must be an object, got {shown(values[part])}")
     return values

@@ -21,6 +21,7 @@ from magma_jax.data.readers import READERS, SELF_CONTAINED, read
 from magma_jax.data.write.beam import convert_with_beam
 from magma_jax.data.write.conversion import ConvertOptions, convert
 from magma_jax.data.write.prepare import Check, Fingerprint, PrepareOptions
+from magma_jax.output import error_line, printable
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
     try:
         _convert(arguments) if arguments.command == "convert" else _show(arguments)
     except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
-        sys.exit(f"magma_jax.data: {error}")
+        sys.exit(f"magma_jax.data: {error_line(error)}")
     except KeyboardInterrupt:
         sys.exit("magma_jax.data: interrupted; run the same command again to go on")
 
@@ -76,7 +77,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {info['records']} records, {info['captions']} captions, {info['questions']} questions")
     for reason, count in info["skipped"].items():
         remark = " (expected: not counted against --max-skipped)" if reason in EXPECTED else ""
-        print(f"samples left out: {count} x {reason}{remark}")
+        print(printable(f"samples left out: {count} x {reason}{remark}"))
 
 
 def _options(name: str, pairs: list[str]) -> dict[str, Any]:
@@ -105,14 +106,14 @@ def _show(arguments: argparse.Namespace) -> None:
     if arguments.limit < 0:
         raise DataError(f"--limit must be 0 or more, got {arguments.limit}")
     records = StoredRecords(arguments.folder)
-    print(json.dumps(records.info, indent=2, ensure_ascii=False))
+    print(printable(json.dumps(records.info, indent=2, ensure_ascii=False)))
     for row in range(min(arguments.limit, len(records))):
         record = records[row]
-        print(f"\n{record.id}  ({len(record.image)} bytes)")
+        print(printable(f"\n{record.id}  ({len(record.image)} bytes)"))
         for caption in record.captions:
-            print(f"  {caption}")
+            print(printable(f"  {caption}"))
         for question in record.questions:
-            print(f"  {question.text}  {', '.join(dict.fromkeys(question.answers))}")
+            print(printable(f"  {question.text}  {', '.join(dict.fromkeys(question.answers))}"))
 
 
 if __name__ == "__main__":

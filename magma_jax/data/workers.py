@@ -8,8 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-# Just below the largest that glibc keeps.
-LARGE = 31 << 20
+from magma_jax.data.pillow_steps import keep_freed_memory
 
 
 def worker_pool(
@@ -31,16 +30,6 @@ def finished(value: Any) -> concurrent.futures.Future:
     future: concurrent.futures.Future = concurrent.futures.Future()
     future.set_result(value)
     return future
-
-
-def keep_freed_memory() -> None:
-    """Lets the C library use large blocks again.
-
-    It gives a block back to the system as soon as it is free, until it has seen one as large as this; and fetching
-    memory anew for every picture costs a tenth of the time it takes to decode.
-    """
-    block = bytearray(LARGE)
-    del block
 
 
 def cores() -> int:

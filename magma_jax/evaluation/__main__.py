@@ -12,6 +12,7 @@ from pathlib import Path
 from magma_jax.evaluation.metrics.bootstrap import DRAWS
 from magma_jax.evaluation.scoring.protocols import PROTOCOLS
 from magma_jax.evaluation.scoring.score import score_files
+from magma_jax.output import error_line, printable
 
 
 def main() -> None:
@@ -37,8 +38,9 @@ def main() -> None:
         files = arguments.references, arguments.predictions
         result = score_files(arguments.protocol, *files, choices=arguments.choices, draws=arguments.draws)
     except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
-        sys.exit(f"magma_jax.evaluation: {error}")
-    print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if arguments.json else result.table())
+        sys.exit(f"magma_jax.evaluation: {error_line(error)}")
+    shown = json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if arguments.json else result.table()
+    print(printable(shown))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from magma_jax.evaluation.tasks.few_shot import evaluate_task
 from magma_jax.evaluation.tasks.sweep import combinations, run_sweep, sweep_table, write_sweep
 from magma_jax.evaluation.tasks.task import TASKS, TaskConfig
 from magma_jax.inference.api import Magma
+from magma_jax.output import printable
 from magma_jax.runtime.distributed import barrier, is_main
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
 from magma_jax.storage.hub import local_path
@@ -63,7 +64,7 @@ def run_comparison(arguments: argparse.Namespace) -> None:
     """``--compare``: which of two results is better, if one is."""
     found = comparison.compare_results(*arguments.compare)
     shown = json.dumps(comparison.to_json(found), indent=2) if arguments.json else None
-    print(shown or comparison.table(*arguments.compare, found))
+    print(shown or printable(comparison.table(*arguments.compare, found)))
 
 
 def run_perplexity(arguments: argparse.Namespace) -> None:
@@ -115,7 +116,8 @@ def run_tasks(arguments: argparse.Namespace) -> None:
         for task in tasks:
             results = run_sweep(combinations(task, choices), evaluate, model.tokenizer)
             if is_main():
-                print(f"wrote {write_sweep(folder, results, list(choices))}\n\n{sweep_table(results, list(choices))}\n")
+                written = write_sweep(folder, results, list(choices))
+                print(printable(f"wrote {written}\n\n{sweep_table(results, list(choices))}\n"))
             barrier("sweep written")
         return
     for task in tasks:
@@ -127,7 +129,7 @@ def run_tasks(arguments: argparse.Namespace) -> None:
         barrier("result written")
     for settings in {json.dumps(task.settings): task.settings for task in tasks}.values() if is_main() else ():
         card = write_card(folder, checkpoint, settings)
-        print(f"wrote {card}\n\n{card.read_text()}")
+        print(printable(f"wrote {card}\n\n{card.read_text()}"))
 
 
 def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:

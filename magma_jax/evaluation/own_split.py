@@ -27,6 +27,7 @@ from magma_jax.evaluation.results.results import CAPTION, Evaluation, table, wri
 from magma_jax.evaluation.tasks.answering import Answerer, PromptError
 from magma_jax.evaluation.tasks.examples import BlackPictures, JoinedPictures, close, spaced
 from magma_jax.inference.api import Magma
+from magma_jax.output import printable
 from magma_jax.storage.model_folder import CheckpointError, read_model_json
 from magma_jax.training.checkpoints.checkpoint import CHECKPOINTS, RunCheckpoints
 from magma_jax.typing import UInt8
@@ -87,7 +88,7 @@ def evaluate_run(
     write_report(workdir / f"report{suffix}.html", evaluation, dataset, workdir / "metrics.jsonl", attribution)
     if overview is not None:
         overview_picture(overview, evaluation, dataset)
-    print(table(evaluation.figures))
+    print(printable(table(evaluation.figures)))
     return evaluation
 
 

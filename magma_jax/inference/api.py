@@ -21,19 +21,20 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from magma_jax.config import from_dict
-from magma_jax.data.images import ImageInput, normalize, to_uint8
-from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
+from magma_jax.data.images import ImageInput, normalize
+from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.inference.decoding.decode import Generation, generate
 from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows, seed_key
 from magma_jax.inference.prompts import Prompt, check_prompt
 from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
 from magma_jax.models.vision.catalog import ENCODERS
 from magma_jax.nn.modules import Definition, abstract, merge
-from magma_jax.published.magma_checkpoint import read_torch_magma
+from magma_jax.published.open_magma import load_tokenizer, read_torch_magma
 from magma_jax.runtime.compile import jit, return_compiler_memory
 from magma_jax.runtime.sharding import parameter_shardings, parameter_spec, placed
+from magma_jax.storage.files import holds_weights
 from magma_jax.storage.hub import local_path
-from magma_jax.storage.model_folder import in_dtype, read_model_json
+from magma_jax.storage.model_folder import MODEL_FILE, in_dtype, read_model_json
 from magma_jax.training.checkpoints.checkpoint import read_trained_params
 from magma_jax.typing import Array, Bool, Float, Int, Params
 
@@ -93,7 +94,7 @@ class Magma:
         mesh: jax.sharding.Mesh | None = None,
         model_config: Mapping[str, Any] | None = None,
     ) -> "Magma":
-        """Loads a run folder of ``train.py``, a converted model folder, or a PyTorch or safetensors checkpoint.
+        """Loads a run folder of ``train.py``, a converted model folder, or whatever checkpoint ``from-torch`` opens.
 
         Every tensor goes straight to its dtype and devices: loading takes hardly more memory than the model.
 
@@ -109,14 +110,14 @@ class Magma:
                 file that cannot be read, or whose keys do not fit a MAGMA model.
         """
         path = local_path(path)
-        if path.is_file() or any(path.glob("*.index.json")):
+        if not (path / MODEL_FILE).exists() and holds_weights(path):
 
             def place(name: str, array: np.ndarray) -> Array:
                 spec = PartitionSpec() if mesh is None else parameter_spec(name, array.shape, mesh, SHARDINGS)
                 return jax.device_put(array, None if mesh is None else NamedSharding(mesh, spec))
 
-            config, params = read_torch_magma(path, model_config, dtype or "float32", place)
-            config, tokenizer = dataclasses.replace(config, dtype=dtype or "float32"), gpt2_tokenizer()
+            config, params, tokenizer = read_torch_magma(path, model_config, dtype or "float32", place)
+            config = dataclasses.replace(config, dtype=dtype or "float32")
             return cls(config, _for_device(params, config), tokenizer)
         config = from_dict(MagmaConfig, read_model_json(path)["model"], "model.json: model")
         config = dataclasses.replace(config, dtype=dtype or config.dtype)
@@ -124,8 +125,8 @@ class Magma:
         shapes = in_dtype(shapes, jnp.dtype(config.dtype))
         if mesh is not None:
             shapes = placed(shapes, parameter_shardings(shapes, mesh, SHARDINGS))
-        tokenizer = Tokenizer.load(path / "tokenizer")
-        return cls(config, _for_device(read_trained_params(path, shapes, types), config), tokenizer)
+        params = _for_device(read_trained_params(path, shapes, types), config)
+        return cls(config, params, load_tokenizer(path))
 
     def preprocess_inputs(self, inputs: Prompt) -> Float[Array, "1 S D"]:
         """Turns one prompt, any sequence of ``ImageInput`` and text, into embeddings; ``inputs`` is not changed.
@@ -275,7 +276,7 @@ class Magma:
         parts = []
         for item in check_prompt(prompt):
             if isinstance(item, ImageInput):
-                pixels = to_uint8(item.load(), self.config.encoder.image_size)
+                pixels = item.pixels(self.config.encoder.image_size)
                 parts.append(self.embed_features(self.encode_images(pixels[None]))[0])
             else:
                 parts.append(self.embed_tokens(self.tokenizer.encode(item)))

@@ -1,12 +1,13 @@
 """A prompt before the model: what stands at every position of its sequence, and the pixels of its pictures."""
 
 import hashlib
+import secrets
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from magma_jax.data.images import ImageInput, to_uint8
+from magma_jax.data.images import ImageInput
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.typing import Int
@@ -16,6 +17,9 @@ Prompt: TypeAlias = Sequence[str | ImageInput]
 # A position of a prompt that is a word and no part of a picture.
 WORD = -1
 
+# The key of this process's hashes: without it nobody can look for two pictures of one hash.
+_KEY = secrets.token_bytes(32)
+
 
 class Encoded(NamedTuple):
     """A prompt of S positions.
@@ -23,16 +27,19 @@ class Encoded(NamedTuple):
     Attributes:
         tokens: (S,) ids; 0 where a picture stands.
         places: (S,) position within its picture, or ``WORD``.
-        owners: hash of the picture at every position, None for words.
+        owners: keyed hash of the picture at every position, 128 bits, None for words.
         pixels: the pictures at the encoder's size, by hash; a picture that occurs twice is there once.
-        identity: (S,) equal where two prompts have the same thing at a position.
+        identity: (S, 3) rows that are equal where two prompts have the same thing at a position: the token's id and
+            zeros, or -1 less the place and the two halves of the picture's hash.
+        salt: prompts of another share nothing with this one, neither positions nor pictures.
     """
 
     tokens: Int[np.ndarray, " S"]
     places: Int[np.ndarray, " S"]
     owners: list[bytes | None]
     pixels: dict[bytes, np.ndarray]
-    identity: Int[np.ndarray, " S"]
+    identity: Int[np.ndarray, "S 3"]
+    salt: bytes = b""
 
     @property
     def pictures(self) -> list[int]:
@@ -41,7 +48,7 @@ class Encoded(NamedTuple):
 
 
 def encode_prompt(
-    prompt: Prompt, config: MagmaConfig, tokenizer: Tokenizer, *, max_pictures: int | None = None
+    prompt: Prompt, config: MagmaConfig, tokenizer: Tokenizer, *, max_pictures: int | None = None, salt: bytes = b""
 ) -> Encoded:
     """Tokens and pixels of a prompt.
 
@@ -52,31 +59,46 @@ def encode_prompt(
     tokens: list[int] = []
     places: list[int] = []
     owners: list[bytes | None] = []
-    identity: list[int] = []
+    identity: list[tuple[int, int, int]] = []
+    key_of_hash = hashlib.blake2b(salt, key=_KEY, digest_size=32).digest()
     pixels: dict[bytes, np.ndarray] = {}
     for item in check_prompt(prompt):
         if isinstance(item, ImageInput):
-            array = to_uint8(item.load(), size)
-            key = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
+            array = item.pixels(size)
+            key = hashlib.blake2b(array.tobytes(), key=key_of_hash, digest_size=16).digest()
             pixels[key] = array
             tokens += [0] * per_picture
             places += range(per_picture)
             owners += [key] * per_picture
-            # Never a token id: those are not negative.
-            first = -1 - (int.from_bytes(key[:7], "little") & ~0xFFFF)
-            identity += [first - place for place in range(per_picture)]
+            halves = np.frombuffer(key, np.int64).tolist()
+            identity += [(-1 - place, *halves) for place in range(per_picture)]
         else:
             ids = tokenizer.encode(item)
             tokens += ids
             places += [WORD] * len(ids)
             owners += [None] * len(ids)
-            identity += ids
+            identity += [(token, 0, 0) for token in ids]
     if not tokens:
         raise ValueError("the prompt is empty: give at least one picture or one word")
     if max_pictures is not None and len(pixels) > max_pictures:
         raise ValueError(f"the prompt has {len(pixels)} pictures, at most {max_pictures} are taken")
     as_array = (np.array(tokens, np.int32), np.array(places, np.int32))
-    return Encoded(*as_array, owners, pixels, np.array(identity, np.int64))
+    return Encoded(*as_array, owners, pixels, np.array(identity, np.int64), salt)
+
+
+def encode_tokens(tokens: Sequence[int], config: MagmaConfig, salt: bytes = b"") -> Encoded:
+    """A prompt of tokens alone.
+
+    Raises:
+        ValueError: none, or one that the vocabulary lacks.
+    """
+    ids = np.array(tokens, np.int64)
+    if not len(ids):
+        raise ValueError("the prompt is empty: give at least one token")
+    if wrong := [token for token in tokens if not 0 <= token < config.lm.vocab_rows]:
+        raise ValueError(f"the prompt has token {wrong[0]}, the vocabulary has {config.lm.vocab_rows}")
+    identity = np.stack([ids, np.zeros_like(ids), np.zeros_like(ids)], axis=1)
+    return Encoded(ids.astype(np.int32), np.full(len(ids), WORD, np.int32), [None] * len(ids), {}, identity, salt)
 
 
 def check_prompt(prompt: Prompt) -> list[str | ImageInput]:

@@ -10,6 +10,7 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.config import check_dtype
 from magma_jax.family import ShardingRow
 from magma_jax.models.language.catalog import LanguageModelConfig, build_language_model
 from magma_jax.models.language.decoder import KVCache, LMOutput
@@ -51,6 +52,11 @@ class MagmaConfig:
     classes: int = 0
     dtype: str = "float32"
     kind: Literal["magma"] = "magma"
+
+    def __post_init__(self):
+        check_dtype("dtype", self.dtype)
+        if not 0 <= self.classes < 2**31:
+            raise ValueError(f"classes must not be negative, got {self.classes}")
 
 
 class MagmaModel(nnx.Module):

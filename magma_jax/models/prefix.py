@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.config import check_sizes
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.layers import LayerNorm, Linear, dropout
 from magma_jax.nn.masks import Mask
@@ -41,6 +42,9 @@ class PrefixConfig:
     standardize: bool = False
     transformer_layers: int = 2
     transformer_heads: int = 8
+
+    def __post_init__(self):
+        check_sizes(self, "image_positions", "transformer_layers", "transformer_heads")
 
 
 class PrefixTransformerLayer(nnx.Module):

@@ -38,5 +38,5 @@ def apply_rotary(
 
 def check_rotary_dim(rotary_dim: int, head_size: int) -> None:
     """Raises ValueError where heads of ``head_size`` have no ``rotary_dim`` features to turn in pairs."""
-    if rotary_dim % 2 or rotary_dim > head_size:
+    if rotary_dim % 2 or not 2 <= rotary_dim <= head_size:
         raise ValueError(f"language model: rotary_dim {rotary_dim} must be even and fit in one head")

@@ -17,6 +17,7 @@ import jax
 
 from magma_jax.config import apply_overrides, load_config_file
 from magma_jax.families import family_of, run_config
+from magma_jax.output import error_line
 from magma_jax.plan.chips import CHIPS, open_topology
 from magma_jax.plan.compilation import compile_decode, compile_step
 from magma_jax.plan.report import Plan, make_plan, to_json, to_text
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m magma_jax.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="as for train.py")
+    parser.add_argument("--config", required=True, help="as for train.py: a Python program, which is run")
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=f"chips: {', '.join(CHIPS)}")
     parser.add_argument("--what", choices=["train", "generate"], default="train", help="default: %(default)s")
     parser.add_argument("--batch", type=int, help="rows over all devices; default: the config's")
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = run_config(apply_overrides(load_config_file(arguments.config), arguments.set))
         result = plan(config, arguments.topology, arguments.what, arguments.batch, arguments.slots)
     except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
-        print(f"magma_jax.plan: {error}", file=sys.stderr)
+        print(f"magma_jax.plan: {error_line(error)}", file=sys.stderr)
         return 2
     print(json.dumps(to_json(result), indent=2) if arguments.json else to_text(result))
     return 0 if result.fits else 1

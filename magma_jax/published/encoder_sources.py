@@ -6,7 +6,6 @@ the same without the prefix, and timm's ``nf_resnet50``. What the file says of i
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from typing import Any
 from flax import nnx
 
 from magma_jax.config import ConfigError
+from magma_jax.foreign import read_json, shown
 from magma_jax.models.vision.catalog import EncoderConfig, build_encoder
 from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
 from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.models.vision.nf_resnet import NFResNetConfig
 from magma_jax.nn.modules import abstract
-from magma_jax.published.infer_config import InferenceError, encoder_config
+from magma_jax.published.infer_config import InferenceError, Known, encoder_config
 from magma_jax.published.keymap.engine import Ignored, KeyMapError, to_ours
 from magma_jax.published.magma_keys import encoder_table
 from magma_jax.storage.deferred import Deferred
@@ -78,12 +78,15 @@ def _image_tower(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare(path: Path, tensors: Mapping[str, Any], config: EncoderConfig) -> None:
-    known = {"res": config.image_size, "heads": getattr(config, "heads", None)}
+    fields = {"res": "image_size", "heads": "heads", "activation": "activation"}
+    settings = {name: getattr(config, field) for name, field in fields.items() if hasattr(config, field)}
+    known = Known({"encoder": settings})
     pooled = isinstance(config, CLIPViTConfig) and config.output == "pooled"
     try:
         found = encoder_config(tensors, known, features=config.channels if pooled else None)
-    except InferenceError as error:
-        names = ", ".join(list(tensors)[:3])
+    # The latter: sizes that no encoder has.
+    except (InferenceError, ValueError, TypeError, IndexError, ArithmeticError) as error:
+        names = ", ".join(map(shown, list(tensors)[:3]))
         raise ConfigError(f"{path}: no encoder that is known here, its tensors are {names} ... ({error})") from None
     if found.kind != config.kind:
         raise ConfigError(f"{path}: holds a {found.kind}, but the config's encoder is a {config.kind}")
@@ -102,7 +105,7 @@ def _check_activation(settings: Path, config: EncoderConfig) -> None:
     if not isinstance(config, CLIPViTConfig) or not settings.is_file():
         return
     try:
-        quick = json.loads(settings.read_text())["model_cfg"].get("quick_gelu", False)
+        quick = read_json(settings)["model_cfg"].get("quick_gelu", False)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{settings}: not the settings of an open_clip model ({error}); fetch it again") from None
     wanted = "quick_gelu" if quick else "gelu"

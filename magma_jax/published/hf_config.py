@@ -3,14 +3,16 @@
 Settings that change the function and are not offered here are refused by name; those of training are not read.
 """
 
-import json
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from magma_jax.config import from_dict
+from magma_jax.foreign import ForeignError, read_json, shown
 from magma_jax.models.language.catalog import LanguageModelConfig
+from magma_jax.models.language.decoder import MAX_LAYERS
 from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.models.language.gpt_neox import GPTNeoXConfig
@@ -40,9 +42,9 @@ def read_config(path: str | os.PathLike) -> LanguageModelConfig:
     if not file.is_file():
         raise LanguageModelError(f"{file}: no such file; a language model's sizes stand in it, fetch it too")
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise LanguageModelError(f"{file}: not valid JSON ({error}); fetch it again") from None
+        values = read_json(file)
+    except ForeignError as error:
+        raise LanguageModelError(f"{file}: {error}; fetch it again") from None
     try:
         return from_hf_config(values)
     except LanguageModelError as error:
@@ -57,7 +59,7 @@ def from_hf_config(values: Any) -> LanguageModelConfig:
     """
     kind = values.get("model_type") if isinstance(values, Mapping) else None
     if kind not in list(CONFIGS):
-        raise LanguageModelError(f"model_type {kind!r} is none of the language models here: {', '.join(CONFIGS)}")
+        raise LanguageModelError(f"model_type {shown(kind)} is none of the language models here: {', '.join(CONFIGS)}")
     try:
         config, fields = CONFIGS[kind]
         return from_dict(config, fields(values), kind)
@@ -65,8 +67,8 @@ def from_hf_config(values: Any) -> LanguageModelConfig:
         raise
     except KeyError as error:
         raise LanguageModelError(f"a {kind} config lacks {error.args[0]!r}") from None
-    # ConfigError, and what comes of computing with a value of another type.
-    except (TypeError, ValueError, AttributeError) as error:
+    # ConfigError, and what comes of computing with a value of another type or size.
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise LanguageModelError(f"not the config of a published model ({error})") from None
 
 
@@ -107,9 +109,12 @@ def _gpt2(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gpt_neo(hf: Mapping[str, Any]) -> dict[str, Any]:
     _require(hf, tie_word_embeddings=(True, True))
-    kinds = tuple(kind for pattern, times in hf["attention_types"] for _ in range(times) for kind in pattern)
+    # No more than are needed: a file may ask for 10**12 of them.
+    repeated = (kind for pattern, times in hf["attention_types"] for _ in range(times) for kind in pattern)
+    kinds = tuple(itertools.islice(repeated, MAX_LAYERS))
     if len(kinds) != hf["num_layers"] or set(kinds) - {"global", "local"}:
-        raise LanguageModelError(f"attention_types {hf['attention_types']} do not fit {hf['num_layers']} layers")
+        types = shown(hf["attention_types"])
+        raise LanguageModelError(f"attention_types {types} do not fit {shown(hf['num_layers'])} layers")
     # The shortest pattern that, repeated, gives the same layers.
     period = next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
     return {
@@ -160,7 +165,7 @@ CONFIGS: dict[str, tuple[type[LanguageModelConfig], Callable[[Mapping[str, Any]]
 
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise LanguageModelError(f"activation {name!r} is none of {', '.join(ACTIVATIONS)}")
+        raise LanguageModelError(f"activation {shown(name)} is none of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -168,4 +173,4 @@ def _require(hf: Mapping[str, Any], **settings: tuple[Any, Any]) -> None:
     """Raises unless every setting (wanted value, value where the config does not say) is as wanted."""
     for name, (wanted, default) in settings.items():
         if (found := hf.get(name, default)) != wanted:
-            raise LanguageModelError(f"{name} {found!r} is not offered here, only {wanted!r}")
+            raise LanguageModelError(f"{name} {shown(found)} is not offered here, only {wanted!r}")

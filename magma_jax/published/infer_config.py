@@ -1,48 +1,96 @@
 """A model's config from the names and shapes of its tensors.
 
 Sizes, adapters and vocabularies are in the tensors; heads, rotary size and context are in the buffers that the
-original stores. What is in neither (the head count of a vision transformer, an unpublished picture size) comes from a
-model config file, see ``MODEL_CONFIG_KEYS``.
+original stores. What is in neither comes from a model config file, see ``MODEL_CONFIG_KEYS``; or it is that of the
+published model that the sizes are those of, and then a line says what was taken.
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
+from magma_jax.foreign import shown
+from magma_jax.models.language.decoder import MAX_LAYERS
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.prefix import PrefixConfig
 from magma_jax.models.vision.catalog import EncoderConfig
 from magma_jax.models.vision.clip_resnet import CLIP_RESNETS, CLIPResNetConfig
-from magma_jax.models.vision.clip_vit import CLIPViTConfig
+from magma_jax.models.vision.clip_vit import CLIP_VITS, CLIPViTConfig
 from magma_jax.models.vision.nf_resnet import NFResNetConfig
-from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.nn.adapters import ACTIVATIONS, AdapterConfig
 
 # What a model config file may hold, as in the .json beside a golden file; other keys are ignored there.
-MODEL_CONFIG_KEYS = {"lm": ("n_heads", "rotary_dim", "seq_len"), "encoder": ("res", "heads")}
+MODEL_CONFIG_KEYS = {
+    "lm": ("n_heads", "rotary_dim", "seq_len", "layernorm_eps"),
+    "encoder": ("res", "heads", "activation"),
+    "adapter": ("activation",),
+}
+
+T = TypeVar("T")
 
 
 class InferenceError(ValueError):
     """Tensors that are not a MAGMA model, or whose sizes cannot be told from them."""
 
 
-def infer_config(tensors: Mapping[str, Any], model_config: Mapping[str, Any] | None = None) -> MagmaConfig:
+class Known:
+    """What a model config file tells, and the lines about what was taken without being told."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = values
+        self.assumed: list[str] = []
+
+    def get(self, part: str, name: str, default: T, reason: str | None = None, choices: Collection[T] = ()) -> T:
+        """A value of the file; else the default, which is noted with ``reason`` where there is one."""
+        if (value := (self.values.get(part) or {}).get(name)) is not None:
+            if not isinstance(value, type(default)) or isinstance(value, bool):
+                raise InferenceError(f"{part}.{name} must be of type {type(default).__name__}, got {shown(value)}")
+            if choices and value not in choices:
+                raise InferenceError(f"{part}.{name} {shown(value)} is not one of {', '.join(map(repr, choices))}")
+            return value
+        if reason is not None:
+            self.assumed.append(f"{part}.{name} {default} ({reason})")
+        return default
+
+
+def infer_config(
+    tensors: Mapping[str, Any],
+    model_config: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> MagmaConfig:
     """Infers the config of a MAGMA state dict.
 
     Args:
         tensors: keys of the published layout to tensors with ``shape`` and ``read()``.
         model_config: what tensors cannot tell, see ``MODEL_CONFIG_KEYS``; it wins over the buffers.
+        say: is given one line with all that neither the tensors nor ``model_config`` tell and that was taken as in
+            the published models.
 
     Raises:
         InferenceError: something needed is missing; the message names it.
     """
-    known = model_config or {}
-    lm = _language_model(tensors, known.get("lm") or {})
+    known = Known(model_config or {})
+    try:
+        config = _infer(tensors, known)
+    except InferenceError:
+        raise
+    # Sizes that no model has, from tensors that were made up.
+    except (ValueError, TypeError, IndexError, ArithmeticError) as error:
+        raise InferenceError(f"its tensors do not describe a model ({error})") from None
+    if known.assumed:
+        say(f"the tensors do not tell {', '.join(known.assumed)}; --model-config sets what differs")
+    return config
+
+
+def _infer(tensors: Mapping[str, Any], known: Known) -> MagmaConfig:
+    lm = _language_model(tensors, known)
     proj = _shape(tensors, "image_prefix.proj.weight")
-    encoder = encoder_config(tensors, known.get("encoder") or {}, "image_prefix.enc.", features=proj[1])
+    encoder = encoder_config(tensors, known, "image_prefix.enc.", features=proj[1])
     pooled = encoder.positions is None
     if not pooled and proj[0] != lm.width:
         raise InferenceError(
@@ -57,28 +105,32 @@ def infer_config(tensors: Mapping[str, Any], model_config: Mapping[str, Any] | N
         lm=lm,
         encoder=encoder,
         prefix=prefix,
-        mlp_adapter=_adapter(tensors, "mlp", lm.width),
-        attn_adapter=_adapter(tensors, "attn", lm.width),
+        mlp_adapter=_adapter(tensors, "mlp", lm.width, known),
+        attn_adapter=_adapter(tensors, "attn", lm.width, known),
         classes=classes,
     )
 
 
-def _language_model(tensors: Mapping[str, Any], known: Mapping[str, Any]) -> GPTJConfig:
+def _language_model(tensors: Mapping[str, Any], known: Known) -> GPTJConfig:
     layers = _count(tensors, r"lm\.transformer\.h\.(\d+)\.ln_1\.weight")
     if not layers:
-        raise InferenceError("holds no lm.transformer.h.N.ln_1.weight: not a MAGMA checkpoint in the published layout")
+        raise InferenceError(
+            "holds no lm.transformer.h.N.ln_1.weight: not a MAGMA checkpoint in the published layout"
+            f"{_prefix_hint(tensors)}"
+        )
     vocab_rows, width = _shape(tensors, "lm.transformer.wte.weight")
     buffers = {
         name: next((tensors[key] for key in tensors if re.fullmatch(rf"lm\..*\.attention\.{name}", key)), None)
         for name in ("scale_attn", "sin")
     }
-    heads, rotary, context = known.get("n_heads"), known.get("rotary_dim"), known.get("seq_len")
-    if buffers["scale_attn"] is not None and heads is None:
+    heads, rotary, context = (known.get("lm", name, 0) for name in ("n_heads", "rotary_dim", "seq_len"))
+    if buffers["scale_attn"] is not None and not heads:
         # The buffer is the square root of the head size.
         heads = round(width / float(np.asarray(buffers["scale_attn"].read(), np.float64)) ** 2)
     if buffers["sin"] is not None:
         rotary = rotary or 2 * buffers["sin"].shape[1]
         context = context or buffers["sin"].shape[0]
+    context = context or known.get("lm", "seq_len", GPTJConfig.context_length, "as GPT-J")
     missing = [name for name, value in (("n_heads", heads), ("rotary_dim", rotary)) if not value]
     if missing:
         raise InferenceError(
@@ -89,16 +141,17 @@ def _language_model(tensors: Mapping[str, Any], known: Mapping[str, Any]) -> GPT
     return GPTJConfig(
         layers=layers,
         width=width,
-        heads=int(heads),
-        rotary_dim=int(rotary),
+        heads=heads,
+        rotary_dim=rotary,
         feed_forward=_shape(tensors, fc or "lm.transformer.h.0.mlp.c_fc.weight")[0],
         vocab_rows=vocab_rows,
         head_rows=_shape(tensors, "lm.lm_head.weight")[0],
-        context_length=int(context or GPTJConfig.context_length),
+        context_length=context,
+        layernorm_eps=known.get("lm", "layernorm_eps", GPTJConfig.layernorm_eps),
     )
 
 
-def _adapter(tensors: Mapping[str, Any], place: str, width: int) -> AdapterConfig | None:
+def _adapter(tensors: Mapping[str, Any], place: str, width: int, known: Known) -> AdapterConfig | None:
     head = f"lm.transformer.h.0.{place}."
     nested = f"{head}1.adapter." if f"{head}1.adapter.0.weight" in tensors else f"{head}adapter."
     if f"{nested}0.weight" not in tensors:
@@ -112,42 +165,57 @@ def _adapter(tensors: Mapping[str, Any], place: str, width: int) -> AdapterConfi
     factor = width // max(bottleneck, 1)
     if not factor or width // factor != bottleneck:
         raise InferenceError(f"{nested}: a bottleneck of {bottleneck} is no whole part of the width {width}")
-    return AdapterConfig(kind, factor, layernorm)
+    activation = known.get("adapter", "activation", AdapterConfig.activation, choices=tuple(ACTIVATIONS))
+    return AdapterConfig(kind, factor, layernorm, activation)
 
 
 def encoder_config(
-    tensors: Mapping[str, Any], known: Mapping[str, Any], root: str = "", features: int | None = None
+    tensors: Mapping[str, Any], known: Known, root: str = "", features: int | None = None
 ) -> EncoderConfig:
     """Infers the config of an encoder whose keys begin with ``root``, in CLIP's or the original's names.
 
     ``features`` is the width that its user expects; it tells a vision transformer's pooled output from the grid.
 
     Raises:
-        InferenceError: another encoder, or one whose picture size must be ``known``.
+        InferenceError: another encoder, or one of which something must be ``known``.
     """
     if f"{root}layer1.0.conv1.weight" in tensors:
         blocks = tuple(_count(tensors, rf"{re.escape(root)}layer{i}\.(\d+)\.conv1\.weight") for i in range(1, 5))
         width = _shape(tensors, f"{root}conv3.weight", 4)[0]
-        sizes = {(c.blocks, c.width): c for c in CLIP_RESNETS.values()}
-        published = sizes.get((blocks, width))
-        if published is None and "res" not in known:
-            raise InferenceError(
-                f"a CLIP ResNet of blocks {blocks} and width {width} is not a published one, so its picture size "
-                'is unknown; give --model-config with {"encoder": {"res": pixels}}'
-            )
-        base = published or CLIPResNetConfig(blocks, width)
-        return dataclasses.replace(base, image_size=int(known.get("res", base.image_size)))
+        sizes = {(c.blocks, c.width): (name, c) for name, c in CLIP_RESNETS.items()}
+        name, base = sizes.get((blocks, width), (None, None))
+        if name is None:
+            size = _asked(known, "res", f"a CLIP ResNet of blocks {blocks} and width {width}", "picture size", "pixels")
+            return CLIPResNetConfig(blocks, width, image_size=size)
+        return dataclasses.replace(base, image_size=known.get("encoder", "res", base.image_size, f"as CLIP's {name}"))
     if f"{root}class_embedding" in tensors:
         width, _, patch, _ = _shape(tensors, f"{root}conv1.weight", 4)
         pooled = f"{root}proj" in tensors and features not in (None, width)
-        side = round((_shape(tensors, f"{root}positional_embedding")[0] - 1) ** 0.5)
+        rows = _shape(tensors, f"{root}positional_embedding")[0] - 1
+        layers = _count(tensors, rf"{re.escape(root)}transformer\.resblocks\.(\d+)\.ln_1\.weight")
+        if (side := math.isqrt(max(rows, 0))) ** 2 != rows:
+            raise InferenceError(f"{root}positional_embedding has {rows + 1} rows, which is no square and one more")
+        sizes = {(c.layers, c.width, c.patch): (name, c) for name, c in CLIP_VITS.items()}
+        name, base = sizes.get((layers, width, patch), (None, None))
+        if name is None:
+            model = f"a vision transformer of {layers} layers, width {width} and patches of {patch}"
+            heads = _asked(known, "heads", model, "head count", "N")
+        else:
+            heads = known.get("encoder", "heads", base.heads, f"as CLIP's {name}")
         return CLIPViTConfig(
-            layers=_count(tensors, rf"{re.escape(root)}transformer\.resblocks\.(\d+)\.ln_1\.weight"),
+            layers=layers,
             width=width,
-            heads=int(known.get("heads", width // 64)),  # every published CLIP has heads of 64
+            heads=heads,
             patch=patch,
             image_size=side * patch,
             embedding_width=_shape(tensors, f"{root}proj")[1] if pooled else CLIPViTConfig.embedding_width,
+            activation=known.get(
+                "encoder",
+                "activation",
+                CLIPViTConfig.activation,
+                "as OpenAI's, others use gelu",
+                choices=("quick_gelu", "gelu"),
+            ),
             output="pooled" if pooled else "grid",
         )
     if f"{root}0.0.conv.weight" in tensors:
@@ -156,14 +224,37 @@ def encoder_config(
             blocks=tuple(_count(tensors, rf"{re.escape(root)}0\.1\.{i}\.(\d+)\.conv1\.weight") for i in stages),
             stage_channels=tuple(_shape(tensors, f"{root}0.1.{i}.0.conv3.weight", 4)[0] for i in stages),
             stem_channels=_shape(tensors, f"{root}0.0.conv.weight", 4)[0],
-            image_size=int(known.get("res", NFResNetConfig.image_size)),
+            image_size=known.get("encoder", "res", NFResNetConfig.image_size, "as timm's nf_resnet50"),
         )
     raise InferenceError(f"{root}* is neither a CLIP ResNet, a CLIP ViT nor an NF-ResNet")
 
 
+def _asked(known: Known, name: str, model: str, what: str, unit: str) -> int:
+    if not (value := known.get("encoder", name, 0)):
+        hint = f'give --model-config with {{"encoder": {{"{name}": {unit}}}}}'
+        raise InferenceError(f"{model} is not a published one, so its {what} is unknown; {hint}")
+    return value
+
+
+def _prefix_hint(tensors: Mapping[str, Any]) -> str:
+    """Names what a wrapper has put before every key, else the first keys."""
+    wrapped = re.compile(r"((?:\w+\.)+)lm\.transformer\.h\.0\.ln_1\.weight")
+    prefix = next((match[1] for key in tensors if (match := wrapped.fullmatch(key))), None)
+    if prefix is not None:
+        return (
+            f"; its keys begin with {prefix!r}, which a wrapper such as DistributedDataParallel or torch.compile adds: "
+            "save the state dict of the module inside the wrapper, or cut that off every key"
+        )
+    return f"; its tensors are {', '.join(map(shown, list(tensors)[:3]))} ..."
+
+
 def _count(tensors: Mapping[str, Any], pattern: str) -> int:
-    found = [int(match[1]) for key in tensors if (match := re.fullmatch(pattern, key))]
-    return max(found, default=-1) + 1
+    # Ten digits are more than enough, and Python refuses to read thousands.
+    found = [int(match[1][:10]) for key in tensors if (match := re.fullmatch(pattern, key))]
+    count = max(found, default=-1) + 1
+    if count > MAX_LAYERS:
+        raise InferenceError(f"it has a layer of number {count - 1}, but no model has more than {MAX_LAYERS}")
+    return count
 
 
 def _shape(tensors: Mapping[str, Any], key: str, axes: int = 2) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ An adapter is a sequence (LayerNorm,) linear, activation, linear; the indices co
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -183,7 +183,7 @@ def is_weight(key: str) -> bool:
     return not second_name and not (".attention." in key and key.rsplit(".", 1)[-1] in BUFFERS)
 
 
-def attention_buffers(config: MagmaConfig, dtype: np.dtype) -> dict[str, np.ndarray]:
+def attention_buffers(config: MagmaConfig, dtype: np.dtype, names: Collection[str] = BUFFERS) -> dict[str, np.ndarray]:
     """The buffers as the original registers them, floating ones in ``dtype``."""
     context, heads = config.lm.context_length, config.lm.heads
     inverse = 1.0 / config.lm.rotary_base ** (
@@ -191,10 +191,11 @@ def attention_buffers(config: MagmaConfig, dtype: np.dtype) -> dict[str, np.ndar
     )
     angles = np.arange(context, dtype=np.float32)[:, None] * inverse[None].astype(np.float32)
     with np.errstate(over="ignore"):  # -1e9 is -inf in fp16, as it is in the published checkpoint
-        return {
-            "bias": np.tril(np.ones((1, 1, context, context), bool)),
-            "masked_bias": np.array(-1e9, np.float32).astype(dtype),
-            "scale_attn": np.sqrt(np.array(config.lm.width // heads, np.float32)).astype(dtype),
-            "sin": np.sin(angles.astype(np.float64)).astype(np.float32).astype(dtype),
-            "cos": np.cos(angles.astype(np.float64)).astype(np.float32).astype(dtype),
+        make = {
+            "bias": lambda: np.tril(np.ones((1, 1, context, context), bool)),
+            "masked_bias": lambda: np.array(-1e9, np.float32).astype(dtype),
+            "scale_attn": lambda: np.sqrt(np.array(config.lm.width // heads, np.float32)).astype(dtype),
+            "sin": lambda: np.sin(angles.astype(np.float64)).astype(np.float32).astype(dtype),
+            "cos": lambda: np.cos(angles.astype(np.float64)).astype(np.float32).astype(dtype),
         }
+        return {name: np.asarray(make[name]()) for name in names}

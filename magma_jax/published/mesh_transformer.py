@@ -11,6 +11,7 @@ the vocabulary; biases behind a sum over shards are summed, and of LayerNorms on
 word table is a linear layer whose bias belongs to every row. bfloat16 is stored as two raw bytes.
 """
 
+import math
 import re
 import zipfile
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from magma_jax.foreign import shown
 from magma_jax.storage.byte_file import WeightFileError
 from magma_jax.storage.deferred import Deferred
 
@@ -146,6 +148,9 @@ def _places(folder: Path) -> list[_Place]:
                         if read is None:
                             raise ValueError(f"{name} has the NumPy format {version}")
                         shape, _, dtype = read(member)
+                        size = archive.getinfo(name).file_size
+                        if math.prod(shape) * dtype.itemsize > size or size > path.stat().st_size:
+                            raise ValueError(f"{name} claims the shape {shown(shape)}, but has {size} bytes")
                     places.append(_Place(str(path), name, shape, dtype))
         except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
             raise WeightFileError(f"{path}: missing or damaged ({error}); copy the checkpoint again") from None

@@ -12,12 +12,14 @@ A process that fails takes the others down with it, since no step can be done wi
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +28,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from magma_jax.config import ConfigError
+from magma_jax.output import printable
 
 # A process that has been silent for so long is taken for dead, and the others abort.
 HEARTBEAT_TIMEOUT_S = 30
@@ -39,6 +42,8 @@ RESTART = "start all processes again, and the run continues from its newest chec
 
 _barriers = itertools.count()
 
+T = TypeVar("T")
+
 
 def is_main() -> bool:
     """Whether this process is the one that prints and writes; with a single process it always is."""
@@ -48,7 +53,7 @@ def is_main() -> bool:
 def say(message: str) -> None:
     """One line for whoever watches the run, once for all processes, and above the progress bar if there is one."""
     if is_main():
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(printable(message), file=sys.stderr)
 
 
 def barrier(name: str) -> None:
@@ -64,6 +69,18 @@ def agreed(answer: bool) -> bool:
     """The first process's answer, for all: what several processes see of a shared disk may differ for a moment."""
     barrier("question")
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
+
+
+def from_first_process(ask: Callable[[], T]) -> T:
+    """The first process's answer, plain JSON values, for all: they must agree, and may see a disk differently."""
+    if jax.process_count() == 1:
+        return ask()
+    text = json.dumps(ask()).encode() if is_main() else b""
+    # Reading a large checkpoint takes longer than a collective waits.
+    barrier("checkpoint")
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text))))
+    buffer = np.frombuffer(text.ljust(size), np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
 
 
 @contextlib.contextmanager
@@ -128,7 +145,7 @@ def _report(name: str, error: BaseException) -> None:
     expected = (ValueError, OSError, FloatingPointError, SystemExit, jax.errors.JaxRuntimeError)
     if not isinstance(error, expected):
         traceback.print_exception(error)
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    reason = printable(next(iter(str(error).splitlines()), "") or type(error).__name__)
     remedy = f"; if another process stopped first, its output says why; {RESTART}"
     print(
         f"{name}: {reason}{remedy if isinstance(error, jax.errors.JaxRuntimeError) else ''}",

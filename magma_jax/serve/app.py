@@ -2,75 +2,147 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import resources
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from magma_jax.inference.batching.engine import Engine
+from magma_jax.inference.batching.engine import Engine, EngineStats
 from magma_jax.serve.attention import warm_up as attention_warm_up
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import RequestError, error_response
-from magma_jax.serve.guard import Guard
+from magma_jax.serve.network.guard import Guard
 from magma_jax.serve.service import Service
 
+_READ = ["GET", "HEAD"]
 
-def create_app(engine: Engine, config: ServerConfig = ServerConfig()) -> FastAPI:
-    """The application; the engine is warmed up when it starts and drained when it stops."""
+
+def create_app(
+    engine: Engine, config: ServerConfig = ServerConfig(), begun: Callable[[Exception | None], None] = lambda _: None
+) -> FastAPI:
+    """The application; the engine is warmed up beside it when it starts, and drained when it stops.
+
+    Until the engine is warm, ``/health`` says "starting" and the model's routes give a 503. Then ``begun`` is called
+    once, with None or with what went wrong.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(engine.warmup)
-        await asyncio.to_thread(attention_warm_up, engine)
-        app.state.ready = True
+        service.start()
+        loop = asyncio.get_running_loop()
+
+        def tell(error: Exception | None) -> None:
+            app.state.ready = error is None
+            app.state.failure = error and f"the engine cannot start ({type(error).__name__}: {error!s:.300})"
+            begun(error)
+
+        def warm_up() -> None:
+            error = None
+            try:
+                engine.warmup()
+                attention_warm_up(engine)
+            except Exception as raised:  # whatever the device raised, whoever waits must hear of it
+                error = raised
+            with contextlib.suppress(RuntimeError):  # the server has stopped meanwhile
+                loop.call_soon_threadsafe(tell, error)
+
+        warming = threading.Thread(target=warm_up, name="warm-up", daemon=True)
+        warming.start()
         yield
         app.state.ready = False
-        await asyncio.to_thread(engine.close, drain=True, timeout=config.timeout)
         service.close()
+        if not warming.is_alive():  # else it holds the engine, and compiling cannot be interrupted
+            # Requests have ended or were given up: what the engine has left is what it does just now.
+            await asyncio.to_thread(engine.close, drain=True, timeout=1.0)
 
     app = FastAPI(title="magma_jax", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.ready = False
-    service = Service(engine, config)
-    app.add_middleware(Guard, key=config.api_key, metrics=service.metrics)
+    app.state.ready, app.state.failure = False, None
+
+    def stats() -> EngineStats:
+        # While it is warmed up the engine tells nothing.
+        return engine.stats() if app.state.ready else EngineStats(*[0] * len(EngineStats._fields))
+
+    service = Service(engine, config, stats)
+    # The page itself holds nothing: what it asks for needs the key, which may stand in its address behind "#".
+    unlocked = {"/", "/health", *(["/metrics"] if config.open_metrics else [])}
+    app.add_middleware(Guard, config=config, metrics=service.metrics, unlocked=frozenset(unlocked))
+    if config.origins:
+        # In front of the guard: a browser asks without a key whether it may ask.
+        allowed = {"allow_origins": config.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, **allowed)
+
+    if config.root_path:
+        app.add_middleware(_Below, root_path=config.root_path)
+
+    def failure() -> str | None:
+        return app.state.failure or engine.failure
+
+    async def answered(work: Callable[[], Awaitable[Response]]) -> Response:
+        try:
+            if failure() is not None:
+                raise RequestError(failure(), 503)
+            if not app.state.ready:
+                raise RequestError("the server is starting: it compiles; try again later", 503, code="starting")
+            return await work()
+        except RequestError as error:
+            return error_response(error)
 
     @app.exception_handler(404)
-    @app.exception_handler(405)
     async def nothing_here(request: Request, _: Exception) -> Response:
         return error_response(RequestError(f"nothing at {request.method} {request.url.path[:80]}", 404))
 
-    @app.get("/health")
+    @app.exception_handler(405)
+    async def other_method(request: Request, error: HTTPException) -> Response:
+        allowed = ", ".join([*sorted(error.headers["Allow"].split(", ")), "OPTIONS"])
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"Allow": allowed})
+        says = f"{request.url.path[:80]} takes {allowed}, not {request.method}"
+        return error_response(RequestError(says, 405), {"Allow": allowed})
+
+    @app.api_route("/health", methods=_READ)
     async def health() -> Response:
-        if engine.failure is not None:
-            return JSONResponse({"status": "failed", "reason": engine.failure}, 503)
+        if failure() is not None:
+            return JSONResponse({"status": "failed", "reason": failure()}, 503)
         ready = app.state.ready
         return JSONResponse({"status": "ok" if ready else "starting"}, 200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=_READ)
     async def metrics() -> Response:
-        content, media_type = service.metrics.expose(engine.stats())
+        content, media_type = service.metrics.expose()
         return Response(content, media_type=media_type)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=_READ)
     async def models() -> Response:
-        entry = {"id": config.model, "object": "model", "created": service.created, "owned_by": "magma_jax"}
-        return JSONResponse({"object": "list", "data": [entry]})
+        async def listed() -> Response:
+            return JSONResponse({"object": "list", "data": [service.card()]})
+
+        return await answered(listed)
+
+    @app.api_route("/v1/models/{name:path}", methods=_READ)
+    async def model(name: str) -> Response:
+        async def shown() -> Response:
+            service.check_model(name)
+            return JSONResponse(service.card())
+
+        return await answered(shown)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        try:
-            return await service.chat(request)
-        except RequestError as error:
-            return error_response(error)
+        return await answered(lambda: service.chat(request))
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        return await answered(lambda: service.complete(request))
 
     @app.post("/v1/attention")
     async def looking(request: Request) -> Response:
-        try:
-            return await service.attention(request)
-        except RequestError as error:
-            return error_response(error)
+        return await answered(lambda: service.attention(request))
 
-    @app.get("/")
+    @app.api_route("/", methods=_READ)
     async def page() -> Response:
         text = (resources.files("magma_jax.serve") / "page.html").read_text(encoding="utf-8")
         policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:;"
@@ -78,3 +150,13 @@ def create_app(engine: Engine, config: ServerConfig = ServerConfig()) -> FastAPI
         return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
     return app
+
+
+class _Below:
+    """Has routes found below a prefix too, so that a proxy may leave it on or take it off."""
+
+    def __init__(self, app: ASGIApp, root_path: str):
+        self._app, self._root_path = app, root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, "root_path": self._root_path}, receive, send)

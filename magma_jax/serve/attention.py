@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from magma_jax.inference.attention_maps import (
     ALL_HEADS,
@@ -16,18 +16,24 @@ from magma_jax.inference.attention_maps import (
 from magma_jax.inference.batching.engine import Engine
 from magma_jax.inference.prompts import WORD, Encoded, picture_positions
 from magma_jax.serve.errors import RequestError
-from magma_jax.serve.schema import PromptRequest
+from magma_jax.serve.requests.schema import MessagesRequest, Token
 
 # In place of a layer's number: of no layer, where the rollout alone is wanted.
 _NO_LAYER = -1
 
 
-class AttentionRequest(PromptRequest):
+Index = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+
+
+class AttentionRequest(MessagesRequest):
     """Body of ``POST /v1/attention``: a prompt as for chat completions, and its answer as text or ``token_ids``."""
 
-    answer: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=100_000)]
-    layer: int | None = None
-    head: int | None = None
+    answer: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[Token], Field(max_length=100_000, fail_fast=True), Tag("tokens")],
+        Discriminator(lambda answer: "text" if isinstance(answer, str) else "tokens"),
+    ]
+    layer: Index | None = None
+    head: Index | None = None
     relative: bool = False
 
 
@@ -87,7 +93,8 @@ def warm_up(engine: Engine) -> None:
     for length in engine.buckets:
         if length > size:
             tokens, places = np.zeros(size + 1, np.int32), np.array([*range(size), WORD], np.int32)
-            prompt = Encoded(tokens, places, [owner] * size + [None], {owner: pixels}, tokens.astype(np.int64))
+            identity = np.zeros((size + 1, 3), np.int64)
+            prompt = Encoded(tokens, places, [owner] * size + [None], {owner: pixels}, identity)
             _attend(engine, prompt, [0], _NO_LAYER, ALL_HEADS, length)
 
 

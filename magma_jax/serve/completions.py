@@ -1,46 +1,154 @@
-"""The OpenAI chat-completions shape: what an answer looks like."""
+"""The OpenAI shapes: what an answer looks like, to messages (chat) or to a text."""
 
+import collections
 import math
 import time
 import uuid
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 from magma_jax.data.tokenizers.byte_level import Tokenizer
-from magma_jax.inference.batching.requests import Progress, Ticket
+from magma_jax.inference.batching.requests import Alternatives, Progress, Ticket
 
 
-def head(kind: str, model: str) -> dict[str, Any]:
+class Shape(Protocol):
+    """How the choices of an answer are spelled.
+
+    Attributes:
+        prefix: of the answer's id.
+        whole: what the standard calls an answer.
+        chunk: what it calls a piece of one.
+    """
+
+    prefix: str
+    whole: str
+    chunk: str
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a choice has in the first event of a stream; None if there is no such event."""
+
+    def piece(self, index: int, piece: Progress, text: str) -> dict[str, Any]:
+        """What it has in an event with new ``text``."""
+
+    def choice(self, index: int, pieces: Sequence[Progress], text: str) -> dict[str, Any]:
+        """What it has in an answer that is sent whole."""
+
+
+class ChatShape:
+    """Choices hold messages, streams say what is new in them."""
+
+    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool):
+        self._tokenizer, self._logprobs = tokenizer, logprobs
+
+    def opening(self, index: int) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "finish_reason": None, "logprobs": None}
+
+    def piece(self, index: int, piece: Progress, text: str) -> dict[str, Any]:
+        delta = {"content": text} if text else {}
+        return {"index": index, "delta": delta, "finish_reason": piece.finish, "logprobs": self._logs([piece])}
+
+    def choice(self, index: int, pieces: Sequence[Progress], text: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {
+            "index": index,
+            "message": message,
+            "finish_reason": pieces[-1].finish,
+            "logprobs": self._logs(pieces),
+        }
+
+    def _logs(self, pieces: Sequence[Progress]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            # A token may be part of a character: the bytes of several join to what their texts cannot show.
+            spelled = list(self._tokenizer.token_bytes(token))
+            return {"token": self._tokenizer.decode([token]), "logprob": probability(logprob), "bytes": spelled}
+
+        content = [
+            entry(token, logprob) | {"top_logprobs": [entry(*other) for other in top]}
+            for token, logprob, top in _drawn(pieces)
+        ]
+        return {"content": content, "refusal": None}
+
+
+class TextShape:
+    """Choices hold texts, those of an answer that is sent whole and of a stream alike.
+
+    Args:
+        tokenizer: of the model.
+        logprobs: whether they are asked for.
+        echo: what stands before the text of each choice; None for nothing.
+    """
+
+    prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool, echo: Sequence[str] | None = None):
+        self._tokenizer, self._logprobs, self._echo = tokenizer, logprobs, echo
+        # Characters of each choice that have been told, where log-probabilities are.
+        self._told: dict[int, int] = collections.defaultdict(int)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        if self._echo is None:
+            return None
+        return {"index": index, "text": self._echo[index], "finish_reason": None, "logprobs": None}
+
+    def piece(self, index: int, piece: Progress, text: str) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": text,
+            "finish_reason": piece.finish,
+            "logprobs": self._logs(index, [piece]),
+        }
+
+    def choice(self, index: int, pieces: Sequence[Progress], text: str) -> dict[str, Any]:
+        text = text if self._echo is None else self._echo[index] + text
+        return {
+            "index": index,
+            "text": text,
+            "finish_reason": pieces[-1].finish,
+            "logprobs": self._logs(index, pieces),
+        }
+
+    def _logs(self, index: int, pieces: Sequence[Progress]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        tokens, logprobs, tops, offsets = [], [], [], []
+        for token, logprob, top in _drawn(pieces):
+            tokens.append(self._tokenizer.decode([token]))
+            logprobs.append(probability(logprob))
+            tops.append({self._tokenizer.decode([other]): probability(value) for other, value in top})
+            offsets.append(self._told[index])
+            self._told[index] += len(tokens[-1])
+        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _drawn(pieces: Sequence[Progress]) -> Iterator[tuple[int, float, Alternatives]]:
+    """Every token with its log-probability and its alternatives."""
+    for piece in pieces:
+        yield from zip(piece.tokens, piece.logprobs, piece.top or [()] * len(piece.tokens), strict=True)
+
+
+def head(shape: Shape, kind: str, model: str) -> dict[str, Any]:
     """What every answer and every chunk of a stream begins with."""
     return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "id": f"{shape.prefix}-{uuid.uuid4().hex}",
         "object": kind,
         "created": int(time.time()),
         "model": model,
     }
 
 
-def usage(tickets: list[Ticket]) -> dict[str, Any]:
-    """How many tokens a request took and got."""
-    prompt, new = tickets[0].prompt_tokens, sum(len(ticket.tokens) for ticket in tickets)
-    cached = {"cached_tokens": tickets[0].reused_tokens}
+def usage(answers: Sequence[Sequence[Ticket]]) -> dict[str, Any]:
+    """How many tokens a request took and got: ``answers`` to each of its prompts."""
+    prompt = sum(tickets[0].prompt_tokens for tickets in answers)
+    cached = sum(tickets[0].reused_tokens for tickets in answers)
+    new = sum(len(ticket.tokens) for tickets in answers for ticket in tickets)
     counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-    return counts | {"prompt_tokens_details": cached}
-
-
-def logprobs(tokenizer: Tokenizer, pieces: list[Progress]) -> dict[str, Any]:
-    """Log-probabilities of the tokens of an answer or a piece of one."""
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        # A token may be part of a character: the bytes of several join to what their texts cannot show.
-        spelled = list(tokenizer.token_bytes(token))
-        return {"token": tokenizer.decode([token]), "logprob": probability(logprob), "bytes": spelled}
-
-    entries = []
-    for piece in pieces:
-        tops = piece.top or [()] * len(piece.tokens)
-        for token, logprob, top in zip(piece.tokens, piece.logprobs, tops, strict=True):
-            entries.append(entry(token, logprob) | {"top_logprobs": [entry(*other) for other in top]})
-    return {"content": entries, "refusal": None}
+    return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def probability(logprob: float) -> float:

@@ -1,5 +1,6 @@
 """What a client is told when its request cannot be served."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -28,7 +29,7 @@ def error_body(error: RequestError) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
-def error_response(error: RequestError) -> JSONResponse:
+def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error as the answer to a request."""
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-    return JSONResponse(error_body(error), error.status, headers=headers)
+    retry = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    return JSONResponse(error_body(error), error.status, headers=retry | dict(headers or {}))

@@ -3,30 +3,40 @@
 import asyncio
 import contextlib
 import functools
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
+from magma_jax.data.decoders import DecoderBusy, DecoderError
 from magma_jax.data.images import ImageError
-from magma_jax.inference.batching.engine import Encoded, Engine, QueueFull
-from magma_jax.inference.batching.requests import EngineError, Progress, RequestOptions, Ticket
-from magma_jax.serve import completions
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.inference.batching.engine import Encoded, Engine, EngineStats, QueueFull
+from magma_jax.inference.batching.requests import EngineError, Ticket
+from magma_jax.inference.prompts import encode_tokens
+from magma_jax.inference.structured.grammars import Grammar
+from magma_jax.serve.answers import Answer, cancel, too_late
 from magma_jax.serve.attention import AttentionRequest, attention
-from magma_jax.serve.body import read_body
+from magma_jax.serve.completions import ChatShape, Shape, TextShape
 from magma_jax.serve.config import ServerConfig
-from magma_jax.serve.errors import QUEUE_FULL, RequestError, busy, error_body
-from magma_jax.serve.fetch import FetchError
+from magma_jax.serve.errors import QUEUE_FULL, RequestError, busy
 from magma_jax.serve.metrics import ServerMetrics
-from magma_jax.serve.pictures import RequestPicture
-from magma_jax.serve.schema import ChatRequest, ImageURL, PromptRequest
+from magma_jax.serve.network.body import read_body
+from magma_jax.serve.prompts.fetch import FetchError
+from magma_jax.serve.prompts.pictures import RequestPicture, decoders_of
+from magma_jax.serve.requests.schema import (
+    ChatRequest,
+    ImageURL,
+    Items,
+    MessagesRequest,
+    PromptRequest,
+    SamplingRequest,
+    TextRequest,
+)
 
-# What an answer that names no limit gets at most.
-DEFAULT_TOKENS = 64
 # Requests for attention at a time, those included that wait.
 MAX_LOOKING = 8
 
@@ -36,30 +46,88 @@ T = TypeVar("T")
 class Service:
     """What the routes share."""
 
-    def __init__(self, engine: Engine, config: ServerConfig):
+    def __init__(self, engine: Engine, config: ServerConfig, stats: Callable[[], EngineStats]):
         self.engine, self.config = engine, config
         self.created = int(time.time())
-        self.metrics = ServerMetrics()
-        self._decoders = ThreadPoolExecutor(config.decoders, "decoder")
+        self.metrics = ServerMetrics(stats)
+        self._decoders = decoders_of(config.pictures, config.decoders, engine.config.queue)
+        # Prompts of text do not wait for pictures, which wait for hosts and for a decoder, a thread each.
+        self._texts = ThreadPoolExecutor(2, "texts")
+        self._pictures = ThreadPoolExecutor(engine.config.queue, "pictures")
         # One at a time beside the engine, which has the device's time first of all.
         self._looker = ThreadPoolExecutor(1, "attention")
+        self._compilers = ThreadPoolExecutor(1, "grammars")  # apart, so that pictures do not wait for grammars
         self._looking = self._arriving = self._held_bytes = 0
 
+    def start(self) -> None:
+        """Starts what takes a moment to start, ahead of the first request."""
+        self._decoders.start()
+
     def close(self) -> None:
-        """Ends the threads; who still waits for one is told."""
-        for threads in (self._decoders, self._looker):
+        """Ends the threads and the decoders; who still waits for one is told."""
+        self._decoders.close()
+        for threads in (self._texts, self._pictures, self._looker, self._compilers):
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, request: Request) -> Response:
+        """An answer to messages."""
+        return await (await self._begin_chat(request)).response(request)
+
+    async def complete(self, request: Request) -> Response:
+        """The continuation of a text, or of several."""
+        return await (await self._begin_text(request)).response(request)
+
+    # Apart from the above, so that bodies and prompts are gone while an answer is drawn.
+
+    async def _begin_chat(self, request: Request) -> Answer:
         started = time.perf_counter()
         with self._arrival() as hold:
             wanted = await read_body(request, ChatRequest, self.config, hold)
-            encoded = await self._encode(wanted, started)
-            tickets = self._submit(encoded, wanted.options(self._default_tokens(encoded)))
-        if wanted.stream:
-            body = self._stream(wanted, tickets, started)
-            return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return await self._whole(request, wanted, tickets, started)
+            self.check_model(wanted.model)
+            grammar = await self._grammar(wanted, started)
+            encoded = await self._encode([await self._items(wanted, started)], wanted, started, "messages")
+            tickets = self._submit(encoded, wanted, grammar)
+        shape = ChatShape(self.engine.model.tokenizer, logprobs=wanted.logprobs)
+        # In a template's wording the space before an answer belongs to the wording, not to the answer. A form says
+        # itself what its answer begins with.
+        strip = not self.config.templates.is_raw(wanted) and grammar is None
+        return self._answer(wanted, shape, tickets, started, strip=strip)
+
+    async def _begin_text(self, request: Request) -> Answer:
+        started = time.perf_counter()
+        with self._arrival() as hold:
+            wanted = await read_body(request, TextRequest, self.config, hold)
+            self.check_model(wanted.model)
+            grammar = await self._grammar(wanted, started)
+            encoded = await self._encode(wanted.prompts, wanted, started, "prompt")
+            tickets = self._submit(encoded, wanted, grammar)
+        tokenizer, echo = self.engine.model.tokenizer, None
+        if wanted.echo:
+            echo = [_spelled(prompt, tokenizer) for prompt in wanted.prompts for _ in range(wanted.n)]
+        shape = TextShape(tokenizer, logprobs=wanted.logprobs is not None, echo=echo)
+        return self._answer(wanted, shape, tickets, started)
+
+    def _answer(
+        self,
+        wanted: SamplingRequest,
+        shape: Shape,
+        tickets: list[list[Ticket]],
+        started: float,
+        *,
+        strip: bool = False,
+    ) -> Answer:
+        return Answer(
+            shape,
+            self.config.model,
+            tickets,
+            self.metrics,
+            started,
+            self.config.timeout,
+            stream=wanted.stream,
+            count=wanted.stream_options,
+            token_ids=wanted.return_token_ids,
+            strip=strip,
+        )
 
     @contextlib.contextmanager
     def _arrival(self) -> Iterator[Callable[[int], None]]:
@@ -87,22 +155,24 @@ class Service:
             self._held_bytes -= held
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T], started: float) -> T:
-        """Result of ``work``; a thread that takes longer than the request may keeps its place until it is done."""
+        """Result of ``work``; a thread that takes longer than the request may keeps its place until it is done.
+
+        Raises:
+            RequestError: not done in time.
+        """
         left = started + self.config.timeout - time.perf_counter()
         try:
             async with asyncio.timeout(max(left, 0)):
                 return await asyncio.get_running_loop().run_in_executor(threads, work)
         except TimeoutError:
-            raise self._too_late() from None
-
-    def _too_late(self) -> RequestError:
-        return RequestError(f"not done within {self.config.timeout:g} s", 504, code="timeout")
+            raise too_late(self.config.timeout) from None
 
     async def attention(self, request: Request) -> Response:
         started = time.perf_counter()
         with self._arrival() as hold:
             wanted = await read_body(request, AttentionRequest, self.config, hold)
-            encoded = await self._encode(wanted, started)
+            self.check_model(wanted.model)
+            (encoded,) = await self._encode([await self._items(wanted, started)], wanted, started, "messages")
         if self._looking >= MAX_LOOKING:
             raise busy("too many requests for attention are waiting")
         self._looking += 1
@@ -112,137 +182,87 @@ class Service:
         finally:
             self._looking -= 1
 
-    async def _encode(self, wanted: PromptRequest, started: float) -> Encoded:
-        """The prompt of a request, its pictures fetched and decoded."""
-        if wanted.model not in (None, self.config.model):
-            raise RequestError(f"the model here is {self.config.model!r}", 404, "model", "model_not_found")
-        items, limit = wanted.items(), self.config.pictures.max_pictures
-        pictures = sum(isinstance(item, ImageURL) for item in items)
-        if pictures > limit:
-            raise RequestError(f"the request has {pictures} pictures, at most {limit} are taken", param="messages")
+    def card(self) -> dict[str, Any]:
+        """What the standard says of a model."""
+        return {"id": self.config.model, "object": "model", "created": self.created, "owned_by": "magma_jax"}
 
-        def work() -> Encoded:
-            rules = self.config.pictures
-            return self.engine.encode(
-                [item if isinstance(item, str) else RequestPicture(item.url, rules) for item in items]
-            )
+    def check_model(self, name: str | None) -> None:
+        """Raises a ``RequestError`` if a request wants another model."""
+        if name not in (None, self.config.model):
+            raise RequestError(f"the model here is {self.config.model!r}", 404, "model", "model_not_found")
+
+    async def _items(self, wanted: MessagesRequest, started: float) -> Items:
+        """Messages in their template's wording; texts of megabytes keep no one else waiting."""
+        return await self._in_thread(self._texts, lambda: self.config.templates.items(wanted), started)
+
+    async def _encode(
+        self, prompts: list[list[str | ImageURL] | list[int]], wanted: PromptRequest, started: float, param: str
+    ) -> list[Encoded]:
+        """Prompts of texts and pictures, which are fetched and decoded, or of token ids."""
+        rules, salt = self.config.pictures, (wanted.cache_salt or "").encode()
+        pictures = sum(isinstance(item, ImageURL) for items in prompts for item in items)
+        if pictures > rules.max_pictures:
+            says = f"the request has {pictures} pictures, at most {rules.max_pictures} are taken"
+            raise RequestError(says, param=param)
+
+        deadline = time.monotonic() + started + self.config.timeout - time.perf_counter()
+
+        def encode(items: Items | list[int]) -> Encoded:
+            if items and isinstance(items[0], int):
+                return encode_tokens(items, self.engine.model.config, salt)
+            opened = (rules, self._decoders, deadline)
+            prompt = [item if isinstance(item, str) else RequestPicture(item.url, *opened) for item in items]
+            return self.engine.encode(prompt, salt)
 
         try:
-            return await self._in_thread(self._decoders, work, started)
+            threads = self._pictures if pictures else self._texts
+            return await self._in_thread(threads, lambda: [encode(items) for items in prompts], started)
         except RequestError:
             raise
-        except (ImageError, FetchError, ValueError) as error:
-            raise RequestError(str(error), param="messages") from None
-
-    def _default_tokens(self, encoded: Encoded) -> int:
-        return max(1, min(DEFAULT_TOKENS, self.engine.context - len(encoded.tokens)))
-
-    def _submit(self, encoded: Encoded, options: list[RequestOptions]) -> list[Ticket]:
-        tickets: list[Ticket] = []
-        try:
-            for one in options:
-                tickets.append(self.engine.submit(encoded, one))
-        except QueueFull as error:
-            _cancel(tickets)
-            raise RequestError(str(error), 429, code=QUEUE_FULL) from None
-        except EngineError as error:
-            _cancel(tickets)
+        except DecoderBusy as error:
+            raise busy(str(error)) from None
+        except DecoderError as error:
             raise RequestError(str(error), 503) from None
-        except ValueError as error:
-            _cancel(tickets)
-            raise RequestError(str(error), param="max_tokens", code="context_length_exceeded") from None
+        except (ImageError, FetchError, ValueError) as error:
+            raise RequestError(str(error), param=param) from None
+
+    async def _grammar(self, wanted: SamplingRequest, started: float) -> Grammar | None:
+        """What the answers of a request must look like, compiled; None for anything."""
+        if not wanted.forms:
+            return None
+        return await self._in_thread(self._compilers, functools.partial(wanted.grammar, self.engine), started)
+
+    def _submit(self, prompts: list[Encoded], wanted: SamplingRequest, grammar: Grammar | None) -> list[list[Ticket]]:
+        """The tickets of every answer to every prompt."""
+        cut, context = self.config.cut_max_tokens, self.engine.context
+        options = [wanted.options(context - len(prompt.tokens), cut=cut, grammar=grammar) for prompt in prompts]
+        tickets: list[list[Ticket]] = [[] for _ in prompts]
+        try:
+            for of_one, prompt, several in zip(tickets, prompts, options, strict=True):
+                for one in several:
+                    with _told_to_clients():
+                        of_one.append(self.engine.submit(prompt, one))
+        except RequestError:
+            cancel(tickets)
+            raise
         return tickets
 
-    async def _whole(self, request: Request, wanted: ChatRequest, tickets: list[Ticket], started: float) -> Response:
-        leaver = asyncio.create_task(_left(request))
-        try:
-            async for _ in self._progress(tickets, started, stop=leaver):
-                pass
-        finally:
-            leaver.cancel()
-            _cancel(tickets)
-        if leaver.done() and not leaver.cancelled():
-            return Response(status_code=499)
-        choices, tokenizer = [], self.engine.model.tokenizer
-        for index, ticket in enumerate(tickets):
-            pieces = ticket.pieces()
-            message = {"role": "assistant", "content": "".join(piece.text for piece in pieces)}
-            choice = {"index": index, "message": message, "finish_reason": pieces[-1].finish}
-            if wanted.return_token_ids:
-                choice["token_ids"] = ticket.tokens
-            choices.append(choice | {"logprobs": completions.logprobs(tokenizer, pieces) if wanted.logprobs else None})
-        head = completions.head("chat.completion", self.config.model)
-        return JSONResponse(head | {"choices": choices, "usage": completions.usage(tickets)})
 
-    async def _stream(self, wanted: ChatRequest, tickets: list[Ticket], started: float) -> AsyncIterator[str]:
-        head = completions.head("chat.completion.chunk", self.config.model)
-        tokenizer = self.engine.model.tokenizer
-
-        def event(index: int, delta: dict[str, Any], finish: str | None = None, **more: Any) -> str:
-            choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None} | more
-            return f"data: {json.dumps(head | {'choices': [choice]}, ensure_ascii=False)}\n\n"
-
-        try:
-            for index in range(len(tickets)):
-                yield event(index, {"role": "assistant", "content": ""})
-            async for index, piece in self._progress(tickets, started):
-                more = {"logprobs": completions.logprobs(tokenizer, [piece])} if wanted.logprobs else {}
-                if wanted.return_token_ids:
-                    more["token_ids"] = piece.tokens
-                yield event(index, {"content": piece.text} if piece.text else {}, piece.finish, **more)
-            if wanted.stream_options is not None and wanted.stream_options.include_usage:
-                yield f"data: {json.dumps(head | {'choices': [], 'usage': completions.usage(tickets)})}\n\n"
-            yield "data: [DONE]\n\n"
-        except RequestError as error:
-            yield f"data: {json.dumps(error_body(error))}\n\n"
-        finally:
-            # Also when the client leaves: the generator is closed, and nobody wants the rest.
-            _cancel(tickets)
-
-    async def _progress(
-        self, tickets: list[Ticket], started: float, stop: asyncio.Task | None = None
-    ) -> AsyncIterator[tuple[int, Progress]]:
-        """Index and piece of all tickets as they come, until all have ended or ``stop`` is done.
-
-        Raises:
-            RequestError: too slow, or the engine failed.
-        """
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
-        for ticket in tickets:
-            ticket.on_progress(lambda: loop.call_soon_threadsafe(news.set))
-        if stop is not None:
-            stop.add_done_callback(lambda _: news.set())
-        seen, running, first = [0] * len(tickets), set(range(len(tickets))), True
-        while running and not (stop is not None and stop.done()):
-            left = started + self.config.timeout - time.perf_counter()
-            try:
-                await asyncio.wait_for(news.wait(), max(left, 0))
-            except TimeoutError:
-                raise self._too_late() from None
-            news.clear()
-            for index in sorted(running):
-                try:
-                    pieces = tickets[index].pieces(seen[index])
-                except EngineError as error:
-                    raise RequestError(str(error), 500) from None
-                for piece in pieces:
-                    if first:
-                        first = False
-                        self.metrics.first_token.observe(time.perf_counter() - started)
-                    seen[index] += 1
-                    yield index, piece
-                    if piece.finish is not None:
-                        running.discard(index)
-        if not running:
-            self.metrics.duration.observe(time.perf_counter() - started)
+@contextlib.contextmanager
+def _told_to_clients() -> Iterator[None]:
+    """What the engine raises becomes what a client is told."""
+    try:
+        yield
+    except QueueFull as error:
+        raise RequestError(str(error), 429, code=QUEUE_FULL) from None
+    except EngineError as error:
+        raise RequestError(str(error), 503) from None
+    except ValueError as error:
+        raise RequestError(str(error), param="max_tokens", code="context_length_exceeded") from None
 
 
-def _cancel(tickets: list[Ticket]) -> None:
-    for ticket in tickets:
-        ticket.cancel()
-
-
-async def _left(request: Request) -> None:
-    """Returns when the client has gone."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)
+def _spelled(prompt: Items | list[int], tokenizer: Tokenizer) -> str:
+    """The text of a prompt, without its pictures."""
+    if isinstance(prompt[0], int):
+        return tokenizer.decode(prompt)
+    return "".join(item for item in prompt if isinstance(item, str))

@@ -10,11 +10,11 @@ Values are not compressed: weights in half precision shrink by a tenth and take 
 
 import contextlib
 import itertools
-import json
 import logging
 import math
+import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import tensorstore as ts
 
+from magma_jax.foreign import read_json
 from magma_jax.nn.modules import nest
 from magma_jax.runtime.distributed import is_main
 from magma_jax.storage.deferred import Deferred, read_array, read_row
@@ -64,36 +65,59 @@ def write_arrays(
     stores = {path: _create(places[path], leaf) for path, leaf in params.items()}
     pieces = sorted(itertools.chain.from_iterable(_pieces(path, leaf) for path, leaf in params.items()))
     waiting: deque[tuple[Any, int]] = deque()
-    for _, path, row in pieces:
-        leaf = params[path]
-        array = np.asarray(read_array(leaf) if row is None else read_row(leaf, row), order="C")
-        shape = tuple(leaf.shape) if row is None else tuple(leaf.shape[1:])
-        if array.shape != shape or array.dtype != leaf.dtype:
-            raise ValueError(f"{path}: announced as {shape} {leaf.dtype}, read as {array.shape} {array.dtype}")
-        store = stores[path].result() if row is None else stores[path].result()[row]
-        write = store.write(array, can_reference_source_data_indefinitely=True)
-        waiting.append((write, array.nbytes))
-        while waiting and sum(nbytes for _, nbytes in waiting) > _IN_FLIGHT_NBYTES:
+    try:
+        for _, path, row in pieces:
+            leaf = params[path]
+            array = np.asarray(read_array(leaf) if row is None else read_row(leaf, row), order="C")
+            shape = tuple(leaf.shape) if row is None else tuple(leaf.shape[1:])
+            if array.shape != shape or array.dtype != leaf.dtype:
+                raise ValueError(f"{path}: announced as {shape} {leaf.dtype}, read as {array.shape} {array.dtype}")
+            store = stores[path].result() if row is None else stores[path].result()[row]
+            write = store.write(array, can_reference_source_data_indefinitely=True)
+            waiting.append((write, array.nbytes))
+            while waiting and sum(nbytes for _, nbytes in waiting) > _IN_FLIGHT_NBYTES:
+                _finish(waiting, progress)
+        while waiting:
             _finish(waiting, progress)
-    while waiting:
-        _finish(waiting, progress)
+    finally:
+        # After an error the folder will be removed, and nobody may write into it any more.
+        for write, _ in waiting:
+            with contextlib.suppress(Exception):
+                write.result()
 
 
 def open_arrays(folder: Path) -> dict[str, Deferred]:
-    """Every array of a folder that Orbax or ``write_arrays`` wrote, unread; stacks can be read layer by layer."""
+    """Every array of a folder that Orbax or ``write_arrays`` wrote, unread; stacks can be read layer by layer.
+
+    Raises:
+        ValueError: an array whose parts cannot be read on this machine, or do not have the size that they should. And
+            whatever TensorStore met.
+    """
     (metadata,) = folder.glob("*/_METADATA")
-    layout = json.loads(metadata.read_text())
+    return open_item(metadata.parent)
+
+
+def open_item(folder: Path) -> dict[str, Deferred]:
+    """Every array of one of a checkpoint's items, as ``open_arrays``."""
+    layout = read_json(folder / "_METADATA")
     driver = "zarr3" if layout["use_zarr3"] else "zarr"
-    base = {"driver": "file", "path": f"{metadata.parent}/"}
+    base = {"driver": "file", "path": f"{folder}/"}
     stores = {}
     for entry in layout["tree_metadata"].values():
+        if entry.get("value_metadata", {}).get("skip_deserialize"):  # a branch without leaves
+            continue
         keys = [key["key"] for key in entry["key_metadata"]]
         name = ".".join(keys)
-        kvstore = {"driver": "file", "path": f"{metadata.parent}/{name}/"}
+        kvstore = {"driver": "file", "path": f"{folder}/{name}/"}
         if layout["use_ocdbt"]:  # one database of all arrays, as Orbax writes by default
             kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         stores["/".join(keys)] = ts.open({"driver": driver, "kvstore": kvstore}, read=True, open=True)
-    return {path: _deferred(store.result()) for path, store in stores.items()}
+    arrays = {}
+    for path, store in stores.items():
+        arrays[path] = _deferred(path, store.result())
+        if driver == "zarr" and not layout["use_ocdbt"]:
+            _check_parts(folder / path.replace("/", "."), store.result())
+    return arrays
 
 
 def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], stored: Mapping[str, Any]) -> Params:
@@ -101,7 +125,13 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], stored
 
     A copy of an array may exist while it moves to its devices. The largest come first, when least else is in
     memory, and one group at a time, so that all together take hardly more than themselves.
+
+    Raises:
+        ValueError: an array is larger than this machine's memory. And whatever Orbax met.
     """
+    for path, leaf in wanted.items():
+        shard = leaf.sharding.shard_shape(tuple(leaf.shape)) if leaf.sharding else leaf.shape
+        _check_memory(path, shard, leaf.dtype)
     sizes = {path: math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for path, leaf in wanted.items()}
     loaded: Params = {}
     for group in _groups(sizes):
@@ -177,10 +207,17 @@ def _finish(waiting: deque[tuple[Any, int]], progress: Callable[[int], None]) ->
     progress(nbytes)
 
 
-def _deferred(store: ts.TensorStore) -> Deferred:
+def _deferred(path: str, store: ts.TensorStore) -> Deferred:
     shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
+    # TensorStore takes the metadata's word for the size of a part, and ends the process where memory does.
+    for layout in (store.chunk_layout.read_chunk, store.chunk_layout.write_chunk):
+        chunk = layout.shape or ()  # none for a single number
+        if any(part > max(1, size) for part, size in zip(chunk, shape, strict=True)):
+            raise ValueError(f"{path} has the shape {list(shape)}, but parts of {list(chunk)}")
+        _check_memory(path, chunk, dtype)
 
     def whole() -> np.ndarray:
+        _check_memory(path, shape, dtype)
         return store.read().result()
 
     def row(i: int) -> Deferred:
@@ -188,6 +225,29 @@ def _deferred(store: ts.TensorStore) -> Deferred:
 
     rows = tuple(map(row, range(shape[0]))) if len(shape) > 1 and store.chunk_layout.read_chunk.shape[0] == 1 else ()
     return Deferred(shape, dtype, whole, rows)
+
+
+def _check_parts(place: Path, store: ts.TensorStore) -> None:
+    """Uncompressed parts are all of one size, also those at the edges. Orbax would leave a trail of warnings."""
+    if store.spec().to_json()["metadata"]["compressor"] is not None:
+        return
+    chunk = store.chunk_layout.read_chunk.shape or ()
+    nbytes = math.prod(chunk) * store.dtype.numpy_dtype.itemsize
+    parts = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
+    for entry in parts:
+        if entry.stat().st_size != nbytes:
+            raise ValueError(f"{place.name}/{entry.name} has {entry.stat().st_size} bytes in place of {nbytes}")
+    wanted = math.prod(-(-size // part) for size, part in zip(store.shape, chunk, strict=True))
+    if len(parts) != wanted:
+        raise ValueError(f"{place.name} has {len(parts)} parts in place of {wanted}")
+
+
+def _check_memory(path: str, shape: Sequence[int], dtype: Any) -> None:
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if nbytes > memory:
+        needed = f"{nbytes / 1e9:.3g} GB at once, and this machine has {memory / 1e9:.3g} GB of memory"
+        raise ValueError(f"{path} takes {needed}")
 
 
 def _groups(sizes: Mapping[str, int]) -> Iterator[set[str]]:

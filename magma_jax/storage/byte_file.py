@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from magma_jax.foreign import ForeignError, open_regular
+
 
 class WeightFileError(ValueError):
     """A weight file that cannot be read: which file, why, and what to do, in one line."""
@@ -14,11 +16,18 @@ class ByteFile:
     """A file open for reading at any position; safe to use from several threads.
 
     ``file[start:stop]`` gives bytes, at most as many as there are; ``len(file)`` is the size when it was opened.
+
+    Raises:
+        WeightFileError: no regular file. OSError: no such file.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._descriptor: int | None = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._descriptor: int | None = None
+        try:
+            self._descriptor = open_regular(self.path)
+        except ForeignError as error:
+            raise WeightFileError(f"{self.path}: {error}") from None
         self._nbytes = os.fstat(self._descriptor).st_size
 
     def __len__(self) -> int:

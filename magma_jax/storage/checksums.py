@@ -1,17 +1,53 @@
 """SHA-256 sums of the files of a folder, in a file that ``sha256sum --check`` reads too."""
 
-import hashlib
-from collections.abc import Collection
-from pathlib import Path
+import contextlib
+import os
+import stat
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from magma_jax.foreign import ForeignError, read_text, shown
+from magma_jax.storage.hashing import THREADS, hashing
 
 SUMS_FILE = "SHA256SUMS"
 
 
-def write_checksums(folder: Path, leave_out: Collection[str] = ()) -> None:
-    """Writes the sums of all files below ``folder`` but those named in ``leave_out``."""
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_digest(folder / name)}  {name}\n" for name in files if name not in (SUMS_FILE, *leave_out)]
+class CheckpointError(ValueError):
+    """A folder that is missing, incomplete or not what it should be; one line with the remedy."""
+
+
+def write_checksums(folder: Path, leave_out: Collection[str] = (), below: Sequence[str] | None = None) -> None:
+    """Writes the sums of all files below ``folder`` but those named in ``leave_out``.
+
+    Args:
+        below: files and folders that are listed; None for all.
+    """
+    roots = [folder] if below is None else [folder / name for name in below]
+    names = [name for root in roots for name in regular_files(folder, root) if name not in (SUMS_FILE, *leave_out)]
+    with hashing([folder / name for name in names], THREADS) as digest_of:
+        lines = [f"{digest_of(folder / name)}  {name}\n" for name in sorted(names)]
     (folder / SUMS_FILE).write_text("".join(lines))
+
+
+def read_checksums(folder: Path) -> dict[str, str] | None:
+    """The sums that a folder lists, by the files' paths in it; None if it lists none.
+
+    Raises:
+        CheckpointError: the list cannot be read, or names something outside the folder.
+    """
+    file = folder / SUMS_FILE
+    try:
+        lines = read_text(file).split("\n")
+    except FileNotFoundError:
+        return None
+    except (OSError, ForeignError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({_reason(error)})") from None
+    sums = {}
+    for digest, _, name in (line.partition("  ") for line in lines if line):
+        if not name or PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name:
+            raise CheckpointError(f"{file}: lists {shown(name)}, which is no file of this folder; do not trust it")
+        sums[name] = digest
+    return sums
 
 
 def find_damage(folder: Path, below: Collection[str] | None = None) -> str | None:
@@ -21,12 +57,11 @@ def find_damage(folder: Path, below: Collection[str] | None = None) -> str | Non
         below: first parts of the paths that are looked at; None for all.
     """
     try:
-        lines = (folder / SUMS_FILE).read_text().splitlines()
-    except FileNotFoundError:
+        sums = read_checksums(folder)
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{folder}/")
+    if sums is None:
         return f"no {SUMS_FILE}"
-    except (OSError, UnicodeDecodeError) as error:
-        return f"{SUMS_FILE} cannot be read: {error}"
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if below is not None:
         absent = set(below) - {name.partition("/")[0] for name in sums}
         if absent:
@@ -34,18 +69,49 @@ def find_damage(folder: Path, below: Collection[str] | None = None) -> str | Non
         sums = {name: digest for name, digest in sums.items() if name.partition("/")[0] in below}
     if not sums:
         return f"{SUMS_FILE} is empty"
-    for name, digest in sums.items():
-        try:
-            found = _digest(folder / name)
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except (OSError, ValueError) as error:
-            return f"{name} cannot be read: {error}"
-        if found != digest:
-            return f"{name} has changed since it was written"
-    return None
+    with comparing(folder, sums) as damages:
+        return next(damages, None)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextlib.contextmanager
+def comparing(folder: Path, sums: Mapping[str, str]) -> Iterator[Iterator[str]]:
+    """Hashes the files of ``sums`` while the block runs; gives what is wrong, file by file, waiting for it."""
+    with hashing([folder / name for name in sums], THREADS) as digest_of:
+
+        def damage(name: str, digest: str) -> str | None:
+            try:
+                same = digest_of(folder / name) == digest
+            except FileNotFoundError:
+                return f"{name} is missing"
+            except OSError as error:
+                return f"{name} cannot be read: {error.strerror or error}"
+            except ForeignError as error:
+                return f"{name} {error}"
+            return None if same else f"{name} has changed since it was written"
+
+        yield (problem for name, digest in sums.items() if (problem := damage(name, digest)) is not None)
+
+
+def regular_files(folder: Path, root: Path | None = None) -> list[str]:
+    """Paths, from ``folder`` on, of the files in ``root`` (default: ``folder``), or of ``root`` if it is a file.
+
+    Raises:
+        CheckpointError: a link, pipe or device is among them, which nobody writes there and reading may not survive.
+    """
+    names = []
+    waiting = [root or folder]
+    while waiting:
+        path = waiting.pop()
+        mode = path.lstat().st_mode
+        # The folder itself may be a link, to where there is room.
+        if stat.S_ISDIR(mode) or (path in (root, folder) and path.is_dir()):
+            waiting += [path / name for name in os.listdir(path)]
+        elif stat.S_ISREG(mode):
+            names.append(path.relative_to(folder).as_posix())
+        else:
+            raise CheckpointError(f"{path}: is a link, pipe or device where a file belongs; copy the file itself here")
+    return names
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -9,19 +9,20 @@ asked for, so files larger than memory pass through.
 """
 
 import contextlib
-import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from magma_jax.foreign import ForeignError, read_json, shown
 from magma_jax.storage.byte_file import WeightFileError
 from magma_jax.storage.safetensors_file import open_safetensors
 from magma_jax.storage.torch.reader import open_torch_file, state_dict
 from magma_jax.storage.torch.storage import LazyTensor
 
-__all__ = ["WeightFileError", "Weights", "open_tensors"]
+__all__ = ["WeightFileError", "Weights", "holds_weights", "open_tensors"]
 
 # What a folder is looked through for; the first that is there counts.
 FOLDER_FILES = (
@@ -71,11 +72,20 @@ def open_tensors(path: str | os.PathLike) -> Iterator[Weights]:
             yield Weights(tensors, others, (path,), path.suffix == ".safetensors")
 
 
+def holds_weights(path: Path) -> bool:
+    """Whether ``open_tensors`` finds something to open: a file, or a folder with weights in it."""
+    return bool(_candidates(path)) if path.is_dir() else path.exists()
+
+
+def _candidates(folder: Path) -> list[Path]:
+    return [file for pattern in ("*.index.json", "*.safetensors", "*.bin", "*.pt") for file in folder.glob(pattern)]
+
+
 def _inside(folder: Path) -> Path:
     for name in FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name
-    found = [file for pattern in ("*.index.json", "*.safetensors", "*.bin", "*.pt") for file in folder.glob(pattern)]
+    found = _candidates(folder)
     if len(found) == 1:
         return found[0]
     names = ", ".join(sorted(file.name for file in found)[:5])
@@ -107,24 +117,30 @@ def _open_index(index: Path, stack: contextlib.ExitStack) -> Weights:
             raise WeightFileError(f"{index}: the shard {file.name} is missing; fetch it again")
         found, _ = _open_one(file, stack)
         wanted = {key for key, shard in shard_of.items() if shard == file.name}
-        if differing := sorted(wanted ^ found.keys()):
+        if surplus := sorted(found.keys() - wanted):
             raise WeightFileError(
-                f"{file}: does not hold the tensors that {index.name} says, {len(differing)} differ, such as "
-                f"{', '.join(differing[:3])}; fetch both again"
+                f"{file}: holds tensors of which {index.name} does not know, {len(surplus)} in all, such as "
+                f"{shown(surplus[:3])}; fetch both again"
             )
+        # Libraries leave out the second name of a tied tensor, whatever they wrote into the index. Whether it is one
+        # shows when the names are mapped: a tensor that is needed and missing is an error there.
+        if absent := sorted(wanted - found.keys()):
+            print(f"{file}: lacks {shown(absent[:3])}, which {index.name} lists; read as second names", file=sys.stderr)
         tensors |= found
     return Weights(tensors, {}, files)
 
 
 def _read_index(index: Path) -> Mapping[str, str]:
     try:
-        content = json.loads(index.read_text())
-    except ValueError as error:
-        raise WeightFileError(f"{index}: not valid JSON ({error}); fetch it again") from None
+        content = read_json(index)
+    except ForeignError as error:
+        raise WeightFileError(f"{index}: {error}; fetch it again") from None
     shard_of = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shard_of, dict) or not shard_of:
         raise WeightFileError(f"{index}: has no weight_map; it is no index of sharded weights")
     for name in shard_of.values():
         if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
-            raise WeightFileError(f"{index}: the shard {name!r} is no file name beside it; do not trust this index")
+            raise WeightFileError(
+                f"{index}: the shard {shown(name)} is no file name beside it; do not trust this index"
+            )
     return shard_of

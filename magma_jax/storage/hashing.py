@@ -2,52 +2,39 @@
 
 import contextlib
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from magma_jax.foreign import open_regular
+
 _BLOCK_NBYTES = 8 * 2**20
+# Threads for files in any order: hashing leaves the interpreter to others, so each has a core.
+THREADS = max(1, min(8, os.cpu_count() or 1))
 
 
 @contextlib.contextmanager
-def hashing(files: Sequence[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
-    """Hashes files in a thread while the block runs; the function it gives waits and returns path -> hex digest.
+def hashing(files: Sequence[Path], threads: int = 1) -> Iterator[Callable[[Path], str]]:
+    """Hashes files while the block runs; the function it gives waits for a file's hex digest.
 
-    Whoever reads the same files from front to back in the block shares the disk's reads through the system's cache.
-    Leaving the block early ends the thread. An error in reading is raised by the function.
+    Whoever reads the same files in the same order in the block shares the disk's reads through the system's cache.
+    Leaving the block early ends the threads. The function raises OSError, or ForeignError if it is no regular file.
     """
-    digests: dict[Path, str] = {}
-    errors: list[OSError] = []
     stop = threading.Event()
-
-    def work() -> None:
-        try:
-            for path in files:
-                if (digest := _sha256(path, stop)) is not None:
-                    digests[path] = digest
-        except OSError as error:
-            errors.append(error)
-
-    def result() -> dict[Path, str]:
-        thread.join()
-        if errors:
-            raise errors[0]
-        return digests
-
-    thread = threading.Thread(target=work, name="sha256", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="sha256")
+    waiting = {path: pool.submit(_sha256, path, stop) for path in files}
     try:
-        yield result
+        yield lambda path: waiting[path].result()
     finally:
         stop.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)
 
 
-def _sha256(path: Path, stop: threading.Event) -> str | None:
+def _sha256(path: Path, stop: threading.Event) -> str:
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_NBYTES):
-            if stop.is_set():
-                return None
-            digest.update(block)  # leaves the interpreter to others meanwhile
+    with open(open_regular(path), "rb", buffering=0) as file:
+        while (block := file.read(_BLOCK_NBYTES)) and not stop.is_set():
+            digest.update(block)
     return digest.hexdigest()

@@ -9,7 +9,6 @@ server promised. ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_TOKEN`` and the proxy
 """
 
 import hashlib
-import json
 import re
 import shutil
 import sys
@@ -29,6 +28,8 @@ from huggingface_hub import (
 )
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+from magma_jax.foreign import read_json
 
 SCHEME = "hf://"
 
@@ -105,7 +106,7 @@ def _choose(where: str, names: Collection[str]) -> str:
 
 def _shards(index: Path, names: Collection[str]) -> list[str]:
     try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise HubError(f"{index}: not an index of weights (no weight_map); name a file in the address") from None
     missing = [name for name in shards if name not in names]

@@ -3,37 +3,63 @@
     model.json    config, source, settings of a run
     params/       every parameter, nested dicts as Orbax loads them
     tokenizer/    the vocabulary
+    SHA256SUMS    of all these files
 
-A folder may lack parameters and say in ``model.json`` which folder has them, its base: so runs share one frozen
-language model. A folder appears under its final name only when it is whole.
+Files that have changed since are noticed when they are read. A folder may lack parameters and say in ``model.json``
+which folder has them, its base: so runs share one frozen language model. A folder appears under its final name only
+when it is whole.
 """
 
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magma_jax.foreign import ForeignError, read_json
 from magma_jax.output import OutputError, partial_name, whole_output
-from magma_jax.runtime.distributed import barrier, is_main
+from magma_jax.runtime.distributed import barrier, from_first_process, is_main, say
 from magma_jax.storage.array_files import open_arrays, read_arrays, write_arrays
+from magma_jax.storage.checksums import (
+    SUMS_FILE,
+    CheckpointError,
+    comparing,
+    read_checksums,
+    regular_files,
+    write_checksums,
+)
 from magma_jax.storage.deferred import Deferred
 from magma_jax.typing import Params
 
 MODEL_FILE = "model.json"
 PARAMS = "params"
 BASE = "base"
+# What a conversion needs to write the same PyTorch file again.
+TORCH_FILE = "torch.json"
+BUFFER_FILE = "torch_buffers.npz"
+# All that a run does not add later.
+LISTED = (MODEL_FILE, PARAMS, "tokenizer", TORCH_FILE, BUFFER_FILE)
 # Room on the disk for all that is not a parameter.
 _OTHER_NBYTES = 32 * 2**20
 
 
-class CheckpointError(ValueError):
-    """A folder that is missing, incomplete or not what it should be; one line with the remedy."""
+T = TypeVar("T")
+
+# What to do about a changed file.
+_REMEDY = "put the old file back or write the folder again"
+
+
+class _Stored(NamedTuple):
+    """A folder's own parameters, unread, and by parameter the sums of the files that it is in."""
+
+    arrays: dict[str, Deferred]
+    sums: dict[str, dict[str, str]]
 
 
 def write_model_folder(
@@ -74,6 +100,7 @@ def write_model_folder(
             write_extras(partial)
             values = metadata() if callable(metadata) else metadata
             (partial / MODEL_FILE).write_text(json.dumps(values, indent=2) + "\n")
+            write_checksums(partial)
     except OutputError as error:
         raise CheckpointError(str(error)) from None
     barrier("model folder written")
@@ -107,17 +134,20 @@ def read_model_json(path: str | Path) -> dict[str, Any]:
     """The metadata of a model folder.
 
     Raises:
-        CheckpointError: the folder or its ``model.json`` is missing or unreadable.
+        CheckpointError: the folder or its ``model.json`` is missing, unreadable, or not as it was written.
     """
     file = Path(path) / MODEL_FILE
     if not file.is_file():
         raise CheckpointError(
             f"{path}: not a model folder (no {MODEL_FILE}); give the folder that train.py or convert wrote"
         )
+    folder = Path(path)
+    if MODEL_FILE in (sums := read_checksums(folder) or {}):
+        _compared(folder, {MODEL_FILE: sums[MODEL_FILE]})
     try:
-        metadata = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error})") from None
+        metadata = read_json(file)
+    except ForeignError as error:
+        raise CheckpointError(f"{file}: {error}") from None
     if not isinstance(metadata, dict) or "model" not in metadata:
         raise CheckpointError(f"{file}: holds no model config; write the folder again")
     return metadata
@@ -153,10 +183,13 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
 
     Paths of the folder that ``shapes`` does not name are not read; those that it lacks come from its base.
 
+    Their files are compared with the sums in the folder while they are read; the first process does so for all.
+
     Raises:
-        CheckpointError: a path is missing in the folder, or has another shape; or the base is missing.
+        CheckpointError: a path is missing in the folder, or has another shape; a file has changed since it was
+            written; or the base is missing.
     """
-    stored = _open_own_params(path)
+    stored, sums = _open_own_params(path)
     absent = {name: shape for name, shape in shapes.items() if name not in stored}
     if absent and (base := base_folder(path)):
         inherited = read_params(base, absent)
@@ -176,31 +209,102 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
     ]
     if problems:
         raise CheckpointError(f"{path}: does not fit the model: " + "; ".join(problems))
-    folder = Path(path).absolute() / PARAMS
-    try:
-        return read_arrays(folder, {name: with_sharding(shape) for name, shape in shapes.items()}, stored)
-    except Exception as error:  # as Orbax does
-        raise damaged(folder, error) from error
+    folder = Path(path).absolute()
+    # In the order in which the arrays are read.
+    order = sorted(shapes, key=lambda name: -math.prod(shapes[name].shape))
+    files = {file: digest for name in order if is_main() for file, digest in sums.get(name, {}).items()}
+    wanted = {name: with_sharding(shape) for name, shape in shapes.items()}
+    return _compared(folder, files, lambda: read_arrays(folder / PARAMS, wanted, stored), from_first_process)
 
 
 def open_params(path: str | Path) -> dict[str, Deferred]:
     """Every parameter of a model folder and its base, unread; a stack's layers can be read one by one.
 
     Raises:
-        CheckpointError: not a model folder, or a damaged one.
+        CheckpointError: not a model folder, or a damaged one; also when a parameter is read whose files have changed
+            since they were written.
     """
-    base = base_folder(path)
-    return (open_params(base) if base else {}) | _open_own_params(path)
+    base, folder = base_folder(path), Path(path).absolute()
+    stored, sums = _open_own_params(path)
+    own = {name: _checked(folder, tensor, sums.get(name, {})) for name, tensor in stored.items()}
+    return (open_params(base) if base else {}) | own
 
 
-def _open_own_params(path: str | Path) -> dict[str, Deferred]:
-    folder = Path(path).absolute() / PARAMS
-    if not folder.is_dir():
+def _open_own_params(path: str | Path) -> _Stored:
+    folder = Path(path).absolute()
+    if not (folder / PARAMS).is_dir():
         raise CheckpointError(f"{path}: not a model folder (no {PARAMS}/)")
+    # Also for what it finds where a file belongs.
+    there, listed = regular_files(folder, folder / PARAMS), read_checksums(folder)
     try:
-        return open_arrays(folder)
+        stored = open_arrays(folder / PARAMS)
     except Exception as error:  # TensorStore raises whatever it met
-        raise damaged(folder, error) from error
+        if listed is not None:
+            _compared(folder, {name: listed[name] for name in listed if name.startswith(f"{PARAMS}/")})
+        raise damaged(folder / PARAMS, error) from error
+    if listed is None:
+        _say_unchecked(path)
+        return _Stored(stored, {})
+    for name in sorted({name for name in listed if name.startswith(f"{PARAMS}/")} ^ set(there)):
+        problem = f"{SUMS_FILE} does not list {name}" if name in there else f"{name} is missing"
+        raise CheckpointError(f"{path}: {problem}; {_REMEDY}")
+    sums: dict[str, dict[str, str]] = {name: {} for name in stored}
+    others: dict[str, str] = {}
+    for name, digest in listed.items():
+        # params/ITEM/NAME.OF.ARRAY/FILE; in another layout all arrays share their files.
+        parts = name.split("/")
+        array = parts[2].replace(".", "/") if parts[0] == PARAMS and len(parts) == 4 else ""
+        sums.get(array, others)[name] = digest
+    _compared(folder, others)
+    return _Stored(stored, sums)
+
+
+def _compared(
+    folder: Path,
+    sums: Mapping[str, str],
+    read: Callable[[], T] = lambda: None,
+    ask: Callable[[Callable[[], str | None]], str | None] = lambda first: first(),
+) -> T:
+    """What ``read`` gives, if the files of ``sums`` are as they were written; both are read at the same time."""
+    result, failed = None, None
+    with comparing(folder, sums) as damages:
+        try:
+            result = read()
+        except Exception as error:  # Orbax and TensorStore raise whatever they met
+            failed = error
+        # What the sums say of a file is clearer.
+        first = functools.partial(next, damages, None)
+        if (problem := first() if failed else ask(first)) is not None:
+            raise CheckpointError(f"{folder}: {problem}; {_REMEDY}") from failed
+    if failed is not None:
+        raise damaged(folder / PARAMS, failed) from failed
+    return result
+
+
+def _checked(folder: Path, tensor: Deferred, sums: Mapping[str, str]) -> Deferred:
+    """A tensor whose files are compared with their sums whenever it is read, a layer's by themselves."""
+    rows = tuple(
+        _checked(folder, row, {name: sums[name] for name in sums if _is_of_row(name, i)})
+        for i, row in enumerate(tensor.rows)
+    )
+    return Deferred(tensor.shape, tensor.dtype, lambda: _compared(folder, sums, tensor.read), rows)
+
+
+def _is_of_row(file: str, row: int) -> bool:
+    return file.rpartition("/")[2].partition(".")[0] in (str(row), "")  # the latter: .zarray
+
+
+@functools.cache
+def _say_unchecked(path: str | Path) -> None:
+    say(unchecked(path))
+
+
+def unchecked(path: str | Path) -> str:
+    """The line about a folder that lists no sums."""
+    return (
+        f"{path}: has no {SUMS_FILE}, so damaged files would not be noticed; add it with "
+        f"python -m magma_jax.convert add-checksums {path}"
+    )
 
 
 def _identity(folder: str | Path) -> str:

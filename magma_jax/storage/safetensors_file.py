@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from magma_jax.output import whole_output
+from magma_jax.output import OutputError, whole_output
 from magma_jax.storage.byte_file import ByteFile, WeightFileError
 from magma_jax.storage.deferred import elements_ahead
-from magma_jax.storage.torch.storage import DTYPES, LazyTensor, contiguous
+from magma_jax.storage.torch.storage import DTYPES, MAX_AXES, LazyTensor, contiguous
 
 # The format's name -> PyTorch's.
 _NAMES = {
@@ -33,7 +33,7 @@ def open_safetensors(path: str | os.PathLike) -> tuple[ByteFile, dict[str, LazyT
     """The open file (to be closed by the caller), its tensors in the file's order, and its metadata.
 
     Raises:
-        WeightFileError: not a whole safetensors file, or an element type that NumPy lacks. OSError: no such file.
+        WeightFileError: not a whole safetensors file, or a tensor that NumPy cannot hold. OSError: no such file.
     """
     file = ByteFile(path)
     try:
@@ -44,11 +44,13 @@ def open_safetensors(path: str | os.PathLike) -> tuple[ByteFile, dict[str, LazyT
             raise WeightFileError(f"{path}: cut short or no safetensors file ({error}); fetch it again") from None
         length = int.from_bytes(file[:8], "little")
         header = json.loads(file[8 : 8 + length])
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         tensors = {}
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in _DTYPES:
                 raise WeightFileError(f"{path}: {name} has the element type {entry['dtype']}, which is not supported")
+            if len(entry["shape"]) > MAX_AXES:
+                raise WeightFileError(f"{path}: {name} has {len(entry['shape'])} axes, more than {MAX_AXES}")
             start = 8 + length + entry["data_offsets"][0]
             tensors[name] = contiguous(file, name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
     except BaseException:
@@ -72,8 +74,8 @@ def write_safetensors(
         progress: called with the number of bytes after each tensor.
 
     Raises:
-        TypeError: an element type that the format lacks. ValueError: a tensor is not as announced.
-        OutputError: the disk is too small.
+        ValueError: a tensor is not as announced.
+        OutputError: an element type that the format lacks, or the disk is too small.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -84,7 +86,7 @@ def write_safetensors(
         tensor = tensors[name]
         dtype = np.dtype(tensor.dtype)
         if dtype not in names:
-            raise TypeError(f"{name}: safetensors has no {dtype}")
+            raise OutputError(f"{name}: {dtype} has no place in a safetensors file; convert it first")
         start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
         header[name] = {"dtype": names[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -7,8 +7,8 @@ import pytest
 
 from magma_jax.convert.__main__ import main
 from magma_jax.convert.compare import compare_checkpoints
+from magma_jax.convert.magma_checkpoint import from_torch, to_safetensors
 from magma_jax.convert.verify import read_model_config
-from magma_jax.published.magma_checkpoint import from_torch, to_safetensors
 from magma_jax.storage.safetensors_file import write_safetensors
 from magma_jax.storage.torch.writer import write_torch_file
 from tests.convert.checkpoints import rewrite
@@ -75,4 +75,4 @@ def test_unusable_input(layouts, tmp_path, capsys):
     assert main(["verify", str(layouts["pt"]), str(tmp_path / "x.pt")]) == 2
     assert "no tensor name in common" in capsys.readouterr().err
     assert main(["verify", str(layouts["pt"])]) == 2
-    assert "either two checkpoints or one" in capsys.readouterr().err
+    assert "takes either two checkpoints" in capsys.readouterr().err

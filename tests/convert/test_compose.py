@@ -12,12 +12,13 @@ import pytest
 from magma_jax.config import ConfigError, to_dict
 from magma_jax.convert.__main__ import main
 from magma_jax.convert.compose import compose
+from magma_jax.families.magma import MAGMA
 from magma_jax.inference.api import Magma
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.prefix import PrefixConfig
 from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.nn.adapters import AdapterConfig
-from magma_jax.published.magma_checkpoint import model_shapes
+from magma_jax.published.open_magma import model_shapes
 from magma_jax.storage.model_folder import CheckpointError, open_params, read_model_json, read_params
 from magma_jax.storage.torch.writer import write_torch_file
 from magma_jax.training.run import setup
@@ -81,7 +82,7 @@ def test_every_parameter_is_published_or_fresh(sources, composed):
 def test_fresh_parts_are_those_of_a_run(sources, composed, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "load_dataset", lambda config: tiny.dataset())
     names = {"lm": str(sources[0] / "gptj"), "image_prefix/encoder": str(sources[0] / "clip.pt")}
-    run = setup.prepare_run(dataclasses.replace(CONFIG, weights=names), tmp_path / "run", jax.devices()[:1])
+    run = setup.prepare_run(MAGMA, dataclasses.replace(CONFIG, weights=names), tmp_path / "run", jax.devices()[:1])
     for path, tensor in open_params(composed[0]).items():
         np.testing.assert_array_equal(tensor.read(), np.asarray(run.params[path]), path)
 

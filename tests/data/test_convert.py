@@ -15,7 +15,17 @@ from PIL import Image
 
 from magma_jax.data import readers
 from magma_jax.data.format.record_folder import StoredRecords
-from magma_jax.data.format.records import NOT_DOWNLOADED, DataError, FileSlice, Question, Record, Skipped, pack, unpack
+from magma_jax.data.format.records import (
+    HIDDEN,
+    NOT_DOWNLOADED,
+    DataError,
+    FileSlice,
+    Question,
+    Record,
+    Skipped,
+    pack,
+    unpack,
+)
 from magma_jax.data.write import conversion as module
 from magma_jax.data.write import resumable_shards as work_module
 from magma_jax.data.write.conversion import ConvertOptions, convert
@@ -113,13 +123,13 @@ def test_an_interrupted_conversion_continues_to_the_same_files(pictures, tmp_pat
 KILLED = """
 import sys
 from pathlib import Path
-from magma_jax.data import convert, work
 from magma_jax.data.readers import read
+from magma_jax.data.write import conversion, resumable_shards
 import time
-original = work.prepare
-work.prepare = lambda *a: time.sleep(0.05) or original(*a)
-options = convert.ConvertOptions(workers=0, shard_records=1)
-convert.convert(read("folder", Path(sys.argv[1])), sys.argv[2], options)
+original = resumable_shards.prepare
+resumable_shards.prepare = lambda *a: time.sleep(0.05) or original(*a)
+options = conversion.ConvertOptions(workers=0, shard_records=1)
+conversion.convert(read("folder", Path(sys.argv[1])), sys.argv[2], options)
 """
 
 
@@ -280,13 +290,55 @@ def test_a_disk_that_is_full_in_the_middle_of_a_shard(pictures, tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, *arguments], capture_output=True, text=True)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert "records-00000.array_record: the disk is full" in last
+    assert "records-00000.array_record: the disk is full (File too large); make room" in last
     assert "make room and run the same command again" in last
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.partial").exists()  # it has finished nothing
     for name in ("whole", "out"):
         convert(records_of(pictures), tmp_path / name, ConvertOptions(workers=0))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_a_disk_without_room_for_a_name_is_one_line(pictures, tmp_path, monkeypatch):
+    """Nothing can be made there, not even the lock; and nothing stays."""
+
+    def full(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+
+    for place, says in [("open", "cannot be written (No space left on device)"), ("mkdir", "the disk is full")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, place, full)
+            with pytest.raises(ValueError, match="No space left on device") as error:
+                convert(records_of(pictures), tmp_path / "out", HERE)
+        assert says in str(error.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_when_nothing_is_found_the_names_that_were_looked_for_are_told(pictures, tmp_path):
+    listed = [{"id": i, "file_name": f"no_{i}.jpg"} for i in range(4)]
+    said = [{"image_id": i, "caption": "a picture"} for i in range(4)]
+    (tmp_path / "own.json").write_text(json.dumps({"images": listed, "annotations": said}))
+    with pytest.raises(DataError) as error:
+        convert(readers.read("coco", tmp_path / "own.json", pictures), tmp_path / "out", HERE)
+    report = tmp_path / ".out.partial" / "data" / "skipped.jsonl"
+    assert f"(4 x picture missing (looked for no_0.jpg below {pictures}))" in str(error.value)
+    assert f"{report} lists them" in str(error.value)
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["0", "1", "2", "3"]
+    assert lines[3]["detail"] == f"looked for no_3.jpg below {pictures}"
+    assert not (tmp_path / "out").exists()
+    for i in range(4):
+        (pictures / f"{i}.jpg").rename(pictures / f"no_{i}.jpg")
+    info = convert(readers.read("coco", tmp_path / "own.json", pictures), tmp_path / "out", HERE)
+    assert (info["records"], info["skipped"]) == (4, {})
+    assert (tmp_path / "out" / "skipped.jsonl").read_bytes() == b""
+
+
+def test_hidden_files_are_no_share_of_the_samples(pictures, tmp_path):
+    for i in range(10):
+        (pictures / f"._{i}.jpg").write_bytes(b"AppleDouble")
+    info = convert(records_of(pictures), tmp_path / "out", dataclasses.replace(HERE, max_skipped=0.0))
+    assert (info["records"], info["skipped"]) == (10, {HIDDEN: 10})
 
 
 def test_one_damaged_picture_in_a_hundred_is_left_out_and_named(tmp_path):
@@ -401,6 +453,31 @@ def test_command_line(pictures, tmp_path, command_line, capsys):
     assert "picture 0" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--limit must be 0 or more, got -1"):
         command_line("show", tmp_path / "out", "--limit", -1)
+
+
+def test_control_characters_of_data_do_not_reach_the_terminal(tmp_path, command_line, capsys):
+    r"""``\x1b]0;`` sets a window's title, ``\x9b`` its colours, and U+202E turns the text round."""
+    half = json.loads('"\\ud800"')
+    said = "a \x1b]0;title\x07 \x9b31m \u202etxt\u2028 caf\u00e9"
+    question = Question(f"q{said}", said, (said,), {})
+    records = [Record(f"id {said}", datafolders.noise(0), (said,), (question,)), Skipped("x", f"reason {said}", 0)]
+    convert(records, tmp_path / "out", HERE, source={"file": f"{said}{half}"})
+    capsys.readouterr()
+    command_line("show", tmp_path / "out")
+    shown = capsys.readouterr().out
+    # The source, the reason of a skip, the record, its caption, its question and the answer.
+    assert shown.count("\\u001b]0;title\\u0007 \\u009b31m \\u202etxt\\u2028 caf\u00e9") == 6
+    assert not set(shown) & set("\x1b\x07\x9b\u202e\u2028")
+    assert json.loads(shown.partition("\n\n")[0])["records"] == 1
+    (tmp_path / "coco.json").write_text(
+        json.dumps({"images": [{"id": said, "file_name": said}] * 2, "annotations": []})
+    )
+    with pytest.raises(SystemExit) as error:
+        command_line("convert", "--from", "coco", tmp_path / "coco.json", tmp_path / "o\x1bo", "--images", tmp_path)
+    assert "two entries have the id" in str(error.value)
+    assert str(error.value).isprintable()
+    with pytest.raises(SystemExit, match=r"o\\u001bo: no data set folder"):
+        command_line("show", tmp_path / "o\x1bo")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magma_jax.data.images import ImageError, ImageInput, clip_preprocess, load_image, normalize, to_uint8
+from magma_jax.data.images import ImageError, ImageInput, clip_preprocess, load_image, normalize, random_crop, to_uint8
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 NAMES = sorted(path.stem for path in (GOLDEN / "images").glob("*.png"))
@@ -208,3 +208,67 @@ def test_leaving_out_what_is_cropped_away_changes_no_pixel(size):
         left, top = (round((side - size) / 2) for side in whole.size)
         expected = np.array(whole.crop((left, top, left + size, top + size)))
         np.testing.assert_array_equal(to_uint8(image, size), expected, err_msg=f"{width} x {height}")
+
+
+def in_mode(mode: str) -> Image.Image:
+    """The gradient, of which a mode keeps what it can."""
+    picture = gradient(64, 48)
+    grey = np.asarray(picture.convert("L"))
+    if mode.startswith("I;16"):
+        order = ">" if mode.endswith("B") else "<"
+        return Image.frombytes(mode, picture.size, (grey.astype(np.uint16) * 257).astype(f"{order}u2").tobytes())
+    if mode in ("I", "F"):
+        return Image.fromarray(grey.astype(np.int32) * 257 if mode == "I" else grey.astype(np.float32) / 255)
+    through = {"La": "LA", "RGBa": "RGBA"}.get(mode)
+    return picture.convert(through).convert(mode) if through else picture.convert(mode)
+
+
+@pytest.mark.parametrize("mode", Image.MODES)
+def test_no_mode_of_pillow_changes_a_picture_in_silence(mode):
+    # Two colours are dithered, a palette has 216.
+    tolerance = {"1": 128, "P": 40, "PA": 8, "LAB": 8, "YCbCr": 4, "HSV": 4}.get(mode, 1)
+    grey = mode[0] in "1LIF" and mode != "LAB"
+    expected = to_uint8(gradient(64, 48).convert("L" if grey else "RGB"), 32).astype(int)
+    for image in (in_mode(mode), load_image(in_mode(mode))):
+        pixels = to_uint8(image, 32).astype(int)
+        assert np.abs(pixels - expected).max() <= tolerance * (3 if tolerance > 1 else 1)
+        assert np.abs(pixels - expected).mean() <= tolerance
+        assert random_crop(image, 16, np.random.default_rng(0)).std() > 5
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 100, 255]], np.int32), [0, 100, 255]),
+        (np.array([[0, 129, 256, 65535]], np.int32), [0, 1, 1, 255]),
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[0.0, 1.5, 254.6]], np.float32), [0, 2, 255]),
+    ],
+)
+def test_values_of_32_bits_are_scaled_by_the_stated_rule(values, expected):
+    assert np.asarray(load_image(Image.fromarray(values))).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([[0, 65536]], np.int32),
+        np.array([[-1, 5]], np.int32),
+        np.array([[0, 255.5]], np.float32),
+        np.array([[-0.1, 1]], np.float32),
+        np.array([[0, np.nan]], np.float32),
+        np.array([[0, np.inf]], np.float32),
+    ],
+)
+def test_values_of_32_bits_without_a_known_scale_are_refused(values):
+    for use in (load_image, lambda image: to_uint8(image, 4)):
+        with pytest.raises(ImageError, match="lie neither in") as error:
+            use(Image.fromarray(values))
+        assert "\n" not in str(error.value)
+
+
+def test_a_mode_without_a_way_to_rgb_is_an_image_error(monkeypatch):
+    image = gradient()
+    monkeypatch.setattr(image, "resize", lambda *_, **__: (_ for _ in ()).throw(ValueError("image has wrong mode")))
+    with pytest.raises(ImageError, match=r"this mode has no way to RGB \(image has wrong mode\)"):
+        to_uint8(image, 8)

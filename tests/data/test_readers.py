@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import random
 import tarfile
 from pathlib import Path
@@ -15,7 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from magma_jax.data import readers
-from magma_jax.data.format.records import DataError, Record, Skipped
+from magma_jax.data.format.records import HIDDEN, DataError, Record, Skipped
 from magma_jax.data.readers.web import WIT_COLUMNS
 
 
@@ -84,6 +85,31 @@ def test_shuffled_annotations_give_the_same_pictures_the_same_captions(tmp_path)
     content["annotations"].reverse()
     second, _ = read("coco", dump(tmp_path / "b.json", content), tmp_path)
     assert {k: sorted(r.captions) for k, r in first.items()} == {k: sorted(r.captions) for k, r in second.items()}
+
+
+@pytest.mark.parametrize("listed", [str, int])
+def test_ids_join_as_numbers_or_as_text(tmp_path, listed):
+    """As ``score`` joins them: exports of data frames turn numbers into text, or the reverse."""
+    other = int if listed is str else str
+    for i in (1, 2):
+        picture(tmp_path / f"COCO_val2014_{i:012d}.jpg")
+    content = coco_content()
+    for image in content["images"]:
+        image["id"] = listed(image["id"])
+    for annotation in content["annotations"]:
+        annotation["image_id"] = other(annotation["image_id"])
+    records, skipped = read("coco", dump(tmp_path / "a.json", content), tmp_path)
+    assert set(records) == {"1", "2"}
+    assert skipped == [("3", "picture missing")]
+    content["images"].append(content["images"][0] | {"id": other(1)})
+    with pytest.raises(DataError, match=r"two entries have the id '?1"):
+        read("coco", dump(tmp_path / "b.json", content), tmp_path)
+
+    source, annotations = vqa_files(tmp_path / "vqa")
+    for annotation in annotations:
+        annotation["question_id"] = str(annotation["question_id"])
+    dump(tmp_path / "vqa" / "v2_mscoco_val2014_annotations.json", {"annotations": annotations})
+    assert read("vqav2", source, tmp_path / "vqa")[1] == []
 
 
 def test_missing_pictures_and_foreign_annotations_are_told(tmp_path):
@@ -179,6 +205,24 @@ def test_vqa_joins_by_question_id_though_the_orders_differ(tmp_path):
         for question in record.questions:
             assert question.answers == (question.id,) * 10
             assert question.metadata["answer_type"] == "other"
+
+
+def test_vqa_of_ones_own_pictures_finds_them_by_file_name(tmp_path):
+    picture(tmp_path / "images" / "kitchen" / "my cat.png")
+    content = {
+        "images": [{"id": 7, "file_name": "kitchen/my cat.png"}, {"id": 9, "file_name": "gone.png"}, {"id": 8}],
+        "questions": [
+            {"question_id": i, "image_id": image, "question": "What?"} for i, image in enumerate(("7", 8, 9))
+        ],
+        "annotations": [{"question_id": i, "answers": answers("cat")} for i in range(3)],
+    }
+    source = dump(tmp_path / "own.json", content)
+    picture(tmp_path / "images" / f"{8:012d}.jpg")
+    found = list(readers.read("vqav2", source, tmp_path / "images", annotations=str(source)))
+    assert [entry.id for entry in found if isinstance(entry, Record)] == ["7", "8"]
+    (missing,) = [entry for entry in found if isinstance(entry, Skipped)]
+    assert (missing.id, missing.reason) == ("9", "picture missing")
+    assert missing.detail.startswith("looked for gone.png, COCO__000000000009.jpg, COCO_val2014_000000000009.jpg, ")
 
 
 def test_okvqa_keeps_raw_answers(tmp_path):
@@ -347,6 +391,10 @@ def test_localized_narratives_shards_and_coco_names(tmp_path):
     assert "traces" not in records["137576/93"].metadata
     records, _ = read("localized_narratives", folder, tmp_path / "images", traces=True)
     assert records["137576/93"].metadata["traces"][0][0]["y"] == -0.0533
+    lines(folder / "coco_val-00001-of-00002.jsonl", entry(93), entry(94), entry(93))
+    (folder / "._coco_val-00001-of-00002.jsonl").write_bytes(b"\0\5\26\7")
+    records, _ = read("localized_narratives", folder, tmp_path / "images")
+    assert list(records) == ["137576/93", "137576/93/2", "137576/94", "137576/93/3"]
 
 
 # The web
@@ -408,6 +456,39 @@ def test_cc3m_and_cc12m_differ_in_the_order_of_columns(tmp_path, downloads):
         read("cc3m", tmp_path / "cc12m.tsv", downloads)
 
 
+def test_a_header_as_img2dataset_wants_it_decides_which_column_is_which(tmp_path, downloads):
+    rows = "a caption\thttp://a.example/0.jpg\n"
+    turned = "http://a.example/0.jpg\ta caption\n"
+    for name, content in [
+        ("cc3m", "caption\turl\n" + rows),
+        ("cc3m", "\ufeffURL\tCaption\r\n" + turned),
+        ("cc12m", "url\tcaption\n" + turned),
+        ("cc12m", "caption\turl\r" + rows.replace("\n", "\r")),
+    ]:
+        (tmp_path / "list.tsv").write_bytes(content.encode())
+        records, skipped = read(name, tmp_path / "list.tsv", downloads)
+        assert {key: record.captions for key, record in records.items()} == {"2": ("a caption",)}, (name, content)
+        assert skipped == []
+
+
+ODD_SPACE = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+def test_only_line_feeds_and_carriage_returns_end_a_line(tmp_path, downloads):
+    said = f"open{ODD_SPACE}nine to five"
+    (tmp_path / "cc3m.tsv").write_bytes(f"{said}\thttp://a.example/0.jpg\r\nb\thttp://a.example/2.jpg\n".encode())
+    records, _ = read("cc3m", tmp_path / "cc3m.tsv", downloads)
+    assert [record.captions for record in records.values()] == [(said,), ("b",)]
+    picture(tmp_path / "own" / "a.png")
+    (tmp_path / "own" / "a.txt").write_bytes(f"{said}\rtwo\r\nthree\n\nfour".encode())
+    records, _ = read("folder", tmp_path / "own", None)
+    assert records["a"].captions == (said, "two", "three", "four")
+    entry = json.dumps({"id": 1, "img": "a.png", "label": 0, "text": said}, ensure_ascii=False)
+    (tmp_path / "dev.jsonl").write_text(f"{entry}\n{entry}\n".replace('"id": 1', '"id": 2', 1))
+    records, _ = read("hateful_memes", tmp_path / "dev.jsonl", tmp_path / "own")
+    assert [record.questions[0].text for record in records.values()] == [said, said]
+
+
 def test_captions_that_are_not_utf8_are_skipped(tmp_path, downloads):
     (tmp_path / "cc3m.tsv").write_bytes(b"caf\xe9\thttp://a.example/0.jpg\n")
     assert read("cc3m", tmp_path / "cc3m.tsv", downloads)[1] == [("1", "caption is not UTF-8")]
@@ -432,6 +513,64 @@ def test_laion_parquet(tmp_path, downloads):
     assert records["1"].metadata["nsfw"] == "UNLIKELY"
     assert records["1"].metadata["seen"] == "2023-11-14 22:13:20.123456789"
     assert skipped == [("2", "picture not downloaded")]
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "says"),
+    [
+        (("url", "caption"), {}, None),
+        (("Url", "Text"), {}, None),
+        (("image_url", "alt"), {"url": "image_url", "caption": "ALT"}, None),
+        (
+            ("image_url", "alt"),
+            {},
+            r"no column url in any case \(there is: image_url, alt\); name it with --option url=",
+        ),
+        (("url", "alt"), {}, "no column text or caption in any case"),
+        (("url", "URL", "text"), {"url": "Url"}, "url and URL differ in case alone; choose with --option url="),
+    ],
+)
+def test_laion_lists_name_their_columns_as_they_like(tmp_path, downloads, columns, options, says):
+    row = {name: ["http://a.example/2.jpg" if "url" in name.lower() else "two"] for name in columns}
+    pyarrow.parquet.write_table(pyarrow.table(row), tmp_path / "part-00000.parquet")
+    (tmp_path / "._part-00000.parquet").write_bytes(b"\0\5\26\7")
+    if says is None:
+        assert read("laion", tmp_path, downloads, **options)[0]["1"].captions == ("two",)
+    else:
+        with pytest.raises(DataError, match=says):
+            read("laion", tmp_path, downloads, **options)
+
+
+def test_parquet_files_hold_what_python_has_no_type_for(tmp_path, downloads):
+    """None of it is a damaged file."""
+    second, long = pyarrow.timestamp("ns"), pyarrow.duration("ns")
+    fine = {
+        "struct": (pyarrow.array([{"t": 1}], pyarrow.struct([("t", second)])), {"t": "1970-01-01 00:00:00.000000001"}),
+        "list": (pyarrow.array([[1, None]], pyarrow.list_(second)), ["1970-01-01 00:00:00.000000001", None]),
+        "map": (
+            pyarrow.array([[("a", 1)]], pyarrow.map_("string", long)),
+            [{"key": "a", "value": "0:00:00.000000001"}],
+        ),
+        "duration": (pyarrow.array([1_500_000_000], long), "0:00:01.500000"),
+        "ages": (pyarrow.array([2**62], pyarrow.duration("s")), f"{2**62} s"),
+        "zone": (pyarrow.array([1], pyarrow.timestamp("ns", "Mars/Base")), "1970-01-01 00:00:00.000000001Z"),
+        "clock": (pyarrow.array([1], pyarrow.time64("ns")), "00:00:00.000000001"),
+        "far": (pyarrow.array([10**7], pyarrow.int32()).cast(pyarrow.date32()), "29349-01-26"),
+        "none": (pyarrow.array([None], pyarrow.struct([("t", second)])), None),
+    }
+    table = {"url": ["http://a.example/2.jpg"], "text": ["two"]} | {name: array for name, (array, _) in fine.items()}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "list.parquet")
+    records, _ = read("laion", tmp_path / "list.parquet", downloads)
+    assert records["1"].metadata == {"url": "http://a.example/2.jpg"} | {
+        name: value for name, (_, value) in fine.items()
+    }
+    whole = (tmp_path / "list.parquet").read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for content in (whole[:-9], whole[:footer] + b"\xff" * 20 + whole[footer + 20 :]):
+        (tmp_path / "list.parquet").write_bytes(content)
+        with pytest.raises(DataError, match=r"list\.parquet: not a whole parquet file") as error:
+            read("laion", tmp_path / "list.parquet", downloads)
+        assert "\n" not in str(error.value)
 
 
 def test_wit_takes_three_columns_as_captions(tmp_path, downloads):
@@ -468,6 +607,34 @@ def test_plain_folders(tmp_path):
     assert skipped == [("bird", "caption is not UTF-8"), ("dog", "picture without an annotation")]
 
 
+def test_hidden_files_are_counted_and_never_samples(tmp_path):
+    names = ["._cat.png", "__MACOSX/cat.png", ".ipynb_checkpoints/cat-checkpoint.png", "a/.hidden/cat.png"]
+    for name in ("cat.png", *names):
+        picture(tmp_path / ".data" / name)
+        (tmp_path / ".data" / name).with_suffix(".txt").write_text("A cat")
+    (tmp_path / ".data" / "._cat.txt").write_bytes(b"\xff")
+    records, skipped = read("folder", tmp_path / ".data", None)  # that the folder itself is hidden does not matter
+    assert set(records) == {"cat"}
+    assert skipped == [(name, HIDDEN) for name in sorted(names)]
+    # A twin is no second picture of that name.
+    source = dump(tmp_path / "c.json", {"images": [{"id": 1, "file_name": "cat.png"}], "annotations": []})
+    assert read("coco", source, tmp_path / ".data" / "a")[1] == [("1", "picture missing")]
+    (tmp_path / ".data" / "cat.png").unlink()
+    with pytest.raises(DataError, match=r"holds no pictures .*, only 4 hidden files"):
+        read("folder", tmp_path / ".data", None)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "cat.png")
+    (tmp_path / "cat.txt").write_text("A cat")
+    os.mkfifo(tmp_path / "pipe.json")
+    assert read("folder", tmp_path, None)[1] == [("cat", "picture is no regular file")]
+    pipe = tmp_path / "pipe.json"
+    for name, images in [("coco", tmp_path), ("hateful_memes", tmp_path), ("img2dataset", None), ("laion", pipe)]:
+        with pytest.raises(DataError, match=r"pipe\.json: is no regular file"):
+            read(name, pipe, images)
+
+
 def test_the_originals_own_folder(tmp_path):
     for name in ("images/0/x.jpg", "images/1/2.jpg"):
         picture(tmp_path / name)
@@ -483,7 +650,7 @@ def test_the_originals_own_folder(tmp_path):
         read("magma", tmp_path, None)
 
 
-def test_data_sets_that_tfds_prepared(tmp_path):
+def test_data_sets_that_tfds_prepared(tmp_path, monkeypatch):
     class Drawings(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
 
@@ -505,6 +672,25 @@ def test_data_sets_that_tfds_prepared(tmp_path):
     records, _ = read("tfds", Path(builder.data_path), None, split="val")
     assert records["7"].captions == ("drawing 7", "a drawing")
     assert records["8"].image_bytes() == jpeg()
+    (tmp_path / "evil.py").write_text("raise SystemExit('the code of the data set runs')")
+    monkeypatch.syspath_prepend(tmp_path)
+    features = Path(builder.data_path) / "features.json"
+    whole = features.read_text()
+    feature = "tensorflow_datasets.core.features.image_feature.Image"
+    assert feature in whole
+    evil = json.dumps({"pythonClassName": "evil.Feature", "jsonFeature": {"json": "{}"}})
+    for content in (
+        whole.replace(feature, "evil.Feature"),
+        json.dumps({"type": "evil.Feature", "content": {}}),
+        json.dumps({"pythonClassName": feature, "jsonFeature": {"json": json.dumps({"a": {"type": "evil.Feature"}})}}),
+        json.dumps({"type": feature, "proto_cls": "tensorflow_datasets.Feature", "content": evil}),
+        json.dumps({"type": "tensorflow_datasets.scripts.cli.main.Feature", "content": {}}),
+    ):
+        features.write_text(content)
+        with pytest.raises(DataError, match=r"features\.json: the feature type '.*' does not come with tensorflow_dat"):
+            read("tfds", Path(builder.data_path), None, split="val")
+    features.write_text(whole)
+    assert set(read("tfds", Path(builder.data_path), None, split="val")[0]) == {"7", "8"}
     with pytest.raises(DataError, match="split 'train'"):
         read("tfds", Path(builder.data_path), None)
     with pytest.raises(DataError, match="not a data set that TFDS prepared"):

@@ -136,10 +136,10 @@ def test_it_is_planned_and_counted():
     assert plan.model_flops.attention == 16 * 12 * LENGTH**2 * 32 * 2
 
 
-def test_a_family_must_be_complete_and_known():
+def test_a_family_must_be_complete_and_known(tmp_path):
     with pytest.raises(TypeError, match=r"missing .* 'loss'"):
         Family(name="half")
     with pytest.raises(ConfigError, match="ToyConfig: no family has such models; there are magma, language"):
         family_of(ToyConfig())
     with pytest.raises(ConfigError, match="a model of the family toy has no samples to show"):
-        train(TOY, run_config(watch=WatchConfig(samples_every=1, tensorboard=False)), "unused", ONE)
+        train(TOY, run_config(watch=WatchConfig(samples_every=1, tensorboard=False)), tmp_path / "run", ONE)

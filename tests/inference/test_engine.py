@@ -10,6 +10,7 @@ from flax import nnx
 from PIL import Image
 
 from magma_jax.data.images import ImageInput
+from magma_jax.inference import prompts
 from magma_jax.inference.api import Magma
 from magma_jax.inference.batching import slots
 from magma_jax.inference.batching.engine import Engine, EngineConfig, QueueFull
@@ -178,6 +179,71 @@ def test_a_prompt_that_begins_like_another_uses_its_cache(model, alone):
         ticket = plain.submit([*shots, square("blue"), "a"], RequestOptions(4))
         assert ticket.text() == second.text()
         assert ticket.reused_tokens == 0
+
+
+def test_prompts_of_another_salt_share_nothing(model):
+    """What one has asked cannot be told from what another's answer counts, nor from pictures that need no encoding."""
+    prompt = ["one two three four five six seven eight nine ten ", square("blue"), "a"]
+    with Engine(model, SIZES) as engine:
+
+        def ask(salt):
+            ticket = engine.submit(engine.encode(prompt, salt), RequestOptions(4))
+            return ticket.text(), ticket.reused_tokens > 0, engine.stats().pictures_encoded
+
+        text = ask(b"")[0]
+        assert ask(b"") == (text, True, 1)
+        assert ask(b"mine") == (text, False, 2)
+        assert ask(b"mine") == (text, True, 2)
+        assert ask(b"hers") == (text, False, 3)
+    with Engine(model, dataclasses.replace(SIZES, reuse=False)) as engine:
+        assert [ask(b""), ask(b"")] == [(text, False, 1), (text, False, 2)]
+
+
+def test_pictures_with_nearly_one_hash_are_two(model, monkeypatch):
+    """All of the hash is compared, and it has a key."""
+    prompt = [square("blue"), "one two three four five six seven eight nine ten"]
+
+    def engine_sees(first, second):
+        with Engine(model, SIZES) as engine:
+            encoded = engine.encode(prompt)
+            ticket = None
+            for key in (first, second):
+                owners = [key if owner else None for owner in encoded.owners]
+                pixels = dict.fromkeys([key], *encoded.pixels.values())
+                identity = encoded.identity.copy()
+                identity[encoded.places >= 0, 1:] = np.frombuffer(key, np.int64)
+                hers = encoded._replace(owners=owners, pixels=pixels, identity=identity)
+                ticket = engine.submit(hers, RequestOptions(2))
+                ticket.text()
+            return ticket.reused_tokens
+
+    key = bytes(range(16))
+    assert engine_sees(key, key) > 0
+    for byte in (0, 7, 8, 15):
+        other = bytearray(key)
+        other[byte] ^= 1
+        assert engine_sees(key, bytes(other)) == 0
+    (with_this_key,) = prompts.encode_prompt(prompt, model.config, model.tokenizer).pixels
+    monkeypatch.setattr(prompts, "_KEY", bytes(32))
+    (with_another,) = prompts.encode_prompt(prompt, model.config, model.tokenizer).pixels
+    assert len(with_this_key) == 16
+    assert with_this_key != with_another
+
+
+@pytest.mark.parametrize("seed", [2**32 - 1, 2**32, 2**63 - 1, 2**64 - 1, -1, -(2**63)])
+def test_seeds_of_64_bits(model, engine, seed):
+    sampling = SamplingConfig(temperature=5.0)
+
+    def tokens(seed):
+        ticket = engine.submit(["a"], RequestOptions(20, sampling, seed))
+        assert ticket.text()
+        return ticket.tokens
+
+    result = model.generate_tokens(model.preprocess_batch([["a"]]), 20, sampling, seed=[seed])
+    assert tokens(seed) == np.asarray(result.tokens)[0, : int(result.lengths[0])].tolist()
+    assert tokens(seed) == tokens(seed % 2**64)
+    for half in {seed % 2**32, (seed >> 32) % 2**32} - {seed}:
+        assert tokens(seed) != tokens(half)
 
 
 def test_while_one_runs_its_prompt_is_copied_for_another(model):
@@ -375,8 +441,8 @@ def test_tokens_behind_a_stop_text_do_not_count(model):
         ({"stop": ("",)}, "empty text"),
         ({"top_logprobs": 21}, "top_logprobs must lie between 0 and 20"),
         ({"max_new_tokens": 3, "min_new_tokens": 4}, "between 0 and max_new_tokens"),
-        ({"seed": 2**32}, "seed must be a whole number from 0 to 4294967295"),
-        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": 2**64}, r"seed must be a whole number from -2\*\*63 to 2\*\*64 - 1, got 18446744073709551616"),
+        ({"seed": -(2**63) - 1}, "seed must be a whole number"),
         ({"sampling": SamplingConfig(compat="upstream")}, "compat is for single runs"),
     ],
 )

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from magma_jax import Magma
+from magma_jax.convert.magma_checkpoint import from_torch, to_safetensors
 from magma_jax.convert.verify import read_model_config
 from magma_jax.models.magma import SHARDINGS
-from magma_jax.published.magma_checkpoint import from_torch, to_safetensors
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, parameter_shardings
 
 CASE = "v2_mlp_attn_normal"

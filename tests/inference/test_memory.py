@@ -8,7 +8,7 @@ import pytest
 
 from magma_jax.inference import api
 from magma_jax.inference.decoding.sampling import SamplingConfig, sampling_rows
-from magma_jax.published.magma_checkpoint import model_shapes
+from magma_jax.published.open_magma import model_shapes
 from magma_jax.storage.model_folder import in_dtype, nbytes_of
 from tests import tiny
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from magma_jax.convert.__main__ import main
+from magma_jax.convert.magma_checkpoint import from_torch
 from magma_jax.convert.verify import read_model_config, verify
-from magma_jax.published.magma_checkpoint import from_torch
 
 CASES = ["none", "v1_mlp_normal", "v2_mlp_attn_normal", "mlp_parallel", "scaled_parallel_ln", "vit_mlp_normal"]
 NPY = io.BytesIO()

@@ -161,7 +161,7 @@ def test_positions_are_not_interpolated(tmp_path):
 
 def test_no_encoder_at_all(tmp_path):
     write_torch_file(tmp_path / "x.pt", {"weight": np.zeros(3, np.float32)})
-    with pytest.raises(ConfigError, match=r"no encoder that is known here, its tensors are weight"):
+    with pytest.raises(ConfigError, match=r"no encoder that is known here, its tensors are 'weight'"):
         read(open_encoder(tmp_path / "x.pt", VIT))
 
 

@@ -1,8 +1,11 @@
 """A browser without a window, and what a person sees and does on the page."""
 
 import contextlib
+import importlib.util
+import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -37,12 +40,56 @@ def chromium() -> Iterator[webdriver.Chrome]:
         driver.quit()
 
 
+def axe() -> str:
+    """The program of axe-core, which looks for barriers: npm's newer one if it is installed, else a wheel's; or ""."""
+    wheel = importlib.util.find_spec("axe_core_python")
+    places = [
+        Path(__file__).parents[2] / "node_modules" / "axe-core",
+        *(wheel.submodule_search_locations if wheel else ()),
+    ]
+    files = [Path(place) / "axe.min.js" for place in places]
+    return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")
+
+
+# Answers one route in the server's place: once, or as long as the page is there.
+_STUB = """
+const [route, status, body, later, once] = arguments, real = window.fetch;
+window.fetch = (url, options) => {
+  if (!url.endsWith(route)) return real(url, options);
+  if (once) window.fetch = real;
+  if (!status) return Promise.reject(new TypeError("Failed to fetch"));
+  const stream = new ReadableStream({ start(controller) {
+    controller.enqueue(new TextEncoder().encode(body));
+    window.send = (text) => controller.enqueue(new TextEncoder().encode(text));
+    window.end = () => controller.close();
+    window.breakOff = () => controller.error(new TypeError("network error"));
+    if (!later) controller.close();
+    options.signal?.addEventListener("abort", () => controller.error(options.signal.reason));
+  } });
+  return Promise.resolve(new Response(stream, { status, statusText: "Something" }));
+};
+"""
+
+
 class Page:
     """What a person sees and does."""
 
     def __init__(self, browser, folder):
         self.browser, self.folder = browser, folder
         self.wait(lambda: self.text("#status") == "ready")
+
+    def run(self, script, *arguments):
+        return self.browser.execute_script(script, *arguments)
+
+    def stub(self, route, status, body="", *, later=False, once=False):
+        """Answers a route in the server's place; 0 for no connection.
+
+        The rest of the body may come ``later``, by ``send(text)`` in the page, and ``end()`` or ``breakOff()``.
+        """
+        self.run(_STUB, route, status, body if isinstance(body, str) else json.dumps(body), later, once)
+
+    def colour(self, selector):
+        return self.one(selector).value_of_css_property("color")
 
     def all(self, selector):
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
@@ -56,11 +103,15 @@ class Page:
     def wait(self, condition):
         WebDriverWait(self.browser, 30, poll_frequency=0.02).until(lambda _: condition())
 
+    def choose(self, *paths):
+        """Files, in the dialog of the last turn."""
+        self.one("input[type=file]").send_keys("\n".join(str(path) for path in paths))
+
     def upload(self, colour):
         path = self.folder / f"{colour}.png"
         square(colour).resize((128, 96)).save(path)
         count = len(self.all(".frame"))
-        self.one("input[type=file]").send_keys(str(path))
+        self.choose(path)
         self.wait(lambda: len(self.all(".frame")) == count + 1)
 
     def write(self, text, selector=".part textarea"):
@@ -68,4 +119,4 @@ class Page:
 
     def ask(self):
         self.one("#ask").click()
-        self.wait(lambda: " tokens in " in self.text("#status") or "failed" in self.text("#status"))
+        self.wait(lambda: " in " in self.text("#status") or "failed" in self.text("#status"))

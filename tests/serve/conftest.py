@@ -1,5 +1,7 @@
 """One server and one browser for all tests that do not change them: they take long to start."""
 
+import logging
+
 import pytest
 
 from tests.serve.hostile import hostile_config, hostile_host
@@ -17,6 +19,15 @@ def server(model):
         running = Running(model, hostile_config("tiny", connector, timeout=0.8))
         yield running
         running.stop()
+
+
+@pytest.fixture
+def printed(caplog):
+    """What servers log while a test runs; uvicorn keeps it from all other loggers."""
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(caplog.handler)
+    yield lambda: caplog.text
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

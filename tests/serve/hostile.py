@@ -7,7 +7,6 @@ checkpoint and prints how long each took.
 import base64
 import contextlib
 import http.client
-import io
 import json
 import select
 import socket
@@ -16,15 +15,17 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from magma_jax.serve.config import ServerConfig
-from magma_jax.serve.fetch import FetchRules
-from magma_jax.serve.pictures import PictureRules
+from magma_jax.serve.prompts.fetch import FetchRules
+from magma_jax.serve.prompts.pictures import PictureRules
+from tests.data.hostile_pictures import SLOW, bmp_runs, chunk, many_scans, saved
+from tests.hostile_schemas import SCHEMAS
 
 CHAT = "/v1/chat/completions"
 # An address that may be connected to; the connection then goes to the host of the tests.
@@ -56,6 +57,18 @@ INSIDE = {
     "v4-mapped loopback": "::ffff:127.0.0.1",
     "v4-mapped public": "::ffff:8.8.8.8",
     "v4-compatible": "::127.0.0.1",
+    "translated loopback": "::ffff:0:127.0.0.1",
+    "ISATAP of loopback": "2606:4700::5efe:7f00:1",
+    "ISATAP of a private address": "2606:4700::200:5efe:a00:1",
+    "site-local v6": "fec0::1",
+    "documentation v6": "2001:db8::1",
+    "documentation v6, larger": "3fff::1",
+    "segment routing": "5f00::1",
+    "protocol assignments": "192.0.0.9",
+    "protocol assignments v6": "2001:1::1",
+    "6to4 relays": "192.88.99.1",
+    "discard v6": "100::1",
+    "not given out": "4000::1",
 }
 
 
@@ -68,6 +81,7 @@ class Row(NamedTuple):
         says: part of its message.
         send: for what is no ordinary request: from a connected socket to status and whole answer.
         route: that it goes to.
+        headers: beside that of JSON, or in its place.
     """
 
     body: dict | bytes
@@ -75,6 +89,7 @@ class Row(NamedTuple):
     says: str
     send: Callable[[socket.socket], tuple[int, str]] | None = None
     route: str = CHAT
+    headers: Mapping[str, str] = {}
 
 
 def ask(port: int, row: Row) -> tuple[int, str]:
@@ -87,7 +102,7 @@ def ask(port: int, row: Row) -> tuple[int, str]:
         body = json.dumps({"messages": [{"role": "user", "content": "a"}], **body}).encode()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     with contextlib.closing(connection):
-        connection.request("POST", row.route, body, {"Content-Type": "application/json"})
+        connection.request("POST", row.route, body, {"Content-Type": "application/json", **row.headers})
         response = connection.getresponse()
         return response.status, json.loads(response.read())["error"]["message"]
 
@@ -119,8 +134,16 @@ def hostile_host() -> Iterator[Callable[..., socket.socket]]:
 def hostile_config(name: str, connector: Callable[..., socket.socket], *, timeout: float) -> ServerConfig:
     """A server with low limits that fetches from ``pictures.example``; ``timeout`` of bodies and fetches, seconds."""
     fetch = FetchRules(("pictures.example",), timeout=timeout, resolver=Resolver(), connector=connector)
-    pictures = PictureRules(max_pictures=3, max_bytes=100_000, max_pixels=1_000_000, fetch=fetch)
-    return ServerConfig(name, timeout=20, body_timeout=timeout, max_body_bytes=1_000_000, pictures=pictures)
+    pictures = PictureRules(max_pictures=3, max_bytes=700_000, max_pixels=4_200_000, seconds=0.03, fetch=fetch)
+    return ServerConfig(
+        name,
+        timeout=20,
+        head_timeout=timeout,
+        body_timeout=timeout,
+        max_body_bytes=1_000_000,
+        max_text_bytes=950_000,
+        pictures=pictures,
+    )
 
 
 class Resolver:
@@ -179,38 +202,20 @@ def _for_ever(piece: bytes) -> Iterator[bytes]:
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """A black picture in few bytes, with further chunks."""
-    buffer = io.BytesIO()
-    Image.new("1", (width, height)).save(buffer, "PNG")
-    content = buffer.getvalue()
-    return content[:33] + b"".join(_chunk(*chunk) for chunk in chunks) + content[33:]
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    content = saved(Image.new("1", (width, height)), "PNG")
+    return content[:33] + b"".join(chunk(*each) for each in chunks) + content[33:]
 
 
 def _claims(width: int, height: int) -> bytes:
     """The head of a PNG that says it is this large."""
-    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + _chunk(b"IDAT", zlib.compress(bytes(99))) + _chunk(b"IEND", b"")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
 
 
 def _gif(side: int) -> bytes:
     """A small picture on a large screen."""
-    content = _saved(Image.new("P", (8, 8)), "GIF")
+    content = saved(Image.new("P", (8, 8)), "GIF")
     return content[:6] + struct.pack("<HH", side, side) + content[10:]
-
-
-def _saved(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def _many_scans() -> bytes:
-    content = _saved(Image.new("RGB", (800, 800)), "JPEG", progressive=True)
-    start = content.rindex(b"\xff\xda")
-    return content[:start] + content[start:-2] * 2_000 + content[-2:]
 
 
 def _noise() -> Image.Image:
@@ -236,15 +241,20 @@ def _raw(content: bytes) -> Callable[[socket.socket], tuple[int, str]]:
     return send
 
 
-def _slowly(connection: socket.socket) -> tuple[int, str]:
-    """A byte at a time, until the server has had enough."""
-    connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n".encode())
-    while not select.select([connection], [], [], 0.05)[0]:
-        connection.sendall(b" ")
-    return _received(connection)
+def _slowly(start: bytes) -> Callable[[socket.socket], tuple[int, str]]:
+    """What follows comes a byte at a time, until the server has had enough."""
+
+    def send(connection: socket.socket) -> tuple[int, str]:
+        connection.sendall(start)
+        while not select.select([connection], [], [], 0.05)[0]:
+            connection.sendall(b" ")
+        return _received(connection)
+
+    return send
 
 
 def _received(connection: socket.socket) -> tuple[int, str]:
+    """Status and whole answer; 0 and nothing where the server just closes."""
     answer = b""
     with contextlib.suppress(ConnectionResetError):
         while chunk := connection.recv(65536):
@@ -253,26 +263,28 @@ def _received(connection: socket.socket) -> tuple[int, str]:
             length = head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0]
             if length and len(body) >= int(length):
                 break
-    return int(answer.split(b" ")[1]), answer.decode(errors="replace")
+    return int(answer.split(b" ")[1]) if answer else 0, answer.decode(errors="replace")
 
 
 def _picture_rows() -> dict[str, Row]:
     wide = struct.pack("<IHHIIiiHH", 99, 0, 0, 54, 40, 60_000, 60_000, 1, 24)
     contents = {
-        "a bomb of pixels": (png(8_000, 8_000), "the limit is 1000000"),
-        "a bomb by URL": ("http://a.pictures.example/bomb", "the limit is 1000000"),
+        "a bomb of pixels": (png(8_000, 8_000), "the limit is 4200000"),
+        "a bomb by URL": ("http://a.pictures.example/bomb", "the limit is 4200000"),
         "two thousand million pixels": (_claims(2**31 - 1, 2**31 - 1), "limit"),
         "a bomb of text": (png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(50_000_000)))), "damaged"),
         "a GIF larger than said": (_gif(65_535), "limit"),
         "a BMP that claims much": (b"BM" + wide + bytes(99), "limit"),
-        "a JPEG of 2,000 scans": (_many_scans(), "scans"),
-        "long and thin": (_saved(Image.new("1", (1_000_000, 1)), "PNG"), "too long and thin"),
-        "cut short": (_saved(_noise(), "PNG")[:6000], "truncated or damaged"),
+        "a JPEG of 2,000 scans": (many_scans(800, 2_000), "scans"),
+        "a BMP of single pixels": (bmp_runs(41_000, 102, b"\1\0\0\0" * 102), "takes more than 0.03 s to decode"),
+        **{name: (slow(690_000), "takes more than 0.03 s to decode") for name, slow in SLOW.items()},
+        "long and thin": (saved(Image.new("1", (1_000_000, 1)), "PNG"), "too long and thin"),
+        "cut short": (saved(_noise(), "PNG")[:6000], "truncated or damaged"),
         "a TIFF": (b"II*\x00" + bytes(100), "no image in one of the formats"),
         "an SVG": (b"<svg/>", "no image in one of the formats"),
         "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image in one of the formats"),
         "nothing": (b"", "empty"),
-        "too many bytes": (b"\x89PNG" + bytes(150_000), "more than 100000 bytes"),
+        "too many bytes": (b"\x89PNG" + bytes(705_000), "more than 700000 bytes"),
     }
     return {
         name: Row(with_url(content if isinstance(content, str) else uri(content)), 400, says)
@@ -322,7 +334,8 @@ def _request_rows() -> dict[str, Row]:
     wrong = {
         "no messages": ({"messages": []}, "messages"),
         "messages of a wrong type": ({"messages": "a"}, "messages: Input should be a valid list"),
-        "unknown field": ({"tools": []}, "tools: Extra inputs"),
+        "unknown field": ({"tool": []}, "tool: no field that this server knows"),
+        "a tool": ({"tools": [{}]}, "tools: not supported"),
         "half a character in a field": ({"\ud800": 1}, "half a character"),
         "half a character in the text": ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a character"),
         "strange role": ({"messages": [{"role": "root", "content": "a"}]}, "messages.0.role"),
@@ -335,16 +348,34 @@ def _request_rows() -> dict[str, Row]:
         "huge temperature": ({"temperature": 1e300}, "temperature"),
         "NaN as text": ({"temperature": "NaN"}, "temperature"),
         "huge seed": ({"seed": 2**80}, "seed"),
-        "negative seed": ({"seed": -1}, "seed"),
+        "a seed of 65 bits": ({"seed": -(2**63) - 1}, "seed"),
+        "a number that is no float": ({"temperature": 10**400}, "temperature"),
+        "more tokens than can be counted": ({"max_tokens": 10**4000}, "max_tokens"),
         "huge top_k": ({"top_k": 10**12}, "top_k"),
         "negative top_k": ({"top_k": -5}, "top_k"),
         "top_p above 1": ({"top_p": 1.5}, "top_p"),
-        "a penalty that is not served": ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+        "a penalty that is not served": ({"frequency_penalty": 0.5}, "frequency_penalty: not supported"),
         "alternatives by the thousand": ({"logprobs": True, "top_logprobs": 1000}, "top_logprobs"),
         "alternatives of nothing": ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         "too many choices": ({"n": 1000}, "n: "),
-        "too many stops": ({"stop": ["a"] * 10_000}, "at most 8 texts"),
-        "empty stop": ({"stop": ""}, "none of them empty"),
+        "too many stops": ({"stop": ["a"] * 10_000}, "at most 8 items"),
+        "numbers for stops": ({"stop": [0] * 90_000}, "stop.0: Input should be a valid string"),
+        "lists for stops": ({"stop": [[]] * 60_000}, "stop.0: Input should be a valid string"),
+        "empty stop": ({"stop": ""}, "at least 1 character"),
+        "an empty one among stops": ({"stop": ["a", ""]}, "at least 1 character"),
+        "a long stop": ({"stop": ["a" * 900_000]}, "at most 256 characters"),
+        "a long name": ({"user": "a" * 900_000}, "at most 512 characters"),
+        "a long salt": ({"cache_salt": "a" * 900_000}, "at most 512 characters"),
+        "a long field": ({"a" * 900_000: 0}, "no field that this server knows"),
+        "a long role": ({"messages": [{"role": "a" * 900_000, "content": "a"}]}, "messages.0.role"),
+        "a long kind of part": (
+            {"messages": [{"role": "user", "content": [{"type": "a" * 900_000}]}]},
+            "messages.0.content.0",
+        ),
+        "900 fields of a message": (
+            {"messages": [{"role": "user", "content": "a"} | {str(i): 0 for i in range(900)}] * 90},
+            "no field that this server knows",
+        ),
         "max_tokens beyond the context": ({"max_tokens": 2**40}, "the context holds"),
         "a prompt beyond the context": ({"messages": [{"role": "user", "content": "ab " * 3_000}]}, "context"),
         "900,000 characters": ({"messages": [{"role": "user", "content": "ab " * 300_000}]}, "characters, more than"),
@@ -370,15 +401,40 @@ def _request_rows() -> dict[str, Row]:
     )
     rows["1e999"] = Row(b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', 400, "temperature")
     rows["a number of 100,000 digits"] = Row(b'{"seed": ' + b"9" * 100_000 + b"}", 400, "is no JSON")
-    rows["60,000 fields"] = Row(json.dumps({str(i): 0 for i in range(60_000)}).encode(), 400, "messages")
+    rows["60,000 fields"] = Row({str(i): 0 for i in range(60_000)}, 400, "an object of 60001 fields")
+    rows["100,000 empty lists"] = Row(b"[" + b"[]," * 99_000 + b"[]]", 400, "valid dictionary")
+    for name, piece in {"lists": b"[],", "objects": b"{},", "numbers": b"0,", "texts": b'"",'}.items():
+        rows[f"{name} by the hundred thousand"] = Row(b"[" + piece * 210_000 + b"0]", 400, "at most 200000 are taken")
+    rows["no text, and much of it"] = Row({"user": "a" * 960_000}, 413, "bytes beside its pictures")
+    rows["an end of a picture that is none"] = Row(b'{"messages":["data:' + b"a" * 960_000, 413, "beside its pictures")
+    rows["escapes"] = Row(b'{"user":"' + b"\\u00e9" * 150_000 + b'"}', 400, "user: String should have at most 512")
     rows["a huge body"] = Row(b"x" * 1_100_000, 413, "more than 1000000 bytes")
     looked = {"messages": with_url(uri(png(8, 8)))["messages"], "answer": "b " * 400_000}
+    rows["no tokens to look at"] = Row({"answer": [[]] * 60_000}, 400, "answer.0", route="/v1/attention")
+    rows["a layer beyond all"] = Row({"answer": "a", "layer": 10**30}, 400, "layer", route="/v1/attention")
     rows["a huge answer to look at"] = Row(looked, 400, "context", route="/v1/attention")
     return rows
 
 
+def _form_rows() -> dict[str, Row]:
+    rows = {f"schema: {name}": Row({"guided_json": schema}, 400, says) for name, (schema, says) in SCHEMAS.items()}
+    wrong = {
+        "an expression that is none": ({"guided_regex": "(a"}, "guided_regex: invalid regex"),
+        "an expression that looks around": ({"guided_regex": "(?=a)b"}, "look-around"),
+        "an expression of nothing": ({"guided_regex": r"[^\s\S]"}, "nothing may follow"),
+        "brackets in brackets": ({"guided_regex": "(" * 9_000 + "a" + ")" * 9_000}, "guided_regex: invalid regex"),
+        "choices without end": ({"guided_choice": ["a"] * 100_000}, "guided_choice"),
+        "long choices": ({"guided_choice": [str(i) * 20 for i in range(2_000)]}, "at most 65536 are taken"),
+        "no choice": ({"guided_choice": []}, "guided_choice"),
+        "a schema that is no JSON": ({"guided_json": "{"}, "the schema is no JSON"),
+        "a schema of brackets": ({"guided_json": "[" * 60_000}, "the schema is no JSON"),
+        "two forms": ({"guided_regex": "a", "guided_choice": ["b"]}, "an answer has one form"),
+    }
+    return rows | {name: Row(body, 400, says) for name, (body, says) in wrong.items()}
+
+
 def _connection_rows() -> dict[str, Row]:
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\n".encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode()
     sent = {
         "not HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(50) + b"\r\n\r\n", 400),
         "a negative length": (head + b"Content-Length: -5\r\n\r\n", 400),
@@ -387,12 +443,89 @@ def _connection_rows() -> dict[str, Row]:
         "a huge length": (head + b"Content-Length: 99999999999999\r\n\r\n", 413),
         "a broken chunk": (head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         "a huge header": (head + b"X: " + b"a" * 200_000 + b"\r\n\r\n", 400),
-        "a strange path": (b"GET /%ff%00/../../etc/passwd HTTP/1.1\r\nHost: a\r\n\r\n", 404),
-        "another method": (b"DELETE /v1/models HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        "a strange path": (b"GET /%ff%00/../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+        "another method": (b"DELETE /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
     }
     rows = {name: Row(b"", status, "", _raw(content)) for name, (content, status) in sent.items()}
-    rows["a slow request"] = Row(b"", 408, "did not arrive within", _slowly)
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n"
+    rows["chunks of a byte"] = Row(b"", 400, "", _raw(head + chunked + b"1\r\n \r\n" * 50_000))
+    rows["a slow request"] = Row(b"", 408, "did not arrive within", _slowly(head + b"Content-Length: 100000\r\n\r\n"))
+    rows["slow headers of a request"] = Row(b"", 0, "", _slowly(head + b"X: "))
+    rows["a request that never begins"] = Row(b"", 0, "", _raw(b""))
+    rows["a body behind its answer"] = Row(
+        b"", 413, "more than 1000000", _slowly(head + b"Content-Length: 10000000\r\n\r\n")
+    )
     return rows
 
 
-ROWS = {**_picture_rows(), **_fetch_rows(), **_request_rows(), **_connection_rows()}
+def _page_rows() -> dict[str, Row]:
+    """What pages of other sites make their visitors' browsers send."""
+    chat = {"max_tokens": 1}
+    wrong = {
+        "a page of another site": ({"Origin": "https://evil.example"}, 403, "pages of 'https://evil.example' may not"),
+        "a page of another port": ({"Origin": "http://127.0.0.1:1"}, 403, "may not use this server"),
+        "a page without a site": ({"Origin": "null"}, 403, "may not use this server"),
+        "an origin that is none": ({"Origin": "http://[::1"}, 403, "may not use this server"),
+        "another site, said by the browser": ({"Sec-Fetch-Site": "cross-site"}, 403, "pages of other sites"),
+        "a neighbouring site": ({"Sec-Fetch-Site": "same-site"}, 403, "pages of other sites"),
+        "a form that leads here": (
+            {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
+            403,
+            "pages of other sites",
+        ),
+        "a name that leads here": ({"Host": "evil.example"}, 403, "--allow-host 'evil.example'"),
+        "a name that looks like an address": ({"Host": "127.0.0.1.evil.example:8000"}, 403, "--allow-host"),
+        "a name that ends alike": ({"Host": "notlocalhost"}, 403, "--allow-host"),
+        "no name": ({"Host": ""}, 403, "--allow-host"),
+        "text": ({"Content-Type": "text/plain"}, 415, "Content-Type: application/json"),
+        "a form": ({"Content-Type": "application/x-www-form-urlencoded"}, 415, "Content-Type: application/json"),
+        "a form of parts": ({"Content-Type": "multipart/form-data; boundary=a"}, 415, "Content-Type: application/json"),
+        "two types": ({"Content-Type": "text/plain, application/json"}, 415, "Content-Type: application/json"),
+        "an empty type": ({"Content-Type": ""}, 415, "Content-Type: application/json"),
+    }
+    return {name: Row(chat, status, says, headers=headers) for name, (headers, status, says) in wrong.items()}
+
+
+ROWS = {**_picture_rows(), **_fetch_rows(), **_request_rows(), **_form_rows(), **_page_rows(), **_connection_rows()}
+
+_LARGEST = 32 * 2**20 - 1_000
+
+
+def _filled(start: bytes, piece: bytes, end: bytes) -> Callable[[], bytes]:
+    return lambda: start + piece * ((_LARGEST - len(start) - len(end)) // len(piece)) + end
+
+
+_ASKED = b'{"messages":[{"role":"user","content":"a"}]'
+# Bodies of the largest size that a server takes by default, built when they are sent; each must get a 4xx.
+LARGE: dict[str, Callable[[], bytes]] = {
+    "lists": _filled(b"[", b"[],", b"0]"),
+    "objects": _filled(b"[", b"{},", b"0]"),
+    "objects with a field": _filled(b"[", b'{"a":0},', b"0]"),
+    "zeros": _filled(b"[", b"0,", b"0]"),
+    "floats": _filled(b"[", b"1.1,", b"0]"),
+    "long numbers": _filled(b"[", b"1" * 4_000 + b",", b"0]"),
+    "one number": _filled(b"[", b"1", b"]"),
+    "one fraction": _filled(b"[0.", b"1", b"]"),
+    "texts": _filled(b"[", b'"",', b"0]"),
+    "one text": _filled(_ASKED + b',"user":"', b"a", b'"}'),
+    "one text of wide characters": _filled(_ASKED + b',"user":"\xf0\x9f\x98\x80', b"a", b'"}'),
+    "escapes": _filled(_ASKED + b',"user":"', b"\\u00e9", b'"}'),
+    "halves of characters": _filled(_ASKED + b',"user":"', b"\\ud83d", b'"}'),
+    "backslashes": _filled(_ASKED + b',"user":"', b"\\\\", b'"}'),
+    "slashes in a picture": _filled(b'["data:', b"\\/", b'"]'),
+    "beginnings of pictures": _filled(b"[", b'"data:"', b"]"),
+    "a picture without an end": _filled(b'["data:', b"a", b""),
+    "spaces": _filled(b"[", b" ", b"]"),
+    "brackets": _filled(b"", b"[", b""),
+    "keys": lambda: _ASKED + b"".join(b',"%x":0' % i for i in range(2_800_000)) + b"}",
+    "one key": _filled(_ASKED + b',"', b"a", b'":0}'),
+    "parts": _filled(b'{"messages":[{"role":"user","content":[', b'{"type":"text","text":""},', b"0]}]}"),
+    "lists for parts": _filled(b'{"messages":[{"role":"user","content":[', b"[],", b"0]}]}"),
+    "lists for stops": _filled(_ASKED + b',"stop":[', b"[],", b"0]}"),
+    "numbers for stops": _filled(_ASKED + b',"stop":[', b"0,", b"0]}"),
+    "a picture for a stop": _filled(_ASKED + b',"stop":["data:image/png;base64,', b"iVBO", b'"]}'),
+    "pictures for stops": _filled(_ASKED + b',"stop":[', b'"data:image/png;base64,' + b"iVBO" * 300 + b'",', b"0]}"),
+    "a picture for a name": _filled(_ASKED + b',"data:image/png;base64,', b"iVBO", b'":0}'),
+    "no bytes of text": _filled(b"", b"\xff", b""),
+    "zero bytes": _filled(b"", b"\0", b""),
+}

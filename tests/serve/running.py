@@ -1,5 +1,6 @@
 """A server of a tiny model on a free port, for tests that talk to one."""
 
+import dataclasses
 import threading
 import time
 
@@ -8,13 +9,16 @@ import uvicorn
 from flax import nnx
 from PIL import Image
 
+from magma_jax.config import to_dict
 from magma_jax.data.images import ImageInput
 from magma_jax.inference.api import Magma
 from magma_jax.inference.batching.engine import Engine, EngineConfig
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.serve.app import create_app
-from magma_jax.serve.pictures import PictureRules, data_uri
+from magma_jax.serve.network.connections import settings
+from magma_jax.serve.prompts.pictures import PictureRules, data_uri
+from magma_jax.storage.model_folder import write_model_folder
 from tests import tiny
 
 SIZES = EngineConfig(slots=3, context=64, pictures=4, steps=4)  # with fewer than four slots prompts go one by one
@@ -27,21 +31,35 @@ def tiny_model():
     return Magma(tiny.MODEL, {k: 4 * v if v.ndim > 1 else v for k, v in params.items()}, tiny.dataset().tokenizer)
 
 
-class Running:
-    """A server on a free port, in a thread."""
+def write_tiny_folder(path):
+    """A model folder of such weights, with some more context, for a server in a process of its own."""
+    config = dataclasses.replace(tiny.MODEL, lm=dataclasses.replace(tiny.MODEL.lm, context_length=128))
+    params = split(MagmaModel(config, rngs=nnx.Rngs(0)))[1]
+    tokenizer = tiny.dataset().tokenizer
+    write_model_folder(path, {"model": to_dict(config)}, params, lambda made: tokenizer.save(made / "tokenizer"))
 
-    def __init__(self, model, config, sizes=SIZES):
+
+class Running:
+    """A server on a free port, in a thread; ``ready=False`` for one that may still be starting."""
+
+    def __init__(self, model, config, sizes=SIZES, *, ready=True):
         self.engine = Engine(model, sizes)
-        settings = uvicorn.Config(create_app(self.engine, config), port=0, log_level="error", lifespan="on")
-        self.server = uvicorn.Server(settings)
+        self.app = create_app(self.engine, config)
+        self.server = uvicorn.Server(settings(self.app, config, port=0, lifespan="on"))
         self.server.install_signal_handlers = lambda: None
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)
+        if ready:
+            self.wait()
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=30)
+
+    def wait(self):
+        while not (self.app.state.ready or self.app.state.failure):
+            time.sleep(0.01)
 
     def chat(self, **body):
         return self.post("/v1/chat/completions", **{"messages": user("a"), **body})

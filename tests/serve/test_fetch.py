@@ -1,6 +1,8 @@
 """URLs: what is refused before a connection, at the connection, and while the body comes."""
 
 import dataclasses
+import ipaddress
+import random
 import socket
 import socketserver
 import threading
@@ -8,9 +10,11 @@ import time
 
 import pytest
 
-from magma_jax.serve.fetch import FetchError, FetchRules, fetch, is_public
+from magma_jax.serve.prompts.addresses import _IPV4_BLOCKS, _IPV6_BLOCKS, is_public
+from magma_jax.serve.prompts.fetch import FetchError, FetchRules, fetch
 from tests.serve.hostile import INSIDE, OUTSIDE
 
+KINDS = ((ipaddress.IPv4Address, 32), (ipaddress.IPv6Address, 128))
 RULES = FetchRules(domains=("pictures.example",), max_bytes=1000, timeout=0.5, redirects=3)
 
 
@@ -23,9 +27,19 @@ def test_addresses_inside_are_not_public(address):
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111"])
+@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "2001:200::1", "2a00::5efe"])
 def test_addresses_outside_are(address):
     assert is_public(address)
+
+
+def test_what_the_standard_library_calls_inside_is_not_public():
+    draw = random.Random(0)
+    edges = [block[edge] for block in (*_IPV4_BLOCKS, *_IPV6_BLOCKS) for edge in (0, -1)]
+    drawn = [kind(draw.getrandbits(bits)) for kind, bits in KINDS for _ in range(5000)]
+    for address in [*edges, *(edge + 1 for edge in edges if int(edge) + 1 < 2**32), *drawn]:
+        assert address.is_global or not is_public(str(address)), address
+    assert not any(is_public(str(edge)) for edge in edges)
+    assert sum(is_public(str(address)) for address in drawn) > 4000
 
 
 @pytest.mark.parametrize(
@@ -153,7 +167,7 @@ def test_a_lookup_that_hangs_is_not_waited_for():
 def test_lookups_that_hang_are_counted(monkeypatch):
     hanging = threading.BoundedSemaphore(1)
     hanging.acquire()
-    monkeypatch.setattr("magma_jax.serve.fetch._LOOKUPS", hanging)
+    monkeypatch.setattr("magma_jax.serve.prompts.fetch._LOOKUPS", hanging)
     with pytest.raises(FetchError, match="too many lookups"):
         fetch("http://pictures.example/x", RULES)
 

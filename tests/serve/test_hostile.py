@@ -11,7 +11,7 @@ def test_a_hostile_request_gets_one_clear_line(server, name):
     status, says = ask(server.port, row)
     assert status == row.status, says
     assert row.says in says
-    assert row.send is not None or "\n" not in says
+    assert row.send is not None or ("\n" not in says and len(says) < 500)
     assert server.http.get("/health").status_code == 200
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import http.client
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,30 @@ def test_several_choices_logprobs_seeds_and_stop_texts(client):
     cut = client.chat.completions.create(**options, seed=seed, stop=[whole[2:4]])
     assert cut.choices[0].message.content == whole[: whole.index(whole[2:4])]
     assert cut.choices[0].finish_reason == "stop"
+
+
+def test_without_a_seed_each_answer_is_drawn_anew(client):
+    options = {"model": "tiny", "messages": user("a red"), "max_tokens": 20, "temperature": 5.0}
+
+    def text(**more):
+        return client.chat.completions.create(**options, **more).choices[0].message.content
+
+    assert len({text() for _ in range(4)}) > 1
+    for seed in (-(2**63), 2**63 - 1):
+        assert len({text(seed=seed) for _ in range(3)}) == 1
+    # The choices of one request have neighbouring seeds, whatever the first is.
+    both = client.chat.completions.create(**options, n=2, seed=-1).choices
+    assert [choice.message.content for choice in both] == [text(seed=-1), text(seed=0)]
+
+
+def test_what_one_has_asked_is_told_to_those_of_one_salt_only(server):
+    def cached(**body):
+        usage = server.chat(messages=user("one two three four five six seven"), max_tokens=1, **body).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"] > 0
+
+    cached()
+    assert cached()
+    assert [cached(cache_salt="mine"), cached(cache_salt="mine"), cached(cache_salt="hers")] == [False, True, False]
 
 
 def test_tokens_at_least_and_what_is_refused_of_them(server):
@@ -146,7 +171,11 @@ def test_health_metrics_and_the_page(server):
     text = server.http.get("/metrics").text
     assert 'magma_requests_total{route="/v1/chat/completions",status="200"}' in text
     assert 'route="other",status="404"' in text
-    assert "magma_new_tokens" in text
+    kinds = dict(re.findall(r"^# TYPE magma_(\w+) (\w+)$", text, re.MULTILINE))
+    totals = "finished prompt_tokens reused_tokens new_tokens pictures_encoded programs compilations"
+    assert {kinds[f"{name}_total"] for name in totals.split()} == {"counter"}
+    assert {kinds["waiting"], kinds["running"]} == {"gauge"}
+    assert f"magma_new_tokens_total {float(server.engine.stats().new_tokens)}" in text
     page = server.http.get("/")
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
@@ -169,11 +198,13 @@ def test_a_client_that_leaves_frees_its_slot(server):
     assert server.chat(max_tokens=2).status_code == 200
 
 
-def test_a_key_is_asked_for_on_every_route(model):
+def test_a_key_is_asked_for_on_every_route_but_the_page_and_health(model):
     config = ServerConfig(model="tiny", api_key="s\u00e9cret", pictures=RULES)
     running = Running(model, config)
     try:
-        for route in ("/", "/health", "/metrics", "/v1/models", "/nothing"):
+        for route in ("/health", "/"):  # what the page asks for needs the key
+            assert running.http.get(route).status_code == 200
+        for route in ("/metrics", "/v1/models", "/nothing"):
             assert running.http.get(route).status_code == 401
             assert running.http.get(route, headers={"Authorization": "Bearer wrong"}).status_code == 401
             assert running.http.get(route, headers={"Authorization": "Basic !!!"}).status_code == 401
@@ -181,8 +212,8 @@ def test_a_key_is_asked_for_on_every_route(model):
         assert response.json()["error"]["message"] == "wrong or missing API key"
         assert "Basic" in response.headers["www-authenticate"]
         bearer = {"Authorization": "Bearer s\u00e9cret".encode()}
-        assert running.http.get("/health", headers=bearer).status_code == 200
-        assert running.http.get("/", auth=("anyone", "s\u00e9cret")).status_code == 200
+        assert running.http.get("/metrics", headers=bearer).status_code == 200
+        assert running.http.get("/v1/models", auth=("anyone", "s\u00e9cret")).status_code == 200
     finally:
         running.stop()
 
@@ -210,7 +241,7 @@ def test_requests_that_cannot_be_served_now(model, monkeypatch):
         assert codes("/v1/chat/completions", 5, **chat) == [429, 429, 504, 504, 504]
         while running.engine.stats().waiting:  # those that timed out
             time.sleep(0.01)
-        monkeypatch.setattr("magma_jax.serve.pictures.open_picture", lambda *_: time.sleep(1.5))
+        monkeypatch.setattr("magma_jax.serve.prompts.pictures.read_picture", lambda *_: time.sleep(1.5))
         assert codes("/v1/chat/completions", 5, messages=user(square("red"))) == [429, 429, 504, 504, 504]
     finally:
         running.stop()

@@ -88,7 +88,7 @@ def test_damaged_parameters_are_named(folder, victim):
     assert found
     for path in found:
         path.write_bytes(b"{")
-    with pytest.raises(CheckpointError, match="probably damaged"):
+    with pytest.raises(CheckpointError, match=r"a\.[bc]|_METADATA"):
         read_params(folder, {"a/c": jax.ShapeDtypeStruct((3,), jnp.float32)})
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from magma_jax.config import ConfigError
-from magma_jax.training.monitor.writers import JsonLines, TensorBoard, Wandb, cut_after, read_lines, tag
+from magma_jax.training.monitor.writers import JsonLines, TensorBoard, Wandb, append_line, cut_after, read_lines, tag
 from tests.training import events
 
 
@@ -42,6 +42,16 @@ def test_a_file_without_later_steps_is_left_alone(tmp_path):
     before = path.stat()
     assert cut_after(path, 5) == {"step": 5}
     assert path.stat().st_ino == before.st_ino
+
+
+def test_odd_spaces_in_an_answer_end_no_line(tmp_path):
+    """They stand in a file of samples as they are, and its lines stay whole when a run goes on."""
+    path = tmp_path / "samples.jsonl"
+    for step in (5, 6, 7):
+        append_line(path, {"step": step, "answer": "one\u2028two\x85three"})
+    assert cut_after(path, 6) == {"step": 6, "answer": "one\u2028two\x85three"}
+    lines, unreadable = read_lines(path)
+    assert ([line["step"] for line in lines], unreadable) == ([5, 6], 0)
 
 
 def test_lines_of_one_step_are_joined_on_reading(tmp_path):

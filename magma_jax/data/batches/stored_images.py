@@ -17,7 +17,9 @@ import numpy as np
 from magma_jax.data.format.record_folder import StoredRecords
 from magma_jax.data.format.records import DataError
 from magma_jax.data.images import ImageError, load_image, random_crop, to_square
-from magma_jax.data.workers import finished, keep_freed_memory, worker_pool
+from magma_jax.data.pillow_steps import keep_freed_memory
+from magma_jax.data.time_limit import TimeLimit
+from magma_jax.data.workers import finished, worker_pool
 from magma_jax.typing import Int, UInt8
 
 Decode = Literal["exact", "fast"]
@@ -203,11 +205,12 @@ class _Reader:
         size = self._options.size
         try:
             content = self.records[number][local].image_bytes()
-            image = load_image(content, draft=round(FAST_MARGIN * size) if self._options.decode == "fast" else 0)
-            if draw is None or self._options.augment == "none":
-                pixels[:] = np.asarray(to_square(image, size))
-            else:
-                pixels[:] = random_crop(image, size, np.random.default_rng(draw))
+            with TimeLimit(f"row {local}"):
+                image = load_image(content, draft=round(FAST_MARGIN * size) if self._options.decode == "fast" else 0)
+                if draw is None or self._options.augment == "none":
+                    pixels[:] = np.asarray(to_square(image, size))
+                else:
+                    pixels[:] = random_crop(image, size, np.random.default_rng(draw))
         except ImageError as error:
             return error.kind
         except (DataError, OSError, ValueError, RuntimeError):  # the last two from the file library

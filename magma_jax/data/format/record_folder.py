@@ -34,6 +34,8 @@ class StoredRecords:
             self.info = json.loads((folder / INFO_FILE).read_text())
             expected = int(self.info["records"])
             files = [name for name, records in self.info["files"].items() if records]
+            if any(Path(name).name != name for name in files):
+                raise ValueError("it names files elsewhere")
         missing = [name for name in [*files, *map(texts_name, files)] if not (folder / name).is_file()]
         if missing:
             raise DataError(f"{folder}: {missing[0]} is missing ({len(missing)} in all); copy or convert it again")

@@ -114,16 +114,18 @@ class Skipped:
         id: of the record, or of the question.
         reason: in words that group well when counted.
         samples: how many are lost with it, counted as ``Record.samples``.
+        detail: what helps to find out why; differs from entry to entry.
     """
 
     id: str
     reason: str
     samples: int = 1
+    detail: str = dataclasses.field(default="", compare=False)
 
 
 # Reasons that are in the nature of data: left out and counted, but no sign that something is wrong.
-NOT_DOWNLOADED, DUPLICATE = "picture not downloaded", "duplicate"
-EXPECTED = frozenset({NOT_DOWNLOADED, DUPLICATE})
+NOT_DOWNLOADED, DUPLICATE, HIDDEN = "picture not downloaded", "duplicate", "hidden file"
+EXPECTED = frozenset({NOT_DOWNLOADED, DUPLICATE, HIDDEN})
 
 
 def count_samples(captions: int, questions: int) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from magma_jax.output import full_disk
+
 INFO_FILE, TEXTS_FILE, SKIPPED_FILE = "info.json", "texts.npy", "skipped.jsonl"
 # One record a group, for random access; pictures do not compress.
 WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -55,8 +57,7 @@ def shard_writer(records: Path, temporary_folder: Path) -> Iterator[ShardWriter]
             os.replace(partial, path)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        known = (code for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(code) in reason)
-        raise OSError(next(known, errno.EIO), reason[:200]) from None
+        raise OSError(full_disk(error) or errno.EIO, reason[:200]) from None
     finally:
         for partial in temporary:
             partial.unlink(missing_ok=True)

@@ -13,24 +13,23 @@ IMAGE_FIELDS = ("width", "height", "domain", "open_images_id", "coco_url", "lice
 def read_coco(source: Path, images: Path) -> Iterator[Record | Skipped]:
     """``captions_val2014.json`` and the like, NoCaps included (its ``domain`` goes to the metadata).
 
-    One record a picture, captions in the order of the file, joined by ``image_id``.
+    One record a picture, captions in the order of the file, joined by ``image_id``; 1 and "1" are one id.
     """
     content = read_json(source)
     pictures = PictureFolder(images)
-    captions: dict[int | str, list[str]] = defaultdict(list)
+    captions: dict[str, list[str]] = defaultdict(list)
     for entry in field(content, "annotations", str(source), list):
-        key = field(entry, "image_id", f"{source}: annotation", ID)
+        key = str(field(entry, "image_id", f"{source}: annotation", ID))
         captions[key].append(text(entry, "caption", f"{source}: annotation of image {key}"))
-    listed: set[int | str] = set()
+    listed: set[str] = set()
     for image in field(content, "images", str(source), list):
-        key = field(image, "id", f"{source}: image", ID)
-        claim(key, listed, f"{source}: images")
+        key = claim(field(image, "id", f"{source}: image", ID), listed, f"{source}: images")
         name = field(image, "file_name", f"{source}: image {key}", str)
         known = {"file_name": name} | metadata(image, IMAGE_FIELDS)
-        yield captioned(str(key), pictures.find(name), captions.get(key, ()), known)
+        yield captioned(key, pictures.find(name), captions.get(key, ()), known)
     for key in captions:
         if key not in listed:
-            yield Skipped(str(key), "annotation of a picture that the file does not list")
+            yield Skipped(key, "annotation of a picture that the file does not list")
 
 
 def read_karpathy(source: Path, images: Path, *, split: str = "train") -> Iterator[Record | Skipped]:

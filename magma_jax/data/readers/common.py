@@ -1,6 +1,7 @@
 """What all readers need: annotation files with errors for people, and pictures found by name."""
 
 import codecs
+import dataclasses
 import gzip
 import json
 import os
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from magma_jax.data.format.records import DataError, FileSlice, Record, Skipped
+from magma_jax.data.format.records import HIDDEN, DataError, FileSlice, Record, Skipped
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
@@ -34,7 +35,7 @@ def read_json(path: Path, kind: type = object) -> Any:
         content = json.loads(text, object_pairs_hook=_object)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         at_end = "the file ends too early; fetch it again" if _cut_short(text) else "it is no valid JSON"
         raise DataError(f"{path}: {at_end} ({error})") from None
     return checked(content, kind, str(path))
@@ -50,25 +51,38 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_text(path: Path) -> str:
     """The content of a UTF-8 text file; with the errors of ``read_json``."""
+    check_file(path, "give the annotation file")
     try:
         return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a folder; give the annotation file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of every line that is not empty; reads ``.gz`` too, and one line at a time."""
+def check_file(path: Path, instead: str = "give a file") -> None:
+    """Raises DataError unless a path is that of a regular file: a pipe or a device might never end."""
     if not path.is_file():
-        raise DataError(f"{path}: {'is a folder; give a file' if path.is_dir() else 'no such file'}")
+        other = "is no regular file" if path.exists() else "no such file"
+        raise DataError(f"{path}: {f'is a folder; {instead}' if path.is_dir() else other}")
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text: LF, CR LF and CR end one. ``str.splitlines`` would also end one at U+2028 and the like."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number (from 1) and bytes of every line that is not empty; reads ``.gz`` too, and one line at a time.
+
+    LF, CR LF and CR end a line.
+    """
+    check_file(path)
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
+    # As Latin-1 any byte is a character, and a text file knows the three line ends.
+    with opener(path, "rt", encoding="latin-1", newline=None) as file:
         try:
-            for number, line in enumerate(file, start=1):
-                if line := line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8 if number == 1 else b""):
+            for number, text in enumerate(file, start=1):
+                line = text.removesuffix("\n").encode("latin-1")
+                if line := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b""):
                     yield number, line
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(f"{path}: cannot be read to its end ({error}); fetch it again") from None
@@ -79,7 +93,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for number, line in read_lines(path):
         try:
             value = json.loads(line)
-        except ValueError as error:  # UnicodeDecodeError is one
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
             raise DataError(f"{path}: line {number} is no valid JSON ({error}); fetch the file again") from None
         yield number, checked(value, dict, f"{path}: line {number}")
 
@@ -109,20 +123,38 @@ def text(entry: Any, name: str, where: str) -> str:
     return field(entry, name, where, str).strip()
 
 
-def claim(key: Any, seen: set, where: str) -> None:
-    """Adds an id to those seen, or raises DataError if it was there: which of two entries is meant cannot be told."""
-    if key in seen:
+def claim(key: int | str, seen: set[str], where: str) -> str:
+    """An id as text, added to those seen; 1 and "1" are one.
+
+    Raises:
+        DataError: it was there before; which of two entries is meant cannot be told.
+    """
+    if str(key) in seen:
         raise DataError(f"{where}: two entries have the id {key!r}; ids must be unique, repair the file")
-    seen.add(key)
+    seen.add(str(key))
+    return str(key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """A picture that is not there, and the names that it was looked for by below a folder."""
+
+    names: tuple[str, ...] = ()
+    root: str = ""
+
+    def skipped(self, key: str, samples: int = 1) -> Skipped:
+        """What it takes along."""
+        looked = f"looked for {', '.join(self.names)} below {self.root}" if self.names else ""
+        return Skipped(key, "picture missing", samples, looked)
 
 
 def captioned(
-    key: str, picture: FileSlice | bytes | None, captions: Sequence[str], known: Mapping[str, Any] | None = None
+    key: str, picture: FileSlice | bytes | Missing, captions: Sequence[str], known: Mapping[str, Any] | None = None
 ) -> Record | Skipped:
     """The record of a picture and its captions, or why there is none; empty captions are left out."""
     said = tuple(caption for caption in captions if caption)
-    if picture is None:
-        return Skipped(key, "picture missing")
+    if isinstance(picture, Missing):
+        return picture.skipped(key)
     if not said:
         return Skipped(key, "empty caption" if captions else "picture without an annotation")
     return Record(key, picture, said, metadata=known or {})
@@ -146,7 +178,7 @@ class PictureFolder:
             raise DataError(f"{root}: no such folder; give the folder of the pictures with --images")
         self._by_name: dict[str, str | None] | None = None
 
-    def find(self, name: str, *alternatives: str) -> FileSlice | None:
+    def find(self, name: str, *alternatives: str) -> FileSlice | Missing:
         """The picture of one of these names, the first that exists; a name may lead with folders.
 
         Raises:
@@ -164,7 +196,7 @@ class PictureFolder:
                 if self._by_name[base] is None:
                     raise DataError(f"{self.root}: several pictures are called {base}; give a narrower --images")
                 return FileSlice(self._by_name[base])
-        return None
+        return Missing((name, *alternatives), str(self.root))
 
     def _scan(self) -> dict[str, str | None]:
         found: dict[str, str | None] = {}
@@ -182,11 +214,23 @@ def within(root: Path, name: str, where: str) -> Path:
     return root / path
 
 
-def files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
-    """Files anywhere below a folder. Links to folders are followed, each folder is visited once."""
+def hidden(name: str) -> bool:
+    """Whether a file, named relative to its data set, is none of it: dot files and folders, and what macOS adds.
+
+    AppleDouble twins (``._cat.jpg``) and ``.ipynb_checkpoints`` begin with a dot too.
+    """
+    return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in name.split("/"))
+
+
+def files_below(root: Path, suffixes: tuple[str, ...], ignored: list[Skipped] | None = None) -> Iterator[str]:
+    """Files anywhere below a folder. Links to folders are followed, each folder is visited once.
+
+    Hidden files are left out; ``ignored`` is given one entry for each.
+    """
 
     def fail(error: OSError) -> None:
-        raise error  # or the walk would leave out what it may not open
+        if not hidden(os.path.relpath(error.filename or root, root)):
+            raise error  # or the walk would leave out what it may not open
 
     visited = set()
     for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
@@ -196,7 +240,19 @@ def files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
             continue
         visited.add((state.st_dev, state.st_ino))
         below.sort()
-        yield from (os.path.join(folder, name) for name in names if name.lower().endswith(suffixes))
+        place = os.path.relpath(folder, root)
+        for name in names:
+            if not name.lower().endswith(suffixes):
+                continue
+            if not hidden(f"{place}/{name}"):
+                yield os.path.join(folder, name)
+            elif ignored is not None:
+                ignored.append(Skipped(os.path.normpath(f"{place}/{name}"), HIDDEN))
+
+
+def files_in(folder: Path, *patterns: str) -> list[Path]:
+    """The files of a folder with such names, in their order; hidden ones are left out."""
+    return sorted(path for pattern in patterns for path in folder.glob(pattern) if not hidden(path.name))
 
 
 def _kind_of(value: Any) -> str:

@@ -1,27 +1,51 @@
 """Folders: pictures with a text file each, the original's own layout, and data sets that TFDS has prepared."""
 
+import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from magma_jax.data.format.records import DataError, FileSlice, Record, Skipped
-from magma_jax.data.readers.common import PICTURE_SUFFIXES, captioned, checked, field, files_below, read_json, within
+from magma_jax.data.readers.common import (
+    PICTURE_SUFFIXES,
+    Missing,
+    captioned,
+    checked,
+    field,
+    files_below,
+    lines_of,
+    read_json,
+    within,
+)
+
+# Where tensorflow_datasets keeps its own types of features.
+_FEATURES = "tensorflow_datasets.core.features."
 
 
 def read_folder(source: Path, images: Path | None = None) -> Iterator[Record | Skipped]:
-    """Pictures anywhere below a folder, each with its captions in ``SAME_NAME.txt``, one a line."""
+    """Pictures anywhere below a folder, each with its captions in ``SAME_NAME.txt``, one a line.
+
+    Hidden files are left out and counted.
+    """
     if not source.is_dir():
         raise DataError(f"{source}: no such folder")
-    pictures = sorted(map(Path, files_below(source, PICTURE_SUFFIXES)))
+    ignored: list[Skipped] = []
+    pictures = sorted(map(Path, files_below(source, PICTURE_SUFFIXES, ignored)))
+    yield from sorted(ignored, key=lambda entry: entry.id)
     if not pictures:
-        raise DataError(f"{source}: holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
+        but = f", only {len(ignored)} hidden files" if ignored else ""
+        raise DataError(f"{source}: holds no pictures ({', '.join(PICTURE_SUFFIXES)}){but}")
     for path in pictures:
         key, text = path.relative_to(source).with_suffix("").as_posix(), path.with_suffix(".txt")
         if not text.is_file():
             yield Skipped(key, "picture without an annotation")
             continue
+        if path.exists() and not path.is_file():  # a pipe, which nobody may ever write to
+            yield Skipped(key, "picture is no regular file")
+            continue
         try:
-            lines = text.read_bytes().decode("utf-8-sig").splitlines() or [""]
+            lines = lines_of(text.read_bytes().decode("utf-8-sig"))
         except UnicodeDecodeError:
             yield Skipped(key, "caption is not UTF-8")
             continue
@@ -44,13 +68,17 @@ def read_magma(source: Path, images: Path | None = None) -> Iterator[Record | Sk
         path = within(source, name, str(file))
         captions = [checked(c, str, f"{file}: a caption").strip() for c in field(entry, "captions", str(file), list)]
         known = checked(entry.get("metadata") or {}, dict, f"{file}: 'metadata'")
-        yield captioned(place, FileSlice(str(path)) if path.is_file() else None, captions, known)
+        yield captioned(
+            place, FileSlice(str(path)) if path.is_file() else Missing((name,), str(source)), captions, known
+        )
 
 
 def read_tfds(
     source: Path, images: Path | None = None, *, split: str = "train", image: str = "image", caption: str = ""
 ) -> Iterator[Record | Skipped]:
     """A data set that TFDS has prepared as array_record; reading needs no TensorFlow.
+
+    Only types of features that come with TFDS are read: for others it would run Python files of the data set.
 
     Args:
         source: folder of the prepared data set, ``DATA_DIR/NAME[/CONFIG]/VERSION``.
@@ -62,6 +90,9 @@ def read_tfds(
     """
     import tensorflow_datasets as tfds
 
+    source = source.expanduser()  # as TFDS does, which must read the file that was checked
+    if (source / "features.json").is_file():
+        _check_features(read_json(source / "features.json"), source / "features.json")
     try:
         builder = tfds.builder_from_directory(source)
         data = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
@@ -80,6 +111,31 @@ def read_tfds(
         ids = (_feature(example, f"{image}/id"), _feature(example, "id"), row)
         key = _text(next(found for found in ids if found is not None))
         yield captioned(key, bytes(field(example, image, str(source))), captions)
+
+
+def _check_features(value: Any, file: Path) -> None:
+    """Raises DataError if a description of features names a class that does not come with TFDS."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            for key in ("type", "pythonClassName", "python_class_name"):
+                name = value.get(key)
+                # Importing the module of a class runs it; those of TFDS itself have been imported.
+                own = str(name).startswith(_FEATURES) and str(name).rpartition(".")[0] in sys.modules
+                if isinstance(name, str) and not own:
+                    raise DataError(
+                        f"{file}: the feature type {name!r} does not come with tensorflow_datasets; reading it would "
+                        "run Python code of the data set. Prepare it with TFDS's own types"
+                    )
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
+        elif isinstance(value, str):
+            try:
+                left.append(json.loads(value))  # descriptions may be JSON within JSON
+            except (ValueError, RecursionError):
+                continue
 
 
 def _feature(example: Mapping[str, Any], name: str) -> Any:

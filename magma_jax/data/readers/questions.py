@@ -12,10 +12,12 @@ from typing import Any
 from magma_jax.data.format.records import DataError, FileSlice, Question, Record, Skipped, count_samples
 from magma_jax.data.readers.common import (
     ID,
+    Missing,
     PictureFolder,
     checked,
     claim,
     field,
+    files_in,
     metadata,
     read_json,
     read_json_lines,
@@ -24,7 +26,10 @@ from magma_jax.data.readers.common import (
 
 
 def read_vqa(source: Path, images: Path, *, annotations: str = "") -> Iterator[Record | Skipped]:
-    """VQAv2 and OKVQA: a file of questions and one of answers.
+    """VQAv2 and OKVQA: a file of questions and one of answers, joined by ``question_id``; 1 and "1" are one id.
+
+    Pictures are found by the ``file_name`` of their entry in ``images``, where the file of questions has that list, as
+    COCO's files of captions do; otherwise by the names of COCO's releases.
 
     Args:
         source: the questions, ``v2_OpenEnded_mscoco_val2014_questions.json`` or
@@ -35,31 +40,32 @@ def read_vqa(source: Path, images: Path, *, annotations: str = "") -> Iterator[R
     """
     content = read_json(source, dict)
     answers_file = Path(annotations) if annotations else _answers_beside(source)
-    answers: dict[int | str, Mapping[str, Any]] = {}
+    answers: dict[str, Mapping[str, Any]] = {}
     if answers_file is not None:
         for entry in field(read_json(answers_file), "annotations", str(answers_file), list):
-            key = field(entry, "question_id", f"{answers_file}: annotation", ID)
+            key = str(field(entry, "question_id", f"{answers_file}: annotation", ID))
             if key in answers:
                 raise DataError(f"{answers_file}: question {key} is answered twice; repair the file")
             answers[key] = entry
     subset = field(content, "data_subtype", str(source), str) if "data_subtype" in content else ""
-    grouped: dict[int | str, list[Question | Skipped]] = defaultdict(list)
-    asked: set[int | str] = set()
+    file_names = _file_names(content, source)
+    grouped: dict[str, list[Question | Skipped]] = defaultdict(list)
+    asked: set[str] = set()
     for entry in field(content, "questions", str(source), list):
-        key = field(entry, "question_id", f"{source}: question", ID)
-        claim(key, asked, f"{source}: questions")
+        key = claim(field(entry, "question_id", f"{source}: question", ID), asked, f"{source}: questions")
         where = f"{source}: question {key}"
-        question = _vqa_question(str(key), text(entry, "question", where), answers.get(key), answers_file)
-        grouped[field(entry, "image_id", where, ID)].append(question)
+        question = _vqa_question(key, text(entry, "question", where), answers.get(key), answers_file)
+        grouped[str(field(entry, "image_id", where, ID))].append(question)
     pictures = PictureFolder(images)
     for image, questions in grouped.items():
-        number = str(image).zfill(12)
+        number = image.zfill(12)
+        listed = [file_names[image]] if image in file_names else []
         # test-dev2015 asks about pictures of test2015.
         names = [f"COCO_{name}_{number}.jpg" for name in (subset.replace("-dev", ""), "val2014", "train2014")]
-        yield from _record(str(image), pictures.find(*names, f"{number}.jpg"), questions)
+        yield from _record(image, pictures.find(*listed, *names, f"{number}.jpg"), questions)
     for key in answers:
         if key not in asked:
-            yield Skipped(str(key), "answers to a question that the file of questions lacks")
+            yield Skipped(key, "answers to a question that the file of questions lacks")
 
 
 def read_gqa(source: Path, images: Path, *, balanced: bool = True) -> Iterator[Record | Skipped]:
@@ -90,7 +96,7 @@ def gqa_questions(source: Path) -> Iterator[tuple[str, Mapping[str, Any], str]]:
     Raises:
         DataError: another format, or an id that is there twice.
     """
-    files = sorted(source.glob("*.json"), key=_natural) if source.is_dir() else [source]
+    files = sorted(files_in(source, "*.json"), key=_natural) if source.is_dir() else [source]
     if not files:
         raise DataError(f"{source}: holds no .json files")
     seen: set[str] = set()
@@ -167,14 +173,25 @@ def _vqa_question(key: str, asked: str, answer: Mapping[str, Any] | None, file: 
 
 
 def _record(
-    key: str, picture: FileSlice | None, questions: list[Question | Skipped], captions: tuple[str, ...] = ()
+    key: str, picture: FileSlice | Missing, questions: list[Question | Skipped], captions: tuple[str, ...] = ()
 ) -> Iterator[Record | Skipped]:
     kept = tuple(question for question in questions if isinstance(question, Question))
     yield from (question for question in questions if isinstance(question, Skipped))
-    if kept and picture is None:
-        yield Skipped(key, "picture missing", count_samples(len(captions), len(kept)))
+    if kept and isinstance(picture, Missing):
+        yield picture.skipped(key, count_samples(len(captions), len(kept)))
     elif kept:
         yield Record(key, picture, captions, kept)
+
+
+def _file_names(content: Mapping[str, Any], source: Path) -> dict[str, str]:
+    """Id to file of the pictures that a file lists; those without a file have the names of the release."""
+    listed: set[str] = set()
+    names = {}
+    for image in checked(content.get("images", []), list, f"{source}: 'images'"):
+        if isinstance(image, Mapping) and "file_name" in image:
+            key = claim(field(image, "id", f"{source}: image", ID), listed, f"{source}: images")
+            names[key] = field(image, "file_name", f"{source}: image {key}", str)
+    return names
 
 
 def _answers_beside(source: Path) -> Path | None:

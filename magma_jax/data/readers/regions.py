@@ -1,5 +1,6 @@
 """Descriptions of parts of a picture: Visual Genome regions, Localized Narratives."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from magma_jax.data.readers.common import (
     PictureFolder,
     captioned,
     field,
+    files_in,
     metadata,
     read_json,
     read_json_lines,
@@ -34,23 +36,28 @@ def read_visual_genome(source: Path, images: Path) -> Iterator[Record | Skipped]
 
 
 def read_localized_narratives(source: Path, images: Path, *, traces: bool = False) -> Iterator[Record | Skipped]:
-    """Localized Narratives, JSON lines, one file or a folder of shards; one record an annotator and picture.
+    """Localized Narratives, JSON lines, one file or a folder of shards; one record a line.
+
+    Its id is ``PICTURE/ANNOTATOR``, and ``PICTURE/ANNOTATOR/2`` where an annotator describes a picture again.
 
     Args:
         source: the file, or a folder whose ``.jsonl`` files are read in the order of their names.
         images: folder of the pictures: of COCO, Flickr30k, ADE20k or Open Images.
         traces: keep the mouse traces and the timed words in the metadata (they are large).
     """
-    files = sorted(source.glob("*.jsonl")) if source.is_dir() else [source]
+    files = files_in(source, "*.jsonl") if source.is_dir() else [source]
     if not files:
         raise DataError(f"{source}: holds no .jsonl files")
     pictures = PictureFolder(images)
     kept = ("dataset_id", "annotator_id", "voice_recording") + (("timed_caption", "traces") if traces else ())
+    times: Counter[str] = Counter()
     for file in files:
         for number, entry in read_json_lines(file):
             where = f"{file}: line {number}"
             image, caption = str(field(entry, "image_id", where, ID)), text(entry, "caption", where)
             key = f"{image}/{entry.get('annotator_id', 0)}"
+            times[key] += 1
+            key += f"/{times[key]}" if times[key] > 1 else ""
             names = [f"{image}.jpg", f"{image.zfill(12)}.jpg"]
             names += [f"COCO_{split}2014_{image.zfill(12)}.jpg" for split in ("train", "val")]
             yield captioned(key, pictures.find(*names), [caption], metadata(entry, kept))

@@ -5,16 +5,15 @@ img2dataset wrote, each member beside a JSON that repeats its URL. So a list is 
 """
 
 import json
-import tarfile
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet as parquet
-
-from magma_jax.data.format.records import NOT_DOWNLOADED, DataError, FileSlice, Record, Skipped
-from magma_jax.data.readers.common import PICTURE_SUFFIXES, captioned, checked, read_lines
+from magma_jax.data.format.records import NOT_DOWNLOADED, DataError, Record, Skipped
+from magma_jax.data.readers.common import PICTURE_SUFFIXES, Missing, captioned, checked, files_in, read_lines
+from magma_jax.data.readers.parquet import parquet_rows
+from magma_jax.data.readers.tars import Content, content_of, tar_samples, tars_in
 
 WIT_COLUMNS = (
     "language",
@@ -37,29 +36,42 @@ WIT_COLUMNS = (
 )
 # What img2dataset records of a download itself, of no use for training.
 _DOWNLOAD_FIELDS = ("status", "error_message", "key", "caption", "exif")
+# Pictures of compressed tars are held in memory while a list is joined with them.
+_MOST_HELD = 4 << 30
 
 
 def read_img2dataset(source: Path, images: Path | None = None) -> Iterator[Record | Skipped]:
     """A folder of ``00000.tar`` with ``KEY.jpg``, ``KEY.txt``, ``KEY.json``; keys may have gaps.
 
     The caption is the ``.txt``, or ``caption`` of the ``.json`` where there is none. Columns of the ``.json`` and of
-    the ``.parquet`` beside the tar, joined by key, become metadata.
+    the ``.parquet`` beside the tar, joined by key, become metadata; its rows of failed downloads are skipped.
     """
-    for tar in _tars(source):
-        rows = _parquet_rows(tar.with_suffix(".parquet"))
-        for key, members in _samples(tar):
-            known = {**rows.get(key, {}), **_json_of(members, tar)}
+    for tar in tars_in(source):
+        rows = _rows_beside(tar)
+        for sample in tar_samples(tar):
+            if isinstance(sample, Skipped):
+                yield sample
+                continue
+            key, members = sample
+            known = {**rows.pop(key.removeprefix("./"), {}), **_json_of(members, tar)}
             try:
-                caption = members[".txt"].read().decode() if ".txt" in members else known.get("caption")
+                caption = content_of(members[".txt"]).decode() if ".txt" in members else known.get("caption")
             except UnicodeDecodeError:
                 yield Skipped(key, "caption is not UTF-8")
                 continue
             extra = {name: value for name, value in known.items() if name not in _DOWNLOAD_FIELDS}
-            yield captioned(key, _picture_of(members), [_caption(caption, f"{tar}: caption of {key}")], extra)
+            captions = [] if caption is None else [_caption(caption, f"{tar}: caption of {key}")]
+            yield captioned(key, _picture_of(members), captions, extra)
+        for key, row in rows.items():
+            if row.get("status") not in (None, "success"):
+                yield Skipped(key, NOT_DOWNLOADED, detail=str(row.get("error_message") or row["status"]))
 
 
 def read_cc3m(source: Path, images: Path) -> Iterator[Record | Skipped]:
-    """Conceptual Captions 3M: lines of caption, tab, URL; ``images`` is a folder that img2dataset wrote."""
+    """Conceptual Captions 3M: lines of caption, tab, URL; ``images`` is a folder that img2dataset wrote.
+
+    The first line may name the columns, ``caption`` and ``url``, as img2dataset wants it; then it decides.
+    """
     return _joined_lines(source, images, caption=0, url=1)
 
 
@@ -68,20 +80,46 @@ def read_cc12m(source: Path, images: Path) -> Iterator[Record | Skipped]:
     return _joined_lines(source, images, caption=1, url=0)
 
 
-def read_laion(source: Path, images: Path) -> Iterator[Record | Skipped]:
-    """LAION's parquet lists (``URL``, ``TEXT``, ...), a file or a folder, joined with img2dataset's folder by URL."""
-    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+def read_laion(source: Path, images: Path, *, url: str = "", caption: str = "") -> Iterator[Record | Skipped]:
+    """LAION's parquet lists, a file or a folder, joined with img2dataset's folder by URL.
+
+    Args:
+        source: the file, or a folder whose ``.parquet`` files are read in the order of their names.
+        images: a folder that img2dataset wrote.
+        url: the column of addresses; by default ``url`` in any case.
+        caption: the column of captions; by default ``text`` (LAION) or else ``caption`` (ReLAION), in any case.
+    """
+    files = files_in(source, "*.parquet") if source.is_dir() else [source]
+    if not files:
+        raise DataError(f"{source}: holds no .parquet files")
     downloads = _by_url(images)
     row = 0
     for file in files:
-        for values in _parquet(file):
+        chosen = ()
+        for values in parquet_rows(file):
             row += 1
-            lower = {name.lower(): value for name, value in values.items()}
-            if "url" not in lower or "text" not in lower:
-                raise DataError(f"{file}: no columns URL and TEXT (there is: {', '.join(values)})")
-            extra = {name: value for name, value in lower.items() if name not in ("url", "text")}
-            caption = _caption(lower["text"], f"{file}: TEXT of row {row}")
-            yield _joined(str(row), lower["url"], [caption], downloads, extra | {"url": lower["url"]})
+            # Of a file all rows have the same columns.
+            addresses, captions = chosen = chosen or (
+                _column(list(values), [url] if url else ["url"], "url", file),
+                _column(list(values), [caption] if caption else ["text", "caption"], "caption", file),
+            )
+            extra = {name.lower(): value for name, value in values.items() if name not in chosen}
+            said = _caption(values[captions], f"{file}: {captions} of row {row}")
+            yield _joined(str(row), values[addresses], [said], downloads, extra | {"url": values[addresses]})
+
+
+def _column(columns: Sequence[str], names: Sequence[str], option: str, file: Path) -> str:
+    """The column that has the first of these names that there is: exactly, or in another case."""
+    for name in names:
+        found = [name] if name in columns else [column for column in columns if column.lower() == name.lower()]
+        if len(found) > 1:
+            raise DataError(f"{file}: {' and '.join(found)} differ in case alone; choose with --option {option}=COLUMN")
+        if found:
+            return found[0]
+    raise DataError(
+        f"{file}: no column {' or '.join(names)} in any case (there is: {', '.join(columns)}); "
+        f"name it with --option {option}=COLUMN"
+    )
 
 
 def read_wit(source: Path, images: Path, *, language: str = "") -> Iterator[Record | Skipped]:
@@ -92,7 +130,9 @@ def read_wit(source: Path, images: Path, *, language: str = "") -> Iterator[Reco
         images: a folder that img2dataset wrote.
         language: keep only this one, such as ``en``.
     """
-    files = sorted(source.glob("*.tsv*")) if source.is_dir() else [source]
+    files = files_in(source, "*.tsv*") if source.is_dir() else [source]
+    if not files:
+        raise DataError(f"{source}: holds no .tsv or .tsv.gz files")
     downloads = _by_url(images)
     captions = WIT_COLUMNS[6:9]
     for file in files:
@@ -121,6 +161,10 @@ def _joined_lines(source: Path, images: Path, *, caption: int, url: int) -> Iter
         columns = line.split(b"\t")
         if len(columns) != 2:
             raise DataError(f"{source}: line {number} has {len(columns)} columns, expected 2")
+        names = [column.strip().lower() for column in columns]
+        if number == 1 and sorted(names) == [b"caption", b"url"]:
+            caption, url = names.index(b"caption"), names.index(b"url")
+            continue
         if b"://" not in columns[url]:
             raise DataError(f"{source}: line {number} has no URL in column {url + 1}; cc3m and cc12m differ in order")
         try:
@@ -132,7 +176,7 @@ def _joined_lines(source: Path, images: Path, *, caption: int, url: int) -> Iter
 
 
 def _joined(
-    key: str, url: str | None, captions: Sequence[str], downloads: Mapping[str, FileSlice], extra: Mapping[str, Any]
+    key: str, url: str | None, captions: Sequence[str], downloads: Mapping[str, Content], extra: Mapping[str, Any]
 ) -> Record | Skipped:
     return captioned(key, downloads[url], captions, extra) if url in downloads else Skipped(key, NOT_DOWNLOADED)
 
@@ -142,81 +186,44 @@ def _caption(value: Any, where: str) -> str:
     return "" if value is None else checked(value, str, where).strip()
 
 
-def _by_url(folder: Path) -> dict[str, FileSlice]:
-    found = {}
-    for tar in _tars(folder):
-        for _, members in _samples(tar):
+def _by_url(folder: Path) -> dict[str, Content]:
+    found: dict[str, Content] = {}
+    held = 0
+    for tar in tars_in(folder):
+        for sample in tar_samples(tar):
+            if isinstance(sample, Skipped):
+                continue
+            _, members = sample
             picture, url = _picture_of(members), _json_of(members, tar).get("url")
-            if picture is not None and url:
-                found[url] = picture
+            if isinstance(picture, Missing) or not url:
+                continue
+            found[url] = picture
+            held += len(picture) if isinstance(picture, bytes) else 0
+            if held > _MOST_HELD:
+                raise DataError(
+                    f"{tar}: more than {_MOST_HELD >> 30} GiB of pictures in compressed tars, too much to join with a "
+                    "list; unpack them first: gunzip"
+                )
+    if not found:
+        raise DataError(f"{folder}: no picture with a .json beside it that has its 'url', as img2dataset writes them")
     return found
 
 
-def _tars(folder: Path) -> list[Path]:
-    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else [folder]
-    if not tars:
-        raise DataError(f"{folder}: holds no .tar files; give the folder that img2dataset wrote")
-    return tars
+def _picture_of(members: Mapping[str, Content]) -> Content | Missing:
+    return next((members[suffix] for suffix in PICTURE_SUFFIXES if suffix in members), Missing())
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, FileSlice]]]:
-    """Key and members by suffix of every sample of a tar; members of one key stand together (webdataset's rule)."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            key, members = None, {}
-            for member in tar:
-                tar.members = []  # or the archive remembers every member it has passed
-                if not member.isfile():
-                    continue
-                stem, _, suffix = member.name.rpartition("/")[2].partition(".")
-                if stem != key:
-                    if key is not None:
-                        yield key, members
-                    key, members = stem, {}
-                members["." + suffix.lower()] = FileSlice(str(path), member.offset_data, member.size)
-            if key is not None:
-                yield key, members
-            # Python takes whatever is no header for the end; a whole archive ends with empty blocks.
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError(f"no end of the archive at byte {tar.offset}")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{path}: not a whole tar archive ({error}); fetch it again") from None
-
-
-def _picture_of(members: Mapping[str, FileSlice]) -> FileSlice | None:
-    return next((members[suffix] for suffix in PICTURE_SUFFIXES if suffix in members), None)
-
-
-def _json_of(members: Mapping[str, FileSlice], tar: Path) -> dict[str, Any]:
+def _json_of(members: Mapping[str, Content], tar: Path) -> dict[str, Any]:
     if ".json" not in members:
         return {}
     try:
-        content = json.loads(members[".json"].read())
-    except ValueError as error:
+        content = json.loads(content_of(members[".json"]))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{tar}: a .json member is no valid JSON ({error}); fetch the file again") from None
     return checked(content, dict, f"{tar}: a .json member")
 
 
-def _parquet_rows(path: Path) -> dict[str, dict[str, Any]]:
-    return {row["key"]: row for row in _parquet(path) if row.get("key")} if path.is_file() else {}
-
-
-def _rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
-    """The rows in JSON's values: dates and decimals become text."""
-    # Timestamps here, for Python has none as fine as nanoseconds.
-    fine = pyarrow.types.is_timestamp
-    columns = [column.cast("string") if fine(column.type) else column for column in batch.columns]
-    plain = pyarrow.RecordBatch.from_arrays(columns, batch.schema.names)
-    return json.loads(json.dumps(plain.to_pylist(), default=str))
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from _rows(batch)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a whole parquet file ({error}); fetch it again") from None
+def _rows_beside(tar: Path) -> dict[str, dict[str, Any]]:
+    """The rows of the parquet file that img2dataset wrote beside a tar, by key."""
+    path = tar.with_name(re.sub(r"\.(tar(\.gz)?|tgz)$", "", tar.name) + ".parquet")
+    return {row["key"]: row for row in parquet_rows(path) if row.get("key")} if path.is_file() else {}

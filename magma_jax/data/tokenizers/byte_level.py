@@ -8,6 +8,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from magma_jax.foreign import read_text
+
 EOS = "<|endoftext|>"
 IMAGE = "<|image|>"
 
@@ -23,7 +25,9 @@ class Tokenizer:
     it. ``<|image|>`` gets the next free id where the vocabulary lacks it, as in the original.
 
     Attributes:
+        eos: the end-of-text token, as it is spelled.
         longest: bytes of the longest token: a text of N bytes has at least N / ``longest`` tokens.
+        special_ids: tokens that ``decode`` leaves out: these two, and what else the vocabulary calls special.
 
     Raises:
         ValueError: the vocabulary has no ``eos`` token.
@@ -38,9 +42,12 @@ class Tokenizer:
         self._parsing.add_special_tokens([eos, image])
         self._plain = _without_padding(self._parsing.to_str())
         self._plain.encode_special_tokens = True
+        self.eos = eos
         self.eos_id: int = self._parsing.token_to_id(eos)
         self.pad_id: int = self.eos_id
         self.image_id: int = self._parsing.token_to_id(image)
+        added = self._parsing.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
         vocabulary = self._parsing.get_vocab(with_added_tokens=True)
         self._rows = max(vocabulary.values()) + 1
         # One character of a byte-level token stands for one byte.
@@ -78,9 +85,12 @@ class Tokenizer:
         return _clean_up(text) if clean_up else text
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for, which may be part of a character; empty for special tokens and unknown ids."""
+        """What a token stands for, which may be part of a character; empty for special tokens and unknown ids.
+
+        Those of several tokens, one behind the other, are the UTF-8 of what ``decode`` gives.
+        """
         symbols = self._parsing.id_to_token(token)
-        if symbols is None or symbols in self._names:
+        if symbols is None or token in self.special_ids:
             return b""
         known = _symbol_bytes()
         # Tokens that were added to a vocabulary, such as runs of spaces, are plain text.
@@ -96,12 +106,29 @@ class Tokenizer:
             raise ValueError(f"{len(ids)} ids do not fit {length} positions; pass truncate=True to cut them")
         return [*ids[:length], *[self.pad_id] * (length - len(ids))]
 
+    def to_json(self) -> str:
+        """The whole encoding as text, in the ``tokenizers`` format."""
+        return self._parsing.to_str()
+
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes ``folder/tokenizer.json`` (the ``tokenizers`` format) and returns its path."""
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self._parsing.to_str(), encoding="utf-8")
+        path.write_text(self.to_json(), encoding="utf-8")
         return path
+
+    @classmethod
+    def from_json(cls, text: str, eos: str = EOS, image: str = IMAGE) -> "Tokenizer":
+        """Reads what ``to_json`` gave.
+
+        Raises:
+            ValueError: not in the ``tokenizers`` format, or no ``eos`` in it.
+        """
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the binding raises plain Exception
+            raise ValueError(f"is not a tokenizer.json: {error}") from None
+        return cls(backend, eos, image)
 
     @classmethod
     def load(cls, path: str | os.PathLike, eos: str = EOS, image: str = IMAGE) -> "Tokenizer":
@@ -112,12 +139,10 @@ class Tokenizer:
         """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        text = path.read_text(encoding="utf-8")
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the binding raises plain Exception
-            raise ValueError(f"{str(path)!r} is not a tokenizer.json: {error}") from None
-        return cls(backend, eos, image)
+            return cls.from_json(read_text(path), eos, image)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} {error}") from None
 
 
 @functools.cache

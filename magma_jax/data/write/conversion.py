@@ -27,13 +27,26 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from magma_jax.data.format.records import DUPLICATE, EXPECTED, NOT_DOWNLOADED, DataError, Record, Skipped, count_samples
+from magma_jax.data.format.records import (
+    DUPLICATE,
+    EXPECTED,
+    HIDDEN,
+    NOT_DOWNLOADED,
+    DataError,
+    Record,
+    Skipped,
+    count_samples,
+)
 from magma_jax.data.format.shards import INFO_FILE, SKIPPED_FILE, TEXTS_FILE, texts_name
+from magma_jax.data.pillow_steps import limit_memory
 from magma_jax.data.workers import cores, finished, worker_pool
 from magma_jax.data.write.prepare import PrepareOptions
 from magma_jax.data.write.resumable_shards import REPORT, remove_records, shard_path, to_json, writing, written_shard
 from magma_jax.output import locked, partial_name, replace_file
 from magma_jax.version import __version__
+
+# Of a worker process beside the picture it decodes: a shard's buffers, and the encoded picture several times over.
+WORKER_MEMORY = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +122,13 @@ def write_folder(
     if out.exists():
         raise DataError(f"{out}: already exists; choose another name or remove it first")
     work = partial_name(out)
-    with writing(work):
-        (work / "state").mkdir(parents=True, exist_ok=True)
-        (work / "data").mkdir(exist_ok=True)
+    with writing(out):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with locked(out.absolute()):
         try:
             with writing(work):
+                for part in ("state", "data"):
+                    (work / part).mkdir(parents=True, exist_ok=True)
                 _check_same(work / "state" / "options.json", _identity(options, source), out)
             reports = write_shards(work)
             with writing(work):
@@ -123,7 +137,7 @@ def write_folder(
         finally:
             # Of an interrupted conversion what it has finished is kept, if anything.
             if out.exists() or not any((work / "state").glob(REPORT.format("*"))):
-                shutil.rmtree(work)
+                shutil.rmtree(work, ignore_errors=not work.exists())
     return info
 
 
@@ -141,7 +155,7 @@ def _write_shards(
         bar.set_postfix_str(f"{sum(len(report['skipped']) for report in reports)} skipped")
 
     bar = tqdm(desc="converting", unit="record", total=total, disable=None)
-    with bar, _executor(workers) as submit:
+    with bar, _executor(workers, options.prepare.max_pixels) as submit:
         for number, chunk in enumerate(chunks(records, options.shard_records)):
             if len(waiting) >= 2 * workers > 0:
                 collect()
@@ -154,12 +168,12 @@ def _write_shards(
 
 
 @contextlib.contextmanager
-def _executor(workers: int) -> Iterator[Callable[..., concurrent.futures.Future]]:
+def _executor(workers: int, max_pixels: int) -> Iterator[Callable[..., concurrent.futures.Future]]:
     """``submit`` of a pool of processes, or a call on the spot where there are none."""
     if not workers:
         yield lambda function, *arguments: finished(function(*arguments))
         return
-    pool = worker_pool(workers)
+    pool = worker_pool(workers, limit_memory, (max_pixels, WORKER_MEMORY))
     try:
         yield pool.submit
     except concurrent.futures.process.BrokenProcessPool:
@@ -190,17 +204,21 @@ def _finish(
     reports = [_without(report, drop) for report, drop in zip(reports, again, strict=True)]
     skipped = [entry for report in reports for entry in report["skipped"]]
     texts = [row for report in reports for row in report["texts"]]
-    reasons = _checked_reasons(skipped, sum(count_samples(*row) for row in texts), options.max_skipped)
+    # Before they are judged: if they are too many, this is what tells why.
+    lines = [to_json(_skipped_line(*entry)) + b"\n" for entry in skipped]
+    replace_file(work / "data" / SKIPPED_FILE, b"".join(lines))
+    try:
+        reasons = _checked_reasons(skipped, sum(count_samples(*row) for row in texts), options.max_skipped)
+    except DataError as error:
+        raise DataError(f"{error}; {work / 'data' / SKIPPED_FILE} lists them" if skipped else str(error)) from None
     for number, drop in enumerate(again):
         if drop:
             remove_records(work, number, drop)
     files = {shard_path(work, n).name: len(report["ids"]) for n, report in enumerate(reports)}
-    shards = {*files, *map(texts_name, files)}
+    shards = {*files, *map(texts_name, files), SKIPPED_FILE}
     for path in (work / "data").iterdir():
         if path.name not in shards:  # of a former run, when the source was longer
             path.unlink()
-    lines = [to_json({"id": key, "reason": reason, "samples": samples}) + b"\n" for key, reason, samples in skipped]
-    (work / "data" / SKIPPED_FILE).write_bytes(b"".join(lines))
     texts = np.array(texts, np.int32).reshape(-1, 2)
     np.save(work / "data" / TEXTS_FILE, texts)
     info = {
@@ -218,16 +236,23 @@ def _finish(
     return info
 
 
+def _skipped_line(key: str, reason: str, samples: int, detail: str = "") -> dict[str, Any]:
+    return {"id": key, "reason": reason, "samples": samples} | ({"detail": detail} if detail else {})
+
+
 def _checked_reasons(skipped: Sequence[Sequence[Any]], kept: int, max_skipped: float) -> dict[str, int]:
     """How many samples are left out for which reason, the most frequent first; too many raise DataError."""
     reasons: collections.Counter[str] = collections.Counter()
-    for _, reason, samples in skipped:
+    details: dict[str, str] = {}
+    for _, reason, samples, *detail in skipped:
         reasons[reason] += samples
-    counted = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+        if any(detail) and reason not in EXPECTED:
+            details.setdefault(reason, f" ({detail[0]})")
+    counted = ", ".join(f"{count} x {reason}{details.get(reason, '')}" for reason, count in reasons.most_common())
     if not kept:
         raise DataError(f"nothing is left to convert ({counted or 'there was nothing to read'}); check the source")
     lost = sum(count for reason, count in reasons.items() if reason not in EXPECTED)
-    total = kept + reasons.total() - reasons[NOT_DOWNLOADED]
+    total = kept + reasons.total() - reasons[NOT_DOWNLOADED] - reasons[HIDDEN]
     if lost > max_skipped * total:
         raise DataError(
             f"{lost} of {total} samples would be left out ({counted}), more than max_skipped "
@@ -253,7 +278,7 @@ def _duplicates(reports: Sequence[dict[str, Any]]) -> list[set[str]]:
 def _without(report: dict[str, Any], drop: set[str]) -> dict[str, Any]:
     """The report of a shard without the records in ``drop``, which are skipped as duplicates."""
     rows = list(zip(report["ids"], report["texts"], strict=True))
-    gone = [[key, DUPLICATE, count_samples(*texts)] for key, texts in rows if key in drop]
+    gone = [[key, DUPLICATE, count_samples(*texts), ""] for key, texts in rows if key in drop]
     return report | {
         "ids": [key for key, _ in rows if key not in drop],
         "texts": [texts for key, texts in rows if key not in drop],

@@ -12,6 +12,7 @@ from PIL import Image
 
 from magma_jax.data.format.records import DataError, Record, Skipped, pack
 from magma_jax.data.images import MAX_PIXELS, ImageError, load_image, open_header
+from magma_jax.data.time_limit import TimeLimit
 
 # The one reason that may be gone when the same file is read again.
 UNREADABLE = "picture cannot be read"
@@ -49,10 +50,11 @@ def prepare(record: Record, options: PrepareOptions) -> tuple[bytes, str] | Skip
 
     try:
         content = record.image_bytes()
-        if options.check == "decode" or options.duplicates == "perceptual":
-            image = load_image(content, max_pixels=options.max_pixels, draft=64)
-        else:
-            image = open_header(content, max_pixels=options.max_pixels)
+        with TimeLimit(record.id):
+            if options.check == "decode" or options.duplicates == "perceptual":
+                image = load_image(content, max_pixels=options.max_pixels, draft=64)
+            else:
+                image = open_header(content, max_pixels=options.max_pixels)
     except ImageError as error:
         return skipped(error.kind)
     except FileNotFoundError:

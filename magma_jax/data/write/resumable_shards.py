@@ -8,7 +8,6 @@ A report is there only while its shard is what it says.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -22,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from magma_jax.data.format.records import DataError, Record, Skipped, pack_text, unpack
 from magma_jax.data.format.shards import records_name, shard_writer, texts_name
 from magma_jax.data.write.prepare import UNREADABLE, PrepareOptions, prepare
-from magma_jax.output import replace_file
+from magma_jax.output import OutputError, full_disk, replace_file
 
 REPORT = "shard-{}.json"
 
@@ -47,7 +46,7 @@ def _write_shard(
             for entry in chunk:
                 result = entry if isinstance(entry, Skipped) else prepare(entry, options)
                 if isinstance(result, Skipped):
-                    skipped.append([result.id, result.reason, result.samples])
+                    skipped.append([result.id, result.reason, result.samples, result.detail])
                     continue
                 content, fingerprint = result
                 writer.write(content, pack_text(entry))
@@ -65,10 +64,12 @@ def writing(path: Path) -> Iterator[None]:
     """Gives an error of the disk a name; reading pictures raises none."""
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    except (OSError, OutputError) as error:
+        full = full_disk(error)
         what, remedy = ("the disk is full", "make room") if full else ("cannot be written", "repair that")
-        raise DataError(f"{path}: {what} ({error}); {remedy} and run the same command again") from None
+        # What else the file library says of a full disk fills several lines of a terminal.
+        reason = os.strerror(full) if full else error
+        raise DataError(f"{path}: {what} ({reason}); {remedy} and run the same command again") from None
 
 
 def read_report(work: Path, number: int) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def _finished(work: Path, number: int, digest: str) -> dict[str, Any] | None:
     if not all(part.is_file() for part in (file, path, path.with_name(texts_name(path.name)))):
         return None
     report = read_report(work, number)
-    again = report["digest"] != digest or any(reason == UNREADABLE for _, reason, _ in report["skipped"])
+    again = report["digest"] != digest or any(reason == UNREADABLE for _, reason, *_ in report["skipped"])
     return None if again else report
 
 

@@ -5,7 +5,7 @@ the same few-shot examples before another picture.
 """
 
 import collections
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import jax
@@ -15,10 +15,12 @@ from magma_jax.inference.api import LENGTH_BUCKETS, Magma
 from magma_jax.inference.batching import slots
 from magma_jax.inference.batching.requests import MAX_TOP_LOGPROBS, RequestOptions
 from magma_jax.inference.decoding.decode import Drawn
-from magma_jax.inference.decoding.sampling import sampling_rows
+from magma_jax.inference.decoding.sampling import sampling_rows, seed_words
 from magma_jax.inference.prompts import WORD, Encoded, picture_positions
+from magma_jax.inference.structured.constraints import installed
+from magma_jax.inference.structured.grammars import Guide, everything
 from magma_jax.models.vision.catalog import ENCODERS
-from magma_jax.typing import Array, Int
+from magma_jax.typing import Array, Int, UInt32
 
 # Below this many common positions a prompt is run anew: looking back costs a program of its own.
 MIN_REUSED = 16
@@ -47,11 +49,37 @@ class Entry(NamedTuple):
     place: Place
     prompt: Encoded
     options: RequestOptions
+    guide: Guide | None = None
 
     @property
     def length(self) -> int:
         """Positions that have to be run."""
         return len(self.prompt.tokens) - self.place.start
+
+
+class _Held:
+    """What a slot's cache holds: the first ``length`` rows are identities as in ``Encoded``, with their salt."""
+
+    def __init__(self, context: int):
+        self.rows, self.length, self.salt = np.zeros((context, 3), np.int64), 0, b""
+
+    def take(self, prompt: Encoded) -> None:
+        self.length, self.salt = len(prompt.tokens), prompt.salt
+        self.rows[: self.length] = prompt.identity
+
+    def add(self, tokens: Sequence[int]) -> None:
+        end = self.length + len(tokens)
+        self.rows[self.length : end] = 0
+        self.rows[self.length : end, 0] = tokens
+        self.length = end
+
+    def common(self, prompt: Encoded, length: int) -> int:
+        """How many of the first ``length`` positions are those of a prompt."""
+        if prompt.salt != self.salt:
+            return 0
+        size = min(length, len(prompt.tokens))
+        different = np.flatnonzero((self.rows[:size] != prompt.identity[:size]).any(axis=1))
+        return int(different[0]) if len(different) else size
 
 
 class SlotBatch:
@@ -84,7 +112,7 @@ class SlotBatch:
         empty = slots.empty_slots(*self._fixed, self.count, self._context, self.pictures)
         self._rows, self._table = slots.beside(self.model.params, empty)
         self._row_of: collections.OrderedDict[bytes, int] = collections.OrderedDict()
-        self._held = [np.zeros(0, np.int64) for _ in range(self.count)]
+        self._held = [_Held(self._context) for _ in range(self.count)]
 
     def place(self, prompt: Encoded, free: Set[int], just_placed: Sequence[Entry]) -> Place | None:
         """A slot for a prompt; the slot's cache then is the prompt's.
@@ -96,18 +124,19 @@ class SlotBatch:
             if any(entry.place.slot == source for entry in just_placed):
                 return None
             self._rows = slots.copy_prompt(self._rows, np.int32(source), np.int32(slot))
-        self._held[slot] = prompt.identity
+        self._held[slot].take(prompt)
         return Place(slot, start)
 
     def _choose(self, prompt: Encoded, free: Set[int]) -> tuple[int, int, int | None]:
         """The slot, how much of the prompt its cache will hold, and the slot to copy that from, if another."""
-        emptiest = min(free, key=lambda slot: len(self._held[slot]))  # has the least to lose
+        emptiest = min(free, key=lambda slot: self._held[slot].length)  # has the least to lose
         if not self.reuse:
             return emptiest, 0, None
         # The newest token of a running request was drawn but not run yet: the cache does not hold it.
-        held = [tokens if slot in free else tokens[:-1] for slot, tokens in enumerate(self._held)]
+        lengths = [held.length if slot in free else held.length - 1 for slot, held in enumerate(self._held)]
         # At least one position has to be run: the first token is drawn from its logits.
-        common = [min(_common_prefix(tokens, prompt.identity), len(prompt.tokens) - 1) for tokens in held]
+        most = len(prompt.tokens) - 1
+        common = [min(held.common(prompt, size), most) for held, size in zip(self._held, lengths, strict=True)]
         best = max(range(self.count), key=lambda slot: (common[slot], slot in free))
         if common[best] < MIN_REUSED:
             return emptiest, 0, None
@@ -145,7 +174,7 @@ class SlotBatch:
         tokens = np.zeros((len(entries), bucket), np.int32)
         pictures = np.full((len(entries), bucket), WORD, np.int32)
         seen = np.zeros((len(entries), self._vocabulary), bool)
-        for row, (place, prompt, _) in enumerate(entries):
+        for row, (place, prompt, *_) in enumerate(entries):
             new = slice(place.start, None)
             owners = prompt.owners[new]
             tokens[row, : len(owners)] = prompt.tokens[new]
@@ -156,7 +185,7 @@ class SlotBatch:
             seen[row, prompt.tokens[prompt.places == WORD]] = True
         options = [entry.options for entry in entries]
 
-        def numbers(values: Sequence[int], dtype: type = np.int32) -> np.ndarray:
+        def numbers(values: Sequence[int | tuple[int, int]], dtype: type = np.int32) -> np.ndarray:
             return np.array(values, dtype)
 
         return slots.Admission(
@@ -166,11 +195,20 @@ class SlotBatch:
             tokens,
             pictures,
             seen,
-            numbers([one.seed for one in options], np.uint32),
+            numbers([seed_words(one.seed) for one in options], np.uint32),
             sampling_rows([one.sampling for one in options]),
             numbers([one.max_new_tokens for one in options]),
             numbers([one.min_new_tokens for one in options]),
+            self._allowed(len(entries), {row: entry.guide for row, entry in enumerate(entries)}),
         )
+
+    def _allowed(self, rows: int, guides: Mapping[int, Guide | None]) -> UInt32[np.ndarray, "{rows} W"]:
+        """What may come next in each row: all, where nothing guides it."""
+        allowed = everything(rows, self._vocabulary)
+        for row, guide in guides.items():
+            if guide is not None:
+                allowed[row] = guide.mask
+        return allowed
 
     def _picture_row(self, key: bytes, prompt: Encoded) -> int:
         """Where a picture stands in the table; it is encoded if it is not there, in place of the least used one."""
@@ -191,26 +229,31 @@ class SlotBatch:
         options = {"mean": entry.mean, "std": entry.std}
         self._table = slots.add_picture(*self._fixed, self._table, pixels[None], np.int32(row), **options)
 
-    def decode(self, *, top: bool, enough: int | None = None) -> tuple[Drawn, Int[Array, " B"]]:
+    def decode(
+        self, *, top: bool, enough: int | None = None, guides: Mapping[int, Guide] | None = None
+    ) -> tuple[Drawn, Int[Array, " B"]]:
         """A burst of decoding: what was drawn, a row a slot and a column a step, and how much of it counts.
 
         Args:
             top: whether somebody wants the likeliest tokens too, which takes another program.
             enough: the burst ends when so many requests have.
+            guides: of slots whose answers are constrained. The burst then has one step: what may come after it depends
+                on what it draws.
         """
         # More than there are slots never end.
         enough = np.int32(self.count + 1 if enough is None else enough)
-        options = {"steps": self.steps, "top": self._top if top else 0}
-        self._rows, drawn, counts = self._run(slots.decode, enough, **options)
+        allowed = None if guides is None else self._allowed(self.count, guides)
+        options = {"steps": self.steps if allowed is None else 1, "top": self._top if top else 0}
+        self._rows, drawn, counts = self._run(slots.decode, enough, allowed, **options)
         return drawn, counts
 
     def add_tokens(self, slot: int, tokens: Sequence[int]) -> None:
         """Notes what a slot's request has drawn."""
-        self._held[slot] = np.concatenate([self._held[slot], np.array(tokens, np.int64)])
+        self._held[slot].add(tokens)
 
     def end(self, slot: int) -> None:
         """A request has left: its newest token was drawn but never run, so the cache does not hold it."""
-        self._held[slot] = self._held[slot][:-1]
+        self._held[slot].length = max(self._held[slot].length - 1, 0)
 
     def release(self, which: Sequence[int]) -> None:
         """The device goes on with a row until it hears that nobody wants it."""
@@ -224,22 +267,17 @@ class SlotBatch:
         self._add_picture(np.zeros((size, size, 3), np.uint8), 0)
         nowhere = Place(self.count, 0)
         for bucket in self.buckets:
-            prompt = Encoded(np.zeros(1, np.int32), np.full(1, WORD, np.int32), [None], {}, np.zeros(1, np.int64))
+            prompt = Encoded(np.zeros(1, np.int32), np.full(1, WORD, np.int32), [None], {}, np.zeros((1, 3), np.int64))
             for size in self._groups(bucket):
                 idle = self._admission([Entry(nowhere, prompt, RequestOptions(1))] * size, bucket)
                 self._rows, _ = self._run(slots.admit, self._table, idle, top=self._top)
         self.release([])
         self._rows = slots.copy_prompt(self._rows, np.int32(0), np.int32(0))
-        for top in (False, True):
-            self.decode(top=top)
+        for guides in (None, {}) if installed() else (None,):
+            for top in (False, True):
+                self.decode(top=top, guides=guides)
         jax.block_until_ready(self._rows)
         self._row_of.clear()  # the table's first row has changed
 
     def _run(self, program, *arguments, **options):
         return program(*self._fixed, self._rows, *arguments, eos_id=self._eos_id, **options)
-
-
-def _common_prefix(one: Int[np.ndarray, " A"], two: Int[np.ndarray, " B"]) -> int:
-    size = min(len(one), len(two))
-    different = np.flatnonzero(one[:size] != two[:size])
-    return int(different[0]) if len(different) else size

@@ -13,6 +13,7 @@ a prompt has in common with an earlier one is not computed again (``inference.ba
 import collections
 import dataclasses
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -23,9 +24,19 @@ import numpy as np
 
 from magma_jax.inference.api import Magma
 from magma_jax.inference.batching.batch import Entry, Place, SlotBatch
-from magma_jax.inference.batching.requests import Alternatives, Answer, EngineError, Progress, RequestOptions, Ticket
+from magma_jax.inference.batching.requests import (
+    Alternatives,
+    Answer,
+    EngineError,
+    Progress,
+    RequestOptions,
+    Ticket,
+    UnfinishedError,
+)
 from magma_jax.inference.decoding.decode import Drawn, TopTokens
 from magma_jax.inference.prompts import Encoded, Prompt, encode_prompt
+from magma_jax.inference.structured.constraints import Constraint
+from magma_jax.inference.structured.grammars import Grammar, Grammars, Guide, GuideError
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +54,8 @@ class EngineConfig:
         pictures: pictures that are kept encoded; also the most that one prompt may have.
         steps: tokens that are decoded between two looks at the queue.
         queue: requests that may wait.
-        queue_bytes: what the pictures of those that wait may take together, at the encoder's size.
-        reuse: whether prompts that begin like an earlier one share its cache.
+        queue_bytes: what the pictures, at the encoder's size, and grammars of those that wait may take together.
+        reuse: whether prompts that begin like an earlier one share its cache, and equal pictures are encoded once.
     """
 
     slots: int = 8
@@ -84,11 +95,14 @@ class _Work:
     ticket: Ticket
     prompt: Encoded
     answer: Answer
+    grammar: Grammar | None
+    guide: Guide | None
     new: int = 0
 
     @property
     def nbytes(self) -> int:
-        return sum(pixels.nbytes for pixels in self.prompt.pixels.values())
+        pictures = sum(pixels.nbytes for pixels in self.prompt.pixels.values())
+        return pictures if self.grammar is None else pictures + self.grammar.nbytes
 
 
 class _New(NamedTuple):
@@ -127,6 +141,8 @@ class Engine:
             reuse=config.reuse,
         )
         self.buckets = self._batch.buckets
+        rows = model.config.lm
+        self._grammars = Grammars(model.tokenizer, table_rows=rows.vocab_rows, ids=rows.head_rows)
         self._waiting: collections.deque[_Work] = collections.deque()
         self._running: dict[int, _Work] = {}
         self._changed = threading.Condition()
@@ -150,9 +166,21 @@ class Engine:
             self._stopping = True
             self._changed.notify_all()
         self._thread.join()
+        self._grammars.close()
 
-    def encode(self, prompt: Prompt) -> Encoded:
+    def compile(self, constraint: Constraint) -> Grammar:
+        """A constraint, ready for ``RequestOptions``; may run in any thread, and takes a second at most.
+
+        Raises:
+            ConstraintError: what is not supported or takes too much.
+        """
+        return self._grammars.compile(constraint)
+
+    def encode(self, prompt: Prompt, salt: bytes = b"") -> Encoded:
         """Tokens and pixels of a prompt; may run in any thread, before ``submit``.
+
+        Prompts of another ``salt`` share no work with this one, so that nobody can tell from the time or the counts of
+        an answer what they are.
 
         Raises:
             ValueError: an empty prompt, an item that is neither text nor picture, too many pictures, or more text than
@@ -162,14 +190,15 @@ class Engine:
         size = sum(len(item) for item in prompt if isinstance(item, str))
         if size > self.context * tokenizer.longest:  # before it is split, which takes long
             raise ValueError(f"the prompt has {size} characters, more than the context of {self.context} tokens holds")
-        return encode_prompt(prompt, config, tokenizer, max_pictures=self.config.pictures)
+        salt = salt if self.config.reuse else secrets.token_bytes(16)
+        return encode_prompt(prompt, config, tokenizer, max_pictures=self.config.pictures, salt=salt)
 
     def submit(self, prompt: Prompt | Encoded, options: RequestOptions = RequestOptions()) -> Ticket:
         """Takes a request and returns at once.
 
         Raises:
             QueueFull: as many as may wait are waiting, or their pictures take as much as they may.
-            ValueError: prompt and answer do not fit the context; and what ``encode`` raises.
+            ValueError: prompt and answer do not fit the context; and what ``encode`` and ``compile`` raise.
             EngineError: the engine is shutting down, or has failed.
         """
         encoded = prompt if isinstance(prompt, Encoded) else self.encode(prompt)
@@ -179,8 +208,12 @@ class Engine:
                 f"the prompt has {length} positions and {options.max_new_tokens} new tokens were asked for, but the "
                 f"context holds {self.context}; shorten the prompt or lower max_new_tokens"
             )
+        grammar = options.constraint
+        if isinstance(grammar, Constraint):
+            grammar = self.compile(grammar)
         ticket = Ticket(length, options)
-        work = _Work(ticket, encoded, Answer(self.model.tokenizer, options.stop))
+        guide = None if grammar is None else grammar.start()
+        work = _Work(ticket, encoded, Answer(self.model.tokenizer, options.stop), grammar, guide)
         with self._changed:
             if self.failure is not None:
                 raise EngineError(self.failure)
@@ -241,18 +274,30 @@ class Engine:
                 self._batch.reset()
 
     def _step(self) -> None:
-        """Lets waiting requests in and decodes a burst. The device has all of it before any result is waited for."""
+        """Lets waiting requests in and decodes a burst.
+
+        The device has all of it before any result is waited for, unless an answer is constrained: what its second token
+        may be depends on the first.
+        """
         admitted = self._admit_waiting()
+        if any(work.guide is not None for work in self._running.values()):
+            self._deliver_first(admitted)
+            admitted = []
         running = dict(self._running)
         if not running:
             return
+        guides = {slot: work.guide for slot, work in running.items() if work.guide is not None}
         top = any(work.ticket.options.top_logprobs for work in running.values())
-        burst, counts = self._batch.decode(top=top, enough=min(ENOUGH, len(self._waiting)) or None)
-        for group, first in admitted:
-            works = [(place.slot, running[place.slot]) for place, *_ in group]
-            self._deliver_drawn(works, _as_column(first), [1] * len(works))
+        enough = min(ENOUGH, len(self._waiting)) or None
+        burst, counts = self._batch.decode(top=top, enough=enough, guides=guides or None)
+        self._deliver_first(admitted)
         works = [(slot, running.get(slot)) for slot in range(self.config.slots)]
         self._deliver_drawn(works, burst, np.asarray(counts).tolist())
+
+    def _deliver_first(self, admitted: list[tuple[list[Entry], Drawn]]) -> None:
+        for group, first in admitted:
+            works = [(entry.place.slot, self._running[entry.place.slot]) for entry in group]
+            self._deliver_drawn(works, _as_column(first), [1] * len(works))
 
     def _fail_all(self, error: EngineError, *, waiting: bool = False) -> None:
         with self._changed:
@@ -296,7 +341,7 @@ class Engine:
             with self._changed:
                 self._waiting.popleft()
                 self._running[place.slot] = work
-            placed.append(Entry(place, work.prompt, work.ticket.options))
+            placed.append(Entry(place, work.prompt, work.ticket.options, work.guide))
             self._count_prompt(work, place)
         return admitted + self._batch.admit(placed)
 
@@ -326,25 +371,41 @@ class Engine:
         tokens = new.tokens[: new.tokens.index(eos_id)] if ended else new.tokens
         work.new += len(tokens)
         self._new += len(tokens)
+        complete = False
+        if work.guide is not None and not ended:
+            try:
+                work.guide.advance(tokens)
+            except GuideError as error:
+                self._lose(slot, UnfinishedError(str(error)))
+                return [slot]
+            complete = work.guide.complete
         at_limit = work.new >= work.ticket.options.max_new_tokens
-        text, found = work.answer.add(tokens, last=ended or at_limit)
+        text, found = work.answer.add(tokens, last=ended or at_limit or complete)
+        if work.guide is not None:
+            text = work.guide.shown(text)
         self._batch.add_tokens(slot, tokens)
-        finish = "stop" if ended or found is not None else "length" if at_limit else None
+        finish = "stop" if ended or complete or found is not None else "length" if at_limit else None
         used = len(tokens) if found is None else found
         piece = Progress(text, tuple(tokens[:used]), tuple(new.logprobs[:used]), tuple(new.top[:used]), finish)
         if finish is None:
             work.ticket.put(piece)
         else:
             self._end(slot, piece)
-        return [] if found is None else [slot]
+        return [slot] if complete or found is not None else []
 
     def _end(self, slot: int, last: Progress) -> None:
+        self._leave(slot).ticket.put(last)
+
+    def _lose(self, slot: int, error: EngineError) -> None:
+        self._leave(slot).ticket.fail(error)
+
+    def _leave(self, slot: int) -> _Work:
         self._batch.end(slot)
         with self._changed:
             work = self._running.pop(slot)
             self._finished += 1
             self._changed.notify_all()
-        work.ticket.put(last)
+        return work
 
 
 def _as_column(drawn: Drawn) -> Drawn:

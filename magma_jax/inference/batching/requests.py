@@ -1,5 +1,6 @@
 """A request on its way through the engine: what was asked, what has come so far, and who is waiting for it."""
 
+import codecs
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +8,8 @@ from typing import Literal
 
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.inference.decoding.sampling import SamplingConfig, check_seed
+from magma_jax.inference.structured.constraints import Constraint
+from magma_jax.inference.structured.grammars import Grammar
 
 # Why a request ended: its end of text or a stop string, its limit, or because nobody wanted it any more.
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -16,9 +19,6 @@ MAX_TOP_LOGPROBS = 20
 
 # The likeliest tokens in place of one, with their log-probabilities.
 Alternatives = tuple[tuple[int, float], ...]
-
-# What a decoder of UTF-8 shows for bytes that are not whole characters yet.
-_INCOMPLETE = "\ufffd"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,10 @@ class RequestOptions:
         seed: the answer is that of ``Magma.generate(..., seed=[seed])``.
         stop: texts that end the answer and are no part of it.
         top_logprobs: likeliest tokens to report beside each token.
-        min_new_tokens: the end of text is not drawn before so many; a stop text ends the answer all the same.
+        min_new_tokens: the end of text is not drawn before so many; a stop text ends the answer all the same, and so
+            does a constraint that allows nothing but the end.
+        constraint: what the answer must look like, unless ``max_new_tokens`` or a stop text ends it before; a
+            ``Constraint``, or one that ``Engine.compile`` has compiled.
     """
 
     max_new_tokens: int = 64
@@ -40,6 +43,7 @@ class RequestOptions:
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
     min_new_tokens: int = 0
+    constraint: Constraint | Grammar | None = None
 
     def __post_init__(self):
         check_seed(self.seed)
@@ -79,6 +83,10 @@ class Progress:
 
 class EngineError(RuntimeError):
     """A request that the engine could not take or finish; one line for whoever made it."""
+
+
+class UnfinishedError(EngineError):
+    """A request whose constraint cannot be kept to any further: the fault of the request, not of the engine."""
 
 
 class Ticket:
@@ -166,39 +174,42 @@ class Ticket:
 
 
 class Answer:
-    """Turns drawn tokens into text that can be shown: whole characters, up to a stop text."""
+    """Turns drawn tokens into text that can be shown: whole characters, up to a stop text.
+
+    Every token is decoded once, and only what has not been shown yet is searched: an answer of any length takes the
+    same time a token.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._tokens: list[int] = []
-        self._shown = 0
+        self._longest = max(map(len, self._stop), default=0)
+        # Keeps the bytes of a character until it is whole.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""  # may begin a stop text
 
     def add(self, tokens: Sequence[int], *, last: bool) -> tuple[str, int | None]:
         """New text, and how many of ``tokens`` it took until a stop text ended the answer (None: none did).
 
         What may become a whole character or a stop text with the next tokens is held back, unless these are the last.
         """
-        for count in range(1, len(tokens) + 1) if self._stop else ():
-            text = self._tokenizer.decode([*self._tokens, *tokens[:count]])
-            found = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
-            if found is not None:
-                return self._show(text[:found]), count
-        self._tokens += tokens
-        text = self._tokenizer.decode(self._tokens)
-        if not last:
-            text = text.rstrip(_INCOMPLETE)
-            text = text[: len(text) - self._held_back(text)]
-        return self._show(text), None
+        text, self._held = self._held, ""
+        for count, token in enumerate(tokens, start=1):
+            new = self._decoder.decode(self._tokenizer.token_bytes(token))
+            text += new
+            # A stop text ends within what is new.
+            begin = max(len(text) - len(new) - self._longest + 1, 0)
+            found = min((at for stop in self._stop if (at := text.find(stop, begin)) >= 0), default=None)
+            if new and found is not None:
+                return text[:found], count
+        if last:
+            return text + self._decoder.decode(b"", final=True), None
+        shown = len(text) - self._beginning(text)
+        self._held = text[shown:]
+        return text[:shown], None
 
-    def _show(self, text: str) -> str:
-        new = text[self._shown :]
-        self._shown += len(new)
-        return new
-
-    def _held_back(self, text: str) -> int:
+    def _beginning(self, text: str) -> int:
         """Length of the longest end of ``text`` that begins a stop text."""
-        longest = max(map(len, self._stop), default=1) - 1
-        for size in range(min(longest, len(text)), 0, -1):
+        for size in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stop):
                 return size
         return 0

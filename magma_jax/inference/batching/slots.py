@@ -20,7 +20,7 @@ from magma_jax.inference.prompts import WORD
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import merge
 from magma_jax.runtime.compile import jit
-from magma_jax.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8
+from magma_jax.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8, UInt32
 
 T = TypeVar("T")
 
@@ -35,10 +35,11 @@ class Admission(NamedTuple):
         tokens: (A, S) ids, padded; anything where a picture stands.
         pictures: (A, S) row of the picture table times P plus the position in the picture, or ``WORD``.
         seen: (A, V) tokens of the whole prompts.
-        seed: (A,) of the requests, uint32.
+        seed: (A, 2) ``seed_words`` of the requests, uint32.
         sampling: their numbers.
         limit: (A,) tokens wanted at most.
         minimum: (A,) tokens wanted at least.
+        allowed: (A, W) what the first token may be, a bit an id.
     """
 
     slot: Array | np.ndarray
@@ -51,6 +52,7 @@ class Admission(NamedTuple):
     sampling: SamplingRows
     limit: Array | np.ndarray
     minimum: Array | np.ndarray
+    allowed: Array | np.ndarray
 
 
 @jit(static_argnames=("graphdef", "slots", "context", "pictures"))
@@ -128,7 +130,7 @@ def admit(
         admission.seen,
         admission.minimum,
     )
-    new, drawn = draw(model.lm, new, logits, eos_id, top=top)
+    new, drawn = draw(model.lm, new, logits, eos_id, top=top, allowed=admission.allowed)
     others = jax.tree.map(
         lambda all_, one: all_.at[slot].set(one, mode="drop"), rows._replace(cache=None), new._replace(cache=None)
     )
@@ -146,10 +148,19 @@ def embed(
 
 @jit(static_argnames=("graphdef", "steps", "eos_id", "top"), donate_argnames=("rows",))
 def decode(
-    graphdef: nnx.GraphDef, params: Params, rows: Rows, enough: Int[Array, ""], *, steps: int, eos_id: int, top: int
+    graphdef: nnx.GraphDef,
+    params: Params,
+    rows: Rows,
+    enough: Int[Array, ""],
+    allowed: UInt32[Array, "B W"] | None = None,
+    *,
+    steps: int,
+    eos_id: int,
+    top: int,
 ) -> tuple[Rows, Drawn, Int[Array, " B"]]:
     """Up to ``steps`` tokens for every slot, see ``inference.decoding.decode.run``, and how many each has got."""
-    after, drawn = run(merge(graphdef, params).lm, rows, steps, eos_id=eos_id, top=top, enough=enough)
+    lm = merge(graphdef, params).lm
+    after, drawn = run(lm, rows, steps, eos_id=eos_id, top=top, enough=enough, allowed=allowed)
     return after, drawn, after.count - rows.count
 
 
@@ -167,6 +178,8 @@ def copy_prompt(rows: Rows, source: Int[Array, ""], target: Int[Array, ""]) -> R
     )
 
 
-def request_key(seed: Array) -> PRNGKey:
-    """The key that ``Magma.generate`` gives a row with this seed (uint32) of its own."""
-    return jax.random.fold_in(jax.random.key(seed), 0)
+def request_key(words: Array) -> PRNGKey:
+    """The key that ``Magma.generate`` gives a row with a seed of its own; ``words`` (2,), see ``seed_words``."""
+    key = jax.random.key(words[0])
+    key = jnp.where(words[1] == 0, key, jax.random.fold_in(key, words[1]))
+    return jax.random.fold_in(key, 0)

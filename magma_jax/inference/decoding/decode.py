@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from magma_jax.inference.decoding.sampling import MASKED, Compat, SamplingRows, sample
 from magma_jax.models.language.decoder import Decoder, KVCache
-from magma_jax.typing import Array, Bool, Float, Int, Key
+from magma_jax.typing import Array, Bool, Float, Int, Key, UInt32
 
 
 class Rows(NamedTuple):
@@ -143,12 +143,18 @@ def run_prompts(
 
 
 def advance(
-    lm: Decoder, rows: Rows, *, eos_id: int | Int[Array, ""] | None, compat: Compat = None, top: int = 0
+    lm: Decoder,
+    rows: Rows,
+    *,
+    eos_id: int | Int[Array, ""] | None,
+    compat: Compat = None,
+    top: int = 0,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> tuple[Rows, Drawn]:
     """Runs the newest token of every row and draws the next. Rows that are done compute, and stay what they are."""
     embedded = lm.embed(rows.token[:, None], rows.cache.dtype)
     output = lm(embedded, positions=rows.position[:, None], cache=rows.cache)
-    return draw(lm, rows._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), eos_id, compat, top)
+    return draw(lm, rows._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), eos_id, compat, top, allowed)
 
 
 def run(
@@ -161,8 +167,11 @@ def run(
     keep_logits: bool = False,
     top: int = 0,
     enough: Int[Array, ""] | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> tuple[Rows, Drawn]:
     """Up to ``steps`` steps, fewer if all rows end, or ``enough`` of those that had not ended before.
+
+    ``allowed`` as in ``draw``: for one step, as what may come next depends on what came.
 
     Returns the rows, and what was drawn with a column a step, (B, N), (B, N, V) and (B, N, K); logits are None unless
     kept, ``top`` is the number K of likeliest tokens. The
@@ -188,7 +197,7 @@ def run(
 
     def body(carry):
         step, rows, drawn = carry
-        rows, new = advance(lm, rows, eos_id=eos_id, compat=compat, top=top)
+        rows, new = advance(lm, rows, eos_id=eos_id, compat=compat, top=top, allowed=allowed)
         new = new if keep_logits else new._replace(logits=None)
         return step + 1, rows, jax.tree.map(lambda all_, one: all_.at[:, step].set(one), drawn, new)
 
@@ -253,15 +262,22 @@ def draw(
     eos_id: int | Int[Array, ""] | None,
     compat: Compat = None,
     top: int = 0,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> tuple[Rows, Drawn]:
-    """Draws the next token of every row from its logits, and moves on the rows that are not done."""
+    """Draws the next token of every row from its logits, and moves on the rows that are not done.
+
+    ``allowed`` has a bit a token, lowest first: only such tokens are drawn. Log-probabilities are the model's, whatever
+    is allowed.
+    """
     keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.count)
     table = lm.config.vocab_rows
-    allowed = logits
+    drawable = logits
+    if allowed is not None:
+        drawable = jnp.where(_bits(allowed, logits.shape[-1]), logits, MASKED)
     if rows.minimum is not None and eos_id is not None:
         too_early = (rows.count < rows.minimum)[:, None] & (jnp.arange(logits.shape[-1]) == eos_id)
-        allowed = jnp.where(too_early, MASKED, logits)
-    token = sample(allowed, keys, rows.sampling, table_rows=table, seen=rows.seen, compat=compat).astype(jnp.int32)
+        drawable = jnp.where(too_early, MASKED, drawable)
+    token = sample(drawable, keys, rows.sampling, table_rows=table, seen=rows.seen, compat=compat).astype(jnp.int32)
     logprobs = jax.nn.log_softmax(logits[:, :table])
     logprob = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
     likeliest = TopTokens(*reversed(jax.lax.top_k(logprobs, top))) if top else None
@@ -277,3 +293,9 @@ def draw(
     # A row that is done keeps its position: what it goes on to compute is written where nothing is read.
     rows = rows._replace(token=token, position=rows.position + alive, count=count, done=done, seen=seen)
     return rows, Drawn(token, logprob, logits, likeliest)
+
+
+def _bits(words: UInt32[Array, "B W"], count: int) -> Bool[Array, "B {count}"]:
+    """The first ``count`` bits of every row."""
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(words.shape[0], -1)[:, :count].astype(bool)

@@ -23,8 +23,8 @@ import numpy as np
 
 from magma_jax.typing import Array, Bool, Float, Int, Key, PRNGKey
 
-# Seeds are below it: a key is made of 32 bits, and larger seeds would stand for smaller ones.
-SEEDS = 2**32
+# Seeds are whole numbers of so many bits, with a sign or without: -1 is 2**64 - 1.
+SEED_BITS = 64
 
 # Low enough for a softmax to give exactly 0 beside any logit, high enough to survive fp32 arithmetic.
 MASKED = -1e30
@@ -96,15 +96,26 @@ def sampling_rows(configs: Sequence[SamplingConfig]) -> SamplingRows:
 
 
 def check_seed(seed: int) -> int:
-    """The seed, if it is one; raises ValueError for what is no whole number from 0 to ``SEEDS`` - 1."""
-    if not (isinstance(seed, numbers.Integral) and 0 <= seed < SEEDS):
-        raise ValueError(f"seed must be a whole number from 0 to {SEEDS - 1}, got {seed}")
+    """The seed, if it is one; raises ValueError for what is no whole number from -2**63 to 2**64 - 1."""
+    if not (isinstance(seed, numbers.Integral) and -(2 ** (SEED_BITS - 1)) <= seed < 2**SEED_BITS):
+        raise ValueError(f"seed must be a whole number from -2**63 to 2**64 - 1, got {seed!s:.40}")
     return int(seed)
 
 
+def seed_words(seed: int) -> tuple[int, int]:
+    """The lower and the upper 32 bits of a seed; errors as ``check_seed``."""
+    bits = check_seed(seed) % 2**SEED_BITS
+    return bits % 2**32, bits >> 32
+
+
 def seed_key(seed: int) -> PRNGKey:
-    """The random key of a seed; errors as ``check_seed``."""
-    return jax.random.key(np.uint32(check_seed(seed)))
+    """The random key of a seed; errors as ``check_seed``.
+
+    A key is made of the lower 32 bits; the upper ones, unless they are zero, are folded in.
+    """
+    low, high = (np.uint32(word) for word in seed_words(seed))
+    key = jax.random.key(low)
+    return jax.random.fold_in(key, high) if high else key
 
 
 @functools.partial(jax.jit, static_argnames="rows")

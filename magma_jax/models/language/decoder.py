@@ -15,12 +15,13 @@ import numpy as np
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from magma_jax.config import check_dtype, check_sizes
 from magma_jax.nn.adapters import Adapter, AdapterConfig
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal, product
 from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import LanguageParam
-from magma_jax.nn.quantized import float_dtype
+from magma_jax.nn.quantized import QUANTIZED, float_dtype
 from magma_jax.nn.rotary import rotary_table
 from magma_jax.nn.stack import Apart, Remat, scan, stack
 from magma_jax.runtime.sharding import split_rows
@@ -54,6 +55,10 @@ class DecoderConfig(Protocol):
     context_length: int  # positions the model was trained on, in tokens
     layernorm_eps: float
     dtype: str  # that the weights are stored in; int8 and int4 stand for the matrices, see nn.quantized
+
+
+# The deepest published one has 126.
+MAX_LAYERS = 10_000
 
 
 class KVCache(NamedTuple):
@@ -461,6 +466,10 @@ def layernorm(config: DecoderConfig) -> LayerNorm:
 
 
 def check_heads(config: DecoderConfig) -> None:
-    """Raises ValueError where the heads do not divide the width."""
+    """Raises ValueError for sizes that no model has, or heads that do not divide the width."""
+    check_sizes(config, "layers", "width", "heads", "feed_forward", "vocab_rows", "head_rows", "context_length")
+    check_dtype("language model: dtype", config.dtype, QUANTIZED)
+    if config.layers > MAX_LAYERS:
+        raise ValueError(f"language model: {config.layers} layers are more than {MAX_LAYERS}")
     if config.width % config.heads:
         raise ValueError(f"language model: {config.heads} heads do not divide the width {config.width}")

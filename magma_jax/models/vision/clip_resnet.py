@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.config import check_sizes
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.convolution import BatchNorm, BatchNormMode, Conv2d, average_pool
 from magma_jax.nn.layers import Linear, normal
@@ -39,6 +40,11 @@ class CLIPResNetConfig:
     embedding_width: int = 768
     attention_pool: bool = False
     kind: Literal["clip_resnet"] = "clip_resnet"
+
+    def __post_init__(self):
+        check_sizes(self, "blocks", "width", "image_size", "embedding_width")
+        if self.image_size < 32:
+            raise ValueError(f"encoder: image_size {self.image_size} is below 32 and leaves no position")
 
     @property
     def channels(self) -> int:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.config import check_sizes
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.convolution import BatchNormMode, Conv2d
 from magma_jax.nn.layers import LayerNorm, Linear, normal
@@ -44,6 +45,13 @@ class CLIPViTConfig:
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     output: Literal["pooled", "grid"] = "pooled"
     kind: Literal["clip_vit"] = "clip_vit"
+
+    def __post_init__(self):
+        check_sizes(self, "layers", "width", "heads", "patch", "image_size", "embedding_width")
+        if self.width % self.heads:
+            raise ValueError(f"encoder: {self.heads} heads do not divide the width {self.width}")
+        if self.image_size < self.patch:
+            raise ValueError(f"encoder: image_size {self.image_size} is smaller than a patch of {self.patch}")
 
     @property
     def channels(self) -> int:

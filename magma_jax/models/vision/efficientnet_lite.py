@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.config import check_sizes
 from magma_jax.nn.convolution import BatchNorm, BatchNormMode, Conv2d
 from magma_jax.nn.layers import fan_in_uniform
 from magma_jax.nn.modules import EncoderParam
@@ -81,6 +82,7 @@ class EfficientNetLiteConfig:
         unknown = [tap for tap in (*self.taps, *self.statistics) if tap not in ("stem", "head", *range(len(BLOCKS)))]
         if unknown or not self.taps:
             raise ValueError(f"taps: {unknown or 'none given'}; choose among 'stem', 0 to {len(BLOCKS) - 1}, 'head'")
+        check_sizes(self, "image_size")
         if self.image_size % 32:
             raise ValueError(f"image_size {self.image_size} is no multiple of 32")
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.config import check_sizes
 from magma_jax.nn.convolution import BatchNormMode, Conv2d, conv2d
 from magma_jax.nn.modules import EncoderParam
 from magma_jax.nn.stack import Remat, once, scan, stack
@@ -33,6 +34,11 @@ class NFResNetConfig:
     image_size: int = 256
     alpha: float = 0.2
     kind: Literal["nf_resnet"] = "nf_resnet"
+
+    def __post_init__(self):
+        check_sizes(self, "blocks", "stage_channels", "stem_channels", "image_size")
+        if not self.blocks or len(self.blocks) != len(self.stage_channels):
+            raise ValueError(f"encoder: blocks {self.blocks} and stage_channels {self.stage_channels} do not match")
 
     @property
     def channels(self) -> int:

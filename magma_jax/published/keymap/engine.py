@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 import ml_dtypes
 import numpy as np
 
+from magma_jax.foreign import shown
 from magma_jax.published.keymap import patterns as patterns
 from magma_jax.published.keymap.report import KeyMapError, Report, describe
 from magma_jax.published.keymap.rules import Alias, Ignored, Rule, Table, check_table, match_theirs, rules_for
@@ -45,11 +46,17 @@ def to_ours(
     report = Report()
     found: dict[str, dict[int | None, tuple[Rule, str]]] = defaultdict(dict)  # path -> row -> (rule, key)
     for key, tensor in foreign.items():
-        match [(entry, values) for entry in table if (values := match_theirs(entry, key)) is not None]:
+        name = key
+        matches = _matches(table, key)
+        if len(matches) == 1 and isinstance(matches[0][0], Alias):
+            name = patterns.fill(matches[0][0].canonical, matches[0][1])
+            if name not in foreign:  # of two names of one tensor, libraries may keep either
+                matches = _matches(table, name)
+        match matches:
             case []:
                 report.add("keys that no rule knows", f"{key}  {describe(tensor)}")
-            case [(Alias() as alias, values)]:
-                _check_alias(key, patterns.fill(alias.canonical, values), foreign, report)
+            case [(Alias(), _)]:
+                _check_alias(key, name, foreign, report)
             case [(Ignored(), _)]:
                 pass
             case [(Rule() as rule, values)]:
@@ -127,12 +134,16 @@ def to_theirs(table: Table, ours: Mapping[str, object], *, dtype: np.dtype | typ
     return planned
 
 
+def _matches(table: Table, key: str) -> list[tuple[Rule | Alias | Ignored, dict[str, str]]]:
+    return [(entry, values) for entry in table if (values := match_theirs(entry, key)) is not None]
+
+
 def _matching(keys: Mapping[str, object], pattern: str) -> list[dict[str, str]]:
     return [values for key in keys if (values := patterns.match(pattern, key)) is not None]
 
 
 def _check_alias(key: str, canonical: str, foreign: Mapping[str, object], report: Report) -> None:
-    if canonical not in foreign:
+    if canonical not in foreign:  # and is itself a second name
         report.add("aliases of nothing", f"{key} = {canonical}")
         return
     tensor, original = foreign[key], foreign[canonical]
@@ -167,8 +178,8 @@ def _our_array(
         if gaps or surplus:
             rule = next(iter(rows.values()))[0]
             line = f"{path}  {rule.theirs}  {length} from {rule.start} on are needed"
-            line += f", missing {[rule.start + row for row in gaps]}" if gaps else ""
-            line += f", too many {[rule.start + row for row in surplus]}" if surplus else ""
+            line += f", missing {shown([rule.start + row for row in gaps])}" if gaps else ""
+            line += f", too many {shown([rule.start + row for row in surplus])}" if surplus else ""
             report.add("gaps in stacks", line)
     wanted = shape[1:] if stacked else shape
     for rule, key in rows.values():

@@ -18,7 +18,7 @@ def _compile(pattern: str) -> re.Pattern:
     for placeholder in _PLACEHOLDER.finditer(pattern):
         name, dotted = placeholder.groups()
         parts.append(re.escape(pattern[end : placeholder.start()]))
-        parts.append(f"(?P<{name}>.+)" if dotted else f"(?P<{name}>0|[1-9][0-9]*)")
+        parts.append(f"(?P<{name}>.+)" if dotted else f"(?P<{name}>0|[1-9][0-9]{{0,9}})")
         end = placeholder.end()
     parts.append(re.escape(pattern[end:]))
     if "{" in _PLACEHOLDER.sub("", pattern):

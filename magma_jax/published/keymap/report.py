@@ -4,6 +4,11 @@ from collections import defaultdict
 
 import numpy as np
 
+from magma_jax.output import printable
+
+# Of one kind, in a message; a model of another kind can differ in all of its thousands of names.
+MAX_LINES = 500
+
 _HINTS = {
     "keys that no rule knows": "is the checkpoint of another model or configuration?",
     "keys that several entries match": "make the table's patterns exclude each other",
@@ -39,11 +44,13 @@ class Report:
     def raise_if_any(self) -> None:
         """Raises KeyMapError if anything was noted."""
         if self._problems:
-            groups = (
-                "\n  ".join([f"{len(lines)} {kind} ({_HINTS[kind]}):", *lines])
-                for kind, lines in self._problems.items()
-            )
-            raise KeyMapError("names and tensors do not fit:\n" + "\n".join(groups))
+            groups = ("\n  ".join(self._lines(kind)) for kind in self._problems)
+            raise KeyMapError(printable("names and tensors do not fit:\n" + "\n".join(groups)))
+
+    def _lines(self, kind: str) -> list[str]:
+        lines = self._problems[kind]
+        more = [f"... and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
+        return [f"{len(lines)} {kind} ({_HINTS[kind]}):", *lines[:MAX_LINES], *more]
 
 
 def describe(tensor: object) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from magma_jax.storage.torch.storage import DTYPES, STORAGES, LazyTensor, Storage
+from magma_jax.storage.torch.storage import DTYPES, MAX_AXES, STORAGES, LazyTensor, Storage
 
 _STORAGE_DTYPES = {"torch.storage.UntypedStorage": np.dtype(np.uint8)}
 for _name, _dtype in STORAGES.items():
@@ -42,8 +42,9 @@ _SCRIPT_FUNCTIONS = {*_SCRIPT_LISTS, "torch.jit._pickle.restore_type_tag"}
 # TorchScript gives every class that it compiled a name below this one; their code lies elsewhere in the archive.
 _SCRIPT_CLASSES = "__torch__."
 
-# numpy's limit on the number of axes.
-_MAX_NDIM = 64
+# Values that calls may copy from others. The largest checkpoints have some thousand shapes of a few numbers, but a file
+# can have one list of a million copied a million times.
+_MAX_COPIED = 5_000_000
 _SCALARS = (str, int, float, bool, bytes, type(None))
 
 
@@ -87,6 +88,7 @@ class _Machine:
         self.stack, self.marks, self.memo = [], [], {}
         self.script = script
         self.storages, self.max_nbytes, self.result = storages, max_nbytes, None
+        self.copied = 0
 
     def step(self, op: str, arg: object) -> None:
         stack = self.stack
@@ -214,6 +216,9 @@ class _Machine:
     def rebuild(self, function: object, args: object) -> object:
         if not isinstance(function, Global) or type(args) is not tuple:
             raise BadPickle("its pickle calls something that is no function")
+        self.copied += sum(len(item) for item in args if isinstance(item, str | list | tuple))
+        if self.copied > _MAX_COPIED:
+            raise BadPickle("its pickle copies the same values without end; do not trust this file")
         match function.name, args:
             case "collections.OrderedDict", ():
                 return {}
@@ -259,7 +264,7 @@ class _Machine:
         if flags and any(flags.values()):
             raise BadPickle("a tensor waits for its conjugation or negation; resolve_conj() before saving")
         shape, strides, offset = tuple(map(_count, shape)), tuple(map(_count, strides)), _count(offset)
-        if len(shape) != len(strides) or len(shape) > _MAX_NDIM:
+        if len(shape) != len(strides) or len(shape) > MAX_AXES:
             raise BadPickle(f"a tensor has shape {shape} but strides {strides}")
         numel, end = storage.nbytes // dtype.itemsize, offset
         if math.prod(shape):

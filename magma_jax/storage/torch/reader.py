@@ -13,6 +13,7 @@ import os
 import struct
 import zipfile
 
+from magma_jax.foreign import shown
 from magma_jax.storage.byte_file import ByteFile, WeightFileError
 from magma_jax.storage.torch.pickle import Attributes, BadPickle, unpickle
 from magma_jax.storage.torch.storage import LazyTensor, Storage
@@ -100,12 +101,14 @@ def state_dict(tree: object) -> tuple[dict[str, LazyTensor], dict]:
             weights = tree[name]
             strange = [key for key, value in weights.items() if not isinstance(value, LazyTensor)]
             if strange:
-                raise TorchFileError(f"the checkpoint's {name!r} has entries that are no tensors: {strange}")
+                raise TorchFileError(
+                    f"the checkpoint's {name!r} has entries that are no tensors: {shown(strange[:20])}"
+                )
             return weights, {key: value for key, value in tree.items() if key != name}
     weights = {key: value for key, value in tree.items() if isinstance(value, LazyTensor)}
     if not weights:
         raise TorchFileError(
-            f"no weights under 'module', under 'state_dict' or at the top; the top has {list(tree)[:20]}"
+            f"no weights under 'module', under 'state_dict' or at the top; the top has {shown(list(tree)[:20], 300)}"
         )
     return weights, {key: value for key, value in tree.items() if key not in weights}
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from magma_jax.storage.byte_file import ByteFile
 
+# NumPy's limit.
+MAX_AXES = 64
 # PyTorch's dtype name -> ours.
 DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name))

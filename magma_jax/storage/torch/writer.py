@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from magma_jax.output import whole_output
+from magma_jax.output import OutputError, whole_output
 from magma_jax.storage.deferred import alias_key, elements_ahead
 from magma_jax.storage.torch.storage import DTYPES, STORAGES
 
@@ -40,8 +40,8 @@ def write_torch_file(
     with the number of bytes after every storage.
 
     The file appears under its name only when it is complete; on any error the previous file stays.
-    Raises TypeError for what the format cannot hold, ValueError if a deferred tensor is not as announced,
-    OutputError if the disk is too small.
+    Raises TypeError for what no checkpoint is made of, ValueError if a deferred tensor is not as announced,
+    OutputError for an element type that the format lacks, or if the disk is too small.
     """
     pickled = _Pickled(tree)  # before touching the disk: a wrong leaf is found at once
     nbytes = len(pickled.code) + sum(_nbytes(tensor) + 2 * ALIGNMENT for tensor in pickled.tensors)
@@ -116,7 +116,7 @@ class _Pickled:
     def _put_tensor(self, tensor: object, where: str) -> None:
         name = _STORAGE_NAMES.get(np.dtype(tensor.dtype))
         if name is None:
-            raise TypeError(f"{where or 'the top'}: PyTorch has no storage for {tensor.dtype}")
+            raise OutputError(f"{where or 'the top'}: {tensor.dtype} has no place in a PyTorch file; convert it first")
         key = self._storage_of.setdefault(alias_key(tensor), len(self.tensors))
         if key == len(self.tensors):
             self.tensors.append(tensor)

@@ -10,32 +10,36 @@ A step appears under its name only when it is whole. Orbax is known here and in 
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from jax.experimental import multihost_utils
 
-from magma_jax.runtime.distributed import barrier, is_main, say
+from magma_jax.config import from_dict
+from magma_jax.foreign import read_json
+from magma_jax.output import OutputError, raise_if_full
+from magma_jax.runtime.distributed import from_first_process, say
+from magma_jax.storage.array_files import open_item
 from magma_jax.storage.checksums import find_damage, write_checksums
 from magma_jax.storage.model_folder import CheckpointError, read_model_json, read_params, with_sharding
 from magma_jax.training.checkpoints.early_stopping import BestStep
+from magma_jax.training.checkpoints.run_lock import RunLock
 from magma_jax.training.step.optim import label_parameters, partition
 from magma_jax.training.step.train_step import TrainState
 from magma_jax.typing import Params, PRNGKey
 
 CHECKPOINTS = "checkpoints"
 
+# How Orbax calls a step until it is whole, behind its number.
+_PARTIAL = ".orbax-checkpoint-tmp"
+
 # Orbax writes these after the sums, on giving the folder its name.
 WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
-
-T = TypeVar("T")
 
 
 def read_trained_params(path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any]) -> Params:
@@ -83,8 +87,12 @@ class RunCheckpoints:
 
     Args:
         workdir: the run folder.
-        writing: whether steps are saved here; one run folder has one writer (which may be many processes).
+        writing: whether steps are saved here; one run folder has one writer (which may be many processes), see
+            ``training.checkpoints.run_lock``.
         keep: number of newest steps that are kept.
+
+    Raises:
+        CheckpointError: another process writes this run.
     """
 
     def __init__(self, workdir: str | Path, *, writing: bool = False, keep: int = 2):
@@ -93,6 +101,15 @@ class RunCheckpoints:
         self._kept = _KeptStep()
         self._saving: ocp.AsyncResponse[bool] | None = None
         self._saving_step = 0
+        self._lock = _lock(Path(workdir)) if writing else None
+        try:
+            self._checkpointer = self._open(writing, keep)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
+
+    def _open(self, writing: bool, keep: int) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
         logging.getLogger("absl").addFilter(_is_no_traceback)
         context = ocp.Context()
@@ -102,7 +119,7 @@ class RunCheckpoints:
         context.checkpointables_options.registry = ocp.handlers.local_registry().add(
             ocp.handlers.JsonHandler, checkpointable_name="progress"
         )
-        self._checkpointer = ocp.training.Checkpointer(
+        return ocp.training.Checkpointer(
             self._folder,
             context=context,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self._kept]),
@@ -118,7 +135,7 @@ class RunCheckpoints:
         """Copies the snapshot to the host, then writes it in the background; waits for the save before it.
 
         Raises:
-            CheckpointError: the save before this one has failed.
+            CheckpointError: the save before this one has failed, or another process has taken the folder over.
         """
         step, state = int(snapshot.state.step), snapshot.state
         self._kept.step = snapshot.best.step
@@ -128,6 +145,8 @@ class RunCheckpoints:
             "progress": {"data": dict(snapshot.data), "best": snapshot.best.to_json()},
         }
         self._finish_save()
+        if (other := from_first_process(lambda: self._lock.lost_to() if self._lock else None)) is not None:
+            raise CheckpointError(f"{self._folder}: taken over by {other}; this process stops without saving")
         self._saving_step = step
         self._saving = self._checkpointer.save_checkpointables_async(step, contents, force=True)
 
@@ -172,7 +191,7 @@ class RunCheckpoints:
         best = loaded["progress"]["best"]["step"]
         if best is None or best not in self._steps():
             return step
-        problem = _from_first_process(lambda: self._find_damage(best, ("params",)))
+        problem = from_first_process(lambda: self._find_damage(best, ("params",)))
         self._report({} if problem is None else {best: problem}, step)
         return best if problem is None else step
 
@@ -195,7 +214,18 @@ class RunCheckpoints:
         try:
             self._finish_save()
         finally:
-            self._checkpointer.close()
+            try:
+                self._checkpointer.close()
+            finally:
+                if self._lock is not None:
+                    self._remove_partial_steps(self._lock)
+                    self._lock.release()
+
+    def _remove_partial_steps(self, lock: RunLock) -> None:
+        """What failed saves left; nothing is being saved any more."""
+        if lock.lost_to() is None:
+            for partial in self._folder.glob(f"*{_PARTIAL}*"):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _finish_save(self) -> None:
         saving, self._saving = self._saving, None
@@ -207,11 +237,15 @@ class RunCheckpoints:
             with contextlib.suppress(Exception):
                 self._checkpointer.wait()  # Orbax raises the same error once more in every thread
             folder = self._folder / str(self._saving_step)
+            try:
+                raise_if_full(folder, error)
+            except OutputError as full:
+                raise CheckpointError(f"{full}; the step before is whole, and the run continues from it") from error
             raise CheckpointError(f"{folder}: could not be saved ({_reason(error)})") from error
 
     def _write_checksums(self) -> None:
         # Under its temporary name, which begins with the step and a dot.
-        (folder,) = self._folder.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")
+        (folder,) = self._folder.glob(f"{self._saving_step}{_PARTIAL}*")
         write_checksums(folder, leave_out=WRITTEN_LAST)
 
     def _steps(self) -> list[int]:
@@ -220,7 +254,7 @@ class RunCheckpoints:
         def look() -> list[int]:
             return sorted((int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()), reverse=True)
 
-        return _from_first_process(look)
+        return from_first_process(look)
 
     def _load(
         self, steps: Sequence[int], wanted: dict[str, Any], checked: Sequence[str] | None = None
@@ -228,9 +262,10 @@ class RunCheckpoints:
         """The first of ``steps`` that is whole (in the items ``checked``), and what it holds of ``wanted``."""
         damage: dict[int, str] = {}
         for step in steps:
-            problem = _from_first_process(lambda step=step: self._find_damage(step, checked or tuple(wanted)))
+            problem = from_first_process(lambda step=step: self._find_damage(step, checked or tuple(wanted)))
             if problem is None:
                 try:
+                    self._check(step, wanted)
                     loaded = self._checkpointer.load_checkpointables(step, wanted)
                 except Exception as error:  # Orbax raises whatever its storage layer met
                     problem = _reason(error)
@@ -245,6 +280,18 @@ class RunCheckpoints:
         found = "; ".join(f"{step}: {problem}" for step, problem in damage.items())
         raise CheckpointError(f"{self._folder}: every checkpoint is damaged ({found}); begin in another folder")
 
+    def _check(self, step: int, wanted: Mapping[str, Any]) -> None:
+        """Raises for arrays that claim a size which reading would not survive, and for progress of another form."""
+        for item in wanted:
+            folder = self._folder / str(step) / item
+            if item != "progress":
+                open_item(folder)
+                continue
+            content = read_json(folder / "data.json")
+            if not isinstance(content["data"], dict):
+                raise TypeError("progress/data.json holds no position in the data")
+            from_dict(BestStep, content["best"], "best")
+
     def _find_damage(self, step: int, items: Sequence[str]) -> str | None:
         if all(known.step != step for known in self._checkpointer.checkpoints):
             return "not marked as finished"
@@ -255,7 +302,7 @@ class RunCheckpoints:
             folder = self._folder / str(step)
             moved = ""
             if self._writing:
-                aside = _from_first_process(lambda folder=folder: _move_aside(folder))
+                aside = from_first_process(lambda folder=folder: _move_aside(folder))
                 moved = f", moved to {aside}"
             say(f"{folder}: damaged ({problem}){moved}; using {self._folder / str(used)}")
         if damage and self._writing:
@@ -270,6 +317,24 @@ class _KeptStep:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+def _lock(workdir: Path) -> RunLock | None:
+    """The lock of all processes of this run, which the first one takes and holds."""
+    lock = None
+
+    def take() -> str | None:
+        nonlocal lock
+        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = RunLock(workdir)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    if (problem := from_first_process(take)) is not None:
+        raise CheckpointError(problem)
+    return lock
 
 
 def _is_no_traceback(record: logging.LogRecord) -> bool:
@@ -294,18 +359,6 @@ def _move_aside(folder: Path) -> str:
     aside = next(path for path in map(folder.with_name, names) if not path.exists())
     os.rename(folder, aside)
     return str(aside)
-
-
-def _from_first_process(ask: Callable[[], T]) -> T:
-    """The first process's answer, plain JSON values, for all: they must agree, and may see a disk differently."""
-    if jax.process_count() == 1:
-        return ask()
-    text = json.dumps(ask()).encode() if is_main() else b""
-    # Reading a large checkpoint takes longer than a collective waits.
-    barrier("checkpoint")
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text))))
-    buffer = np.frombuffer(text.ljust(size), np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
 
 
 def _as_jax(tree: Any) -> Any:

@@ -11,7 +11,7 @@ SKIPPED_FILE = "skipped"
 
 
 class SkippedSamples:
-    """Follows an iterator of batches, see ``data.folders.FolderIterator``; others leave out nothing.
+    """Follows an iterator of batches, see ``data.batches.folders.FolderIterator``; others leave out nothing.
 
     ``skipped.jsonl`` in the run folder has a line for every sample that was left out: ``step``, ``folder``, ``row``
     and ``reason``. Every process knows of its own rows, and lists them in ``skipped-1.jsonl`` and so on.

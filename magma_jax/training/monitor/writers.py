@@ -195,9 +195,8 @@ def cut_after(path: str | Path, step: int) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         return {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept, last = [], {}
-    for line in lines:
+    for line in _lines(path):
         try:
             values = json.loads(line)
             keep = values["step"] <= step
@@ -217,10 +216,15 @@ def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], int]:
     by_step: dict[int, dict[str, Any]] = {}
     unreadable = 0
     if Path(path).is_file():
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in _lines(Path(path)):
             try:
                 values = json.loads(line)
                 by_step.setdefault(values["step"], {}).update(values)
             except (ValueError, KeyError, TypeError):
                 unreadable += 1
     return [by_step[step] for step in sorted(by_step)], unreadable
+
+
+def _lines(path: Path) -> list[str]:
+    # An answer may hold U+2028 and the like, at which str.splitlines would cut it in two.
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]

@@ -11,10 +11,11 @@ from magma_jax.data.datasets import Dataset, load_dataset
 from magma_jax.family import Family
 from magma_jax.nn.modules import parameter_count
 from magma_jax.runtime.compile import return_compiler_memory
-from magma_jax.runtime.distributed import agreed, say
+from magma_jax.runtime.distributed import agreed, from_first_process, say
 from magma_jax.runtime.sharding import make_mesh
-from magma_jax.storage.model_folder import MODEL_FILE, read_params
+from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, read_params
 from magma_jax.training.checkpoints.early_stopping import BestStep
+from magma_jax.training.checkpoints.run_lock import writer_of
 from magma_jax.training.run.config import RunConfig, completed
 from magma_jax.training.run.continuation import continued_config
 from magma_jax.training.run.program import Program, build_program
@@ -62,12 +63,15 @@ def prepare_run(
 
     Raises:
         ConfigError: the folder holds a run that may not be continued, see ``training.run.continuation``, or the config
-            does not fit the devices.
+            does not fit the devices. CheckpointError: another process is training in the folder.
     """
     return_compiler_memory()
     workdir, config = Path(workdir), completed(family, config)
     exists = agreed((workdir / MODEL_FILE).exists())
     if exists:
+        # Again, and for certain, before anything is written.
+        if (problem := from_first_process(lambda: writer_of(workdir))) is not None:
+            raise CheckpointError(problem)
         config, notes = continued_config(family, config, workdir, resume=resume)
         for note in notes:
             say(note)

@@ -1,0 +1,28 @@
+"""Instructor: answers as objects."""
+
+import instructor
+import openai
+from checks import MODEL, URL, content, questions, run
+from pydantic import BaseModel
+
+ASKED = {"role": "user", "content": content(questions()[0])}
+
+
+class Seen(BaseModel):
+    """What an answer must look like."""
+
+    hand: bool
+
+
+def ask(mode: instructor.Mode) -> Seen:
+    """An object, at the first try."""
+    client = instructor.from_openai(openai.OpenAI(base_url=URL, api_key="none", max_retries=0), mode=mode)
+    return client.chat.completions.create(model=MODEL, response_model=Seen, messages=[ASKED], max_retries=0)
+
+
+run(
+    {
+        "structured: JSON_SCHEMA": lambda: ask(instructor.Mode.JSON_SCHEMA),
+        "structured: JSON": lambda: ask(instructor.Mode.JSON),
+    }
+)

@@ -1,0 +1,52 @@
+"""Opening model folders and trained runs; what a run has not trained is not read yet."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from magma_jax.config import from_dict
+from magma_jax.convert.golden import BAD_NPZ
+from magma_jax.foreign import ForeignError, open_regular, read_json
+from magma_jax.models.magma import MagmaConfig
+from magma_jax.published.open_magma import OpenMagma, abstract_model, load_tokenizer
+from magma_jax.storage.model_folder import BUFFER_FILE, TORCH_FILE, CheckpointError, open_params, read_model_json
+from magma_jax.training.checkpoints.checkpoint import read_what_was_trained
+
+# Masks of 28 layers and 2048 positions, if all of them were unusual, take 120 MB.
+_MAX_BUFFER_NBYTES = 2**30
+
+
+def open_model_folder(folder: str | Path) -> OpenMagma:
+    """Config and parameters of a model folder or a trained run, in the dtypes it stores.
+
+    The parameters of a model folder are read when asked for; what a run has trained is read at once.
+    """
+    folder = Path(folder)
+    config = from_dict(MagmaConfig, read_model_json(folder)["model"], "model.json: model")
+    shapes, types = abstract_model(config)
+    params = open_params(folder)
+    if misfits := [path for path in shapes if path not in params or params[path].shape != shapes[path].shape]:
+        raise CheckpointError(f"{folder}: does not fit its config in {', '.join(misfits[:5])}; write it again")
+    params = {path: params[path] for path in shapes} | read_what_was_trained(folder, shapes, types)
+    source: dict[str, Any] = {}
+    if (folder / TORCH_FILE).exists():
+        source = _read_source(folder)
+    return OpenMagma(config, params, source, (folder,), load_tokenizer(folder))
+
+
+def _read_source(folder: Path) -> dict[str, Any]:
+    try:
+        source = read_json(folder / TORCH_FILE)
+        if not isinstance(source["counters"], dict) or not all(isinstance(key, str) for key in source["keys"]):
+            raise ForeignError("does not hold counters and keys")
+    except (OSError, ForeignError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / TORCH_FILE}: {error}; convert the checkpoint again") from None
+    try:
+        with open(open_regular(folder / BUFFER_FILE), "rb") as file, np.load(file, allow_pickle=False) as buffers:
+            sizes = [info.file_size for info in buffers.zip.infolist()]
+            if sum(sizes) > _MAX_BUFFER_NBYTES:
+                raise ValueError(f"it claims to hold {sum(sizes)} bytes")
+            return source | {"buffers": dict(buffers)}
+    except (*BAD_NPZ, OSError) as error:
+        raise CheckpointError(f"{folder / BUFFER_FILE}: {error}; convert the checkpoint again") from None

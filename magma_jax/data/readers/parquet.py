@@ -1,0 +1,77 @@
+"""Parquet files, a row at a time, in JSON's values."""
+
+import datetime
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet as parquet
+
+from magma_jax.data.format.records import DataError
+from magma_jax.data.readers.common import check_file
+from magma_jax.output import error_line
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file; dates, times, durations and decimals become text.
+
+    Raises:
+        DataError: not a whole parquet file, or two columns of one name.
+    """
+    check_file(path)
+    try:
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise DataError(f"{path}: two columns are called {min(twice)}; rename one")
+        with file:
+            for batch in file.iter_batches():
+                columns = [_values(column) for column in batch.columns]
+                rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+                yield from json.loads(json.dumps(rows, default=str))
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a whole parquet file ({error_line(error)}); fetch it again") from None
+
+
+def _values(array: pyarrow.Array) -> list[Any]:
+    """Python's values, in structs and lists too; text for what Python has no type for, such as nanoseconds."""
+    kind = array.type
+    if isinstance(array, pyarrow.ExtensionArray):
+        return _values(array.storage)
+    if isinstance(array, pyarrow.DictionaryArray):
+        return _values(array.dictionary_decode())
+    if pyarrow.types.is_struct(kind):
+        fields = [_values(column) for column in array.flatten()]
+        names = [field.name for field in kind]
+        there = array.is_valid().to_pylist()
+        return [{n: f[i] for n, f in zip(names, fields, strict=True)} if there[i] else None for i in range(len(array))]
+    if pyarrow.types.is_map(kind):
+        kind = pyarrow.list_(pyarrow.struct([("key", kind.key_type), ("value", kind.item_type)]))
+        return _values(array.cast(kind))
+    if isinstance(array, pyarrow.ListArray | pyarrow.LargeListArray | pyarrow.FixedSizeListArray):
+        inner = iter(_values(array.flatten()))
+        lengths = array.value_lengths().to_pylist()
+        return [None if length is None else [next(inner) for _ in range(length)] for length in lengths]
+    if pyarrow.types.is_duration(kind):
+        return [None if count is None else _duration(count, kind.unit) for count in array.cast("int64").to_pylist()]
+    if pyarrow.types.is_timestamp(kind) and kind.tz:
+        naive = array.cast(pyarrow.timestamp(kind.unit))  # UTC, whichever zones this machine knows
+        return [None if text is None else f"{text}Z" for text in _values(naive)]
+    if pyarrow.types.is_temporal(kind) and not pyarrow.types.is_interval(kind):
+        return array.cast("string").to_pylist()
+    return array.to_pylist()
+
+
+def _duration(count: int, unit: str) -> str:
+    """As Python writes a ``timedelta``, with nine places where it needs them."""
+    billionths = count * {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}[unit]
+    millionths, rest = divmod(billionths, 1000)
+    try:
+        text = str(datetime.timedelta(microseconds=millionths))
+    except OverflowError:  # beyond three million years
+        return f"{count} {unit}"
+    return f"{text if '.' in text else text + '.000000'}{rest:03d}" if rest else text

@@ -1,0 +1,103 @@
+"""Tar archives of samples: the members of a sample stand together and share a key (WebDataset's rule).
+
+The key is the whole path up to the first dot of its last part, what follows is the suffix: ``cat/0001.seg.png`` is
+``.seg.png`` of the sample ``cat/0001``.
+"""
+
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+from magma_jax.data.format.records import HIDDEN, DataError, FileSlice, Skipped
+from magma_jax.data.readers.common import PICTURE_SUFFIXES, check_file, files_in, hidden
+
+# A member: where it lies, or of a compressed archive its bytes.
+Content: TypeAlias = FileSlice | bytes
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# Bytes of a member that are read into memory, where an archive is compressed.
+LARGEST_MEMBER = 1 << 28
+# Members whose name begins so describe the archive.
+_ABOUT_THE_ARCHIVE = re.compile("__[^/]*__($|/)")
+
+
+def tars_in(folder: Path) -> list[Path]:
+    """The archives of a folder, in the order of their names; of a file, itself."""
+    tars = files_in(folder, *(f"*{suffix}" for suffix in SUFFIXES)) if folder.is_dir() else [folder]
+    if not tars:
+        raise DataError(f"{folder}: holds no {', '.join(SUFFIXES)} files; give the folder that img2dataset wrote")
+    return tars
+
+
+def content_of(member: Content) -> bytes:
+    """Its bytes."""
+    return member if isinstance(member, bytes) else member.read()
+
+
+def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, Content]] | Skipped]:
+    """Key and members by suffix (in lower case, with the dot) of every sample; pictures that are none as ``Skipped``.
+
+    Raises:
+        DataError: the archive is damaged, a member comes twice, or the members of a sample stand apart.
+    """
+    check_file(path)
+    try:
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with tarfile.open(path, "r:gz" if packed else "r:") as tar:
+            yield from _samples(tar, path, packed)
+            # Python takes whatever is no header for the end; a whole archive ends with empty blocks.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"no end of the archive at byte {tar.offset}")
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path}: not a whole tar archive ({error}); fetch it again") from None
+
+
+def _samples(tar: tarfile.TarFile, path: Path, packed: bool) -> Iterator[tuple[str, dict[str, Content]] | Skipped]:
+    key, members = None, {}
+    seen: set[str] = set()
+    for member in tar:
+        tar.members = []  # or the archive remembers every member it has passed
+        named = _key_and_suffix(member.name)
+        if _ABOUT_THE_ARCHIVE.match(member.name) or member.isdir():
+            continue
+        if named is None or hidden(member.name) or not member.isfile():
+            if member.name.lower().endswith(PICTURE_SUFFIXES):
+                yield Skipped(member.name, HIDDEN if hidden(member.name) else "no file of its own in the tar archive")
+            continue
+        if member.issparse():
+            raise DataError(f"{path}: the member {member.name} is sparse; pack the archive without --sparse")
+        stem, suffix = named
+        if stem != key:
+            if key is not None:
+                yield key, members
+            if stem in seen:
+                raise DataError(
+                    f"{path}: the member {member.name} comes twice, or stands apart from the rest of its sample; "
+                    "pack the archive again in the order of the names"
+                )
+            key, members = stem, {}
+            seen.add(key)
+        if suffix in members:
+            raise DataError(f"{path}: the member {member.name} comes twice; pack the archive again with one of them")
+        if not packed:
+            members[suffix] = FileSlice(str(path), member.offset_data, member.size)
+        elif member.size <= LARGEST_MEMBER:
+            members[suffix] = tar.extractfile(member).read()
+        else:
+            raise DataError(
+                f"{path}: the member {member.name} has {member.size} bytes; unpack the archive first: gunzip"
+            )
+    if key is not None:
+        yield key, members
+
+
+def _key_and_suffix(name: str) -> tuple[str, str] | None:
+    """Of a member; None where its last part has no suffix, or nothing else."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, suffix = last.partition(".")
+    return (folder + slash + stem, f".{suffix.lower()}") if stem and dot else None

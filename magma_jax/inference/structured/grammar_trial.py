@@ -1,0 +1,220 @@
+"""Tries grammars in a process of its own, under limits: what takes too long, too much memory, or the process with it.
+
+The library bounds most of what a grammar may cost, but not all: a few hundred bytes of schema can take minutes, and a
+long chain of references overflows the stack, which would take the server along. So each is compiled and used for some
+steps in a child first, which the system ends at its limits.
+
+Run as a program, this file is the process the children come from: it has nothing but llguidance and the vocabulary.
+"""
+
+import contextlib
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any, NamedTuple
+
+# Of processor time. A schema of 60 kB takes less than half of it, an ordinary one a hundredth.
+SECONDS = 1.0
+# Beyond what the process has: an ordinary grammar takes less than one megabyte.
+MEMORY = 96 * 2**20
+# Threads of the engine's process have eight times that by default.
+STACK = 2**20
+# Steps of random text: enough for states to pile up where they do.
+STEPS = 48
+# Of waiting, on a machine that is busy with other things.
+PATIENCE = 30.0
+
+# What one grammar may cost, and one step under it: some ten milliseconds.
+LIMITS = {
+    "initial_lexer_fuel": 500_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 50_000,
+    "precompute_large_lexemes": False,
+    "verbose_errors": False,
+}
+
+
+class Vocabulary:
+    """The tokenizer as llguidance asks for it.
+
+    Args:
+        tokens: bytes of each id; empty where there is no such token.
+        special_ids: ids that are no text.
+        eos_id: end of text.
+        encode: how text is split that has to come word for word; None for the longest tokens.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokens: list[bytes], special_ids: list[int], eos_id: int, encode: Any = None):
+        import llguidance
+
+        self.tokens, self.special_token_ids, self.eos_token_id = tokens, special_ids, eos_id
+        self._encode = encode
+        self.trie = llguidance.LLTokenizer(self)
+
+    def __call__(self, text: str) -> list[int]:
+        return self.trie.greedy_tokenize(text) if self._encode is None else self._encode(text)
+
+    def matcher(self, grammar: str) -> Any:
+        """The compiled grammar; never raises, ``get_error`` says what is wrong with it."""
+        import llguidance
+
+        limits = llguidance.LLParserLimits(**LIMITS)
+        return llguidance.LLMatcher(self.trie, grammar, log_level=0, limits=limits)
+
+
+class Verdict(NamedTuple):
+    """What a trial has shown.
+
+    Attributes:
+        error: what is wrong, None for nothing.
+        nbytes: that the grammar takes.
+    """
+
+    error: str | None
+    nbytes: int = 0
+
+
+class TrialError(RuntimeError):
+    """A trial that came to no end; says nothing about its grammar."""
+
+
+class Trial:
+    """A process that grammars are tried in, one at a time. It is started by the first; ``close`` ends it."""
+
+    def __init__(self, tokens: list[bytes], special_ids: list[int], eos_id: int):
+        self._vocabulary = (tokens, special_ids, eos_id)
+        self._process: subprocess.Popen | None = None
+
+    def __call__(self, grammar: str) -> Verdict:
+        """What is wrong with a grammar, and what it takes.
+
+        Raises:
+            TrialError: the process did not answer.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._start()
+        timer = threading.Timer(PATIENCE, self._process.kill)
+        timer.start()
+        try:
+            self._send(grammar)
+            return Verdict(*pickle.load(self._process.stdout))
+        except (OSError, EOFError):
+            self.close()
+            raise TrialError("it could not be tried; try again later") from None
+        finally:
+            timer.cancel()
+
+    def _start(self) -> None:
+        # -P: the folder of this file is no place to import from. Its own session: Ctrl-C is for the parent to handle.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        self._send(self._vocabulary)
+
+    def _send(self, thing: Any) -> None:
+        pickle.dump(thing, self._process.stdin)
+        self._process.stdin.flush()
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is None:
+            return
+        self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        self._process.wait()
+        self._process = None
+
+
+def _serve() -> None:
+    vocabulary = Vocabulary(*pickle.load(sys.stdin.buffer))
+    while True:
+        try:
+            grammar = pickle.load(sys.stdin.buffer)
+        except EOFError:  # nobody asks any more
+            return
+        pickle.dump(tuple(_in_child(vocabulary, grammar)), sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+
+
+def _in_child(vocabulary: Vocabulary, grammar: str) -> Verdict:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        with open(writer, "wb") as pipe:
+            _limit()
+            pickle.dump(tuple(_try(vocabulary, grammar)), pipe)
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if status == 0:
+        return Verdict(*pickle.loads(said))
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+        return Verdict(f"it takes more than {SECONDS:g} s to compile")
+    return Verdict("it takes too much memory to compile, or is nested too deeply")
+
+
+def _limit() -> None:
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_STACK, (STACK, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+    with contextlib.suppress(OSError):  # elsewhere than on Linux memory is not limited
+        size, _ = _memory()
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of address space, and of data in it."""
+    with open("/proc/self/statm") as file:
+        size, _, _, _, _, data, _ = map(int, file.read().split())
+    return size * resource.getpagesize(), data * resource.getpagesize()
+
+
+def _try(vocabulary: Vocabulary, grammar: str) -> Verdict:
+    try:
+        _, before = _memory()
+    except OSError:
+        before = None
+    matcher = vocabulary.matcher(grammar)
+    if matcher.is_error():
+        return Verdict(matcher.get_error())
+    # The same for every trial of a grammar.
+    chance = random.Random(0)
+    for _ in range(STEPS):
+        if matcher.is_stopped():
+            break
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_error() and "NoExtension" in matcher.get_error():
+            return Verdict("it leads to where nothing may follow")
+        # Some bit from a random place on, or the first one.
+        place = chance.randrange(len(vocabulary.tokens))
+        rest = mask >> place
+        token = place + (rest & -rest).bit_length() - 1 if rest else (mask & -mask).bit_length() - 1
+        if token < 0 or not matcher.consume_token(token):
+            break
+    return Verdict(None, max(0, _memory()[1] - before) if before is not None else 0)
+
+
+if __name__ == "__main__":
+    _serve()

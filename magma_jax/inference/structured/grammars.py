@@ -1,0 +1,201 @@
+"""Constraints at work: compiled for a tokenizer by llguidance, they say before every token which ones may come."""
+
+import collections
+import re
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.inference.structured.constraints import Constraint, ConstraintError, installed
+from magma_jax.inference.structured.grammar_trial import Trial, TrialError, Verdict, Vocabulary
+from magma_jax.typing import UInt32
+
+# Bits of a word of a mask.
+BITS = 32
+# Grammars whose trial is remembered.
+REMEMBERED = 256
+# Characters that are split into tokens at once where a text is fixed: one long word takes time that grows faster.
+STRETCH = 512
+# Of what is wrong with a grammar, for whoever sent it.
+MAX_REASON = 300
+
+
+class GuideError(RuntimeError):
+    """An answer that cannot go on as its constraint wants it; one line."""
+
+
+def mask_words(ids: int) -> int:
+    """Words of a mask over so many token ids."""
+    return -(-ids // BITS)
+
+
+def everything(rows: int, ids: int) -> UInt32[np.ndarray, "{rows} W"]:
+    """Masks that allow every token."""
+    return np.full((rows, mask_words(ids)), 0xFFFFFFFF, np.uint32)
+
+
+class Grammars:
+    """Compiles constraints for one tokenizer; safe to use from many threads, which wait for each other.
+
+    Nothing is loaded before the first constraint. ``close`` ends the process that grammars are tried in.
+
+    Args:
+        tokenizer: any byte-level one.
+        table_rows: ids from here on are never drawn.
+        ids: of the model's logits, at least ``table_rows``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, table_rows: int, ids: int):
+        self._tokenizer, self._table_rows, self._ids = tokenizer, table_rows, ids
+        self._lock = threading.Lock()
+        self._vocabulary: Vocabulary | None = None
+        self._trial: Trial | None = None
+        self._verdicts: collections.OrderedDict[str, Verdict] = collections.OrderedDict()
+
+    def compile(self, constraint: Constraint) -> "Grammar":
+        """The constraint, ready to use; takes some milliseconds, and a second at most.
+
+        Raises:
+            ConstraintError: what the library does not support, what takes too much time or memory to compile, a
+                tokenizer that does not spell bytes, or no library.
+        """
+        with self._lock:
+            if self._vocabulary is None:
+                self._load()
+            space = constraint.begins_with_space
+            if space is None:
+                alone = self._compiled(constraint.grammar(space=False))
+                space = self._may_begin_with_space(alone.start())
+                return alone if space else self._compiled(constraint.grammar(space=True), skips_space=True)
+            return self._compiled(constraint.grammar(space=not space), skips_space=not space)
+
+    def close(self) -> None:
+        """Ends the process that grammars are tried in; a further constraint starts another."""
+        with self._lock:
+            if self._trial is not None:
+                self._trial.close()
+
+    def _load(self) -> None:
+        if not installed():
+            raise ConstraintError("the server has no llguidance; pip install llguidance")
+        tokens = [self._tokenizer.token_bytes(token) for token in range(self._table_rows)]
+        spelled = (self._tokenizer.decode([token]) for token in range(self._table_rows))
+        if any(one.decode(errors="replace") != other for one, other in zip(tokens, spelled, strict=True)):
+            raise ConstraintError("the model's tokenizer does not spell bytes, so answers cannot be constrained")
+        tokens += [b""] * (self._ids - self._table_rows)
+        special, eos_id = sorted(self._tokenizer.special_ids), self._tokenizer.eos_id
+        self._trial = Trial(tokens, special, eos_id)
+        self._vocabulary = Vocabulary(tokens, special, eos_id, self._encode)
+        self._begins_with_space = np.array([token.startswith(b" ") for token in tokens])
+
+    def _encode(self, text: str) -> list[int]:
+        stretches = (text[start : start + STRETCH] for start in range(0, len(text), STRETCH))
+        return [token for stretch in stretches for token in self._tokenizer.encode(stretch)]
+
+    def _compiled(self, text: str, *, skips_space: bool = False) -> "Grammar":
+        try:
+            verdict = self._verdicts.pop(text, None) or self._trial(text)
+        except TrialError as error:
+            raise ConstraintError(str(error)) from None
+        self._verdicts[text] = verdict
+        if len(self._verdicts) > REMEMBERED:
+            self._verdicts.popitem(last=False)
+        if verdict.error is not None:
+            raise ConstraintError(_one_line(verdict.error))
+        matcher = self._vocabulary.matcher(text)
+        if matcher.is_error():
+            raise ConstraintError(_one_line(matcher.get_error()))
+        grammar = Grammar(matcher, self._ids, self._tokenizer.eos_id, nbytes=verdict.nbytes, skips_space=skips_space)
+        try:
+            grammar.start()
+        except GuideError as error:
+            raise ConstraintError(str(error)) from None
+        return grammar
+
+    def _may_begin_with_space(self, guide: "Guide") -> bool:
+        allowed = np.unpackbits(guide.mask.view(np.uint8), bitorder="little")[: self._ids]
+        return bool((allowed & self._begins_with_space).any())
+
+
+class Grammar:
+    """A compiled constraint; every request that keeps to it gets a ``Guide`` of its own.
+
+    Attributes:
+        nbytes: that it takes, about.
+    """
+
+    def __init__(self, matcher: Any, ids: int, eos_id: int, *, nbytes: int, skips_space: bool):
+        self._matcher, self._ids, self._eos_id, self._skips_space = matcher, ids, eos_id, skips_space
+        self.nbytes = nbytes
+
+    def start(self) -> "Guide":
+        """From the beginning of an answer."""
+        return Guide(self._matcher.deep_copy(), self._ids, self._eos_id, skips_space=self._skips_space)
+
+
+class Guide:
+    """Where one answer is in its grammar. For a single thread.
+
+    Attributes:
+        mask: (W,) a bit an id, lowest first: what may come next.
+        complete: whether the answer is, and nothing but its end may come.
+    """
+
+    def __init__(self, matcher: Any, ids: int, eos_id: int, *, skips_space: bool):
+        self._matcher, self._words, self._at_space = matcher, mask_words(ids), skips_space
+        self._end = _bit(eos_id, self._words)
+        # Tokens that have to come, split as the tokenizer splits the text that they spell.
+        self._fixed: collections.deque[int] = collections.deque()
+        self._look()
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """The answer goes on with these tokens, the end of text not among them.
+
+        Raises:
+            GuideError: one that was not allowed, or a grammar that takes too much from here on.
+        """
+        for token in tokens:
+            if not self._matcher.consume_token(token):
+                raise self._error()
+            if self._fixed:
+                self._fixed.popleft()
+        self._look()
+
+    def shown(self, text: str) -> str:
+        """New text of the answer, without the space that may stand before it."""
+        if not (self._at_space and text):
+            return text
+        self._at_space = False
+        return text.removeprefix(" ")
+
+    def _look(self) -> None:
+        if not self._fixed:
+            self._fixed.extend(self._matcher.compute_ff_tokens())
+        if self._fixed:
+            self.mask = _bit(self._fixed[0], self._words)
+        else:
+            self.mask = np.frombuffer(self._matcher.compute_bitmask(), "<u4").astype(np.uint32)
+        if self._matcher.is_error():
+            raise self._error()
+        self.complete = self._matcher.is_stopped() or np.array_equal(self.mask, self._end)
+
+    def _error(self) -> GuideError:
+        return GuideError(f"the answer cannot go on as it has to look ({_one_line(self._matcher.get_error())})")
+
+
+def _bit(token: int, words: int) -> UInt32[np.ndarray, "{words}"]:
+    """The mask that allows one token."""
+    mask = np.zeros(words, np.uint32)
+    mask[token // BITS] = np.uint32(1) << np.uint32(token % BITS)
+    return mask
+
+
+def _one_line(reason: str) -> str:
+    """What the library says, without its advice and its excerpts of its own notation."""
+    lines = [line.strip() for line in reason.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("|", "^", "<")) and not line[0].isdigit()]
+    text = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", " ".join(kept))
+    return text.partition(". Enable")[0][:MAX_REASON] or "no reason given"

@@ -1,0 +1,202 @@
+"""Opening MAGMA checkpoints in the published layout; nothing is read yet."""
+
+import contextlib
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from magma_jax.config import ConfigError, from_dict
+from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
+from magma_jax.foreign import ForeignError, parse_json
+from magma_jax.models.magma import MagmaConfig, MagmaModel
+from magma_jax.nn.modules import abstract
+from magma_jax.published.infer_config import InferenceError, infer_config
+from magma_jax.published.keymap import engine as keymap
+from magma_jax.published.keymap.patterns import fill
+from magma_jax.published.keymap.rules import Rule, Table, match_theirs
+from magma_jax.published.magma_keys import BUFFERS, attention_buffers, magma_table
+from magma_jax.storage.files import open_tensors
+from magma_jax.storage.model_folder import CheckpointError, in_dtype
+from magma_jax.typing import Params
+
+# Of a safetensors file's metadata: the config, as JSON.
+CONFIG_KEY = "magma_config"
+# And the vocabulary, unless it is GPT-2's.
+TOKENIZER_KEY = "magma_tokenizer"
+
+
+def model_shapes(config: MagmaConfig) -> dict[str, Any]:
+    """Shape and dtype of every parameter, without memory."""
+    return dict(abstract_model(config)[0])
+
+
+@functools.lru_cache(maxsize=16)
+def abstract_model(config: MagmaConfig) -> tuple[Params, dict[str, type[nnx.Variable]]]:
+    """Shapes and variable types of a model, by path."""
+    return abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))[1:]
+
+
+@dataclass(frozen=True)
+class OpenMagma:
+    """A model whose parameters are not read yet.
+
+    Attributes:
+        config: its sizes.
+        params: path to ``Deferred``; valid inside the block that opened them.
+        source: what ``to_torch`` needs to write the same file again: the counters beside the weights, the order of
+            the keys, and buffers that differ from the recomputed ones.
+        files: where the parameters come from.
+        tokenizer: GPT-2's for files that hold none.
+    """
+
+    config: MagmaConfig
+    params: Params
+    source: dict[str, Any]
+    files: tuple[Path, ...]
+    tokenizer: Tokenizer
+
+
+@contextlib.contextmanager
+def open_torch_magma(
+    path: str | Path, model_config: Mapping[str, Any] | None = None, dtype: str | None = None
+) -> Iterator[OpenMagma]:
+    """Opens a checkpoint in the published layout of keys; needs no PyTorch and runs no code.
+
+    Args:
+        path: anything that ``open_tensors`` opens: a PyTorch file (DeepSpeed dict or bare state dict), safetensors,
+            or a folder of shards.
+        model_config: what the tensors cannot tell, see ``published.infer_config``.
+        dtype: dtype of all floating parameters; default: as in the file.
+
+    Raises:
+        WeightFileError, InferenceError, KeyMapError: with one message that names everything that does not fit.
+    """
+    with open_tensors(path) as weights:
+        tensors = weights.tensors
+        try:
+            described = weights.others.get(CONFIG_KEY)
+            if isinstance(described, str):  # safetensors that this library wrote
+                config = from_dict(MagmaConfig, parse_json(described), f"{CONFIG_KEY}: model")
+            else:
+                config = infer_config(tensors, model_config, lambda line: print(f"{path}: {line}", file=sys.stderr))
+            _check_types(tensors)
+            tokenizer = _tokenizer_in(weights.others)
+            table = magma_table(config)
+            shapes = model_shapes(config)
+            target = _in_stored_dtypes(shapes, table, tensors) if dtype is None else in_dtype(shapes, dtype)
+            params = keymap.to_ours(table, tensors, target)
+            source = {
+                "counters": {} if weights.metadata_is_text else weights.others,
+                "keys": list(tensors),
+                "buffers": _unusual_buffers(config, tensors),
+            }
+        except (InferenceError, keymap.KeyMapError, ConfigError) as error:
+            raise type(error)(f"{path}: {error}") from None
+        except ForeignError as error:
+            raise InferenceError(f"{path}: its {CONFIG_KEY} {error}") from None
+        except ValueError as error:
+            raise InferenceError(f"{path}: {error}") from None
+        yield OpenMagma(config, params, source, weights.files, tokenizer)
+
+
+def read_torch_magma(
+    path: str | Path,
+    model_config: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+) -> tuple[MagmaConfig, Params, Tokenizer]:
+    """Config, parameters and vocabulary of a checkpoint in the published layout, see ``open_torch_magma``.
+
+    ``place(path, array)`` takes each array as soon as it is read, to move it to its devices. The largest come first,
+    so that an array and its copy meet when little else is in memory.
+    """
+    with open_torch_magma(path, model_config, dtype) as model:
+        order = sorted(model.params, key=lambda name: -math.prod(model.params[name].shape))
+        params = {name: place(name, model.params[name].read()) for name in order}
+        check_vocabulary(path, model.tokenizer, model.config)
+        return model.config, {name: params[name] for name in model.params}, model.tokenizer
+
+
+def check_vocabulary(path: str | Path, tokenizer: Tokenizer, config: MagmaConfig) -> None:
+    """Says so where a model has fewer rows than its vocabulary has words, as one of another vocabulary has."""
+    if tokenizer.vocab_size > config.lm.vocab_rows:
+        print(
+            f"{path}: embeds {config.lm.vocab_rows} words, but its vocabulary (GPT-2's unless it holds another) has "
+            f"{tokenizer.vocab_size}; from-torch --tokenizer sets the right one",
+            file=sys.stderr,
+        )
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The vocabulary of a model folder.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = Path(folder) / "tokenizer"
+    try:
+        return Tokenizer.load(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no vocabulary ({error}); write the folder again") from None
+
+
+def _tokenizer_in(others: Mapping[Any, Any]) -> Tokenizer:
+    words = others.get(TOKENIZER_KEY)
+    return Tokenizer.from_json(words) if isinstance(words, str) else gpt2_tokenizer()
+
+
+def _check_types(tensors: Mapping[str, Any]) -> None:
+    """Raises KeyMapError for 8-bit floats: without the scales that belong to them they are not the weights."""
+    if small := [key for key, tensor in tensors.items() if "float8" in tensor.dtype.name]:
+        raise keymap.KeyMapError(
+            f"{len(small)} tensors are in 8-bit floats, such as {small[0]} ({tensors[small[0]].dtype.name}), which are "
+            "not converted; save the checkpoint in half precision first"
+        )
+
+
+def _in_stored_dtypes(shapes: Mapping[str, Any], table: Table, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """``shapes`` with the file's floating dtypes, which may differ between parameters."""
+    found: dict[str, dict[np.dtype, str]] = {}
+    for key, tensor in tensors.items():
+        for rule in table:
+            if isinstance(rule, Rule) and (values := match_theirs(rule, key)) is not None:
+                found.setdefault(fill(rule.ours, values, "/"), {}).setdefault(tensor.dtype, key)
+    mixed = [" and ".join(f"{key} {dtype.name}" for dtype, key in by.items()) for by in found.values() if len(by) > 1]
+    if mixed:
+        raise keymap.KeyMapError(
+            "layers of one parameter have different dtypes, which a stack cannot hold: " + "; ".join(mixed)
+        )
+    return {
+        path: jax.ShapeDtypeStruct(shape.shape, next(iter(found[path])))
+        if path in found and np.issubdtype(shape.dtype, np.floating) and "float" in next(iter(found[path])).name
+        else shape
+        for path, shape in shapes.items()
+    }
+
+
+def _unusual_buffers(config: MagmaConfig, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Buffers whose bits recomputing does not give: sines differ in the last bit between math libraries."""
+    unusual, usual = {}, {}
+    for key, tensor in tensors.items():
+        name = key.rsplit(".", 1)[-1]
+        if not key.startswith("lm.") or ".attention." not in key or name not in BUFFERS:
+            continue
+        array = tensor.read()
+        # A mask of as many positions as the file claims to have is made only if it is as large.
+        if name == "bias" and array.shape != (1, 1, config.lm.context_length, config.lm.context_length):
+            unusual[key] = np.array(array)
+            continue
+        if (name, tensor.dtype) not in usual:
+            usual[name, tensor.dtype] = attention_buffers(config, tensor.dtype, (name,))[name]
+        expected = usual[name, tensor.dtype]
+        if array.tobytes() != expected.tobytes() or array.shape != expected.shape:
+            unusual[key] = np.array(array)
+    return unusual

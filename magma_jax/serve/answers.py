@@ -1,0 +1,161 @@
+"""An answer on its way: from the tickets of the engine to a response, whole or as a stream of events."""
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from magma_jax.inference.batching.requests import EngineError, Progress, Ticket, UnfinishedError
+from magma_jax.serve.completions import Shape, head, usage
+from magma_jax.serve.errors import RequestError, error_body
+from magma_jax.serve.metrics import ServerMetrics
+from magma_jax.serve.requests.schema import StreamOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer that is being drawn.
+
+    Attributes:
+        shape: how it is spelled.
+        model: name of the model.
+        answers: tickets, of each prompt those of its answers.
+        metrics: told how long it takes.
+        started: when the request came, by ``time.perf_counter``.
+        timeout: seconds that it may take.
+        stream: whether it is sent as it comes.
+        count: whether events of the stream count tokens.
+        token_ids: whether the ids of its tokens are told.
+        strip: whether white space in front of it is left out.
+    """
+
+    shape: Shape
+    model: str
+    answers: list[list[Ticket]]
+    metrics: ServerMetrics
+    started: float
+    timeout: float
+    stream: bool = False
+    count: StreamOptions = StreamOptions()
+    token_ids: bool = False
+    strip: bool = False
+
+    async def response(self, request: Request) -> Response:
+        """The response to ``request``, whose client is watched: if it leaves, nothing more is drawn.
+
+        Raises:
+            RequestError: too slow, or the engine failed; of an answer that is sent whole.
+        """
+        if self.stream:
+            headers = {"Cache-Control": "no-store"}
+            return StreamingResponse(self._events(), media_type="text/event-stream", headers=headers)
+        leaver = asyncio.create_task(_left(request))
+        try:
+            async for _ in self._progress(stop=leaver):
+                pass
+        finally:
+            leaver.cancel()
+            cancel(self.answers)
+        if leaver.done() and not leaver.cancelled():
+            return Response(status_code=499)
+        choices = []
+        for index, ticket in enumerate(self._tickets):
+            pieces = ticket.pieces()
+            text = "".join(piece.text for piece in pieces)
+            choice = self.shape.choice(index, pieces, text.lstrip() if self.strip else text)
+            choices.append(choice | ({"token_ids": ticket.tokens} if self.token_ids else {}))
+        answer = head(self.shape, self.shape.whole, self.model)
+        return JSONResponse(answer | {"choices": choices, "usage": usage(self.answers)})
+
+    async def _events(self) -> AsyncIterator[str]:
+        begin = head(self.shape, self.shape.chunk, self.model)
+
+        def event(choices: list[dict[str, Any]], *, last: bool = False) -> str:
+            used = {}
+            if last or self.count.continuous_usage_stats:
+                used = {"usage": usage(self.answers)}
+            elif self.count.include_usage:
+                used = {"usage": None}
+            return f"data: {json.dumps(begin | {'choices': choices} | used, ensure_ascii=False)}\n\n"
+
+        # Whether a choice has shown anything but white space.
+        begun = [not self.strip] * len(self._tickets)
+        try:
+            for index in range(len(self._tickets)):
+                if (opening := self.shape.opening(index)) is not None:
+                    yield event([opening])
+            async for index, piece in self._progress():
+                text = piece.text if begun[index] else piece.text.lstrip()
+                begun[index] = begun[index] or bool(text)
+                choice = self.shape.piece(index, piece, text)
+                yield event([choice | ({"token_ids": piece.tokens} if self.token_ids else {})])
+            if self.count.include_usage:
+                yield event([], last=True)
+            yield "data: [DONE]\n\n"
+        except RequestError as error:
+            yield f"data: {json.dumps(error_body(error))}\n\n"
+        finally:
+            # Also when the client leaves: the generator is closed, and nobody wants the rest.
+            cancel(self.answers)
+
+    @property
+    def _tickets(self) -> list[Ticket]:
+        return [ticket for tickets in self.answers for ticket in tickets]
+
+    async def _progress(self, stop: asyncio.Task | None = None) -> AsyncIterator[tuple[int, Progress]]:
+        """Index and piece of all tickets as they come, until all have ended or ``stop`` is done.
+
+        Raises:
+            RequestError: too slow, or the engine failed.
+        """
+        loop, news, tickets = asyncio.get_running_loop(), asyncio.Event(), self._tickets
+        for ticket in tickets:
+            ticket.on_progress(lambda: loop.call_soon_threadsafe(news.set))
+        if stop is not None:
+            stop.add_done_callback(lambda _: news.set())
+        seen, running, first = [0] * len(tickets), set(range(len(tickets))), True
+        while running and not (stop is not None and stop.done()):
+            left = self.started + self.timeout - time.perf_counter()
+            try:
+                await asyncio.wait_for(news.wait(), max(left, 0))
+            except TimeoutError:
+                raise too_late(self.timeout) from None
+            news.clear()
+            for index in sorted(running):
+                try:
+                    pieces = tickets[index].pieces(seen[index])
+                except EngineError as error:
+                    raise RequestError(str(error), 400 if isinstance(error, UnfinishedError) else 500) from None
+                for piece in pieces:
+                    if first:
+                        first = False
+                        self.metrics.first_token.observe(time.perf_counter() - self.started)
+                    seen[index] += 1
+                    yield index, piece
+                    if piece.finish is not None:
+                        running.discard(index)
+        if not running:
+            self.metrics.duration.observe(time.perf_counter() - self.started)
+
+
+def too_late(timeout: float) -> RequestError:
+    """The error of a request that takes longer than ``timeout`` seconds."""
+    return RequestError(f"not done within {timeout:g} s", 504, code="timeout")
+
+
+def cancel(answers: list[list[Ticket]]) -> None:
+    """Gives up whatever has not ended."""
+    for tickets in answers:
+        for ticket in tickets:
+            ticket.cancel()
+
+
+async def _left(request: Request) -> None:
+    """Returns when the client has gone."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.1)

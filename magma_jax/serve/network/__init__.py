@@ -1,0 +1,1 @@
+"""Connections: who may ask, how bodies are read, what is logged."""

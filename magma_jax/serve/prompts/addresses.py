@@ -1,0 +1,59 @@
+"""Which addresses belong to the public internet.
+
+The standard library's ``is_global`` differs between releases of Python, so the table is here. It has every block of the
+IANA IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890, RFC 8190; as of 2025), also those that are globally
+reachable, such as AS112's: nobody keeps pictures there. Of IPv6 only global unicast addresses (2000::/3) have been
+given out; what lies elsewhere is refused, and with it mapped, compatible and translated IPv4 addresses. 6to4, Teredo
+and ISATAP hide such addresses within 2000::/3.
+"""
+
+import ipaddress
+
+_IPV4 = (
+    "0.0.0.0/8",  # this network
+    "10.0.0.0/8",  # private use
+    "100.64.0.0/10",  # shared address space (CGNAT)
+    "127.0.0.0/8",  # loopback
+    "169.254.0.0/16",  # link-local
+    "172.16.0.0/12",  # private use
+    "192.0.0.0/24",  # IETF protocol assignments
+    "192.0.2.0/24",  # documentation
+    "192.31.196.0/24",  # AS112
+    "192.52.193.0/24",  # AMT
+    "192.88.99.0/24",  # 6to4 relay anycast, deprecated
+    "192.168.0.0/16",  # private use
+    "192.175.48.0/24",  # AS112
+    "198.18.0.0/15",  # benchmarking
+    "198.51.100.0/24",  # documentation
+    "203.0.113.0/24",  # documentation
+    "224.0.0.0/4",  # multicast (RFC 5771)
+    "240.0.0.0/4",  # reserved, limited broadcast
+)
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+# Within that: the rest of the registry lies elsewhere.
+_IPV6 = (
+    "2001::/23",  # IETF protocol assignments: Teredo, benchmarking, AMT, ORCHID and others
+    "2001:db8::/32",  # documentation
+    "2002::/16",  # 6to4
+    "2620:4f:8000::/48",  # AS112
+    "3fff::/20",  # documentation
+)
+_IPV4_BLOCKS = tuple(map(ipaddress.IPv4Network, _IPV4))
+_IPV6_BLOCKS = tuple(map(ipaddress.IPv6Network, _IPV6))
+
+# Bits 64 to 95 of an address that ends in an IPv4 address, by RFC 5214; the second where that is globally unique.
+_ISATAP = (0x00005EFE, 0x02005EFE)
+
+
+def is_public(address: str) -> bool:
+    """Whether an address belongs to the public internet and hides no other one inside.
+
+    Raises:
+        ValueError: no address.
+    """
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if ip.version == 4:
+        return not any(ip in block for block in _IPV4_BLOCKS)
+    if ip not in _GLOBAL_UNICAST or any(ip in block for block in _IPV6_BLOCKS):
+        return False
+    return int(ip) >> 32 & 0xFFFFFFFF not in _ISATAP

@@ -1,0 +1,124 @@
+"""Pictures of a request: data URIs, files below one folder, and URLs where these are allowed.
+
+They are strangers' pictures: other processes decode them, see ``data.decoders``.
+"""
+
+import base64
+import binascii
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+from PIL import Image
+
+from magma_jax.data.decoders import Decoders
+from magma_jax.data.images import ImageError, ImageInput
+from magma_jax.serve.prompts.fetch import FetchRules, fetch
+from magma_jax.typing import UInt8
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureRules:
+    """What pictures a server takes.
+
+    Attributes:
+        max_pictures: in one request, counted before any is looked at.
+        max_bytes: of one encoded picture.
+        max_pixels: width times height, checked before decoding.
+        seconds: of processor time that decoding one picture may take.
+        folder: files below it may be named by ``file:`` URLs; None for none.
+        fetch: rules for http and https URLs; None for no such URLs.
+    """
+
+    max_pictures: int = 16
+    max_bytes: int = 10 * 2**20
+    max_pixels: int = 40_000_000
+    seconds: float = 1.5
+    folder: Path | None = None
+    fetch: FetchRules | None = None
+
+
+class RequestPicture(ImageInput):
+    """A picture of a request, opened when the prompt is encoded: one after another, whatever a request has.
+
+    Args:
+        url: where it is.
+        rules: what is taken.
+        decoders: of the server.
+        deadline: of the request, in ``time.monotonic()``.
+    """
+
+    def __init__(self, url: str, rules: PictureRules, decoders: Decoders, deadline: float):
+        self.source, self._rules, self._decoders, self._deadline = url, rules, decoders, deadline
+
+    def pixels(self, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+        """The square that an encoder sees, with the errors of ``read_picture`` and ``Decoders.square``."""
+        return self._decoders.square(read_picture(self.source, self._rules), size, self._deadline)
+
+    def load(self, **options: Any) -> Image.Image:
+        """The whole picture; ``options`` are the server's to choose."""
+        return self._decoders.picture(read_picture(self.source, self._rules), self._deadline)
+
+
+def decoders_of(rules: PictureRules, processes: int, waiting: int) -> Decoders:
+    """The processes that decode pictures by these rules."""
+    return Decoders(processes, seconds=rules.seconds, max_pixels=rules.max_pixels, waiting=waiting)
+
+
+def read_picture(url: str, rules: PictureRules) -> bytes:
+    """The encoded picture behind a URL of a request.
+
+    Raises:
+        ImageError, FetchError: not allowed, not there, or too large; one line.
+    """
+    scheme = urlsplit(url[:64]).scheme.lower() if ":" in url[:64] else ""
+    if scheme == "data":
+        return _data(url, rules)
+    elif scheme in ("http", "https"):
+        if rules.fetch is None:
+            raise ImageError("pictures by http URL are not enabled on this server; send a data: URI")
+        return fetch(url, dataclasses.replace(rules.fetch, max_bytes=rules.max_bytes))
+    elif scheme == "file":
+        return _file(url, rules)
+    raise ImageError(f"{url[:40]!r}: pictures come as data: URIs, such as data:image/png;base64,...")
+
+
+def data_uri(image: Image.Image) -> str:
+    """A picture as a PNG data URI."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _data(url: str, rules: PictureRules) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ImageError("data: URI without ;base64, in front of its content; encode the picture in base64")
+    # Four characters hold three bytes: too long a text need not be decoded to be too long.
+    if len(body) * 3 // 4 > rules.max_bytes + 2:
+        raise ImageError(f"the picture has more than {rules.max_bytes} bytes; send a smaller one")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"data: URI with broken base64 ({error})") from None
+
+
+def _file(url: str, rules: PictureRules) -> bytes:
+    if rules.folder is None:
+        raise ImageError("pictures by file: URL are not enabled on this server; send a data: URI")
+    try:
+        folder = rules.folder.resolve()
+        path = (folder / unquote(urlsplit(url).path).lstrip("/")).resolve()
+        if not (path.is_relative_to(folder) and path.is_file()):
+            raise FileNotFoundError
+        with path.open("rb") as file:
+            content = file.read(rules.max_bytes + 1)
+    except (OSError, ValueError, RuntimeError):  # names too long, null bytes, not readable, a loop of links
+        # The same words whether it does not exist or lies elsewhere: what exists outside is nobody's business.
+        raise ImageError(f"{url[:80]!r}: no such picture in the server's folder") from None
+    if len(content) > rules.max_bytes:
+        raise ImageError(f"the picture has more than {rules.max_bytes} bytes; send a smaller one")
+    return content

@@ -1,0 +1,55 @@
+"""What a chat client asks for, told from its words: a caption or an answer, and the question without its wrapping.
+
+Chat clients and evaluation harnesses write to models that follow instructions ("Answer the question using a single
+word or phrase."). A model that only knows ``Q: ... A:`` is helped by the bare question.
+"""
+
+import re
+
+# Texts may be long and are anybody's: every pattern here takes time that grows no faster than the text.
+_LABEL = re.compile(r"(?:question|q)\s*:", re.IGNORECASE)
+_ANSWER_LABEL = re.compile(r"\b(?:the (?:best )?answer is|answer|a) ?:$", re.IGNORECASE)
+_AFTER_A_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+# How a sentence begins that tells how to answer.
+_ABOUT_THE_ANSWER = re.compile(
+    r"""\W*(?:(?:please|kindly|just|only|simply|directly|briefly|now|first|try\s+to|based\s+on\s+the\s+image,?)\s+)*
+    (?:answer|respond|reply|select|choose|pick|give|provide|output|return|write|use|keep|limit|think|explain
+    |do\s+not|don't|note\s+that|your\s+(?:answer|response)|when\s+the\s+provided|let's|end|format|think\s+step)\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_CAPTION = re.compile(r"\b(?:describe|description|caption)\b", re.IGNORECASE)
+_CAN_YOU = re.compile(r"(?:can|could|would|will)\s+you\s+(?:please\s+)?(?:describe|caption)\b", re.IGNORECASE)
+
+
+def is_worded(text: str) -> bool:
+    """Whether a text is in the model's own wording: it begins "A picture of", or with "Q:" and ends with "A:"."""
+    text = text.strip()
+    return text.startswith("A picture of") or (text.startswith("Q:") and text.endswith(" A:"))
+
+
+def asks_for_caption(text: str) -> bool:
+    """Whether a caption is wanted.
+
+    So it is where there is no text at all; where the words "describe", "description" or "caption" occur and there is no
+    question mark; and where the text begins "Can you describe" or the like.
+    """
+    text = text.strip()
+    if not text or _CAN_YOU.match(text):
+        return True
+    return "?" not in text and bool(_CAPTION.search(text))
+
+
+def bare_question(text: str) -> str:
+    """The question on one line.
+
+    Left out are the labels "Question:" in front and "Answer:" at the end, and sentences without a question mark that
+    tell how to answer ("Answer with yes or no.", "Please respond briefly."), unless nothing else is there.
+    """
+    text = text.strip()
+    if label := _LABEL.match(text):
+        text = text[label.end() :]
+    text = _ANSWER_LABEL.sub("", text)
+    lines = [line.strip() for line in text.splitlines()]
+    sentences = [sentence for line in lines for sentence in _AFTER_A_SENTENCE.split(line) if sentence]
+    kept = [s for s in sentences if s.endswith("?") or not _ABOUT_THE_ANSWER.match(s)]
+    return " ".join(kept or sentences)
