@@ -163,9 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-host", nargs="*", default=[], help="further names that the server is called by; * for any"
     )
     parser.add_argument("--no-reuse", action="store_true", help="requests share no work, see the docs")
-    parser.add_argument(
-        "--api-key-file", type=Path, help="file with the key that every route but /health and the page asks for"
-    )
+    parser.add_argument("--api-key-file", type=Path, help="file with the key that every route but /health asks for")
     parser.add_argument("--open-metrics", action="store_true", help="/metrics answers without the key")
     parser.add_argument("--cors", nargs="*", default=[], metavar="ORIGIN", help="web pages that may use it; * for all")
     parser.add_argument("--root-path", default="", help="prefix of all routes, where a proxy puts the server below one")
