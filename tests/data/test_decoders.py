@@ -145,6 +145,17 @@ def test_pictures_that_take_long_do_not_stand_in_the_way():
     assert not any(map(_is_there, pool.process_ids()))
 
 
+def test_a_picture_that_stepped_back_is_decoded_and_its_process_ends():
+    large = bmp_runs(41_000, 102, b"\1\0\0\0" * 102)
+    with Decoders(1, seconds=LONG) as pool, concurrent.futures.ThreadPoolExecutor(4) as threads:
+        slow = [threads.submit(pool.square, large, 1) for _ in range(2)]
+        until(lambda: pool._turns.is_wanted)
+        assert pool.square(FILES["PNG RGB"], 32).shape == (32, 32, 3)
+        assert [future.result().shape for future in slow] == [(1, 1, 3)] * 2
+        pool.square(FILES["PNG RGB"], 32)
+        assert {os.getpriority(os.PRIO_PROCESS, worker.pid) for worker in pool._idle} == {0}
+
+
 def test_a_deadline_ends_the_picture_at_hand_and_those_that_wait():
     with Decoders(1, seconds=LONG) as pool, concurrent.futures.ThreadPoolExecutor(4) as threads:
         pool.square(FILES["PNG RGB"], 32)
