@@ -8,6 +8,7 @@ OpenAI's shapes at /v1/chat/completions and /v1/completions, a page to try the m
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -87,6 +88,8 @@ def main() -> None:
     def begun(error: Exception | None) -> None:
         outcome.append(error)
         if error is None:
+            gc.collect()
+            gc.freeze()  # what is there now stays; to walk through it takes the time of many requests
             seconds, template = time.perf_counter() - started, config.templates.default
             says = f"serving {config.model} on {address}, template {template}; ready after {seconds:.0f} s"
         else:
