@@ -77,8 +77,9 @@ def _serve(checkpoint: str, low: bool, pipe: Connection) -> None:
     engine = Engine(Magma.from_checkpoint(checkpoint), EngineConfig(slots=4))
     with hostile_host() as connector:
         config = hostile_config("hostile", connector, timeout=1.0) if low else ServerConfig("hostile")
-        server = uvicorn.Server(settings(create_app(engine, config), config, port=0, lifespan="on"))
-        thread = threading.Thread(target=server.run)
+        app = create_app(engine, config)
+        server = uvicorn.Server(settings(app, config, port=0, lifespan="on"))
+        thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not (server.started and app.state.ready):
             time.sleep(0.05)

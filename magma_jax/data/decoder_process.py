@@ -24,8 +24,6 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 LENGTHS = struct.Struct(">IQ")
-# Beside other work of the machine. Much lower, and pictures would hardly be decoded while all cores are busy.
-NICENESS = 5
 # Of a process beside what the pixels take: the encoded picture, several times over.
 SPARE_MEMORY = 2**28
 
@@ -37,7 +35,6 @@ def main() -> None:
     # The parent says when to end: schedulers send SIGTERM to all processes of a job, which may want to finish.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    os.nice(NICENESS)
     steps = _load_steps()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # What the C libraries have to say about damaged pictures is said in the answers too.

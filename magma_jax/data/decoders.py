@@ -40,8 +40,8 @@ class Decoders:
     """Some processes that decode; safe to use from many threads. Use it in a ``with`` block, or close it.
 
     Pictures have their turn in the order they come. One that has taken ``SLICE`` of processor time while others wait
-    gets out of their way: it goes on beside them, or if as many already do so, it is begun anew when one of these has
-    ended. So a few pictures that take as long as they may delay others by no more than a slice.
+    gets out of their way: it goes on beside them at a low priority, or if as many already do so, it is begun anew when
+    one of these has ended. So a few pictures that take as long as they may delay others by no more than a slice.
 
     Args:
         processes: pictures that are decoded at the same time, and as many beside them.
@@ -147,6 +147,8 @@ class Decoders:
         try:
             with self._worker(request["name"]) as worker:
                 worker.ask(request, content, deadline)
+                if turns is self._beside:
+                    worker.step_back()
                 while not worker.has_answer(LOOK):
                     seconds_left(deadline)
                     if turns is self._turns and turns.is_wanted and worker.seconds() >= SLICE:
@@ -154,6 +156,7 @@ class Decoders:
                             raise _InTheWay
                         turns.give_back()
                         turns = self._beside
+                        worker.step_back()
                 return worker.answer(deadline)
         finally:
             turns.give_back()
@@ -175,7 +178,7 @@ class Decoders:
             self._end(worker)
             raise
         with self._lock:
-            if not self._closed:
+            if not (self._closed or worker.is_last):
                 self._idle.append(worker)
                 return
         self._end(worker)

@@ -7,12 +7,16 @@ no second process.
 import signal
 import threading
 import time
+from types import FrameType
 from typing import Any
 
 from magma_jax.data.pillow_steps import too_long
 
 # What a picture of one's own may take. A photograph of 60 megapixels takes one or two.
 OWN_SECONDS = 10.0
+
+# Until the next look, where Pillow's code was not what the alarm met.
+AGAIN = 0.001
 
 # Of the main thread's clock; None while there is no limit.
 _end: float | None = None
@@ -21,8 +25,8 @@ _end: float | None = None
 class TimeLimit:
     """Limits the processor time of a ``with`` block in the main thread; other threads have no limit.
 
-    Python handles signals in the main thread, between two calls of a C library. What one call does with a picture is
-    bounded by its size.
+    Python handles signals in the main thread, between two calls of a C library; here only Pillow's code is interrupted.
+    What one call does with a picture is bounded by its size.
 
     Args:
         name: of the picture, for the message.
@@ -58,11 +62,12 @@ class _TimeIsUp(BaseException):
     """Of no kind that Pillow would take for damage."""
 
 
-def _look(*_: Any) -> None:
+def _look(_: int, frame: FrameType | None) -> None:
     if _end is None:
         return
     # The alarm counts all threads of the process.
     left = _end - time.thread_time()
-    if left <= 0:
+    # Anywhere else, as in a callback of the garbage collector, the exception could be lost.
+    if left <= 0 and frame is not None and frame.f_globals.get("__name__", "").startswith("PIL."):
         raise _TimeIsUp
-    signal.setitimer(signal.ITIMER_PROF, left)
+    signal.setitimer(signal.ITIMER_PROF, max(left, AGAIN))

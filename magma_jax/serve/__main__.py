@@ -8,6 +8,7 @@ OpenAI's shapes at /v1/chat/completions and /v1/completions, a page to try the m
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -87,6 +88,8 @@ def main() -> None:
     def begun(error: Exception | None) -> None:
         outcome.append(error)
         if error is None:
+            gc.collect()
+            gc.freeze()  # what is there now stays; to walk through it takes the time of many requests
             seconds, template = time.perf_counter() - started, config.templates.default
             says = f"serving {config.model} on {address}, template {template}; ready after {seconds:.0f} s"
         else:
@@ -163,9 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-host", nargs="*", default=[], help="further names that the server is called by; * for any"
     )
     parser.add_argument("--no-reuse", action="store_true", help="requests share no work, see the docs")
-    parser.add_argument(
-        "--api-key-file", type=Path, help="file with the key that every route but /health and the page asks for"
-    )
+    parser.add_argument("--api-key-file", type=Path, help="file with the key that every route but /health asks for")
     parser.add_argument("--open-metrics", action="store_true", help="/metrics answers without the key")
     parser.add_argument("--cors", nargs="*", default=[], metavar="ORIGIN", help="web pages that may use it; * for all")
     parser.add_argument("--root-path", default="", help="prefix of all routes, where a proxy puts the server below one")

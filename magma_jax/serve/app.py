@@ -67,8 +67,7 @@ def create_app(
         return engine.stats() if app.state.ready else EngineStats(*[0] * len(EngineStats._fields))
 
     service = Service(engine, config, stats)
-    # The page itself holds nothing: what it asks for needs the key, which may stand in its address behind "#".
-    unlocked = {"/", "/health", *(["/metrics"] if config.open_metrics else [])}
+    unlocked = {"/health", *(["/metrics"] if config.open_metrics else [])}
     app.add_middleware(Guard, config=config, metrics=service.metrics, unlocked=frozenset(unlocked))
     if config.origins:
         # In front of the guard: a browser asks without a key whether it may ask.

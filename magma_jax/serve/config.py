@@ -12,8 +12,8 @@ class ServerConfig:
 
     Attributes:
         model: the name that requests call the model by.
-        api_key: asked for on every route but ``/health`` and the page, as a bearer token or as the password of
-            basic authentication; None for none.
+        api_key: asked for on every route but ``/health``, as a bearer token or as the password of basic
+            authentication; None for none.
         open_metrics: whether ``/metrics`` answers without the key.
         root_path: prefix of all routes, where a proxy puts the server below one.
         templates: the wordings that messages are put into.

@@ -173,6 +173,7 @@ class Service:
             wanted = await read_body(request, AttentionRequest, self.config, hold)
             self.check_model(wanted.model)
             (encoded,) = await self._encode([await self._items(wanted, started)], wanted, started, "messages")
+            wanted.messages.clear()  # they may be large, and others may be first
         if self._looking >= MAX_LOOKING:
             raise busy("too many requests for attention are waiting")
         self._looking += 1

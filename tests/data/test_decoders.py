@@ -145,6 +145,17 @@ def test_pictures_that_take_long_do_not_stand_in_the_way():
     assert not any(map(_is_there, pool.process_ids()))
 
 
+def test_a_picture_that_stepped_back_is_decoded_and_its_process_ends():
+    large = bmp_runs(41_000, 102, b"\1\0\0\0" * 102)
+    with Decoders(1, seconds=LONG) as pool, concurrent.futures.ThreadPoolExecutor(4) as threads:
+        slow = [threads.submit(pool.square, large, 1) for _ in range(2)]
+        until(lambda: pool._turns.is_wanted)
+        assert pool.square(FILES["PNG RGB"], 32).shape == (32, 32, 3)
+        assert [future.result().shape for future in slow] == [(1, 1, 3)] * 2
+        pool.square(FILES["PNG RGB"], 32)
+        assert {os.getpriority(os.PRIO_PROCESS, worker.pid) for worker in pool._idle} == {0}
+
+
 def test_a_deadline_ends_the_picture_at_hand_and_those_that_wait():
     with Decoders(1, seconds=LONG) as pool, concurrent.futures.ThreadPoolExecutor(4) as threads:
         pool.square(FILES["PNG RGB"], 32)
@@ -181,10 +192,10 @@ def test_processes_that_die_are_replaced():
         expected = pool.square(FILES["PNG RGB"], 32)
         for which in (1, 0):  # one that decodes and is idle; the one that makes the others
             os.kill(pool.process_ids()[which], signal.SIGKILL)
-            _until(lambda: _state(pool.process_ids()[which]) in "ZX")  # noqa: B023
+            until(lambda: _state(pool.process_ids()[which]) in "ZX")  # noqa: B023
             np.testing.assert_array_equal(pool.square(FILES["PNG RGB"], 32), expected)
         slow = threads.submit(pool.square, ENDLESS, 32)
-        _until(lambda: _seconds(pool.process_ids()[1]) > 0.1)
+        until(lambda: _seconds(pool.process_ids()[1]) > 0.1)
         os.kill(pool.process_ids()[1], signal.SIGSEGV)
         with pytest.raises(ImageError, match=r"the decoder breaks down on it \(status -11\)"):
             slow.result()
@@ -209,7 +220,7 @@ def test_processes_end_with_their_parent():
         ids = [int(pid) for pid in parent.stdout.readline().split()]
         assert all(map(_is_there, ids))
         parent.kill()
-    _until(lambda: not any(_state(pid) not in "ZX" for pid in ids))
+    until(lambda: not any(_state(pid) not in "ZX" for pid in ids))
 
 
 def test_the_processes_know_nothing_of_jax(decoders):
@@ -242,7 +253,7 @@ def test_turns_come_in_order():
         futures = []
         for number in range(6):
             futures.append(threads.submit(decode, number))
-            _until(lambda: len(pool._turns._waiting) == len(futures))
+            until(lambda: len(pool._turns._waiting) == len(futures))
         pool._turns.give_back()
         concurrent.futures.wait(futures)
     assert done[0] == 0
@@ -282,7 +293,7 @@ def _seconds(pid: int) -> float:
     return 0.0
 
 
-def _until(condition) -> None:
+def until(condition) -> None:
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end

@@ -41,6 +41,13 @@ def test_what_takes_long_is_interrupted(name):
         load_image(saved(scene(), "PNG"))
 
 
+def test_only_code_of_pillow_is_interrupted():
+    with TimeLimit("x", 0.01):
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+
+
 def test_other_errors_and_later_work_are_left_alone():
     with pytest.raises(ImageError, match="empty"), TimeLimit("x", 0.01):
         load_image(b"")

@@ -13,18 +13,21 @@ from PIL import Image
 
 from tests.serve.hostile import CHAT, uri
 
-LOOK = "/v1/attention"
+LOOK, TEXT = "/v1/attention", "/v1/completions"
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 # In place of a value of a request.
 STRANGE: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**70), 10**400, 0.5, -0.0, 1e-320, 1e308, "", "a", "user",
     "\0", "\u00e9", "\U0001f600", "\ud800", "a" * 1_000, "a" * 70_000, "data:", "data:image/png;base64,", "file:///etc",
     "http://127.0.0.1/", [], {}, [[]], [None], ["a"] * 9, [0] * 300, {"": {}}, {"type": "text"}, {"type": "image_url"},
-    {"type": "text", "text": "a"}, {"url": "x"}, {str(i): i for i in range(1_100)},
+    {"type": "text", "text": "a"}, {"url": "x"}, {"type": "object", "properties": {"a": {"$ref": "#"}}},
+    "(a*)*b", "[\\d", {str(i): i for i in range(1_100)},
 )  # fmt: skip
 FIELDS = ("model", "messages", "role", "content", "type", "text", "image_url", "url", "detail", "name", "user", "stop")
 FIELDS += ("seed", "n", "stream", "logprobs", "top_logprobs", "temperature", "top_p", "min_p", "top_k", "cache_salt")
 FIELDS += ("max_tokens", "min_tokens", "tools", "response_format", "answer", "layer", "head", "relative", "__class__")
+FIELDS += ("prompt", "echo", "suffix", "template", "metadata", "logit_bias", "structured_outputs", "guided_choice")
+FIELDS += ("guided_json", "guided_regex", "json_schema", "schema", "ignore_eos", "best_of", "continuous_usage_stats")
 HEADERS = ("Host", "Content-Length", "Transfer-Encoding", "Expect", "Connection", "Content-Type", "Origin", "Upgrade")
 HEADERS += ("Authorization", "Cookie", "X-Forwarded-For", "Range", "Accept-Encoding", "Sec-Fetch-Site")
 
@@ -160,9 +163,18 @@ def _request(rng: random.Random, text_only: bool = False) -> tuple[str, dict[str
         "return_token_ids": True,
         "cache_salt": "a",
     }
+    if rng.random() < 0.2:
+        forms = {"guided_choice": ["a", "b"], "guided_regex": "[ab]+c?", "response_format": {"type": "json_object"}}
+        schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+        forms["response_format"] = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        options = {**options, "max_tokens": 12, **dict([rng.choice(list(forms.items()))])}
     chosen = {name: options[name] for name in options if rng.random() < 0.4}
     if "logprobs" not in chosen:
         chosen.pop("top_logprobs", None)
+    if rng.random() < 0.2 and not text_only:
+        chosen = {name: value for name, value in chosen.items() if "logprobs" not in name}
+        prompt = rng.choice(("a", ["a", "b"], [5, 6], [[5], [6, 7]], [{"type": "text", "text": "a"}]))
+        return TEXT, {"prompt": prompt, "echo": rng.random() < 0.5, **chosen}
     return CHAT, {"messages": messages, "max_tokens": 3, **chosen}
 
 

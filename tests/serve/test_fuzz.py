@@ -12,7 +12,7 @@ def test_a_request_is_known_by_its_number():
 
 def test_random_requests(server, printed):
     for number in range(150):
-        statuses = send(server.port, case(0, number), 60)
+        statuses = send(server.port, case(0, number), 120)
         assert not [status for status in statuses if status >= 500], number
     assert "Traceback" not in printed()
     assert server.chat(max_tokens=2).status_code == 200

@@ -18,6 +18,7 @@ from tests.serve.running import expected, square
 
 @pytest.fixture
 def page(browser, server, tmp_path):
+    browser.get_log("browser")  # what other tests have left there
     browser.get(server.url)
     return Page(browser, tmp_path)
 

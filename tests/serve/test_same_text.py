@@ -6,6 +6,7 @@ from magma_jax import generate
 from magma_jax.config import to_dict
 from magma_jax.data.images import ImageInput
 from magma_jax.inference.api import Magma
+from magma_jax.output import printable
 from magma_jax.storage.model_folder import write_model_folder
 from tests.serve.browser import Page
 from tests.serve.running import square, user
@@ -33,7 +34,7 @@ def test_command_line_and_server(folder, said, server, tmp_path, capsys):
     picture.save(tmp_path / "white.png")
     arguments = ["--checkpoint", folder, str(tmp_path / "white.png"), PROMPT, "--max-new-tokens", "12", "--stream"]
     assert generate.main(arguments) == 0
-    assert capsys.readouterr().out.split() == said.split()
+    assert capsys.readouterr().out.split() == printable(said).split()
     response = server.chat(messages=user(picture, PROMPT), max_tokens=12)
     assert response.json()["choices"][0]["message"]["content"] == said
 

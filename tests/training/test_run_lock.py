@@ -156,13 +156,25 @@ def test_of_many_at_once_one_wins(tmp_path, links, monkeypatch):
 
     with ThreadPoolExecutor(8) as pool:
         locks = [lock for lock in pool.map(take, range(8)) if lock is not None]
-    holding = [lock for lock in locks if lock.lost_to() is None]
-    assert len(holding) == 1
-    if links:
-        assert len(locks) == 1
-    for lock in locks:
-        lock.release()
+    assert len(locks) == 1
+    assert locks[0].lost_to() is None
+    locks[0].release()
     assert left(tmp_path) == []
+
+
+def test_a_process_that_ended_while_it_took_over_is_taken_over_too(tmp_path):
+    written_by(tmp_path, process=2**22 + 1, born="1")
+    ends_midway = (
+        "import os, pathlib, signal, sys; from magma_jax.training.checkpoints.run_lock import RunLock; "
+        "os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL); RunLock(pathlib.Path(sys.argv[1]))"
+    )
+    ended = subprocess.run([sys.executable, "-c", ends_midway, str(tmp_path)], stderr=subprocess.DEVNULL)
+    assert ended.returncode == -signal.SIGKILL
+    lock = RunLock(tmp_path)
+    assert lock.lost_to() is None
+    with pytest.raises(CheckpointError):
+        RunLock(tmp_path)
+    lock.release()
 
 
 @pytest.mark.usefixtures("quick")

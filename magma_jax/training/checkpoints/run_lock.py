@@ -4,6 +4,9 @@ The lock is a file in the folder that names its holder: host, process, since whe
 linked to its own, which on every shared file system either happens whole or not at all. ``flock`` is not used: on many
 of them it is missing, or knows the processes of one machine only.
 
+The lock of a holder that is gone is replaced by renaming a new one over it, so that at no time the folder looks free.
+Who may do that is settled by a second lock of the same make, whose name comes from what the first one says.
+
 Whether a holder lives is known at once where its process would be seen: on the same machine, since the same start. The
 process must also have begun when the holder did, for numbers of processes come again. Everywhere else the file itself
 is watched: its holder writes a count into it every ``BEAT_S`` seconds. A count that stands still for ``WATCH_S``, which
@@ -12,6 +15,7 @@ is longer than file systems keep what they have read, belongs to a process that 
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import secrets
@@ -44,11 +48,7 @@ class RunLock:
         self._token = secrets.token_hex(8)
         self._line = f"{json.dumps(_myself() | {'token': self._token})}\n".encode()
         self._beats, self._ended = 0, threading.Event()
-        self._descriptor = self._place()
-        while self._descriptor is None:
-            if (content := _read(self._path)) is not None:
-                self._make_way(content)
-            self._descriptor = self._place()
+        self._descriptor = self._take(self._path)
         self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
         self._thread.start()
 
@@ -69,13 +69,19 @@ class RunLock:
             self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
-    def _place(self) -> int | None:
-        """The open lock file; None if there is one already."""
-        content = self._line + f"{0:010d}\n".encode()
-        temporary = self._path.with_name(f"{LOCK_FILE}.{self._token}")
-        descriptor = _write_new(temporary, content)
+    def _take(self, path: Path) -> int:
+        """The open file at the path, which is ours from here on, in the place of a holder that is gone if need be."""
+        while (descriptor := self._place(path)) is None:
+            content = _read(path)
+            if content is not None and (descriptor := self._replace(path, content)) is not None:
+                break
+        return descriptor
+
+    def _place(self, path: Path) -> int | None:
+        """The open file, new at the path; None if there is one already."""
+        temporary, descriptor = self._write()
         try:
-            os.link(temporary, self._path)
+            os.link(temporary, path)
             return descriptor
         except FileExistsError:
             # Over a network an answer may get lost, and the second try finds the link of the first.
@@ -83,38 +89,52 @@ class RunLock:
                 return descriptor
         except OSError:  # a disk without hard links
             with contextlib.suppress(FileExistsError):
-                return _write_new(self._path, content)
+                return _write_new(path, self._content())
         finally:
             temporary.unlink(missing_ok=True)
         os.close(descriptor)
         return None
 
-    def _make_way(self, content: str) -> None:
-        """Removes the lock with this content if its holder is gone."""
+    def _replace(self, path: Path, content: str) -> int | None:
+        """The open file, in the place of the one with this content; None if that one changed meanwhile.
+
+        Raises:
+            CheckpointError: its holder lives.
+        """
         holder = _holder(content)
         lives = _lives(holder)
         if lives is None:
             say(f"{self._folder}: held by {_name(holder)}; waiting up to {WATCH_S:.0f} s for a sign of life")
-            lives = self._moves(content)
+            lives = self._moves(path, content)
         if lives:
             raise CheckpointError(_refusal(self._folder, holder))
-        aside = self._path.with_name(f"{LOCK_FILE}.{self._token}")
+        right = path.with_name(f"{path.name}.{hashlib.sha256(content.encode()).hexdigest()[:16]}")
+        right_descriptor = self._take(right)
         try:
-            os.rename(self._path, aside)
-        except FileNotFoundError:
-            return
-        if _holder(_read(aside) or "").get("token") == holder.get("token"):
+            if _read(path) != content:
+                return None
+            temporary, descriptor = self._write()
+            os.replace(temporary, path)
             say(f"{self._folder}: taken over from {_name(holder)}, which is gone")
-        else:  # another process was faster, and this is its lock
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, self._path)
-        aside.unlink()
+            return descriptor
+        finally:
+            os.close(right_descriptor)
+            right.unlink(missing_ok=True)
 
-    def _moves(self, content: str) -> bool:
+    def _content(self) -> bytes:
+        return self._line + f"{0:010d}\n".encode()
+
+    def _write(self) -> tuple[Path, int]:
+        """A file of ours under a name that nobody looks for, and its descriptor."""
+        temporary = self._path.with_name(f"{LOCK_FILE}.{self._token}")
+        return temporary, _write_new(temporary, self._content())
+
+    def _moves(self, path: Path, content: str) -> bool:
+        """Whether the file changes while it is watched."""
         end = time.monotonic() + WATCH_S
         while time.monotonic() < end:
             time.sleep(_POLL_S)
-            now = _read(self._path)
+            now = _read(path)
             if now is None:  # given free
                 return False
             if now != content:
@@ -125,7 +145,7 @@ class RunLock:
         while not self._ended.wait(BEAT_S):
             # Whatever ails the disk: without a beat others may take over, and that is noticed before saving.
             with contextlib.suppress(OSError):
-                if not self._path.exists() and (descriptor := self._place()) is not None:
+                if not self._path.exists() and (descriptor := self._place(self._path)) is not None:
                     os.dup2(descriptor, self._descriptor, inheritable=False)
                     os.close(descriptor)
                 elif self.lost_to() is not None:
