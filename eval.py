@@ -18,7 +18,7 @@ from pathlib import Path
 from magma_jax.evaluation.command import add_other_options, add_task_options, run_comparison, run_perplexity, run_tasks
 from magma_jax.evaluation.own_split import evaluate_run
 from magma_jax.output import error_line
-from magma_jax.runtime.distributed import one_of_several
+from magma_jax.runtime.distributed import distributed_run
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="at most this many captions and this many questions; default: all")
-    parser.add_argument("--overview", type=Path, metavar="PNG", help="also draw twelve pictures with their texts")
+    parser.add_argument("--overview", type=Path, metavar="PNG", help="also draw twelve images with their texts")
     add_task_options(parser)
     add_other_options(parser)
     arguments = parser.parse_args()
@@ -38,7 +38,7 @@ def main() -> None:
         parser.error("--checkpoint is asked a --task or for its --perplexity; a run's own split is that of --workdir")
     try:
         if arguments.task:
-            with one_of_several(arguments.distributed):
+            with distributed_run(arguments.distributed):
                 run_tasks(arguments)
         elif arguments.compare:
             run_comparison(arguments)

@@ -14,7 +14,7 @@ from magma_jax.config import apply_overrides, config_name, load_config_file
 from magma_jax.evaluation.own_split import evaluate_run
 from magma_jax.families import family_of, run_config
 from magma_jax.output import error_line
-from magma_jax.runtime.distributed import one_of_several
+from magma_jax.runtime.distributed import distributed_run
 from magma_jax.training.loop import train
 from magma_jax.training.monitor.profiler import StepRange
 
@@ -43,13 +43,13 @@ def main() -> None:
     try:
         config = run_config(apply_overrides(load_config_file(arguments.config), arguments.set))
         profile = StepRange.parse(arguments.profile_steps) if arguments.profile_steps else None
-        with one_of_several(arguments.distributed):
+        with distributed_run(arguments.distributed):
             run = train(family_of(config.model), config, workdir, resume=arguments.resume, profile=profile)
         # Evaluation runs in one process.
         if config.evaluate and not run.interrupted and not arguments.distributed:
             evaluate_run(workdir)
             print(f"\nReport: {workdir / 'report.html'}")
-            print(f"A picture of your own: python -m magma_jax.generate --checkpoint {workdir} picture.png")
+            print(f"A picture of your own: python -m magma_jax.generate --checkpoint {workdir} image.png")
     # The package's own errors are ValueErrors; FloatingPointError is a loss that is no number.
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error_line(error)}")

@@ -119,7 +119,7 @@ CLIENTS = (
             *("--image-height-mean", "64", "--ui", "none", "--artifact-dir", "{folder}/aiperf"),
         ),
         ("aiperf",),
-        check="24 requests with pictures, 4 at a time",
+        check="24 requests with images, 4 at a time",
     ),
     Client(
         "lmms-eval",
@@ -271,13 +271,13 @@ def write_page(file: Path, results: list[tuple[Client, str, list[dict]]]) -> Non
 
 
 def write_questions(folder: Path) -> None:
-    """Held-out questions and their pictures, ``checks.questions`` reads them."""
-    pictures, pixels = openmoji.load(Path("~/.cache/magma_jax").expanduser())
-    asked = openmoji.questions([picture for picture in pictures if picture.split == "test"])
+    """Held-out questions and their images, ``checks.questions`` reads them."""
+    images, pixels = openmoji.load(Path("~/.cache/magma_jax").expanduser())
+    asked = openmoji.questions([image for image in images if image.split == "test"])
     chosen = [asked[i] for i in np.random.default_rng(0).choice(len(asked), QUESTIONS, replace=False)]
     rows = []
     for i, sample in enumerate(chosen):
-        Image.fromarray(pixels[sample.picture]).save(folder / f"{i}.png")
+        Image.fromarray(pixels[sample.image]).save(folder / f"{i}.png")
         question = sample.prompt.removeprefix("Q: ").removesuffix(" A:")
         rows.append({"picture": f"{i}.png", "question": question, "answer": sample.answer.strip()})
     (folder / "questions.json").write_text(json.dumps(rows))

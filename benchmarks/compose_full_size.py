@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs/magma_v2.py"
 STEPS = ("make-lm", "make-encoder", "compose", "compile", "train")
 SHARDS = 4
-# Of text, behind the 144 positions of a picture.
+# Of text, behind the 144 positions of an image.
 TOKENS = 16
 
 
@@ -186,7 +186,7 @@ def make_encoder(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
-    """Loads the composed folder and runs one optimizer step on one picture and a few words."""
+    """Loads the composed folder and runs one optimizer step on one image and a few words."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -277,7 +277,7 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument(
-        "--image-size", type=int, help="pixels of the picture of the training step; default: the config's"
+        "--image-size", type=int, help="pixels of the image of the training step; default: the config's"
     )
     parser.add_argument("--keep", action="store_true", help="leave the files there")
     parser.add_argument("--worker", choices=STEPS, help=argparse.SUPPRESS)

@@ -89,7 +89,7 @@ def main(options: argparse.Namespace) -> dict[str, object]:
 
 
 def load(folder: Path) -> dict[str, object]:
-    """Loads the model in bf16, runs a picture and a prompt, and generates three tokens."""
+    """Loads the model in bf16, runs an image and a prompt, and generates three tokens."""
     import jax
     import numpy as np
     from PIL import Image
@@ -109,8 +109,8 @@ def load(folder: Path) -> dict[str, object]:
     model, load_seconds = timed(lambda: Magma.from_checkpoint(folder, dtype="bfloat16"))
     model_gb = sum(leaf.nbytes for leaf in model.params.values()) / 1e9
     loaded = peak()
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8))
-    embeddings, picture_seconds = timed(lambda: model.preprocess_inputs([ImageInput(picture), "A picture of"]))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8))
+    embeddings, image_seconds = timed(lambda: model.preprocess_inputs([ImageInput(image), "A picture of"]))
     output, forward_seconds = timed(lambda: model(embeddings))
     after_forward = peak()
     generated, generate_seconds = timed(lambda: model.generate_tokens(embeddings, max_steps=3))
@@ -121,7 +121,7 @@ def load(folder: Path) -> dict[str, object]:
         "peak_over_model": round(loaded / model_gb, 3),
         "peak_after_forward_gb": round(after_forward, 2),
         "load_seconds": load_seconds,
-        "picture_seconds": picture_seconds,
+        "image_seconds": image_seconds,
         "forward_seconds": forward_seconds,
         "generate_seconds": generate_seconds,
         "positions": int(embeddings.shape[1]),

@@ -1,4 +1,4 @@
-"""How fast pictures become batches, per core, beside Pillow alone and PyTorch's DataLoader; and how fast they convert.
+"""How fast images become batches, per core, beside Pillow alone and PyTorch's DataLoader; and how fast they convert.
 
     python benchmarks/data_throughput.py
     python benchmarks/data_throughput.py --convert 10000
@@ -9,12 +9,12 @@ crops the centre:
 
     pillow          one process, no batches: open, decode, resize, crop
     torch           a DataLoader with --workers processes and the same transform in its workers
-    magma_jax       training batches of a data set folder, texts included, with --workers processes
+    magma_jax       training batches of a dataset folder, texts included, with --workers processes
     magma_jax_fast  the same with data.decode=fast
 
-They take turns for --rounds rounds, and their figures are pictures a second of processor time over all their processes:
-what else runs on the machine then matters little. ``--decoders`` compares the processes that decode strangers' pictures
-with decoding in this one, by the processor time of both sides. Pictures are noise with the spectrum of photographs.
+They take turns for --rounds rounds, and their figures are images a second of processor time over all their processes:
+what else runs on the machine then matters little. ``--decoders`` compares the processes that decode strangers' images
+with decoding in this one, by the processor time of both sides. Images are noise with the spectrum of photographs.
 """
 
 import argparse
@@ -50,10 +50,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=384, help="pixels per side; default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="processes; default: %(default)s")
-    parser.add_argument("--batches", type=int, default=8, help=f"of {BATCH} pictures, a round; default: %(default)s")
+    parser.add_argument("--batches", type=int, default=8, help=f"of {BATCH} images, a round; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--distinct", type=int, default=48, help="different pictures; default: %(default)s")
-    parser.add_argument("--convert", type=int, metavar="N", help="measure a conversion of N pictures instead")
+    parser.add_argument("--distinct", type=int, default=48, help="different images; default: %(default)s")
+    parser.add_argument("--convert", type=int, metavar="N", help="measure a conversion of N images instead")
     parser.add_argument("--decoders", action="store_true", help="measure decoding in other processes instead")
     parser.add_argument("--folder", type=Path, help="where files are made; default: a temporary folder")
     arguments = parser.parse_args()
@@ -64,12 +64,12 @@ def main() -> None:
 
 
 def measure_batches(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Pictures per second of processor time, every contender, every size of picture."""
+    """Images per second of processor time, every contender, every size of image."""
     results: dict[str, Any] = {"size": arguments.size, "workers": arguments.workers}
     for name, size in SIZES.items():
-        files = make_pictures(folder / name, arguments.distinct, size)
+        files = make_images(folder / name, arguments.distinct, size)
         named = ((i, files[i % len(files)]) for i in range(RECORDS))
-        records = (Record(str(i), FileSlice(str(file)), (f"picture {i}",)) for i, file in named)
+        records = (Record(str(i), FileSlice(str(file)), (f"image {i}",)) for i, file in named)
         convert(records, folder / f"{name}.records", ConvertOptions(workers=0))
         with contextlib.ExitStack() as stack:
             contenders = {
@@ -88,14 +88,14 @@ def measure_batches(folder: Path, arguments: argparse.Namespace) -> dict[str, An
             for turn in range(arguments.rounds + 1):
                 for contender, runner in contenders.items():
                     started = time.process_time()
-                    pictures = runner.run(arguments.batches)
+                    images = runner.run(arguments.batches)
                     seconds, mark = time.process_time() - started, sum(map(cpu_of, runner.worker_ids()))
                     if turn:
-                        rates[contender].append(pictures / (seconds + mark - marks[contender]))
+                        rates[contender].append(images / (seconds + mark - marks[contender]))
                     marks[contender] = mark
         results[name] = {
-            "bytes_a_picture": round(statistics.mean(file.stat().st_size for file in files)),
-            "pictures_per_core_second": {name: round(statistics.median(found), 1) for name, found in rates.items()},
+            "bytes_a_image": round(statistics.mean(file.stat().st_size for file in files)),
+            "images_per_core_second": {name: round(statistics.median(found), 1) for name, found in rates.items()},
             # Of the same round: a slow moment of the machine then slows both.
             "ratio_to_pillow": ratios(rates, "pillow"),
             "ratio_to_torch": ratios(rates, "torch"),
@@ -140,7 +140,7 @@ class Pillow:
 
 
 class Files:
-    """The files as a data set of PyTorch."""
+    """The files as a dataset of PyTorch."""
 
     def __init__(self, files: list[Path], size: int):
         self._files, self._size = files, size
@@ -152,7 +152,7 @@ class Files:
         import torch
 
         pixels = transform(self._files[row % len(self._files)].read_bytes(), self._size)
-        return torch.from_numpy(pixels), f"picture {row}"
+        return torch.from_numpy(pixels), f"image {row}"
 
 
 class Torch:
@@ -181,7 +181,7 @@ class Torch:
 
 
 class Ours:
-    """Training batches of a data set folder."""
+    """Training batches of a dataset folder."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace, decode: str):
         config = DataConfig(
@@ -208,12 +208,12 @@ class Ours:
 
 def measure_conversion(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """A conversion, and its parts alone: decoding, writing records that are ready, copying files."""
-    files = make_pictures(folder / "pictures", arguments.distinct, SIZES["640x480"])
+    files = make_images(folder / "images", arguments.distinct, SIZES["640x480"])
     count = arguments.convert
 
     def records() -> Iterator[Record]:
         for i in range(count):
-            yield Record(str(i), FileSlice(str(files[i % len(files)])), (f"picture {i}",))
+            yield Record(str(i), FileSlice(str(files[i % len(files)])), (f"image {i}",))
 
     def write() -> None:
         contents = [(pack(record), pack_text(record)) for record in list(records())[: len(files)]]
@@ -240,7 +240,7 @@ def measure_conversion(folder: Path, arguments: argparse.Namespace) -> dict[str,
         "copying_alone": copy,
     }
     results: dict[str, Any] = {
-        "pictures": count,
+        "images": count,
         "bytes": sum(files[i % len(files)].stat().st_size for i in range(count)),
     }
     for name, part in parts.items():
@@ -252,11 +252,11 @@ def measure_conversion(folder: Path, arguments: argparse.Namespace) -> dict[str,
 
 
 def measure_decoders(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of processor time a picture in this process, and how many times that with ``Decoders``."""
+    """Milliseconds of processor time an image in this process, and how many times that with ``Decoders``."""
     results: dict[str, Any] = {"size": arguments.size}
     with Decoders(1) as decoders:
         for name, size in (SIZES | {"4000x3000": (4000, 3000)}).items():
-            (file,) = make_pictures(folder / name, 1, size)
+            (file,) = make_images(folder / name, 1, size)
             buffer = io.BytesIO()
             Image.open(file).save(buffer, "PNG")
             for kind, content in {"JPEG": file.read_bytes(), "PNG": buffer.getvalue()}.items():
@@ -287,7 +287,7 @@ def timed(function: Callable[[], Any]) -> dict[str, float]:
     return {"seconds": round(time.perf_counter() - wall, 2), "cpu": round(time.process_time() - cpu, 2)}
 
 
-def make_pictures(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
+def make_images(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
     """JPEGs of noise whose amplitude falls with the frequency, as in photographs."""
     folder.mkdir()
     width, height = size

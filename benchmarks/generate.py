@@ -3,8 +3,8 @@
     python benchmarks/generate.py            # batch 1 and 8, beside what this machine reads
     python benchmarks/generate.py --torch    # and beside PyTorch, taking turns
 
-The model is that of ``train_step.py``: 6 layers of width 1024, RN50 at 224 pixels, fp32, random weights. A prompt is a
-picture, which becomes 49 positions, and 16 tokens; 64 tokens are drawn, greedily. ``first_token_seconds`` is from
+The model is that of ``train_step.py``: 6 layers of width 1024, RN50 at 224 pixels, fp32, random weights. A prompt is an
+image, which becomes 49 positions, and 16 tokens; 64 tokens are sampled, greedily. ``first_token_seconds`` is from
 pixels to the first token; ``tokens_per_second`` counts the other 63 of every row.
 
 ``weights_per_second`` are the gigabytes of weights that every step must read, over its time; ``matvec_per_second`` is

@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/hostile_inputs.py --checkpoint runs/quickstart
 
 First the rows that are tests, at a server of low limits: each must get its 4xx within two seconds. Bodies that come too
-slowly, of requests and of fetched pictures, are given one second (the server's defaults are 20 and 5). Then bodies of
+slowly, of requests and of fetched images, are given one second (the server's defaults are 20 and 5). Then bodies of
 32 MB, the most that a server takes by default. The server is a process of its own, and healthy after each row.
 ``waited`` is how long another client waited for ``/health`` at most, meanwhile; ``memory`` what the process had at most
 beyond what it had before, in MB.

@@ -1,8 +1,8 @@
 """Many clients on a server, beside the same clients on a server that takes one request at a time, as JSON.
 
-    python benchmarks/serve_load.py --checkpoint runs/quickstart --pictures FOLDER
+    python benchmarks/serve_load.py --checkpoint runs/quickstart --images FOLDER
 
-Clients send streamed chat completions over loopback: a random picture or none, a random prompt, drawn or greedy; one in
+Clients send streamed chat completions over loopback: a random image or none, a random prompt, sampled or greedy; one in
 ten leaves in the middle of its answer. An answer has a random number of tokens, which ``min_tokens`` makes the server
 keep to: what a checkpoint would say by itself has the length of its training data. Both servers get the same load.
 Clients and server share the machine. ``memory_growth`` is the server's resident memory at the end over that after a
@@ -54,21 +54,21 @@ def main() -> int:
     """Reads the command line; returns 1 if a request failed otherwise than with 429, or something compiled."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--pictures", type=Path, help="folder of PNG files; default: drawn at random")
+    parser.add_argument("--images", type=Path, help="folder of PNG files; default: sampled at random")
     parser.add_argument("--clients", type=int, default=32, help="default %(default)s")
     parser.add_argument("--seconds", type=float, default=60, help="of each of both runs; default %(default)s")
     parser.add_argument("--slots", type=int, default=32, help="of the server that batches; default %(default)s")
     parser.add_argument("--port", type=int, default=8123, help="default %(default)s")
     arguments = parser.parse_args()
-    pictures = [_data_uri(picture) for picture in _pictures(arguments.pictures)]
-    batched, single = (_load(arguments, slots, pictures) for slots in (arguments.slots, 1))
-    lengths = f"{LENGTHS[0]} to {LENGTHS[1]} new tokens, evenly drawn; min_tokens = max_tokens"
+    images = [_data_uri(image) for image in _images(arguments.images)]
+    batched, single = (_load(arguments, slots, images) for slots in (arguments.slots, 1))
+    lengths = f"{LENGTHS[0]} to {LENGTHS[1]} new tokens, evenly sampled; min_tokens = max_tokens"
     ratio = round(batched["tokens_per_second"] / single["tokens_per_second"], 2)
     print(json.dumps({"lengths": lengths, "batched": batched, "one at a time": single, "ratio": ratio}, indent=1))
     return int(any(result["failures"] or result["programs"] for result in (batched, single)))
 
 
-def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dict[str, Any]:
+def _load(arguments: argparse.Namespace, slots: int, images: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "magma_jax.serve", "--checkpoint", arguments.checkpoint, "--slots", str(slots)]
     command += ["--template", "raw"]
     server = subprocess.Popen([*command, "--port", str(arguments.port)])
@@ -81,7 +81,7 @@ def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dic
         end = started + arguments.seconds
         log: list[dict[str, Any]] = []
         threads = [
-            threading.Thread(target=_client, args=(arguments.port, random.Random(i), pictures, end, log))
+            threading.Thread(target=_client, args=(arguments.port, random.Random(i), images, end, log))
             for i in range(arguments.clients)
         ]
         for thread in threads:
@@ -115,7 +115,7 @@ def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dic
         "memory_gb": round(after[memory] / 1e9, 2),
         "tokens_per_second": round(counted("new_tokens") / seconds, 1),
         "new_tokens": int(counted("new_tokens")),
-        "pictures_encoded": int(counted("pictures_encoded")),
+        "images_encoded": int(counted("images_encoded")),
         "prompt_tokens_reused": round(counted("reused_tokens") / counted("prompt_tokens"), 3),
         "first_token_seconds_p50": round(first[len(first) // 2], 3),
         "first_token_seconds_p95": round(first[int(0.95 * len(first))], 3),
@@ -123,12 +123,12 @@ def _load(arguments: argparse.Namespace, slots: int, pictures: list[str]) -> dic
     }
 
 
-def _client(port: int, rng: random.Random, pictures: list[str], end: float, log: list[dict[str, Any]]) -> None:
+def _client(port: int, rng: random.Random, images: list[str], end: float, log: list[dict[str, Any]]) -> None:
     while time.monotonic() < end:
         text = " ".join(rng.choices(WORDS, k=rng.randint(1, 20)))
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
         if rng.random() < 0.8:
-            content.insert(0, {"type": "image_url", "image_url": {"url": rng.choice(pictures)}})
+            content.insert(0, {"type": "image_url", "image_url": {"url": rng.choice(images)}})
         length = rng.randint(*LENGTHS)
         body = {
             "messages": [{"role": "user", "content": content}],
@@ -184,16 +184,16 @@ def _metrics(port: int) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"^(\w+) ([\d.e+-]+)$", "\n".join(lines), re.M)}
 
 
-def _pictures(folder: Path | None) -> list[Image.Image]:
+def _images(folder: Path | None) -> list[Image.Image]:
     if folder is not None:
         return [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))[:64]]
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(64)]
 
 
-def _data_uri(picture: Image.Image) -> str:
+def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

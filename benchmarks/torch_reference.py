@@ -101,7 +101,7 @@ class Magma(nn.Module):
             x = checkpoint(layer, x, use_reentrant=False, **options) if self.remat else layer(x, **options)
             x = x[0] if isinstance(x, tuple) else x
         logits = self.head(self.ln_f(x))
-        # The original computes the logits of all positions and leaves those of the picture out of the loss.
+        # The original computes the logits of all positions and leaves those of the image out of the loss.
         predicting = logits[:, prefix.shape[1] - 1 :]
         return functional.cross_entropy(predicting.flatten(0, 1), tokens.flatten())
 
@@ -117,7 +117,7 @@ class Magma(nn.Module):
 
 
 def make_generate(batch: int, threads: int) -> Callable[[int], Any]:
-    """Returns what draws a number of tokens behind a picture and a prompt, greedily."""
+    """Returns what draws a number of tokens behind an image and a prompt, greedily."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = Magma(remat=False).eval()

@@ -5,7 +5,7 @@
 
 The model: GPT-J with 6 layers of width 1024 and 16 heads (rotary over all 64 features of a head, feed-forward 4096, the
 published vocabulary of 50,258 and 50,400 rows), an RN50 encoder at 224 pixels (49 positions), adapters behind every
-MLP with a quarter of the width, batch 4, 256 positions (49 of the picture, 207 of text), fp32. The language model is
+MLP with a quarter of the width, batch 4, 256 positions (49 of the image, 207 of text), fp32. The language model is
 frozen; encoder, prefix and adapters learn, with gradient clipping and Adam. All pixels and tokens are random.
 
 Every variant runs in a process of its own, so that its peak memory is its own. They take turns, one step each, so that
@@ -108,7 +108,7 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
     from magma_jax.models.vision.clip_resnet import CLIP_RESNETS
     from magma_jax.nn.adapters import AdapterConfig
     from magma_jax.nn.modules import abstract, split
-    from magma_jax.runtime.compile import compiler_options, return_compiler_memory
+    from magma_jax.runtime.compile import compiler_options, trim_after_compile
     from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
     from magma_jax.training.step.options import LossOptions
     from magma_jax.training.step.train_step import init_state, make_train_step
@@ -135,7 +135,7 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
     loss = functools.partial(caption_loss, options=LossOptions(batch_norm=batch_norm, remat=remat))
     options = compiler_options(jax.default_backend())
     function = jax.jit(make_train_step(graphdef, loss, optimizer), donate_argnums=0, compiler_options=options)
-    return_compiler_memory()  # as the training loop does
+    trim_after_compile()  # as the training loop does
     start = time.perf_counter()
     compiled = function.lower(state, frozen, batch, key).compile()
     compile_seconds = round(time.perf_counter() - start, 1)

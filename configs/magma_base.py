@@ -1,11 +1,11 @@
-"""MAGMA base (paper, section 4.3 and appendix A): 15,000 steps of batch 256 on the mixed data set.
+"""MAGMA base (paper, section 4.3 and appendix A): 15,000 steps of batch 256 on the mixed dataset.
 
     python -m magma_jax.convert compose --lm hf://EleutherAI/gpt-j-6b --encoder RN50x16.pt \\
         --config configs/magma_base.py models/magma
     python train.py --config configs/magma_base.py --set mesh.fsdp=16
 
 The first command puts GPT-J, CLIP and fresh adapters together; magma_v2 and magma_long start from the same folder.
-Data sets come from `python -m magma_jax.data` (docs/data.md). mesh.fsdp is the number of chips that share the weights:
+Datasets come from `python -m magma_jax.data` (docs/data.md). mesh.fsdp is the number of chips that share the weights:
 `python -m magma_jax.plan --config configs/magma_base.py --topology v5e:4x4` tells what fits.
 """
 
@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
                     ),
                     "validation": ("data/coco_val",),
                 },
-                # With 144 positions of the picture, and the last token not run, 256 positions.
+                # With 144 positions of the image, and the last token not run, 256 positions.
                 "length": 113,
                 "overlong": "truncate",
             },

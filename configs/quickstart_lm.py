@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
                 "vocab_rows": 2049,
                 "head_rows": 2049,
                 "context_length": 128,
-                # The size of a prefix behind its LayerNorm, so that pictures and words speak equally loud.
+                # The size of a prefix behind its LayerNorm, so that images and words speak equally loud.
                 "embedding_std": 0.5,
             },
             "data": {"name": "openmoji_text", "length": 64, "lines": 120_000, "vocab_size": 2048},

@@ -1,13 +1,13 @@
-"""Text for pictures, from the command line.
+"""Text for images, from the command line.
 
-    python -m magma_jax.generate --checkpoint RUN picture.png
-    python -m magma_jax.generate --checkpoint RUN picture.png "Q: What skin tone is it? A:" --stream
+    python -m magma_jax.generate --checkpoint RUN image.png
+    python -m magma_jax.generate --checkpoint RUN image.png "Q: What skin tone is it? A:" --stream
     python -m magma_jax.generate --checkpoint RUN a.png "Q: Hair? A: red" b.png "Q: Hair? A:"
-    python -m magma_jax.generate --checkpoint RUN pictures/ "A picture of" --output answers.jsonl
-    python -m magma_jax.generate --checkpoint RUN picture.png "Q: Who? A:" --choices "a man" "a woman"
-    python -m magma_jax.generate --checkpoint RUN picture.png --attention attention.png
+    python -m magma_jax.generate --checkpoint RUN images/ "A picture of" --output answers.jsonl
+    python -m magma_jax.generate --checkpoint RUN image.png "Q: Who? A:" --choices "a man" "a woman"
+    python -m magma_jax.generate --checkpoint RUN image.png --attention attention.png
 
-Inputs are pictures, folders of pictures, and texts. Pictures with at most one text behind them are asked one by one;
+Inputs are images, folders of images, and texts. Images with at most one text behind them are asked one by one;
 in any other order the inputs are one prompt, as they follow each other.
 """
 
@@ -34,40 +34,39 @@ from magma_jax.data.time_limit import OWN_SECONDS
 from magma_jax.inference.answer_file import answer_file
 from magma_jax.inference.answers import AHEAD, Answer, Asker, AskOptions
 from magma_jax.inference.api import Magma
-from magma_jax.inference.attention_maps import check_head, look
+from magma_jax.inference.attention_maps import attention_maps, check_head
 from magma_jax.inference.batching.requests import EngineError
 from magma_jax.inference.decoding.sampling import SamplingConfig
 from magma_jax.output import error_line, printable, replace_file
-from magma_jax.runtime.compile import keep_programs
+from magma_jax.runtime.compile import enable_compilation_cache
 
-# For the pictures of a prompt, on a disk that may be far away.
+# For the images of a prompt, on a disk that may be far away.
 READ_SECONDS = 120.0
 DEFAULT_PROMPT = "A picture of"
 SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
 
 
 class Question(NamedTuple):
-    """A prompt, and the picture it is named after if there are several."""
+    """A prompt, and the image it is named after if there are several."""
 
     name: str | None
     parts: list[str | ImageInput]
 
     def prompt(self, decoders: Decoders) -> list[str | ImageInput]:
-        """With its pictures read."""
+        """With its images read."""
         deadline = time.monotonic() + READ_SECONDS
         return [
-            part if isinstance(part, str) else ImageInput(decoders.picture(part.source, deadline))
-            for part in self.parts
+            part if isinstance(part, str) else ImageInput(decoders.image(part.source, deadline)) for part in self.parts
         ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the answers; returns the exit status.
 
-    1 means that some pictures could not be answered for; 2 an error, which is one line on stderr; 130 an interruption.
+    1 means that some images could not be answered for; 2 an error, which is one line on stderr; 130 an interruption.
     """
     arguments = _parser().parse_args(argv)
-    keep_programs(not arguments.no_program_cache)
+    enable_compilation_cache(not arguments.no_program_cache)
     try:
         options = _options(arguments)
         questions = read_inputs(arguments.inputs, together=arguments.together)
@@ -89,11 +88,11 @@ def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Questi
     """The questions that the inputs of a command line ask.
 
     Args:
-        inputs: pictures, folders of pictures, texts.
+        inputs: images, folders of images, texts.
         together: one prompt whatever the order.
 
     Raises:
-        ValueError: an empty text, or a folder without pictures or among texts.
+        ValueError: an empty text, or a folder without images or among texts.
     """
     parts = [_part(text) for text in inputs]
     texts = [part for part in parts if isinstance(part, str)]
@@ -101,29 +100,29 @@ def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Questi
         raise ValueError(f"the prompt is empty; leave it out for {DEFAULT_PROMPT!r}")
     if not texts:
         parts.append(DEFAULT_PROMPT)
-    *pictures, last = parts
-    one_by_one = pictures and isinstance(last, str) and all(isinstance(part, ImageInput) for part in pictures)
+    *images, last = parts
+    one_by_one = images and isinstance(last, str) and all(isinstance(part, ImageInput) for part in images)
     folders = any(isinstance(part, ImageInput) and os.path.isdir(part.source) for part in parts)
     if together or not one_by_one:
         if folders:
-            raise ValueError("a folder stands for pictures that are asked one by one; put it first, one text behind it")
+            raise ValueError("a folder stands for images that are asked one by one; put it first, one text behind it")
         return [Question(None, parts)]
-    found = [file for part in pictures for file in (_pictures_in(part.source))]
+    found = [file for part in images for file in (_images_in(part.source))]
     several = len(found) > 1 or folders
     return [Question(file if several else None, [ImageInput(file), last]) for file in found]
 
 
 def _part(text: str) -> str | ImageInput:
-    """A picture (or a folder of them) if it is there, or is named like one; otherwise text."""
+    """An image (or a folder of them) if it is there, or is named like one; otherwise text."""
     try:
-        is_picture = text.lower().endswith(SUFFIXES) or os.path.exists(text)
+        is_image = text.lower().endswith(SUFFIXES) or os.path.exists(text)
     except ValueError:  # null bytes
-        is_picture = False
-    return ImageInput(text) if text and is_picture else text
+        is_image = False
+    return ImageInput(text) if text and is_image else text
 
 
-def _pictures_in(path: str) -> list[str]:
-    """The pictures below a folder, in order, without hidden files; of a file, itself."""
+def _images_in(path: str) -> list[str]:
+    """The images below a folder, in order, without hidden files; of a file, itself."""
     if not os.path.isdir(path):
         return [path]
     ignored: list[Skipped] = []
@@ -131,7 +130,7 @@ def _pictures_in(path: str) -> list[str]:
     if ignored:
         print(printable(f"note: {path}: {len(ignored)} hidden files are left out"), file=sys.stderr)
     if not found:
-        raise ValueError(f"{path}: no pictures in it ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{path}: no images in it ({', '.join(SUFFIXES)})")
     return found
 
 
@@ -145,19 +144,19 @@ def _check(arguments: argparse.Namespace, questions: list[Question]) -> None:
     if arguments.attention:
         if arguments.attention.suffix.lower() != ".png":
             raise ValueError(f"--attention {arguments.attention}: give a name that ends in .png")
-        pictures = [part.source for part in questions[0].parts if isinstance(part, ImageInput)]
-        if any(os.path.realpath(picture) == os.path.realpath(arguments.attention) for picture in pictures):
+        images = [part.source for part in questions[0].parts if isinstance(part, ImageInput)]
+        if any(os.path.realpath(image) == os.path.realpath(arguments.attention) for image in images):
             raise ValueError(f"--attention {arguments.attention}: is one of the inputs; give another name")
         if not arguments.attention.absolute().parent.is_dir():
             raise ValueError(f"--attention {arguments.attention}: no such folder; make it first")
-        if not pictures:
-            raise ValueError("--attention needs a picture to look at")
+        if not images:
+            raise ValueError("--attention needs an image to look at")
     if not arguments.output and any(os.path.isdir(text) for text in arguments.inputs if "\0" not in text):
         raise ValueError("a folder needs --output FILE.jsonl")
 
 
 def _print_answers(arguments: argparse.Namespace, questions: list[Question], options: AskOptions) -> None:
-    # Before the weights are read: a wrong picture should not take so long to tell.
+    # Before the weights are read: a wrong image should not take so long to tell.
     with _decoders() as decoders:
         prompts = [question.prompt(decoders) for question in questions]
     model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype)
@@ -173,7 +172,7 @@ def _print_answers(arguments: argparse.Namespace, questions: list[Question], opt
                 for answer in answers:
                     print(printable(_line(question, answer)))
     if arguments.attention:
-        seen = look(model, prompts[0], tokens)
+        seen = attention_maps(model, prompts[0], tokens)
         buffer = io.BytesIO()
         which = {"layer": arguments.layer, "head": arguments.head, "relative": arguments.relative}
         seen.sheet(**which).save(buffer, "PNG")
@@ -200,12 +199,12 @@ def _stream(asker: Asker, prompt: list[str | ImageInput]) -> tuple[int, ...]:
 
 
 def _to_file(arguments: argparse.Namespace, questions: list[Question], options: AskOptions) -> int:
-    """One JSON line a picture; returns 1 if some pictures could not be read."""
+    """One JSON line an image; returns 1 if some images could not be read."""
     settings = {"checkpoint": arguments.checkpoint, "dtype": arguments.dtype} | dataclasses.asdict(options)
     failed = 0
     with answer_file(arguments.output, settings | {"prompt": _text(questions[0])}) as file:
         left = [question for question in questions if _name(question) not in file.done]
-        progress = tqdm(total=len(questions), initial=len(questions) - len(left), unit="picture", disable=None)
+        progress = tqdm(total=len(questions), initial=len(questions) - len(left), unit="image", disable=None)
         model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype) if left else None
 
         def begin(stack: contextlib.ExitStack) -> Iterator:
@@ -216,7 +215,7 @@ def _to_file(arguments: argparse.Namespace, questions: list[Question], options: 
                 except (ValueError, OSError) as error:
                     yield question, _one_line(error)
                     continue
-                # All prompts have the size of the first: one picture and the same text.
+                # All prompts have the size of the first: one image and the same text.
                 asker = asker or stack.enter_context(Asker(model, options, prompt, len(left)))
                 yield question, asker.ask(prompt)
 
@@ -230,7 +229,7 @@ def _to_file(arguments: argparse.Namespace, questions: list[Question], options: 
                     file.write(record | _record(wait()))
                 progress.update()
     if failed:
-        print(f"{failed} of {len(left)} pictures could not be read; their lines say why", file=sys.stderr)
+        print(f"{failed} of {len(left)} images could not be read; their lines say why", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -260,8 +259,8 @@ def _line(question: Question, answer: Answer) -> str:
 
 
 def _name(question: Question) -> str:
-    pictures = (part.source for part in question.parts if isinstance(part, ImageInput))
-    return _readable(question.name or " ".join(pictures))
+    images = (part.source for part in question.parts if isinstance(part, ImageInput))
+    return _readable(question.name or " ".join(images))
 
 
 def _readable(name: str) -> str:
@@ -296,14 +295,14 @@ def _parser() -> argparse.ArgumentParser:
         "python -m magma_jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help=f"picture, folder or text (no text: {DEFAULT_PROMPT!r})")
+    add("inputs", nargs="+", metavar="INPUT", help=f"image, folder or text (no text: {DEFAULT_PROMPT!r})")
     add("--checkpoint", required=True, help="run folder, converted model folder or PyTorch checkpoint")
     add("--dtype", help="of weights and activations, such as bfloat16")
     add("--no-program-cache", action="store_true", help="compile anew, whatever earlier runs have kept")
-    add("--together", action="store_true", help="all inputs are one prompt, also several pictures and one text")
+    add("--together", action="store_true", help="all inputs are one prompt, also several images and one text")
     add("--max-new-tokens", type=int, default=32, help="default: %(default)s")
     add("--stream", action="store_true", help="show the answer while it is drawn")
-    add("--output", type=Path, metavar="FILE.jsonl", help="one JSON line a picture; an interrupted run is continued")
+    add("--output", type=Path, metavar="FILE.jsonl", help="one JSON line an image; an interrupted run is continued")
     drawing = parser.add_argument_group("drawing")
     add = drawing.add_argument
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")

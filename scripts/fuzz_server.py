@@ -67,7 +67,7 @@ def _run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "magma_jax.serve", "--checkpoint", str(folder / "tiny"), "--port", str(port)]
-    command += ["--slots", "4", "--body-timeout", "1", "--head-timeout", "1", "--keep-pictures", "16"]
+    command += ["--slots", "4", "--body-timeout", "1", "--head-timeout", "1", "--keep-images", "16"]
     log, printed = _Log(), folder / "printed"
     with printed.open("wb") as file:
         # With an arena a thread glibc keeps ever more of what is free, which is no leak.

@@ -1,6 +1,6 @@
-"""Asks a checkpoint about pictures by command line, Python, server and page, and compares the greedy answers.
+"""Asks a checkpoint about images by command line, Python, server and page, and compares the greedy answers.
 
-    python scripts/same_text.py --checkpoint runs/quickstart picture.png other.png
+    python scripts/same_text.py --checkpoint runs/quickstart image.png other.png
 
 The page needs chromium, chromedriver and selenium. Prints JSON; ends with 1 if an answer differs.
 """
@@ -20,28 +20,27 @@ from pathlib import Path
 from magma_jax import ImageInput, Magma
 
 
-def by_command_line(checkpoint: str, pictures: list[str], prompt: str) -> list[str]:
-    """A run of the program for each picture."""
+def by_command_line(checkpoint: str, images: list[str], prompt: str) -> list[str]:
+    """A run of the program for each image."""
     command = [sys.executable, "-m", "magma_jax.generate", "--checkpoint", checkpoint]
     return [
-        subprocess.run([*command, picture, prompt], check=True, capture_output=True, text=True).stdout
-        for picture in pictures
+        subprocess.run([*command, image, prompt], check=True, capture_output=True, text=True).stdout for image in images
     ]
 
 
-def by_python(checkpoint: str, pictures: list[str], prompt: str) -> list[str]:
+def by_python(checkpoint: str, images: list[str], prompt: str) -> list[str]:
     """One batch."""
     model = Magma.from_checkpoint(checkpoint)
-    batch = model.preprocess_batch([[ImageInput(picture), prompt] for picture in pictures])
+    batch = model.preprocess_batch([[ImageInput(image), prompt] for image in images])
     return model.generate(batch, max_steps=32, temperature=0.0)
 
 
-def by_server(url: str, pictures: list[str], prompt: str) -> list[str]:
+def by_server(url: str, images: list[str], prompt: str) -> list[str]:
     """Chat completions."""
     answers = []
-    for picture in pictures:
-        kind = mimetypes.guess_type(picture)[0]
-        data = f"data:{kind};base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
+    for image in images:
+        kind = mimetypes.guess_type(image)[0]
+        data = f"data:{kind};base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
         content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": prompt}]
         body = json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": 32}).encode()
         request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
@@ -50,7 +49,7 @@ def by_server(url: str, pictures: list[str], prompt: str) -> list[str]:
     return answers
 
 
-def by_page(url: str, pictures: list[str], prompt: str) -> list[str]:
+def by_page(url: str, images: list[str], prompt: str) -> list[str]:
     """A person's way, in a browser without a window."""
     from selenium import webdriver
     from selenium.webdriver.common.by import By
@@ -64,13 +63,13 @@ def by_page(url: str, pictures: list[str], prompt: str) -> list[str]:
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     answers = []
     try:
-        for picture in pictures:
+        for image in images:
             browser.get(url)
 
             def find(selector: str):
                 return browser.find_element(By.CSS_SELECTOR, selector)
 
-            find("input[type=file]").send_keys(str(Path(picture).absolute()))
+            find("input[type=file]").send_keys(str(Path(image).absolute()))
             WebDriverWait(browser, 10).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".frame"))
             find("textarea").send_keys(Keys.CONTROL, "a", Keys.NULL, prompt)
             find("#ask").click()
@@ -84,7 +83,7 @@ def by_page(url: str, pictures: list[str], prompt: str) -> list[str]:
 def main() -> int:
     """Reads the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pictures", nargs="+")
+    parser.add_argument("images", nargs="+")
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--prompt", default="A picture of")
     arguments = parser.parse_args()
@@ -94,7 +93,7 @@ def main() -> int:
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "magma_jax.serve", "--checkpoint", arguments.checkpoint, "--port", str(port)]
     server = subprocess.Popen([*command, "--template", "raw"])  # the other ways know no other
-    asked = (arguments.pictures, arguments.prompt)
+    asked = (arguments.images, arguments.prompt)
     try:
         found = {
             "command line": by_command_line(arguments.checkpoint, *asked),
@@ -112,9 +111,9 @@ def main() -> int:
         server.terminate()
         server.wait()
     rows = []
-    for i, picture in enumerate(arguments.pictures):
+    for i, image in enumerate(arguments.images):
         said = {way: " ".join(answers[i].split()) for way, answers in found.items()}
-        rows.append({"picture": picture, "same": len(set(said.values())) == 1, **said})
+        rows.append({"picture": image, "same": len(set(said.values())) == 1, **said})
     print(json.dumps(rows, indent=1, ensure_ascii=False))
     return 0 if all(row["same"] for row in rows) else 1
 

@@ -1,4 +1,4 @@
-"""Data set folders small enough for tests: coloured squares that the converter has stored."""
+"""Dataset folders small enough for tests: coloured squares that the converter has stored."""
 
 import io
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def jpeg(colour: Sequence[int], size: tuple[int, int] = (80, 64)) -> bytes:
 
 
 def noise(seed: int, size: tuple[int, int] = (80, 64)) -> bytes:
-    """A picture that looks like no other."""
+    """An image that looks like no other."""
     file = io.BytesIO()
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 10, 3), np.uint8)
     Image.fromarray(coarse).resize(size, Image.Resampling.NEAREST).save(file, "JPEG", quality=90)
@@ -30,7 +30,7 @@ def noise(seed: int, size: tuple[int, int] = (80, 64)) -> bytes:
 
 
 def captions(count: int = 12, name: str = "picture") -> list[Record]:
-    """Pictures with two captions each."""
+    """Images with two captions each."""
     return [Record(f"{name} {i}", noise(i), (f"{name} {i}", f"the {name} number {i}")) for i in range(count)]
 
 
@@ -43,6 +43,6 @@ def questions() -> list[Record]:
 
 
 def folder(path: Path, records: Sequence[Record], check: str = "decode") -> str:
-    """Converts records in this process; ``check="header"`` lets damaged pictures through. Returns the path."""
+    """Converts records in this process; ``check="header"`` lets damaged images through. Returns the path."""
     convert(records, path, ConvertOptions(PrepareOptions(check), shard_records=5, workers=0))
     return str(path)

@@ -28,7 +28,7 @@ def test_blocks_of_inference(tmp_path, monkeypatch, capsys):
     folder = Path("runs/quickstart")
     folder.parent.mkdir()
     write_model_folder(folder, {"model": to_dict(config)}, params, lambda path: tokenizer.save(path / "tokenizer"))
-    Image.new("RGB", (90, 64), "red").save("picture.png")
+    Image.new("RGB", (90, 64), "red").save("image.png")
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "inference.md").read_text(), re.S)
     for block in blocks:
         exec(compile(block, "inference.md", "exec"), {})

@@ -20,7 +20,7 @@ def test_the_python_block_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(setup, "load_dataset", lambda config: tiny.dataset())
     tiny.train(tiny.run_config(steps=1), "runs/quickstart")
-    Image.fromarray(np.zeros((50, 40, 3), np.uint8)).save("picture.png")
+    Image.fromarray(np.zeros((50, 40, 3), np.uint8)).save("image.png")
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(block, "README.md", "exec"), {})
     assert re.search(r"\(1, \d+, 310\) \(3, 1, \d+, 32\) \(2, 1, 2, \d+, \d+\)", capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""A MAGMA model and a data set small enough for tests."""
+"""A MAGMA model and a dataset small enough for tests."""
 
 import dataclasses
 from pathlib import Path

@@ -15,7 +15,7 @@ YES_OR_NO = "\nPlease answer yes or no."
 
 
 def questions() -> list[dict]:
-    """Held-out questions: path of the ``picture``, ``question``, ``answer``."""
+    """Held-out questions: path of the ``image``, ``question``, ``answer``."""
     found = json.loads((FOLDER / "questions.json").read_text())
     return [row | {"picture": str(FOLDER / row["picture"])} for row in found]
 
@@ -26,12 +26,12 @@ def worded(row: dict) -> str:
 
 
 def data_uri(path: str) -> str:
-    """A picture as a data: URI."""
+    """An image as a data: URI."""
     return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
 
 
 def content(row: dict) -> list[dict]:
-    """A question and its picture as the parts of a message."""
+    """A question and its image as the parts of a message."""
     return [
         {"type": "text", "text": worded(row)},
         {"type": "image_url", "image_url": {"url": data_uri(row["picture"])}},

@@ -26,7 +26,7 @@ def history():
 
 run(
     {
-        "question about a picture": lambda: chat().content,
+        "question about an image": lambda: chat().content,
         "stream": stream,
         "answers as history": history,
         "max_tokens beyond the context": lambda: chat(max_tokens=4096).content,

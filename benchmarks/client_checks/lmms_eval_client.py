@@ -10,11 +10,11 @@ ROWS = questions()
 
 def messages(row: dict) -> list[dict]:
     """What a task's ``doc_to_messages`` gives."""
-    picture = Image.open(row["picture"]).convert("RGB")
+    image = Image.open(row["picture"]).convert("RGB")
     return [
         {
             "role": "user",
-            "content": [{"type": "image", "url": picture}, {"type": "text", "text": worded(row)}],
+            "content": [{"type": "image", "url": image}, {"type": "text", "text": worded(row)}],
         }
     ]
 

@@ -55,7 +55,7 @@ async def unblocked():
 run(
     {
         "models": lambda: client.models.retrieve(client.models.list().data[0].id).id,
-        "question about a picture": lambda: chat().content,
+        "question about an image": lambda: chat().content,
         "stream": stream,
         "asynchronous": lambda: asyncio.run(unblocked()),
         "answers as history": history,

@@ -1,6 +1,6 @@
-"""VLMEvalKit's class for OpenAI-compatible servers, on held-out questions in the wording of its data sets.
+"""VLMEvalKit's class for OpenAI-compatible servers, on held-out questions in the wording of its datasets.
 
-The package imports every model and data set that it knows; two empty packages in front keep to the class.
+The package imports every model and dataset that it knows; two empty packages in front keep to the class.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """Golden files: arrays that the original computed, what each may differ by, and the comparison itself.
 
-A golden file is an ``.npz`` of named arrays in PyTorch's layout (pictures NCHW, parameters by their PyTorch keys).
+A golden file is an ``.npz`` of named arrays in PyTorch's layout (images NCHW, parameters by their PyTorch keys).
 Everything that a name can hold is optional, apart from the inputs ``images`` and ``captions``; see ``golden_run`` for
 the names that are understood.
 """

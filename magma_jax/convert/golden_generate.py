@@ -73,19 +73,19 @@ def _prompts(subject: Subject, wanted: set[str]) -> dict[str, list[np.ndarray]]:
     golden, rows = subject.golden, len(subject.images)
     model = merge(subject.graphdef, subject.params)
     text_a = inputs_of(golden, "text_a", (rows, None), "iu").astype(np.int32)
-    pictures, words = np.asarray(_embed_images(subject.graphdef, subject.params, subject.images)), model.embed_tokens
+    images, words = np.asarray(_embed_images(subject.graphdef, subject.params, subject.images)), model.embed_tokens
     a = np.asarray(words(jnp.asarray(text_a)))
     prompts = {}
     if "gen1" in wanted:
-        prompts["gen1"] = [np.concatenate([pictures[0], a[0]])]
+        prompts["gen1"] = [np.concatenate([images[0], a[0]])]
     if "gen2" in wanted:
         if rows < 2:
-            raise GoldenError("gen2 needs two pictures in the golden file")
+            raise GoldenError("gen2 needs two images in the golden file")
         text_b = inputs_of(golden, "text_b", (rows, None), "iu").astype(np.int32)
         b = np.asarray(words(jnp.asarray(text_b)))
-        prompts["gen2"] = [np.concatenate([pictures[0], a[0], pictures[1], b[1]])]
+        prompts["gen2"] = [np.concatenate([images[0], a[0], images[1], b[1]])]
     if wanted & {"genb", "geneos"}:
-        prompts["genb"] = [np.concatenate([pictures[i], a[i]]) for i in range(rows)]
+        prompts["genb"] = [np.concatenate([images[i], a[i]]) for i in range(rows)]
     if "gent" in wanted:
         prompts["gent"] = [a[0]]
     return prompts

@@ -62,7 +62,7 @@ class Subject:
 
     def __post_init__(self):
         size, lm = self.config.encoder.image_size, self.config.lm
-        self.images = _pictures(inputs_of(self.golden, "images", (None, 3, size, size), "f"))
+        self.images = _images(inputs_of(self.golden, "images", (None, 3, size, size), "f"))
         self.captions = inputs_of(self.golden, "captions", (len(self.images), None), "iu").astype(np.int32)
         for name in ("captions", "text_a", "text_b", "opt/captions_1"):
             if name in self.golden and not 0 <= self.golden[name].min() <= self.golden[name].max() < lm.vocab_rows:
@@ -72,7 +72,7 @@ class Subject:
         self.labels = label_parameters(types, OptimConfig().groups)
         self.positions = merge(self.graphdef, self.params).image_positions
         if self.captions.shape[1] <= self.positions:
-            raise GoldenError(f"golden input 'captions' must be longer than a picture's {self.positions} positions")
+            raise GoldenError(f"golden input 'captions' must be longer than an image's {self.positions} positions")
 
     def batch(self, images: np.ndarray, captions: np.ndarray) -> dict[str, jax.Array]:
         """A batch for the loss; as in the original, prefix and words together are as long as ``captions``."""
@@ -143,7 +143,7 @@ def training(subject: Subject) -> Quantities:
     if has_steps:
         images = inputs_of(subject.golden, "opt/images_1", subject.golden["images"].shape, "f")
         captions = inputs_of(subject.golden, "opt/captions_1", subject.captions.shape, "iu").astype(np.int32)
-        batches += [subject.batch(_pictures(images), captions), batches[0]]
+        batches += [subject.batch(_images(images), captions), batches[0]]
 
     state, history = init_state(trainable, statistics, optimizer), []
     for i, batch in enumerate(batches):
@@ -179,7 +179,7 @@ def cast(params: Params, dtype: Any) -> Params:
     }
 
 
-def _pictures(images: np.ndarray) -> np.ndarray:
+def _images(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images.astype(np.float32).transpose(0, 2, 3, 1))
 
 

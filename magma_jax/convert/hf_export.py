@@ -73,7 +73,7 @@ def _hf_config(config: GPTJConfig, dtype: str) -> dict[str, Any]:
 
 def _write_tokenizer(folder: Path, words: Tokenizer, config: GPTJConfig) -> None:
     content = json.loads(words.to_json())
-    # The place of a picture has no row in most models, so its id would be out of their range.
+    # The place of an image has no row in most models, so its id would be out of their range.
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < config.head_rows]
     _write_json(folder / "tokenizer.json", content)
     settings = {

@@ -1,1 +1,1 @@
-"""Pictures, text and samples, up to the batch."""
+"""Images, text and samples, up to the batch."""

@@ -1,8 +1,8 @@
-"""Data sets in their released formats, to the library's own.
+"""Datasets in their released formats, to the library's own.
 
 python -m magma_jax.data convert --from coco captions_val2014.json data/coco_val --images val2014
 python -m magma_jax.data convert --from vqav2 v2_OpenEnded_mscoco_val2014_questions.json data/vqa --images val2014
-python -m magma_jax.data convert --from folder my_pictures data/mine
+python -m magma_jax.data convert --from folder my_images data/mine
 python -m magma_jax.data show data/mine
 """
 
@@ -28,11 +28,11 @@ def main() -> None:
     """Reads the command line and converts or shows."""
     parser = argparse.ArgumentParser(prog="python -m magma_jax.data", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("convert", help="write a data set folder", description="Writes a data set folder.")
-    one.add_argument("source", type=Path, help="annotation file, or the folder for formats that hold their pictures")
+    one = commands.add_parser("convert", help="write a dataset folder", description="Writes a dataset folder.")
+    one.add_argument("source", type=Path, help="annotation file, or the folder for formats that hold their images")
     one.add_argument("out", type=Path, help="folder to write")
     one.add_argument("--from", dest="format", required=True, choices=READERS, metavar="FORMAT", help=", ".join(READERS))
-    one.add_argument("--images", type=Path, help="folder below which the pictures lie")
+    one.add_argument("--images", type=Path, help="folder below which the images lie")
     one.add_argument("--option", nargs="*", default=[], metavar="KEY=VALUE", help="options of the format")
     one.add_argument("--shard-records", type=int, default=ConvertOptions.shard_records, help="default: %(default)s")
     one.add_argument("--workers", type=int, help="processes, 0 for none beside this one; default: one a core")
@@ -46,7 +46,7 @@ def main() -> None:
     one.add_argument(
         "--beam", nargs="*", default=[], metavar="KEY=VALUE", help="options of Beam, as runner=FlinkRunner"
     )
-    two = commands.add_parser("show", help="print what a data set folder holds")
+    two = commands.add_parser("show", help="print what a dataset folder holds")
     two.add_argument("folder", type=Path)
     two.add_argument("--limit", type=int, default=3, help="records to print; default: %(default)s")
     arguments = parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     options = _options(arguments.format, arguments.option)
     if arguments.images is None and arguments.format not in SELF_CONTAINED:
-        raise DataError(f"--from {arguments.format} needs --images, the folder of the pictures")
+        raise DataError(f"--from {arguments.format} needs --images, the folder of the images")
     entries = functools.partial(read, arguments.format, arguments.source, arguments.images, **options)
     how = ConvertOptions(
         PrepareOptions(arguments.check, arguments.max_pixels, arguments.duplicates),

@@ -1,4 +1,4 @@
-"""Data sets by name: what a config's ``data.name`` stands for."""
+"""Datasets by name: what a config's ``data.name`` stands for."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from magma_jax.config import ConfigError
 from magma_jax.data.batches.folders import FolderBatches, drawn_samples
 from magma_jax.data.batches.pipeline import Overlong, encode_sample, form_batches, sample_batches, text_batches
 from magma_jax.data.batches.sources import FolderSamples, JoinedSamples, SourceConfig
-from magma_jax.data.batches.stored_images import Augment, Decode, PictureOptions, StoredPictures
+from magma_jax.data.batches.stored_images import Augment, Decode, ImageOptions, StoredImages
 from magma_jax.data.format.records import Sample
 from magma_jax.data.openmoji import drawings as openmoji
 from magma_jax.data.openmoji import text as openmoji_text
@@ -43,11 +43,11 @@ class DataConfig:
             is compiled once.
         pack: how many samples of ``length`` tokens in all may share a row, in place of padding; 1 for one a row.
         overlong: samples of more tokens are an ``error``, or ``truncate`` cuts and counts them.
-        image_size: pixels per side of a picture; pictures of ``folders`` take the encoder's.
-        augment: of pictures of ``folders`` that are learned from; None for that of the original, which crops at random
+        image_size: pixels per side of an image; images of ``folders`` take the encoder's.
+        augment: of images of ``folders`` that are learned from; None for that of the original, which crops at random
             for an NF-ResNet and does nothing for other encoders.
         decode: pixels of ``folders`` ``exact`` as the original's, or ``fast``, see ``data.batches.stored_images``.
-        workers: processes that decode pictures of ``folders``; None for one a core, 0 for none but the run's own.
+        workers: processes that decode images of ``folders``; None for one a core, 0 for none but the run's own.
         max_skipped: share of the samples of ``folders`` that may be left out because they cannot be used.
         cache_dir: where rasterised drawings are kept between runs.
         weights: how often each source of ``openmoji`` is drawn: captions of people, whose gender is known or open;
@@ -106,23 +106,23 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set ready to be drawn from.
+    """A dataset ready to be drawn from.
 
     Attributes:
         tokenizer: of its texts.
         batches: ``(batch_size, seed, rows)`` to endless batches, of which this process wants ``rows``; see
             ``data.batches.pipeline``.
-        images: every picture, uint8 (N, size, size, 3), in memory or decoded when asked for; None for text alone.
-        learned: rows of the pictures that may be learned from; all by default.
+        images: every image, uint8 (N, size, size, 3), in memory or decoded when asked for; None for text alone.
+        learned: rows of the images that may be learned from; all by default.
         evaluation: split to samples, in a fixed order, in memory or read when asked for; empty for text alone.
-        records: what is known of every picture, in the order of ``images``.
+        records: what is known of every image, in the order of ``images``.
         held_out: ``(split, limit, batch_size, rows)`` to the batches of up to ``limit`` samples that a run is validated
             on, of which this process wants ``rows``; None for those made of ``evaluation``.
     """
 
     tokenizer: Tokenizer
     batches: Callable[[int, int, Sequence[int]], grain.IterDataset | FolderBatches]
-    images: UInt8[np.ndarray, "N H W 3"] | StoredPictures | None = None
+    images: UInt8[np.ndarray, "N H W 3"] | StoredImages | None = None
     learned: Sequence[int] | None = None
     evaluation: dict[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     records: Sequence[Any] = ()
@@ -130,7 +130,7 @@ class Dataset:
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Loads, builds or opens the data set that a config names.
+    """Loads, builds or opens the dataset that a config names.
 
     Raises:
         ConfigError: a config that names no folders. DataError: folders that cannot be read.
@@ -144,9 +144,9 @@ def _openmoji(config: DataConfig) -> Dataset:
         tokenizer = Tokenizer.load(path)
     learned = [record for record in records if record.split == "train"]
     captions = openmoji.captions(learned)
-    living = [sample for sample in captions if records[sample.picture].gender is not None]
-    things = [sample for sample in captions if records[sample.picture].gender is None]
-    # A draw balances the answers by leaving pictures out, so several draws together see more of them.
+    living = [sample for sample in captions if records[sample.image].gender is not None]
+    things = [sample for sample in captions if records[sample.image].gender is None]
+    # A draw balances the answers by leaving images out, so several draws together see more of them.
     ask = functools.partial(openmoji.questions, kinds=config.questions)
     questions = [sample for draw in range(config.question_draws) for sample in ask(learned, draw)]
 
@@ -195,11 +195,11 @@ def _folders(config: DataConfig) -> Dataset:
         raise ConfigError("data.folders names no folders to train on; set data.folders.train")
     tokenizer = _tokenizer(config.tokenizer)
     names = dict.fromkeys(source.path for members in config.folders.values() for source in members)
-    options = PictureOptions(config.image_size, config.decode, config.augment or "none")
-    pictures = StoredPictures(tuple(names), options, cores() if config.workers is None else config.workers)
-    records = dict(zip(names, pictures.records, strict=True))
+    options = ImageOptions(config.image_size, config.decode, config.augment or "none")
+    images = StoredImages(tuple(names), options, cores() if config.workers is None else config.workers)
+    records = dict(zip(names, images.records, strict=True))
     splits = {
-        split: [FolderSamples(records[source.path], source, pictures.first_row(source.path)) for source in members]
+        split: [FolderSamples(records[source.path], source, images.first_row(source.path)) for source in members]
         for split, members in config.folders.items()
     }
 
@@ -222,10 +222,10 @@ def _folders(config: DataConfig) -> Dataset:
             buckets=config.buckets,
             pack=config.pack,
         )
-        return FolderBatches(texts, pictures, config.max_skipped)
+        return FolderBatches(texts, images, config.max_skipped)
 
     evaluation = {split: JoinedSamples(members) for split, members in splits.items()}
-    return Dataset(tokenizer, batches, pictures, evaluation=evaluation)
+    return Dataset(tokenizer, batches, images, evaluation=evaluation)
 
 
 def _tokenizer(name: str | None) -> Tokenizer:

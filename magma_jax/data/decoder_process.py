@@ -1,4 +1,4 @@
-"""Processes that decode pictures and nothing else; ``data.decoders`` starts and watches them.
+"""Processes that decode images and nothing else; ``data.decoders`` starts and watches them.
 
 Run by its path, with its settings as JSON, so that nothing of the package is imported but ``pillow_steps``. The first
 process is ready to decode and never does: for every socket that it is sent it makes a copy of itself that does, within
@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 LENGTHS = struct.Struct(">IQ")
-# Of a process beside what the pixels take: the encoded picture, several times over.
+# Of a process beside what the pixels take: the encoded image, several times over.
 SPARE_MEMORY = 2**28
 
 
@@ -37,7 +37,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     steps = _load_steps()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # What the C libraries have to say about damaged pictures is said in the answers too.
+    # What the C libraries have to say about damaged images is said in the answers too.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     control, children = socket.socket(fileno=0), set()
     while True:
@@ -83,19 +83,19 @@ def _load_steps() -> ModuleType:
     spec = importlib.util.spec_from_file_location("pillow_steps", Path(__file__).with_name("pillow_steps.py"))
     steps = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(steps)
-    steps.Image.init()  # the plug-ins now: they would count as time of the first picture
+    steps.Image.init()  # the plug-ins now: they would count as time of the first image
     return steps
 
 
 def _answer(
     steps: ModuleType, max_pixels: int, request: dict[str, Any], content: bytes
 ) -> tuple[dict[str, Any], bytes]:
-    """What a picture becomes: a square of pixels where a size is wanted, or the whole picture."""
+    """What an image becomes: a square of pixels where a size is wanted, or the whole image."""
     name = request["name"]
     try:
         try:
             with _opened(request["file"]) if "file" in request else io.BytesIO(content) as file:
-                image = steps.decode(steps.open_picture(file, name, max_pixels), name)
+                image = steps.decode(steps.open_image(file, name, max_pixels), name)
             if "size" in request:
                 return {}, steps.to_square(image, request["size"]).tobytes()
             described = {"mode": image.mode, "size": image.size}

@@ -24,7 +24,7 @@ _SCRIPT = str(Path(__file__).with_name("decoder_process.py"))
 
 
 class DecoderError(RuntimeError):
-    """No fault of a picture: the decoders are closed or busy, or their processes cannot be started."""
+    """No fault of an image: the decoders are closed or busy, or their processes cannot be started."""
 
 
 class WorkerDied(Exception):
@@ -35,7 +35,7 @@ class Starter:
     """The process that the others are copies of, made within milliseconds; safe to use from many threads.
 
     Args:
-        settings: ``seconds`` of processor time that a picture may take, ``max_pixels`` that it may have.
+        settings: ``seconds`` of processor time that an image may take, ``max_pixels`` that it may have.
     """
 
     def __init__(self, settings: dict[str, Any]):
@@ -69,7 +69,7 @@ class Starter:
             pid = self._tell(b"new", theirs.fileno())
         if pid is None:
             ours.close()
-            raise DecoderError("a process that decodes pictures cannot be started")
+            raise DecoderError("a process that decodes images cannot be started")
         return Worker(self, ours, pid)
 
     def kill(self, pid: int) -> int | None:
@@ -95,14 +95,14 @@ class Starter:
 
 
 class Worker:
-    """A process that decodes one picture after another."""
+    """A process that decodes one image after another."""
 
     def __init__(self, starter: Starter, connection: socket.socket, pid: int):
         self.pid, self._starter, self._socket = pid, starter, connection
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
         self._before = 0.0
-        self.is_last = False  # picture that the process decodes
+        self.is_last = False  # image that the process decodes
 
     def is_ready(self) -> bool:
         """Whether a process without a request is there, and can be killed."""

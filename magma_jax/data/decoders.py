@@ -1,12 +1,12 @@
-"""Decoding pictures of strangers: in processes of their own, each picture with a limit on processor time and memory.
+"""Decoding images of strangers: in processes of their own, each image with a limit on processor time and memory.
 
     with Decoders(2) as decoders:
         pixels = decoders.square(content, 384, deadline=time.monotonic() + 5)
 
 Pillow decodes some formats in Python, byte by byte, and some files make its C libraries work for minutes. What goes
-past its limits is killed with its process, and the next picture gets another one.
+past its limits is killed with its process, and the next image gets another one.
 
-Processes that only read pictures, where nobody waits for one, have ``data.time_limit`` instead.
+Processes that only read images, where nobody waits for one, have ``data.time_limit`` instead.
 """
 
 import collections
@@ -26,28 +26,28 @@ from magma_jax.data.decoder_workers import DecoderError, Starter, Worker, Worker
 from magma_jax.data.pillow_steps import MAX_PIXELS, ImageError, name_of, too_long
 from magma_jax.typing import UInt8
 
-# Processor time after which a picture makes room for others that wait: a photograph of 5 megapixels takes as long.
+# Processor time after which an image makes room for others that wait: a photograph of 5 megapixels takes as long.
 SLICE = 0.05
 # Between two looks at whether somebody waits.
 LOOK = 0.02
 
 
 class DecoderBusy(DecoderError):
-    """Too many pictures are waiting; try again later."""
+    """Too many images are waiting; try again later."""
 
 
 class Decoders:
     """Some processes that decode; safe to use from many threads. Use it in a ``with`` block, or close it.
 
-    Pictures have their turn in the order they come. One that has taken ``SLICE`` of processor time while others wait
+    Images have their turn in the order they come. One that has taken ``SLICE`` of processor time while others wait
     gets out of their way: it goes on beside them at a low priority, or if as many already do so, it is begun anew when
-    one of these has ended. So a few pictures that take as long as they may delay others by no more than a slice.
+    one of these has ended. So a few images that take as long as they may delay others by no more than a slice.
 
     Args:
-        processes: pictures that are decoded at the same time, and as many beside them.
-        seconds: of processor time that a picture may take.
+        processes: images that are decoded at the same time, and as many beside them.
+        seconds: of processor time that an image may take.
         max_pixels: width times height, checked before anything is decoded; memory is limited accordingly.
-        waiting: pictures that may wait at most, those included that are decoded.
+        waiting: images that may wait at most, those included that are decoded.
     """
 
     def __init__(self, processes: int = 2, *, seconds: float = 1.5, max_pixels: int = MAX_PIXELS, waiting: int = 256):
@@ -64,7 +64,7 @@ class Decoders:
         self._closed = False
 
     def start(self) -> None:
-        """Starts the first process, which takes 0.2 s, ahead of the first picture; does not wait for it."""
+        """Starts the first process, which takes 0.2 s, ahead of the first image; does not wait for it."""
         self._living_starter()
 
     def square(self, content: bytes, size: int, deadline: float | None = None) -> UInt8[np.ndarray, "{size} {size} 3"]:
@@ -76,14 +76,14 @@ class Decoders:
             deadline: of ``time.monotonic()``; then the process is killed.
 
         Raises:
-            ImageError: as of both; or the picture takes too much time or memory, or the decoder breaks down on it.
+            ImageError: as of both; or the image takes too much time or memory, or the decoder breaks down on it.
             TimeoutError: past the deadline. DecoderBusy: too many wait.
             DecoderError: closed, or processes cannot be started.
         """
         _, pixels = self._ask({"name": name_of(content), "size": size}, content, deadline)
         return np.frombuffer(pixels, np.uint8).reshape(size, size, 3)
 
-    def picture(self, source: str | os.PathLike | bytes, deadline: float | None = None) -> Image.Image:
+    def image(self, source: str | os.PathLike | bytes, deadline: float | None = None) -> Image.Image:
         """``images.load_image`` of a path or encoded bytes, without what the file says beside the pixels.
 
         Arguments and errors as of ``square``; OSError for a file that cannot be read.
@@ -106,7 +106,7 @@ class Decoders:
             return starter + [worker.pid for worker in self._all]
 
     def close(self) -> None:
-        """Kills the processes; who waits for a picture gets a DecoderError."""
+        """Kills the processes; who waits for an image gets a DecoderError."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -126,7 +126,7 @@ class Decoders:
 
     def _ask(self, request: dict[str, Any], content: bytes, deadline: float | None) -> tuple[dict[str, Any], bytearray]:
         if not self._places.acquire(blocking=False):
-            raise DecoderBusy("too many pictures are waiting")
+            raise DecoderBusy("too many images are waiting")
         work = request, content, deadline
         try:
             try:
@@ -222,7 +222,7 @@ class Decoders:
 
 
 class _InTheWay(Exception):
-    """A picture makes room for others."""
+    """An image makes room for others."""
 
 
 class _Turns:

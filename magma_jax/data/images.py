@@ -1,8 +1,8 @@
-"""From an encoded picture to the pixels an encoder sees.
+"""From an encoded image to the pixels an encoder sees.
 
 Three steps, usable apart: ``load_image`` opens what a user hands over and refuses what is unsafe or broken,
 ``to_uint8`` resizes and crops, ``normalize`` scales. Data pipelines store what ``to_uint8`` gives and
-normalise on the device; ``clip_preprocess`` does both at once. Pictures of strangers are for ``data.decoders``.
+normalise on the device; ``clip_preprocess`` does both at once. Images of strangers are for ``data.decoders``.
 """
 
 import io
@@ -20,7 +20,7 @@ from magma_jax.data.pillow_steps import (
     check_size,
     decode,
     name_of,
-    open_picture,
+    open_image,
     resizable,
     to_square,
 )
@@ -44,7 +44,7 @@ __all__ = [
     "to_uint8",
 ]
 
-# Per channel, in units of the full range, over CLIP's training pictures (released with Radford et al. 2021).
+# Per channel, in units of the full range, over CLIP's training images (released with Radford et al. 2021).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -52,7 +52,7 @@ ImageSource: TypeAlias = str | os.PathLike | bytes | Image.Image
 
 
 class ImageInput:
-    """A picture inside a multimodal prompt, as in ``["Describe:", ImageInput("cat.png")]``.
+    """An image inside a multimodal prompt, as in ``["Describe:", ImageInput("cat.png")]``.
 
     Holds the source (path, encoded bytes or PIL image) and decodes it when asked, so that a prompt can be
     written before its files exist. Raises ``ImageError`` at once for a URL: nothing is ever fetched.
@@ -63,11 +63,11 @@ class ImageInput:
         self.source = source
 
     def load(self, **options) -> Image.Image:
-        """The decoded picture; ``options`` and errors are those of ``load_image``."""
+        """The decoded image; ``options`` and errors are those of ``load_image``."""
         return load_image(self.source, **options)
 
     def pixels(self, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-        """``to_uint8`` of the decoded picture, with the errors of both."""
+        """``to_uint8`` of the decoded image, with the errors of both."""
         return to_uint8(self.load(), size)
 
     def __repr__(self) -> str:
@@ -77,9 +77,9 @@ class ImageInput:
 def load_image(
     source: ImageSource, *, max_pixels: int = MAX_PIXELS, exif_transpose: bool = True, draft: int = 0
 ) -> Image.Image:
-    """Opens and fully decodes one picture.
+    """Opens and fully decodes one image.
 
-    Accepts PNG, JPEG, WebP, GIF and BMP. Of an animation the first frame counts. A picture has the mode of its file,
+    Accepts PNG, JPEG, WebP, GIF and BMP. Of an animation the first frame counts. An image has the mode of its file,
     because the resize in ``to_uint8`` depends on it, with these exceptions:
 
     - 16 bits, grey: 8 bits, 65535 mapping to 255.
@@ -92,10 +92,10 @@ def load_image(
         source: path, encoded bytes, or an image opened by PIL (returned as it is if nothing has to change).
         max_pixels: largest width times height, checked from the header before anything is decoded. PIL's own
             limit (``PIL.Image.MAX_IMAGE_PIXELS``) holds besides.
-        exif_transpose: turn the picture the way its EXIF orientation says, as viewers show it. The original
+        exif_transpose: turn the image the way its EXIF orientation says, as viewers show it. The original
             ignores the tag: pass False to see what it saw.
         draft: a JPEG may be decoded at a half, quarter or eighth of its size, as long as no side falls below this;
-            0 for never. Several times faster for large pictures, and not quite the same pixels.
+            0 for never. Several times faster for large images, and not quite the same pixels.
 
     Raises:
         ImageError: too large, empty, truncated, damaged, another format, a URL, or values in ``I`` or ``F`` that
@@ -107,26 +107,26 @@ def load_image(
     if isinstance(source, Image.Image):
         return decode(check_size(source, name, max_pixels), name, exif_transpose)
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-        image = open_picture(file, name, max_pixels)
+        image = open_image(file, name, max_pixels)
         if draft:
             image.draft(None, (draft, draft))
         return decode(image, name, exif_transpose)
 
 
 def open_header(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture with format and size known and nothing decoded; errors as ``load_image``."""
-    return open_picture(io.BytesIO(content), name_of(content), max_pixels)
+    """The image with format and size known and nothing decoded; errors as ``load_image``."""
+    return open_image(io.BytesIO(content), name_of(content), max_pixels)
 
 
 def to_uint8(image: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Resizes the shorter side to ``size``, crops the centre and converts to RGB, in this order.
 
     Equal, bit for bit, to the original's CLIP transform before scaling: Pillow's bicubic filter, the longer
-    side truncated to a whole pixel. Because RGB comes last, palette and two-colour pictures are resized
+    side truncated to a whole pixel. Because RGB comes last, palette and two-colour images are resized
     without interpolation, and what alpha hides goes black.
 
     Raises:
-        ImageError: the picture is so long and thin that resizing it would exceed ``MAX_PIXELS``; a mode that
+        ImageError: the image is so long and thin that resizing it would exceed ``MAX_PIXELS``; a mode that
             ``load_image`` refuses.
     """
     return np.array(to_square(image, size))
@@ -136,8 +136,8 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> UInt
     """A random square, enlarged a little at random, and of that a random square (Ramesh et al. 2021, section A.3).
 
     The original's augmentation for encoders that are trained from scratch, without its mirroring, which would belie
-    captions that speak of left and right, and without cutting large pictures to their centre first (its padding does
-    so by mistake). A picture smaller than ``size`` gets black margins.
+    captions that speak of left and right, and without cutting large images to their centre first (its padding does
+    so by mistake). An image smaller than ``size`` gets black margins.
     """
     image = resizable(image, name_of(image)).convert("RGB")
     width, height = (max(side, size) for side in image.size)

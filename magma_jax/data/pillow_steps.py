@@ -1,4 +1,4 @@
-"""What Pillow does between the bytes of a picture and a square of pixels.
+"""What Pillow does between the bytes of an image and a square of pixels.
 
 Imports Pillow and NumPy alone, so that a process that only decodes (``data.decoder_process``) starts in a tenth of a
 second. The interface for users is ``data.images``.
@@ -19,13 +19,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
 
-# Memory of a picture in bytes a pixel: 17 are the most that a decoder was seen to take (WebP with alpha), beside the
+# Memory of an image in bytes a pixel: 17 are the most that a decoder was seen to take (WebP with alpha), beside the
 # encoded bytes.
 BYTES_A_PIXEL = 24
 # Just below the largest that glibc keeps.
 LARGE = 31 << 20
 
-# A progressive JPEG has about ten scans, each as long to decode as the whole picture, and libjpeg decodes a thousand of
+# A progressive JPEG has about ten scans, each as long to decode as the whole image, and libjpeg decodes a thousand of
 # them, in 64 kB, in one call. The marker cannot occur within the data of a scan.
 MAX_SCANS = 100
 _SCAN = b"\xff\xda"
@@ -37,39 +37,39 @@ _FIRST = {"HSV": "RGB", "La": "LA", "PA": "RGBA", "RGBa": "RGBA"}
 _EXACT_MODES = ("RGB", "L")
 _ORIENTATION = 0x0112
 
-TOO_LONG = "picture takes too long to decode"
+TOO_LONG = "image takes too long to decode"
 
-# A damaged tag each is a warning of its own: one picture of 0.8 MB has 65,534 of them. What they tell of does not
+# A damaged tag each is a warning of its own: one image of 0.8 MB has 65,534 of them. What they tell of does not
 # concern pixels.
 _QUIET = ("ignore", None, UserWarning, re.compile(r"PIL\."), 0)
 
 
 class ImageError(ValueError):
-    """A picture that cannot or must not be decoded; one line that names the picture and the remedy.
+    """An image that cannot or must not be decoded; one line that names the image and the remedy.
 
-    ``kind`` says in a few words what is wrong, the same for all pictures with that fault.
+    ``kind`` says in a few words what is wrong, the same for all images with that fault.
     """
 
-    def __init__(self, message: str, kind: str = "picture damaged"):
+    def __init__(self, message: str, kind: str = "image damaged"):
         super().__init__(message)
         self.kind = kind
 
 
-def open_picture(file: io.BufferedIOBase, name: str, max_pixels: int) -> Image.Image:
-    """The picture with format and size known and nothing decoded.
+def open_image(file: io.BufferedIOBase, name: str, max_pixels: int) -> Image.Image:
+    """The image with format and size known and nothing decoded.
 
     Raises:
         ImageError: empty, damaged, another format, or too large; ``name`` stands in the message.
     """
     if not file.read(1):
-        raise ImageError(f"{name}: the file is empty; fetch or export it again", "picture empty")
+        raise ImageError(f"{name}: the file is empty; fetch or export it again", "image empty")
     file.seek(0)
     _silence_pillow()
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         message = f"{name}: no image in one of the formats {', '.join(FORMATS)}; convert it to PNG"
-        raise ImageError(message, "no picture, or not in a known format") from None
+        raise ImageError(message, "no image, or not in a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(name, "more pixels than PIL opens", max_pixels) from None
     except Exception as error:  # a plug-in may raise anything on a damaged header
@@ -80,14 +80,14 @@ def open_picture(file: io.BufferedIOBase, name: str, max_pixels: int) -> Image.I
 
 
 def check_size(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    """The picture, if it has no more pixels than these."""
+    """The image, if it has no more pixels than these."""
     if image.width * image.height > max_pixels:
         raise _too_large(name, f"{image.width} x {image.height} pixels", max_pixels)
     return image
 
 
 def decode(image: Image.Image, name: str, exif_transpose: bool = True) -> Image.Image:
-    """The whole picture, turned the way its EXIF orientation says, in a mode that can be resized."""
+    """The whole image, turned the way its EXIF orientation says, in a mode that can be resized."""
     _silence_pillow()
     try:
         image.load()
@@ -126,16 +126,16 @@ def to_square(image: Image.Image, size: int) -> Image.Image:
         return square.convert("RGB")
     except (ValueError, ImportError) as error:  # the latter without LittleCMS, for LAB
         message = f"{name_of(image)}: this mode has no way to RGB ({error}); convert it first"
-        raise ImageError(message, "picture in an unknown mode") from None
+        raise ImageError(message, "image in an unknown mode") from None
 
 
 def too_long(name: str, seconds: float) -> ImageError:
-    """The error of a picture that takes more processor time than it may."""
+    """The error of an image that takes more processor time than it may."""
     return ImageError(f"{name}: takes more than {seconds:g} s to decode; save it anew or smaller", TOO_LONG)
 
 
 def resizable(image: Image.Image, name: str) -> Image.Image:
-    """The picture in a mode that Pillow resizes, by the rule of ``images.load_image``; itself if it has one already.
+    """The image in a mode that Pillow resizes, by the rule of ``images.load_image``; itself if it has one already.
 
     Raises:
         ImageError: values of 32 bits that the rule has no scale for.
@@ -152,14 +152,14 @@ def keep_freed_memory() -> None:
     """Lets the C library use large blocks again.
 
     It gives a block back to the system as soon as it is free, until it has seen one as large as this; and fetching
-    memory anew for every picture costs a tenth of the time it takes to decode.
+    memory anew for every image costs a tenth of the time it takes to decode.
     """
     block = bytearray(LARGE)
     del block
 
 
 def limit_memory(max_pixels: int, spare: int) -> None:
-    """Lets this process have so much memory more as a picture may need, and ``spare`` bytes for what else it does.
+    """Lets this process have so much memory more as an image may need, and ``spare`` bytes for what else it does.
 
     Decoding then fails as an ``ImageError``. Only where the system tells what the process has, which is on Linux.
     """
@@ -170,16 +170,16 @@ def limit_memory(max_pixels: int, spare: int) -> None:
 
 
 def name_of(source: str | os.PathLike | bytes | Image.Image) -> str:
-    """What a message calls a picture."""
+    """What a message calls an image."""
     if isinstance(source, Image.Image):
         return f"<{source.mode} image, {source.width} x {source.height}>"
     return f"<{len(source)} bytes>" if isinstance(source, bytes) else repr(os.fspath(source))
 
 
 def damaged(name: str, error: Exception) -> ImageError:
-    """The error of a picture on which a decoder fails."""
+    """The error of an image on which a decoder fails."""
     if isinstance(error, MemoryError):
-        return ImageError(f"{name}: takes too much memory to decode; save it anew or smaller", "picture too large")
+        return ImageError(f"{name}: takes too much memory to decode; save it anew or smaller", "image too large")
     reason = " ".join(str(error).split()) or type(error).__name__
     return ImageError(f"{name}: the image is truncated or damaged ({reason}); fetch or export it again")
 
@@ -195,14 +195,14 @@ def _scaled(values: np.ndarray, name: str) -> np.ndarray:
         return np.rint(values).astype(np.uint8) if floating else ((values + 128) // 257).astype(np.uint8)
     # Also of NaN.
     message = f"{name}: values from {low:g} to {high:g} lie neither in 0 to {smaller} nor in 0 to {larger}; scale them"
-    raise ImageError(message, "picture without a known scale")
+    raise ImageError(message, "image without a known scale")
 
 
 def _is_exact(scale: float, edges: tuple[float, float]) -> bool:
     """Whether resizing what lies between two edges gives the pixels of resizing all and cropping.
 
-    Pillow then reckons without rounding; it holds edges in single precision. So it is for pictures of 4:3 at 384
-    pixels, which are 512 at length. Pictures that are higher than wide come out otherwise all the same.
+    Pillow then reckons without rounding; it holds edges in single precision. So it is for images of 4:3 at 384
+    pixels, which are 512 at length. Images that are higher than wide come out otherwise all the same.
     """
     return (1024 * scale).is_integer() and all(float(np.float32(edge)) == edge for edge in edges)
 
@@ -225,4 +225,4 @@ def _silence_pillow() -> None:
 
 def _too_large(name: str, what: str, max_pixels: int) -> ImageError:
     message = f"{name}: {what}, the limit is {max_pixels}; shrink the image or raise max_pixels if you trust it"
-    return ImageError(message, "picture too large")
+    return ImageError(message, "image too large")

@@ -1,6 +1,6 @@
-"""A limit on the time of one picture, within a process that reads many.
+"""A limit on the time of one image, within a process that reads many.
 
-``data.decoders`` kills what takes too long; here it is interrupted, which costs a picture some microseconds and needs
+``data.decoders`` kills what takes too long; here it is interrupted, which costs an image some microseconds and needs
 no second process.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from magma_jax.data.pillow_steps import too_long
 
-# What a picture of one's own may take. A photograph of 60 megapixels takes one or two.
+# What an image of one's own may take. A photograph of 60 megapixels takes one or two.
 OWN_SECONDS = 10.0
 
 # Until the next look, where Pillow's code was not what the alarm met.
@@ -26,10 +26,10 @@ class TimeLimit:
     """Limits the processor time of a ``with`` block in the main thread; other threads have no limit.
 
     Python handles signals in the main thread, between two calls of a C library; here only Pillow's code is interrupted.
-    What one call does with a picture is bounded by its size.
+    What one call does with an image is bounded by its size.
 
     Args:
-        name: of the picture, for the message.
+        name: of the image, for the message.
         seconds: of processor time.
 
     Raises:

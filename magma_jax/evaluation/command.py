@@ -37,8 +37,8 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--task", nargs="+", metavar="NAME", choices=TASKS, help=", ".join(TASKS))
     group.add_argument("--checkpoint", help="model folder, file or hf:// address; default: the run in --workdir")
     folder = {"nargs": "+", "default": [], "metavar": "[TASK=]FOLDER"}
-    group.add_argument("--data", **folder, help="data set folder to ask about; default: the run's own data")
-    group.add_argument("--shot-data", **folder, help="data set folder that shots come from")
+    group.add_argument("--data", **folder, help="dataset folder to ask about; default: the run's own data")
+    group.add_argument("--shot-data", **folder, help="dataset folder that shots come from")
     group.add_argument("--shots", type=int, nargs="+", metavar="N", help="default: 0")
     group.add_argument(
         "--sweep", nargs="+", action="append", metavar=("KEY", "VALUE"), help="a setting and its values; may repeat"
@@ -46,7 +46,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override settings of the tasks")
     group.add_argument("--output", type=Path, help="folder of the results; default: evaluation/ in --workdir")
     group.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    group.add_argument("--workers", type=int, help="processes that decode pictures; default: one a core")
+    group.add_argument("--workers", type=int, help="processes that decode images; default: one a core")
     group.add_argument("--dtype", help="of weights and activations, such as bfloat16; default: the checkpoint's")
     group.add_argument("--mesh", nargs="*", metavar="KEY=VALUE", help="devices that share the work, as in data=-1")
     group.add_argument("--distributed", action="store_true", help="as one of several processes: docs/training.md")

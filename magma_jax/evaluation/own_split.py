@@ -1,8 +1,8 @@
-"""Evaluation on a split of a data set: captions and questions, beside three baselines.
+"""Evaluation on a split of a dataset: captions and questions, beside three baselines.
 
-    model      the picture and the prompt
-    blind      a black picture and the prompt: what the words alone give away
-    shuffled   another sample's picture: what the model says when it sees, but not this
+    model      the image and the prompt
+    blind      a black image and the prompt: what the words alone give away
+    shuffled   another sample's image: what the model says when it sees, but not this
     constant   no model: the most frequent training answer to the same prompt
 
 Decoding is greedy and ends at the model's own end of text. Nothing is cut to the length of the true answer, and the
@@ -18,14 +18,14 @@ import numpy as np
 
 from magma_jax.config import from_dict
 from magma_jax.data.datasets import DataConfig, Dataset, load_dataset
-from magma_jax.evaluation.metrics.baselines import most_frequent_answers, shuffle_pictures
+from magma_jax.evaluation.metrics.baselines import most_frequent_answers, shuffle_images
 from magma_jax.evaluation.metrics.by_protocol import METRICS
-from magma_jax.evaluation.report.overview import overview_picture
+from magma_jax.evaluation.report.overview import overview_image
 from magma_jax.evaluation.report.run_report import OPENMOJI, write_report
 from magma_jax.evaluation.results.names import file_stem
 from magma_jax.evaluation.results.results import CAPTION, Evaluation, table, write_predictions, write_results
 from magma_jax.evaluation.tasks.answering import Answerer, PromptError
-from magma_jax.evaluation.tasks.examples import BlackPictures, JoinedPictures, close, spaced
+from magma_jax.evaluation.tasks.examples import BlackImages, JoinedImages, close, spaced
 from magma_jax.inference.api import Magma
 from magma_jax.output import printable
 from magma_jax.storage.model_folder import CheckpointError, read_model_json
@@ -59,7 +59,7 @@ def evaluate_run(
     folder that was made of a run, such as a quantized one. The files are
     ``results.json``, ``predictions.jsonl`` and ``report.html``. Another split than ``test``, or a limit, is part of
     their names (``results-split=validation-limit=50-1c9e2f0a.json``), so that it never passes for the full result.
-    ``overview`` names a PNG file that gets twelve pictures with their texts.
+    ``overview`` names a PNG file that gets twelve images with their texts.
 
     Raises:
         CheckpointError: the folder holds no run, or none with a checkpoint. ConfigError: a run of another kind of
@@ -87,7 +87,7 @@ def evaluate_run(
     attribution = OPENMOJI if config.name == "openmoji" else ""
     write_report(workdir / f"report{suffix}.html", evaluation, dataset, workdir / "metrics.jsonl", attribution)
     if overview is not None:
-        overview_picture(overview, evaluation, dataset)
+        overview_image(overview, evaluation, dataset)
     print(printable(table(evaluation.figures)))
     return evaluation
 
@@ -107,38 +107,38 @@ def evaluate(
 
     Args:
         limit: at most this many captions and this many questions, evenly spaced; None for all.
-        seed: of the pictures that ``shuffled`` shows.
+        seed: of the images that ``shuffled`` shows.
         batch_size: prompts that are run together; changes speed, not results.
         max_new_tokens: default: the tokens of the longest training answer, and the end of text.
         stamp: joined to ``figures["protocol"]``, such as the checkpoint's step.
 
     Raises:
         EvaluationError: no such split, an empty one, no training split (``constant`` and the default of
-            ``max_new_tokens`` need it), pictures of another size than the encoder's, or prompts that exceed the model's
+            ``max_new_tokens`` need it), images of another size than the encoder's, or prompts that exceed the model's
             context.
     """
     samples = _select(dataset, split, limit)
     training = _spaced(dataset.evaluation.get("train", []), LOOKED_AT)
     if not training:
-        raise EvaluationError("the data set has no training split, which the most frequent answers are taken from")
+        raise EvaluationError("the dataset has no training split, which the most frequent answers are taken from")
     if max_new_tokens is None:
         max_new_tokens = 1 + max(len(model.tokenizer.encode(sample.answer)) for sample in training)
-    pictures = [int(sample.picture) for sample in samples]
+    images = [int(sample.image) for sample in samples]
     try:
-        shuffled = shuffle_pictures(samples, seed)
+        shuffled = shuffle_images(samples, seed)
     except ValueError as error:
         raise EvaluationError(f"split {split!r}: {error}") from None
 
     black = len(dataset.images)
-    shown = {"model": pictures, "blind": [black] * len(samples), "shuffled": shuffled}
+    shown = {"model": images, "blind": [black] * len(samples), "shuffled": shuffled}
     requests = {
         condition: [(row, sample.prompt) for row, sample in zip(shown[condition], samples, strict=True)]
         for condition in shown
     }
-    # The same picture and prompt get the same answer, so each pair is run once, whatever asks for it.
+    # The same image and prompt get the same answer, so each pair is run once, whatever asks for it.
     distinct = sorted({request for wanted in requests.values() for request in wanted})
-    size = _picture_size(model, dataset.images[pictures[:1]])
-    answerer = Answerer(model, JoinedPictures(dataset.images, BlackPictures(1, size)), batch_size=batch_size)
+    size = _image_size(model, dataset.images[images[:1]])
+    answerer = Answerer(model, JoinedImages(dataset.images, BlackImages(1, size)), batch_size=batch_size)
     try:
         texts = answerer(distinct, max_new_tokens=max_new_tokens)
     except PromptError as error:
@@ -202,14 +202,14 @@ def score(samples: Sequence[Any], predictions: Sequence[str]) -> dict[str, Any]:
 def _select(dataset: Dataset, split: str, limit: int | None) -> list[Any]:
     if split not in dataset.evaluation:
         names = ", ".join(dataset.evaluation) or "none"
-        raise EvaluationError(f"the data set has no split {split!r}; its splits: {names}")
+        raise EvaluationError(f"the dataset has no split {split!r}; its splits: {names}")
     if limit is not None and limit < 1:
         raise EvaluationError(f"limit must be at least 1, got {limit}")
     samples = dataset.evaluation[split]
     if not len(samples):
         raise EvaluationError(f"the split {split!r} is empty: there is nothing to evaluate")
-    if dataset.images is None or any(sample.picture is None for sample in samples):
-        raise EvaluationError(f"the split {split!r} has samples without a picture; captions and questions need one")
+    if dataset.images is None or any(sample.image is None for sample in samples):
+        raise EvaluationError(f"the split {split!r} has samples without an image; captions and questions need one")
     captions = [sample for sample in samples if sample.kind == CAPTION]
     questions = [sample for sample in samples if sample.kind != CAPTION]
     return [sample for group in (captions, questions) for sample in _spaced(group, limit)]
@@ -219,11 +219,11 @@ def _spaced(samples: Sequence[Any], limit: int | None) -> list[Any]:
     return [samples[i] for i in spaced(len(samples), limit)]
 
 
-def _picture_size(model: Magma, pictures: UInt8[np.ndarray, "N h w 3"]) -> int:
+def _image_size(model: Magma, images: UInt8[np.ndarray, "N h w 3"]) -> int:
     size = model.config.encoder.image_size
-    if pictures.shape[1] != size:
+    if images.shape[1] != size:
         raise EvaluationError(
-            f"the pictures have {pictures.shape[1]} pixels a side, but the model's encoder takes {size}; set "
+            f"the images have {images.shape[1]} pixels a side, but the model's encoder takes {size}; set "
             "data.image_size"
         )
     return size

@@ -1,4 +1,4 @@
-"""Answers about many pictures, one JSON line each: whole at the end, and not begun anew after an interruption."""
+"""Answers about many images, one JSON line each: whole at the end, and not begun anew after an interruption."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ class AnswerFile:
     """A file of answers in the making.
 
     Attributes:
-        done: names of the pictures that it has.
+        done: names of the images that it has.
     """
 
     def __init__(self, file: BinaryIO, done: frozenset[str]):

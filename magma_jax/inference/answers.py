@@ -1,4 +1,4 @@
-"""One way to ask for an answer, however it is found: drawn, searched by beams, or chosen among given ones."""
+"""One way to ask for an answer, however it is found: sampled, searched by beams, or chosen among given ones."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,10 +22,10 @@ class AskOptions:
 
     Attributes:
         max_new_tokens: at most.
-        sampling: how tokens are drawn.
+        sampling: how tokens are sampled.
         seed: of the first answer; the next ones have ``seed`` + 1, ...
         n: answers to every prompt.
-        stop: texts that end a drawn answer.
+        stop: texts that end a sampled answer.
         beams: width of a beam search; 0 to draw.
         length_penalty: of the beam search.
         choices: answers to choose among instead of writing one.
@@ -88,8 +88,8 @@ class Asker:
             encoded = encode_prompt(first, model.config, model.tokenizer)
             room = min(padded_length(len(encoded.tokens) + options.max_new_tokens), model.config.lm.context_length)
             slots = min(8, prompts * options.n)
-            pictures = max(len(encoded.pixels), 1) * min(8, prompts)
-            self._engine = Engine(model, EngineConfig(slots, room, pictures, queue=AHEAD * options.n + slots))
+            images = max(len(encoded.pixels), 1) * min(8, prompts)
+            self._engine = Engine(model, EngineConfig(slots, room, images, queue=AHEAD * options.n + slots))
 
     def __enter__(self) -> "Asker":
         return self
@@ -99,15 +99,15 @@ class Asker:
             self._engine.close()
 
     def ask(self, prompt: Prompt) -> Callable[[], list[Answer]]:
-        """Begins to answer; the function returned waits for the answers, best or first drawn first.
+        """Begins to answer; the function returned waits for the answers, best or first sampled first.
 
         Raises:
-            ValueError: more than the context holds, or an option out of range. ImageError: a bad picture.
+            ValueError: more than the context holds, or an option out of range. ImageError: a bad image.
         """
         options = self.options
         if self._engine is not None:
             tickets = self.tickets(prompt)
-            return lambda: [_drawn(ticket) for ticket in tickets]
+            return lambda: [_sampled(ticket) for ticket in tickets]
         embeddings = self.model.preprocess_inputs(prompt)
         if options.choices:
             found = [
@@ -139,7 +139,7 @@ class Asker:
         ]
 
 
-def _drawn(ticket: Ticket) -> Answer:
+def _sampled(ticket: Ticket) -> Answer:
     text = ticket.text()
     logprob = sum(value for piece in ticket.pieces() for value in piece.logprobs)
     return Answer(text, tuple(ticket.tokens), logprob, str(ticket.finish))

@@ -1,4 +1,4 @@
-"""The interface for users: pictures and text in, text out.
+"""The interface for users: images and text in, text out.
 
     model = Magma.from_checkpoint("runs/quickstart")
     embeddings = model.preprocess_inputs([ImageInput("cat.png"), "A picture of"])
@@ -30,7 +30,7 @@ from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
 from magma_jax.models.vision.catalog import ENCODERS
 from magma_jax.nn.modules import Definition, abstract, merge
 from magma_jax.published.open_magma import load_tokenizer, read_torch_magma
-from magma_jax.runtime.compile import jit, return_compiler_memory
+from magma_jax.runtime.compile import platform_jit, trim_after_compile
 from magma_jax.runtime.sharding import parameter_shardings, parameter_spec, placed
 from magma_jax.storage.files import holds_weights
 from magma_jax.storage.hub import local_path
@@ -75,13 +75,13 @@ class ForwardOutput(NamedTuple):
 
 
 class Magma:
-    """A MAGMA model with its weights, tokenizer and picture preprocessing.
+    """A MAGMA model with its weights, tokenizer and image preprocessing.
 
     The language model's layers may be stacked in ``params``, or apart (``lm/layers/0/...``), see ``nn.stack``.
     """
 
     def __init__(self, config: MagmaConfig, params: Params, tokenizer: Tokenizer):
-        return_compiler_memory()
+        trim_after_compile()
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self.graphdef = _graphdef(config, any(path.startswith(f"{LAYERS}0/") for path in params))
 
@@ -134,7 +134,7 @@ class Magma:
         Text that spells a special token is text.
 
         Raises:
-            ValueError: an empty prompt, or an item that is neither text nor picture. ImageError: a bad picture.
+            ValueError: an empty prompt, or an item that is neither text nor image. ImageError: a bad image.
         """
         return self.preprocess_batch([inputs]).embeddings
 
@@ -197,7 +197,7 @@ class Magma:
         Args:
             embeddings: as for ``generate``; ``PromptBatch.repeat`` gives several samples of each prompt.
             max_steps: new tokens at most.
-            sampling: how they are drawn.
+            sampling: how they are sampled.
             seed: as for ``generate``.
             return_logits: also return all logits.
             top_logprobs: also return so many of the likeliest tokens in place of each token.
@@ -250,7 +250,7 @@ class Magma:
         return _forward(self.graphdef, self.params, embeddings, (bool(output_hidden_states), bool(output_attentions)))
 
     def encode_images(self, pixels: np.ndarray) -> Float[Array, "B ..."]:
-        """Encoder features of uint8 pictures (B, size, size, 3) at the encoder's size."""
+        """Encoder features of uint8 images (B, size, size, 3) at the encoder's size."""
         entry = ENCODERS[self.config.encoder.kind]
         return _encode(self.graphdef, self.params, normalize(pixels, entry.mean, entry.std))
 
@@ -281,7 +281,7 @@ class Magma:
             else:
                 parts.append(self.embed_tokens(self.tokenizer.encode(item)))
         if not sum(part.shape[0] for part in parts):
-            raise ValueError(f"prompt {row} is empty: give at least one picture or one word")
+            raise ValueError(f"prompt {row} is empty: give at least one image or one word")
         return jnp.concatenate(parts)
 
 
@@ -299,7 +299,7 @@ def _graphdef(config: MagmaConfig, apart: bool = False) -> nnx.GraphDef:
     def create() -> MagmaModel:
         model = MagmaModel(config, rngs=nnx.Rngs(0))
         if apart:
-            model.lm.take_apart()
+            model.lm.unstack()
         return model
 
     return Definition(abstract(create)[0])
@@ -357,12 +357,12 @@ def pad_to_bucket(embeddings: Float[Array, "B S D"]) -> Float[Array, "B S2 D"]:
     return jnp.pad(embeddings, ((0, 0), (0, padded_length(length) - length), (0, 0)))
 
 
-@jit(static_argnames=("graphdef", "max_new_tokens", "compat", "eos_id", "return_logits", "top"))
+@platform_jit(static_argnames=("graphdef", "max_new_tokens", "compat", "eos_id", "return_logits", "top"))
 def _generate(graphdef, params, embeddings, lengths, keys, **options) -> Generation:
     return generate(merge(graphdef, params).lm, embeddings, lengths, keys, **options)
 
 
-@jit(static_argnames=("graphdef", "outputs"))
+@platform_jit(static_argnames=("graphdef", "outputs"))
 def _forward(graphdef, params, embeddings, outputs) -> ForwardOutput:
     model = merge(graphdef, params)
     collect = tuple(name for name, wanted in zip(("out", "attentions"), outputs, strict=True) if wanted)
@@ -374,11 +374,11 @@ def _forward(graphdef, params, embeddings, outputs) -> ForwardOutput:
     return ForwardOutput(model.logits(output.hidden), hidden_states, output.collected.get("attentions"))
 
 
-@jit(static_argnames=("graphdef",))
+@platform_jit(static_argnames=("graphdef",))
 def _encode(graphdef, params, images):
     return merge(graphdef, params).encode_images(images)
 
 
-@jit(static_argnames=("graphdef",))
+@platform_jit(static_argnames=("graphdef",))
 def _project(graphdef, params, features):
     return merge(graphdef, params).embed_features(features)

@@ -1,15 +1,15 @@
-"""What an answer looked at: attention from each of its words to the positions of the prompt's pictures.
+"""What an answer looked at: attention from each of its words to the positions of the prompt's images.
 
-    seen = look(model, [ImageInput("cat.png"), "A picture of"])
+    seen = attention_maps(model, [ImageInput("cat.png"), "A picture of"])
     print(seen.text, [word.text for word in seen.words])
     seen.map(0)                            # rollout of the first word, (rows, columns)
     seen.map(0, layer=3, head=5)           # one head
-    seen.sheet().save("attention.png")     # the picture once for every word
+    seen.sheet().save("attention.png")     # the image once for every word
 
 Decoding keeps no attention. The finished sequence is run once more, and of every layer only the weights from the answer
-to the pictures are kept: L x H x N x P numbers instead of L x H x S x S.
+to the images are kept: L x H x N x P numbers instead of L x H x S x S.
 
-The attention of a token is that of the position it was drawn from, the one before it: this is where the model looked
+The attention of a token is that of the position it was sampled from, the one before it: this is where the model looked
 when it chose the token. Rollout (Abnar and Zuidema 2020) follows attention through all layers: with A the average over
 heads, half of what a layer gives comes through A and half past it, so the maps of the layers are multiplied as
 (A + I) / 2. Both say where information could come from, not why a word was chosen.
@@ -30,12 +30,12 @@ from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.inference import overlay
 from magma_jax.inference.api import Magma, padded_length
 from magma_jax.inference.batching import slots
-from magma_jax.inference.prompts import WORD, Encoded, Prompt, encode_prompt, picture_positions
-from magma_jax.models.language.decoder import BlockOutput, Fold
+from magma_jax.inference.prompts import WORD, Encoded, Prompt, encode_prompt, image_positions
+from magma_jax.models.language.decoder import BlockOutput, LayerReduction
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.vision.catalog import ENCODERS
 from magma_jax.nn.modules import merge
-from magma_jax.runtime.compile import jit
+from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Float, Int, Params
 
 # In place of a head's number: the average over heads.
@@ -50,8 +50,8 @@ class Word(NamedTuple):
     stop: int
 
 
-class PictureGrid(NamedTuple):
-    """What the positions of a picture stand for.
+class ImageGrid(NamedTuple):
+    """What the positions of an image stand for.
 
     Attributes:
         rows: of the grid, top to bottom.
@@ -64,8 +64,8 @@ class PictureGrid(NamedTuple):
     note: str
 
 
-def picture_grid(config: MagmaConfig) -> PictureGrid | None:
-    """The grid of a model's pictures, over the square that the encoder sees; None where positions are no places.
+def image_grid(config: MagmaConfig) -> ImageGrid | None:
+    """The grid of a model's images, over the square that the encoder sees; None where positions are no places.
 
     A position's features come from its cell and, by the encoder's receptive field, from what is around it.
     """
@@ -74,26 +74,26 @@ def picture_grid(config: MagmaConfig) -> PictureGrid | None:
         return None
     notes = []
     if getattr(config.encoder, "statistics", ()):
-        notes.append("every position also carries the colours of the whole picture")
+        notes.append("every position also carries the colours of the whole image")
     if config.prefix.mapping == "transformer":
         notes.append("the prefix mixes the positions before the language model sees them")
     if config.encoder.kind == "clip_vit":
         notes.append("the encoder's attention mixes the positions")
     side = round(positions**0.5)
-    return PictureGrid(side, side, "; ".join(notes))
+    return ImageGrid(side, side, "; ".join(notes))
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureAttention:
-    """Attention of an answer to the pictures of its prompt.
+class ImageAttention:
+    """Attention of an answer to the images of its prompt.
 
     Attributes:
         tokens: of the answer, N.
         words: that they make.
-        weights: (L, H, N, I, P) attention weights from each token to the P positions of the I pictures. All weights of
+        weights: (L, H, N, I, P) attention weights from each token to the P positions of the I images. All weights of
             a head, those to words included, sum to 1.
         rollout: (N, I, P) the same through all layers.
-        pictures: as they were given.
+        images: as they were given.
         grid: what the positions mean; None where they are no places, as behind a pooled encoder.
     """
 
@@ -101,8 +101,8 @@ class PictureAttention:
     words: tuple[Word, ...]
     weights: Float[np.ndarray, "L H N I P"]
     rollout: Float[np.ndarray, "N I P"]
-    pictures: tuple[Image.Image, ...]
-    grid: PictureGrid | None
+    images: tuple[Image.Image, ...]
+    grid: ImageGrid | None
 
     @property
     def text(self) -> str:
@@ -110,13 +110,13 @@ class PictureAttention:
         return "".join(word.text for word in self.words)
 
     def map(
-        self, word: int, *, picture: int = 0, layer: int | None = None, head: int | None = None, relative: bool = False
+        self, word: int, *, image: int = 0, layer: int | None = None, head: int | None = None, relative: bool = False
     ) -> Float[np.ndarray, "rows columns"]:
-        """Attention of a word, the mean over its tokens, to the cells of a picture.
+        """Attention of a word, the mean over its tokens, to the cells of an image.
 
         Args:
             word: index into ``words``.
-            picture: index into ``pictures``.
+            image: index into ``images``.
             layer: one layer; None for rollout.
             head: one head of that layer; None for the mean over its heads.
             relative: divided by the mean over all words, 1 where the word looks as much as the others do. Language
@@ -124,11 +124,11 @@ class PictureAttention:
 
         Raises:
             ValueError: no such layer or head, a head without a layer, or positions that are no places. IndexError: no
-                such word or picture.
+                such word or image.
         """
         if self.grid is None:
-            raise ValueError("this model's picture positions are no places (pooled encoder); see weights and rollout")
-        weights = self._of(layer, head)[:, picture]
+            raise ValueError("this model's image positions are no places (pooled encoder); see weights and rollout")
+        weights = self._of(layer, head)[:, image]
         chosen = self.words[word]
         found = weights[chosen.start : chosen.stop].mean(0)
         if relative:
@@ -136,19 +136,19 @@ class PictureAttention:
         return found.reshape(self.grid.rows, self.grid.columns)
 
     def share(self, word: int, *, layer: int | None = None, head: int | None = None) -> float:
-        """How much of a word's attention goes to pictures, 0 to 1."""
+        """How much of a word's attention goes to images, 0 to 1."""
         chosen = self.words[word]
         return float(self._of(layer, head)[chosen.start : chosen.stop].mean(0).sum())
 
-    def overlay(self, word: int, *, picture: int = 0, **which) -> Image.Image:
-        """A picture with the map of a word laid over it; ``which`` as for ``map``."""
-        return overlay.overlay(self.pictures[picture], self.map(word, picture=picture, **which))
+    def overlay(self, word: int, *, image: int = 0, **which) -> Image.Image:
+        """An image with the map of a word laid over it; ``which`` as for ``map``."""
+        return overlay.overlay(self.images[image], self.map(word, image=image, **which))
 
-    def sheet(self, *, picture: int = 0, **which) -> Image.Image:
-        """One picture with an overlay for every word, the word and its share of attention to pictures below."""
+    def sheet(self, *, image: int = 0, **which) -> Image.Image:
+        """One image with an overlay for every word, the word and its share of attention to images below."""
         share = {name: which.get(name) for name in ("layer", "head")}
         tiles = [
-            (self.overlay(i, picture=picture, **which), f"{word.text.strip()}  {100 * self.share(i, **share):.0f} %")
+            (self.overlay(i, image=image, **which), f"{word.text.strip()}  {100 * self.share(i, **share):.0f} %")
             for i, word in enumerate(self.words)
         ]
         return overlay.sheet(tiles)
@@ -169,21 +169,21 @@ def check_head(layers: int, heads: int, layer: int | None, head: int | None) -> 
         raise ValueError(f"head {head} of which layer? give layer too")
 
 
-def look(
+def attention_maps(
     model: Magma, prompt: Prompt, answer: str | Sequence[int] | None = None, *, max_steps: int = 32
-) -> PictureAttention:
-    """Attention from an answer to the pictures of its prompt.
+) -> ImageAttention:
+    """Attention from an answer to the images of its prompt.
 
     Args:
         model: any.
-        prompt: pictures and text, with at least one picture.
-        answer: text, or the very tokens that were drawn; default: the model's own, greedy, of at most ``max_steps``.
+        prompt: images and text, with at least one image.
+        answer: text, or the very tokens that were sampled; default: the model's own, greedy, of at most ``max_steps``.
         max_steps: new tokens at most.
 
     Raises:
-        ValueError: no picture, an empty answer, or more than the context holds. ImageError: a bad picture.
+        ValueError: no image, an empty answer, or more than the context holds. ImageError: a bad image.
     """
-    pictures = tuple(item.load() for item in prompt if isinstance(item, ImageInput))
+    images = tuple(item.load() for item in prompt if isinstance(item, ImageInput))
     encoded = encode_prompt(prompt, model.config, model.tokenizer)
     if answer is None:
         result = model.generate_tokens(model.preprocess_inputs(prompt), max_steps)
@@ -192,13 +192,13 @@ def look(
     layers, heads = model.config.lm.layers, model.config.lm.heads
     every = np.stack(np.meshgrid(np.arange(layers), np.arange(heads), indexing="ij"), -1).reshape(-1, 2)
     rollout, weights = attend(model, encoded, tokens, every)
-    return PictureAttention(
+    return ImageAttention(
         tuple(tokens),
         tuple(split_words(model.tokenizer, tokens)),
         weights.reshape(layers, heads, *weights.shape[1:]),
         rollout,
-        pictures,
-        picture_grid(model.config),
+        images,
+        image_grid(model.config),
     )
 
 
@@ -209,34 +209,34 @@ def attend(
     heads: Int[np.ndarray, "K 2"],
     *,
     length: int | None = None,
-    pictures: int | None = None,
+    images: int | None = None,
 ) -> tuple[Float[np.ndarray, "N I P"], Float[np.ndarray, "K N I P"]]:
-    """Rollout, and weights of chosen heads, from N tokens of an answer to the P positions of I pictures.
+    """Rollout, and weights of chosen heads, from N tokens of an answer to the P positions of I images.
 
     Args:
         model: any.
-        prompt: with at least one picture.
+        prompt: with at least one image.
         answer: tokens, at least one.
         heads: layer and head, or layer and ``ALL_HEADS``; a layer of -1 gives zeros.
         length: pads everything to so many positions, so that one program serves all prompts that fit (a server's
-            way); default: to the next of the declared lengths, and answer and pictures for themselves.
-        pictures: room for so many different pictures; default: as many as there are.
+            way); default: to the next of the declared lengths, and answer and images for themselves.
+        images: room for so many different images; default: as many as there are.
 
     Raises:
-        ValueError: no picture, an empty answer, or more than the context or ``length`` holds.
+        ValueError: no image, an empty answer, or more than the context or ``length`` holds.
     """
-    starts, size = prompt.pictures, picture_positions(model.config)
+    starts, size = prompt.images, image_positions(model.config)
     if not starts:
-        raise ValueError("the prompt has no picture to look at")
+        raise ValueError("the prompt has no image to look at")
     if not answer:
         raise ValueError("the answer is empty: there is no word that could have looked at anything")
-    # The last token is not run: nothing was drawn from its position.
+    # The last token is not run: nothing was sampled from its position.
     before, total = len(prompt.tokens), len(prompt.tokens) + len(answer) - 1
     limit = length or model.config.lm.context_length
     if total > limit:
         raise ValueError(f"prompt and answer have {total} positions, but at most {limit} fit")
     padded = length or padded_length(total)
-    table, rows = _picture_table(model, prompt, pictures)
+    table, rows = _image_table(model, prompt, images)
     tokens, places = np.zeros(padded, np.int32), np.full(padded, WORD, np.int32)
     tokens[:total] = [*prompt.tokens.tolist(), *answer[:-1]]
     for position, owner in enumerate(prompt.owners):
@@ -276,15 +276,15 @@ def split_words(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Word]:
     return words
 
 
-def _picture_table(model: Magma, prompt: Encoded, room: int | None) -> tuple[Float[Array, "C P D"], dict[bytes, int]]:
-    """The prompt's pictures, encoded, and the row of each."""
+def _image_table(model: Magma, prompt: Encoded, room: int | None) -> tuple[Float[Array, "C P D"], dict[bytes, int]]:
+    """The prompt's images, encoded, and the row of each."""
     entry = ENCODERS[model.config.encoder.kind]
-    shape = (room or len(prompt.pixels), picture_positions(model.config), model.config.lm.width)
-    table = slots.beside(model.params, np.zeros(shape, jnp.dtype(model.config.dtype)))
+    shape = (room or len(prompt.pixels), image_positions(model.config), model.config.lm.width)
+    table = slots.commit_like(model.params, np.zeros(shape, jnp.dtype(model.config.dtype)))
     rows = {}
     for row, (key, pixels) in enumerate(prompt.pixels.items()):
         options = {"mean": entry.mean, "std": entry.std}
-        table = slots.add_picture(model.graphdef, model.params, table, pixels[None], jnp.int32(row), **options)
+        table = slots.add_image(model.graphdef, model.params, table, pixels[None], jnp.int32(row), **options)
         rows[key] = row
     return table, rows
 
@@ -293,13 +293,13 @@ def _padded(indices: Int[np.ndarray, " N"], length: int) -> Int[np.ndarray, " M"
     return np.pad(indices, (0, length - len(indices))).astype(np.int32)
 
 
-@jit(static_argnames=("graphdef",))
+@platform_jit(static_argnames=("graphdef",))
 def _attend(
     graphdef: nnx.GraphDef,
     params: Params,
     table: Float[Array, "C P D"],
     tokens: Int[Array, " S"],
-    pictures: Int[Array, " S"],
+    images: Int[Array, " S"],
     queries: Int[Array, " N"],
     columns: Int[Array, " M"],
     heads: Int[Array, "K 2"],
@@ -308,8 +308,8 @@ def _attend(
     rollout = (jnp.arange(tokens.shape[0])[:, None] == columns).astype(jnp.float32)
     kept = jnp.zeros((heads.shape[0], queries.shape[0], columns.shape[0]))
     step = functools.partial(_follow, queries=queries, columns=columns, heads=heads)
-    fold = Fold(step, (jnp.int32(0), rollout, kept))
-    _, rollout, kept = model.lm(slots.embed(model, table, tokens[None], pictures[None]), fold=fold).folded
+    reduction = LayerReduction(step, (jnp.int32(0), rollout, kept))
+    _, rollout, kept = model.lm(slots.embed(model, table, tokens[None], images[None]), reduction=reduction).reduced
     return rollout[queries], kept
 
 

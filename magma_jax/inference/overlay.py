@@ -1,4 +1,4 @@
-"""Maps of attention drawn over pictures."""
+"""Maps of attention drawn over images."""
 
 from collections.abc import Sequence
 
@@ -13,20 +13,20 @@ _STRENGTH = 0.72  # opacity of the most
 _OUTSIDE = 0.35  # brightness of what the encoder does not see
 
 
-def overlay(picture: Image.Image, weights: Float[np.ndarray, "rows columns"], *, size: int = 384) -> Image.Image:
-    """A picture with a grid of weights over the square in its middle, which is what the encoder sees.
+def overlay(image: Image.Image, weights: Float[np.ndarray, "rows columns"], *, size: int = 384) -> Image.Image:
+    """An image with a grid of weights over the square in its middle, which is what the encoder sees.
 
     Cells are drawn as they are, without smoothing: there is nothing between them. Colours go from the grid's least
-    weight (the picture as it is) to its greatest.
+    weight (the image as it is) to its greatest.
 
     Args:
-        picture: any size and mode; it is scaled to ``size`` pixels at its shorter side.
+        image: any size and mode; it is scaled to ``size`` pixels at its shorter side.
         weights: not negative.
         size: of the square, in pixels.
     """
-    picture = _scaled(picture, size)
-    pixels = np.asarray(picture, np.float32)
-    left, top = ((side - size) // 2 for side in picture.size)
+    image = _scaled(image, size)
+    pixels = np.asarray(image, np.float32)
+    left, top = ((side - size) // 2 for side in image.size)
     square = (slice(top, top + size), slice(left, left + size))
     shown = pixels * _OUTSIDE
     lowest, highest = weights.min(), weights.max()
@@ -43,7 +43,7 @@ def overlay(picture: Image.Image, weights: Float[np.ndarray, "rows columns"], *,
 
 
 def sheet(tiles: Sequence[tuple[Image.Image, str]], *, columns: int = 4, gap: int = 12) -> Image.Image:
-    """Pictures of one size beside each other, each with a line of text below it."""
+    """Images of one size beside each other, each with a line of text below it."""
     font = ImageFont.load_default(20)
     width, height = tiles[0][0].size
     line = 36
@@ -58,18 +58,18 @@ def sheet(tiles: Sequence[tuple[Image.Image, str]], *, columns: int = 4, gap: in
     return page
 
 
-def _scaled(picture: Image.Image, size: int) -> Image.Image:
-    """The picture as the model sees its colours, its shorter side ``size``; a very long one is cut at its ends."""
-    picture = picture.copy()
+def _scaled(image: Image.Image, size: int) -> Image.Image:
+    """The image as the model sees its colours, its shorter side ``size``; a very long one is cut at its ends."""
+    image = image.copy()
     # Pillow warns when a palette's transparency is dropped; RGB has no use for it.
-    picture.info.pop("transparency", None)
-    picture = picture.convert("RGB")
-    shorter = min(picture.size)
+    image.info.pop("transparency", None)
+    image = image.convert("RGB")
+    shorter = min(image.size)
     longest = 3 * shorter
-    if max(picture.size) > longest:
-        cut = [max(0, (side - longest) // 2) for side in picture.size]
-        picture = picture.crop((*cut, *(cut[i] + min(side, longest) for i, side in enumerate(picture.size))))
-    return picture.resize([max(size, round(side * size / shorter)) for side in picture.size], Image.Resampling.BICUBIC)
+    if max(image.size) > longest:
+        cut = [max(0, (side - longest) // 2) for side in image.size]
+        image = image.crop((*cut, *(cut[i] + min(side, longest) for i, side in enumerate(image.size))))
+    return image.resize([max(size, round(side * size / shorter)) for side in image.size], Image.Resampling.BICUBIC)
 
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

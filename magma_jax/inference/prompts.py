@@ -1,4 +1,4 @@
-"""A prompt before the model: what stands at every position of its sequence, and the pixels of its pictures."""
+"""A prompt before the model: what stands at every position of its sequence, and the pixels of its images."""
 
 import hashlib
 import secrets
@@ -14,10 +14,10 @@ from magma_jax.typing import Int
 
 Prompt: TypeAlias = Sequence[str | ImageInput]
 
-# A position of a prompt that is a word and no part of a picture.
+# A position of a prompt that is a word and no part of an image.
 WORD = -1
 
-# The key of this process's hashes: without it nobody can look for two pictures of one hash.
+# The key of this process's hashes: without it nobody can look for two images of one hash.
 _KEY = secrets.token_bytes(32)
 
 
@@ -25,13 +25,13 @@ class Encoded(NamedTuple):
     """A prompt of S positions.
 
     Attributes:
-        tokens: (S,) ids; 0 where a picture stands.
-        places: (S,) position within its picture, or ``WORD``.
-        owners: keyed hash of the picture at every position, 128 bits, None for words.
-        pixels: the pictures at the encoder's size, by hash; a picture that occurs twice is there once.
+        tokens: (S,) ids; 0 where an image stands.
+        places: (S,) position within its image, or ``WORD``.
+        owners: keyed hash of the image at every position, 128 bits, None for words.
+        pixels: the images at the encoder's size, by hash; an image that occurs twice is there once.
         identity: (S, 3) rows that are equal where two prompts have the same thing at a position: the token's id and
-            zeros, or -1 less the place and the two halves of the picture's hash.
-        salt: prompts of another share nothing with this one, neither positions nor pictures.
+            zeros, or -1 less the place and the two halves of the image's hash.
+        salt: prompts of another share nothing with this one, neither positions nor images.
     """
 
     tokens: Int[np.ndarray, " S"]
@@ -42,20 +42,20 @@ class Encoded(NamedTuple):
     salt: bytes = b""
 
     @property
-    def pictures(self) -> list[int]:
-        """Where each picture begins, in the order of the prompt."""
+    def images(self) -> list[int]:
+        """Where each image begins, in the order of the prompt."""
         return np.flatnonzero(self.places == 0).tolist()
 
 
 def encode_prompt(
-    prompt: Prompt, config: MagmaConfig, tokenizer: Tokenizer, *, max_pictures: int | None = None, salt: bytes = b""
+    prompt: Prompt, config: MagmaConfig, tokenizer: Tokenizer, *, max_images: int | None = None, salt: bytes = b""
 ) -> Encoded:
     """Tokens and pixels of a prompt.
 
     Raises:
-        ValueError: an empty prompt, an item that is neither text nor picture, too many pictures. ImageError.
+        ValueError: an empty prompt, an item that is neither text nor image, too many images. ImageError.
     """
-    size, per_picture = config.encoder.image_size, picture_positions(config)
+    size, per_image = config.encoder.image_size, image_positions(config)
     tokens: list[int] = []
     places: list[int] = []
     owners: list[bytes | None] = []
@@ -67,11 +67,11 @@ def encode_prompt(
             array = item.pixels(size)
             key = hashlib.blake2b(array.tobytes(), key=key_of_hash, digest_size=16).digest()
             pixels[key] = array
-            tokens += [0] * per_picture
-            places += range(per_picture)
-            owners += [key] * per_picture
+            tokens += [0] * per_image
+            places += range(per_image)
+            owners += [key] * per_image
             halves = np.frombuffer(key, np.int64).tolist()
-            identity += [(-1 - place, *halves) for place in range(per_picture)]
+            identity += [(-1 - place, *halves) for place in range(per_image)]
         else:
             ids = tokenizer.encode(item)
             tokens += ids
@@ -79,9 +79,9 @@ def encode_prompt(
             owners += [None] * len(ids)
             identity += [(token, 0, 0) for token in ids]
     if not tokens:
-        raise ValueError("the prompt is empty: give at least one picture or one word")
-    if max_pictures is not None and len(pixels) > max_pictures:
-        raise ValueError(f"the prompt has {len(pixels)} pictures, at most {max_pictures} are taken")
+        raise ValueError("the prompt is empty: give at least one image or one word")
+    if max_images is not None and len(pixels) > max_images:
+        raise ValueError(f"the prompt has {len(pixels)} images, at most {max_images} are taken")
     as_array = (np.array(tokens, np.int32), np.array(places, np.int32))
     return Encoded(*as_array, owners, pixels, np.array(identity, np.int64), salt)
 
@@ -105,7 +105,7 @@ def check_prompt(prompt: Prompt) -> list[str | ImageInput]:
     """The items of a prompt.
 
     Raises:
-        ValueError: no list, or an item that is neither text nor picture.
+        ValueError: no list, or an item that is neither text nor image.
     """
     if isinstance(prompt, str | ImageInput):
         raise ValueError("a prompt is a list, such as [ImageInput('x.png'), 'Describe:']")
@@ -115,6 +115,6 @@ def check_prompt(prompt: Prompt) -> list[str | ImageInput]:
     return list(prompt)
 
 
-def picture_positions(config: MagmaConfig) -> int:
-    """Positions that one picture takes in a sequence."""
+def image_positions(config: MagmaConfig) -> int:
+    """Positions that one image takes in a sequence."""
     return config.encoder.positions or config.prefix.image_positions

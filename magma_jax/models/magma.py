@@ -1,6 +1,6 @@
 """MAGMA: a frozen language model that sees (Eichenberg et al., 2021).
 
-A picture goes through encoder and prefix and becomes a row of word-like vectors; these and word embeddings form one
+An image goes through encoder and prefix and becomes a row of word-like vectors; these and word embeddings form one
 sequence that the language model, with its adapters, continues. Training is next-token prediction on the words.
 """
 
@@ -79,13 +79,13 @@ class MagmaModel(nnx.Module):
 
     @property
     def image_positions(self) -> int:
-        """Positions that one picture takes in a sequence."""
+        """Positions that one image takes in a sequence."""
         return self.image_prefix.positions
 
     def encode_images(
         self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
     ) -> Float[Array, "B ..."]:
-        """Features of normalised pictures: a grid (B, P, C), or (B, C) from a pooled encoder."""
+        """Features of normalised images: a grid (B, P, C), or (B, C) from a pooled encoder."""
         return self.image_prefix.encoder(images.astype(self.dtype), batch_norm=batch_norm, remat=remat)
 
     def embed_features(
@@ -95,7 +95,7 @@ class MagmaModel(nnx.Module):
         return self.image_prefix(features.astype(self.dtype), dropout_key=dropout_key)
 
     def embed_images(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B P D"]:
-        """Normalised pictures to word-like vectors, as for inference."""
+        """Normalised images to word-like vectors, as for inference."""
         return self.embed_features(self.encode_images(images))
 
     def embed_tokens(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -127,9 +127,9 @@ class MagmaModel(nnx.Module):
         dropout_key: PRNGKey | None = None,
         remat: Remat = "none",
     ) -> Float[Array, "B S D"]:
-        """Final hidden states, from which ``logits`` predicts each of ``tokens`` by the picture and what precedes it.
+        """Final hidden states, from which ``logits`` predicts each of ``tokens`` by the image and what precedes it.
 
-        The first token is predicted from the last position of the picture. Padding on the right changes nothing for
+        The first token is predicted from the last position of the image. Padding on the right changes nothing for
         the tokens before it, so S is any length that holds the batch.
         """
         prefix = self.embed_features(features, dropout_key=dropout_key)
@@ -150,8 +150,8 @@ class MagmaModel(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """``caption_hidden`` of rows that hold up to N samples each, see ``data.batches.batching``.
 
-        A row is its N pictures, then its tokens. Each position sees those of its own sample, at or before itself; for
-        two samples of one picture position p and two words w, and one word of padding:
+        A row is its N images, then its tokens. Each position sees those of its own sample, at or before itself; for
+        two samples of one image position p and two words w, and one word of padding:
 
             p1 p2 w1 w1 w2 w2 --
              1  .  .  .  .  .  .
@@ -170,14 +170,14 @@ class MagmaModel(nnx.Module):
         slot, place = jnp.divmod(jnp.arange(slots * size), size)
         owner = _behind(slot + 1, segments)
         all_positions = _behind(place, size + positions)
-        # A sample's pictures stand before its words, so that what is before in the row is before in the sample.
+        # A sample's images stand before its words, so that what is before in the row is before in the sample.
         mask = Mask("causal", segments=owner)
         hidden = self(embeddings, positions=all_positions, mask=mask, remat=remat).hidden
 
-        # A token is predicted from the one before it, the first of a sample from the end of its picture.
-        end_of_picture = segments * size - 1
+        # A token is predicted from the one before it, the first of a sample from the end of its image.
+        end_of_image = segments * size - 1
         before = slots * size - 1 + jnp.arange(tokens.shape[1])
-        predictor = jnp.where((positions == 0) & (segments > 0), end_of_picture, before)
+        predictor = jnp.where((positions == 0) & (segments > 0), end_of_image, before)
         return jnp.take_along_axis(hidden, predictor[:, :, None], axis=1)
 
     def class_logits(self, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"]) -> Float[Array, "B classes"]:
@@ -197,6 +197,6 @@ class MagmaModel(nnx.Module):
         self.lm.remove_adapters()
 
 
-def _behind(pictures: Int[Array, " P"], words: Int[Array, "B S"]) -> Int[Array, "B T"]:
-    """What is the same in every row for its pictures, followed by what each row says of its words."""
-    return jnp.concatenate([jnp.broadcast_to(pictures, (words.shape[0], pictures.shape[0])), words], axis=1)
+def _behind(images: Int[Array, " P"], words: Int[Array, "B S"]) -> Int[Array, "B T"]:
+    """What is the same in every row for its images, followed by what each row says of its words."""
+    return jnp.concatenate([jnp.broadcast_to(images, (words.shape[0], images.shape[0])), words], axis=1)

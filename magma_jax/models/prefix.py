@@ -28,11 +28,12 @@ class PrefixConfig:
     Attributes:
         mapping: ``linear`` (MAGMA), ``mlp`` (GELU between two linear layers) or ``transformer`` (linear, then
             ``transformer_layers`` encoder layers over the positions).
-        image_positions: vectors a picture becomes with a pooled encoder (Frozen uses 2); a grid fixes its own number.
+        image_positions: vectors an image becomes with a pooled encoder (Frozen uses 2); a grid fixes its own number.
         layernorm: LayerNorm behind the dropout.
         dropout: rate during training (paper: 0.1).
         standardize: features are brought to zero mean and unit variance per channel, with statistics of training
-            pictures that the run fills in once (``training.pictures``); for encoders whose channels differ in scale.
+            images that the run fills in once (``training.image_features``); for encoders whose channels differ in
+            scale.
     """
 
     mapping: Literal["linear", "mlp", "transformer"] = "linear"
@@ -48,7 +49,7 @@ class PrefixConfig:
 
 
 class PrefixTransformerLayer(nnx.Module):
-    """Pre-LayerNorm encoder layer over the positions of one picture, full attention."""
+    """Pre-LayerNorm encoder layer over the positions of one image, full attention."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         if width % heads:

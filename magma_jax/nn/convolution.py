@@ -1,4 +1,4 @@
-"""Convolution, pooling and BatchNorm on pictures of shape (B, height, width, channels)."""
+"""Convolution, pooling and BatchNorm on images of shape (B, height, width, channels)."""
 
 import functools
 from typing import Literal

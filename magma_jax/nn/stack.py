@@ -36,7 +36,7 @@ def stack(create: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs)
     return merge(definition, params)
 
 
-class Apart(nnx.Module):
+class Unstacked(nnx.Module):
     """Layers that are not stacked; their paths are ``0/...``, ``1/...`` and so on."""
 
     def __init__(self, layers: Any, length: int):
@@ -58,7 +58,7 @@ def scan(
     Running statistics that the layers update are written back to ``layers``. Layers that are apart are for inference:
     ``remat`` is nothing to them.
     """
-    if isinstance(layers, Apart):
+    if isinstance(layers, Unstacked):
         ys = []
         for i, layer in enumerate(layers):
             carry, y = body(layer, carry, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
@@ -80,7 +80,7 @@ def scan(
     return carry, ys
 
 
-def once(layer: Any, body: Callable[[Any, Any], Any], x: Any, *, remat: Remat) -> Any:
+def remat_call(layer: Any, body: Callable[[Any, Any], Any], x: Any, *, remat: Remat) -> Any:
     """``body(layer, x)`` of a layer that is not stacked, under a remat policy; running statistics are written back."""
     definition, params = split(layer)
 

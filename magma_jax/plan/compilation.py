@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from magma_jax.config import ConfigError
-from magma_jax.inference.decoding.decode import Rows, advance
+from magma_jax.inference.decoding.decode import DecodeState, advance
 from magma_jax.inference.decoding.sampling import SamplingRows
 from magma_jax.models.language.decoder import KVCache
 from magma_jax.nn.modules import merge
@@ -80,7 +80,7 @@ def compile_decode(program: Program, rows: int, slots: int) -> Compiled:
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     cache = (lm.layers, rows, lm.heads, slots, lm.width // lm.heads)
-    state = Rows(
+    state = DecodeState(
         cache=KVCache(*[jax.ShapeDtypeStruct(cache, _activations(config), sharding=by_heads)] * 2),
         token=row(jnp.int32),
         position=row(jnp.int32),

@@ -185,7 +185,7 @@ def encoder_config(
         sizes = {(c.blocks, c.width): (name, c) for name, c in CLIP_RESNETS.items()}
         name, base = sizes.get((blocks, width), (None, None))
         if name is None:
-            size = _asked(known, "res", f"a CLIP ResNet of blocks {blocks} and width {width}", "picture size", "pixels")
+            size = _asked(known, "res", f"a CLIP ResNet of blocks {blocks} and width {width}", "image size", "pixels")
             return CLIPResNetConfig(blocks, width, image_size=size)
         return dataclasses.replace(base, image_size=known.get("encoder", "res", base.image_size, f"as CLIP's {name}"))
     if f"{root}class_embedding" in tensors:

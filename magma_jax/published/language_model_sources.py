@@ -3,7 +3,7 @@
 Sizes that tensors cannot tell (heads, rotary features, eps) are compared with the ``config.json`` beside the weights.
 The word table and the head may be cut to the rows that the config asks for: GPT-J's 50,400 rows are GPT-2's 50,257
 tokens and padding that was never trained, and MAGMA keeps one of those for ``<|image|>``, which makes 50,258. Rows are
-never added. MAGMA puts a picture's vectors where ``<|image|>`` stands, so that token needs no row at all; and a new row
+never added. MAGMA puts an image's vectors where ``<|image|>`` stands, so that token needs no row at all; and a new row
 in a table that is also the head would compete with trained ones for every next word.
 """
 

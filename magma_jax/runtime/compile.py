@@ -24,7 +24,7 @@ _OPTIONS = {
 }
 
 
-def keep_programs(wanted: bool = True) -> None:
+def enable_compilation_cache(wanted: bool = True) -> None:
     """From now on compiled programs are kept in a folder, and the next process reads them instead of compiling.
 
     The folder is ``JAX_COMPILATION_CACHE_DIR``, or ``magma_jax/programs`` in the user's cache folder if that can be
@@ -50,7 +50,7 @@ def compiler_options(platform: str) -> dict[str, str]:
 
 
 @functools.cache
-def return_compiler_memory() -> None:
+def trim_after_compile() -> None:
     """From now on memory that a compilation used goes back to the system as it ends.
 
     The C library would keep it for the process: 1 GB for the step of a mid-size model on a CPU, on top of what the
@@ -88,6 +88,6 @@ class _Jitted:
         return getattr(self._jitted, name)
 
 
-def jit(**options: Any) -> Callable[[Callable[..., Any]], _Jitted]:
+def platform_jit(**options: Any) -> Callable[[Callable[..., Any]], _Jitted]:
     """A decorator: ``jax.jit`` with its ``options`` and those of the default platform's compiler."""
     return lambda function: _Jitted(function, options)

@@ -50,7 +50,7 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def say(message: str) -> None:
+def log_main(message: str) -> None:
     """One line for whoever watches the run, once for all processes, and above the progress bar if there is one."""
     if is_main():
         tqdm.write(printable(message), file=sys.stderr)
@@ -65,13 +65,13 @@ def barrier(name: str) -> None:
         distributed.global_state.client.wait_at_barrier(name, timeout_in_ms=BARRIER_TIMEOUT_S * 1000)
 
 
-def agreed(answer: bool) -> bool:
+def broadcast_from_main(answer: bool) -> bool:
     """The first process's answer, for all: what several processes see of a shared disk may differ for a moment."""
     barrier("question")
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
 
 
-def from_first_process(ask: Callable[[], T]) -> T:
+def json_from_main(ask: Callable[[], T]) -> T:
     """The first process's answer, plain JSON values, for all: they must agree, and may see a disk differently."""
     if jax.process_count() == 1:
         return ask()
@@ -84,7 +84,7 @@ def from_first_process(ask: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def one_of_several(wanted: bool = True) -> Iterator[None]:
+def distributed_run(wanted: bool = True) -> Iterator[None]:
     """Runs its block as one of several processes; with ``wanted=False`` as the only one.
 
     To be entered before anything uses a device. If the block raises, this process says so in one line and exits with

@@ -17,7 +17,7 @@ from pathlib import Path
 from magma_jax.inference.api import Magma
 from magma_jax.inference.batching.engine import Engine, EngineConfig
 from magma_jax.output import error_line
-from magma_jax.runtime.compile import keep_programs
+from magma_jax.runtime.compile import enable_compilation_cache
 from magma_jax.storage.hub import local_path
 
 
@@ -32,12 +32,12 @@ def main() -> None:
         from magma_jax.serve.network.listen import listen
         from magma_jax.serve.network.request_log import RequestLog
         from magma_jax.serve.prompts.fetch import FetchRules
-        from magma_jax.serve.prompts.pictures import PictureRules
+        from magma_jax.serve.prompts.images import ImageRules
         from magma_jax.serve.prompts.templates import templates_for
     except ModuleNotFoundError as error:
         sys.exit(f"magma_jax.serve: {error.name} is missing; pip install fastapi uvicorn prometheus_client jinja2")
     arguments, started = _parser().parse_args(), time.perf_counter()
-    keep_programs(not arguments.no_program_cache)
+    enable_compilation_cache(not arguments.no_program_cache)
     try:
         key = arguments.api_key_file.read_text().strip() if arguments.api_key_file else None
         if key == "":
@@ -48,9 +48,7 @@ def main() -> None:
             if arguments.allow_domain
             else None
         )
-        rules = PictureRules(
-            arguments.max_pictures, seconds=arguments.picture_seconds, folder=arguments.folder, fetch=fetch
-        )
+        rules = ImageRules(arguments.max_images, seconds=arguments.image_seconds, folder=arguments.folder, fetch=fetch)
         config = ServerConfig(
             arguments.name or name_of(arguments.checkpoint),
             key,
@@ -61,7 +59,7 @@ def main() -> None:
             grace=arguments.grace,
             connections=arguments.connections,
             hosts=(*(name.lower() for name in arguments.allow_host), arguments.host.lower()),
-            pictures=rules,
+            images=rules,
             open_metrics=arguments.open_metrics,
             origins=tuple(arguments.cors),
             root_path=root_path_of(arguments.root_path),
@@ -71,7 +69,7 @@ def main() -> None:
         sizes = EngineConfig(
             arguments.slots,
             arguments.context,
-            arguments.keep_pictures,
+            arguments.keep_images,
             arguments.steps,
             arguments.queue,
             reuse=not arguments.no_reuse,
@@ -138,10 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--context", type=int, help="positions of a request; default: the model's")
     parser.add_argument(
-        "--keep-pictures",
+        "--keep-images",
         type=int,
-        default=EngineConfig.pictures,
-        help="encoded pictures that are kept for further questions; default: %(default)s",
+        default=EngineConfig.images,
+        help="encoded images that are kept for further questions; default: %(default)s",
     )
     parser.add_argument(
         "--steps",
@@ -181,15 +179,15 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="answer with what the context has left where max_tokens is more, in place of an error",
     )
-    parser.add_argument("--max-pictures", type=int, default=16, help="in a request; default: %(default)s")
+    parser.add_argument("--max-images", type=int, default=16, help="in a request; default: %(default)s")
     parser.add_argument(
-        "--picture-seconds",
+        "--image-seconds",
         type=float,
         default=1.5,
-        help="of processor time that decoding one picture may take; default: %(default)s",
+        help="of processor time that decoding one image may take; default: %(default)s",
     )
-    parser.add_argument("--folder", type=Path, help="pictures below it may be named by file: URLs")
-    parser.add_argument("--allow-domain", nargs="*", default=[], help="hosts that pictures are fetched from")
+    parser.add_argument("--folder", type=Path, help="images below it may be named by file: URLs")
+    parser.add_argument("--allow-domain", nargs="*", default=[], help="hosts that images are fetched from")
     parser.add_argument("--fetch-timeout", type=float, default=5.0, help="seconds of a fetch; default: %(default)s")
     return parser
 

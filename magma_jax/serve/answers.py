@@ -19,7 +19,7 @@ from magma_jax.serve.requests.schema import StreamOptions
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer that is being drawn.
+    """An answer that is being sampled.
 
     Attributes:
         shape: how it is spelled.
@@ -46,7 +46,7 @@ class Answer:
     strip: bool = False
 
     async def response(self, request: Request) -> Response:
-        """The response to ``request``, whose client is watched: if it leaves, nothing more is drawn.
+        """The response to ``request``, whose client is watched: if it leaves, nothing more is sampled.
 
         Raises:
             RequestError: too slow, or the engine failed; of an answer that is sent whole.

@@ -7,14 +7,14 @@ from pydantic import Discriminator, Field, Tag
 
 from magma_jax.inference.attention_maps import (
     ALL_HEADS,
-    PictureAttention,
+    ImageAttention,
     attend,
     check_head,
-    picture_grid,
+    image_grid,
     split_words,
 )
 from magma_jax.inference.batching.engine import Engine
-from magma_jax.inference.prompts import WORD, Encoded, picture_positions
+from magma_jax.inference.prompts import WORD, Encoded, image_positions
 from magma_jax.serve.errors import RequestError
 from magma_jax.serve.requests.schema import MessagesRequest, Token
 
@@ -38,10 +38,10 @@ class AttentionRequest(MessagesRequest):
 
 
 def attention(engine: Engine, prompt: Encoded, wanted: AttentionRequest) -> dict[str, Any]:
-    """The maps of every word, each picture's cells row by row.
+    """The maps of every word, each image's cells row by row.
 
     Raises:
-        RequestError: no picture, no answer, no such layer or head, or more than the context holds.
+        RequestError: no image, no answer, no such layer or head, or more than the context holds.
     """
     model = engine.model
     try:
@@ -62,13 +62,13 @@ def attention(engine: Engine, prompt: Encoded, wanted: AttentionRequest) -> dict
         rollout, weights = _attend(engine, prompt, tokens, layer, head)
     except ValueError as error:
         raise RequestError(str(error)) from None
-    seen = PictureAttention(
+    seen = ImageAttention(
         tuple(tokens),
         tuple(split_words(model.tokenizer, tokens)),
         weights[None],
         rollout if wanted.layer is None else weights[0],
         (),
-        picture_grid(model.config),
+        image_grid(model.config),
     )
     words = [
         {"text": word.text, "share": round(seen.share(i), 4), "maps": _maps(seen, i, wanted.relative)}
@@ -79,7 +79,7 @@ def attention(engine: Engine, prompt: Encoded, wanted: AttentionRequest) -> dict
         "object": "attention",
         "words": words,
         "grid": grid,
-        "note": "this model's picture positions are no places" if seen.grid is None else seen.grid.note,
+        "note": "this model's image positions are no places" if seen.grid is None else seen.grid.note,
         "layers": model.config.lm.layers,
         "heads": model.config.lm.heads,
     }
@@ -88,7 +88,7 @@ def attention(engine: Engine, prompt: Encoded, wanted: AttentionRequest) -> dict
 def warm_up(engine: Engine) -> None:
     """Compiles what ``attention`` runs, for every length that a prompt may have."""
     config = engine.model.config
-    size = picture_positions(config)
+    size = image_positions(config)
     owner, pixels = b"warm", np.zeros((config.encoder.image_size,) * 2 + (3,), np.uint8)
     for length in engine.buckets:
         if length > size:
@@ -100,13 +100,13 @@ def warm_up(engine: Engine) -> None:
 
 def _attend(engine: Engine, prompt: Encoded, tokens: list[int], layer: int, head: int, length: int | None = None):
     length = length or next(size for size in engine.buckets if size >= len(prompt.tokens) + len(tokens))
-    options = {"length": length, "pictures": engine.config.pictures}
+    options = {"length": length, "images": engine.config.images}
     return attend(engine.model, prompt, tokens, np.array([[layer, head]]), **options)
 
 
-def _maps(seen: PictureAttention, word: int, relative: bool) -> list[list[float]]:
+def _maps(seen: ImageAttention, word: int, relative: bool) -> list[list[float]]:
     if seen.grid is None:
         return []
     count = seen.rollout.shape[1]
-    maps = [seen.map(word, picture=picture, relative=relative) for picture in range(count)]
+    maps = [seen.map(word, image=image, relative=relative) for image in range(count)]
     return [[round(float(value), 5) for value in found.ravel()] for found in maps]

@@ -70,7 +70,7 @@ class ChatShape:
 
         content = [
             entry(token, logprob) | {"top_logprobs": [entry(*other) for other in top]}
-            for token, logprob, top in _drawn(pieces)
+            for token, logprob, top in _sampled(pieces)
         ]
         return {"content": content, "refusal": None}
 
@@ -117,7 +117,7 @@ class TextShape:
         if not self._logprobs:
             return None
         tokens, logprobs, tops, offsets = [], [], [], []
-        for token, logprob, top in _drawn(pieces):
+        for token, logprob, top in _sampled(pieces):
             tokens.append(self._tokenizer.decode([token]))
             logprobs.append(probability(logprob))
             tops.append({self._tokenizer.decode([other]): probability(value) for other, value in top})
@@ -126,7 +126,7 @@ class TextShape:
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
 
-def _drawn(pieces: Sequence[Progress]) -> Iterator[tuple[int, float, Alternatives]]:
+def _sampled(pieces: Sequence[Progress]) -> Iterator[tuple[int, float, Alternatives]]:
     """Every token with its log-probability and its alternatives."""
     for piece in pieces:
         yield from zip(piece.tokens, piece.logprobs, piece.top or [()] * len(piece.tokens), strict=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from magma_jax.serve.prompts.pictures import PictureRules
+from magma_jax.serve.prompts.images import ImageRules
 from magma_jax.serve.prompts.templates import Templates
 
 
@@ -19,18 +19,18 @@ class ServerConfig:
         templates: the wordings that messages are put into.
         cut_max_tokens: answers get what the context has left where more is asked for, in place of an error.
         max_body_bytes: of a request.
-        max_text_bytes: of a request beside its pictures.
+        max_text_bytes: of a request beside its images.
         timeout: seconds that a request may take, waiting included.
         head_timeout: seconds until a connection's request must begin to arrive, line and headers.
         body_timeout: seconds that a request may take to arrive.
         send_timeout: seconds in which a client must read what waits for it.
         grace: seconds that running requests are given when the server is told to stop.
         connections: at a time.
-        max_held_bytes: of the bodies of requests together, from their arrival until their pictures are decoded.
-        decoders: pictures that are decoded at the same time.
+        max_held_bytes: of the bodies of requests together, from their arrival until their images are decoded.
+        decoders: images that are decoded at the same time.
         hosts: names that the server goes by, beside addresses, ``localhost`` and the machine's own name; "*" for any.
         origins: web origins, such as ``https://lab.example``, whose pages may use the server; "*" for any.
-        pictures: what pictures are taken.
+        images: what images are taken.
     """
 
     model: str = "magma"
@@ -47,7 +47,7 @@ class ServerConfig:
     decoders: int = 2
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
-    pictures: PictureRules = PictureRules()
+    images: ImageRules = ImageRules()
     open_metrics: bool = False
     root_path: str = ""
     templates: Templates = Templates()

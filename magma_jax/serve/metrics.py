@@ -30,8 +30,8 @@ _SINCE_THE_START = {
     "finished": "Requests that have ended",
     "prompt_tokens": "Prompt positions",
     "reused_tokens": "Prompt positions found in a cache",
-    "new_tokens": "Tokens drawn",
-    "pictures_encoded": "Pictures encoded",
+    "new_tokens": "Tokens sampled",
+    "images_encoded": "Images encoded",
 }
 
 

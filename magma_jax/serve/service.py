@@ -26,7 +26,7 @@ from magma_jax.serve.errors import QUEUE_FULL, RequestError, busy
 from magma_jax.serve.metrics import ServerMetrics
 from magma_jax.serve.network.body import read_body
 from magma_jax.serve.prompts.fetch import FetchError
-from magma_jax.serve.prompts.pictures import RequestPicture, decoders_of
+from magma_jax.serve.prompts.images import RequestImage, decoders_of
 from magma_jax.serve.requests.schema import (
     ChatRequest,
     ImageURL,
@@ -50,13 +50,13 @@ class Service:
         self.engine, self.config = engine, config
         self.created = int(time.time())
         self.metrics = ServerMetrics(stats)
-        self._decoders = decoders_of(config.pictures, config.decoders, engine.config.queue)
-        # Prompts of text do not wait for pictures, which wait for hosts and for a decoder, a thread each.
+        self._decoders = decoders_of(config.images, config.decoders, engine.config.queue)
+        # Prompts of text do not wait for images, which wait for hosts and for a decoder, a thread each.
         self._texts = ThreadPoolExecutor(2, "texts")
-        self._pictures = ThreadPoolExecutor(engine.config.queue, "pictures")
+        self._images = ThreadPoolExecutor(engine.config.queue, "images")
         # One at a time beside the engine, which has the device's time first of all.
         self._looker = ThreadPoolExecutor(1, "attention")
-        self._compilers = ThreadPoolExecutor(1, "grammars")  # apart, so that pictures do not wait for grammars
+        self._compilers = ThreadPoolExecutor(1, "grammars")  # apart, so that images do not wait for grammars
         self._looking = self._arriving = self._held_bytes = 0
 
     def start(self) -> None:
@@ -66,7 +66,7 @@ class Service:
     def close(self) -> None:
         """Ends the threads and the decoders; who still waits for one is told."""
         self._decoders.close()
-        for threads in (self._texts, self._pictures, self._looker, self._compilers):
+        for threads in (self._texts, self._images, self._looker, self._compilers):
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, request: Request) -> Response:
@@ -77,7 +77,7 @@ class Service:
         """The continuation of a text, or of several."""
         return await (await self._begin_text(request)).response(request)
 
-    # Apart from the above, so that bodies and prompts are gone while an answer is drawn.
+    # Apart from the above, so that bodies and prompts are gone while an answer is sampled.
 
     async def _begin_chat(self, request: Request) -> Answer:
         started = time.perf_counter()
@@ -199,11 +199,11 @@ class Service:
     async def _encode(
         self, prompts: list[list[str | ImageURL] | list[int]], wanted: PromptRequest, started: float, param: str
     ) -> list[Encoded]:
-        """Prompts of texts and pictures, which are fetched and decoded, or of token ids."""
-        rules, salt = self.config.pictures, (wanted.cache_salt or "").encode()
-        pictures = sum(isinstance(item, ImageURL) for items in prompts for item in items)
-        if pictures > rules.max_pictures:
-            says = f"the request has {pictures} pictures, at most {rules.max_pictures} are taken"
+        """Prompts of texts and images, which are fetched and decoded, or of token ids."""
+        rules, salt = self.config.images, (wanted.cache_salt or "").encode()
+        images = sum(isinstance(item, ImageURL) for items in prompts for item in items)
+        if images > rules.max_images:
+            says = f"the request has {images} images, at most {rules.max_images} are taken"
             raise RequestError(says, param=param)
 
         deadline = time.monotonic() + started + self.config.timeout - time.perf_counter()
@@ -212,11 +212,11 @@ class Service:
             if items and isinstance(items[0], int):
                 return encode_tokens(items, self.engine.model.config, salt)
             opened = (rules, self._decoders, deadline)
-            prompt = [item if isinstance(item, str) else RequestPicture(item.url, *opened) for item in items]
+            prompt = [item if isinstance(item, str) else RequestImage(item.url, *opened) for item in items]
             return self.engine.encode(prompt, salt)
 
         try:
-            threads = self._pictures if pictures else self._texts
+            threads = self._images if images else self._texts
             return await self._in_thread(threads, lambda: [encode(items) for items in prompts], started)
         except RequestError:
             raise
@@ -263,7 +263,7 @@ def _told_to_clients() -> Iterator[None]:
 
 
 def _spelled(prompt: Items | list[int], tokenizer: Tokenizer) -> str:
-    """The text of a prompt, without its pictures."""
+    """The text of a prompt, without its images."""
     if isinstance(prompt[0], int):
         return tokenizer.decode(prompt)
     return "".join(item for item in prompt if isinstance(item, str))

@@ -24,7 +24,7 @@ import numpy as np
 
 from magma_jax.foreign import ForeignError, read_json
 from magma_jax.output import OutputError, partial_name, whole_output
-from magma_jax.runtime.distributed import barrier, from_first_process, is_main, say
+from magma_jax.runtime.distributed import barrier, is_main, json_from_main, log_main
 from magma_jax.storage.array_files import open_arrays, read_arrays, write_arrays
 from magma_jax.storage.checksums import (
     SUMS_FILE,
@@ -214,7 +214,7 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
     order = sorted(shapes, key=lambda name: -math.prod(shapes[name].shape))
     files = {file: digest for name in order if is_main() for file, digest in sums.get(name, {}).items()}
     wanted = {name: with_sharding(shape) for name, shape in shapes.items()}
-    return _compared(folder, files, lambda: read_arrays(folder / PARAMS, wanted, stored), from_first_process)
+    return _compared(folder, files, lambda: read_arrays(folder / PARAMS, wanted, stored), json_from_main)
 
 
 def open_params(path: str | Path) -> dict[str, Deferred]:
@@ -296,7 +296,7 @@ def _is_of_row(file: str, row: int) -> bool:
 
 @functools.cache
 def _say_unchecked(path: str | Path) -> None:
-    say(unchecked(path))
+    log_main(unchecked(path))
 
 
 def unchecked(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""The training loop: batches, steps, progress, checkpoints. It knows no model family and no data set by name."""
+"""The training loop: batches, steps, progress, checkpoints. It knows no model family and no dataset by name."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from magma_jax.family import Family
-from magma_jax.runtime.distributed import say
+from magma_jax.runtime.distributed import log_main
 from magma_jax.runtime.sharding import local_rows, place_batch, replicated
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
 from magma_jax.training.faults.interruption import StopRequest
@@ -65,7 +65,7 @@ def train(
             snapshot = checkpoints.restore(run.state, key)
             run.state, run.best, key = snapshot.state, snapshot.best, snapshot.key
             batches.set_state(snapshot.data)
-            say(f"resuming after step {int(run.state.step)}")
+            log_main(f"resuming after step {int(run.state.step)}")
         watch = Watch(run, profile)
         prepare = family.prepare(run.program, run.dataset, run.params)
         validate = make_validation(run, prepare) if config.validation.every else None
@@ -73,7 +73,7 @@ def train(
             _steps(run, batches, key, prepare, validate, watch, checkpoints, stop)
     if run.interrupted:
         step = int(run.state.step)
-        say(f"{stop.signal}: stopped after step {step} of {config.steps}, which is saved; start again to continue")
+        log_main(f"{stop.signal}: stopped after step {step} of {config.steps}, which is saved; start again to continue")
     return run
 
 
@@ -88,7 +88,7 @@ def _steps(
     stop: StopRequest,
 ) -> None:
     config, mesh = run.config, run.program.mesh
-    guard = NonfiniteGuard(config.nonfinite, config.nonfinite_limit, run.workdir, key, say)
+    guard = NonfiniteGuard(config.nonfinite, config.nonfinite_limit, run.workdir, key, log_main)
     milestones = Milestones(
         run, key, batches.get_state, checkpoints, stop, validate, watch.write, watch.paused, guard.check
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from magma_jax.runtime.distributed import say
+from magma_jax.runtime.distributed import log_main
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints, Snapshot
 from magma_jax.training.faults.interruption import StopRequest
 from magma_jax.training.run.setup import Run
@@ -76,10 +76,10 @@ class Milestones:
         run.best = run.best.after(step, loss, config.min_delta)
         improved = run.best.step == step
         waited = f"best {run.best.loss:.4f} at step {run.best.step}" if run.best.step else "no best step yet"
-        say(f"step {step}: validation loss {loss:.4f}, {'the best so far' if improved else waited}")
+        log_main(f"step {step}: validation loss {loss:.4f}, {'the best so far' if improved else waited}")
         self._record(step, figures)
         if run.best.exhausts(config):
-            say(f"ends early: no improvement in {config.patience} validations; {waited}")
+            log_main(f"ends early: no improvement in {config.patience} validations; {waited}")
         return improved
 
     def _run_dry(self) -> bool:

@@ -15,7 +15,7 @@ from magma_jax.data.batches.batching import PaddedBatches
 from magma_jax.data.batches.pipeline import encode_sample
 from magma_jax.data.batches.sources import UnusableSample
 from magma_jax.nn.modules import merge
-from magma_jax.runtime.distributed import say
+from magma_jax.runtime.distributed import log_main
 from magma_jax.runtime.sharding import local_rows, place_batch, replicated
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.setup import Run
@@ -33,10 +33,10 @@ def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[],
     count, so that batches of different lengths and mesh shapes do not matter. BatchNorm uses its running statistics.
 
     Args:
-        prepare: fetches the pictures of a batch, see ``training.pictures``.
+        prepare: fetches the images of a batch, see ``training.image_features``.
 
     Raises:
-        ConfigError: the data set has no such split.
+        ConfigError: the dataset has no such split.
     """
     config, mesh = run.config, run.program.mesh
     # A part of a batch, as the step runs it at once, fits in memory and divides by the devices.
@@ -65,10 +65,10 @@ def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[],
 
 
 def chosen_samples(config: RunConfig, evaluation: dict[str, Sequence[Any]]) -> list[Any]:
-    """The samples of the data set that a config validates on, see ``ValidationConfig``.
+    """The samples of the dataset that a config validates on, see ``ValidationConfig``.
 
     Raises:
-        ConfigError: the data set has no such split, or an empty one.
+        ConfigError: the dataset has no such split, or an empty one.
     """
     split, limit = config.validation.split, config.validation.samples
     samples = evaluation.get(split, ())
@@ -84,7 +84,7 @@ def chosen_samples(config: RunConfig, evaluation: dict[str, Sequence[Any]]) -> l
             unusable[str(error)] += 1
     if unusable:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in unusable.items())
-        say(f"validation goes without {unusable.total()} of {len(rows)} samples ({reasons})")
+        log_main(f"validation goes without {unusable.total()} of {len(rows)} samples ({reasons})")
     if not chosen:
         raise ConfigError(f"validation.split {split!r}: none of its samples can be used")
     return chosen

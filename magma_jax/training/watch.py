@@ -16,7 +16,7 @@ import optax
 from tqdm import tqdm
 
 from magma_jax.config import ConfigError, to_dict
-from magma_jax.runtime.distributed import is_main, say
+from magma_jax.runtime.distributed import is_main, log_main
 from magma_jax.training.monitor.profiler import Profiler, StepRange
 from magma_jax.training.monitor.throughput import Meter, Window, device_memory
 from magma_jax.training.monitor.writers import METRICS_FILE, TENSORBOARD, JsonLines, TensorBoard, Wandb, Writer, Writers
@@ -54,7 +54,7 @@ class Watch:
         self._sampler = _make_panel(run, writing=self._main) if config.watch.samples_every else None
         tensorboard = run.workdir / TENSORBOARD
         profile = profile if self._main else None
-        self._profiler = Profiler(profile, tensorboard, done=self._first, end=config.steps, say=say)
+        self._profiler = Profiler(profile, tensorboard, done=self._first, end=config.steps, say=log_main)
         writing = self._main and self._first < config.steps
         self._writers, self._seconds_before = _open_writers(run) if writing else (Writers([]), 0.0)
         mesh = run.program.mesh
@@ -111,7 +111,7 @@ class Watch:
             self._compile_started = None
             self._compile_seconds += seconds
             self._unwritten["compile_seconds"] = self._unwritten.get("compile_seconds", 0.0) + seconds
-            say(f"step {step} took {duration(seconds)}, compilation included")
+            log_main(f"step {step} took {duration(seconds)}, compilation included")
         self.flush()
         if self._profiler.ends(step):
             with self.paused():
@@ -123,8 +123,8 @@ class Watch:
             self._pending = (step, metrics, self._meter.cut())
         if self._sampler and (step % config.watch.samples_every == 0 or step == config.steps):
             with self.paused():
-                picture = self._sampler(step, self._run.params)
-                self._writers.picture(step, "samples", picture)
+                image = self._sampler(step, self._run.params)
+                self._writers.image(step, "samples", image)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records further figures of a step, such as a validation loss."""
@@ -193,7 +193,7 @@ class Watch:
             long += [duration((steps - step) * values["step_seconds"]) + " left"] if step < steps else []
         self._bar.set_postfix_str(", ".join(short))
         if self._bar.disable:
-            say("  ".join(long))
+            log_main("  ".join(long))
 
     def _summary(self) -> None:
         total, meter = self._meter.total, self._meter
@@ -201,7 +201,7 @@ class Watch:
         if not total.steps or training <= 0:
             return
         tokens = "{:.3g}{}".format(*scaled(total.tokens / training))
-        say(
+        log_main(
             f"steps {self._first + 1} to {int(self._run.state.step)} took {duration(meter.elapsed)}: "
             f"{total.samples / training:.0f} samples/s, {tokens} tokens/s; beside that "
             f"{duration(self._compile_seconds)} compiling, {duration(meter.paused_seconds)} samples and checkpoints"

@@ -89,7 +89,7 @@ def test_transformers_speaks_its_words_and_stops(own_words, tmp_path):
     assert generated[:, prompts["input_ids"].shape[1] :].tolist() == [[words.eos_id], [words.eos_id]]
 
 
-def test_the_place_of_a_picture_is_left_out_where_it_has_no_row(own_words, tmp_path):
+def test_the_place_of_a_image_is_left_out_where_it_has_no_row(own_words, tmp_path):
     _, words = own_words
     lm = dataclasses.replace(tiny.MODEL.lm, vocab_rows=words.vocab_size, head_rows=words.vocab_size)
     hf_export._write_tokenizer(tmp_path, words, lm)

@@ -57,8 +57,8 @@ def test_logits_are_close_and_what_was_trained_is_there(trained, quantized):
     expected = model(model.embed_tokens([1, 5, 9])[None]).logits
     error = jnp.abs(small(small.embed_tokens([1, 5, 9])[None]).logits - expected).max() / jnp.abs(expected).max()
     assert 0 < error < (0.02 if quantized.name == "int8" else 0.2)
-    texts = small.generate(small.preprocess_inputs(["A picture"]), max_steps=3, temperature=0)
-    assert texts == small.generate(small.preprocess_inputs(["A picture"]), max_steps=3, temperature=0)
+    texts = small.generate(small.preprocess_inputs(["An image"]), max_steps=3, temperature=0)
+    assert texts == small.generate(small.preprocess_inputs(["An image"]), max_steps=3, temperature=0)
     assert Magma.from_checkpoint(quantized, dtype="bfloat16").params["lm/lm_head/weight_scale"].dtype == jnp.float32
 
 

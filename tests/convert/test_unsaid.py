@@ -75,14 +75,14 @@ def test_of_a_published_one_a_line_says_what_was_taken(size, heads, name):
     assert "encoder" not in said
 
 
-def test_picture_sizes():
+def test_image_sizes():
     blocks = {
         f"layer{i}.{j}.conv1.weight": (8, 8, 1, 1) for i, count in enumerate((3, 4, 6, 3), 1) for j in range(count)
     }
     config, said = inferred(magma_tensors({"conv3.weight": (64, 3, 3, 3), **blocks}, 2048))
     assert config.encoder.image_size == 224
     assert "encoder.res 224 (as CLIP's RN50)" in said
-    with pytest.raises(InferenceError, match="picture size is unknown"):
+    with pytest.raises(InferenceError, match="image size is unknown"):
         inferred(magma_tensors({"conv3.weight": (48, 3, 3, 3), **blocks}, 2048))
     stages = {f"0.1.{i}.0.{conv}.weight": (32, 32, 1, 1) for i in range(4) for conv in ("conv1", "conv3")}
     config, said = inferred(magma_tensors({"0.0.conv.weight": (16, 3, 3, 3), **stages}, 32))

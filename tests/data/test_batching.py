@@ -10,7 +10,7 @@ from magma_jax.typing import IGNORED
 PAD, B, BUCKETS = 99, 4, (4, 8, 16)
 LENGTHS = np.random.default_rng(0).integers(1, 17, 4 * WINDOW * B)
 SAMPLES = [
-    {"tokens": np.full(n, i, np.int32), "labels": np.full(n, 1000 + i, np.int32), "pictures": np.int32(i)}
+    {"tokens": np.full(n, i, np.int32), "labels": np.full(n, 1000 + i, np.int32), "image_rows": np.int32(i)}
     for i, n in enumerate(LENGTHS)
 ]
 
@@ -27,12 +27,12 @@ def _packed(rows=range(B), pack=3):
 
 def test_padded_batches_hold_every_sample_once_in_the_smallest_bucket():
     batches = list(_padded())
-    assert sorted(np.concatenate([batch["pictures"] for batch in batches])) == list(range(len(SAMPLES)))
+    assert sorted(np.concatenate([batch["image_rows"] for batch in batches])) == list(range(len(SAMPLES)))
     for batch in batches:
         length = batch["tokens"].shape[1]
-        lengths = LENGTHS[batch["pictures"]]
+        lengths = LENGTHS[batch["image_rows"]]
         assert length == min(bucket for bucket in BUCKETS if bucket >= lengths.max())
-        for i, row in enumerate(batch["pictures"]):
+        for i, row in enumerate(batch["image_rows"]):
             np.testing.assert_array_equal(batch["tokens"][i], [row] * lengths[i] + [PAD] * (length - lengths[i]))
             np.testing.assert_array_equal(batch["labels"][i][lengths[i] :], IGNORED)
             np.testing.assert_array_equal(batch["labels"][i][: lengths[i]], 1000 + row)
@@ -44,7 +44,7 @@ def test_padded_batches_hold_every_sample_once_in_the_smallest_bucket():
 
 
 def test_one_bucket_keeps_the_order_of_the_samples():
-    assert [list(batch["pictures"]) for batch in _padded(buckets=(16,))][:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [list(batch["image_rows"]) for batch in _padded(buckets=(16,))][:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize("batches", [_padded, _packed])
@@ -71,13 +71,13 @@ def test_packed_rows_hold_whole_samples_with_their_own_positions():
     seen = []
     for batch in _packed():
         assert batch["tokens"].shape == (B, 24)
-        assert batch["pictures"].shape == (B, 3)
+        assert batch["image_rows"].shape == (B, 3)
         for row in range(B):
             segments = batch["segments"][row]
             np.testing.assert_array_equal(batch["tokens"][row][segments == 0], PAD)
             np.testing.assert_array_equal(batch["labels"][row][segments == 0], IGNORED)
             for segment in range(1, segments.max() + 1):
-                sample = batch["pictures"][row, segment - 1]
+                sample = batch["image_rows"][row, segment - 1]
                 inside = segments == segment
                 np.testing.assert_array_equal(batch["tokens"][row][inside], SAMPLES[sample]["tokens"])
                 np.testing.assert_array_equal(batch["labels"][row][inside], SAMPLES[sample]["labels"])

@@ -1,4 +1,4 @@
-"""Pictures decoded by processes of their own: the same pixels, limits, order, and processes that end."""
+"""Images decoded by processes of their own: the same pixels, limits, order, and processes that end."""
 
 import concurrent.futures
 import contextlib
@@ -16,7 +16,7 @@ from PIL import Image
 
 from magma_jax.data.decoders import DecoderBusy, DecoderError, Decoders
 from magma_jax.data.images import ImageError, load_image, to_uint8
-from tests.data.hostile_pictures import SLOW, bmp_runs, many_scans, saved
+from tests.data.hostile_images import SLOW, bmp_runs, many_scans, saved
 
 # Work of half an hour; nothing here waits for its end.
 ENDLESS = bmp_runs(100_000, 600, b"\1\0\0\0" * 600)
@@ -74,7 +74,7 @@ def test_pixels_are_those_of_this_process(decoders, name):
     for size in (32, 48):
         expected = to_uint8(load_image(FILES[name]), size)
         np.testing.assert_array_equal(decoders.square(FILES[name], size), expected)
-        whole = decoders.picture(FILES[name])
+        whole = decoders.image(FILES[name])
         assert (whole.mode, whole.size) == (load_image(FILES[name]).mode, load_image(FILES[name]).size)
         np.testing.assert_array_equal(to_uint8(whole, size), expected)
 
@@ -86,7 +86,7 @@ def test_errors_are_those_of_this_process(decoders, tmp_path):
         with pytest.raises(ImageError) as expected:
             load_image(content, max_pixels=4_200_000)
         with pytest.raises(ImageError) as error:
-            decoders.picture(content)
+            decoders.image(content)
         assert (str(error.value), error.value.kind) == (str(expected.value), expected.value.kind)
     with pytest.raises(ImageError, match="too long and thin"):
         decoders.square(saved(Image.new("1", (1_000_000, 1)), "PNG"), 384)
@@ -95,15 +95,15 @@ def test_errors_are_those_of_this_process(decoders, tmp_path):
 def test_files_are_read_by_path(decoders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("here.png").write_bytes(FILES["PNG P"])
-    assert decoders.picture("here.png").mode == "P"
+    assert decoders.image("here.png").mode == "P"
     with pytest.raises(FileNotFoundError, match=r"nothing\.png") as error:
-        decoders.picture("nothing.png")
+        decoders.image("nothing.png")
     assert error.value.filename == "nothing.png"
     with pytest.raises(IsADirectoryError):
-        decoders.picture(tmp_path)
+        decoders.image(tmp_path)
     os.mkfifo("pipe.png")
     with pytest.raises(OSError, match="not a file"):
-        decoders.picture("pipe.png")
+        decoders.image("pipe.png")
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +113,11 @@ def strict():
 
 
 @pytest.mark.parametrize("name", [*SLOW, "a BMP of single pixels"])
-def test_what_takes_long_is_killed_and_the_next_picture_is_decoded(strict, name):
+def test_what_takes_long_is_killed_and_the_next_image_is_decoded(strict, name):
     content = SLOW[name](2_000_000) if name in SLOW else bmp_runs(41_000, 102, b"\1\0\0\0" * 102)
     with pytest.raises(ImageError, match=r"takes more than 0\.05 s to decode") as error:
         strict.square(content, 32)
-    assert error.value.kind == "picture takes too long to decode"
+    assert error.value.kind == "image takes too long to decode"
     assert strict.square(FILES["PNG RGB"], 32).shape == (32, 32, 3)
 
 
@@ -128,10 +128,10 @@ def test_what_takes_much_memory_is_an_error():
         pytest.raises(ImageError, match="takes too much memory") as error,
     ):
         pool.square(SLOW["a GIF of comments"](12_000_000), 32)
-    assert error.value.kind == "picture too large"
+    assert error.value.kind == "image too large"
 
 
-def test_pictures_that_take_long_do_not_stand_in_the_way():
+def test_images_that_take_long_do_not_stand_in_the_way():
     with Decoders(1, seconds=LONG) as pool, concurrent.futures.ThreadPoolExecutor(3) as threads:
         slow = [threads.submit(pool.square, ENDLESS, 32) for _ in range(3)]
         for _ in range(3):
@@ -145,7 +145,7 @@ def test_pictures_that_take_long_do_not_stand_in_the_way():
     assert not any(map(_is_there, pool.process_ids()))
 
 
-def test_a_picture_that_stepped_back_is_decoded_and_its_process_ends():
+def test_a_image_that_stepped_back_is_decoded_and_its_process_ends():
     large = bmp_runs(41_000, 102, b"\1\0\0\0" * 102)
     with Decoders(1, seconds=LONG) as pool, concurrent.futures.ThreadPoolExecutor(4) as threads:
         slow = [threads.submit(pool.square, large, 1) for _ in range(2)]
@@ -156,7 +156,7 @@ def test_a_picture_that_stepped_back_is_decoded_and_its_process_ends():
         assert {os.getpriority(os.PRIO_PROCESS, worker.pid) for worker in pool._idle} == {0}
 
 
-def test_a_deadline_ends_the_picture_at_hand_and_those_that_wait():
+def test_a_deadline_ends_the_image_at_hand_and_those_that_wait():
     with Decoders(1, seconds=LONG) as pool, concurrent.futures.ThreadPoolExecutor(4) as threads:
         pool.square(FILES["PNG RGB"], 32)
         late = [threads.submit(pool.square, ENDLESS, 32, time.monotonic() + 0.3) for _ in range(4)]
@@ -231,12 +231,12 @@ def test_the_processes_know_nothing_of_jax(decoders):
         assert "jaxlib" not in loaded
 
 
-def test_many_threads_get_their_own_pictures(decoders):
-    pictures = [Image.new("RGB", (9, 9), (i, 255 - i, 7)) for i in range(0, 256, 8)]
+def test_many_threads_get_their_own_images(decoders):
+    images = [Image.new("RGB", (9, 9), (i, 255 - i, 7)) for i in range(0, 256, 8)]
     with Decoders(2) as pool, concurrent.futures.ThreadPoolExecutor(8) as threads:
-        found = threads.map(lambda picture: pool.square(saved(picture, "PNG"), 4), pictures)
-        for picture, pixels in zip(pictures, found, strict=True):
-            assert pixels[2, 2].tolist() == list(picture.getpixel((4, 4)))
+        found = threads.map(lambda image: pool.square(saved(image, "PNG"), 4), images)
+        for image, pixels in zip(images, found, strict=True):
+            assert pixels[2, 2].tolist() == list(image.getpixel((4, 4)))
         assert len(pool.process_ids()) <= 3
 
 
@@ -263,7 +263,7 @@ def test_turns_come_in_order():
 def test_warnings_of_pillow_are_not_written():
     code = (
         "import io, logging; logging.basicConfig()\n"
-        "from tests.data.hostile_pictures import many_tags\n"
+        "from tests.data.hostile_images import many_tags\n"
         "from magma_jax.data.images import load_image\n"
         "for _ in range(2): assert load_image(many_tags()).size == (8, 8)\n"
     )

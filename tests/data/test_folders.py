@@ -1,4 +1,4 @@
-"""Training from data set folders: mixed as asked, the same on any number of processes, resumed, and nothing silent."""
+"""Training from dataset folders: mixed as asked, the same on any number of processes, resumed, and nothing silent."""
 
 import dataclasses
 import io
@@ -61,18 +61,18 @@ def texts_of(batches, tokenizer):
     return [tokenizer.decode(row.tolist()) for batch in batches for row in batch["tokens"]]
 
 
-def test_a_batch_holds_texts_and_the_pixels_of_their_pictures(folders):
+def test_a_batch_holds_texts_and_the_pixels_of_their_images(folders):
     config = config_of(folders[0])
     tokenizer = load_dataset(config).tokenizer
     (batch,), _ = batches_of(config, 1)
     assert batch["images"].shape == (4, SIZE, SIZE, 3)
     assert batch["images"].dtype == np.uint8
-    pictures = {f"picture {i}": to_uint8(load_image(datafolders.noise(i)), SIZE) for i in range(12)}
+    images = {f"image {i}": to_uint8(load_image(datafolders.noise(i)), SIZE) for i in range(12)}
     for text, pixels in zip(texts_of([batch], tokenizer), batch["images"], strict=True):
-        np.testing.assert_array_equal(pixels, pictures[text.removeprefix("the ").replace("number ", "")])
+        np.testing.assert_array_equal(pixels, images[text.removeprefix("the ").replace("number ", "")])
 
 
-def test_every_picture_comes_once_an_epoch_with_a_caption_drawn_anew(folders):
+def test_every_image_comes_once_an_epoch_with_a_caption_drawn_anew(folders):
     config = config_of(folders[0])
     tokenizer = load_dataset(config).tokenizer
     batches, _ = batches_of(config, 12)
@@ -152,16 +152,16 @@ def test_random_crops_are_drawn_anew_and_can_be_repeated(folders):
     crops, _ = batches_of(augmented, 3)
     assert (centre[0]["images"] != crops[0]["images"]).any()
     np.testing.assert_array_equal(centre[0]["tokens"], crops[0]["tokens"])
-    # One colour stays one colour, and no margin appears in a picture that is large enough.
+    # One colour stays one colour, and no margin appears in an image that is large enough.
     squares, _ = batches_of(dataclasses.replace(plain, augment="random_crop"), 1)
     assert all(np.ptp(image.reshape(-1, 3).astype(int), axis=0).max() < 3 for image in squares[0]["images"])
 
 
-def test_packed_rows_have_the_pictures_of_their_samples(folders):
+def test_packed_rows_have_the_images_of_their_samples(folders):
     config = config_of(folders[0], length=40, pack=3)
     tokenizer = load_dataset(config).tokenizer
     (batch,), _ = batches_of(config, 1)
-    pictures = {i: to_uint8(load_image(datafolders.noise(i)), SIZE) for i in range(12)}
+    images = {i: to_uint8(load_image(datafolders.noise(i)), SIZE) for i in range(12)}
     for row, segments in enumerate(batch["segments"]):
         for slot in range(3):
             tokens = batch["tokens"][row][segments == slot + 1]
@@ -169,12 +169,12 @@ def test_packed_rows_have_the_pictures_of_their_samples(folders):
                 assert not batch["images"][row, slot].any()
                 continue
             number = int(tokenizer.decode(tokens.tolist()).split()[-1])
-            np.testing.assert_array_equal(batch["images"][row, slot], pictures[number])
+            np.testing.assert_array_equal(batch["images"][row, slot], images[number])
 
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Twelve pictures, of which two are damaged, and a question without an answer."""
+    """Twelve images, of which two are damaged, and a question without an answer."""
     records = datafolders.captions()
     whole = records[3].image
     records[3] = dataclasses.replace(records[3], image=whole[: len(whole) // 2])
@@ -206,7 +206,7 @@ def test_it_is_said_what_was_left_out(damaged):
     iterator = iter(load_dataset(config_of(damaged, max_skipped=0.5)).batches(13, 3, range(13)))
     next(iterator)
     told = {(entry["row"], entry["reason"]) for entry in iterator.just_skipped}
-    assert told == {(3, "picture damaged"), (7, "picture damaged"), (12, "question without answers")}
+    assert told == {(3, "image damaged"), (7, "image damaged"), (12, "question without answers")}
     assert iterator.just_skipped[0]["folder"] == damaged
 
 
@@ -218,7 +218,7 @@ def test_too_many_unusable_samples_are_an_error(damaged, monkeypatch):
 
 def test_a_damaged_shard_is_skipped_and_counted(tmp_path):
     path = datafolders.folder(tmp_path / "data", datafolders.captions())
-    for name, within in (("texts-00001.array_record", b"picture 6"), ("records-00000.array_record", b"picture 2")):
+    for name, within in (("texts-00001.array_record", b"image 6"), ("records-00000.array_record", b"image 2")):
         file = tmp_path / "data" / name
         content = file.read_bytes()
         assert within in content
@@ -227,22 +227,22 @@ def test_a_damaged_shard_is_skipped_and_counted(tmp_path):
     assert (state["seen"], state["skipped"]) == (24, 4)
 
 
-def test_pictures_by_number_are_as_for_evaluation(folders):
-    pictures = load_dataset(config_of(*folders, augment="random_crop")).images
-    assert len(pictures) == 16
+def test_images_by_number_are_as_for_evaluation(folders):
+    images = load_dataset(config_of(*folders, augment="random_crop")).images
+    assert len(images) == 16
     expected = to_uint8(load_image(datafolders.noise(5)), SIZE)
-    np.testing.assert_array_equal(pictures[5], expected)
-    np.testing.assert_array_equal(pictures[[[5], [6]]][0, 0], expected)
-    assert pictures[10:14].shape == (4, SIZE, SIZE, 3)
-    assert pictures.where(13) == (folders[1], 1)
+    np.testing.assert_array_equal(images[5], expected)
+    np.testing.assert_array_equal(images[[[5], [6]]][0, 0], expected)
+    assert images[10:14].shape == (4, SIZE, SIZE, 3)
+    assert images.where(13) == (folders[1], 1)
 
 
-def test_a_damaged_picture_by_number_is_an_error(damaged):
-    with pytest.raises(DataError, match=r"damaged: picture damaged \(row 3\); repair the picture"):
+def test_a_damaged_image_by_number_is_an_error(damaged):
+    with pytest.raises(DataError, match=r"damaged: image damaged \(row 3\); repair the image"):
         load_dataset(config_of(damaged)).images[[1, 3]]
 
 
-def test_fast_decoding_stays_close_and_small_pictures_are_exact(tmp_path):
+def test_fast_decoding_stays_close_and_small_images_are_exact(tmp_path):
     file = io.BytesIO()
     smooth = Image.open(io.BytesIO(datafolders.noise(0))).resize((12, 10)).resize((400, 320), Image.Resampling.BICUBIC)
     smooth.save(file, "JPEG", quality=90)
@@ -256,12 +256,12 @@ def test_fast_decoding_stays_close_and_small_pictures_are_exact(tmp_path):
 
 def test_samples_are_found_by_number(folders):
     samples = FolderSamples(StoredRecords(folders[0]), SourceConfig(folders[0], texts="captions"), 100)
-    assert (len(samples), samples[4].picture, samples[4].answer) == (12, 104, "picture 4")
+    assert (len(samples), samples[4].image, samples[4].answer) == (12, 104, "image 4")
     with pytest.raises(DataError, match="holds no questions"):
         FolderSamples(StoredRecords(folders[0]), SourceConfig(folders[0], texts="questions"), 0)
     prompted = SourceConfig(folders[0], caption_prompt="A picture of")
     sample = FolderSamples(StoredRecords(folders[0]), prompted, 0)[1]
-    assert sample.prompt + sample.answer == "A picture of picture 1"
+    assert sample.prompt + sample.answer == "A picture ofn image 1"
 
 
 def test_classes_are_learned_at_the_end_of_the_statement(folders):
@@ -291,7 +291,7 @@ def test_configs_of_sources():
         SourceConfig("b", question_prompt="Q: A:")
     with pytest.raises(ConfigError, match=r"set data\.folders\.train"):
         load_dataset(DataConfig("folders"))
-    with pytest.raises(DataError, match="nowhere: no data set folder"):
+    with pytest.raises(DataError, match="nowhere: no dataset folder"):
         load_dataset(config_of("nowhere"))
 
 
@@ -301,7 +301,7 @@ from magma_jax.data.datasets import DataConfig, load_dataset
 config = DataConfig("folders", {"train": (sys.argv[1],)}, length=24, image_size=32, workers=2)
 iterator = iter(load_dataset(config).batches(4, 0, range(4)))
 next(iterator)
-print(*iterator._pictures.worker_ids(), flush=True)
+print(*iterator._images.worker_ids(), flush=True)
 time.sleep(60)
 """
 

@@ -71,15 +71,15 @@ def test_accepted_formats_decode_alike_from_bytes_path_and_pil(tmp_path, format)
     data = encode(gradient(), format)
     path = tmp_path / "picture"
     path.write_bytes(data)
-    pictures = [np.asarray(load_image(source).convert("RGB")) for source in (data, path, str(path))]
+    images = [np.asarray(load_image(source).convert("RGB")) for source in (data, path, str(path))]
     with Image.open(path) as opened:
-        pictures.append(np.asarray(load_image(opened).convert("RGB")))
-    for picture in pictures:
-        np.testing.assert_array_equal(picture, pictures[0])
-    assert np.abs(pictures[0].astype(int) - np.asarray(gradient())).mean() < 8
+        images.append(np.asarray(load_image(opened).convert("RGB")))
+    for image in images:
+        np.testing.assert_array_equal(image, images[0])
+    assert np.abs(images[0].astype(int) - np.asarray(gradient())).mean() < 8
 
 
-def test_a_small_file_claiming_a_huge_picture_is_refused_before_decoding(tmp_path):
+def test_a_small_file_claiming_a_huge_image_is_refused_before_decoding(tmp_path):
     path = tmp_path / "bomb.png"
     path.write_bytes(png_claiming(20_000, 20_000))
     assert path.stat().st_size < 100
@@ -158,7 +158,7 @@ def test_cmyk_and_palette_with_transparency_become_rgb():
     see_through = load_image(encode(palette, "PNG", transparency=bytes([0, 128] + [255] * 14)))
     assert see_through.mode == "P"
     np.testing.assert_array_equal(to_uint8(see_through, 32), to_uint8(palette, 32))
-    assert "transparency" in see_through.info  # the caller's picture is left as it was
+    assert "transparency" in see_through.info  # the caller's image is left as it was
 
 
 def test_the_first_frame_of_an_animation_counts():
@@ -212,19 +212,19 @@ def test_leaving_out_what_is_cropped_away_changes_no_pixel(size):
 
 def in_mode(mode: str) -> Image.Image:
     """The gradient, of which a mode keeps what it can."""
-    picture = gradient(64, 48)
-    grey = np.asarray(picture.convert("L"))
+    image = gradient(64, 48)
+    grey = np.asarray(image.convert("L"))
     if mode.startswith("I;16"):
         order = ">" if mode.endswith("B") else "<"
-        return Image.frombytes(mode, picture.size, (grey.astype(np.uint16) * 257).astype(f"{order}u2").tobytes())
+        return Image.frombytes(mode, image.size, (grey.astype(np.uint16) * 257).astype(f"{order}u2").tobytes())
     if mode in ("I", "F"):
         return Image.fromarray(grey.astype(np.int32) * 257 if mode == "I" else grey.astype(np.float32) / 255)
     through = {"La": "LA", "RGBa": "RGBA"}.get(mode)
-    return picture.convert(through).convert(mode) if through else picture.convert(mode)
+    return image.convert(through).convert(mode) if through else image.convert(mode)
 
 
 @pytest.mark.parametrize("mode", Image.MODES)
-def test_no_mode_of_pillow_changes_a_picture_in_silence(mode):
+def test_no_mode_of_pillow_changes_a_image_in_silence(mode):
     # Two colours are dithered, a palette has 216.
     tolerance = {"1": 128, "P": 40, "PA": 8, "LAB": 8, "YCbCr": 4, "HSV": 4}.get(mode, 1)
     grey = mode[0] in "1LIF" and mode != "LAB"

@@ -25,21 +25,21 @@ def data(cache_dir):
 
 
 @pytest.fixture(scope="module")
-def pictures(data):
+def images(data):
     return data[0]
 
 
-def of(pictures, split):
-    return [p for p in pictures if p.split == split]
+def of(images, split):
+    return [p for p in images if p.split == split]
 
 
-def test_pictures_and_pixels(data):
-    pictures, pixels = data
-    assert pixels.shape == (len(pictures), SIZE, SIZE, 3)
+def test_images_and_pixels(data):
+    images, pixels = data
+    assert pixels.shape == (len(images), SIZE, SIZE, 3)
     assert pixels.dtype == np.uint8
-    assert len(pictures) > 3600
-    assert [p.index for p in pictures] == list(range(len(pictures)))
-    assert len({array.tobytes() for array in pixels}) == len(pictures), "two names for one drawing"
+    assert len(images) > 3600
+    assert [p.index for p in images] == list(range(len(images)))
+    assert len({array.tobytes() for array in pixels}) == len(images), "two names for one drawing"
     assert (pixels[:, 0, 0] == 255).all(), "white corners"
 
 
@@ -77,15 +77,15 @@ def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
         ("nesting dolls", "nesting dolls"),
     ],
 )
-def test_captions(pictures, name, caption):
-    (picture,) = [p for p in pictures if p.name == name]
-    assert picture.caption == caption
+def test_captions(images, name, caption):
+    (image,) = [p for p in images if p.name == name]
+    assert image.caption == caption
 
 
-def test_captions_are_invertible(pictures):
-    for p in pictures:
+def test_captions_are_invertible(images):
+    for p in images:
         assert openmoji.undescribe(p.caption) == (p.base, p.tones)
-    assert len({p.caption for p in pictures}) == len(pictures)
+    assert len({p.caption for p in images}) == len(images)
 
 
 @pytest.mark.parametrize(
@@ -101,34 +101,34 @@ def test_captions_are_invertible(pictures):
         ("teapot", ("teapot", "thing", None, (), 0)),
     ],
 )
-def test_parts(pictures, name, parts):
-    (p,) = [p for p in pictures if p.name == name]
+def test_parts(images, name, parts):
+    (p,) = [p for p in images if p.name == name]
     assert (p.concept, p.kind, p.gender, p.tones, p.people) == parts
 
 
-def test_held_out_list_is_the_recorded_one(pictures):
-    assert openmoji.held_out_list(pictures) == (CONFIGS / "quickstart_heldout.txt").read_text()
+def test_held_out_list_is_the_recorded_one(images):
+    assert openmoji.held_out_list(images) == (CONFIGS / "quickstart_heldout.txt").read_text()
 
 
-def test_parts_of_held_out_combinations_occur_in_training(pictures):
-    train = of(pictures, "train")
+def test_parts_of_held_out_combinations_occur_in_training(images):
+    train = of(images, "train")
     things = {(p.concept, p.gender) for p in train}
     tones = Counter((tone, p.kind) for p in train for tone in p.tones)
     names = {p.name for p in train}
-    for p in of(pictures, "test") + of(pictures, "validation"):
+    for p in of(images, "test") + of(images, "validation"):
         assert p.name not in names
         assert (p.concept, p.gender) in things
         assert all(tones[tone, p.kind] > 2 for tone in p.tones)
-    assert len(of(pictures, "test")) > 200
-    assert len(of(pictures, "validation")) > 100
+    assert len(of(images, "test")) > 200
+    assert len(of(images, "validation")) > 100
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_questions_are_balanced(pictures, split):
-    samples = openmoji.questions(of(pictures, split), seed=1)
+def test_questions_are_balanced(images, split):
+    samples = openmoji.questions(of(images, split), seed=1)
     answers = defaultdict(Counter)
     for sample in samples:
-        assert pictures[sample.picture].split == split
+        assert images[sample.image].split == split
         assert sample.prompt.startswith("Q: ")
         assert sample.prompt.endswith(" A:")
         answers[sample.kind][sample.answer] += 1
@@ -147,20 +147,20 @@ def test_questions_are_balanced(pictures, split):
     assert best < 0.65 * sum(sum(c.values()) for c in suggested.values() if sum(c.values()) >= 20)
 
 
-def test_questions_depend_on_the_seed_alone(pictures):
-    test = of(pictures, "test")
+def test_questions_depend_on_the_seed_alone(images):
+    test = of(images, "test")
     assert openmoji.questions(test, 3) == openmoji.questions(test, 3)
     assert openmoji.questions(test, 3) != openmoji.questions(test, 4)
 
 
-def test_text_has_no_held_out_combination(pictures):
-    held_out = [p for p in pictures if p.split != "train"]
-    pairs = openmoji_text.lines(pictures, 4000, seed=1)
+def test_text_has_no_held_out_combination(images):
+    held_out = [p for p in images if p.split != "train"]
+    pairs = openmoji_text.lines(images, 4000, seed=1)
     assert len(pairs) > 3000
-    assert pairs == openmoji_text.lines(pictures, 4000, seed=1)
+    assert pairs == openmoji_text.lines(images, 4000, seed=1)
     lines = [words + text for words, text in pairs]
-    # "clapping hands" alone is a concept, which a question may name; after "picture of" it is a caption.
-    captions = [p.caption if p.tones else f"picture of {p.caption}" for p in held_out]
+    # "clapping hands" alone is a concept, which a question may name; after "image of" it is a caption.
+    captions = [p.caption if p.tones else f"image of {p.caption}" for p in held_out]
     text = "".join(f"{line}\n" for line in lines)
     ends = ("\n", ".", " here")
     assert not [caption for caption in captions if any(f" {caption}{end}" in text for end in ends)]

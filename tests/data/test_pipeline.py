@@ -25,7 +25,7 @@ def test_labels_are_the_answer_and_one_end_of_text():
     prompt, answer = TOKENIZER.encode("A picture of"), TOKENIZER.encode(" a cat")
     np.testing.assert_array_equal(encoded["labels"], [*[IGNORED] * len(prompt), *answer, TOKENIZER.eos_id])
     np.testing.assert_array_equal(encoded["tokens"], [*prompt, *answer, TOKENIZER.eos_id])
-    assert encoded["pictures"] == 4
+    assert encoded["image_rows"] == 4
 
 
 def test_the_prompt_is_learned_if_asked():
@@ -58,13 +58,13 @@ def test_batches_of_several_lengths_and_packed_ones_come_from_the_same_samples()
     buckets, packed = next(iter(_batches(buckets=(6, 8)))), next(iter(_batches(length=30, pack=4)))
     assert buckets["tokens"].shape[1] in (6, 8, 12)
     assert packed["tokens"].shape == (3, 30)
-    assert packed["pictures"].shape == (3, 4)
+    assert packed["image_rows"].shape == (3, 4)
     assert packed["segments"].max() > 1
 
 
 def test_every_sample_of_a_source_comes_before_any_comes_again():
     batches = iter(sample_batches([_samples(6)], [1.0], TOKENIZER, batch_size=2, length=12, seed=0))
-    epochs = [np.concatenate([next(batches)["pictures"] for _ in range(3)]) for _ in range(2)]
+    epochs = [np.concatenate([next(batches)["image_rows"] for _ in range(3)]) for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6))
     assert list(epochs[0]) != list(epochs[1])
 

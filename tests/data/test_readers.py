@@ -20,7 +20,7 @@ from magma_jax.data.format.records import HIDDEN, DataError, Record, Skipped
 from magma_jax.data.readers.web import WIT_COLUMNS
 
 
-def picture(path, colour=(200, 30, 30)):
+def write_image(path, colour=(200, 30, 30)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (32, 24), colour).save(path)
 
@@ -66,19 +66,19 @@ def coco_content():
 
 def test_coco_joins_captions_by_image_id(tmp_path):
     for i in (1, 2, 3):
-        picture(tmp_path / "images" / "val2014" / f"COCO_val2014_{i:012d}.jpg")
+        write_image(tmp_path / "images" / "val2014" / f"COCO_val2014_{i:012d}.jpg")
     source = dump(tmp_path / "captions_val2014.json", coco_content())
     records, skipped = read("coco", source, tmp_path / "images")
     assert records["2"].captions == ("A bicycle replica with a clock as the front wheel.", "A bicycle")
     assert records["1"].captions == ("A red square.",)
     assert records["1"].metadata["width"] == 640
     assert records["1"].image_bytes().startswith(b"\xff\xd8")
-    assert skipped == [("3", "picture without an annotation")]
+    assert skipped == [("3", "image without an annotation")]
 
 
-def test_shuffled_annotations_give_the_same_pictures_the_same_captions(tmp_path):
+def test_shuffled_annotations_give_the_same_images_the_same_captions(tmp_path):
     for i in (1, 2):
-        picture(tmp_path / f"COCO_val2014_{i:012d}.jpg")
+        write_image(tmp_path / f"COCO_val2014_{i:012d}.jpg")
     content = coco_content()
     first, _ = read("coco", dump(tmp_path / "a.json", content), tmp_path)
     random.Random(0).shuffle(content["images"])
@@ -92,7 +92,7 @@ def test_ids_join_as_numbers_or_as_text(tmp_path, listed):
     """As ``score`` joins them: exports of data frames turn numbers into text, or the reverse."""
     other = int if listed is str else str
     for i in (1, 2):
-        picture(tmp_path / f"COCO_val2014_{i:012d}.jpg")
+        write_image(tmp_path / f"COCO_val2014_{i:012d}.jpg")
     content = coco_content()
     for image in content["images"]:
         image["id"] = listed(image["id"])
@@ -100,7 +100,7 @@ def test_ids_join_as_numbers_or_as_text(tmp_path, listed):
         annotation["image_id"] = other(annotation["image_id"])
     records, skipped = read("coco", dump(tmp_path / "a.json", content), tmp_path)
     assert set(records) == {"1", "2"}
-    assert skipped == [("3", "picture missing")]
+    assert skipped == [("3", "image missing")]
     content["images"].append(content["images"][0] | {"id": other(1)})
     with pytest.raises(DataError, match=r"two entries have the id '?1"):
         read("coco", dump(tmp_path / "b.json", content), tmp_path)
@@ -112,19 +112,19 @@ def test_ids_join_as_numbers_or_as_text(tmp_path, listed):
     assert read("vqav2", source, tmp_path / "vqa")[1] == []
 
 
-def test_missing_pictures_and_foreign_annotations_are_told(tmp_path):
+def test_missing_images_and_foreign_annotations_are_told(tmp_path):
     content = coco_content()
     content["annotations"].append({"image_id": 99, "id": 40, "caption": "Nothing."})
-    picture(tmp_path / "COCO_val2014_000000000001.jpg")
+    write_image(tmp_path / "COCO_val2014_000000000001.jpg")
     _, skipped = read("coco", dump(tmp_path / "c.json", content), tmp_path)
-    assert ("2", "picture missing") in skipped
-    assert ("99", "annotation of a picture that the file does not list") in skipped
+    assert ("2", "image missing") in skipped
+    assert ("99", "annotation of an image that the file does not list") in skipped
 
 
 def test_karpathy_train_includes_restval(tmp_path):
     def entry(split, folder, cocoid):
         name = f"COCO_{folder}_{cocoid:012d}.jpg"
-        picture(tmp_path / folder / name)
+        write_image(tmp_path / folder / name)
         sentences = [{"tokens": ["a", "man"], "raw": "A man with a red helmet. ", "imgid": 0, "sentid": 770337}]
         return {
             "filepath": folder,
@@ -141,12 +141,12 @@ def test_karpathy_train_includes_restval(tmp_path):
     assert set(read("coco_karpathy", source, tmp_path, split="train_only")[0]) == {"1"}
     records, _ = read("coco_karpathy", source, tmp_path, split="test")
     assert records["3"].captions == ("A man with a red helmet.",)
-    with pytest.raises(DataError, match="no picture of split 'dev'"):
+    with pytest.raises(DataError, match="no image of split 'dev'"):
         read("coco_karpathy", source, tmp_path, split="dev")
 
 
 def test_nocaps_keeps_the_domain(tmp_path):
-    picture(tmp_path / "0013ea2087020901.jpg")
+    write_image(tmp_path / "0013ea2087020901.jpg")
     image = {
         "id": 0,
         "open_images_id": "0013ea2087020901",
@@ -188,7 +188,7 @@ def vqa_files(folder, prefix="v2_"):
         for q in reversed(questions)
     ]
     for i in (393714, 458752):
-        picture(folder / "val2014" / f"COCO_val2014_{i:012d}.jpg")
+        write_image(folder / "val2014" / f"COCO_val2014_{i:012d}.jpg")
     head = {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "data_subtype": "val2014", "license": {}}
     dump(folder / f"{prefix}mscoco_val2014_annotations.json", head | {"annotations": annotations})
     return dump(
@@ -207,8 +207,8 @@ def test_vqa_joins_by_question_id_though_the_orders_differ(tmp_path):
             assert question.metadata["answer_type"] == "other"
 
 
-def test_vqa_of_ones_own_pictures_finds_them_by_file_name(tmp_path):
-    picture(tmp_path / "images" / "kitchen" / "my cat.png")
+def test_vqa_of_ones_own_images_finds_them_by_file_name(tmp_path):
+    write_image(tmp_path / "images" / "kitchen" / "my cat.png")
     content = {
         "images": [{"id": 7, "file_name": "kitchen/my cat.png"}, {"id": 9, "file_name": "gone.png"}, {"id": 8}],
         "questions": [
@@ -217,11 +217,11 @@ def test_vqa_of_ones_own_pictures_finds_them_by_file_name(tmp_path):
         "annotations": [{"question_id": i, "answers": answers("cat")} for i in range(3)],
     }
     source = dump(tmp_path / "own.json", content)
-    picture(tmp_path / "images" / f"{8:012d}.jpg")
+    write_image(tmp_path / "images" / f"{8:012d}.jpg")
     found = list(readers.read("vqav2", source, tmp_path / "images", annotations=str(source)))
     assert [entry.id for entry in found if isinstance(entry, Record)] == ["7", "8"]
     (missing,) = [entry for entry in found if isinstance(entry, Skipped)]
-    assert (missing.id, missing.reason) == ("9", "picture missing")
+    assert (missing.id, missing.reason) == ("9", "image missing")
     assert missing.detail.startswith("looked for gone.png, COCO__000000000009.jpg, COCO_val2014_000000000009.jpg, ")
 
 
@@ -280,7 +280,7 @@ def gqa_question(text, image="n250821", balanced=True):
 
 
 def test_gqa_reads_files_and_folders_of_chunks(tmp_path):
-    picture(tmp_path / "images" / "n250821.jpg")
+    write_image(tmp_path / "images" / "n250821.jpg")
     content = {"20644644": gqa_question("Which room is it?"), "7": gqa_question("Where?", balanced=False)}
     source = dump(tmp_path / "testdev.json", content)
     records, _ = read("gqa", source, tmp_path / "images")
@@ -298,13 +298,13 @@ def test_gqa_reads_files_and_folders_of_chunks(tmp_path):
         read("gqa", tmp_path / "chunks", tmp_path / "images")
 
 
-def test_vizwiz_has_no_ids_but_picture_names(tmp_path):
-    picture(tmp_path / "VizWiz_val_00000000.jpg")
-    picture(tmp_path / "VizWiz_val_00000001.jpg")
+def test_vizwiz_has_no_ids_but_image_names(tmp_path):
+    write_image(tmp_path / "VizWiz_val_00000000.jpg")
+    write_image(tmp_path / "VizWiz_val_00000001.jpg")
     given = [{"answer": "unanswerable", "answer_confidence": "yes"}] * 10
     entry = {
         "image": "VizWiz_val_00000000.jpg",
-        "question": "Ok. There is another picture I hope it is a better one.",
+        "question": "Ok. There is another image I hope it is a better one.",
         "answers": given,
         "answer_type": "unanswerable",
         "answerable": 0,
@@ -319,7 +319,7 @@ def test_vizwiz_has_no_ids_but_picture_names(tmp_path):
 
 @pytest.mark.parametrize("image", [{"Flickr30K_ID": "4705552913"}, {"Flikr30kID": "4705552913.jpg"}])
 def test_snli_ve_in_both_spellings(tmp_path, image):
-    picture(tmp_path / "4705552913.jpg")
+    write_image(tmp_path / "4705552913.jpg")
 
     def entry(pair, label):
         return image | {
@@ -344,7 +344,7 @@ def test_snli_ve_in_both_spellings(tmp_path, image):
 
 def test_hateful_memes_without_labels_in_the_test_split(tmp_path):
     for name in ("42953", "42954"):
-        picture(tmp_path / "img" / f"{name}.png")
+        write_image(tmp_path / "img" / f"{name}.png")
     text = "its their character not their color that matters"
     source = lines(
         tmp_path / "dev.jsonl",
@@ -360,7 +360,7 @@ def test_hateful_memes_without_labels_in_the_test_split(tmp_path):
 
 
 def test_visual_genome_keeps_negative_boxes(tmp_path):
-    picture(tmp_path / "VG_100K_2" / "2407890.jpg")
+    write_image(tmp_path / "VG_100K_2" / "2407890.jpg")
     region = {"region_id": 1353, "x": -3, "y": 79, "width": 249, "height": 107, "image_id": 2407890}
     content = [{"id": 2407890, "regions": [region | {"phrase": "a cat sitting on a table."}]}]
     records, _ = read("visual_genome", dump(tmp_path / "region_descriptions.json", content), tmp_path)
@@ -369,7 +369,7 @@ def test_visual_genome_keeps_negative_boxes(tmp_path):
 
 
 def test_localized_narratives_shards_and_coco_names(tmp_path):
-    picture(tmp_path / "images" / "000000137576.jpg")
+    write_image(tmp_path / "images" / "000000137576.jpg")
 
     def entry(annotator):
         return {
@@ -402,7 +402,7 @@ def test_localized_narratives_shards_and_coco_names(tmp_path):
 
 @pytest.fixture
 def downloads(tmp_path):
-    """What img2dataset leaves: keys with gaps, a JSON and a text beside every picture, a parquet beside the tar."""
+    """What img2dataset leaves: keys with gaps, a JSON and a text beside every image, a parquet beside the tar."""
     folder = tmp_path / "downloads"
     folder.mkdir()
     with tarfile.open(folder / "00000.tar", "w") as tar:
@@ -450,7 +450,7 @@ def test_cc3m_and_cc12m_differ_in_the_order_of_columns(tmp_path, downloads):
     (tmp_path / "cc12m.tsv").write_text("http://a.example/0.jpg\ta caption\n")
     records, skipped = read("cc3m", tmp_path / "cc3m.tsv", downloads)
     assert records["1"].captions == ("a caption",)
-    assert skipped == [("2", "picture not downloaded")]
+    assert skipped == [("2", "image not downloaded")]
     assert read("cc12m", tmp_path / "cc12m.tsv", downloads)[0]["1"].captions == ("a caption",)
     with pytest.raises(DataError, match="cc3m and cc12m differ in order"):
         read("cc3m", tmp_path / "cc12m.tsv", downloads)
@@ -479,7 +479,7 @@ def test_only_line_feeds_and_carriage_returns_end_a_line(tmp_path, downloads):
     (tmp_path / "cc3m.tsv").write_bytes(f"{said}\thttp://a.example/0.jpg\r\nb\thttp://a.example/2.jpg\n".encode())
     records, _ = read("cc3m", tmp_path / "cc3m.tsv", downloads)
     assert [record.captions for record in records.values()] == [(said,), ("b",)]
-    picture(tmp_path / "own" / "a.png")
+    write_image(tmp_path / "own" / "a.png")
     (tmp_path / "own" / "a.txt").write_bytes(f"{said}\rtwo\r\nthree\n\nfour".encode())
     records, _ = read("folder", tmp_path / "own", None)
     assert records["a"].captions == (said, "two", "three", "four")
@@ -512,7 +512,7 @@ def test_laion_parquet(tmp_path, downloads):
     assert records["1"].captions == ("two",)
     assert records["1"].metadata["nsfw"] == "UNLIKELY"
     assert records["1"].metadata["seen"] == "2023-11-14 22:13:20.123456789"
-    assert skipped == [("2", "picture not downloaded")]
+    assert skipped == [("2", "image not downloaded")]
 
 
 @pytest.mark.parametrize(
@@ -597,30 +597,30 @@ def test_wit_takes_three_columns_as_captions(tmp_path, downloads):
 
 
 def test_plain_folders(tmp_path):
-    picture(tmp_path / "a" / "cat.png")
+    write_image(tmp_path / "a" / "cat.png")
     (tmp_path / "a" / "cat.txt").write_text("A cat\n\nA red cat\n")
-    picture(tmp_path / "dog.jpg")
-    picture(tmp_path / "bird.jpg")
+    write_image(tmp_path / "dog.jpg")
+    write_image(tmp_path / "bird.jpg")
     (tmp_path / "bird.txt").write_bytes(b"\xff")
     records, skipped = read("folder", tmp_path, None)
     assert records["a/cat"].captions == ("A cat", "A red cat")
-    assert skipped == [("bird", "caption is not UTF-8"), ("dog", "picture without an annotation")]
+    assert skipped == [("bird", "caption is not UTF-8"), ("dog", "image without an annotation")]
 
 
 def test_hidden_files_are_counted_and_never_samples(tmp_path):
     names = ["._cat.png", "__MACOSX/cat.png", ".ipynb_checkpoints/cat-checkpoint.png", "a/.hidden/cat.png"]
     for name in ("cat.png", *names):
-        picture(tmp_path / ".data" / name)
+        write_image(tmp_path / ".data" / name)
         (tmp_path / ".data" / name).with_suffix(".txt").write_text("A cat")
     (tmp_path / ".data" / "._cat.txt").write_bytes(b"\xff")
     records, skipped = read("folder", tmp_path / ".data", None)  # that the folder itself is hidden does not matter
     assert set(records) == {"cat"}
     assert skipped == [(name, HIDDEN) for name in sorted(names)]
-    # A twin is no second picture of that name.
+    # A twin is no second image of that name.
     source = dump(tmp_path / "c.json", {"images": [{"id": 1, "file_name": "cat.png"}], "annotations": []})
-    assert read("coco", source, tmp_path / ".data" / "a")[1] == [("1", "picture missing")]
+    assert read("coco", source, tmp_path / ".data" / "a")[1] == [("1", "image missing")]
     (tmp_path / ".data" / "cat.png").unlink()
-    with pytest.raises(DataError, match=r"holds no pictures .*, only 4 hidden files"):
+    with pytest.raises(DataError, match=r"holds no images .*, only 4 hidden files"):
         read("folder", tmp_path / ".data", None)
 
 
@@ -628,7 +628,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "cat.png")
     (tmp_path / "cat.txt").write_text("A cat")
     os.mkfifo(tmp_path / "pipe.json")
-    assert read("folder", tmp_path, None)[1] == [("cat", "picture is no regular file")]
+    assert read("folder", tmp_path, None)[1] == [("cat", "image is no regular file")]
     pipe = tmp_path / "pipe.json"
     for name, images in [("coco", tmp_path), ("hateful_memes", tmp_path), ("img2dataset", None), ("laion", pipe)]:
         with pytest.raises(DataError, match=r"pipe\.json: is no regular file"):
@@ -637,14 +637,14 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 def test_the_originals_own_folder(tmp_path):
     for name in ("images/0/x.jpg", "images/1/2.jpg"):
-        picture(tmp_path / name)
+        write_image(tmp_path / name)
     dump(tmp_path / "image_data/0/0.json", {"image_path": "images/0/x.jpg", "captions": ["A"], "metadata": {"k": 1}})
     dump(tmp_path / "image_data/1/2.json", {"captions": ["B", "C"], "metadata": {}})
     dump(tmp_path / "image_data/1/3.json", {"captions": ["lost"], "metadata": {}})
     records, skipped = read("magma", tmp_path, None)
     assert records["0/0"].metadata == {"k": 1}
     assert records["1/2"].captions == ("B", "C")
-    assert skipped == [("1/3", "picture missing")]
+    assert skipped == [("1/3", "image missing")]
     dump(tmp_path / "image_data/1/4.json", {"image_path": "../../etc/passwd", "captions": ["out"]})
     with pytest.raises(DataError, match="leads out of"):
         read("magma", tmp_path, None)
@@ -672,7 +672,7 @@ def test_data_sets_that_tfds_prepared(tmp_path, monkeypatch):
     records, _ = read("tfds", Path(builder.data_path), None, split="val")
     assert records["7"].captions == ("drawing 7", "a drawing")
     assert records["8"].image_bytes() == jpeg()
-    (tmp_path / "evil.py").write_text("raise SystemExit('the code of the data set runs')")
+    (tmp_path / "evil.py").write_text("raise SystemExit('the code of the dataset runs')")
     monkeypatch.syspath_prepend(tmp_path)
     features = Path(builder.data_path) / "features.json"
     whole = features.read_text()
@@ -693,7 +693,7 @@ def test_data_sets_that_tfds_prepared(tmp_path, monkeypatch):
     assert set(read("tfds", Path(builder.data_path), None, split="val")[0]) == {"7", "8"}
     with pytest.raises(DataError, match="split 'train'"):
         read("tfds", Path(builder.data_path), None)
-    with pytest.raises(DataError, match="not a data set that TFDS prepared"):
+    with pytest.raises(DataError, match="not a dataset that TFDS prepared"):
         read("tfds", tmp_path / "nothing", None)
 
 
@@ -716,8 +716,8 @@ def test_damaged_annotation_files_are_named(tmp_path):
         read("coco", dump(tmp_path / "good.json", coco_content()), tmp_path / "nowhere")
 
 
-def test_two_pictures_of_one_name_are_not_guessed_between(tmp_path):
+def test_two_images_of_one_name_are_not_guessed_between(tmp_path):
     for folder in ("a", "b"):
-        picture(tmp_path / folder / "COCO_val2014_000000000001.jpg")
-    with pytest.raises(DataError, match="several pictures are called"):
+        write_image(tmp_path / folder / "COCO_val2014_000000000001.jpg")
+    with pytest.raises(DataError, match="several images are called"):
         read("coco", dump(tmp_path / "c.json", coco_content()), tmp_path)

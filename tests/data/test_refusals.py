@@ -9,7 +9,7 @@ import pytest
 from magma_jax.data import readers
 from magma_jax.data.format.records import DataError, Record, Skipped
 
-# The smallest whole source of every format that is JSON, about the picture 1.jpg. VQA's two files are one here.
+# The smallest whole source of every format that is JSON, about the image 1.jpg. VQA's two files are one here.
 SOURCES = {
     "coco": {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "A cat."}]},
     "coco_karpathy": {
@@ -37,7 +37,7 @@ ODD = (None, 3, "odd", [], {}, [None], {"odd": None})
 
 @pytest.fixture
 def images(tmp_path):
-    (tmp_path / "1.jpg").write_bytes(b"a picture, never opened")
+    (tmp_path / "1.jpg").write_bytes(b"an image, never opened")
     (tmp_path / f"{1:012d}.jpg").write_bytes(b"as COCO calls it")
     return tmp_path
 
@@ -125,12 +125,10 @@ def test_two_entries_of_one_id_are_an_error(images):
         assert says in str(error.value)
 
 
-def test_a_missing_picture_takes_its_questions_along(images):
+def test_a_missing_image_takes_its_questions_along(images):
     questions = [{"question_id": i, "image_id": 2, "question": "What?"} for i in range(3)]
     answers = [{"question_id": i, "answers": [{"answer": "cat"}]} for i in range(3)]
-    assert read("vqav2", {"questions": questions, "annotations": answers}, images) == [
-        Skipped("2", "picture missing", 3)
-    ]
+    assert read("vqav2", {"questions": questions, "annotations": answers}, images) == [Skipped("2", "image missing", 3)]
 
 
 def test_a_byte_order_mark_is_read_over(images):
@@ -156,7 +154,7 @@ def test_damaged_compression_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/etc/1.jpg", "../1.jpg"])
-def test_annotations_name_pictures_within_their_folder(images, name):
+def test_annotations_name_images_within_their_folder(images, name):
     for format, path in (("coco", ("images", 0, "file_name")), ("magma", ("image_path",))):
         with pytest.raises(DataError, match="leads out of"):
             read(format, changed(SOURCES[format], path, name), images)

@@ -70,11 +70,11 @@ def test_the_key_is_the_whole_path_up_to_the_first_dot_of_its_last_part(tmp_path
     assert skipped == []
 
 
-def test_a_picture_does_not_get_the_caption_of_its_namesake(tmp_path):
+def test_a_image_does_not_get_the_caption_of_its_namesake(tmp_path):
     members = [("cat/0001.jpg", RED), ("cat/0001.txt", b"a red cat"), ("dog/0001.jpg", BLUE)]
     records, skipped = read(packed(tmp_path / "a.tar", *members))
     assert records == {"cat/0001": (("a red cat",), RED)}
-    assert skipped == [("dog/0001", "picture without an annotation")]
+    assert skipped == [("dog/0001", "image without an annotation")]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pictures that take long, where a process reads many: interrupted, counted, and the next one is read."""
+"""Images that take long, where a process reads many: interrupted, counted, and the next one is read."""
 
 import signal
 import threading
@@ -7,16 +7,16 @@ import time
 import numpy as np
 import pytest
 
-from magma_jax.data.batches.stored_images import PictureOptions, StoredPictures
+from magma_jax.data.batches.stored_images import ImageOptions, StoredImages
 from magma_jax.data.format.records import Record, Skipped
 from magma_jax.data.images import ImageError, load_image
 from magma_jax.data.time_limit import TimeLimit
 from magma_jax.data.write.conversion import ConvertOptions, convert
 from magma_jax.data.write.prepare import PrepareOptions, prepare
-from tests.data.hostile_pictures import SLOW, bmp_runs, many_scans, saved
+from tests.data.hostile_images import SLOW, bmp_runs, many_scans, saved
 from tests.data.test_decoders import ENDLESS, scene
 
-REASON = "picture takes too long to decode"
+REASON = "image takes too long to decode"
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def quick(monkeypatch):
         def __init__(self, name):
             super().__init__(name, 0.1)
 
-    for module in ("prepare", "pictures"):
+    for module in ("prepare", "images"):
         monkeypatch.setattr(f"magma_jax.data.{module}.TimeLimit", Quick)
 
 
@@ -110,9 +110,9 @@ def test_a_conversion_leaves_out_what_takes_long(tmp_path, quick):
 def test_training_leaves_out_what_takes_long(tmp_path, quick):
     records = [Record("a", saved(scene(), "PNG"), ("one",)), Record("b", ENDLESS, ("two",))]
     convert(records, tmp_path / "out", ConvertOptions(PrepareOptions(check="header"), workers=0))
-    pictures = StoredPictures([tmp_path / "out"], PictureOptions(16))
-    pixels, problems = pictures.load(np.array([0, 1])).result()
+    images = StoredImages([tmp_path / "out"], ImageOptions(16))
+    pixels, problems = images.load(np.array([0, 1])).result()
     assert problems == {1: REASON}
     assert pixels[0].any()
     assert not pixels[1].any()
-    pictures.close()
+    images.close()

@@ -1,4 +1,4 @@
-"""A small model that says many things, and a data set folder in VQA's shape."""
+"""A small model that says many things, and a dataset folder in VQA's shape."""
 
 import io
 
@@ -33,7 +33,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def vqa_records(count: int, first: int = 0):
-    """Pictures with two questions each, ten answers a question."""
+    """Images with two questions each, ten answers a question."""
     for i in range(first, first + count):
         questions = tuple(
             Question(
@@ -44,12 +44,12 @@ def vqa_records(count: int, first: int = 0):
             )
             for k in range(2)
         )
-        yield Record(str(i), jpeg(i), (f"a picture {i}", "a square"), questions, {"domain": "in-domain"})
+        yield Record(str(i), jpeg(i), (f"an image {i}", "a square"), questions, {"domain": "in-domain"})
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Data set folders of 6 pictures to ask about and 5 to draw shots from."""
+    """Dataset folders of 6 images to ask about and 5 to draw shots from."""
     root = tmp_path_factory.mktemp("folders")
     for name, records in (("val", vqa_records(6)), ("train", vqa_records(5, first=100))):
         convert(records, root / name, ConvertOptions(workers=0))

@@ -91,7 +91,7 @@ def test_mistakes_are_said_in_one_line(model_folder, folders, tmp_path):
             start(model_folder, folders, tmp_path / "b", "truncation=letters"),
         ]
     )
-    expected = ["val: no data set folder", "vqav2.truncation: 'letters' is not one of"]
+    expected = ["val: no dataset folder", "vqav2.truncation: 'letters' is not one of"]
     for (_, errors, status), message in zip(results, expected, strict=True):
         assert status == 1
         assert errors.startswith("eval.py: ")

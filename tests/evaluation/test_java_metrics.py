@@ -81,7 +81,7 @@ def test_meteor_is_that_of_the_package(golden):
     found = METRICS["meteor"](said, [content["references"][name] for name in names])
     scorer = package.Meteor()
     try:
-        total, per_picture = scorer.compute_score(
+        total, per_image = scorer.compute_score(
             {n: [" ".join(ptb_tokenize(c).split()) for c in content["references"][n]] for n in names},
             {n: [" ".join(ptb_tokenize(text).split())] for n, text in zip(names, said, strict=True)},
         )
@@ -89,5 +89,5 @@ def test_meteor_is_that_of_the_package(golden):
         for pipe in (scorer.meteor_p.stdout, scorer.meteor_p.stderr):
             pipe.close()
     assert found.total["METEOR"] == pytest.approx(total, rel=1e-9)
-    assert found.per_sample["METEOR"] == pytest.approx(per_picture, rel=1e-9)
+    assert found.per_sample["METEOR"] == pytest.approx(per_image, rel=1e-9)
     assert found.resampled(np.arange(20)) == found.total

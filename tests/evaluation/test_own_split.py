@@ -16,7 +16,7 @@ from flax import nnx
 from magma_jax.convert.quantize import quantize_folder
 from magma_jax.data.openmoji.drawings import Sample
 from magma_jax.evaluation import own_split
-from magma_jax.evaluation.metrics.baselines import most_frequent_answers, shuffle_pictures
+from magma_jax.evaluation.metrics.baselines import most_frequent_answers, shuffle_images
 from magma_jax.evaluation.results.results import CONDITIONS
 from magma_jax.evaluation.tasks import batched_generate as programs
 from magma_jax.inference.api import Magma
@@ -72,7 +72,7 @@ def test_a_model_that_learned_to_see_beats_its_baselines(finished, squares, caps
     colours = list(tiny.COLOURS)
     for i, sample in enumerate(evaluation.samples):
         if sample.kind == "colour":
-            assert evaluation.predictions["shuffled"][i] == colours[evaluation.shuffled_pictures[i]]
+            assert evaluation.predictions["shuffled"][i] == colours[evaluation.shuffled_images[i]]
 
     assert json.loads((finished / "results.json").read_text()) == figures
     assert figures["protocol"]["checkpoint_step"] == 120
@@ -134,26 +134,26 @@ def test_every_condition_has_every_figure(evaluation):
 
 def test_predictions_equal_those_of_the_interface(model, evaluation):
     for sample, text in zip(evaluation.samples, evaluation.predictions["model"], strict=True):
-        picture = model.embed_features(model.encode_images(DATA.images[[sample.picture]]))
+        image = model.embed_features(model.encode_images(DATA.images[[sample.image]]))
         words = model.embed_tokens(model.tokenizer.encode(sample.prompt))[None]
-        embeddings = jnp.concatenate([picture, words], axis=1)
+        embeddings = jnp.concatenate([image, words], axis=1)
         assert model.generate(embeddings, max_steps=6, temperature=0.0)[0].strip() == text
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_shuffled_samples_never_keep_their_picture(seed):
+def test_shuffled_samples_never_keep_their_image(seed):
     rng = np.random.default_rng(seed)
     kinds = rng.choice(["caption", "a", "b", "b", "b"], 40).tolist()
-    pictures = rng.integers(0, rng.integers(2, 30), 40).tolist()
-    pictures[:2] = [0, 1]
-    samples = [Sample(picture, "p", "a", kind) for picture, kind in zip(pictures, kinds, strict=True)]
+    images = rng.integers(0, rng.integers(2, 30), 40).tolist()
+    images[:2] = [0, 1]
+    samples = [Sample(image, "p", "a", kind) for image, kind in zip(images, kinds, strict=True)]
     samples.append(Sample(0, "p", "a", "alone in its kind"))
-    shown = shuffle_pictures(samples, seed)
-    assert all(other != sample.picture for other, sample in zip(shown, samples, strict=True))
-    assert shown == shuffle_pictures(samples, seed)
-    # Where no picture dominates its kind, the kind's pictures change places among themselves.
+    shown = shuffle_images(samples, seed)
+    assert all(other != sample.image for other, sample in zip(shown, samples, strict=True))
+    assert shown == shuffle_images(samples, seed)
+    # Where no image dominates its kind, the kind's images change places among themselves.
     for kind in set(kinds):
-        own = [sample.picture for sample in samples if sample.kind == kind]
+        own = [sample.image for sample in samples if sample.kind == kind]
         if 2 * max(Counter(own).values()) <= len(own):
             others = [o for o, sample in zip(shown, samples, strict=True) if sample.kind == kind]
             assert sorted(others) == sorted(own)
@@ -197,14 +197,14 @@ def test_vqa_rule_with_one_answer_is_exact_match():
         ({"limit": 0}, "limit must be at least 1"),
         ({"max_new_tokens": 60}, "the context holds 64"),
         ({"dataset": with_test_split()}, "'test' is empty"),
-        ({"dataset": with_test_split(Sample(0, "p", " a", "caption"))}, "the same picture"),
+        ({"dataset": with_test_split(Sample(0, "p", " a", "caption"))}, "the same image"),
         (
             {"dataset": with_test_split(Sample(0, "w" * 999, " a", "k"), Sample(1, "p", " a", "k"))},
             "the context holds 64",
         ),
         (
-            {"dataset": with_test_split(SimpleNamespace(picture=None, prompt="p", answer=" a", kind="k"))},
-            "without a picture",
+            {"dataset": with_test_split(SimpleNamespace(image=None, prompt="p", answer=" a", kind="k"))},
+            "without an image",
         ),
         ({"dataset": dataclasses.replace(DATA, evaluation={"test": DATA.evaluation["test"]})}, "no training split"),
         ({"dataset": dataclasses.replace(DATA, images=DATA.images[:, ::2, ::2])}, "32 pixels a side"),

@@ -14,7 +14,7 @@ from PIL import Image
 from magma_jax.data.format.records import Sample
 from magma_jax.evaluation.own_split import score
 from magma_jax.evaluation.report.charts import line_chart, ticks
-from magma_jax.evaluation.report.overview import overview_picture
+from magma_jax.evaluation.report.overview import overview_image
 from magma_jax.evaluation.report.run_report import write_report
 from magma_jax.evaluation.results.results import CONDITIONS, Evaluation
 from magma_jax.output import replace_file
@@ -102,7 +102,7 @@ def test_it_is_well_formed_and_loads_nothing(tmp_path, evaluation, metrics):
     assert "$" not in re.sub(r"<script>.*</script>", "", text, flags=re.DOTALL), "a placeholder was left"
 
 
-def test_every_picture_is_there_once_in_its_colours(tmp_path, evaluation, metrics):
+def test_every_image_is_there_once_in_its_colours(tmp_path, evaluation, metrics):
     images = Page(report(tmp_path, evaluation, metrics)).all("img")
     assert len(images) == len(DATA.images)
     for attributes, (name, colour) in zip(images, tiny.COLOURS.items(), strict=True):
@@ -167,7 +167,7 @@ def test_without_metrics_it_says_so(tmp_path, evaluation):
     assert "<svg" not in text
 
 
-def test_the_pictures_source_and_licence_are_named(tmp_path, evaluation, metrics):
+def test_the_images_source_and_licence_are_named(tmp_path, evaluation, metrics):
     links = [link["href"] for link in Page(report(tmp_path, evaluation, metrics)).all("a")]
     assert links == ["https://openmoji.org", "https://creativecommons.org/licenses/by-sa/4.0/"]
 
@@ -183,8 +183,8 @@ def test_ticks_are_round_and_cover_the_values():
 
 
 def test_overview_has_text_in_both_colours_and_is_the_same_twice(tmp_path, evaluation):
-    overview_picture(tmp_path / "a.png", evaluation, DATA)
-    overview_picture(tmp_path / "b.png", evaluation, DATA)
+    overview_image(tmp_path / "a.png", evaluation, DATA)
+    overview_image(tmp_path / "b.png", evaluation, DATA)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     pixels = np.asarray(Image.open(tmp_path / "a.png"))
     assert pixels.shape[1] == 1200
@@ -194,8 +194,8 @@ def test_overview_has_text_in_both_colours_and_is_the_same_twice(tmp_path, evalu
 
 def test_overview_without_captions_is_refused(tmp_path):
     questions = [sample for sample in DATA.evaluation["test"] if sample.kind == "colour"]
-    with pytest.raises(ValueError, match="no picture"):
-        overview_picture(tmp_path / "a.png", evaluation_of(questions, ["red"] * 4), DATA)
+    with pytest.raises(ValueError, match="no image"):
+        overview_image(tmp_path / "a.png", evaluation_of(questions, ["red"] * 4), DATA)
     assert not (tmp_path / "a.png").exists()
 
 

@@ -37,7 +37,7 @@ def result_of(folders, model, outputs, name="vqav2", **changes):
         "checkpoint": CHECKPOINT,
     }
     texts = [outputs[i % len(outputs)] for i in range(len(queries))]
-    return finish(task, model.tokenizer, list(queries), [[] for _ in texts], texts, queries.pictures, stamp)
+    return finish(task, model.tokenizer, list(queries), [[] for _ in texts], texts, queries.images, stamp)
 
 
 @pytest.fixture
@@ -159,10 +159,8 @@ def test_secret_answers_are_asked_and_not_scored(folders, talkative, tmp_path):
     secret = [dataclasses.replace(example, answers=()) for example in result.examples]
     mixed = [*secret[:2], *result.examples[2:]]
     with pytest.raises(DataError, match="2 of 12 examples have no true answers, such as 0"):
-        finish(result.task, talkative.tokenizer, mixed, result.shots, result.outputs, result.pictures, result.stamp)
-    result = finish(
-        result.task, talkative.tokenizer, secret, result.shots, result.outputs, result.pictures, result.stamp
-    )
+        finish(result.task, talkative.tokenizer, mixed, result.shots, result.outputs, result.images, result.stamp)
+    result = finish(result.task, talkative.tokenizer, secret, result.shots, result.outputs, result.images, result.stamp)
     path = write_result(tmp_path, result)
     assert not result.scores
     assert "secret" in write_card(tmp_path, CHECKPOINT).read_text()

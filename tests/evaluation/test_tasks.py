@@ -79,7 +79,7 @@ def test_words_that_meet_are_encoded_together():
     words = DATA.tokenizer.encode("Q: red?")
     assert laid.tokens[: len(words)].tolist() == words
     assert laid.places[len(words) : len(words) + 4].tolist() == [0, 1, 2, 3]
-    assert laid.pictures == [7]
+    assert laid.images == [7]
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def test_twice_the_same_whatever_the_batches(talkative, two_shots):
     assert again.outputs == two_shots.outputs
     assert again.to_dict() == two_shots.to_dict()
     for example, shots in zip(two_shots.examples, two_shots.shots, strict=True):
-        # Test and training pictures are the same here.
-        assert example.picture not in [shot.example.picture for shot in shots]
+        # Test and training images are the same here.
+        assert example.image not in [shot.example.image for shot in shots]
 
 
 def test_several_devices_give_what_one_gives(talkative, two_shots):
@@ -108,13 +108,13 @@ def test_several_devices_give_what_one_gives(talkative, two_shots):
 
 @pytest.mark.slow
 def test_prompts_are_those_of_the_interface(talkative, two_shots):
-    """Every position of picture and text as ``Magma`` lays them out."""
-    picture = {i: ImageInput(Image.fromarray(DATA.images[i])) for i in range(len(DATA.images))}
+    """Every position of image and text as ``Magma`` lays them out."""
+    image = {i: ImageInput(Image.fromarray(DATA.images[i])) for i in range(len(DATA.images))}
     example, shots = two_shots.examples[1], two_shots.shots[1]
     prompt = []
     for _, shot in shots:
-        prompt += [picture[shot.picture], f"Q: {shot.text} A: {shot.shown}"]
-    prompt += [picture[example.picture], f"Q: {example.text} A:"]
+        prompt += [image[shot.image], f"Q: {shot.text} A: {shot.shown}"]
+    prompt += [image[example.image], f"Q: {example.text} A:"]
     embeddings = talkative.preprocess_inputs(prompt)
     assert talkative.generate(embeddings, max_steps=4, temperature=0.0)[0] == two_shots.outputs[1]
 
@@ -126,9 +126,9 @@ def test_shots_of_a_whole_run_are_run_once(talkative, folders, monkeypatch):
     assert [len(row) for row in result.shots] == [2]
     val, train = (StoredExamples(folders / name, "question", 64) for name in ("val", "train"))
     shots = [shot for _, shot in result.shots[0]]
-    before = [part for s in shots for part in (len(val.pictures) + s.picture, task.complete(s.text, s.shown))]
-    pixels = np.concatenate([s.pictures[np.arange(len(s.pictures))] for s in (val, train)])
-    prompts = [(*before, example.picture, task.ask(example.text)) for example in val]
+    before = [part for s in shots for part in (len(val.images) + s.image, task.complete(s.text, s.shown))]
+    pixels = np.concatenate([s.images[np.arange(len(s.images))] for s in (val, train)])
+    prompts = [(*before, example.image, task.ask(example.text)) for example in val]
     answers = Answerer(talkative, pixels)(prompts, max_new_tokens=4, sampling=task.sampling, seed=3)
     assert answers == result.outputs
     assert len(set(answers)) > 2
@@ -154,7 +154,7 @@ def test_captions_and_blindness(talkative, folders):
     result = evaluate_task(talkative, task)
     assert set(result.scores["nocaps_nlgeval"].groups["domain"]) == {"in-domain"}
     assert len(set(result.outputs)) == 1
-    assert result.examples[0].answers == ("a picture 0", "a square")
+    assert result.examples[0].answers == ("an image 0", "a square")
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +183,8 @@ def test_a_statement_is_classified_by_its_last_token(classifier, folders):
     task = dataclasses.replace(TASKS["snli_ve"], data=str(folders / "val"), classes=("yes", "red"))
     result = evaluate_task(classifier, task)
     for example, output in zip(result.examples, result.outputs, strict=True):
-        picture = ImageInput(Image.fromarray(result.pictures[np.array([example.picture])][0]))
-        embeddings = classifier.preprocess_inputs([picture, example.text])
+        image = ImageInput(Image.fromarray(result.images[np.array([example.image])][0]))
+        embeddings = classifier.preprocess_inputs([image, example.text])
         model = merge(classifier.graphdef, classifier.params)
         logits = model.class_logits(embeddings, jnp.array([embeddings.shape[1]]))
         assert output == task.classes[int(logits[0].argmax())]
@@ -213,7 +213,7 @@ def test_long_prompts_are_an_error_or_lose_shots(talkative, folders, monkeypatch
     )
     result = evaluate_task(talkative, stored(folders, shots=6, overlong="drop_shots"))
     assert result.stamp["longest_prompt"] + 4 <= 64
-    # A shot is a picture and words; the question itself is another.
+    # A shot is an image and words; the question itself is another.
     shots = [len(prompt) // 2 - 1 for prompt in asked]
     assert result.stamp["shots"]["dropped"] == sum(6 - number for number in shots) > 0
     # The last ones stay, which are those of fewer shots.
@@ -222,8 +222,8 @@ def test_long_prompts_are_an_error_or_lose_shots(talkative, folders, monkeypatch
 
 
 @pytest.mark.parametrize("policy", ["query", "run"])
-def test_a_shot_is_never_the_pictures_own_whatever_it_is_called(policy, folders, tmp_path):
-    """Two of four pictures to draw from are also asked about: one under another id, one as another file."""
+def test_a_shot_is_never_the_images_own_whatever_it_is_called(policy, folders, tmp_path):
+    """Two of four images to draw from are also asked about: one under another id, one as another file."""
     asked = StoredExamples(folders / "val", "question", 64)
     records = list(vqa_records(4, first=200))
     renamed = dataclasses.replace(records[0], id="renamed", image=jpeg(0))
@@ -232,22 +232,22 @@ def test_a_shot_is_never_the_pictures_own_whatever_it_is_called(policy, folders,
     pool = StoredExamples(tmp_path / "pool", "question", 64)
     task = stored(folders, shots=4, shot_policy=policy)
     shots = choose_shots(task, asked, pool, list(asked))
-    forbidden = [{0, 1} if policy == "run" else {0, 1} & {example.picture} for example in asked]
+    forbidden = [{0, 1} if policy == "run" else {0, 1} & {example.image} for example in asked]
     for chosen, own in zip(shots, forbidden, strict=policy == "query"):
-        assert own.isdisjoint(shot.example.picture for shot in chosen)
+        assert own.isdisjoint(shot.example.image for shot in chosen)
     # Pixels are compared where one side has nothing else.
-    drawn = dataclasses.replace(DATA, images=pool.pictures[np.arange(4)])
+    drawn = dataclasses.replace(DATA, images=pool.images[np.arange(4)])
     own = OwnExamples(drawn, "test", "question")
     shots = choose_shots(task, own, pool, list(own)) if policy == "query" else []
     for example, chosen in zip(own, shots, strict=policy == "query"):
-        assert example.picture not in [shot.example.picture for shot in chosen]
+        assert example.image not in [shot.example.image for shot in chosen]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"shot_data": None, "shots": 1, "shot_policy": "run"}, "may not come from the questions"),
-        ({"data": "nowhere"}, "no data set folder"),
+        ({"data": "nowhere"}, "no dataset folder"),
         ({"shots": 99}, "10 examples are too few to draw 99 shots"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The interface for users: prompts of pictures and text, generation, hidden states, attentions."""
+"""The interface for users: prompts of images and text, generation, hidden states, attentions."""
 
 import jax
 import jax.numpy as jnp
@@ -21,30 +21,30 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     pixels = np.random.default_rng(0).integers(0, 256, (80, 70, 3), np.uint8)
     return ImageInput(Image.fromarray(pixels))
 
 
-def test_a_prompt_mixes_pictures_and_text_in_any_order(model, picture):
+def test_a_prompt_mixes_images_and_text_in_any_order(model, image):
     words = len(model.tokenizer.encode("red square"))
     positions = tiny.MODEL.encoder.positions
-    prompt = [picture, "red square", picture]
+    prompt = [image, "red square", image]
     embeddings = model.preprocess_inputs(prompt)
     assert embeddings.shape == (1, 2 * positions + words, 32)
-    assert prompt == [picture, "red square", picture]
+    assert prompt == [image, "red square", image]
     np.testing.assert_array_equal(embeddings[:, :positions], embeddings[:, positions + words :])
     assert model.preprocess_inputs(["red square"]).shape == (1, words, 32)
-    assert model.preprocess_inputs(["red square", picture]).shape == (1, positions + words, 32)
+    assert model.preprocess_inputs(["red square", image]).shape == (1, positions + words, 32)
 
 
-def test_calling_twice_gives_the_same_answer(model, picture):
-    first = model.generate(model.preprocess_inputs([picture, "A"]), max_steps=8)
-    assert model.generate(model.preprocess_inputs([picture, "A"]), max_steps=8) == first
+def test_calling_twice_gives_the_same_answer(model, image):
+    first = model.generate(model.preprocess_inputs([image, "A"]), max_steps=8)
+    assert model.generate(model.preprocess_inputs([image, "A"]), max_steps=8) == first
 
 
-def test_ragged_batches_give_each_row_what_it_gives_alone(model, picture):
-    prompts = [[picture, "A picture of"], ["Q: What"], [picture, picture, "a"]]
+def test_ragged_batches_give_each_row_what_it_gives_alone(model, image):
+    prompts = [[image, "A picture of"], ["Q: What"], [image, image, "a"]]
     for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0, top_p=0.9)):
         together = model.generate_tokens(model.preprocess_batch(prompts), 8, sampling, seed=[3, 4, 5])
         for row, (prompt, seed) in enumerate(zip(prompts, (3, 4, 5), strict=True)):
@@ -113,9 +113,9 @@ def test_prompts_that_are_none(model, prompt, message):
         model.preprocess_inputs(prompt)
 
 
-def test_a_missing_or_broken_picture_names_its_file(model, tmp_path):
+def test_a_missing_or_broken_image_names_its_file(model, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"broken\.png"):
         model.preprocess_inputs([ImageInput(broken)])
 

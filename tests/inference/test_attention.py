@@ -10,7 +10,7 @@ from PIL import Image
 
 from magma_jax.data.images import ImageInput
 from magma_jax.inference.api import Magma
-from magma_jax.inference.attention_maps import ALL_HEADS, attend, look, picture_grid, split_words
+from magma_jax.inference.attention_maps import ALL_HEADS, attend, attention_maps, image_grid, split_words
 from magma_jax.inference.overlay import overlay, sheet
 from magma_jax.inference.prompts import encode_prompt
 from magma_jax.models.magma import MagmaModel
@@ -28,17 +28,17 @@ def model():
     return Magma(tiny.MODEL, {k: 4 * v if v.ndim > 1 else v for k, v in params.items()}, tiny.dataset().tokenizer)
 
 
-def picture(seed, size=(80, 64)):
+def image(seed, size=(80, 64)):
     pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
     return ImageInput(Image.fromarray(pixels))
 
 
-PROMPT = [picture(0), "Q: What", picture(1), picture(0), " A:"]
+PROMPT = [image(0), "Q: What", image(1), image(0), " A:"]
 
 
 @pytest.fixture(scope="module")
 def seen(model):
-    return look(model, PROMPT, max_steps=9)
+    return attention_maps(model, PROMPT, max_steps=9)
 
 
 def attentions(model, tokens):
@@ -70,9 +70,9 @@ def test_rollout_multiplies_the_layers(model, seen):
 
 def test_the_answer_is_that_of_generate_and_may_be_given(model, seen):
     assert seen.text == model.generate(model.preprocess_inputs(PROMPT), 9, temperature=0.0)[0]
-    again = look(model, PROMPT, seen.tokens)
+    again = attention_maps(model, PROMPT, seen.tokens)
     np.testing.assert_array_equal(again.weights, seen.weights)
-    text = look(model, PROMPT, " a red square")
+    text = attention_maps(model, PROMPT, " a red square")
     assert (text.text, [word.text for word in text.words]) == (" a red square", [" a", " red", " square"])
 
 
@@ -80,12 +80,12 @@ def test_maps_of_words(seen):
     word = seen.words[-1]
     expected = seen.weights[1, 0, word.start : word.stop, 2].mean(0).reshape(2, 2)
     last = len(seen.words) - 1
-    np.testing.assert_array_equal(seen.map(last, picture=2, layer=1, head=0), expected)
+    np.testing.assert_array_equal(seen.map(last, image=2, layer=1, head=0), expected)
     heads = [seen.map(0, layer=1, head=head) for head in (0, 1)]
     np.testing.assert_allclose(seen.map(0, layer=1), np.mean(heads, axis=0), rtol=1e-6)
     relative = [seen.map(i, relative=True) for i in range(len(seen.words))]
     np.testing.assert_allclose(np.mean(relative, axis=0), 1, rtol=1e-5)
-    assert seen.share(0) == pytest.approx(sum(seen.map(0, picture=i).sum() for i in range(3)), rel=1e-6)
+    assert seen.share(0) == pytest.approx(sum(seen.map(0, image=i).sum() for i in range(3)), rel=1e-6)
     with pytest.raises(ValueError, match="of which layer"):
         seen.map(0, head=1)
 
@@ -93,7 +93,7 @@ def test_maps_of_words(seen):
 def test_padding_to_one_length_changes_nothing(model, seen):
     encoded = encode_prompt(PROMPT, model.config, model.tokenizer)
     heads = np.array([[1, 1], [0, ALL_HEADS]])
-    rollout, weights = attend(model, encoded, seen.tokens, heads, length=64, pictures=4)
+    rollout, weights = attend(model, encoded, seen.tokens, heads, length=64, images=4)
     np.testing.assert_allclose(rollout, seen.rollout, atol=2e-5)
     np.testing.assert_allclose(weights[0], seen.weights[1, 1], atol=2e-5)
     np.testing.assert_allclose(weights[1], seen.weights[0].mean(0), atol=2e-5)
@@ -102,15 +102,15 @@ def test_padding_to_one_length_changes_nothing(model, seen):
 @pytest.mark.parametrize(
     ("prompt", "answer", "says"),
     [
-        (["a"], "b", "no picture to look at"),
-        ([picture(0)], "", "the answer is empty"),
-        ([picture(0)], "a red square " * 40, "at most 64 fit"),
+        (["a"], "b", "no image to look at"),
+        ([image(0)], "", "the answer is empty"),
+        ([image(0)], "a red square " * 40, "at most 64 fit"),
         ([], "a", "the prompt is empty"),
     ],
 )
 def test_what_cannot_be_looked_at(model, prompt, answer, says):
     with pytest.raises(ValueError, match=says):
-        look(model, prompt, answer)
+        attention_maps(model, prompt, answer)
 
 
 @pytest.mark.parametrize(
@@ -131,15 +131,15 @@ def test_words_are_whole_characters_between_spaces(model, text, words):
     assert (found[0].start, found[-1].stop) == (0, len(tokens))
 
 
-def test_what_the_positions_of_a_picture_mean():
+def test_what_the_positions_of_a_image_mean():
     def grid(**changes):
-        return picture_grid(dataclasses.replace(tiny.MODEL, **changes))
+        return image_grid(dataclasses.replace(tiny.MODEL, **changes))
 
     assert grid(encoder=tiny.RESNET) == (2, 2, "")
     assert grid(encoder=CLIPViTConfig(output="pooled")) is None
     assert "encoder's attention mixes" in grid(encoder=CLIPViTConfig(output="grid")).note
     quickstart = EfficientNetLiteConfig(taps=(4, 10, "head"), statistics=("stem", 0, 2))
-    assert grid(encoder=quickstart) == (4, 4, "every position also carries the colours of the whole picture")
+    assert grid(encoder=quickstart) == (4, 4, "every position also carries the colours of the whole image")
     assert "the prefix mixes" in grid(encoder=tiny.RESNET, prefix=PrefixConfig(mapping="transformer")).note
 
 
@@ -150,11 +150,11 @@ def test_pooled_positions_are_no_places(seen):
 
 
 def test_an_overlay_colours_cells_and_darkens_what_is_not_seen():
-    drawn = np.asarray(overlay(Image.new("RGB", (40, 20), "white"), np.array([[0.0, 0.1], [0.2, 0.4]]), size=100))
-    assert drawn.shape == (100, 200, 3)
-    assert drawn[50, 10].max() < 100  # left of the square in the middle
-    np.testing.assert_array_equal(drawn[10, 60], 255)
-    red = drawn[..., 0].astype(int) - drawn[..., 1]
+    sampled = np.asarray(overlay(Image.new("RGB", (40, 20), "white"), np.array([[0.0, 0.1], [0.2, 0.4]]), size=100))
+    assert sampled.shape == (100, 200, 3)
+    assert sampled[50, 10].max() < 100  # left of the square in the middle
+    np.testing.assert_array_equal(sampled[10, 60], 255)
+    red = sampled[..., 0].astype(int) - sampled[..., 1]
     assert 0 < red[10, 140] < red[90, 60] < red[90, 140]
     same = overlay(Image.new("P", (8, 8)), np.full((2, 2), 0.25), size=8)
     np.testing.assert_array_equal(same, 0)

@@ -44,7 +44,7 @@ def accepts(grammar, text):
     return guide.complete or TOKENIZER.eos_id in bits(guide)
 
 
-def drawn(grammar, seed, limit=400):
+def sampled(grammar, seed, limit=400):
     """A random answer as it is shown; None if it has not ended within ``limit`` tokens."""
     chance, guide, tokens = random.Random(seed), grammar.start(), []
     while not guide.complete and len(tokens) < limit:
@@ -99,7 +99,7 @@ SCHEMAS = {
 def test_random_answers_match_the_schema(grammars, name):
     grammar, ended = grammars.compile(Constraint.json_schema(SCHEMAS[name])), 0
     for seed in range(60):
-        text = drawn(grammar, seed)
+        text = sampled(grammar, seed)
         if text is not None:
             ended += 1
             jsonschema.validate(json.loads(text), SCHEMAS[name])
@@ -166,7 +166,7 @@ def test_choices_are_taken_as_they_stand(grammars):
     for text in ODD:
         assert accepts(grammar, text)
         assert not accepts(grammar, text + "x")
-    assert {drawn(grammar, seed) for seed in range(200)} == set(ODD)
+    assert {sampled(grammar, seed) for seed in range(200)} == set(ODD)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_expressions_match_the_whole_answer(grammars, pattern, text):
     assert accepts(grammar, text)
     assert not accepts(grammar, text + "!")
     for seed in range(20):
-        answer = drawn(grammar, seed)
+        answer = sampled(grammar, seed)
         assert answer is None or pattern.startswith((r"\p", "(?i)")) or re.fullmatch(pattern, answer)
 
 
@@ -228,7 +228,7 @@ def test_grammars_that_grow_while_they_are_used_end_the_answer(grammars):
     outcomes = []
     for seed in range(4):
         try:
-            outcomes.append(drawn(grammar, seed, limit=3000))
+            outcomes.append(sampled(grammar, seed, limit=3000))
         except GuideError as error:
             outcomes.append(str(error))
     assert any(outcome and "cannot go on as it has to look (lexer error: too many" in outcome for outcome in outcomes)

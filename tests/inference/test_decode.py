@@ -54,7 +54,7 @@ def run(model):
     return call
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "sampled"])
 def test_a_row_gives_what_it_gives_alone(run, prompts, sampling):
     together = run(prompts, range(4), sampling)
     assert len({tuple(row) for row in np.asarray(together.tokens).tolist()}) == 4
@@ -105,7 +105,7 @@ def test_the_loop_ends_with_the_last_row(run, prompts):
     assert not np.asarray(ended.cache.key)[:, 0, :, 11:].any()
 
 
-def test_rows_of_the_head_without_an_embedding_are_never_drawn(model, prompts):
+def test_rows_of_the_head_without_an_embedding_are_never_sampled(model, prompts):
     definition, params = model
     rows = tiny.MODEL.lm.vocab_rows
     biased = params | {"lm/lm_head/bias": params["lm/lm_head/bias"].at[rows:].set(1e4)}

@@ -23,7 +23,7 @@ from tests import tiny
 
 GREEDY = SamplingConfig()
 # Few sizes, so that few programs are compiled.
-SIZES = EngineConfig(slots=4, context=64, pictures=4, steps=4)
+SIZES = EngineConfig(slots=4, context=64, images=4, steps=4)
 ONE = dataclasses.replace(SIZES, slots=1, queue=3)
 
 
@@ -130,8 +130,8 @@ def test_prompts_that_wait_together_are_run_together(model, alone, monkeypatch):
     assert [ticket.tokens for ticket in tickets] == alone[:4]
 
 
-def test_the_pictures_of_a_group_fit_the_table(engine):
-    """Four prompts of two pictures each, and a table of four."""
+def test_the_images_of_a_group_fit_the_table(engine):
+    """Four prompts of two images each, and a table of four."""
     colours = [ImageInput(Image.new("RGB", (64, 64), (i, 0, 99))) for i in range(8)]
     prompts = [[colours[2 * i], colours[2 * i + 1], "a"] for i in range(4)]
     expected = [engine.submit(prompt, RequestOptions(5)).text() for prompt in prompts]
@@ -174,7 +174,7 @@ def test_a_prompt_that_begins_like_another_uses_its_cache(model, alone):
         assert again.text() == second.text()
         # All but the last position, whose logits are wanted.
         assert again.reused_tokens == again.prompt_tokens - 1
-        assert engine.stats().pictures_encoded == 2
+        assert engine.stats().images_encoded == 2
     with Engine(model, dataclasses.replace(SIZES, reuse=False)) as plain:
         ticket = plain.submit([*shots, square("blue"), "a"], RequestOptions(4))
         assert ticket.text() == second.text()
@@ -182,13 +182,13 @@ def test_a_prompt_that_begins_like_another_uses_its_cache(model, alone):
 
 
 def test_prompts_of_another_salt_share_nothing(model):
-    """What one has asked cannot be told from what another's answer counts, nor from pictures that need no encoding."""
+    """What one has asked cannot be told from what another's answer counts, nor from images that need no encoding."""
     prompt = ["one two three four five six seven eight nine ten ", square("blue"), "a"]
     with Engine(model, SIZES) as engine:
 
         def ask(salt):
             ticket = engine.submit(engine.encode(prompt, salt), RequestOptions(4))
-            return ticket.text(), ticket.reused_tokens > 0, engine.stats().pictures_encoded
+            return ticket.text(), ticket.reused_tokens > 0, engine.stats().images_encoded
 
         text = ask(b"")[0]
         assert ask(b"") == (text, True, 1)
@@ -199,7 +199,7 @@ def test_prompts_of_another_salt_share_nothing(model):
         assert [ask(b""), ask(b"")] == [(text, False, 1), (text, False, 2)]
 
 
-def test_pictures_with_nearly_one_hash_are_two(model, monkeypatch):
+def test_images_with_nearly_one_hash_are_two(model, monkeypatch):
     """All of the hash is compared, and it has a key."""
     prompt = [square("blue"), "one two three four five six seven eight nine ten"]
 
@@ -256,13 +256,13 @@ def test_while_one_runs_its_prompt_is_copied_for_another(model):
         assert copied.reused_tokens >= copied.prompt_tokens - 1
 
 
-def test_more_pictures_than_the_table_holds_are_encoded_again(engine, alone):
-    before = engine.stats().pictures_encoded
+def test_more_images_than_the_table_holds_are_encoded_again(engine, alone):
+    before = engine.stats().images_encoded
     for name in ("red", "green", "blue", "white"):
         engine.submit([square(name), "x" * 3], RequestOptions(2)).text()
     odd = ImageInput(Image.new("RGB", (64, 64), (1, 2, 3)))
     engine.submit([odd, "A"], RequestOptions(2)).text()
-    assert engine.stats().pictures_encoded > before
+    assert engine.stats().images_encoded > before
     ticket = engine.submit(PROMPTS[0], OPTIONS[0])
     ticket.text()
     assert ticket.tokens == alone[0]
@@ -317,7 +317,7 @@ def test_a_full_queue_and_impossible_requests_are_refused(model):
         with pytest.raises(ValueError, match="60 new tokens were asked for, but the context holds 64"):
             engine.submit(["one two three four five six seven"], RequestOptions(60))
         colours = [ImageInput(Image.new("RGB", (64, 64), (i, 0, 0))) for i in range(5)]
-        with pytest.raises(ValueError, match="has 5 pictures, at most 4"):
+        with pytest.raises(ValueError, match="has 5 images, at most 4"):
             engine.submit(colours)
         with pytest.raises(ValueError, match="prompt is empty"):
             engine.submit([""])
@@ -367,11 +367,11 @@ def test_an_engine_that_cannot_go_on_says_so(model, monkeypatch, caplog):
     assert "the engine has stopped" in caplog.text
 
 
-def test_pictures_of_waiting_requests_take_no_more_than_they_may(model):
+def test_images_of_waiting_requests_take_no_more_than_they_may(model):
     engine = Engine(model, dataclasses.replace(ONE, queue=99, queue_bytes=3 * 64 * 64 * 3))
     with engine._changed:
         tickets = [engine.submit([square("red"), "a"], RequestOptions(1)) for _ in range(3)]
-        with pytest.raises(QueueFull, match="pictures of waiting requests"):
+        with pytest.raises(QueueFull, match="images of waiting requests"):
             engine.submit([square("red"), "a"], RequestOptions(1))
         for ticket in tickets:
             ticket.cancel()

@@ -136,8 +136,8 @@ def test_repetition_penalty_lowers_what_was_seen():
 def test_draws_follow_the_distribution():
     config = SamplingConfig(temperature=0.7, top_k=10, top_p=0.9)
     rows = jnp.broadcast_to(LOGITS[2], (20_000, LOGITS.shape[1]))
-    drawn = jax.jit(sample, static_argnums=2)(rows, row_keys(jax.random.key(0), 20_000), config)
-    frequency = np.bincount(drawn, minlength=LOGITS.shape[1]) / 20_000
+    sampled = jax.jit(sample, static_argnums=2)(rows, row_keys(jax.random.key(0), 20_000), config)
+    frequency = np.bincount(sampled, minlength=LOGITS.shape[1]) / 20_000
     expected = np.asarray(jax.nn.softmax(filter_logits(LOGITS[2:3], config))[0])
     assert (frequency[expected == 0] == 0).all()
     np.testing.assert_allclose(frequency, expected, atol=0.015)  # four standard deviations of 20,000 draws
@@ -171,12 +171,12 @@ def test_temperature_zero_is_argmax_without_keys():
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1.0, 1e30])
 @pytest.mark.parametrize("compat", [None, "upstream"])
-def test_ids_without_an_embedding_are_never_drawn(temperature, compat):
+def test_ids_without_an_embedding_are_never_sampled(temperature, compat):
     logits = jnp.tile(jnp.arange(8.0), (2000, 1))  # the missing ids are the likeliest
     for top_p_value in (0.0, 0.9):
         config = SamplingConfig(temperature, top_k=0, top_p=top_p_value, compat=compat)
-        drawn = sample(logits, row_keys(jax.random.key(0), 2000), config, table_rows=6)
-        assert drawn.max() < 6
+        sampled = sample(logits, row_keys(jax.random.key(0), 2000), config, table_rows=6)
+        assert sampled.max() < 6
     masked = mask_missing_ids(logits, 6)
     assert np.isfinite(masked).all()
     np.testing.assert_array_equal(masked[:, :6], logits[:, :6])
@@ -230,5 +230,5 @@ def test_removal_with_end_of_text_zero():
 
 def test_the_smallest_temperature_draws_no_token_that_was_dropped():
     logits = jnp.array([[-50.0, -2.0, -30.0, -4.0, 0.0]])
-    drawn = sample(logits, row_keys(jax.random.key(0), 1), SamplingConfig(temperature=1e-30), table_rows=4)
-    assert int(drawn[0]) == 1
+    sampled = sample(logits, row_keys(jax.random.key(0), 1), SamplingConfig(temperature=1e-30), table_rows=4)
+    assert int(sampled[0]) == 1

@@ -18,7 +18,7 @@ from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from tests import tiny
 
-PICTURE = ImageInput(Image.new("RGB", (64, 64), "red"))
+IMAGE = ImageInput(Image.new("RGB", (64, 64), "red"))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch(model):
-    return model.preprocess_batch([[PICTURE, "Q: What colour? A:"], ["a"]])
+    return model.preprocess_batch([[IMAGE, "Q: What colour? A:"], ["a"]])
 
 
 def whole(model, prompt, tokens):

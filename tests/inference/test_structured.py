@@ -27,7 +27,7 @@ from tests import tiny
 # Room for a JSON text, and few sizes, so that few programs are compiled.
 LM = dataclasses.replace(tiny.MODEL.lm, context_length=128)
 CONFIG = dataclasses.replace(tiny.MODEL, lm=LM)
-SIZES = EngineConfig(slots=4, context=128, pictures=1, steps=4)
+SIZES = EngineConfig(slots=4, context=128, images=1, steps=4)
 
 PERSON = {
     "type": "object",
@@ -128,7 +128,7 @@ def test_a_space_is_drawn_and_not_shown(engine, model):
     spaced = [ask(engine, Constraint.choice(["red", "green"]), seed=seed) for seed in range(12)]
     texts = [(ticket.text(), model.tokenizer.decode(ticket.tokens)) for ticket in spaced]
     assert {shown for shown, _ in texts} == {"red", "green"}
-    assert {drawn for _, drawn in texts} == {"red", "green", " red", " green"}
+    assert {sampled for _, sampled in texts} == {"red", "green", " red", " green"}
     assert {ask(engine, Constraint.choice([" red"]), seed=seed).text() for seed in range(3)} == {" red"}
 
 
@@ -151,7 +151,7 @@ def test_stop_texts_least_tokens_and_pieces(engine):
     stopped = ask(engine, Constraint.json_schema(PERSON), stop=('"count"',))
     assert stopped.text() == whole.text().partition('"count"')[0]
     assert stopped.finish == "stop"
-    # The end of text is not drawn early, where there is a choice; a text that is complete ends all the same.
+    # The end of text is not sampled early, where there is a choice; a text that is complete ends all the same.
     numbers = [ask(engine, Constraint.regex("[0-9]*"), seed=seed, min_new_tokens=8) for seed in range(6)]
     assert all(len(ticket.tokens) >= 8 and ticket.text().isdigit() for ticket in numbers if ticket.text())
     assert ask(engine, Constraint.choice(["red"]), min_new_tokens=20).text() == "red"

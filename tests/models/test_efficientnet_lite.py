@@ -18,11 +18,11 @@ from magma_jax.nn.modules import Statistic, merge, split, variable_types
 from magma_jax.published.efficientnet_lite import TABLE, read_weights, weights_path
 from magma_jax.published.keymap.engine import check_table
 
-# Computed with PyTorch's convolutions from the same weights: stem, block 4 and head of the picture of `picture`.
+# Computed with PyTorch's convolutions from the same weights: stem, block 4 and head of the image of `image`.
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "efficientnet_lite0.npz"
 
 
-def picture(size: int = 64) -> np.ndarray:
+def image(size: int = 64) -> np.ndarray:
     """Coloured waves, uint8 (1, size, size, 3)."""
     y, x, c = np.meshgrid(np.arange(size), np.arange(size), np.arange(3), indexing="ij")
     return np.rint(127.5 + 120 * np.sin(x / 5 + c) * np.cos(y / (3 + c)))[None].astype(np.uint8)
@@ -45,7 +45,7 @@ def test_parity_with_pytorch(pretrained):
     def layers(params, images):
         return {str(name): y for name, y in merge(graphdef, params).layers(images).items()}
 
-    got = layers(params, normalised(picture()))
+    got = layers(params, normalised(image()))
     with np.load(GOLDEN) as golden:
         for name in golden.files:
             np.testing.assert_allclose(got[name][..., ::8], golden[name], atol=1e-4, rtol=0, err_msg=name)
@@ -63,7 +63,7 @@ def test_taps_join_layers_averaged_over_cells(pretrained):
     config = EfficientNetLiteConfig(image_size=64, taps=("stem", 4, "head"))
     graphdef, params = split(EfficientNetLite(config, rngs=nnx.Rngs(0)))
     assert params.keys() == pretrained[1].keys()
-    images = normalised(picture())
+    images = normalised(image())
     features = merge(graphdef, pretrained[1])(images)
     assert features.shape == (1, config.positions, config.channels) == (1, 4, 32 + 40 + 1280)
     layers = merge(*pretrained).layers(images)
@@ -74,7 +74,7 @@ def test_taps_join_layers_averaged_over_cells(pretrained):
 
 def test_statistics_are_added_to_every_cell(pretrained):
     config = EfficientNetLiteConfig(image_size=64, statistics=("stem", 2))
-    images = normalised(picture())
+    images = normalised(image())
     graphdef, _ = split(EfficientNetLite(config, rngs=nnx.Rngs(0)))
     features = merge(graphdef, pretrained[1])(images)
     assert features.shape == (1, 4, config.channels) == (1, 4, 1280 + 2 * (32 + 24))

@@ -33,7 +33,7 @@ def load(create, table, path):
 
 
 def check(computed, golden):
-    """Every golden array but the pictures is within its tolerance."""
+    """Every golden array but the images is within its tolerance."""
     results = [compare(name, computed[name], golden[name]) for name in golden if name != "images"]
     assert all(result.ok for result in results), [result for result in results if not result.ok]
 

@@ -27,7 +27,7 @@ SCALED = MagmaConfig(
     mlp_adapter=AdapterConfig("scaled_parallel", 4, layernorm=True),
     attn_adapter=AdapterConfig("scaled_parallel", 8),
 )
-# Tsimpoukelli et al. (2021): no adapters, two positions a picture; the prefix has no LayerNorm there.
+# Tsimpoukelli et al. (2021): no adapters, two positions an image; the prefix has no LayerNorm there.
 FROZEN = MagmaConfig(LM, NFResNetConfig(), PrefixConfig(image_positions=2, layernorm=False))
 
 

@@ -157,7 +157,7 @@ def test_padding_may_pass_the_context():
 
 
 @pytest.mark.parametrize("name", LEARNED_POSITIONS)
-def test_positions_go_on_through_a_picture(name):
+def test_positions_go_on_through_a_image(name):
     """A picture of four positions, then words: the first word stands on position 4."""
     config = dataclasses.replace(tiny.MODEL, lm=TINY[name], mlp_adapter=None, attn_adapter=None)
     definition, shapes, _ = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))

@@ -16,7 +16,7 @@ from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.nn.modules import abstract, merge
 from tests import tiny
 
-# Positions and channels that a picture of the published size gives (Radford et al., 2021; EfficientNet at 128 px).
+# Positions and channels that an image of the published size gives (Radford et al., 2021; EfficientNet at 128 px).
 GRIDS = {
     "RN50": (49, 2048),
     "RN101": (49, 2048),

@@ -32,7 +32,7 @@ def test_every_golden_array_within_tolerance(case, golden, golden_checkpoint):
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory, golden):
-    """What a user may have: pictures, captions, logits, and something of their own."""
+    """What a user may have: images, captions, logits, and something of their own."""
     path = tmp_path_factory.mktemp("dump") / "dump.npz"
     with np.load(golden / "v1_mlp_normal.npz") as arrays:
         np.savez(path, notes=np.zeros(3), **{name: arrays[name] for name in ("images", "captions", "logits")})

@@ -27,7 +27,7 @@ KINDS = ["normal", "parallel", "scaled_parallel"]
 
 def test_masks_are_those_drawn_in_the_module():
     drawn = [line.split() for line in masks.__doc__.splitlines() if re.fullmatch(r" +([01] ?)+ .*", line)]
-    pictures = np.array(drawn, int).reshape(4, 5, 4).swapaxes(0, 1)  # five masks of four queries and four keys
+    images = np.array(drawn, int).reshape(4, 5, 4).swapaxes(0, 1)  # five masks of four queries and four keys
     segments = jnp.array([[1, 1, 2, 2]])
     rules = [
         Mask("causal"),
@@ -36,8 +36,8 @@ def test_masks_are_those_drawn_in_the_module():
         Mask("causal", window=2),
         Mask("causal", segments=segments),
     ]
-    for mask, picture in zip(rules, pictures, strict=True):
-        np.testing.assert_array_equal(mask.dense(4, 4)[0], picture)
+    for mask, image in zip(rules, images, strict=True):
+        np.testing.assert_array_equal(mask.dense(4, 4)[0], image)
     # Rows with prefixes of their own, and a single query against a cache of five slots.
     both = Mask("prefix", prefix=jnp.array([0, 5]), queries=jnp.array([[3], [3]])).dense(1, 5)
     np.testing.assert_array_equal(both[:, 0], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from magma_jax.runtime.compile import compiler_options, keep_programs
+from magma_jax.runtime.compile import compiler_options, enable_compilation_cache
 
 
 def test_options_are_those_of_the_platform():
@@ -27,7 +27,7 @@ def test_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path, wanted, hom
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr(type(jax.config), "update", lambda self, name, value: told.update({name: value}))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
-    keep_programs(wanted)
+    enable_compilation_cache(wanted)
     folder = tmp_path / home / "magma_jax" / "programs"
     assert told.get("jax_compilation_cache_dir") == (str(folder) if folder.exists() else None)
     assert folder.exists() == (wanted and home == "writable")

@@ -1,4 +1,4 @@
-"""Random requests, each known by its seed and number: JSON, pictures and bare bytes, mostly near to what is right."""
+"""Random requests, each known by its seed and number: JSON, images and bare bytes, mostly near to what is right."""
 
 import contextlib
 import copy
@@ -39,7 +39,7 @@ class Case(NamedTuple):
     """A request.
 
     Attributes:
-        kind: "json", "picture" or "bytes".
+        kind: "json", "image" or "bytes".
         pieces: bytes for a connection, sent one by one.
         reads: whether the client stays for the answer.
         ends: whether there must be an answer, behind which the server closes.
@@ -88,10 +88,10 @@ def _json(rng: random.Random) -> Case:
     return _post(route, content)._replace(**rng.choice(({}, {}, {}, {"ends": False, "reads": False})))
 
 
-def _picture(rng: random.Random) -> Case:
+def _image_case(rng: random.Random) -> Case:
     _, body = _request(rng, text_only=True)
-    pictures = [_damaged(rng, _image(rng)) for _ in range(rng.randint(1, 3))]
-    parts = [{"type": "image_url", "image_url": {"url": uri(picture)}} for picture in pictures]
+    images = [_damaged(rng, _image(rng)) for _ in range(rng.randint(1, 3))]
+    parts = [{"type": "image_url", "image_url": {"url": uri(image)}} for image in images]
     body["messages"].insert(0, {"role": "user", "content": parts})
     route = CHAT
     if rng.random() < 0.3:
@@ -125,7 +125,7 @@ def _bytes(rng: random.Random) -> Case:
     return Case("", tuple(pieces), reads=rng.random() < 0.8)
 
 
-_KINDS: dict[str, Callable[[random.Random], Case]] = {"json": _json, "picture": _picture, "bytes": _bytes}
+_KINDS: dict[str, Callable[[random.Random], Case]] = {"json": _json, "image": _image_case, "bytes": _bytes}
 
 
 def _post(route: str, content: bytes) -> Case:
@@ -147,9 +147,9 @@ def _request(rng: random.Random, text_only: bool = False) -> tuple[str, dict[str
         if rng.random() < 0.3:
             messages.append({"role": "assistant", "content": "a"})
     if rng.random() < 0.2 and not text_only:
-        picture = [{"type": "image_url", "image_url": {"url": uri(_image(rng))}}]
+        image = [{"type": "image_url", "image_url": {"url": uri(_image(rng))}}]
         answer = rng.choice((" a red", [5, 6, 7]))
-        return LOOK, {"messages": [{"role": "user", "content": picture}, *messages], "answer": answer, "layer": 1}
+        return LOOK, {"messages": [{"role": "user", "content": image}, *messages], "answer": answer, "layer": 1}
     options = {
         "max_tokens": rng.randint(1, 12),
         "temperature": rng.choice((0, 0.7, 5.0)),

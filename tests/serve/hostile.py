@@ -23,8 +23,8 @@ from PIL import Image
 
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.prompts.fetch import FetchRules
-from magma_jax.serve.prompts.pictures import PictureRules
-from tests.data.hostile_pictures import SLOW, bmp_runs, chunk, many_scans, saved
+from magma_jax.serve.prompts.images import ImageRules
+from tests.data.hostile_images import SLOW, bmp_runs, chunk, many_scans, saved
 from tests.hostile_schemas import SCHEMAS
 
 CHAT = "/v1/chat/completions"
@@ -132,9 +132,9 @@ def hostile_host() -> Iterator[Callable[..., socket.socket]]:
 
 
 def hostile_config(name: str, connector: Callable[..., socket.socket], *, timeout: float) -> ServerConfig:
-    """A server with low limits that fetches from ``pictures.example``; ``timeout`` of bodies and fetches, seconds."""
-    fetch = FetchRules(("pictures.example",), timeout=timeout, resolver=Resolver(), connector=connector)
-    pictures = PictureRules(max_pictures=3, max_bytes=700_000, max_pixels=4_200_000, seconds=0.03, fetch=fetch)
+    """A server with low limits that fetches from ``images.example``; ``timeout`` of bodies and fetches, seconds."""
+    fetch = FetchRules(("images.example",), timeout=timeout, resolver=Resolver(), connector=connector)
+    images = ImageRules(max_images=3, max_bytes=700_000, max_pixels=4_200_000, seconds=0.03, fetch=fetch)
     return ServerConfig(
         name,
         timeout=20,
@@ -142,7 +142,7 @@ def hostile_config(name: str, connector: Callable[..., socket.socket], *, timeou
         body_timeout=timeout,
         max_body_bytes=1_000_000,
         max_text_bytes=950_000,
-        pictures=pictures,
+        images=images,
     )
 
 
@@ -201,7 +201,7 @@ def _for_ever(piece: bytes) -> Iterator[bytes]:
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A black picture in few bytes, with further chunks."""
+    """A black image in few bytes, with further chunks."""
     content = saved(Image.new("1", (width, height)), "PNG")
     return content[:33] + b"".join(chunk(*each) for each in chunks) + content[33:]
 
@@ -213,7 +213,7 @@ def _claims(width: int, height: int) -> bytes:
 
 
 def _gif(side: int) -> bytes:
-    """A small picture on a large screen."""
+    """A small image on a large screen."""
     content = saved(Image.new("P", (8, 8)), "GIF")
     return content[:6] + struct.pack("<HH", side, side) + content[10:]
 
@@ -228,7 +228,7 @@ def uri(content: bytes, kind: str = "image/png") -> str:
 
 
 def with_url(*urls: str) -> dict:
-    """A request with pictures by URL."""
+    """A request with images by URL."""
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"messages": [{"role": "user", "content": parts}], "max_tokens": 1}
 
@@ -266,11 +266,11 @@ def _received(connection: socket.socket) -> tuple[int, str]:
     return int(answer.split(b" ")[1]) if answer else 0, answer.decode(errors="replace")
 
 
-def _picture_rows() -> dict[str, Row]:
+def _image_rows() -> dict[str, Row]:
     wide = struct.pack("<IHHIIiiHH", 99, 0, 0, 54, 40, 60_000, 60_000, 1, 24)
     contents = {
         "a bomb of pixels": (png(8_000, 8_000), "the limit is 4200000"),
-        "a bomb by URL": ("http://a.pictures.example/bomb", "the limit is 4200000"),
+        "a bomb by URL": ("http://a.images.example/bomb", "the limit is 4200000"),
         "two thousand million pixels": (_claims(2**31 - 1, 2**31 - 1), "limit"),
         "a bomb of text": (png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(50_000_000)))), "damaged"),
         "a GIF larger than said": (_gif(65_535), "limit"),
@@ -294,38 +294,38 @@ def _picture_rows() -> dict[str, Row]:
 
 def _fetch_rows() -> dict[str, Row]:
     urls = {
-        "10,000 redirects": ("http://a.pictures.example/redirects", "more than 3 redirects"),
-        "a redirect inside": ("http://a.pictures.example/inside", "not among the allowed domains"),
-        "a redirect to a file": ("http://a.pictures.example/file", "only http and https"),
-        "a slow body": ("http://a.pictures.example/slow", "took too long"),
-        "slow headers": ("http://a.pictures.example/slow-head", "took too long"),
-        "an endless body": ("http://a.pictures.example/endless", "larger than the limit"),
-        "a compressed body": ("http://a.pictures.example/gzip", "compressed body"),
-        "a page": ("http://a.pictures.example/page", "no image in one of the formats"),
-        "no answer": ("http://a.pictures.example/silence", "broke off"),
-        "a lookup that hangs": ("http://hanging.pictures.example/x", "took too long"),
-        "a name of nobody": ("http://nowhere.pictures.example/x", "cannot be resolved"),
-        "an answer that changes": ("http://changing.pictures.example/redirects", "not public"),
-        "two addresses, one inside": ("http://both.pictures.example/x", "not public"),
+        "10,000 redirects": ("http://a.images.example/redirects", "more than 3 redirects"),
+        "a redirect inside": ("http://a.images.example/inside", "not among the allowed domains"),
+        "a redirect to a file": ("http://a.images.example/file", "only http and https"),
+        "a slow body": ("http://a.images.example/slow", "took too long"),
+        "slow headers": ("http://a.images.example/slow-head", "took too long"),
+        "an endless body": ("http://a.images.example/endless", "larger than the limit"),
+        "a compressed body": ("http://a.images.example/gzip", "compressed body"),
+        "a page": ("http://a.images.example/page", "no image in one of the formats"),
+        "no answer": ("http://a.images.example/silence", "broke off"),
+        "a lookup that hangs": ("http://hanging.images.example/x", "took too long"),
+        "a name of nobody": ("http://nowhere.images.example/x", "cannot be resolved"),
+        "an answer that changes": ("http://changing.images.example/redirects", "not public"),
+        "two addresses, one inside": ("http://both.images.example/x", "not public"),
         "another domain": ("http://elsewhere.example/x", "not among the allowed domains"),
-        "a domain that ends alike": ("http://evilpictures.example/x", "not among the allowed domains"),
+        "a domain that ends alike": ("http://evilimages.example/x", "not among the allowed domains"),
         "an address as a number": ("http://2130706433/x", "not among the allowed domains"),
         "an address in hexadecimal": ("http://0x7f.1/x", "not among the allowed domains"),
         "an address in brackets": ("http://[::ffff:127.0.0.1]/x", "not among the allowed domains"),
-        "a name and a password": ("http://pictures.example:x@127.0.0.1/", "with a user name"),
-        "a strange port": ("http://pictures.example:99999/x", "not a URL"),
-        "letters that are not ASCII": ("http://pictures.example/\u00e4.png", "write others as %XX"),
-        "line breaks": ("http://pictures.example/x\r\nHost: evil", "no control characters"),
-        "another scheme": ("gopher://pictures.example/x", "pictures come as data: URIs"),
+        "a name and a password": ("http://images.example:x@127.0.0.1/", "with a user name"),
+        "a strange port": ("http://images.example:99999/x", "not a URL"),
+        "letters that are not ASCII": ("http://images.example/\u00e4.png", "write others as %XX"),
+        "line breaks": ("http://images.example/x\r\nHost: evil", "no control characters"),
+        "another scheme": ("gopher://images.example/x", "images come as data: URIs"),
         "a file": ("file:///etc/passwd", "by file: URL are not enabled"),
-        "a path": ("../../etc/passwd", "pictures come as data: URIs"),
+        "a path": ("../../etc/passwd", "images come as data: URIs"),
         "broken base64": ("data:image/png;base64,@@@", "broken base64"),
         "no base64": ("data:text/html,<b>", "without ;base64"),
-        "half a character in a URL": ("http://pictures.example/\ud800", "half a character"),
+        "half a character in a URL": ("http://images.example/\ud800", "half a character"),
     }
     rows = {name: Row(with_url(url), 400, says) for name, (url, says) in urls.items()}
     for i, name in enumerate(INSIDE):
-        rows[f"inside: {name}"] = Row(with_url(f"http://inside{i}.pictures.example/x"), 400, "not public")
+        rows[f"inside: {name}"] = Row(with_url(f"http://inside{i}.images.example/x"), 400, "not public")
     return rows
 
 
@@ -382,12 +382,12 @@ def _request_rows() -> dict[str, Row]:
         "10,000 messages": ({"messages": [{"role": "user", "content": "a"}] * 10_000}, "at most 2000 items"),
         "25,000 parts": ({"messages": [{"role": "user", "content": text * 25_000}]}, "at most 20000 items"),
         "wrong parts by the thousand": ({"messages": [{"role": "user", "content": [1] * 15_000}]}, "content"),
-        "10,000 pictures": (with_url(*["x"] * 10_000), "has 10000 pictures, at most 3"),
-        "four pictures": (with_url(*[uri(png(8, 8))] * 4), "has 4 pictures, at most 3"),
+        "10,000 images": (with_url(*["x"] * 10_000), "has 10000 images, at most 3"),
+        "four images": (with_url(*[uri(png(8, 8))] * 4), "has 4 images, at most 3"),
     }
     rows = {name: Row(body, 400, says) for name, (body, says) in wrong.items()}
     content = {"type": "image_url", "image_url": {"url": uri(png(8, 8))}}
-    rows["a picture in an answer"] = Row(
+    rows["an image in an answer"] = Row(
         {"messages": [{"role": "assistant", "content": [content]}]}, 400, "holds text alone"
     )
     rows["another model"] = Row({"model": "gpt-9"}, 404, "the model here is")
@@ -405,8 +405,8 @@ def _request_rows() -> dict[str, Row]:
     rows["100,000 empty lists"] = Row(b"[" + b"[]," * 99_000 + b"[]]", 400, "valid dictionary")
     for name, piece in {"lists": b"[],", "objects": b"{},", "numbers": b"0,", "texts": b'"",'}.items():
         rows[f"{name} by the hundred thousand"] = Row(b"[" + piece * 210_000 + b"0]", 400, "at most 200000 are taken")
-    rows["no text, and much of it"] = Row({"user": "a" * 960_000}, 413, "bytes beside its pictures")
-    rows["an end of a picture that is none"] = Row(b'{"messages":["data:' + b"a" * 960_000, 413, "beside its pictures")
+    rows["no text, and much of it"] = Row({"user": "a" * 960_000}, 413, "bytes beside its images")
+    rows["an end of an image that is none"] = Row(b'{"messages":["data:' + b"a" * 960_000, 413, "beside its images")
     rows["escapes"] = Row(b'{"user":"' + b"\\u00e9" * 150_000 + b'"}', 400, "user: String should have at most 512")
     rows["a huge body"] = Row(b"x" * 1_100_000, 413, "more than 1000000 bytes")
     looked = {"messages": with_url(uri(png(8, 8)))["messages"], "answer": "b " * 400_000}
@@ -486,7 +486,7 @@ def _page_rows() -> dict[str, Row]:
     return {name: Row(chat, status, says, headers=headers) for name, (headers, status, says) in wrong.items()}
 
 
-ROWS = {**_picture_rows(), **_fetch_rows(), **_request_rows(), **_form_rows(), **_page_rows(), **_connection_rows()}
+ROWS = {**_image_rows(), **_fetch_rows(), **_request_rows(), **_form_rows(), **_page_rows(), **_connection_rows()}
 
 _LARGEST = 32 * 2**20 - 1_000
 
@@ -512,9 +512,9 @@ LARGE: dict[str, Callable[[], bytes]] = {
     "escapes": _filled(_ASKED + b',"user":"', b"\\u00e9", b'"}'),
     "halves of characters": _filled(_ASKED + b',"user":"', b"\\ud83d", b'"}'),
     "backslashes": _filled(_ASKED + b',"user":"', b"\\\\", b'"}'),
-    "slashes in a picture": _filled(b'["data:', b"\\/", b'"]'),
-    "beginnings of pictures": _filled(b"[", b'"data:"', b"]"),
-    "a picture without an end": _filled(b'["data:', b"a", b""),
+    "slashes in an image": _filled(b'["data:', b"\\/", b'"]'),
+    "beginnings of images": _filled(b"[", b'"data:"', b"]"),
+    "an image without an end": _filled(b'["data:', b"a", b""),
     "spaces": _filled(b"[", b" ", b"]"),
     "brackets": _filled(b"", b"[", b""),
     "keys": lambda: _ASKED + b"".join(b',"%x":0' % i for i in range(2_800_000)) + b"}",
@@ -523,9 +523,9 @@ LARGE: dict[str, Callable[[], bytes]] = {
     "lists for parts": _filled(b'{"messages":[{"role":"user","content":[', b"[],", b"0]}]}"),
     "lists for stops": _filled(_ASKED + b',"stop":[', b"[],", b"0]}"),
     "numbers for stops": _filled(_ASKED + b',"stop":[', b"0,", b"0]}"),
-    "a picture for a stop": _filled(_ASKED + b',"stop":["data:image/png;base64,', b"iVBO", b'"]}'),
-    "pictures for stops": _filled(_ASKED + b',"stop":[', b'"data:image/png;base64,' + b"iVBO" * 300 + b'",', b"0]}"),
-    "a picture for a name": _filled(_ASKED + b',"data:image/png;base64,', b"iVBO", b'":0}'),
+    "an image for a stop": _filled(_ASKED + b',"stop":["data:image/png;base64,', b"iVBO", b'"]}'),
+    "images for stops": _filled(_ASKED + b',"stop":[', b'"data:image/png;base64,' + b"iVBO" * 300 + b'",', b"0]}"),
+    "an image for a name": _filled(_ASKED + b',"data:image/png;base64,', b"iVBO", b'":0}'),
     "no bytes of text": _filled(b"", b"\xff", b""),
     "zero bytes": _filled(b"", b"\0", b""),
 }

@@ -17,12 +17,12 @@ from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.serve.app import create_app
 from magma_jax.serve.network.connections import settings
-from magma_jax.serve.prompts.pictures import PictureRules, data_uri
+from magma_jax.serve.prompts.images import ImageRules, data_uri
 from magma_jax.storage.model_folder import write_model_folder
 from tests import tiny
 
-SIZES = EngineConfig(slots=3, context=64, pictures=4, steps=4)  # with fewer than four slots prompts go one by one
-RULES = PictureRules(max_pictures=3, max_bytes=100_000, max_pixels=1_000_000)
+SIZES = EngineConfig(slots=3, context=64, images=4, steps=4)  # with fewer than four slots prompts go one by one
+RULES = ImageRules(max_images=3, max_bytes=100_000, max_pixels=1_000_000)
 
 
 def tiny_model():

@@ -46,7 +46,7 @@ def text(rng):
 
 @pytest.mark.parametrize("slashes", [False, True])
 def test_any_value_is_read_as_json_reads_it(slashes):
-    """Whatever looks like a picture within it, and however it is written."""
+    """Whatever looks like an image within it, and however it is written."""
     rng = random.Random(0)
     for _ in range(500):
         wanted = value(rng)
@@ -56,14 +56,14 @@ def test_any_value_is_read_as_json_reads_it(slashes):
         assert read(content.encode()) == wanted
 
 
-def test_pictures_do_not_count_as_text():
-    pictures = [URI * 20] * 10
-    content = json.dumps({"a": pictures, "b": "c" * 500})
-    assert read(content.encode(), most=2_000)["a"] == pictures
-    with pytest.raises(RequestError, match="bytes beside its pictures, at most 500 are taken") as found:
+def test_images_do_not_count_as_text():
+    images = [URI * 20] * 10
+    content = json.dumps({"a": images, "b": "c" * 500})
+    assert read(content.encode(), most=2_000)["a"] == images
+    with pytest.raises(RequestError, match="bytes beside its images, at most 500 are taken") as found:
         read(content.encode(), most=500)
     assert found.value.status == 413
-    assert read(content.replace("/", "\\/").encode(), most=2_000)["a"] == pictures
+    assert read(content.replace("/", "\\/").encode(), most=2_000)["a"] == images
 
 
 @pytest.mark.parametrize("piece", [b"[],", b"{},", b"0,", b'"":0,', b'"a,b",'])

@@ -17,7 +17,7 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def start(model, **changes):
-    config = ServerConfig(model="tiny", pictures=RULES, **{"head_timeout": 0.4, "send_timeout": 0.4, **changes})
+    config = ServerConfig(model="tiny", images=RULES, **{"head_timeout": 0.4, "send_timeout": 0.4, **changes})
     return Running(model, config)
 
 

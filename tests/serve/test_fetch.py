@@ -15,7 +15,7 @@ from magma_jax.serve.prompts.fetch import FetchError, FetchRules, fetch
 from tests.serve.hostile import INSIDE, OUTSIDE
 
 KINDS = ((ipaddress.IPv4Address, 32), (ipaddress.IPv6Address, 128))
-RULES = FetchRules(domains=("pictures.example",), max_bytes=1000, timeout=0.5, redirects=3)
+RULES = FetchRules(domains=("images.example",), max_bytes=1000, timeout=0.5, redirects=3)
 
 
 def outside(host, port):
@@ -35,24 +35,24 @@ def test_addresses_outside_are(address):
 def test_what_the_standard_library_calls_inside_is_not_public():
     draw = random.Random(0)
     edges = [block[edge] for block in (*_IPV4_BLOCKS, *_IPV6_BLOCKS) for edge in (0, -1)]
-    drawn = [kind(draw.getrandbits(bits)) for kind, bits in KINDS for _ in range(5000)]
-    for address in [*edges, *(edge + 1 for edge in edges if int(edge) + 1 < 2**32), *drawn]:
+    sampled = [kind(draw.getrandbits(bits)) for kind, bits in KINDS for _ in range(5000)]
+    for address in [*edges, *(edge + 1 for edge in edges if int(edge) + 1 < 2**32), *sampled]:
         assert address.is_global or not is_public(str(address)), address
     assert not any(is_public(str(edge)) for edge in edges)
-    assert sum(is_public(str(address)) for address in drawn) > 4000
+    assert sum(is_public(str(address)) for address in sampled) > 4000
 
 
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("ftp://pictures.example/x", "only http and https"),
+        ("ftp://images.example/x", "only http and https"),
         ("http:///x", "only http and https"),
-        ("http://user:secret@pictures.example/x", "with a user name"),
+        ("http://user:secret@images.example/x", "with a user name"),
         ("http://other.example/x", "not among the allowed domains"),
-        ("http://evilpictures.example/x", "not among the allowed domains"),
-        ("http://pictures.example.evil.example/x", "not among the allowed domains"),
+        ("http://evilimages.example/x", "not among the allowed domains"),
+        ("http://images.example.evil.example/x", "not among the allowed domains"),
         ("http://127.0.0.1/x", "not among the allowed domains"),
-        ("http://pictures.example:99999/x", "not a URL"),
+        ("http://images.example:99999/x", "not a URL"),
         ("http://[::1/x", "not a URL"),
     ],
 )
@@ -65,7 +65,7 @@ def test_urls_that_are_refused_unseen(url, says):
 
 
 def test_domains_are_compared_in_any_case():
-    assert FetchRules(("Pictures.EXAMPLE.", ".b.example")).domains == ("pictures.example", "b.example")
+    assert FetchRules(("Images.EXAMPLE.", ".b.example")).domains == ("images.example", "b.example")
     for wrong in ("https://a.example", "a.example:80", "*.example", "."):
         with pytest.raises(ValueError, match="no domain"):
             FetchRules((wrong,))
@@ -75,7 +75,7 @@ def test_domains_are_compared_in_any_case():
 def test_a_name_that_leads_inside_is_not_connected_to(addresses):
     rules = dataclasses.replace(RULES, resolver=lambda host, port: addresses)
     with pytest.raises(FetchError, match=r"not public|has no address"):
-        fetch("http://pictures.example/x", rules)
+        fetch("http://images.example/x", rules)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def host():
                 return socket.create_connection(server.server_address, timeout=timeout)
 
             rules = {"resolver": outside, "connector": connect, **changes}
-            return fetch(f"http://pictures.example{path}", dataclasses.replace(RULES, **rules))
+            return fetch(f"http://images.example{path}", dataclasses.replace(RULES, **rules))
 
         answering.asked = server.asked
         yield answering
@@ -128,7 +128,7 @@ def moved(location):
 
 def test_a_body_is_fetched_in_the_name_of_the_host(host):
     assert host(ok(b"picture")) == b"picture"
-    assert host.asked[0].startswith("GET /x.png HTTP/1.1\r\nHost: pictures.example")
+    assert host.asked[0].startswith("GET /x.png HTTP/1.1\r\nHost: images.example")
     assert host(ok(b"picture"), path="/x?a=1#part") == b"picture"
     assert host.asked[1].startswith("GET /x?a=1 HTTP/1.1")
 
@@ -160,7 +160,7 @@ def test_a_lookup_that_hangs_is_not_waited_for():
     free = threading.Event()
     rules = dataclasses.replace(RULES, timeout=0.05, resolver=lambda name, port: free.wait() and [])
     with pytest.raises(FetchError, match="took too long"):
-        fetch("http://pictures.example/x", rules)
+        fetch("http://images.example/x", rules)
     free.set()
 
 
@@ -169,7 +169,7 @@ def test_lookups_that_hang_are_counted(monkeypatch):
     hanging.acquire()
     monkeypatch.setattr("magma_jax.serve.prompts.fetch._LOOKUPS", hanging)
     with pytest.raises(FetchError, match="too many lookups"):
-        fetch("http://pictures.example/x", RULES)
+        fetch("http://images.example/x", RULES)
 
 
 @pytest.mark.parametrize(
@@ -201,4 +201,4 @@ def test_nobody_listening_is_one_line():
         raise ConnectionRefusedError("refused")
 
     with pytest.raises(FetchError, match="cannot connect"):
-        fetch("http://pictures.example/x", dataclasses.replace(RULES, resolver=outside, connector=refused))
+        fetch("http://images.example/x", dataclasses.replace(RULES, resolver=outside, connector=refused))

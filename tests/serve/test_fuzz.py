@@ -5,7 +5,7 @@ from tests.serve.fuzz import case, send
 
 def test_a_request_is_known_by_its_number():
     first = [case(7, number) for number in range(60)]
-    assert {sent.kind for sent in first} == {"json", "picture", "bytes"}
+    assert {sent.kind for sent in first} == {"json", "image", "bytes"}
     assert [case(7, number) for number in range(60)] == first
     assert first[0] != case(8, 0)
 

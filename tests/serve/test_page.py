@@ -11,7 +11,7 @@ from selenium.webdriver.support.ui import Select
 
 from magma_jax.data.images import FORMATS
 from magma_jax.serve.config import ServerConfig
-from magma_jax.serve.prompts.pictures import PictureRules
+from magma_jax.serve.prompts.images import ImageRules
 from tests.serve.browser import Page
 from tests.serve.running import expected, square
 
@@ -44,10 +44,10 @@ def test_upload_ask_and_look_where_the_words_looked(page, model):
     assert not page.all(".map")
     webdriver.ActionChains(page.browser).move_to_element(first).perform()
     assert len(page.all(".map > div")) == 4
-    frame, drawn = page.one(".frame canvas").rect, page.one(".map").rect
-    assert drawn["width"] == drawn["height"] == frame["height"]
-    assert drawn["x"] == frame["x"] + (frame["width"] - frame["height"]) / 2
-    assert "of its attention is on pictures" in page.text("#about")
+    frame, sampled = page.one(".frame canvas").rect, page.one(".map").rect
+    assert sampled["width"] == sampled["height"] == frame["height"]
+    assert sampled["x"] == frame["x"] + (frame["width"] - frame["height"]) / 2
+    assert "of its attention is on images" in page.text("#about")
     webdriver.ActionChains(page.browser).move_to_element(page.one("h1")).perform()
     assert not page.all(".map")
 
@@ -74,10 +74,10 @@ def test_turns_are_examples_and_their_answers_can_be_written(page, model):
     page.write("Q: What colour is it? A:")
     page.run("document.getElementById('max_tokens').value = 8")
     page.one(".part textarea").send_keys(Keys.CONTROL, Keys.ENTER)
-    pictures = [square(name).resize((128, 96)) for name in ("green", "blue")]
+    images = [square(name).resize((128, 96)) for name in ("green", "blue")]
     question = "Q: What colour is it? A:"
     page.wait(lambda: " tokens in " in page.text("#status"))
-    prompt = (pictures[0], question + " green\n", pictures[1], question)
+    prompt = (images[0], question + " green\n", images[1], question)
     page.wait(lambda: page.all(".word"))
     assert page.text(".turn:last-child .answer").startswith(expected(model, *prompt, steps=8))
     page.all(".word")[0].send_keys(Keys.ARROW_RIGHT)
@@ -141,7 +141,7 @@ def test_changes_while_an_answer_comes(page):
             page.run("send(arguments[0]); end()", event(" and on", "stop"))
             page.wait(lambda: " tokens in " in page.text("#status"))
             assert page.text(".turn:first-child .answer") == "so far and on"
-            # The maps would be laid over pictures that may be others.
+            # The maps would be laid over images that may be others.
             assert not page.one("#seen").is_displayed()
     page.wait(lambda: not page.one("#stop").is_displayed())
     assert page.text("#status") == "ready"
@@ -185,5 +185,5 @@ def test_sampling_fields(page):
 def test_the_page_knows_what_the_server_takes(page):
     kinds, limits = page.run("return [Object.keys(KINDS), LIMITS]")
     assert sorted(kinds) == sorted(FORMATS)
-    rules, config = PictureRules(), ServerConfig()
+    rules, config = ImageRules(), ServerConfig()
     assert limits == {"pixels": rules.max_pixels, "bytes": rules.max_bytes, "body": config.max_body_bytes}

@@ -81,7 +81,7 @@ def test_axe_finds_no_barriers(page, scheme, width, touch, tmp_path):
         page.one("#relative").click()
         page.wait(lambda: page.one("#again").is_displayed())
         assert findings(page) == []
-        (tmp_path / "note.txt").write_text("no picture")
+        (tmp_path / "note.txt").write_text("no image")
         page.run("document.getElementById('more').click(); document.querySelector('.write').click()")
         page.stub("chat/completions", 500)
         page.run("ask()")
@@ -172,7 +172,7 @@ def test_a_touch_screen_gets_words_of_touch(page):
 
 @pytest.fixture(scope="module")
 def locked(model):
-    running = Running(model, ServerConfig("tiny", KEY, pictures=RULES))
+    running = Running(model, ServerConfig("tiny", KEY, images=RULES))
     yield running
     running.stop()
 

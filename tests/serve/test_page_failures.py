@@ -45,7 +45,7 @@ def test_what_the_server_refuses_is_said(page):
     [
         (0, "", "the server cannot be reached"),
         (401, error("wrong or missing API key"), "wrong or missing API key; open this page with the key"),
-        (413, "<html>too large</html>", "the server answers 413 Something; take smaller or fewer pictures"),
+        (413, "<html>too large</html>", "the server answers 413 Something; take smaller or fewer images"),
         (429, error("too many requests are waiting"), "too many requests are waiting; try again in a moment"),
         (503, error("the engine has stopped"), "the engine has stopped; try again in a moment"),
         (504, error("not done within 120 s"), "not done within 120 s"),
@@ -164,7 +164,7 @@ def tiff():
     return buffer.getvalue()
 
 
-KINDS = "it is no picture of a kind that is taken (PNG, JPEG, WEBP, GIF, BMP)"
+KINDS = "it is no image of a kind that is taken (PNG, JPEG, WEBP, GIF, BMP)"
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,8 @@ KINDS = "it is no picture of a kind that is taken (PNG, JPEG, WEBP, GIF, BMP)"
         ("phone.jpg", b"\0\0\0\x18ftypheic", f"{KINDS}, by its content"),
         ("none.png", b"", "it is empty"),
         ("broken.png", b"\x89PNG\r\n\x1a\nnothing", "it is damaged"),
-        ("heavy.bmp", b"BM" + bytes(10 * 2**20), "it has 10.0 MB, a picture may have 10 MB"),
-        ("wide.png", png_header(8000, 6000), "it has 48 megapixels, a picture may have 40"),
+        ("heavy.bmp", b"BM" + bytes(10 * 2**20), "it has 10.0 MB, an image may have 10 MB"),
+        ("wide.png", png_header(8000, 6000), "it has 48 megapixels, an image may have 40"),
     ],
 )
 def test_files_of_refused_kinds_say_so_at_once(page, tmp_path, name, content, says):

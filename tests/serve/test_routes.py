@@ -50,7 +50,7 @@ def test_several_texts_and_choices_of_each(client):
         assert logs.text_offset == [sum(map(len, logs.tokens[:i])) for i in range(len(logs.tokens))]
 
 
-def test_echo_and_pictures_as_an_addition(client, server, model):
+def test_echo_and_images_as_an_addition(client, server, model):
     (message,) = user(square("red"), "A picture of")
     told = client.completions.create(model="tiny", prompt=message["content"], max_tokens=12, echo=True)
     assert told.choices[0].text == "A picture of" + expected(model, square("red"), "A picture of")

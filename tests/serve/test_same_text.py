@@ -30,12 +30,12 @@ def said(folder):
 
 
 def test_command_line_and_server(folder, said, server, tmp_path, capsys):
-    picture = square("white").resize((128, 96))
-    picture.save(tmp_path / "white.png")
+    image = square("white").resize((128, 96))
+    image.save(tmp_path / "white.png")
     arguments = ["--checkpoint", folder, str(tmp_path / "white.png"), PROMPT, "--max-new-tokens", "12", "--stream"]
     assert generate.main(arguments) == 0
     assert capsys.readouterr().out.split() == printable(said).split()
-    response = server.chat(messages=user(picture, PROMPT), max_tokens=12)
+    response = server.chat(messages=user(image, PROMPT), max_tokens=12)
     assert response.json()["choices"][0]["message"]["content"] == said
 
 

@@ -151,9 +151,9 @@ def test_null_is_not_set_and_no_field_of_the_sdks_is_unknown(kind, names):
 
 
 def test_null_is_not_set_at_every_depth():
-    picture = {"url": "data:", "detail": None}
+    image = {"url": "data:", "detail": None}
     parts = [
-        {"type": "image_url", "image_url": picture},
+        {"type": "image_url", "image_url": image},
         {"type": "text", "text": "a", "prompt_cache_breakpoint": None},
     ]
     messages = [{"role": "user", "content": parts, "name": None}]

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from magma_jax.data.images import ImageInput
-from magma_jax.inference.attention_maps import look
+from magma_jax.inference.attention_maps import attention_maps
 from magma_jax.runtime.compilations import count_compilations
 from magma_jax.serve.config import ServerConfig
 from tests.serve.running import RULES, SIZES, Running, expected, square, user
@@ -127,17 +127,17 @@ def test_nothing_compiles_while_serving(server):
 
 
 def test_attention_is_that_of_python(server, model):
-    prompt = (square("red"), "A ", square("blue"), " picture of")
+    prompt = (square("red"), "A ", square("blue"), " image of")
     messages = user(*prompt)
     answer = server.chat(messages=messages, max_tokens=6, return_token_ids=True).json()["choices"][0]
-    seen = look(model, [item if isinstance(item, str) else ImageInput(item) for item in prompt], max_steps=6)
+    seen = attention_maps(model, [item if isinstance(item, str) else ImageInput(item) for item in prompt], max_steps=6)
     assert tuple(answer["token_ids"]) == seen.tokens
     for which in ({}, {"layer": 1}, {"layer": 0, "head": 1, "relative": True}):
         found = server.post("/v1/attention", messages=messages, answer=answer["token_ids"], **which).json()
         assert [word["text"] for word in found["words"]] == [word.text for word in seen.words]
         for i, word in enumerate(found["words"]):
-            for picture, cells in enumerate(word["maps"]):
-                np.testing.assert_allclose(cells, seen.map(i, picture=picture, **which).ravel(), atol=2e-5, rtol=1e-3)
+            for image, cells in enumerate(word["maps"]):
+                np.testing.assert_allclose(cells, seen.map(i, image=image, **which).ravel(), atol=2e-5, rtol=1e-3)
     assert found["grid"] == {"rows": 2, "columns": 2}
     assert (found["layers"], found["heads"]) == (2, 2)
     text = server.post("/v1/attention", messages=messages, answer=" a red").json()
@@ -147,7 +147,7 @@ def test_attention_is_that_of_python(server, model):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ({"messages": user("a"), "answer": "b"}, "no picture to look at"),
+        ({"messages": user("a"), "answer": "b"}, "no image to look at"),
         ({"answer": ""}, "the answer is empty"),
         ({"answer": []}, "the answer is empty"),
         ({"answer": [300]}, "no such token"),
@@ -172,7 +172,7 @@ def test_health_metrics_and_the_page(server):
     assert 'magma_requests_total{route="/v1/chat/completions",status="200"}' in text
     assert 'route="other",status="404"' in text
     kinds = dict(re.findall(r"^# TYPE magma_(\w+) (\w+)$", text, re.MULTILINE))
-    totals = "finished prompt_tokens reused_tokens new_tokens pictures_encoded programs compilations"
+    totals = "finished prompt_tokens reused_tokens new_tokens images_encoded programs compilations"
     assert {kinds[f"{name}_total"] for name in totals.split()} == {"counter"}
     assert {kinds["waiting"], kinds["running"]} == {"gauge"}
     assert f"magma_new_tokens_total {float(server.engine.stats().new_tokens)}" in text
@@ -199,7 +199,7 @@ def test_a_client_that_leaves_frees_its_slot(server):
 
 
 def test_a_key_is_asked_for_on_every_route_but_health(model):
-    config = ServerConfig(model="tiny", api_key="s\u00e9cret", pictures=RULES)
+    config = ServerConfig(model="tiny", api_key="s\u00e9cret", images=RULES)
     running = Running(model, config)
     try:
         assert running.http.get("/health").status_code == 200  # it alone is open
@@ -218,9 +218,9 @@ def test_a_key_is_asked_for_on_every_route_but_health(model):
 
 
 def test_requests_that_cannot_be_served_now(model, monkeypatch):
-    """A full queue, slow answers, slow pictures, slow attention, an engine that has stopped."""
+    """A full queue, slow answers, slow images, slow attention, an engine that has stopped."""
     sizes = dataclasses.replace(SIZES, slots=1, queue=3)
-    running = Running(model, ServerConfig(model="tiny", timeout=0.5, pictures=RULES), sizes)
+    running = Running(model, ServerConfig(model="tiny", timeout=0.5, images=RULES), sizes)
 
     def codes(route, count, **body):
         with ThreadPoolExecutor(count) as threads:
@@ -240,7 +240,7 @@ def test_requests_that_cannot_be_served_now(model, monkeypatch):
         assert codes("/v1/chat/completions", 5, **chat) == [429, 429, 504, 504, 504]
         while running.engine.stats().waiting:  # those that timed out
             time.sleep(0.01)
-        monkeypatch.setattr("magma_jax.serve.prompts.pictures.read_picture", lambda *_: time.sleep(1.5))
+        monkeypatch.setattr("magma_jax.serve.prompts.images.read_image", lambda *_: time.sleep(1.5))
         assert codes("/v1/chat/completions", 5, messages=user(square("red"))) == [429, 429, 504, 504, 504]
     finally:
         running.stop()

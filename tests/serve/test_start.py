@@ -32,7 +32,7 @@ def starting(model, monkeypatch):
     monkeypatch.setattr("magma_jax.inference.batching.engine.Engine.warmup", warm_up)
     monkeypatch.setattr("magma_jax.serve.app.attention_warm_up", lambda engine: None)
     config = ServerConfig(
-        model="tiny", api_key="secret", pictures=RULES, open_metrics=True, origins=(PAGE,), root_path="/below"
+        model="tiny", api_key="secret", images=RULES, open_metrics=True, origins=(PAGE,), root_path="/below"
     )
     running = Running(model, config, ready=False)
     try:

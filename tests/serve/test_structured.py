@@ -33,7 +33,7 @@ CHOICES = ["red", "green", "dark blue"]
 
 @pytest.fixture(scope="module")
 def running(model):
-    running = Running(model, ServerConfig("tiny", pictures=RULES))
+    running = Running(model, ServerConfig("tiny", images=RULES))
     running.chat(guided_choice=["a"])  # the library is loaded
     yield running
     running.stop()

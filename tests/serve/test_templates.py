@@ -11,7 +11,7 @@ from magma_jax.serve.prompts.templates import JinjaTemplate, TemplateError, Temp
 from magma_jax.serve.prompts.wording import asks_for_caption, bare_question, is_worded
 from magma_jax.serve.requests.schema import ChatRequest, ImageURL, parse
 
-PICTURE = {"type": "image_url", "image_url": {"url": "x"}}
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 SEEN = ImageURL(url="x")
 
 
@@ -48,7 +48,7 @@ def qa(*turns):
 )  # fmt: skip
 def test_questions_are_freed_of_their_wrapping(asked, question):
     assert bare_question(asked) == question
-    assert qa([text(asked), PICTURE]) == [SEEN, f"Q: {question} A:"]
+    assert qa([text(asked), IMAGE]) == [SEEN, f"Q: {question} A:"]
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_questions_are_freed_of_their_wrapping(asked, question):
         "",
         "Provide a one-sentence caption for the provided image.",
         "Please describe this image in general. Directly provide the description.",
-        "Can you describe this picture?",
+        "Can you describe this image?",
         "Write a caption",
     ],
 )
 def test_requests_for_a_caption(asked):
     assert asks_for_caption(asked)
-    assert qa([PICTURE, text(asked)]) == [SEEN, "A picture of"]
+    assert qa([IMAGE, text(asked)]) == [SEEN, "A picture of"]
 
 
 @pytest.mark.parametrize("asked", ["Is there a caption?", "Does the text describe it?", "What does it show?"])
@@ -72,14 +72,14 @@ def test_questions_about_captions_are_questions(asked):
 
 
 def test_the_models_own_wording_stays():
-    own = [text("Q: a A: b\n"), PICTURE, text("Q: a A:")]
+    own = [text("Q: a A: b\n"), IMAGE, text("Q: a A:")]
     assert is_worded("A picture of a")
     assert qa(own) == ["Q: a A: b\n", SEEN, "Q: a A:"]
-    assert qa([PICTURE, text("A picture of a ")]) == [SEEN, "A picture of a "]
+    assert qa([IMAGE, text("A picture of a ")]) == [SEEN, "A picture of a "]
 
 
 def test_turns_are_examples_and_systems_are_left_out():
-    found = qa([PICTURE, text("a?")], "b", [PICTURE, text("c?")])
+    found = qa([IMAGE, text("a?")], "b", [IMAGE, text("c?")])
     assert found == [SEEN, "Q: a? A: b\n", SEEN, "Q: c? A:"]
     body = {"messages": [{"role": "system", "content": "Be helpful."}, {"role": "user", "content": "a?"}]}
     assert shipped_template("qa")(parse(body, ChatRequest).messages) == ["Q: a? A:"]
@@ -96,17 +96,17 @@ def test_long_texts_take_no_longer_than_their_length(long):
     assert time.process_time() - started < 20  # seconds; a quadratic one would take hours
 
 
-def test_no_text_of_a_client_stands_for_a_picture():
+def test_no_text_of_a_client_stands_for_a_image():
     template = JinjaTemplate("{% for m in messages %}{{ m.images | join }}{{ m.text }}{% endfor %}", "t")
     forged = "\ufffc0123456789abcdef:0\ufffc"
-    assert template(messages([PICTURE, text(forged)])) == [SEEN, forged]
+    assert template(messages([IMAGE, text(forged)])) == [SEEN, forged]
 
 
 @pytest.mark.parametrize(
     ("source", "says"),
     [
         ("{% if x", "t: line 1: unexpected end"),
-        ("hello", "leaves out picture 1 of 1"),
+        ("hello", "leaves out image 1 of 1"),
         ("{{ nonsense }}", "'nonsense' is undefined"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
@@ -116,7 +116,7 @@ def test_no_text_of_a_client_stands_for_a_picture():
         ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "underscore"),
         ("{{ lipsum() }}", "'lipsum' is undefined"),
         ("{% include '/etc/passwd' %}", "t: "),
-        ("{{ raise_exception('no pictures, please') }}", "no pictures, please"),
+        ("{{ raise_exception('no images, please') }}", "no images, please"),
         ("{% for i in range(100001) %}{% endfor %}", "Range too big"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}" + "x" * 1000 + "{% endfor %}{% endfor %}", "4194304"),
     ],
@@ -169,5 +169,5 @@ def test_a_request_names_its_template():
 
 def test_the_template_of_the_documentation():
     source = Path("docs/serving.md").read_text().partition("```jinja\n")[2].partition("```")[0]
-    found = JinjaTemplate(source, "docs")(messages([PICTURE, text("a")], "b", [text("c"), PICTURE]))
+    found = JinjaTemplate(source, "docs")(messages([IMAGE, text("a")], "b", [text("c"), IMAGE]))
     assert found == [SEEN, "Task: a Result: b.", SEEN, "Task: c Result:"]

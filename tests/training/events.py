@@ -32,7 +32,7 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     return values
 
 
-def pictures(folder: Path) -> dict[str, dict[int, bytes]]:
+def images(folder: Path) -> dict[str, dict[int, bytes]]:
     """Tag to step to PNG file."""
     values: dict[str, dict[int, bytes]] = {}
     for event in read_events(folder):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from magma_jax.families.magma import MAGMA
-from magma_jax.runtime.distributed import one_of_several
+from magma_jax.runtime.distributed import distributed_run
 from magma_jax.runtime.sharding import MeshConfig
 from magma_jax.training import loop
 from magma_jax.training.run import setup
@@ -24,7 +24,7 @@ def main() -> None:
     setup.load_dataset = lambda config: tiny.dataset()
     if "DIES_AFTER" in os.environ:
         _die_after(int(os.environ["DIES_AFTER"]))
-    with one_of_several():
+    with distributed_run():
         run = loop.train(MAGMA, tiny.mesh_config(MeshConfig(data, fsdp, model), steps), workdir)
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(run.state):

@@ -37,13 +37,13 @@ def count(model, groups=None, **sizes):
 
 def batch_of(batch_size, length, pack=1, cached_features=False):
     """Shapes of a batch, as far as the count looks at them."""
-    pictures = (batch_size, pack) if pack > 1 else (batch_size,)
-    shapes = {"tokens": (batch_size, length), "features" if cached_features else "images": pictures}
+    images = (batch_size, pack) if pack > 1 else (batch_size,)
+    shapes = {"tokens": (batch_size, length), "features" if cached_features else "images": images}
     return shapes | ({"segments": (batch_size, length)} if pack > 1 else {})
 
 
 def test_full_size_v2_by_hand():
-    """256 rows, 144 positions of a picture and 112 tokens: 255 positions are run."""
+    """256 rows, 144 positions of an image and 112 tokens: 255 positions are run."""
     adapters = AdapterConfig(downsample_factor=8)
     model = MagmaConfig(GPTJConfig(dtype="bfloat16"), mlp_adapter=adapters, attn_adapter=adapters)
     flops = count(model, batch_size=256, length=112)
@@ -60,8 +60,8 @@ def test_full_size_v2_by_hand():
     assert 1.4 < usual / (flops.frozen + flops.trained) < 1.5
 
 
-def test_packed_rows_have_room_for_several_pictures():
-    """Two pictures of four positions each and all 20 tokens of a row are run; the whole square of scores counts."""
+def test_packed_rows_have_room_for_several_images():
+    """Two images of four positions each and all 20 tokens of a row are run; the whole square of scores counts."""
     flops = count(tiny.MODEL, batch_size=3, length=20, pack=2)
     single = count(tiny.MODEL, batch_size=3, length=20)
     assert flops.encoder == 2 * single.encoder

@@ -1,4 +1,4 @@
-"""Runs that read data set folders, and runs that start from other runs: trained, resumed, finetuned, ended early."""
+"""Runs that read dataset folders, and runs that start from other runs: trained, resumed, finetuned, ended early."""
 
 import dataclasses
 import json
@@ -15,8 +15,8 @@ from magma_jax.families import run_config
 from magma_jax.inference.api import Magma
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
+from magma_jax.training.image_features import KeptFeatures, encode_all
 from magma_jax.training.monitor.writers import METRICS_FILE
-from magma_jax.training.pictures import KeptFeatures, encode_all
 from magma_jax.training.step.optim import OptimConfig
 from tests import datafolders, tiny
 
@@ -28,9 +28,9 @@ GROUPS = {"language": "frozen", "encoder": "frozen", "prefix": "rest", "adapter"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Tokenizer, a folder of captions with a damaged picture, one of questions, one of statements."""
+    """Tokenizer, a folder of captions with a damaged image, one of questions, one of statements."""
     root = tmp_path_factory.mktemp("data")
-    tokenizer = train_bpe(["picture number the Q: What colour is it? A: red green blue white"], 299)
+    tokenizer = train_bpe(["image number the Q: What colour is it? A: red green blue white"], 299)
     tokenizer.save(root / "tokenizer")
     captions = datafolders.captions()
     captions[4] = dataclasses.replace(captions[4], image=captions[4].image[:-400])
@@ -78,7 +78,7 @@ def test_a_mixture_is_trained_validated_and_what_was_skipped_is_listed(pretraine
     assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4]
     assert [line["skipped_samples"] for line in lines if "loss" in line][-1] == 1
     (skipped,) = lines_of(pretrained, "skipped.jsonl")
-    assert (skipped["row"], skipped["reason"]) == (4, "picture damaged")
+    assert (skipped["row"], skipped["reason"]) == (4, "image damaged")
     assert skipped["folder"].endswith("captions")
     # The vocabulary goes with the run.
     assert len(Magma.from_checkpoint(pretrained.workdir).tokenizer) == len(pretrained.dataset.tokenizer)
@@ -87,7 +87,7 @@ def test_a_mixture_is_trained_validated_and_what_was_skipped_is_listed(pretraine
 def test_features_of_a_frozen_encoder_are_computed_once(pretrained):
     program, images = pretrained.program, pretrained.dataset.images
     kept = KeptFeatures(program, pretrained.params)
-    batch = {"pictures": np.array([3, 12, -1, 3]), "tokens": np.zeros((4, 5), np.int32)}
+    batch = {"image_rows": np.array([3, 12, -1, 3]), "tokens": np.zeros((4, 5), np.int32)}
     batch["images"] = images[[3, 12, 0, 3]]
     batch["images"][2] = 0
     first = kept({**batch})
@@ -95,8 +95,8 @@ def test_features_of_a_frozen_encoder_are_computed_once(pretrained):
     np.testing.assert_allclose(
         first["features"][[0, 1]], encode_all(images[[3, 12]], program.graphdef, pretrained.params), atol=1e-5
     )
-    # What is known is not looked at again, and a place without a picture is no picture.
-    again = kept({**batch, "pictures": np.array([12, 3, 3, -1]), "images": 0 * batch["images"]})
+    # What is known is not looked at again, and a place without an image is no image.
+    again = kept({**batch, "image_rows": np.array([12, 3, 3, -1]), "images": 0 * batch["images"]})
     np.testing.assert_array_equal(again["features"], first["features"][[1, 0, 0, 2]])
     full = KeptFeatures(program, pretrained.params, nbytes=0)
     assert full({**batch}).keys() == {"tokens", "images"}

@@ -38,17 +38,17 @@ CASES = {
     # Learned positions, where a wrong one shows at once.
     "text": (lambda: GPT2(GPT2_TINY, rngs=nnx.Rngs(0)), language_loss),
 }
-# The encoder works on pictures alone, so its features may stand for it.
+# The encoder works on images alone, so its features may stand for it.
 GROUPS = {"language": "rest", "encoder": "frozen", "prefix": "rest", "adapter": "rest"}
 
 
 def _samples():
-    """Samples of many lengths, most with some tokens that are not learned, and another picture each."""
+    """Samples of many lengths, most with some tokens that are not learned, and another image each."""
     rng = np.random.default_rng(0)
     for i, length in enumerate(LENGTHS):
         tokens = rng.integers(0, 290, length).astype(np.int32)
         labels = np.where(np.arange(length) < i % 3, IGNORED, tokens).astype(np.int32)
-        yield {"tokens": tokens, "labels": labels, "pictures": np.int32(i)}
+        yield {"tokens": tokens, "labels": labels, "image_rows": np.int32(i)}
 
 
 def _batches(form):
@@ -78,7 +78,7 @@ def _mean(case, form):
     features = np.random.default_rng(1).normal(size=(len(LENGTHS), 4, 32)).astype(np.float32)
     parts = []
     for batch in _batches(form):
-        rows = batch.pop("pictures")
+        rows = batch.pop("image_rows")
         if case == "captions":
             batch["features"] = features[rows]
         (value, count), gradients = sums(learned, batch)
@@ -101,7 +101,7 @@ def test_loss_and_gradients_are_those_of_padding(case, form, length):
 
 
 def _run(monkeypatch, workdir, steps, pack=1, **lengths):
-    """A run on the tiny data set with batches of these lengths, and the shapes of their tokens."""
+    """A run on the tiny dataset with batches of these lengths, and the shapes of their tokens."""
     data = tiny.dataset()
 
     def batches(batch_size, seed, rows=None):
@@ -125,7 +125,7 @@ def test_one_program_for_every_bucket_in_use(monkeypatch, tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_packed_rows_are_trained_with_the_pictures_of_their_samples(monkeypatch, tmp_path):
+def test_packed_rows_are_trained_with_the_images_of_their_samples(monkeypatch, tmp_path):
     run, shapes = _run(monkeypatch, tmp_path / "run", steps=2, pack=4)
     assert set(shapes) == {(4, 40)}
     line = json.loads((run.workdir / METRICS_FILE).read_text().splitlines()[-1])

@@ -23,7 +23,7 @@ from tests import tiny
 
 @pytest.fixture(autouse=True)
 def squares(monkeypatch):
-    """The tiny data set in place of the drawings."""
+    """The tiny dataset in place of the drawings."""
     data = tiny.dataset()
     monkeypatch.setattr(setup, "load_dataset", lambda config: data)
 

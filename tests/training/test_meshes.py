@@ -19,8 +19,8 @@ from magma_jax.config import ConfigError
 from magma_jax.families import family_of
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, place_batch
 from magma_jax.storage.model_folder import read_params
+from magma_jax.training.image_features import image_loader
 from magma_jax.training.monitor.writers import METRICS_FILE
-from magma_jax.training.pictures import picture_loader
 from magma_jax.training.run.program import build_program, fresh_params
 from magma_jax.training.step.optim import partition
 from magma_jax.typing import Params
@@ -41,7 +41,7 @@ def _first_step(data: int, fsdp: int, model: int, seeds: Sequence[int] = (0,)) -
     params = fresh_params(family_of(config.model), config, program.params)
     dataset, size = tiny.dataset(), config.batch_size
     batch = next(iter(dataset.batches(size, config.seed, range(size))))
-    batch = place_batch(picture_loader(dataset.images, program, params)(batch), mesh, size)
+    batch = place_batch(image_loader(dataset.images, program, params)(batch), mesh, size)
     frozen = partition(params, program.labels)[1]
     metrics = [program.step(program.init_state(params), frozen, batch, jax.random.key(seed))[1] for seed in seeds]
     return jax.device_get(metrics), {path: np.asarray(leaf) for path, leaf in frozen.items()}

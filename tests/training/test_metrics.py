@@ -60,15 +60,15 @@ def test_lines_of_one_step_are_joined_on_reading(tmp_path):
     assert read_lines(path) == ([{"step": 5, "loss": 2, "validation_loss": 3}], 2)
 
 
-def test_event_files_hold_figures_and_pictures(tmp_path):
-    picture = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+def test_event_files_hold_figures_and_images(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
     writer = TensorBoard(tmp_path, 0)
     writer.scalars(20, {"loss": 1.5, "samples_per_second": 100.0})
-    writer.picture(20, "samples", picture)
+    writer.image(20, "samples", image)
     writer.close()
     assert events.scalars(tmp_path) == {"train/loss": {20: 1.5}, "speed/samples_per_second": {20: 100.0}}
-    file = events.pictures(tmp_path)["samples"][20]
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(file))), picture)
+    file = events.images(tmp_path)["samples"][20]
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(file))), image)
 
 
 def test_a_resumed_run_purges_later_steps_in_tensorboard(tmp_path):
@@ -116,7 +116,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     for _ in range(2):
         writer = Wandb(workdir, "squares", {"steps": 4})
         writer.scalars(10, {"loss": 1.5})
-        writer.picture(10, "samples", np.zeros((2, 3, 3), np.uint8))
+        writer.image(10, "samples", np.zeros((2, 3, 3), np.uint8))
         writer.close()
     first, second = fake.runs
     assert first == second  # the same id: the second part goes on in the same run

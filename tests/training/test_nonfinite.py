@@ -21,7 +21,7 @@ def squares(monkeypatch):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Puts a NaN into the features of a picture in the given steps (0, 1, ...)."""
+    """Puts a NaN into the features of an image in the given steps (0, 1, ...)."""
 
     def poison(*steps):
         def loader(*arguments):

@@ -27,13 +27,13 @@ def squares(monkeypatch):
     monkeypatch.setattr(setup, "load_dataset", lambda config: tiny.dataset())
 
 
-def test_pictures_are_spread_and_kinds_go_round():
+def test_images_are_spread_and_kinds_go_round():
     samples = []
     for row in range(10):
         samples += [Sample(row, "A picture of", f" thing {row}", "caption")] * (row != 9)
         samples += [Sample(row, f"Q: {kind}? A:", " yes", kind) for kind in ("colour", "size")]
     chosen = choose(samples, 5)
-    assert [(sample.picture, sample.kind) for sample in chosen] == [
+    assert [(sample.image, sample.kind) for sample in chosen] == [
         (0, "caption"),
         (0, "colour"),
         (2, "caption"),
@@ -45,10 +45,10 @@ def test_pictures_are_spread_and_kinds_go_round():
         (8, "caption"),
         (8, "colour"),
     ]
-    assert {sample.picture for sample in choose(samples, 99)} == set(range(10))
+    assert {sample.image for sample in choose(samples, 99)} == set(range(10))
 
 
-def test_a_run_leaves_pictures_and_lines(tmp_path):
+def test_a_run_leaves_images_and_lines(tmp_path):
     config = tiny.run_config(watch=EVERY_TWO)
     groups = {**config.optim.groups, "encoder": "frozen"}
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, groups=groups))
@@ -61,9 +61,9 @@ def test_a_run_leaves_pictures_and_lines(tmp_path):
         (row, kind) for row in (0, 1, 2) for kind in ("caption", "colour")
     }
     assert all(line["said"] and line["truth"] for line in lines)
-    file = events.pictures(run.workdir / "tensorboard")["samples"][4]
+    file = events.images(run.workdir / "tensorboard")["samples"][4]
     shown = np.asarray(Image.open(io.BytesIO(file)))
     np.testing.assert_array_equal(shown, np.asarray(Image.open(run.workdir / "samples" / "000004.png")))
     assert shown.shape[1] == 1200
-    # The first card shows the first picture: a red square.
+    # The first card shows the first image: a red square.
     np.testing.assert_array_equal(shown[60, 150], tiny.COLOURS["red"])

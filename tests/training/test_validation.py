@@ -12,7 +12,7 @@ from magma_jax.families import family_of
 from magma_jax.families.magma.loss import caption_loss
 from magma_jax.nn.modules import merge
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
-from magma_jax.training.pictures import picture_loader
+from magma_jax.training.image_features import image_loader
 from magma_jax.training.run import setup
 from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.terms import LOSS
@@ -26,7 +26,7 @@ def test_the_loss_is_the_mean_over_tokens_in_batches_of_any_size(tmp_path, monke
     monkeypatch.setattr(setup, "load_dataset", lambda config: data)
     config = tiny.run_config(validation=ValidationConfig(every=1, split="test"))
     run = setup.prepare_run(family_of(config.model), config, tmp_path / "run", jax.devices()[:1])
-    prepare = picture_loader(data.images, run.program, run.params)
+    prepare = image_loader(data.images, run.program, run.params)
     # One sample after the other; eight samples make batches of 3, 3 and 2.
     model = merge(run.program.graphdef, run.params)
     one = jax.jit(lambda batch: caption_loss(model, batch, None, options=LossOptions())[LOSS])

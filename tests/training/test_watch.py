@@ -206,7 +206,7 @@ def test_ranges_that_the_run_does_not_take(make_run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, r"no pictures in a split 'validation' \(its splits: train, test\)"),
+        ({}, r"no images in a split 'validation' \(its splits: train, test\)"),
         ({"samples_split": "test", "samples_tokens": 60}, "positions, but the context holds 64; lower it"),
     ],
 )

@@ -1,7 +1,7 @@
 """From single samples to batches of few shapes: padded to a bucket, or packed several to a row.
 
-A sample is a dict of ``tokens`` and ``labels`` of its own length and of scalars such as ``pictures``, the row of its
-picture. Every shape of a batch is a program to compile, so the lengths are declared.
+A sample is a dict of ``tokens`` and ``labels`` of its own length and of scalars such as ``images``, the row of its
+image. Every shape of a batch is a program to compile, so the lengths are declared.
 
 A padded batch has (B, S) tokens and labels and (B,) scalars. In a packed batch a row holds up to K samples: (B, S)
 tokens and labels, (B, K) scalars, and for every token ``segments``, the number of its sample in the row (1, 2, ...; 0

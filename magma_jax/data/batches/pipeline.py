@@ -1,7 +1,7 @@
-"""From samples to batches of tokens and pictures, with Grain: shuffled, mixed, and resumable to the exact sample.
+"""From samples to batches of tokens and images, with Grain: shuffled, mixed, and resumable to the exact sample.
 
-A sample is a ``data.format.records.Sample``, or an object like it whose ``picture`` may be None. Batches are those of
-``data.batches.batching``, with ``pictures`` beside ``tokens`` and ``labels``.
+A sample is a ``data.format.records.Sample``, or an object like it whose ``image`` may be None. Batches are those of
+``data.batches.batching``, with ``images`` beside ``tokens`` and ``labels``.
 """
 
 from collections.abc import Sequence
@@ -53,8 +53,8 @@ def encode_sample(
         labels = (prompt if sample.learn_prompt else [IGNORED] * len(prompt)) + [*answer, tokenizer.eos_id]
         labels = labels[:length]
     encoded = {"tokens": np.array(tokens, np.int32), "labels": np.array(labels, np.int32)}
-    if sample.picture is not None:
-        encoded["pictures"] = np.int32(sample.picture)
+    if sample.image is not None:
+        encoded["image_rows"] = np.int32(sample.image)
     if overlong == "truncate":
         encoded["truncated"] = np.int32(excess > 0)
     return encoded

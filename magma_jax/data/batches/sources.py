@@ -1,4 +1,4 @@
-"""From the records of a data set folder to samples: which texts are drawn, and between which words.
+"""From the records of a dataset folder to samples: which texts are drawn, and between which words.
 
 A folder has a sample for every record with captions, which is one of them drawn at random as in the original, and one
 for every question, with one of its annotators' answers drawn at random. Without a random generator, as for evaluation,
@@ -23,7 +23,7 @@ CAPTION = "caption"
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """A data set folder and how samples are made of it.
+    """A dataset folder and how samples are made of it.
 
     Attributes:
         path: the folder.
@@ -53,7 +53,7 @@ class SourceConfig:
             raise ValueError(f"question_prompt {self.question_prompt!r} must hold {{}} once, where the question goes")
 
 
-# Why a sample may be left out, apart from its picture.
+# Why a sample may be left out, apart from its image.
 UNUSABLE = ("record damaged", "question without answers")
 
 
@@ -69,7 +69,7 @@ class FolderSamples:
     Args:
         records: the folder.
         source: how samples are made.
-        first_row: number of its first picture in ``data.batches.stored_images``.
+        first_row: number of its first image in ``data.batches.stored_images``.
     """
 
     def __init__(self, records: StoredRecords, source: SourceConfig, first_row: int):
@@ -103,8 +103,8 @@ class FolderSamples:
         prompt = self.source.question_prompt.replace("{}", asked.text)
         return self._sample(row, prompt, f" {self.source.words.get(answer, answer)}", QUESTION)
 
-    def picture(self, number: int) -> int:
-        """Number of the picture of a sample, also of an unusable one."""
+    def image(self, number: int) -> int:
+        """Number of the image of a sample, also of an unusable one."""
         return self._first_row + self._locate(number)[0]
 
     def _sample(self, row: int, prompt: str, answer: str, kind: str) -> Sample:

@@ -1,7 +1,7 @@
-"""Pictures of data set folders as an encoder wants them, decoded by worker processes ahead of time.
+"""Images of dataset folders as an encoder wants them, decoded by worker processes ahead of time.
 
-Workers write pixels into memory that they share with this process, so that a picture is copied once and never
-pickled. What is wrong with a picture comes back as a few words in place of its pixels.
+Workers write pixels into memory that they share with this process, so that an image is copied once and never
+pickled. What is wrong with an image comes back as a few words in place of its pixels.
 """
 
 import concurrent.futures
@@ -26,23 +26,23 @@ Decode = Literal["exact", "fast"]
 Augment = Literal["none", "random_crop"]
 
 DAMAGED_RECORD = "record damaged"
-# With 1.0 pictures of 1024 x 768 would be halved too for 384 pixels, and differ by 3.4 on average; with 2.0 those of
+# With 1.0 images of 1024 x 768 would be halved too for 384 pixels, and differ by 3.4 on average; with 2.0 those of
 # 1600 x 1200 would not, which saves 40 % of their time.
 FAST_MARGIN = 1.5
-# Pictures that a worker is given at a time.
+# Images that a worker is given at a time.
 CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureOptions:
-    """What becomes of a picture's bytes.
+class ImageOptions:
+    """What becomes of an image's bytes.
 
     Attributes:
         size: pixels per side.
         decode: ``exact``, pixels as the original's; ``fast``, a large JPEG is decoded at a half, a quarter or an eighth
             of its size, if no side then falls below ``FAST_MARGIN`` times ``size``. Of photographs the pixels then
             differ by less than 2 of 255 on average, and one in a hundred by more than 5.
-        augment: ``none``, or ``random_crop`` for pictures that are learned from.
+        augment: ``none``, or ``random_crop`` for images that are learned from.
     """
 
     size: int
@@ -50,18 +50,18 @@ class PictureOptions:
     augment: Augment = "none"
 
 
-class StoredPictures:
-    """The pictures of several data set folders, numbered through in their order.
+class StoredImages:
+    """The images of several dataset folders, numbered through in their order.
 
-    ``pictures[rows]`` gives uint8 (..., size, size, 3) as for evaluation, without augmentation.
+    ``images[rows]`` gives uint8 (..., size, size, 3) as for evaluation, without augmentation.
 
     Args:
-        folders: data set folders.
-        options: how pictures are decoded.
-        workers: processes that decode; 0 for none but this one. They start with the first pictures.
+        folders: dataset folders.
+        options: how images are decoded.
+        workers: processes that decode; 0 for none but this one. They start with the first images.
     """
 
-    def __init__(self, folders: Sequence[str | Path], options: PictureOptions, workers: int = 0):
+    def __init__(self, folders: Sequence[str | Path], options: ImageOptions, workers: int = 0):
         self.folders = tuple(map(str, folders))
         self._reader = _Reader(self.folders, options)
         self._options, self._workers = options, workers
@@ -73,7 +73,7 @@ class StoredPictures:
 
     @property
     def are_fixed(self) -> bool:
-        """Whether a picture always has the same pixels."""
+        """Whether an image always has the same pixels."""
         return self._options.augment == "none"
 
     @property
@@ -82,32 +82,32 @@ class StoredPictures:
         return self._reader.records
 
     def first_row(self, folder: str) -> int:
-        """Number of the first picture of a folder."""
+        """Number of the first image of a folder."""
         return int(self._reader.starts[self.folders.index(folder)])
 
     def where(self, row: int) -> tuple[str, int]:
-        """Folder of a picture, and its row there."""
+        """Folder of an image, and its row there."""
         number, local = self._reader.locate(row)
         return self.folders[number], local
 
     def __getitem__(self, rows: Any) -> UInt8[np.ndarray, "... H W 3"]:
-        """Pictures of a row, rows or a slice.
+        """Images of a row, rows or a slice.
 
         Raises:
-            DataError: a picture that cannot be decoded, with its folder and row.
+            DataError: an image that cannot be decoded, with its folder and row.
         """
         rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
         pixels, problems = self.load(rows.ravel()).result()
         for place, problem in problems.items():
             folder, row = self.where(int(rows.ravel()[place]))
-            raise DataError(f"{folder}: {problem} (row {row}); repair the picture and convert it again")
+            raise DataError(f"{folder}: {problem} (row {row}); repair the image and convert it again")
         return pixels.reshape(*rows.shape, *pixels.shape[1:])
 
     def load(self, rows: Int[np.ndarray, " N"], draws: Int[np.ndarray, " N"] | None = None) -> "Pending":
-        """Begins to decode pictures; a row of -1 gives a black one.
+        """Begins to decode images; a row of -1 gives a black one.
 
         Args:
-            rows: numbers of the pictures.
+            rows: numbers of the images.
             draws: random seed of each one's augmentation; None for no augmentation.
         """
         rows = np.asarray(rows)
@@ -134,7 +134,7 @@ class StoredPictures:
         return [] if self._pool is None else list(self._pool._processes)
 
     def close(self) -> None:
-        """Ends the workers; they start again when pictures are asked for."""
+        """Ends the workers; they start again when images are asked for."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -143,14 +143,14 @@ class StoredPictures:
 
 @dataclasses.dataclass
 class Pending:
-    """Pictures on their way."""
+    """Images on their way."""
 
     _pixels: UInt8[np.ndarray, "N H W 3"]
     _release: Any
     _tasks: list[concurrent.futures.Future]
 
     def result(self) -> tuple[UInt8[np.ndarray, "N H W 3"], dict[int, str]]:
-        """Waits for the pictures; a place that has a problem is black, and the problem is named.
+        """Waits for the images; a place that has a problem is black, and the problem is named.
 
         Raises:
             DataError: a worker process died.
@@ -161,7 +161,7 @@ class Pending:
                 problems |= task.result()
         except BrokenProcessPool:
             raise DataError(
-                "a process that decodes pictures died, perhaps for lack of memory; lower data.workers"
+                "a process that decodes images died, perhaps for lack of memory; lower data.workers"
             ) from None
         if self._release is None:
             return self._pixels, problems
@@ -174,7 +174,7 @@ class Pending:
 class _Reader:
     """Folders opened in one process."""
 
-    def __init__(self, folders: Sequence[str], options: PictureOptions):
+    def __init__(self, folders: Sequence[str], options: ImageOptions):
         self.records = [StoredRecords(folder) for folder in folders]
         self.starts = np.cumsum([0, *map(len, self.records)])
         self._options = options
@@ -184,12 +184,12 @@ class _Reader:
 
     def locate(self, row: int) -> tuple[int, int]:
         if not 0 <= row < len(self):
-            raise IndexError(f"picture {row} of {len(self)}")
+            raise IndexError(f"image {row} of {len(self)}")
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         return number, int(row - self.starts[number])
 
     def fill(self, pixels: np.ndarray, first: int, rows: np.ndarray, draws: np.ndarray | None) -> dict[int, str]:
-        """Writes pictures to ``pixels[first:]``; returns what is wrong, by place."""
+        """Writes images to ``pixels[first:]``; returns what is wrong, by place."""
         problems = {}
         for place, row in enumerate(rows.tolist(), start=first):
             draw = None if draws is None else int(draws[place - first])
@@ -248,7 +248,7 @@ _reader: _Reader | None = None
 _seen: dict[str, SharedMemory] = {}
 
 
-def _start_worker(folders: tuple[str, ...], options: PictureOptions) -> None:
+def _start_worker(folders: tuple[str, ...], options: ImageOptions) -> None:
     global _reader
     _reader = _Reader(folders, options)
 

@@ -1,1 +1,1 @@
-"""The library's own data sets: records, their files, and folders of them."""
+"""The library's own datasets: records, their files, and folders of them."""

@@ -1,4 +1,4 @@
-"""Data set folders that ``data.write.conversion`` wrote, opened for random access."""
+"""Dataset folders that ``data.write.conversion`` wrote, opened for random access."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from magma_jax.typing import Int
 
 
 class StoredRecords:
-    """The records of a data set folder, by row; a source for Grain. Processes may be sent it.
+    """The records of a dataset folder, by row; a source for Grain. Processes may be sent it.
 
     Attributes:
         info: the content of ``info.json``.
@@ -29,7 +29,7 @@ class StoredRecords:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         if not (folder / INFO_FILE).is_file():
-            raise DataError(f"{folder}: no data set folder (no {INFO_FILE}); make one: python -m magma_jax.data")
+            raise DataError(f"{folder}: no dataset folder (no {INFO_FILE}); make one: python -m magma_jax.data")
         with _opening(folder / INFO_FILE):
             self.info = json.loads((folder / INFO_FILE).read_text())
             expected = int(self.info["records"])

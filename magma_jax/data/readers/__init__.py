@@ -1,4 +1,4 @@
-"""Readers of public data sets in the formats they are released in, by name.
+"""Readers of public datasets in the formats they are released in, by name.
 
 A reader is called as ``reader(source, images, **options)`` and gives ``Record`` or ``Skipped``, in an order that
 depends on the files alone. What makes a whole file unusable raises ``DataError``; ``read`` sees to it that nothing
@@ -42,12 +42,12 @@ READERS: dict[str, Reader] = {
     "openmoji": read_openmoji,
 }
 
-# These hold their pictures themselves, so no folder of pictures is given.
+# These hold their images themselves, so no folder of images is given.
 SELF_CONTAINED = frozenset({"img2dataset", "tfds", "magma", "folder", "openmoji"})
 
 
 def read(name: str, source: Path, images: Path | None = None, **options: Any) -> Iterator[Record | Skipped]:
-    """The entries of a data set in the format ``name``.
+    """The entries of a dataset in the format ``name``.
 
     Raises:
         DataError: the files are missing, damaged or in another format; one line that names the file.

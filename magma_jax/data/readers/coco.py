@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from magma_jax.data.format.records import DataError, Record, Skipped
-from magma_jax.data.readers.common import ID, PictureFolder, captioned, claim, field, metadata, read_json, text
+from magma_jax.data.readers.common import ID, ImageFolder, captioned, claim, field, metadata, read_json, text
 
 IMAGE_FIELDS = ("width", "height", "domain", "open_images_id", "coco_url", "license")
 
@@ -13,10 +13,10 @@ IMAGE_FIELDS = ("width", "height", "domain", "open_images_id", "coco_url", "lice
 def read_coco(source: Path, images: Path) -> Iterator[Record | Skipped]:
     """``captions_val2014.json`` and the like, NoCaps included (its ``domain`` goes to the metadata).
 
-    One record a picture, captions in the order of the file, joined by ``image_id``; 1 and "1" are one id.
+    One record an image, captions in the order of the file, joined by ``image_id``; 1 and "1" are one id.
     """
     content = read_json(source)
-    pictures = PictureFolder(images)
+    image_files = ImageFolder(images)
     captions: dict[str, list[str]] = defaultdict(list)
     for entry in field(content, "annotations", str(source), list):
         key = str(field(entry, "image_id", f"{source}: annotation", ID))
@@ -26,10 +26,10 @@ def read_coco(source: Path, images: Path) -> Iterator[Record | Skipped]:
         key = claim(field(image, "id", f"{source}: image", ID), listed, f"{source}: images")
         name = field(image, "file_name", f"{source}: image {key}", str)
         known = {"file_name": name} | metadata(image, IMAGE_FIELDS)
-        yield captioned(key, pictures.find(name), captions.get(key, ()), known)
+        yield captioned(key, image_files.find(name), captions.get(key, ()), known)
     for key in captions:
         if key not in listed:
-            yield Skipped(key, "annotation of a picture that the file does not list")
+            yield Skipped(key, "annotation of an image that the file does not list")
 
 
 def read_karpathy(source: Path, images: Path, *, split: str = "train") -> Iterator[Record | Skipped]:
@@ -41,7 +41,7 @@ def read_karpathy(source: Path, images: Path, *, split: str = "train") -> Iterat
         split: ``train`` (with ``restval``, as everyone trains on it), ``train_only``, ``restval``, ``val``, ``test``.
     """
     splits = {"train": ("train", "restval"), "train_only": ("train",)}.get(split, (split,))
-    pictures = PictureFolder(images)
+    image_files = ImageFolder(images)
     found_any = False
     for image in field(read_json(source), "images", str(source), list):
         if field(image, "split", f"{source}: image", str) not in splits:
@@ -53,6 +53,6 @@ def read_karpathy(source: Path, images: Path, *, split: str = "train") -> Iterat
         folder = field(image, "filepath", where, str) if "filepath" in image else "."
         captions = [text(sentence, "raw", where) for sentence in field(image, "sentences", where, list)]
         known = {"file_name": name} | metadata(image, ("split", "filepath"))
-        yield captioned(key, pictures.find(f"{folder}/{name}", name), captions, known)
+        yield captioned(key, image_files.find(f"{folder}/{name}", name), captions, known)
     if not found_any:
-        raise DataError(f"{source}: no picture of split {split!r}; splits are train, train_only, restval, val, test")
+        raise DataError(f"{source}: no image of split {split!r}; splits are train, train_only, restval, val, test")

@@ -1,4 +1,4 @@
-"""What all readers need: annotation files with errors for people, and pictures found by name."""
+"""What all readers need: annotation files with errors for people, and images found by name."""
 
 import codecs
 import dataclasses
@@ -12,11 +12,11 @@ from typing import Any
 
 from magma_jax.data.format.records import HIDDEN, DataError, FileSlice, Record, Skipped
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 # What JSON calls its values, for errors.
 KINDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
-# Data sets number their pictures and questions, or name them.
+# Datasets number their images and questions, or name them.
 ID = (int, str)
 
 
@@ -137,7 +137,7 @@ def claim(key: int | str, seen: set[str], where: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """A picture that is not there, and the names that it was looked for by below a folder."""
+    """An image that is not there, and the names that it was looked for by below a folder."""
 
     names: tuple[str, ...] = ()
     root: str = ""
@@ -145,19 +145,19 @@ class Missing:
     def skipped(self, key: str, samples: int = 1) -> Skipped:
         """What it takes along."""
         looked = f"looked for {', '.join(self.names)} below {self.root}" if self.names else ""
-        return Skipped(key, "picture missing", samples, looked)
+        return Skipped(key, "image missing", samples, looked)
 
 
 def captioned(
-    key: str, picture: FileSlice | bytes | Missing, captions: Sequence[str], known: Mapping[str, Any] | None = None
+    key: str, image: FileSlice | bytes | Missing, captions: Sequence[str], known: Mapping[str, Any] | None = None
 ) -> Record | Skipped:
-    """The record of a picture and its captions, or why there is none; empty captions are left out."""
+    """The record of an image and its captions, or why there is none; empty captions are left out."""
     said = tuple(caption for caption in captions if caption)
-    if isinstance(picture, Missing):
-        return picture.skipped(key)
+    if isinstance(image, Missing):
+        return image.skipped(key)
     if not said:
-        return Skipped(key, "empty caption" if captions else "picture without an annotation")
-    return Record(key, picture, said, metadata=known or {})
+        return Skipped(key, "empty caption" if captions else "image without an annotation")
+    return Record(key, image, said, metadata=known or {})
 
 
 def metadata(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -165,24 +165,24 @@ def metadata(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: entry[name] for name in names if name in entry}
 
 
-class PictureFolder:
-    """Pictures anywhere below a folder, found by file name.
+class ImageFolder:
+    """Images anywhere below a folder, found by file name.
 
-    Data sets come unpacked in many ways (``val2014/`` beside or below ``images/``, ``VG_100K`` and ``VG_100K_2``), so
+    Datasets come unpacked in many ways (``val2014/`` beside or below ``images/``, ``VG_100K`` and ``VG_100K_2``), so
     names are looked up, not paths built.
     """
 
     def __init__(self, root: str | os.PathLike):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise DataError(f"{root}: no such folder; give the folder of the pictures with --images")
+            raise DataError(f"{root}: no such folder; give the folder of the images with --images")
         self._by_name: dict[str, str | None] | None = None
 
     def find(self, name: str, *alternatives: str) -> FileSlice | Missing:
-        """The picture of one of these names, the first that exists; a name may lead with folders.
+        """The image of one of these names, the first that exists; a name may lead with folders.
 
         Raises:
-            DataError: several pictures have that name, or it leads out of the folder.
+            DataError: several images have that name, or it leads out of the folder.
         """
         for candidate in (name, *alternatives):
             direct = within(self.root, candidate, "an annotation")
@@ -194,13 +194,13 @@ class PictureFolder:
             base = Path(candidate).name
             if base in self._by_name:
                 if self._by_name[base] is None:
-                    raise DataError(f"{self.root}: several pictures are called {base}; give a narrower --images")
+                    raise DataError(f"{self.root}: several images are called {base}; give a narrower --images")
                 return FileSlice(self._by_name[base])
         return Missing((name, *alternatives), str(self.root))
 
     def _scan(self) -> dict[str, str | None]:
         found: dict[str, str | None] = {}
-        for path in files_below(self.root, PICTURE_SUFFIXES):
+        for path in files_below(self.root, IMAGE_SUFFIXES):
             name = os.path.basename(path)
             found[name] = None if name in found else path
         return found
@@ -210,12 +210,12 @@ def within(root: Path, name: str, where: str) -> Path:
     """The path of a file that an annotation names; DataError if it leads out of its folder."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{where} names the picture {name!r}, which leads out of {root}; repair the annotation")
+        raise DataError(f"{where} names the image {name!r}, which leads out of {root}; repair the annotation")
     return root / path
 
 
 def hidden(name: str) -> bool:
-    """Whether a file, named relative to its data set, is none of it: dot files and folders, and what macOS adds.
+    """Whether a file, named relative to its dataset, is none of it: dot files and folders, and what macOS adds.
 
     AppleDouble twins (``._cat.jpg``) and ``.ipynb_checkpoints`` begin with a dot too.
     """

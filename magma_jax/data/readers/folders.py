@@ -1,4 +1,4 @@
-"""Folders: pictures with a text file each, the original's own layout, and data sets that TFDS has prepared."""
+"""Folders: images with a text file each, the original's own layout, and datasets that TFDS has prepared."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 from magma_jax.data.format.records import DataError, FileSlice, Record, Skipped
 from magma_jax.data.readers.common import (
-    PICTURE_SUFFIXES,
+    IMAGE_SUFFIXES,
     Missing,
     captioned,
     checked,
@@ -24,25 +24,25 @@ _FEATURES = "tensorflow_datasets.core.features."
 
 
 def read_folder(source: Path, images: Path | None = None) -> Iterator[Record | Skipped]:
-    """Pictures anywhere below a folder, each with its captions in ``SAME_NAME.txt``, one a line.
+    """Images anywhere below a folder, each with its captions in ``SAME_NAME.txt``, one a line.
 
     Hidden files are left out and counted.
     """
     if not source.is_dir():
         raise DataError(f"{source}: no such folder")
     ignored: list[Skipped] = []
-    pictures = sorted(map(Path, files_below(source, PICTURE_SUFFIXES, ignored)))
+    paths = sorted(map(Path, files_below(source, IMAGE_SUFFIXES, ignored)))
     yield from sorted(ignored, key=lambda entry: entry.id)
-    if not pictures:
+    if not paths:
         but = f", only {len(ignored)} hidden files" if ignored else ""
-        raise DataError(f"{source}: holds no pictures ({', '.join(PICTURE_SUFFIXES)}){but}")
-    for path in pictures:
+        raise DataError(f"{source}: holds no images ({', '.join(IMAGE_SUFFIXES)}){but}")
+    for path in paths:
         key, text = path.relative_to(source).with_suffix("").as_posix(), path.with_suffix(".txt")
         if not text.is_file():
-            yield Skipped(key, "picture without an annotation")
+            yield Skipped(key, "image without an annotation")
             continue
         if path.exists() and not path.is_file():  # a pipe, which nobody may ever write to
-            yield Skipped(key, "picture is no regular file")
+            yield Skipped(key, "image is no regular file")
             continue
         try:
             lines = lines_of(text.read_bytes().decode("utf-8-sig"))
@@ -55,7 +55,7 @@ def read_folder(source: Path, images: Path | None = None) -> Iterator[Record | S
 def read_magma(source: Path, images: Path | None = None) -> Iterator[Record | Skipped]:
     """The original's folder: ``image_data/K/N.json`` with captions and metadata, ``images/K/X.jpg``.
 
-    Without ``image_path`` the picture is ``images/K/N.jpg``.
+    Without ``image_path`` the image is ``images/K/N.jpg``.
     """
     data = source / "image_data"
     files = sorted(map(Path, files_below(data, (".json",)))) if data.is_dir() else []
@@ -76,15 +76,15 @@ def read_magma(source: Path, images: Path | None = None) -> Iterator[Record | Sk
 def read_tfds(
     source: Path, images: Path | None = None, *, split: str = "train", image: str = "image", caption: str = ""
 ) -> Iterator[Record | Skipped]:
-    """A data set that TFDS has prepared as array_record; reading needs no TensorFlow.
+    """A dataset that TFDS has prepared as array_record; reading needs no TensorFlow.
 
-    Only types of features that come with TFDS are read: for others it would run Python files of the data set.
+    Only types of features that come with TFDS are read: for others it would run Python files of the dataset.
 
     Args:
-        source: folder of the prepared data set, ``DATA_DIR/NAME[/CONFIG]/VERSION``.
+        source: folder of the prepared dataset, ``DATA_DIR/NAME[/CONFIG]/VERSION``.
         images: not used.
-        split: of the data set.
-        image: the feature that is the picture; its encoded bytes are kept.
+        split: of the dataset.
+        image: the feature that is the image; its encoded bytes are kept.
         caption: the feature that holds the text or texts, nested ones by slashes (``captions/text``); by default the
             first of ``captions/text``, ``caption``, ``captions``, ``text`` that there is.
     """
@@ -99,7 +99,7 @@ def read_tfds(
     except (ValueError, KeyError, OSError, AssertionError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"{source}: not a data set that TFDS prepared as array_record, split {split!r} ({reason:.200})"
+            f"{source}: not a dataset that TFDS prepared as array_record, split {split!r} ({reason:.200})"
         ) from None
     names = [caption] if caption else ["captions/text", "caption", "captions", "text"]
     for row in range(len(data)):
@@ -126,7 +126,7 @@ def _check_features(value: Any, file: Path) -> None:
                 if isinstance(name, str) and not own:
                     raise DataError(
                         f"{file}: the feature type {name!r} does not come with tensorflow_datasets; reading it would "
-                        "run Python code of the data set. Prepare it with TFDS's own types"
+                        "run Python code of the dataset. Prepare it with TFDS's own types"
                     )
             left.extend(value.values())
         elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The drawings of the quick start, so that what works on data set folders can be tried without fetching one."""
+"""The drawings of the quick start, so that what works on dataset folders can be tried without fetching one."""
 
 import io
 from collections import defaultdict
@@ -32,21 +32,21 @@ def read_openmoji(
     """
     if source.name not in SPLITS:
         raise DataError(f"--from openmoji takes a split in place of a file: {', '.join(SPLITS)}, not {source}")
-    pictures, pixels = openmoji.load(Path(cache_dir).expanduser(), size)
-    chosen = [picture for picture in pictures if picture.split == source.name]
+    drawings, pixels = openmoji.load(Path(cache_dir).expanduser(), size)
+    chosen = [drawing for drawing in drawings if drawing.split == source.name]
     asked: dict[int, list[Sample]] = defaultdict(list)
     for sample in openmoji.questions(chosen, kinds=[kind.strip() for kind in kinds.split(",") if kind.strip()]):
-        asked[sample.picture].append(sample)
-    for picture in chosen:
+        asked[sample.image].append(sample)
+    for drawing in chosen:
         file = io.BytesIO()
-        Image.fromarray(pixels[picture.index]).save(file, "PNG")
+        Image.fromarray(pixels[drawing.index]).save(file, "PNG")
         questions = tuple(
             Question(
-                f"{picture.codepoints}/{sample.kind}",
+                f"{drawing.codepoints}/{sample.kind}",
                 sample.prompt.removeprefix("Q: ").removesuffix(" A:"),
                 (sample.answer.strip(),),
                 {"kind": sample.kind},
             )
-            for sample in asked[picture.index]
+            for sample in asked[drawing.index]
         )
-        yield Record(picture.codepoints, file.getvalue(), (picture.caption,), questions, {"name": picture.name})
+        yield Record(drawing.codepoints, file.getvalue(), (drawing.caption,), questions, {"name": drawing.name})

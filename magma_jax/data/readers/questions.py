@@ -1,4 +1,4 @@
-"""Questions and statements about pictures: VQAv2, OKVQA, GQA, VizWiz, SNLI-VE, Hateful Memes.
+"""Questions and statements about images: VQAv2, OKVQA, GQA, VizWiz, SNLI-VE, Hateful Memes.
 
 Questions and answers are joined by id, never by position: shuffled files give the same records.
 """
@@ -12,8 +12,8 @@ from typing import Any
 from magma_jax.data.format.records import DataError, FileSlice, Question, Record, Skipped, count_samples
 from magma_jax.data.readers.common import (
     ID,
+    ImageFolder,
     Missing,
-    PictureFolder,
     checked,
     claim,
     field,
@@ -28,13 +28,13 @@ from magma_jax.data.readers.common import (
 def read_vqa(source: Path, images: Path, *, annotations: str = "") -> Iterator[Record | Skipped]:
     """VQAv2 and OKVQA: a file of questions and one of answers, joined by ``question_id``; 1 and "1" are one id.
 
-    Pictures are found by the ``file_name`` of their entry in ``images``, where the file of questions has that list, as
+    Images are found by the ``file_name`` of their entry in ``images``, where the file of questions has that list, as
     COCO's files of captions do; otherwise by the names of COCO's releases.
 
     Args:
         source: the questions, ``v2_OpenEnded_mscoco_val2014_questions.json`` or
             ``OpenEnded_mscoco_val2014_questions.json``.
-        images: folder with the pictures of COCO 2014 (for the test splits, 2015).
+        images: folder with the images of COCO 2014 (for the test splits, 2015).
         annotations: the answers; by default the file beside the questions that is named as in the release, and for
             test splits none.
     """
@@ -56,13 +56,13 @@ def read_vqa(source: Path, images: Path, *, annotations: str = "") -> Iterator[R
         where = f"{source}: question {key}"
         question = _vqa_question(key, text(entry, "question", where), answers.get(key), answers_file)
         grouped[str(field(entry, "image_id", where, ID))].append(question)
-    pictures = PictureFolder(images)
+    image_files = ImageFolder(images)
     for image, questions in grouped.items():
         number = image.zfill(12)
         listed = [file_names[image]] if image in file_names else []
-        # test-dev2015 asks about pictures of test2015.
+        # test-dev2015 asks about images of test2015.
         names = [f"COCO_{name}_{number}.jpg" for name in (subset.replace("-dev", ""), "val2014", "train2014")]
-        yield from _record(image, pictures.find(*listed, *names, f"{number}.jpg"), questions)
+        yield from _record(image, image_files.find(*listed, *names, f"{number}.jpg"), questions)
     for key in answers:
         if key not in asked:
             yield Skipped(key, "answers to a question that the file of questions lacks")
@@ -85,9 +85,9 @@ def read_gqa(source: Path, images: Path, *, balanced: bool = True) -> Iterator[R
         answers = (field(entry, "answer", where, str),) if "answer" in entry else ()
         question = Question(key, asked, answers, metadata(entry, kept))
         grouped[str(field(entry, "imageId", where, ID))].append(question)
-    pictures = PictureFolder(images)
+    image_files = ImageFolder(images)
     for image, questions in grouped.items():
-        yield from _record(image, pictures.find(f"{image}.jpg"), questions)
+        yield from _record(image, image_files.find(f"{image}.jpg"), questions)
 
 
 def gqa_questions(source: Path) -> Iterator[tuple[str, Mapping[str, Any], str]]:
@@ -108,20 +108,20 @@ def gqa_questions(source: Path) -> Iterator[tuple[str, Mapping[str, Any], str]]:
 
 
 def read_vizwiz(source: Path, images: Path) -> Iterator[Record | Skipped]:
-    """VizWiz ``val.json``: a list without ids; the picture's name is the id of both."""
-    pictures = PictureFolder(images)
+    """VizWiz ``val.json``: a list without ids; the image's name is the id of both."""
+    image_files = ImageFolder(images)
     for entry in read_json(source, list):
         name = field(entry, "image", f"{source}: question", str)
         key = Path(name).stem
         answer = entry if "answers" in entry else None
         question = _vqa_question(key, text(entry, "question", f"{source}: question {key}"), answer, source)
-        yield from _record(key, pictures.find(name), [question])
+        yield from _record(key, image_files.find(name), [question])
 
 
 def read_snli_ve(source: Path, images: Path) -> Iterator[Record | Skipped]:
-    """SNLI-VE, JSON lines: a Flickr30k picture, a statement, and entailment, neutral or contradiction.
+    """SNLI-VE, JSON lines: a Flickr30k image, a statement, and entailment, neutral or contradiction.
 
-    The picture's id is ``Flickr30K_ID`` in files of the generator and ``Flikr30kID`` (with ``.jpg``) in the released
+    The image's id is ``Flickr30K_ID`` in files of the generator and ``Flikr30kID`` (with ``.jpg``) in the released
     ones; both are read. Statements without a majority label (``-``) are skipped.
     """
     grouped: dict[str, list[Question | Skipped]] = defaultdict(list)
@@ -142,19 +142,19 @@ def read_snli_ve(source: Path, images: Path) -> Iterator[Record | Skipped]:
         premise = text(entry, "sentence1", where) if "sentence1" in entry else ""
         if premise and premise not in captions[image]:
             captions[image].append(premise)
-    pictures = PictureFolder(images)
+    image_files = ImageFolder(images)
     for image, questions in grouped.items():
-        yield from _record(image, pictures.find(f"{image}.jpg"), questions, tuple(captions[image]))
+        yield from _record(image, image_files.find(f"{image}.jpg"), questions, tuple(captions[image]))
 
 
 def read_hateful_memes(source: Path, images: Path) -> Iterator[Record | Skipped]:
-    """Hateful Memes, JSON lines: a picture, the text on it, and label 0 or 1 (none in the test split)."""
-    pictures = PictureFolder(images)
+    """Hateful Memes, JSON lines: an image, the text on it, and label 0 or 1 (none in the test split)."""
+    image_files = ImageFolder(images)
     for number, entry in read_json_lines(source):
         where = f"{source}: line {number}"
         key, name = str(field(entry, "id", where, ID)), field(entry, "img", where, str)
         answers = (str(field(entry, "label", where, ID)),) if "label" in entry else ()
-        yield from _record(key, pictures.find(name), [Question(key, text(entry, "text", where), answers)])
+        yield from _record(key, image_files.find(name), [Question(key, text(entry, "text", where), answers)])
 
 
 def _vqa_question(key: str, asked: str, answer: Mapping[str, Any] | None, file: Path | None) -> Question | Skipped:
@@ -173,18 +173,18 @@ def _vqa_question(key: str, asked: str, answer: Mapping[str, Any] | None, file: 
 
 
 def _record(
-    key: str, picture: FileSlice | Missing, questions: list[Question | Skipped], captions: tuple[str, ...] = ()
+    key: str, image: FileSlice | Missing, questions: list[Question | Skipped], captions: tuple[str, ...] = ()
 ) -> Iterator[Record | Skipped]:
     kept = tuple(question for question in questions if isinstance(question, Question))
     yield from (question for question in questions if isinstance(question, Skipped))
-    if kept and isinstance(picture, Missing):
-        yield picture.skipped(key, count_samples(len(captions), len(kept)))
+    if kept and isinstance(image, Missing):
+        yield image.skipped(key, count_samples(len(captions), len(kept)))
     elif kept:
-        yield Record(key, picture, captions, kept)
+        yield Record(key, image, captions, kept)
 
 
 def _file_names(content: Mapping[str, Any], source: Path) -> dict[str, str]:
-    """Id to file of the pictures that a file lists; those without a file have the names of the release."""
+    """Id to file of the images that a file lists; those without a file have the names of the release."""
     listed: set[str] = set()
     names = {}
     for image in checked(content.get("images", []), list, f"{source}: 'images'"):

@@ -1,4 +1,4 @@
-"""Descriptions of parts of a picture: Visual Genome regions, Localized Narratives."""
+"""Descriptions of parts of an image: Visual Genome regions, Localized Narratives."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 from magma_jax.data.format.records import DataError, Record, Skipped
 from magma_jax.data.readers.common import (
     ID,
-    PictureFolder,
+    ImageFolder,
     captioned,
     field,
     files_in,
@@ -25,30 +25,30 @@ def read_visual_genome(source: Path, images: Path) -> Iterator[Record | Skipped]
 
     Boxes are in pixels and as in the file, where x and y may be negative.
     """
-    pictures = PictureFolder(images)
+    image_files = ImageFolder(images)
     for entry in read_json(source, list):
         key = field(entry, "image_id" if "image_id" in entry else "id", f"{source}: image", ID)
         where = f"{source}: image {key}"
         regions = [region for region in field(entry, "regions", where, list) if text(region, "phrase", where)]
         captions = [text(region, "phrase", where) for region in regions]
         boxes = [metadata(region, BOX) for region in regions]
-        yield captioned(str(key), pictures.find(f"{key}.jpg"), captions, {"regions": boxes})
+        yield captioned(str(key), image_files.find(f"{key}.jpg"), captions, {"regions": boxes})
 
 
 def read_localized_narratives(source: Path, images: Path, *, traces: bool = False) -> Iterator[Record | Skipped]:
     """Localized Narratives, JSON lines, one file or a folder of shards; one record a line.
 
-    Its id is ``PICTURE/ANNOTATOR``, and ``PICTURE/ANNOTATOR/2`` where an annotator describes a picture again.
+    Its id is ``IMAGE/ANNOTATOR``, and ``IMAGE/ANNOTATOR/2`` where an annotator describes an image again.
 
     Args:
         source: the file, or a folder whose ``.jsonl`` files are read in the order of their names.
-        images: folder of the pictures: of COCO, Flickr30k, ADE20k or Open Images.
+        images: folder of the images: of COCO, Flickr30k, ADE20k or Open Images.
         traces: keep the mouse traces and the timed words in the metadata (they are large).
     """
     files = files_in(source, "*.jsonl") if source.is_dir() else [source]
     if not files:
         raise DataError(f"{source}: holds no .jsonl files")
-    pictures = PictureFolder(images)
+    image_files = ImageFolder(images)
     kept = ("dataset_id", "annotator_id", "voice_recording") + (("timed_caption", "traces") if traces else ())
     times: Counter[str] = Counter()
     for file in files:
@@ -60,4 +60,4 @@ def read_localized_narratives(source: Path, images: Path, *, traces: bool = Fals
             key += f"/{times[key]}" if times[key] > 1 else ""
             names = [f"{image}.jpg", f"{image.zfill(12)}.jpg"]
             names += [f"COCO_{split}2014_{image.zfill(12)}.jpg" for split in ("train", "val")]
-            yield captioned(key, pictures.find(*names), [caption], metadata(entry, kept))
+            yield captioned(key, image_files.find(*names), [caption], metadata(entry, kept))

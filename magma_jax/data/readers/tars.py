@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from magma_jax.data.format.records import HIDDEN, DataError, FileSlice, Skipped
-from magma_jax.data.readers.common import PICTURE_SUFFIXES, check_file, files_in, hidden
+from magma_jax.data.readers.common import IMAGE_SUFFIXES, check_file, files_in, hidden
 
 # A member: where it lies, or of a compressed archive its bytes.
 Content: TypeAlias = FileSlice | bytes
@@ -38,7 +38,7 @@ def content_of(member: Content) -> bytes:
 
 
 def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, Content]] | Skipped]:
-    """Key and members by suffix (in lower case, with the dot) of every sample; pictures that are none as ``Skipped``.
+    """Key and members by suffix (in lower case, with the dot) of every sample; images that are none as ``Skipped``.
 
     Raises:
         DataError: the archive is damaged, a member comes twice, or the members of a sample stand apart.
@@ -66,7 +66,7 @@ def _samples(tar: tarfile.TarFile, path: Path, packed: bool) -> Iterator[tuple[s
         if _ABOUT_THE_ARCHIVE.match(member.name) or member.isdir():
             continue
         if named is None or hidden(member.name) or not member.isfile():
-            if member.name.lower().endswith(PICTURE_SUFFIXES):
+            if member.name.lower().endswith(IMAGE_SUFFIXES):
                 yield Skipped(member.name, HIDDEN if hidden(member.name) else "no file of its own in the tar archive")
             continue
         if member.issparse():

@@ -1,6 +1,6 @@
-"""Pictures gathered from the web: img2dataset's tar files, and the lists of addresses that they were gathered from.
+"""Images gathered from the web: img2dataset's tar files, and the lists of addresses that they were gathered from.
 
-The lists (CC3M, CC12M, LAION, WIT) name pictures by URL alone, and what was downloaded lies in tar files that
+The lists (CC3M, CC12M, LAION, WIT) name images by URL alone, and what was downloaded lies in tar files that
 img2dataset wrote, each member beside a JSON that repeats its URL. So a list is joined with such a folder by URL.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from magma_jax.data.format.records import NOT_DOWNLOADED, DataError, Record, Skipped
-from magma_jax.data.readers.common import PICTURE_SUFFIXES, Missing, captioned, checked, files_in, read_lines
+from magma_jax.data.readers.common import IMAGE_SUFFIXES, Missing, captioned, checked, files_in, read_lines
 from magma_jax.data.readers.parquet import parquet_rows
 from magma_jax.data.readers.tars import Content, content_of, tar_samples, tars_in
 
@@ -36,7 +36,7 @@ WIT_COLUMNS = (
 )
 # What img2dataset records of a download itself, of no use for training.
 _DOWNLOAD_FIELDS = ("status", "error_message", "key", "caption", "exif")
-# Pictures of compressed tars are held in memory while a list is joined with them.
+# Images of compressed tars are held in memory while a list is joined with them.
 _MOST_HELD = 4 << 30
 
 
@@ -61,7 +61,7 @@ def read_img2dataset(source: Path, images: Path | None = None) -> Iterator[Recor
                 continue
             extra = {name: value for name, value in known.items() if name not in _DOWNLOAD_FIELDS}
             captions = [] if caption is None else [_caption(caption, f"{tar}: caption of {key}")]
-            yield captioned(key, _picture_of(members), captions, extra)
+            yield captioned(key, _image_of(members), captions, extra)
         for key, row in rows.items():
             if row.get("status") not in (None, "success"):
                 yield Skipped(key, NOT_DOWNLOADED, detail=str(row.get("error_message") or row["status"]))
@@ -194,23 +194,23 @@ def _by_url(folder: Path) -> dict[str, Content]:
             if isinstance(sample, Skipped):
                 continue
             _, members = sample
-            picture, url = _picture_of(members), _json_of(members, tar).get("url")
-            if isinstance(picture, Missing) or not url:
+            image, url = _image_of(members), _json_of(members, tar).get("url")
+            if isinstance(image, Missing) or not url:
                 continue
-            found[url] = picture
-            held += len(picture) if isinstance(picture, bytes) else 0
+            found[url] = image
+            held += len(image) if isinstance(image, bytes) else 0
             if held > _MOST_HELD:
                 raise DataError(
-                    f"{tar}: more than {_MOST_HELD >> 30} GiB of pictures in compressed tars, too much to join with a "
+                    f"{tar}: more than {_MOST_HELD >> 30} GiB of images in compressed tars, too much to join with a "
                     "list; unpack them first: gunzip"
                 )
     if not found:
-        raise DataError(f"{folder}: no picture with a .json beside it that has its 'url', as img2dataset writes them")
+        raise DataError(f"{folder}: no image with a .json beside it that has its 'url', as img2dataset writes them")
     return found
 
 
-def _picture_of(members: Mapping[str, Content]) -> Content | Missing:
-    return next((members[suffix] for suffix in PICTURE_SUFFIXES if suffix in members), Missing())
+def _image_of(members: Mapping[str, Content]) -> Content | Missing:
+    return next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), Missing())
 
 
 def _json_of(members: Mapping[str, Content], tar: Path) -> dict[str, Any]:

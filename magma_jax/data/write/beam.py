@@ -1,8 +1,8 @@
-"""The converter as an Apache Beam pipeline, for data sets that outgrow one machine.
+"""The converter as an Apache Beam pipeline, for datasets that outgrow one machine.
 
 One worker reads the annotations and cuts them into shards; any worker writes a shard, with the same function as the
-local converter, reading the pictures where they lie. So pictures never pass through the pipeline, the result is the
-same to the byte, and an interrupted conversion goes on. All workers need the pictures and the folder that is written
+local converter, reading the images where they lie. So images never pass through the pipeline, the result is the
+same to the byte, and an interrupted conversion goes on. All workers need the images and the folder that is written
 on a disk they share.
 """
 

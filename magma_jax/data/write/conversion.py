@@ -2,13 +2,13 @@
 
     OUT/info.json                     what it holds and where it came from; written last
     OUT/records-00000.array_record    records as ``data.format.records.pack`` gives them
-    OUT/texts-00000.array_record      the same without pictures, ``data.format.records.pack_text``
+    OUT/texts-00000.array_record      the same without images, ``data.format.records.pack_text``
     OUT/texts.npy                     number of captions and questions of every record, int32 (N, 2)
     OUT/skipped.jsonl                 what was left out, and why
 
 Until then everything lies in ``.OUT.partial/``. The input is cut into shards by position, so a shard depends on its
-records alone: an interrupted conversion is run again with the same command, keeps the shards whose records and picture
-files are what they were, and ends with the same files as one that was never interrupted. Pictures are copied, never
+records alone: an interrupted conversion is run again with the same command, keeps the shards whose records and image
+files are what they were, and ends with the same files as one that was never interrupted. Images are copied, never
 moved or changed.
 """
 
@@ -45,7 +45,7 @@ from magma_jax.data.write.resumable_shards import REPORT, remove_records, shard_
 from magma_jax.output import locked, partial_name, replace_file
 from magma_jax.version import __version__
 
-# Of a worker process beside the picture it decodes: a shard's buffers, and the encoded picture several times over.
+# Of a worker process beside the image it decodes: a shard's buffers, and the encoded image several times over.
 WORKER_MEMORY = 2**30
 
 
@@ -54,7 +54,7 @@ class ConvertOptions:
     """How a conversion runs.
 
     Attributes:
-        prepare: how pictures are checked.
+        prepare: how images are checked.
         shard_records: records a file.
         workers: processes; None for one a core, 0 for none but this one.
         max_skipped: the largest share of the samples (``Record.samples``) that may be left out, for other reasons than
@@ -84,7 +84,7 @@ def convert(
     source: Mapping[str, Any] | None = None,
     total: int | None = None,
 ) -> dict[str, Any]:
-    """Writes a data set folder from any iterable of records and returns the content of its ``info.json``.
+    """Writes a dataset folder from any iterable of records and returns the content of its ``info.json``.
 
     Args:
         records: gives the same records in the same order when an interrupted conversion is run again. Entries that
@@ -110,7 +110,7 @@ def write_folder(
     source: Mapping[str, Any],
     write_shards: Callable[[Path], list[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Makes a data set folder of what ``write_shards`` writes; arguments and errors as of ``convert``.
+    """Makes a dataset folder of what ``write_shards`` writes; arguments and errors as of ``convert``.
 
     Args:
         out: the folder to be.

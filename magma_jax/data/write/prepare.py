@@ -1,4 +1,4 @@
-"""What happens to one record on its way into storage: its picture is read, checked, and fingerprinted.
+"""What happens to one record on its way into storage: its image is read, checked, and fingerprinted.
 
 The same function serves the converter's worker processes and the Beam pipeline.
 """
@@ -15,7 +15,7 @@ from magma_jax.data.images import MAX_PIXELS, ImageError, load_image, open_heade
 from magma_jax.data.time_limit import TimeLimit
 
 # The one reason that may be gone when the same file is read again.
-UNREADABLE = "picture cannot be read"
+UNREADABLE = "image cannot be read"
 
 Check = Literal["decode", "header"]
 Fingerprint = Literal["none", "content", "perceptual"]
@@ -23,14 +23,14 @@ Fingerprint = Literal["none", "content", "perceptual"]
 
 @dataclasses.dataclass(frozen=True)
 class PrepareOptions:
-    """How pictures are checked.
+    """How images are checked.
 
     Attributes:
-        check: ``decode`` reads every picture to its end, so that a truncated one is found now and not in training;
+        check: ``decode`` reads every image to its end, so that a truncated one is found now and not in training;
             ``header`` looks at format and size alone.
-        max_pixels: pictures with more are skipped.
-        duplicates: leave out a picture whose bytes (``content``) or whose difference hash (``perceptual``: equal for
-            the same picture in other sizes and qualities, and for some that merely look alike) were there before.
+        max_pixels: images with more are skipped.
+        duplicates: leave out an image whose bytes (``content``) or whose difference hash (``perceptual``: equal for
+            the same image in other sizes and qualities, and for some that merely look alike) were there before.
     """
 
     check: Check = "decode"
@@ -58,11 +58,11 @@ def prepare(record: Record, options: PrepareOptions) -> tuple[bytes, str] | Skip
     except ImageError as error:
         return skipped(error.kind)
     except FileNotFoundError:
-        return skipped("picture missing")
+        return skipped("image missing")
     except OSError:
         return skipped(UNREADABLE)
     except DataError:
-        return skipped("picture cut short")
+        return skipped("image cut short")
     try:
         stored = pack(dataclasses.replace(record, image=content))
     except UnicodeEncodeError:  # JSON can name half of a character, which no text can hold

@@ -61,7 +61,7 @@ def _write_shard(
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Gives an error of the disk a name; reading pictures raises none."""
+    """Gives an error of the disk a name; reading images raises none."""
     try:
         yield
     except (OSError, OutputError) as error:
@@ -103,9 +103,9 @@ def _finished(work: Path, number: int, digest: str) -> dict[str, Any] | None:
 
 
 def _digest(chunk: Sequence[Record | Skipped]) -> str:
-    """Of ids, texts and pictures; of pictures in files it takes place, size and time of the file."""
+    """Of ids, texts and images; of images in files it takes place, size and time of the file."""
     described = hashlib.sha256()
-    state_of = functools.cache(_file_state)  # many pictures may lie in one archive
+    state_of = functools.cache(_file_state)  # many images may lie in one archive
     for entry in chunk:
         state = None
         if isinstance(entry, Record) and isinstance(entry.image, bytes):

@@ -1,4 +1,4 @@
-"""What can be answered without the right picture: another picture, and the most frequent answers."""
+"""What can be answered without the right image: another image, and the most frequent answers."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -7,32 +7,32 @@ from typing import Any
 import numpy as np
 
 
-def shuffle_pictures(samples: Sequence[Any], seed: int) -> list[int]:
-    """For every sample the picture of another sample of its kind, never its own picture.
+def shuffle_images(samples: Sequence[Any], seed: int) -> list[int]:
+    """For every sample the image of another sample of its kind, never its own image.
 
-    Where one picture makes up more than half of a kind (a single question, say) the others come from the whole split.
+    Where one image makes up more than half of a kind (a single question, say) the others come from the whole split.
 
     Raises:
-        ValueError: all samples show the same picture.
+        ValueError: all samples show the same image.
     """
     rng = np.random.default_rng(seed)
-    everything = sorted({int(sample.picture) for sample in samples})
+    everything = sorted({int(sample.image) for sample in samples})
     if len(everything) < 2:
-        raise ValueError("all samples show the same picture; the shuffled baseline needs at least two")
+        raise ValueError("all samples show the same image; the shuffled baseline needs at least two")
     rank = dict(zip(everything, rng.permutation(len(everything)).tolist(), strict=True))
     members = defaultdict(list)
     for i, sample in enumerate(samples):
         members[sample.kind].append(i)
     shown = [0] * len(samples)
     for group in members.values():
-        group = sorted(group, key=lambda i: rank[int(samples[i].picture)])
-        own = [int(samples[i].picture) for i in group]
+        group = sorted(group, key=lambda i: rank[int(samples[i].image)])
+        own = [int(samples[i].image) for i in group]
         most = max(Counter(own).values())
         if 2 * most <= len(group):
-            # Equal pictures stand side by side, so a rotation by the longest such run replaces every one.
+            # Equal images stand side by side, so a rotation by the longest such run replaces every one.
             others = own[most:] + own[:most]
         else:
-            others = [int(rng.choice([other for other in everything if other != picture])) for picture in own]
+            others = [int(rng.choice([other for other in everything if other != image])) for image in own]
         for i, other in zip(group, others, strict=True):
             shown[i] = other
     return shown

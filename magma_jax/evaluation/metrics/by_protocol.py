@@ -85,7 +85,7 @@ def nlgeval(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
     """METEOR 1.5 on the tokens of ``coco``, 0 to 1; needs Java and ``pycocoevalcap``.
 
-    The set's score is that of its summed counts, not the mean of its pictures' scores.
+    The set's score is that of its summed counts, not the mean of its images' scores.
     """
     _check(predictions, references)
     counts = java_metrics.meteor_counts(*_tokenized(predictions, references))

@@ -1,7 +1,7 @@
 """Caption scores over a whole set: BLEU, CIDEr-D and ROUGE-L as coco-caption computes them.
 
 Inputs are token strings, tokens parted by spaces: ``hypotheses[i]`` is judged against ``references[i]``, any number of
-them per picture. Which tokens is the protocol's business (``magma_jax.evaluation.metrics.by_protocol``).
+them per image. Which tokens is the protocol's business (``magma_jax.evaluation.metrics.by_protocol``).
 """
 
 import math
@@ -20,7 +20,7 @@ def bleu(
 ) -> Float[np.ndarray, "{max_order}"]:
     """Corpus BLEU-1 to BLEU-``max_order``, 0 to 1 (Papineni et al. 2002).
 
-    The brevity penalty sums, over the pictures, the reference length closest to the hypothesis (the shorter of two
+    The brevity penalty sums, over the images, the reference length closest to the hypothesis (the shorter of two
     equally close).
     """
     return bleu_of_counts(bleu_counts(hypotheses, references, max_order).sum(0))
@@ -29,7 +29,7 @@ def bleu(
 def bleu_counts(
     hypotheses: Sequence[str], references: Sequence[Sequence[str]], max_order: int = 4
 ) -> Int[np.ndarray, "N columns"]:
-    """What each picture adds to corpus BLEU: matched n-grams by order, possible ones by order, the two lengths."""
+    """What each image adds to corpus BLEU: matched n-grams by order, possible ones by order, the two lengths."""
     rows = np.zeros((len(hypotheses), 2 * max_order + 2), np.int64)
     for row, hypothesis, alternatives in zip(rows, hypotheses, references, strict=True):
         words = hypothesis.split()
@@ -56,19 +56,19 @@ def bleu_of_counts(counts: Int[np.ndarray, " columns"]) -> Float[np.ndarray, " o
 
 
 def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " N"]:
-    """CIDEr-D of each picture, 0 to 10; the set's score is the mean (Vedantam et al. 2015).
+    """CIDEr-D of each image, 0 to 10; the set's score is the mean (Vedantam et al. 2015).
 
     How rare an n-gram is, is counted over the references given: the same captions score differently inside another
-    set, and a set of one picture scores 0.
+    set, and a set of one image scores 0.
     """
     counted = [[_ngrams(reference) for reference in alternatives] for alternatives in references]
-    pictures_with = Counter(ngram for alternatives in counted for ngram in set().union(*alternatives))
-    log_pictures = math.log(len(counted)) if counted else 0.0
+    images_with = Counter(ngram for alternatives in counted for ngram in set().union(*alternatives))
+    log_images = math.log(len(counted)) if counted else 0.0
 
     def weigh(ngrams: Ngrams) -> tuple[list[dict], list[float], int]:
         vectors = [{} for _ in range(4)]
         for ngram, count in ngrams.items():
-            rarity = log_pictures - math.log(max(1, pictures_with[ngram]))
+            rarity = log_images - math.log(max(1, images_with[ngram]))
             vectors[len(ngram) - 1][ngram] = count * rarity
         norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in vectors]
         # The length that the Gaussian penalty compares is the number of bigrams, as in the reference program.
@@ -89,7 +89,7 @@ def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> F
 
 
 def rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " N"]:
-    """ROUGE-L of each picture, 0 to 1; the set's score is the mean (Lin 2004, beta 1.2).
+    """ROUGE-L of each image, 0 to 1; the set's score is the mean (Lin 2004, beta 1.2).
 
     Best precision and best recall may come from different references. Splits at every single space, so that an
     empty caption is one empty word and equals an empty reference, as in the reference program.

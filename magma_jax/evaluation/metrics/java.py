@@ -1,6 +1,6 @@
 """METEOR and SPICE: programs in Java that the package ``pycocoevalcap`` brings along (extra ``java-metrics``).
 
-Captions are tokenised as for the coco protocol. Both score a picture from 0 to 1.
+Captions are tokenised as for the coco protocol. Both score an image from 0 to 1.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ _KINDS = (1.0, 0.6, 0.8, 0.6)
 
 
 def meteor_counts(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, "N 23"]:
-    """What METEOR 1.5 counts of each picture, against the reference it finds closest; see ``meteor_of_counts``.
+    """What METEOR 1.5 counts of each image, against the reference it finds closest; see ``meteor_of_counts``.
 
     Raises:
         DataError: no Java, or no ``pycocoevalcap``; or the program ends early.
@@ -68,7 +68,7 @@ def meteor_of_counts(counts: Float[np.ndarray, " 23"]) -> float:
 
 
 def spice(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " N"]:
-    """SPICE of each picture; the set's score is the mean (Anderson et al. 2016).
+    """SPICE of each image; the set's score is the mean (Anderson et al. 2016).
 
     Raises:
         DataError: no Java, no ``pycocoevalcap``, or no Stanford models; or the program fails.

@@ -13,7 +13,7 @@ from magma_jax.data.format.records import DataError
 from magma_jax.data.readers.common import read_text
 from magma_jax.inference.api import Magma
 from magma_jax.nn.modules import merge
-from magma_jax.runtime.compile import jit
+from magma_jax.runtime.compile import platform_jit
 from magma_jax.training.step.cross_entropy import cross_entropy
 from magma_jax.typing import IGNORED, Array, Float, Int, Params
 
@@ -75,7 +75,7 @@ def measure(model: Magma, path: str | Path) -> dict[str, Any]:
     return found
 
 
-@jit(static_argnames=("graphdef",))
+@platform_jit(static_argnames=("graphdef",))
 def _loss(
     graphdef: nnx.GraphDef,
     params: Params,

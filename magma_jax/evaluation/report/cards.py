@@ -1,4 +1,4 @@
-"""Pictures with what a model says of them, as one picture: a grid of cards, right texts green and wrong ones red."""
+"""Images with what a model says of them, as one image: a grid of cards, right texts green and wrong ones red."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from magma_jax.typing import UInt8
 
 COLUMNS = 4
-# Pixels: width of a card, space around it, side of a picture.
-CARD, MARGIN, PICTURE = 300, 14, 104
+# Pixels: width of a card, space around it, side of an image.
+CARD, MARGIN, IMAGE = 300, 14, 104
 SOFT, LINE, RIGHT, WRONG = "#5b646d", "#dfe3e7", "#1a7f47", "#b3352b"
 # Drawn at twice the size and shrunk: smooth edges and letters.
 SCALE = 2
@@ -26,7 +26,7 @@ class Line(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A picture, uint8 (h, w, 3), and the lines under it."""
+    """An image, uint8 (h, w, 3), and the lines under it."""
 
     pixels: np.ndarray
     lines: Sequence[Line]
@@ -35,7 +35,7 @@ class Card(NamedTuple):
 def draw_cards(cards: Sequence[Card]) -> UInt8[np.ndarray, "H W 3"]:
     """The grid, 1200 pixels wide.
 
-    The letters come from the font inside Pillow, so the picture is the same on every machine. The font has ASCII
+    The letters come from the font inside Pillow, so the image is the same on every machine. The font has ASCII
     letters only; for others stands a question mark.
     """
     drawn = [_draw(card) for card in cards]
@@ -55,16 +55,16 @@ def draw_cards(cards: Sequence[Card]) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _draw(card: Card) -> tuple[Image.Image, int]:
-    """A picture with its texts, and the height that they take."""
-    width, side = (CARD - 2 * MARGIN) * SCALE, PICTURE * SCALE
+    """An image with its texts, and the height that they take."""
+    width, side = (CARD - 2 * MARGIN) * SCALE, IMAGE * SCALE
     texts = [_words(line) for line in card.lines]
     sizes = [FIRST_SIZE, *[NEXT_SIZE] * len(texts)]
     # A line of text takes one height a word at most.
     room = sum((len(words) + 1) * round(size * 1.3) * SCALE for words, size in zip(texts, sizes, strict=False))
     image = Image.new("RGB", (width, side + 8 * SCALE + room), "white")
     draw = ImageDraw.Draw(image)
-    picture = Image.fromarray(card.pixels).resize((side, side), Image.Resampling.LANCZOS)
-    image.paste(picture, ((width - side) // 2, 0))
+    shown = Image.fromarray(card.pixels).resize((side, side), Image.Resampling.LANCZOS)
+    image.paste(shown, ((width - side) // 2, 0))
     y = side + 8 * SCALE
     for line, words, size in zip(card.lines, texts, sizes, strict=False):
         _mark(draw, 5 * SCALE, y + size * SCALE * 0.55, line.said == line.truth)

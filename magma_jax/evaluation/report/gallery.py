@@ -1,4 +1,4 @@
-"""One HTML page of a task: pictures, questions, what the model said, what is true; it needs nothing else."""
+"""One HTML page of a task: images, questions, what the model said, what is true; it needs nothing else."""
 
 import base64
 import collections
@@ -19,10 +19,10 @@ from magma_jax.evaluation.tasks.shots import Shot
 from magma_jax.output import replace_file
 from magma_jax.typing import UInt8
 
-# More would make a page that no browser likes: a picture is about 6 kB.
+# More would make a page that no browser likes: an image is about 6 kB.
 SHOWN = 1000
 # Pixels per side, for screens with two pixels a point.
-PICTURE_SIZE = 256
+IMAGE_SIZE = 256
 # CIDEr (0 to 10) from which one of many possible captions counts as right, and below which any counts as wrong: it has
 # no natural threshold.
 GOOD_CAPTION, BAD_CAPTION = 1.0, 0.3
@@ -34,13 +34,13 @@ def write_gallery(path: str | Path, result: TaskResult, *, shown: int = SHOWN, a
 
     Args:
         shown: examples on it at most, evenly spaced.
-        attribution: HTML of the footer, which names the pictures' source and licence.
+        attribution: HTML of the footer, which names the images' source and licence.
     """
     numbers = list(spaced(len(result.examples), shown))
     scores = result.per_sample()
     marks = [_mark(result, scores and {k: float(v[i]) for k, v in scores.per_sample.items()}, i) for i in numbers]
-    pixels = result.pictures[np.array([result.examples[i].picture for i in numbers])]
-    close(result.pictures)
+    pixels = result.images[np.array([result.examples[i].image for i in numbers])]
+    close(result.images)
     shared = result.task.shot_policy == "run" and result.shots and bool(result.shots[0])
     groups = sorted({value for example in result.examples for value in example.groups.values()})
     values = result.to_dict()
@@ -110,7 +110,7 @@ def _card(result: TaskResult, i: int, mark: tuple[str, float], image: UInt8[np.n
     number = f'<span class="score">{score:.3g}</span>' if word else ""
     return (
         f'<article class="card {word}" tabindex="-1" data-score="{score:.6g}" data-groups="{groups}">'
-        f'<img src="data:image/jpeg;base64,{data}" alt="picture of {escape(example.id)}" loading="lazy"><div>'
+        f'<img src="data:image/jpeg;base64,{data}" alt="image of {escape(example.id)}" loading="lazy"><div>'
         f"<h3>{number}{escape(example.text or result.task.prompt)}</h3>"
         f'<p><span class="mark" role="img" aria-label="{word}">{sign}</span> '
         f'<span class="said">{escape(answer) or "(nothing)"}</span></p>{whole}'
@@ -132,8 +132,8 @@ def _shots(result: TaskResult, shots: Sequence[Shot]) -> str:
     return f"<details><summary>{counted(len(shots))}</summary>{lines.removeprefix('<br>')}</details>"
 
 
-def jpeg(pixels: UInt8[np.ndarray, "h w 3"], size: int = PICTURE_SIZE) -> bytes:
-    """A picture as a small JPEG file."""
+def jpeg(pixels: UInt8[np.ndarray, "h w 3"], size: int = IMAGE_SIZE) -> bytes:
+    """An image as a small JPEG file."""
     image = Image.fromarray(pixels)
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""One picture that shows what a model says: a grid of drawings with caption and one question each."""
+"""One image that shows what a model says: a grid of drawings with caption and one question each."""
 
 import io
 from collections import defaultdict
@@ -12,23 +12,23 @@ from magma_jax.evaluation.report.cards import Card, Line, draw_cards
 from magma_jax.evaluation.results.results import CAPTION, Evaluation, question_of
 from magma_jax.output import replace_file
 
-PICTURES = 12
+IMAGES = 12
 
 
-def overview_picture(path: str | Path, evaluation: Evaluation, dataset: Dataset, seed: int = 0) -> None:
-    """Writes a PNG, 1200 pixels wide: twelve pictures drawn at random, none chosen for its answer.
+def overview_image(path: str | Path, evaluation: Evaluation, dataset: Dataset, seed: int = 0) -> None:
+    """Writes a PNG, 1200 pixels wide: twelve images drawn at random, none chosen for its answer.
 
-    Pictures whose texts are not ASCII are passed over: the font has no letters for them.
+    Images whose texts are not ASCII are passed over: the font has no letters for them.
 
     Raises:
         ValueError: the evaluation has no captions, or none that the font can write.
     """
     chosen = _choose(evaluation, seed)
     if not chosen:
-        raise ValueError("no picture with a caption to show")
+        raise ValueError("no image with a caption to show")
     cards = []
     for members in chosen:
-        pixels = dataset.images[int(evaluation.samples[members[0]].picture)]
+        pixels = dataset.images[int(evaluation.samples[members[0]].image)]
         lines = [
             Line(evaluation.predictions["model"][i], evaluation.truths[i], question_of(evaluation.samples[i]))
             for i in members
@@ -40,7 +40,7 @@ def overview_picture(path: str | Path, evaluation: Evaluation, dataset: Dataset,
 
 
 def _choose(evaluation: Evaluation, seed: int) -> list[list[int]]:
-    """Samples by number, a caption and a question of the same picture, each drawn at random."""
+    """Samples by number, a caption and a question of the same image, each drawn at random."""
     rng = np.random.default_rng(seed)
     captions: dict[int, int] = {}
     questions: dict[int, list[int]] = defaultdict(list)
@@ -49,8 +49,8 @@ def _choose(evaluation: Evaluation, seed: int) -> list[list[int]]:
         if not texts.isascii():
             continue
         if sample.kind == CAPTION:
-            captions[int(sample.picture)] = i
+            captions[int(sample.image)] = i
         else:
-            questions[int(sample.picture)].append(i)
-    pictures = rng.permutation(sorted(captions))[:PICTURES].tolist()
-    return [[captions[p], *([int(rng.choice(questions[p]))] if questions[p] else [])] for p in pictures]
+            questions[int(sample.image)].append(i)
+    images = rng.permutation(sorted(captions))[:IMAGES].tolist()
+    return [[captions[p], *([int(rng.choice(questions[p]))] if questions[p] else [])] for p in images]

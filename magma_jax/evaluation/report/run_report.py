@@ -1,4 +1,4 @@
-"""The report of a run as one HTML file that needs nothing else: figures, curves, and every picture with its texts."""
+"""The report of a run as one HTML file that needs nothing else: figures, curves, and every image with its texts."""
 
 import base64
 import io
@@ -26,9 +26,9 @@ from magma_jax.output import replace_file
 from magma_jax.training.monitor.writers import read_lines
 from magma_jax.typing import UInt8
 
-PICTURE_SIZE = 96
+IMAGE_SIZE = 96
 # Flat drawings look the same in 64 colours and take half the bytes.
-PICTURE_COLOURS = 64
+IMAGE_COLOURS = 64
 
 # Figures of metrics.jsonl that are drawn where a run has them.
 CURVES = {
@@ -40,7 +40,7 @@ CURVES = {
 }
 
 OPENMOJI = (
-    'Pictures: <a href="https://openmoji.org">OpenMoji</a>, the open-source emoji and icon project, licence '
+    'Images: <a href="https://openmoji.org">OpenMoji</a>, the open-source emoji and icon project, licence '
     '<a href="https://creativecommons.org/licenses/by-sa/4.0/">CC BY-SA 4.0</a>; shown smaller and in fewer colours. '
     "Names: Unicode CLDR."
 )
@@ -57,7 +57,7 @@ def write_report(
 
     Args:
         metrics_file: the run's ``metrics.jsonl``; without one, or with an empty one, the report says so.
-        attribution: HTML of the footer, which names the pictures' source and licence.
+        attribution: HTML of the footer, which names the images' source and licence.
     """
     figures = evaluation.figures
     protocol = figures["protocol"]
@@ -65,7 +65,7 @@ def write_report(
     kinds = dict.fromkeys(sample.kind for sample in evaluation.samples)
     page = fill_page(
         "report",
-        title=f"What the model says of the {protocol['split']} pictures",
+        title=f"What the model says of the {protocol['split']} images",
         summary=escape(summary(figures)),
         table=html_table(cells(figures)),
         protocol=escape(f"{decoding[0].upper()}{decoding[1:]}."),
@@ -78,11 +78,11 @@ def write_report(
     replace_file(path, page.encode())
 
 
-def png(pixels: UInt8[np.ndarray, "h w 3"], size: int = PICTURE_SIZE) -> bytes:
-    """A picture as a small PNG file."""
+def png(pixels: UInt8[np.ndarray, "h w 3"], size: int = IMAGE_SIZE) -> bytes:
+    """An image as a small PNG file."""
     image = Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    image.quantize(PICTURE_COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    image.quantize(IMAGE_COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
@@ -115,13 +115,13 @@ def _charts(metrics_file: Path) -> str:
 
 
 def _cards(evaluation: Evaluation, dataset: Dataset) -> list[str]:
-    """One card a picture, its captions first."""
-    by_picture: dict[int, list[int]] = defaultdict(list)
+    """One card an image, its captions first."""
+    by_image: dict[int, list[int]] = defaultdict(list)
     for i, sample in enumerate(evaluation.samples):
-        by_picture[int(sample.picture)].append(i)
+        by_image[int(sample.image)].append(i)
     right, truths, said = evaluation.right(), evaluation.truths, evaluation.predictions["model"]
     cards = []
-    for picture, members in by_picture.items():
+    for image, members in by_image.items():
         items = []
         for i in sorted(members, key=lambda i: evaluation.samples[i].kind != CAPTION):
             sample = evaluation.samples[i]
@@ -135,10 +135,10 @@ def _cards(evaluation: Evaluation, dataset: Dataset) -> list[str]:
                 f'<span class="mark" role="img" aria-label="{word}">{mark}</span>'
                 f"<span>{question}{text}{correction}</span></li>"
             )
-        data = base64.b64encode(png(dataset.images[picture])).decode()
-        truth = next((truths[i] for i in members if evaluation.samples[i].kind == CAPTION), f"picture {picture}")
+        data = base64.b64encode(png(dataset.images[image])).decode()
+        truth = next((truths[i] for i in members if evaluation.samples[i].kind == CAPTION), f"image {image}")
         cards.append(
-            f'<article class="card"><img src="data:image/png;base64,{data}" width="{PICTURE_SIZE}" '
-            f'height="{PICTURE_SIZE}" alt="{escape(truth)}"><ul>{"".join(items)}</ul></article>'
+            f'<article class="card"><img src="data:image/png;base64,{data}" width="{IMAGE_SIZE}" '
+            f'height="{IMAGE_SIZE}" alt="{escape(truth)}"><ul>{"".join(items)}</ul></article>'
         )
     return cards

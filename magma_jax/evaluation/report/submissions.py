@@ -17,7 +17,7 @@ def _numbered(key: str, value: str) -> Entry:
     return lambda name, answer: {key: int(name), value: answer}
 
 
-# Ids are numbers in COCO's family. GQA's are text; VizWiz has none but the picture's name.
+# Ids are numbers in COCO's family. GQA's are text; VizWiz has none but the image's name.
 SUBMISSIONS: MappingProxyType[str, Entry] = MappingProxyType(
     {
         "vqav2": _numbered("question_id", "answer"),

@@ -1,4 +1,4 @@
-"""The files that a task leaves: its result, every prediction, a page of pictures."""
+"""The files that a task leaves: its result, every prediction, a page of images."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from magma_jax.evaluation.results.names import file_stem
 from magma_jax.evaluation.tasks.examples import Example
 from magma_jax.evaluation.tasks.few_shot import TaskResult
 from magma_jax.output import replace_file
-from magma_jax.runtime.distributed import say
+from magma_jax.runtime.distributed import log_main
 
 # Endings of the names: a run folder calls its own results.json, predictions.jsonl and report.html.
 RESULTS, PREDICTIONS, REPORT, SUBMISSION = ".results.json", ".predictions.jsonl", ".report.html", ".submission.json"
@@ -38,7 +38,7 @@ def write_result(folder: str | Path, result: TaskResult, attribution: str = "") 
         try:
             write_submission(folder / f"{name}{SUBMISSION}", task.name, result.examples, result.answers)
         except DataError as error:
-            say(f"no submission: {error}")
+            log_main(f"no submission: {error}")
     write_gallery(folder / f"{name}{REPORT}", result, attribution=attribution)
     # Last: where it stands the others do, too.
     replace_file(path, (json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())

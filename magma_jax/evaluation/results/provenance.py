@@ -40,7 +40,7 @@ def stamp(result: Mapping[str, Any]) -> str:
         + (", beyond what the model was trained on" if past else ""),
         *([f"  constant    always {score['constant']['answer']!r}, the most frequent true answer"] if score else []),
         *(f"  intervals   {note}" for note in (rarity_note(score["scores"]) if score else ())),
-        *([] if not task["blind"] else ["  pictures    black"]),
+        *([] if not task["blind"] else ["  images    black"]),
         f"  checkpoint  {', '.join(f'{key} {value}' for key, value in result['checkpoint'].items())}",
     ]
     return "\n".join(words)

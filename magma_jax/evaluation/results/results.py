@@ -32,13 +32,13 @@ class Evaluation:
             ``constant``, and ``protocol``, which says how all of them were taken.
         samples: what was asked, in a fixed order.
         predictions: condition to one text a sample, without surrounding space.
-        shuffled_pictures: the row of the picture that each sample was shown under ``shuffled``.
+        shuffled_images: the row of the image that each sample was shown under ``shuffled``.
     """
 
     figures: dict[str, Any]
     samples: Sequence[Any]
     predictions: Mapping[str, Sequence[str]]
-    shuffled_pictures: Sequence[int]
+    shuffled_images: Sequence[int]
 
     @property
     def truths(self) -> list[str]:
@@ -95,12 +95,12 @@ def write_predictions(path: str | Path, evaluation: Evaluation) -> None:
     """Writes one JSON object a line: the sample, and what was predicted under each condition."""
     lines = [
         {
-            "picture": int(sample.picture),
+            "picture": int(sample.image),
             "kind": sample.kind,
             "prompt": sample.prompt,
             "truth": truth,
             **{condition: evaluation.predictions[condition][i] for condition in CONDITIONS},
-            "shuffled_picture": int(evaluation.shuffled_pictures[i]),
+            "shuffled_picture": int(evaluation.shuffled_images[i]),
         }
         for i, (sample, truth) in enumerate(zip(evaluation.samples, evaluation.truths, strict=True))
     ]

@@ -155,7 +155,7 @@ def _captions(path: Path, *, domains: bool = False) -> References:
     domain = {str(field(image, "id", f"{path}: images", ID)): _groups(image, ("domain",)) for image in images}
     lacking = [key for key in captions if not domain.get(key)]
     if lacking:
-        raise DataError(f"{path}: {len(lacking)} pictures have no domain, such as {lacking[0]}; take the file that has")
+        raise DataError(f"{path}: {len(lacking)} images have no domain, such as {lacking[0]}; take the file that has")
     return {key: Reference(tuple(texts), domain[key]) for key, texts in captions.items()}
 
 

@@ -1,7 +1,7 @@
-"""Answers to many prompts of pictures and words, in batches of few shapes, over all devices and processes.
+"""Answers to many prompts of images and words, in batches of few shapes, over all devices and processes.
 
-A prompt is a sequence of words and rows of a picture source. Prompts are sorted by length, so that a batch pads little;
-every picture is encoded once while it is kept. What all prompts begin with (the shots of a whole run) is run once and
+A prompt is a sequence of words and rows of an image source. Prompts are sorted by length, so that a batch pads little;
+every image is encoded once while it is kept. What all prompts begin with (the shots of a whole run) is run once and
 its keys and values are shared. The answer to a prompt depends neither on its batch nor on the mesh.
 """
 
@@ -17,21 +17,21 @@ from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.evaluation.tasks.batched_generate import answer_batch, classify_batch, run_common
 from magma_jax.inference.api import Magma
 from magma_jax.inference.decoding.sampling import SamplingConfig
-from magma_jax.inference.prompts import WORD, picture_positions
+from magma_jax.inference.prompts import WORD, image_positions
 from magma_jax.models.language.decoder import KVCache
 from magma_jax.runtime.distributed import is_main
 from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch
-from magma_jax.training.pictures import Pictures, encode_all
+from magma_jax.training.image_features import Images, encode_all
 from magma_jax.typing import Array, Int
 
 # Prompts are padded to multiples of the first number up to the second, so few programs are compiled.
 BUCKETS = ((16, 128), (32, 512), (128, 2**31))
-# Features that are kept, in bytes: 600 pictures of CLIP RN50x16, all of the quick start.
+# Features that are kept, in bytes: 600 images of CLIP RN50x16, all of the quick start.
 KEPT_NBYTES = 2**30
-# Pictures that are encoded together.
+# Images that are encoded together.
 ENCODED = 32
 
-Parts: TypeAlias = Sequence[str | int]  # words, or the row of a picture
+Parts: TypeAlias = Sequence[str | int]  # words, or the row of an image
 
 
 class PromptError(ValueError):
@@ -42,21 +42,21 @@ class Laid(NamedTuple):
     """A prompt, position by position.
 
     Attributes:
-        tokens: (S,) ids, 0 where a picture stands.
-        places: (S,) number of the picture in the prompt times P plus the position in it, or ``WORD``.
-        pictures: rows of the pictures.
+        tokens: (S,) ids, 0 where an image stands.
+        places: (S,) number of the image in the prompt times P plus the position in it, or ``WORD``.
+        images: rows of the images.
     """
 
     tokens: Int[np.ndarray, " S"]
     places: Int[np.ndarray, " S"]
-    pictures: list[int]
+    images: list[int]
 
 
 def lay_out(parts: Parts, tokenizer: Tokenizer, positions: int) -> Laid:
-    """Tokens and places of a prompt whose pictures take ``positions`` each; words that meet are encoded as one text."""
+    """Tokens and places of a prompt whose images take ``positions`` each; words that meet are encoded as one text."""
     tokens: list[int] = []
     places: list[int] = []
-    pictures: list[int] = []
+    images: list[int] = []
     words = ""
     for part in [*parts, None]:
         if isinstance(part, str):
@@ -68,9 +68,9 @@ def lay_out(parts: Parts, tokenizer: Tokenizer, positions: int) -> Laid:
         words = ""
         if part is not None:
             tokens += [0] * positions
-            places += range(len(pictures) * positions, (len(pictures) + 1) * positions)
-            pictures.append(int(part))
-    return Laid(np.array(tokens, np.int32), np.array(places, np.int32), pictures)
+            places += range(len(images) * positions, (len(images) + 1) * positions)
+            images.append(int(part))
+    return Laid(np.array(tokens, np.int32), np.array(places, np.int32), images)
 
 
 def pad_prompts(prompts: Sequence[Laid], length: int) -> dict[str, np.ndarray]:
@@ -87,22 +87,22 @@ def pad_prompts(prompts: Sequence[Laid], length: int) -> dict[str, np.ndarray]:
 
 
 class Answerer:
-    """A model, a source of pictures and the devices: prompts in, text out.
+    """A model, a source of images and the devices: prompts in, text out.
 
     Args:
         model: with its weights on ``mesh``.
-        pictures: uint8, at the encoder's size.
+        images: uint8, at the encoder's size.
         batch_size: prompts that are run together; changes speed, not answers.
         mesh: devices that share the batches; None for one device.
     """
 
-    def __init__(self, model: Magma, pictures: Pictures, *, batch_size: int = 32, mesh: Mesh | None = None):
+    def __init__(self, model: Magma, images: Images, *, batch_size: int = 32, mesh: Mesh | None = None):
         shards = 1 if mesh is None else batch_shards(mesh)
-        self.model, self._pictures, self._mesh = model, pictures, mesh
+        self.model, self._images, self._mesh = model, images, mesh
         self._batch_size = -(-batch_size // shards) * shards
         self._rows = list(range(self._batch_size)) if mesh is None else local_rows(mesh, self._batch_size)
         self._features: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
-        self._positions = picture_positions(model.config)
+        self._positions = image_positions(model.config)
 
     def length(self, parts: Parts) -> int:
         """Positions of a prompt."""
@@ -125,7 +125,7 @@ class Answerer:
             max_new_tokens: at most.
             sampling: for all.
             seed: with a prompt's place among the prompts it decides what is drawn.
-            common: what stands before every prompt and ends with a picture or whole word.
+            common: what stands before every prompt and ends with an image or whole word.
             extrapolate: whether prompts may exceed the context, which needs rotary positions.
 
         Raises:
@@ -173,7 +173,7 @@ class Answerer:
         """The prompts, which with ``more`` positions each must fit the context."""
         laid = [lay_out(prompt, self.model.tokenizer, self._positions) for prompt in prompts]
         if any(not len(prompt.tokens) for prompt in laid):
-            raise PromptError("a prompt is empty: give at least one picture or one word")
+            raise PromptError("a prompt is empty: give at least one image or one word")
         if extrapolate and "lm/wpe/weight" not in self.model.params:
             return laid
         context = self.model.config.lm.context_length
@@ -187,7 +187,7 @@ class Answerer:
 
     def _batches(self, laid: Sequence[Laid]) -> Iterator[tuple[list[int], dict[str, np.ndarray | Array]]]:
         """Numbers of the prompts of every batch, and the batch on the devices."""
-        most = max((len(prompt.pictures) for prompt in laid), default=0) or 1
+        most = max((len(prompt.images) for prompt in laid), default=0) or 1
         by_bucket: dict[int, list[int]] = collections.defaultdict(list)
         for number, prompt in enumerate(laid):
             by_bucket[_bucket(len(prompt.tokens))].append(number)
@@ -202,27 +202,27 @@ class Answerer:
                     bar.update(len(batch))
 
     def _arrays(
-        self, prompts: Sequence[Laid], numbers: Int[np.ndarray, " B"], bucket: int, pictures: int
+        self, prompts: Sequence[Laid], numbers: Int[np.ndarray, " B"], bucket: int, images: int
     ) -> dict[str, np.ndarray | Array]:
         """A batch on the devices; of several processes each encodes and places its own rows."""
-        # A prompt with fewer pictures than another has some picture in the free places, where nothing points to.
-        shown = [p.pictures + (p.pictures[-1:] or [0]) * (pictures - len(p.pictures)) for p in prompts]
-        self._encode({picture for row in shown for picture in row})
+        # A prompt with fewer images than another has some image in the free places, where nothing points to.
+        shown = [p.images + (p.images[-1:] or [0]) * (images - len(p.images)) for p in prompts]
+        self._encode({image for row in shown for image in row})
         arrays = {
             **pad_prompts([prompts[row] for row in self._rows], bucket),
-            "features": np.stack([[self._features[picture] for picture in shown[row]] for row in self._rows]),
+            "features": np.stack([[self._features[image] for image in shown[row]] for row in self._rows]),
             "numbers": numbers[self._rows].astype(np.int32),
         }
         return arrays if self._mesh is None else place_batch(arrays, self._mesh, self._batch_size)
 
     def _encode(self, wanted: set[int]) -> None:
-        """Sees to it that the features of these pictures are there; those used longest ago make room."""
+        """Sees to it that the features of these images are there; those used longest ago make room."""
         missing = sorted(wanted - self._features.keys())
-        for picture in wanted & self._features.keys():
-            self._features.move_to_end(picture)
+        for image in wanted & self._features.keys():
+            self._features.move_to_end(image)
         if missing:
             features = encode_all(
-                _Chosen(self._pictures, np.array(missing)),
+                _Chosen(self._images, np.array(missing)),
                 self.model.graphdef,
                 self.model.params,
                 self._mesh,
@@ -235,8 +235,8 @@ class Answerer:
             self._features.popitem(last=False)
 
     def _run_common(self, beginning: Laid) -> KVCache:
-        self._encode(set(beginning.pictures))
-        features = np.stack([self._features[picture] for picture in beginning.pictures])[None]
+        self._encode(set(beginning.images))
+        features = np.stack([self._features[image] for image in beginning.images])[None]
         return run_common(
             self.model.graphdef,
             self.model.params,
@@ -248,16 +248,16 @@ class Answerer:
 
 
 class _Chosen:
-    """Some of the pictures of a source, as a source."""
+    """Some of the images of a source, as a source."""
 
-    def __init__(self, pictures: Pictures, rows: Int[np.ndarray, " N"]):
-        self._pictures, self._rows = pictures, rows
+    def __init__(self, images: Images, rows: Int[np.ndarray, " N"]):
+        self._images, self._rows = images, rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        return self._pictures[self._rows[rows]]
+        return self._images[self._rows[rows]]
 
 
 def _bucket(length: int) -> int:

@@ -1,4 +1,4 @@
-"""The programs behind ``answering``: prompts of pictures and words, embedded, continued or classified."""
+"""The programs behind ``answering``: prompts of images and words, embedded, continued or classified."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from magma_jax.inference.prompts import WORD
 from magma_jax.models.language.decoder import KVCache
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import merge
-from magma_jax.runtime.compile import jit
+from magma_jax.runtime.compile import platform_jit
 from magma_jax.runtime.sharding import on_mesh, replicated, split_rows
 from magma_jax.typing import Array, Float, Int, Params
 
 
-@jit(static_argnames=("graphdef", "sampling", "max_new_tokens", "eos_id", "mesh"))
+@platform_jit(static_argnames=("graphdef", "sampling", "max_new_tokens", "eos_id", "mesh"))
 def answer_batch(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -54,7 +54,7 @@ def answer_batch(
     return jax.lax.with_sharding_constraint(on_mesh(run, mesh)(), replicated(mesh))
 
 
-@jit(static_argnames=("graphdef", "mesh"))
+@platform_jit(static_argnames=("graphdef", "mesh"))
 def classify_batch(
     graphdef: nnx.GraphDef, params: Params, batch: dict[str, Any], *, mesh: Mesh | None
 ) -> Int[Array, " B"]:
@@ -70,7 +70,7 @@ def classify_batch(
     return jax.lax.with_sharding_constraint(on_mesh(run, mesh)(), replicated(mesh))
 
 
-@jit(static_argnames=("graphdef", "mesh"))
+@platform_jit(static_argnames=("graphdef", "mesh"))
 def run_common(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -93,8 +93,8 @@ def _embed(
     tokens: Int[Array | np.ndarray, "B S"],
     places: Int[Array | np.ndarray, "B S"],
 ) -> Float[Array, "B S D"]:
-    rows, pictures = features.shape[:2]
-    seen = model.embed_features(jnp.asarray(features).reshape(rows * pictures, *features.shape[2:]))
+    rows, images = features.shape[:2]
+    seen = model.embed_features(jnp.asarray(features).reshape(rows * images, *features.shape[2:]))
     seen = split_rows(seen.reshape(rows, -1, seen.shape[-1]))
     at_places = jnp.take_along_axis(seen, jnp.maximum(places, 0)[:, :, None], axis=1)
     return jnp.where((places == WORD)[:, :, None], model.embed_tokens(jnp.asarray(tokens)), at_places)

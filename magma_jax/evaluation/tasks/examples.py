@@ -1,4 +1,4 @@
-"""Examples of a task, from a data set folder or from a run's own split: asked as queries, or shown as shots."""
+"""Examples of a task, from a dataset folder or from a run's own split: asked as queries, or shown as shots."""
 
 import collections
 import dataclasses
@@ -9,14 +9,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from magma_jax.data.batches.stored_images import PictureOptions, StoredPictures
+from magma_jax.data.batches.stored_images import ImageOptions, StoredImages
 from magma_jax.data.datasets import Dataset
 from magma_jax.data.format.records import DataError, Record
 from magma_jax.data.readers.common import checked
 from magma_jax.evaluation.results.results import CAPTION, question_of
 from magma_jax.evaluation.scoring.protocols import Reference, gqa_groups, stem
 from magma_jax.evaluation.tasks.task import Kind
-from magma_jax.training.pictures import Pictures
+from magma_jax.training.image_features import Images
 from magma_jax.typing import Int, UInt8
 
 # Annotators that the official VQA rule expects; a single true answer counts as all of them.
@@ -25,11 +25,11 @@ ANNOTATORS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A picture, what is asked about it, and what is true.
+    """An image, what is asked about it, and what is true.
 
     Attributes:
-        id: of the question, or of the picture where captions are wanted; as in the data set's own files.
-        picture: its row in the pictures of its source.
+        id: of the question, or of the image where captions are wanted; as in the dataset's own files.
+        image: its row in the images of its source.
         text: the question; empty for captions.
         answers: annotators' answers or true captions; empty where the split keeps them secret.
         raw_answers: as annotators wrote them, where ``answers`` holds something made of it (OK-VQA).
@@ -37,7 +37,7 @@ class Example:
     """
 
     id: str
-    picture: int
+    image: int
     text: str
     answers: tuple[str, ...]
     raw_answers: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Example:
         """What an answer is judged against under a protocol.
 
         Raises:
-            DataError: the data set does not have what the protocol compares with.
+            DataError: the dataset does not have what the protocol compares with.
         """
         answers = self.answers
         if protocol in ("okvqa_raw_answer", "okvqa_stemmed"):
@@ -61,7 +61,7 @@ class Example:
                 raise DataError(f"question {self.id} has no raw answers, which {protocol} compares with")
             answers = tuple(map(stem, self.raw_answers)) if protocol == "okvqa_stemmed" else self.raw_answers
         if protocol.startswith("nocaps") and "domain" not in self.groups:
-            raise DataError(f"picture {self.id} has no domain; convert the NoCaps file that has them")
+            raise DataError(f"image {self.id} has no domain; convert the NoCaps file that has them")
         return Reference(answers, self.groups)
 
 
@@ -76,11 +76,11 @@ class OwnExamples(Sequence[Example]):
         times = 1 if kind == CAPTION else ANNOTATORS
         self._examples = [
             Example(
-                f"{split}-{number}", int(s.picture), question_of(s), (s.answer.strip(),) * times, (), {"kind": s.kind}
+                f"{split}-{number}", int(s.image), question_of(s), (s.answer.strip(),) * times, (), {"kind": s.kind}
             )
             for number, s in enumerate(wanted)
         ]
-        self.pictures = dataset.images
+        self.images = dataset.images
         self.name = split
 
     def __len__(self) -> int:
@@ -93,25 +93,25 @@ class OwnExamples(Sequence[Example]):
         """An example to be shown."""
         return self._examples[index]
 
-    def picture(self, index: int) -> int:
-        """Row of an example's picture."""
-        return self._examples[index].picture
+    def image(self, index: int) -> int:
+        """Row of an example's image."""
+        return self._examples[index].image
 
 
 class StoredExamples(Sequence[Example]):
-    """A data set folder; records are read when they are asked for.
+    """A dataset folder; records are read when they are asked for.
 
-    ``pictures`` gives their pictures at the encoder's size, decoded by ``workers`` processes.
+    ``images`` gives their images at the encoder's size, decoded by ``workers`` processes.
     """
 
     def __init__(self, folder: str | Path, kind: Kind, image_size: int, workers: int = 0):
-        self.pictures = StoredPictures([folder], PictureOptions(image_size), workers)
-        (records,) = self.pictures.records
+        self.images = StoredImages([folder], ImageOptions(image_size), workers)
+        (records,) = self.images.records
         captions, questions = records.texts.T
         self._counts = np.minimum(captions, 1) if kind == CAPTION else questions
         if not self._counts.sum():
             wanted = "captions" if kind == CAPTION else "questions"
-            raise DataError(f"{folder}: holds no {wanted}; convert the data set that has them")
+            raise DataError(f"{folder}: holds no {wanted}; convert the dataset that has them")
         self._records, self._kind = records, kind
         self._ends = np.cumsum(self._counts)
         self._last: tuple[int, Record] | None = None
@@ -123,7 +123,7 @@ class StoredExamples(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:
         row, number = self._locate(index)
         if self._last is None or self._last[0] != row:
-            # Questions of one picture stand together: it is read once.
+            # Questions of one image stand together: it is read once.
             self._last = row, read_record(self._records.__getitem__, row, self.name)
         record = self._last[1]
         if self._kind == CAPTION:
@@ -144,8 +144,8 @@ class StoredExamples(Sequence[Example]):
         question = record.questions[number]
         return Example(question.id, row, question.text, question.answers)
 
-    def picture(self, index: int) -> int:
-        """Row of an example's picture, found without reading it."""
+    def image(self, index: int) -> int:
+        """Row of an example's image, found without reading it."""
         return self._locate(index)[0]
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -159,7 +159,7 @@ Examples: TypeAlias = OwnExamples | StoredExamples
 
 
 def read_record(read: Callable[[int], Record], row: int, name: str) -> Record:
-    """``read(row)``, whose errors name the data set folder.
+    """``read(row)``, whose errors name the dataset folder.
 
     Raises:
         DataError: the record is damaged.
@@ -167,22 +167,22 @@ def read_record(read: Callable[[int], Record], row: int, name: str) -> Record:
     try:
         return read(row)
     except (DataError, OSError, RuntimeError) as error:  # the last from the file library
-        raise DataError(f"{name}: record {row} cannot be read ({error}); convert the data set again") from None
+        raise DataError(f"{name}: record {row} cannot be read ({error}); convert the dataset again") from None
 
 
-def picture_marks(pictures: Pictures, row: int, *, stored: bool) -> frozenset[str]:
-    """What tells a picture from others: of two sources, those with a mark in common are the same picture.
+def image_marks(images: Images, row: int, *, stored: bool) -> frozenset[str]:
+    """What tells an image from others: of two sources, those with a mark in common are the same image.
 
     Args:
-        pictures: its source.
-        row: of the picture.
-        stored: whether both sources are stored pictures. Marks are then the record's id and a hash of the file, which
+        images: its source.
+        row: of the image.
+        stored: whether both sources are stored images. Marks are then the record's id and a hash of the file, which
             need no decoding; else a hash of the pixels.
     """
     if not stored:
-        return frozenset({_hash(np.ascontiguousarray(pictures[np.array([row])]).tobytes())})
-    folder, local = pictures.where(row)
-    records = pictures.records[pictures.folders.index(folder)]
+        return frozenset({_hash(np.ascontiguousarray(images[np.array([row])]).tobytes())})
+    folder, local = images.where(row)
+    records = images.records[images.folders.index(folder)]
     record = read_record(records.__getitem__, local, folder)
     return frozenset({f"id {record.id}", _hash(record.image_bytes())})
 
@@ -191,10 +191,10 @@ def _hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-class JoinedPictures:
-    """Two sources of pictures as one: rows of the second follow those of the first."""
+class JoinedImages:
+    """Two sources of images as one: rows of the second follow those of the first."""
 
-    def __init__(self, first: Pictures, second: Pictures):
+    def __init__(self, first: Images, second: Images):
         self.sources = first, second
 
     def __len__(self) -> int:
@@ -212,15 +212,15 @@ class JoinedPictures:
         return out
 
 
-def close(pictures: Any) -> None:
-    """Ends the processes that decode, which start again when more pictures are asked for."""
-    for source in pictures.sources if isinstance(pictures, JoinedPictures) else (pictures,):
-        if isinstance(source, StoredPictures):
+def close(images: Any) -> None:
+    """Ends the processes that decode, which start again when more images are asked for."""
+    for source in images.sources if isinstance(images, JoinedImages) else (images,):
+        if isinstance(source, StoredImages):
             source.close()
 
 
-class BlackPictures:
-    """So many black pictures."""
+class BlackImages:
+    """So many black images."""
 
     def __init__(self, count: int, size: int):
         self._count, self._size = count, size

@@ -17,10 +17,10 @@ from magma_jax.evaluation.scoring.protocols import PROTOCOLS
 from magma_jax.evaluation.scoring.score import Score, judge, score
 from magma_jax.evaluation.tasks.answering import Answerer, Parts
 from magma_jax.evaluation.tasks.examples import (
-    BlackPictures,
+    BlackImages,
     Example,
     Examples,
-    JoinedPictures,
+    JoinedImages,
     OwnExamples,
     StoredExamples,
     close,
@@ -45,7 +45,7 @@ class TaskResult:
         scores: protocol to score; empty where the true answers are secret.
         first_line: the same for the first line of every output, where no truth can help; empty if nothing else was
             judged anyway.
-        pictures: of the examples, by ``Example.picture``.
+        images: of the examples, by ``Example.image``.
         stamp: what else the result depends on: data, sizes, checkpoint.
     """
 
@@ -56,7 +56,7 @@ class TaskResult:
     answers: Sequence[str]
     scores: Mapping[str, Score]
     first_line: Mapping[str, Score]
-    pictures: Any
+    images: Any
     stamp: Mapping[str, Any]
 
     def per_sample(self) -> Scores | None:
@@ -109,7 +109,7 @@ def evaluate_task(
         dataset: the run's own data, for tasks that take it.
         batch_size: prompts that are run together; changes speed, not results.
         mesh: devices that share the work, of one process or several; changes speed, not results.
-        workers: processes that decode pictures of data set folders; 0 for none but this one.
+        workers: processes that decode images of dataset folders; 0 for none but this one.
         stamp: joined to the result's, such as the checkpoint.
 
     Raises:
@@ -120,11 +120,11 @@ def evaluate_task(
     examples = [queries[number] for number in numbers]
     _check_ids(examples, queries.name)
     shots = choose_shots(task, queries, pool, examples)
-    same = pool.pictures is queries.pictures
-    pictures = queries.pictures if same else JoinedPictures(queries.pictures, pool.pictures)
-    shown = BlackPictures(len(pictures), model.config.encoder.image_size) if task.blind else pictures
+    same = pool.images is queries.images
+    images = queries.images if same else JoinedImages(queries.images, pool.images)
+    shown = BlackImages(len(images), model.config.encoder.image_size) if task.blind else images
     answerer = Answerer(model, shown, batch_size=batch_size, mesh=mesh)
-    offset = 0 if same else len(queries.pictures)
+    offset = 0 if same else len(queries.images)
     room = model.config.lm.context_length - task.max_new_tokens
     asked = ask(task, examples, shots, offset, answerer, room)
     if task.kind == "class":
@@ -138,7 +138,7 @@ def evaluate_task(
             common=asked.common,
             extrapolate=task.overlong == "extrapolate",
         )
-    close(pictures)
+    close(images)
     longest = max(map(answerer.length, asked.prompts)) + answerer.length(asked.common)
     found = {
         "samples": len(examples),
@@ -150,7 +150,7 @@ def evaluate_task(
         "decoding": _decoding(task),
         **(stamp or {}),
     }
-    return finish(task, model.tokenizer, examples, shots, outputs, pictures, found)
+    return finish(task, model.tokenizer, examples, shots, outputs, images, found)
 
 
 def finish(
@@ -159,7 +159,7 @@ def finish(
     examples: Sequence[Example],
     shots: Sequence[Sequence[Shot]],
     outputs: Sequence[str],
-    pictures: Any,
+    images: Any,
     stamp: Mapping[str, Any],
 ) -> TaskResult:
     """Truncates and scores outputs that a task got.
@@ -183,7 +183,7 @@ def finish(
             scores[name] = score(name, answers, references)
             if lines != answers:
                 first_line[name] = score(name, lines, references)
-    return TaskResult(task, examples, shots, outputs, answers, scores, first_line, pictures, stamp)
+    return TaskResult(task, examples, shots, outputs, answers, scores, first_line, images, stamp)
 
 
 def open_examples(
@@ -202,7 +202,7 @@ def open_examples(
         same = task.shot_data is None or Path(task.shot_data).resolve() == Path(task.data).resolve()
         return queries, queries if same else open_folder(task.shot_data)
     if dataset is None:
-        raise DataError(f"task {task.name}: no data; give the data set folder with --data")
+        raise DataError(f"task {task.name}: no data; give the dataset folder with --data")
     own = OwnExamples(dataset, task.split, task.kind)
     if task.shot_data is not None:
         return own, open_folder(task.shot_data)
@@ -219,9 +219,9 @@ def ask(
     answerer: Answerer,
     room: int,
 ) -> Asked:
-    """Prompts of a task; ``offset``: the row of the shots' first picture; ``room``: positions a prompt may take."""
-    completed = [[(offset + shot.picture, task.complete(shot.text, shot.shown)) for _, shot in row] for row in shots]
-    prompts = [(example.picture, task.ask(example.text)) for example in examples]
+    """Prompts of a task; ``offset``: the row of the shots' first image; ``room``: positions a prompt may take."""
+    completed = [[(offset + shot.image, task.complete(shot.text, shot.shown)) for _, shot in row] for row in shots]
+    prompts = [(example.image, task.ask(example.text)) for example in examples]
     lengths = [answerer.length(prompt) for prompt in prompts]
     dropped = 0
 
@@ -257,5 +257,5 @@ def _check_ids(examples: Sequence[Example], name: str) -> None:
     seen: set[str] = set()
     for example in examples:
         if example.id in seen:
-            raise DataError(f"{name}: {example.id} is there twice; convert the data set again")
+            raise DataError(f"{name}: {example.id} is there twice; convert the dataset again")
         seen.add(example.id)

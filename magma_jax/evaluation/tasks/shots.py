@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from magma_jax.data.batches.stored_images import StoredPictures
+from magma_jax.data.batches.stored_images import StoredImages
 from magma_jax.data.format.records import DataError
-from magma_jax.evaluation.tasks.examples import Example, Examples, picture_marks
+from magma_jax.evaluation.tasks.examples import Example, Examples, image_marks
 from magma_jax.evaluation.tasks.task import TaskConfig
 
 
@@ -23,7 +23,7 @@ class Shot(NamedTuple):
 def choose_shots(task: TaskConfig, queries: Examples, pool: Examples, examples: Sequence[Example]) -> list[list[Shot]]:
     """The shots of every query; one list for all where they are shared.
 
-    No query sees its own picture, nor the same picture under another name or in another folder.
+    No query sees its own image, nor the same image under another name or in another folder.
 
     Args:
         queries: what ``examples`` are of.
@@ -38,15 +38,15 @@ def choose_shots(task: TaskConfig, queries: Examples, pool: Examples, examples: 
         return [[] for _ in examples[: 1 if shared else None]]
     if shared and pool is queries:
         raise DataError("shots of a whole run may not come from the questions themselves; give --shot-data")
-    stored = all(isinstance(source.pictures, StoredPictures) for source in (queries, pool))
-    marks_asked = functools.cache(lambda row: picture_marks(queries.pictures, row, stored=stored))
-    marks_shown = functools.cache(lambda row: picture_marks(pool.pictures, row, stored=stored))
-    ids, asked = [example.id for example in examples], [marks_asked(example.picture) for example in examples]
+    stored = all(isinstance(source.images, StoredImages) for source in (queries, pool))
+    marks_asked = functools.cache(lambda row: image_marks(queries.images, row, stored=stored))
+    marks_shown = functools.cache(lambda row: image_marks(pool.images, row, stored=stored))
+    ids, asked = [example.id for example in examples], [marks_asked(example.image) for example in examples]
     if shared:
         ids, asked = None, [frozenset().union(*asked)]
     try:
         rows = draw_shots(
-            len(pool), task.shots, task.seed, ids, lambda i, row: marks_shown(pool.picture(row)).isdisjoint(asked[i])
+            len(pool), task.shots, task.seed, ids, lambda i, row: marks_shown(pool.image(row)).isdisjoint(asked[i])
         )
     except ValueError as error:
         raise DataError(f"{pool.name}: {error}") from None

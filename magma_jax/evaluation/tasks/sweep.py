@@ -53,7 +53,7 @@ def run_sweep(
         if key not in asked:
             asked[key] = evaluate(task)
         found = asked[key]
-        kept = (found.examples, found.shots, found.outputs, found.pictures, found.stamp)
+        kept = (found.examples, found.shots, found.outputs, found.images, found.stamp)
         results.append(found if found.task == task else finish(task, tokenizer, *kept))
     return results
 

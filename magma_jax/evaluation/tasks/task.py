@@ -25,7 +25,7 @@ class TaskConfig:
         name: of its results; those of ``TASKS`` are columns of the paper's tables.
         kind: questions with answers, captions, or statements that a classification head puts into classes.
         protocols: how answers are judged; the first one is what the task is known by.
-        data: data set folder that ``python -m magma_jax.data convert`` wrote; None for the run's own data.
+        data: dataset folder that ``python -m magma_jax.data convert`` wrote; None for the run's own data.
         split: of the run's own data.
         shot_data: the folder that shots come from; None for the run's own data, or ``data`` where that is given.
         shot_split: of the run's own data.
@@ -34,10 +34,10 @@ class TaskConfig:
         shot_policy: every ``query`` draws its own shots, or one draw serves the whole ``run``, whose keys and values
             are then computed once.
         seed: of the shots, and of sampling.
-        prompt: text behind the picture; a question takes the place of ``{}``.
+        prompt: text behind the image; a question takes the place of ``{}``.
         before_answer: between the prompt and the answer of a shot. The prompt itself ends without it: a byte-pair
             encoding takes the space into the next word.
-        after_answer: between a shot's answer and the next picture.
+        after_answer: between a shot's answer and the next image.
         truncation: what an answer is cut to: the first line (``newline``), or as many ``words``, ``tokens`` or
             ``characters`` as its longest true answer has. The last three look at the truth, as the paper does; scores
             are therefore also given for the first line.
@@ -46,7 +46,7 @@ class TaskConfig:
         overlong: a prompt that exceeds the model's context is an ``error``; or it loses its first shots, which is
             counted (``drop_shots``); or it is run all the same, at positions that the model never saw
             (``extrapolate``, for language models without a table of positions).
-        blind: shows black pictures: what the words alone give away.
+        blind: shows black images: what the words alone give away.
         classes: names of the head's outputs, in their order.
     """
 
@@ -96,12 +96,12 @@ class TaskConfig:
         return {name: value for name, value in to_dict(self).items() if name not in _PLACES and value != usual[name]}
 
     def ask(self, text: str) -> str:
-        """The words behind a picture; ``text`` is the question, which captions do not have."""
+        """The words behind an image; ``text`` is the question, which captions do not have."""
         # No str.format: a question may hold braces.
         return self.prompt.replace("{}", text)
 
     def complete(self, text: str, answer: str) -> str:
-        """The same as a completed example, up to the next picture."""
+        """The same as a completed example, up to the next image."""
         return f"{self.ask(text)}{self.before_answer}{answer}{self.after_answer}"
 
 

@@ -20,7 +20,7 @@ def _build(config: LanguageModelConfig, rngs: nnx.Rngs) -> Decoder:
 
 def _complete(config: RunConfig) -> RunConfig:
     if config.data.name == "folders":
-        raise ValueError(f"data.name folders holds pictures, which a model of kind {config.model.kind} does not see")
+        raise ValueError(f"data.name folders holds images, which a model of kind {config.model.kind} does not see")
     return config
 
 

@@ -1,4 +1,4 @@
-"""MAGMA: pictures become words of a frozen language model (Eichenberg et al., 2021)."""
+"""MAGMA: images become words of a frozen language model (Eichenberg et al., 2021)."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from magma_jax.family import Family
 from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
 from magma_jax.published.encoder_sources import open_encoder
 from magma_jax.published.language_model_sources import open_lm
+from magma_jax.training.image_features import feature_statistics, image_loader
 from magma_jax.training.monitor.throughput import count_batch
-from magma_jax.training.pictures import feature_statistics, picture_loader
 
 
 def _build(config: MagmaConfig, rngs: nnx.Rngs) -> MagmaModel:
@@ -39,7 +39,7 @@ MAGMA = Family(
     batch_shapes=batch_shapes,
     count=count_batch,
     flops=step_flops,
-    prepare=lambda program, dataset, params: picture_loader(dataset.images, program, params),
+    prepare=lambda program, dataset, params: image_loader(dataset.images, program, params),
     first_values=_first_values,
     parts={
         "lm": lambda path, model: open_lm(path, model.lm),

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from magma_jax.training.pictures import features_are_fixed
+from magma_jax.training.image_features import features_are_fixed
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.program import Program
 
@@ -18,7 +18,7 @@ def complete(config: RunConfig) -> RunConfig:
     """
     data, model = config.data, config.model
     if data.pack > 1 and config.loss.batch_norm == "batch":
-        raise ValueError("rows with data.pack have empty places for pictures, which loss.batch_norm=batch would count")
+        raise ValueError("rows with data.pack have empty places for images, which loss.batch_norm=batch would count")
     if data.name != "folders":
         return config
     if len(data.classes) != model.classes:
@@ -33,17 +33,17 @@ def complete(config: RunConfig) -> RunConfig:
 
 
 def batch_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """The longest batch of a run, as ``data.batches`` and ``training.pictures`` make it."""
+    """The longest batch of a run, as ``data.batches`` and ``training.image_features`` make it."""
     config, encoder = program.config, program.config.model.encoder
     rows, length = config.batch_size, config.data.length
     shapes: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(("tokens", "labels"), ((rows, length), jnp.int32))
-    pictures: tuple[int, ...] = (rows,)
+    images: tuple[int, ...] = (rows,)
     if config.data.pack > 1:
         shapes |= dict.fromkeys(("segments", "positions"), ((rows, length), jnp.int32))
-        pictures = (rows, config.data.pack)
+        images = (rows, config.data.pack)
     if features_are_fixed(program) and config.data.name != "folders":
         grid = (encoder.channels,) if encoder.positions is None else (encoder.positions, encoder.channels)
-        shapes["features"] = ((*pictures, *grid), jnp.float32)
+        shapes["features"] = ((*images, *grid), jnp.float32)
     else:
-        shapes["images"] = ((*pictures, encoder.image_size, encoder.image_size, 3), jnp.uint8)
+        shapes["images"] = ((*images, encoder.image_size, encoder.image_size, 3), jnp.uint8)
     return shapes

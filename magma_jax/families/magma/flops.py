@@ -15,7 +15,7 @@ from flax import nnx
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.vision.catalog import EncoderConfig, build_encoder
 from magma_jax.nn.modules import abstract, merge
-from magma_jax.training.pictures import ENCODER
+from magma_jax.training.image_features import ENCODER
 from magma_jax.training.step.flops import (
     LANGUAGE_INPUTS,
     StepFlops,
@@ -28,7 +28,7 @@ from magma_jax.training.step.flops import (
 # What multiplies the weights of a path, in vectors a row. Encoders are counted by tracing them.
 INPUTS = (
     (re.compile(r"image_prefix/encoder/.*|image_prefix/(.*/)?ln(_\w+)?/weight"), None),
-    (re.compile(r"image_prefix/transformer/.*weight"), "picture"),
+    (re.compile(r"image_prefix/transformer/.*weight"), "image"),
     (re.compile(r"image_prefix/proj(_in)?/weight"), "features"),
     (re.compile(r"class_head/weight"), "row"),
     *LANGUAGE_INPUTS,
@@ -47,12 +47,12 @@ def step_flops(
     packed, cached = "segments" in batch, "features" in batch
     pack = batch["features" if cached else "images"][1] if packed else 1
     grid = config.encoder.positions
-    picture = grid or config.prefix.image_positions
+    image = grid or config.prefix.image_positions
     vectors = {
         # The last token predicts nothing; in a row that is not packed it is not run.
-        "positions": pack * picture + length - (0 if packed else 1),
-        "predicted": length,  # the picture's last position predicts the first token
-        "picture": pack * picture,
+        "positions": pack * image + length - (0 if packed else 1),
+        "predicted": length,  # the image's last position predicts the first token
+        "image": pack * image,
         "features": pack * (grid or 1),
         "row": 1,
     }
@@ -61,15 +61,15 @@ def step_flops(
     frozen, trained = matrix_flops(shapes, labels, INPUTS, vectors, first=() if encoder_learns else ("features",))
     attention = attention_flops(config.lm.width, config.lm.layers, vectors["positions"])
     if config.prefix.mapping == "transformer":
-        attention += pack * attention_flops(config.lm.width, config.prefix.transformer_layers, picture)
+        attention += pack * attention_flops(config.lm.width, config.prefix.transformer_layers, image)
     encoder = 0 if cached else (3 if encoder_learns else 1) * pack * encoder_flops(config.encoder)
     return StepFlops(*(rows * count for count in (frozen, trained, attention, encoder)))
 
 
 @functools.lru_cache
 def encoder_flops(config: EncoderConfig) -> int:
-    """Operations of the matmuls and convolutions that an encoder runs for one picture, forward."""
+    """Operations of the matmuls and convolutions that an encoder runs for one image, forward."""
     graphdef, shapes, _ = abstract(lambda: build_encoder(config, rngs=nnx.Rngs(0)))
-    picture = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
     traced = jax.make_jaxpr(lambda params, images: merge(graphdef, params)(images, batch_norm="frozen"))
-    return matmul_flops(traced(shapes, picture).jaxpr)
+    return matmul_flops(traced(shapes, image).jaxpr)

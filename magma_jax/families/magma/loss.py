@@ -1,4 +1,4 @@
-"""The loss of MAGMA: the words behind a picture, or the class of a picture and a statement."""
+"""The loss of MAGMA: the words behind an image, or the class of an image and a statement."""
 
 import jax.numpy as jnp
 
@@ -20,14 +20,14 @@ def caption_labels(tokens: Int[Array, "B S"], eos_id: int) -> Int[Array, "B S"]:
 
 
 def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> Terms:
-    """Next-token loss of the words behind a picture (paper, equation 3), or the loss of a classification head.
+    """Next-token loss of the words behind an image (paper, equation 3), or the loss of a classification head.
 
     With a head (paper, section 4.1.3) a label is a class and stands at the end of text behind a statement, for which
     the embedding of the last token of the statement is asked.
 
-    ``batch`` holds ``tokens`` and ``labels`` (B, S), and either ``images`` (uint8, or normalised pictures) or
+    ``batch`` holds ``tokens`` and ``labels`` (B, S), and either ``images`` (uint8, or normalised images) or
     ``features`` (what a frozen encoder made of them, computed once). ``key=None`` means no dropout. If rows hold
-    several samples, ``segments`` and ``positions`` (B, S) say which, and pictures and features have a second axis, see
+    several samples, ``segments`` and ``positions`` (B, S) say which, and images and features have a second axis, see
     ``data.batches.batching``.
     """
     if "features" in batch:

@@ -1,4 +1,4 @@
-"""What the model says while it learns: the same pictures every time, with a caption and a question each."""
+"""What the model says while it learns: the same images every time, with a caption and a question each."""
 
 import io
 from collections import defaultdict
@@ -14,11 +14,11 @@ from magma_jax.evaluation.results.results import CAPTION, question_of
 from magma_jax.evaluation.tasks.answering import lay_out, pad_prompts
 from magma_jax.evaluation.tasks.batched_generate import answer_batch
 from magma_jax.inference.decoding.sampling import SamplingConfig
-from magma_jax.inference.prompts import picture_positions
+from magma_jax.inference.prompts import image_positions
 from magma_jax.output import replace_file
 from magma_jax.runtime.sharding import batch_shards
+from magma_jax.training.image_features import encode_all, features_are_fixed
 from magma_jax.training.monitor.writers import append_line, cut_after
-from magma_jax.training.pictures import encode_all, features_are_fixed
 from magma_jax.training.run.setup import Run
 from magma_jax.typing import Params, UInt8
 
@@ -28,16 +28,16 @@ LOOKED_THROUGH = 4096
 
 
 class Sampler:
-    """Answers the chosen samples of a run, draws them, and keeps picture and texts in the run folder.
+    """Answers the chosen samples of a run, draws them, and keeps image and texts in the run folder.
 
     ``samples/000200.png`` shows the answers after step 200, and ``samples.jsonl`` has a line for each of them:
-    ``step``, ``picture`` (its row), ``kind``, ``prompt``, ``truth``, ``said``.
+    ``step``, ``image`` (its row), ``kind``, ``prompt``, ``truth``, ``said``.
 
     Args:
         writing: whether this process writes the files.
 
     Raises:
-        ConfigError: the data set has no such split or no pictures, or answers might not fit the model's context.
+        ConfigError: the dataset has no such split or no images, or answers might not fit the model's context.
     """
 
     def __init__(self, run: Run, *, writing: bool):
@@ -46,21 +46,21 @@ class Sampler:
         if dataset.images is None or not samples:
             splits = ", ".join(name for name, members in dataset.evaluation.items() if members) or "none"
             raise ConfigError(
-                f"watch.samples_every: the data set has no pictures in a split {watch.samples_split!r} "
+                f"watch.samples_every: the dataset has no images in a split {watch.samples_split!r} "
                 f"(its splits: {splits}); set watch.samples_split, or watch.samples_every=0"
             )
         self._run, self._writing = run, writing
         self._features: np.ndarray | None = None
         self._samples = choose(samples, watch.samples)
-        self._rows = sorted({int(sample.picture) for sample in self._samples})
-        positions = picture_positions(model)
+        self._rows = sorted({int(sample.image) for sample in self._samples})
+        positions = image_positions(model)
         # The devices share the rows, so the last one is repeated where these do not come out even.
         self._asked = self._samples + self._samples[-1:] * (-len(self._samples) % batch_shards(run.program.mesh))
-        prompts = [lay_out((int(s.picture), s.prompt), dataset.tokenizer, positions) for s in self._asked]
+        prompts = [lay_out((int(s.image), s.prompt), dataset.tokenizer, positions) for s in self._asked]
         longest = max(len(prompt.tokens) for prompt in prompts)
         if longest + watch.samples_tokens > model.lm.context_length:
             raise ConfigError(
-                f"watch.samples_tokens: picture, prompt and {watch.samples_tokens} new tokens take "
+                f"watch.samples_tokens: image, prompt and {watch.samples_tokens} new tokens take "
                 f"{longest + watch.samples_tokens} positions, but the context holds {model.lm.context_length}; lower it"
             )
         self._prompts = pad_prompts(prompts, longest) | {"numbers": np.arange(len(prompts), dtype=np.int32)}
@@ -68,17 +68,17 @@ class Sampler:
             cut_after(run.workdir / SAMPLES_FILE, int(run.state.step))
 
     def __call__(self, step: int, params: Params) -> UInt8[np.ndarray, "H W 3"]:
-        """Asks the model with ``params``, and returns the picture of its answers."""
+        """Asks the model with ``params``, and returns the image of its answers."""
         run = self._run
         tokenizer, images = run.dataset.tokenizer, run.dataset.images[self._rows]
         features = self._features
         if features is None:
-            # The features of a frozen encoder come from the program that has encoded the training pictures.
+            # The features of a frozen encoder come from the program that has encoded the training images.
             fixed = features_are_fixed(run.program)
             sizes = {} if fixed else {"batch_size": len(images)}
             features = encode_all(images, run.program.graphdef, params, run.program.mesh, **sizes, progress=False)
             self._features = features if fixed else None
-        shown = features[[self._rows.index(int(sample.picture)) for sample in self._asked]]
+        shown = features[[self._rows.index(int(sample.image)) for sample in self._asked]]
         tokens, lengths = answer_batch(
             run.program.graphdef,
             params,
@@ -94,46 +94,46 @@ class Sampler:
             tokenizer.decode(row[:length].tolist()).strip()
             for row, length in zip(np.asarray(tokens), np.asarray(lengths), strict=True)
         ][: len(self._samples)]
-        picture = draw_cards(self._cards(said))
+        image = draw_cards(self._cards(said))
         if self._writing:
-            self._write(step, picture, said)
-        return picture
+            self._write(step, image, said)
+        return image
 
     def _cards(self, said: Sequence[str]) -> list[Card]:
         lines: dict[int, list[Line]] = defaultdict(list)
         for sample, text in zip(self._samples, said, strict=True):
-            lines[int(sample.picture)].append(Line(text, sample.answer.strip(), question_of(sample)))
+            lines[int(sample.image)].append(Line(text, sample.answer.strip(), question_of(sample)))
         return [Card(self._run.dataset.images[row], members) for row, members in lines.items()]
 
-    def _write(self, step: int, picture: UInt8[np.ndarray, "H W 3"], said: Sequence[str]) -> None:
+    def _write(self, step: int, image: UInt8[np.ndarray, "H W 3"], said: Sequence[str]) -> None:
         folder = self._run.workdir / SAMPLES
         folder.mkdir(exist_ok=True)
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, "PNG")
+        Image.fromarray(image).save(file, "PNG")
         replace_file(folder / f"{step:06d}.png", file.getvalue())
         for sample, text in zip(self._samples, said, strict=True):
-            line = {"step": step, "picture": int(sample.picture), "kind": sample.kind, "prompt": sample.prompt}
+            line = {"step": step, "picture": int(sample.image), "kind": sample.kind, "prompt": sample.prompt}
             append_line(self._run.workdir / SAMPLES_FILE, line | {"truth": sample.answer.strip(), "said": text})
 
 
-def choose(samples: Sequence[Any], pictures: int) -> list[Any]:
-    """Samples of up to ``pictures`` pictures, evenly spaced in their order: a caption and a question of each.
+def choose(samples: Sequence[Any], images: int) -> list[Any]:
+    """Samples of up to ``images`` images, evenly spaced in their order: a caption and a question of each.
 
-    Which of several questions a picture gets goes round, so that all kinds are seen.
+    Which of several questions an image gets goes round, so that all kinds are seen.
     """
     captions: dict[int, Any] = {}
     questions: dict[int, list[Any]] = defaultdict(list)
     # Of a large split some thousands serve as well: a look at what the model says should not read all of it.
     step = max(1, len(samples) // LOOKED_THROUGH)
     for sample in (samples[row] for row in range(0, len(samples), step)):
-        if sample.picture is None:
+        if sample.image is None:
             continue
         if sample.kind == CAPTION:
-            captions.setdefault(int(sample.picture), sample)
+            captions.setdefault(int(sample.image), sample)
         else:
-            questions[int(sample.picture)].append(sample)
+            questions[int(sample.image)].append(sample)
     rows = sorted(set(captions) | set(questions))
-    count = min(pictures, len(rows))
+    count = min(images, len(rows))
     chosen = []
     for i in range(count):
         row = rows[i * len(rows) // count]

@@ -1,7 +1,7 @@
-"""The running batch of an engine: its slots on the device, what their caches hold, and the pictures encoded so far.
+"""The running batch of an engine: its slots on the device, what their caches hold, and the images encoded so far.
 
-What a slot's cache still holds of an earlier prompt is not computed again: the same picture with another question, or
-the same few-shot examples before another picture.
+What a slot's cache still holds of an earlier prompt is not computed again: the same image with another question, or
+the same few-shot examples before another image.
 """
 
 import collections
@@ -14,9 +14,9 @@ import numpy as np
 from magma_jax.inference.api import LENGTH_BUCKETS, Magma
 from magma_jax.inference.batching import slots
 from magma_jax.inference.batching.requests import MAX_TOP_LOGPROBS, RequestOptions
-from magma_jax.inference.decoding.decode import Drawn
+from magma_jax.inference.decoding.decode import SampledTokens
 from magma_jax.inference.decoding.sampling import sampling_rows, seed_words
-from magma_jax.inference.prompts import WORD, Encoded, picture_positions
+from magma_jax.inference.prompts import WORD, Encoded, image_positions
 from magma_jax.inference.structured.constraints import installed
 from magma_jax.inference.structured.grammars import Guide, everything
 from magma_jax.models.vision.catalog import ENCODERS
@@ -91,26 +91,26 @@ class SlotBatch:
         model: any.
         count: slots.
         context: positions of each.
-        pictures: pictures that are kept encoded; one prompt may have as many.
+        images: images that are kept encoded; one prompt may have as many.
         steps: tokens of a burst of decoding.
         reuse: whether prompts that begin like an earlier one share its cache.
     """
 
-    def __init__(self, model: Magma, *, count: int, context: int, pictures: int, steps: int, reuse: bool):
-        self.model, self.count, self.pictures, self.steps, self.reuse = model, count, pictures, steps, reuse
+    def __init__(self, model: Magma, *, count: int, context: int, images: int, steps: int, reuse: bool):
+        self.model, self.count, self.images, self.steps, self.reuse = model, count, images, steps, reuse
         self.buckets = (*(bucket for bucket in LENGTH_BUCKETS if bucket < context), context)
-        self.encoded = 0  # pictures, since the start
+        self.encoded = 0  # images, since the start
         self._context = context
         self._fixed = (model.graphdef, model.params)
         self._eos_id, self._vocabulary = model.tokenizer.eos_id, model.config.lm.head_rows
         self._top = min(MAX_TOP_LOGPROBS, model.config.lm.vocab_rows)
-        self._picture_positions = picture_positions(model.config)
+        self._image_positions = image_positions(model.config)
         self.reset()
 
     def reset(self) -> None:
         """Fresh device state: at the start, and after a failure that may have taken the old one with it."""
-        empty = slots.empty_slots(*self._fixed, self.count, self._context, self.pictures)
-        self._rows, self._table = slots.beside(self.model.params, empty)
+        empty = slots.empty_slots(*self._fixed, self.count, self._context, self.images)
+        self._rows, self._table = slots.commit_like(self.model.params, empty)
         self._row_of: collections.OrderedDict[bytes, int] = collections.OrderedDict()
         self._held = [_Held(self._context) for _ in range(self.count)]
 
@@ -132,9 +132,9 @@ class SlotBatch:
         emptiest = min(free, key=lambda slot: self._held[slot].length)  # has the least to lose
         if not self.reuse:
             return emptiest, 0, None
-        # The newest token of a running request was drawn but not run yet: the cache does not hold it.
+        # The newest token of a running request was sampled but not run yet: the cache does not hold it.
         lengths = [held.length if slot in free else held.length - 1 for slot, held in enumerate(self._held)]
-        # At least one position has to be run: the first token is drawn from its logits.
+        # At least one position has to be run: the first token is sampled from its logits.
         most = len(prompt.tokens) - 1
         common = [min(held.common(prompt, size), most) for held, size in zip(self._held, lengths, strict=True)]
         best = max(range(self.count), key=lambda slot: (common[slot], slot in free))
@@ -142,7 +142,7 @@ class SlotBatch:
             return emptiest, 0, None
         return (best, common[best], None) if best in free else (emptiest, common[best], best)
 
-    def admit(self, entries: Sequence[Entry]) -> list[tuple[list[Entry], Drawn]]:
+    def admit(self, entries: Sequence[Entry]) -> list[tuple[list[Entry], SampledTokens]]:
         """Runs prompts in the slots they were placed in, together where that is quicker, and draws the first tokens.
 
         Returns what was run together, each with its first tokens, a row an entry.
@@ -154,14 +154,14 @@ class SlotBatch:
             size = next(size for size in self._groups(bucket) if size == 1 or self._fit(waiting, size))
             group, waiting = waiting[:size], waiting[size:]
             admission = self._admission(group, bucket)  # adds to the table
-            self._rows, drawn = self._run(slots.admit, self._table, admission, top=self._top)
-            done.append((group, drawn))
+            self._rows, sampled = self._run(slots.admit, self._table, admission, top=self._top)
+            done.append((group, sampled))
         return done
 
     def _fit(self, entries: Sequence[Entry], size: int) -> bool:
-        """Whether there are so many, and room for the pictures of all of them at once."""
-        pictures = sum(len(entry.prompt.pixels) for entry in entries[:size])
-        return len(entries) >= size and pictures <= self.pictures
+        """Whether there are so many, and room for the images of all of them at once."""
+        images = sum(len(entry.prompt.pixels) for entry in entries[:size])
+        return len(entries) >= size and images <= self.images
 
     def _groups(self, bucket: int) -> list[int]:
         """How many prompts of a padded length are run together."""
@@ -172,16 +172,16 @@ class SlotBatch:
 
     def _admission(self, entries: Sequence[Entry], bucket: int) -> slots.Admission:
         tokens = np.zeros((len(entries), bucket), np.int32)
-        pictures = np.full((len(entries), bucket), WORD, np.int32)
+        images = np.full((len(entries), bucket), WORD, np.int32)
         seen = np.zeros((len(entries), self._vocabulary), bool)
         for row, (place, prompt, *_) in enumerate(entries):
             new = slice(place.start, None)
             owners = prompt.owners[new]
             tokens[row, : len(owners)] = prompt.tokens[new]
-            first = {key: self._picture_row(key, prompt) * self._picture_positions for key in set(owners) - {None}}
+            first = {key: self._image_row(key, prompt) * self._image_positions for key in set(owners) - {None}}
             for i, (owner, position) in enumerate(zip(owners, prompt.places[new], strict=True)):
                 if owner is not None:
-                    pictures[row, i] = first[owner] + position
+                    images[row, i] = first[owner] + position
             seen[row, prompt.tokens[prompt.places == WORD]] = True
         options = [entry.options for entry in entries]
 
@@ -193,7 +193,7 @@ class SlotBatch:
             numbers([entry.place.start for entry in entries]),
             numbers([entry.length for entry in entries]),
             tokens,
-            pictures,
+            images,
             seen,
             numbers([seed_words(one.seed) for one in options], np.uint32),
             sampling_rows([one.sampling for one in options]),
@@ -210,29 +210,29 @@ class SlotBatch:
                 allowed[row] = guide.mask
         return allowed
 
-    def _picture_row(self, key: bytes, prompt: Encoded) -> int:
-        """Where a picture stands in the table; it is encoded if it is not there, in place of the least used one."""
+    def _image_row(self, key: bytes, prompt: Encoded) -> int:
+        """Where an image stands in the table; it is encoded if it is not there, in place of the least used one."""
         if key in self._row_of:
             self._row_of.move_to_end(key)
             return self._row_of[key]
-        if len(self._row_of) < self.pictures:
+        if len(self._row_of) < self.images:
             row = len(self._row_of)
         else:
             _, row = self._row_of.popitem(last=False)
-        self._add_picture(prompt.pixels[key], row)
+        self._add_image(prompt.pixels[key], row)
         self._row_of[key] = row
         self.encoded += 1
         return row
 
-    def _add_picture(self, pixels: np.ndarray, row: int) -> None:
+    def _add_image(self, pixels: np.ndarray, row: int) -> None:
         entry = ENCODERS[self.model.config.encoder.kind]
         options = {"mean": entry.mean, "std": entry.std}
-        self._table = slots.add_picture(*self._fixed, self._table, pixels[None], np.int32(row), **options)
+        self._table = slots.add_image(*self._fixed, self._table, pixels[None], np.int32(row), **options)
 
     def decode(
         self, *, top: bool, enough: int | None = None, guides: Mapping[int, Guide] | None = None
-    ) -> tuple[Drawn, Int[Array, " B"]]:
-        """A burst of decoding: what was drawn, a row a slot and a column a step, and how much of it counts.
+    ) -> tuple[SampledTokens, Int[Array, " B"]]:
+        """A burst of decoding: what was sampled, a row a slot and a column a step, and how much of it counts.
 
         Args:
             top: whether somebody wants the likeliest tokens too, which takes another program.
@@ -244,15 +244,15 @@ class SlotBatch:
         enough = np.int32(self.count + 1 if enough is None else enough)
         allowed = None if guides is None else self._allowed(self.count, guides)
         options = {"steps": self.steps if allowed is None else 1, "top": self._top if top else 0}
-        self._rows, drawn, counts = self._run(slots.decode, enough, allowed, **options)
-        return drawn, counts
+        self._rows, sampled, counts = self._run(slots.decode, enough, allowed, **options)
+        return sampled, counts
 
     def add_tokens(self, slot: int, tokens: Sequence[int]) -> None:
-        """Notes what a slot's request has drawn."""
+        """Notes what a slot's request has sampled."""
         self._held[slot].add(tokens)
 
     def end(self, slot: int) -> None:
-        """A request has left: its newest token was drawn but never run, so the cache does not hold it."""
+        """A request has left: its newest token was sampled but never run, so the cache does not hold it."""
         self._held[slot].length = max(self._held[slot].length - 1, 0)
 
     def release(self, which: Sequence[int]) -> None:
@@ -264,7 +264,7 @@ class SlotBatch:
     def warm_up(self) -> None:
         """Compiles every program, by running each for no slot at all. Nothing may be running."""
         size = self.model.config.encoder.image_size
-        self._add_picture(np.zeros((size, size, 3), np.uint8), 0)
+        self._add_image(np.zeros((size, size, 3), np.uint8), 0)
         nowhere = Place(self.count, 0)
         for bucket in self.buckets:
             prompt = Encoded(np.zeros(1, np.int32), np.full(1, WORD, np.int32), [None], {}, np.zeros((1, 3), np.int64))

@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave a running batch, each giving what it gives alone.
 
 One thread owns the device. Between two short bursts of decoding it looks at the queue: waiting requests take free
-slots (their pictures are encoded, their prompts are run), requests that have ended or were cancelled leave theirs. What
+slots (their images are encoded, their prompts are run), requests that have ended or were cancelled leave theirs. What
 a prompt has in common with an earlier one is not computed again (``inference.batching.batch``).
 
     with Engine(Magma.from_checkpoint("runs/quickstart")) as engine:
@@ -33,7 +33,7 @@ from magma_jax.inference.batching.requests import (
     Ticket,
     UnfinishedError,
 )
-from magma_jax.inference.decoding.decode import Drawn, TopTokens
+from magma_jax.inference.decoding.decode import SampledTokens, TopTokens
 from magma_jax.inference.prompts import Encoded, Prompt, encode_prompt
 from magma_jax.inference.structured.constraints import Constraint
 from magma_jax.inference.structured.grammars import Grammar, Grammars, Guide, GuideError
@@ -51,23 +51,23 @@ class EngineConfig:
     Attributes:
         slots: requests that decode together.
         context: positions of one request, prompt and answer; None for the model's context.
-        pictures: pictures that are kept encoded; also the most that one prompt may have.
+        images: images that are kept encoded; also the most that one prompt may have.
         steps: tokens that are decoded between two looks at the queue.
         queue: requests that may wait.
-        queue_bytes: what the pictures, at the encoder's size, and grammars of those that wait may take together.
-        reuse: whether prompts that begin like an earlier one share its cache, and equal pictures are encoded once.
+        queue_bytes: what the images, at the encoder's size, and grammars of those that wait may take together.
+        reuse: whether prompts that begin like an earlier one share its cache, and equal images are encoded once.
     """
 
     slots: int = 8
     context: int | None = None
-    pictures: int = 64
+    images: int = 64
     steps: int = 8
     queue: int = 256
     queue_bytes: int = 256 * 2**20
     reuse: bool = True
 
     def __post_init__(self):
-        for name in ("slots", "pictures", "steps", "queue", "queue_bytes"):
+        for name in ("slots", "images", "steps", "queue", "queue_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.context is not None and self.context < 2:
@@ -87,7 +87,7 @@ class EngineStats(NamedTuple):
     prompt_tokens: int
     reused_tokens: int
     new_tokens: int
-    pictures_encoded: int
+    images_encoded: int
 
 
 @dataclasses.dataclass
@@ -101,8 +101,8 @@ class _Work:
 
     @property
     def nbytes(self) -> int:
-        pictures = sum(pixels.nbytes for pixels in self.prompt.pixels.values())
-        return pictures if self.grammar is None else pictures + self.grammar.nbytes
+        images = sum(pixels.nbytes for pixels in self.prompt.pixels.values())
+        return images if self.grammar is None else images + self.grammar.nbytes
 
 
 class _New(NamedTuple):
@@ -136,7 +136,7 @@ class Engine:
             model,
             count=config.slots,
             context=self.context,
-            pictures=config.pictures,
+            images=config.images,
             steps=config.steps,
             reuse=config.reuse,
         )
@@ -183,7 +183,7 @@ class Engine:
         an answer what they are.
 
         Raises:
-            ValueError: an empty prompt, an item that is neither text nor picture, too many pictures, or more text than
+            ValueError: an empty prompt, an item that is neither text nor image, too many images, or more text than
                 the context can hold. ImageError.
         """
         config, tokenizer = self.model.config, self.model.tokenizer
@@ -191,13 +191,13 @@ class Engine:
         if size > self.context * tokenizer.longest:  # before it is split, which takes long
             raise ValueError(f"the prompt has {size} characters, more than the context of {self.context} tokens holds")
         salt = salt if self.config.reuse else secrets.token_bytes(16)
-        return encode_prompt(prompt, config, tokenizer, max_pictures=self.config.pictures, salt=salt)
+        return encode_prompt(prompt, config, tokenizer, max_images=self.config.images, salt=salt)
 
     def submit(self, prompt: Prompt | Encoded, options: RequestOptions = RequestOptions()) -> Ticket:
         """Takes a request and returns at once.
 
         Raises:
-            QueueFull: as many as may wait are waiting, or their pictures take as much as they may.
+            QueueFull: as many as may wait are waiting, or their images take as much as they may.
             ValueError: prompt and answer do not fit the context; and what ``encode`` and ``compile`` raise.
             EngineError: the engine is shutting down, or has failed.
         """
@@ -223,7 +223,7 @@ class Engine:
                 raise QueueFull(f"{self.config.queue} requests are waiting already; try again later")
             held = sum(other.nbytes for other in self._waiting)
             if held and held + work.nbytes > self.config.queue_bytes:
-                raise QueueFull("the pictures of waiting requests take all the room they may; try again later")
+                raise QueueFull("the images of waiting requests take all the room they may; try again later")
             self._waiting.append(work)
             self._changed.notify_all()
         return ticket
@@ -292,12 +292,12 @@ class Engine:
         burst, counts = self._batch.decode(top=top, enough=enough, guides=guides or None)
         self._deliver_first(admitted)
         works = [(slot, running.get(slot)) for slot in range(self.config.slots)]
-        self._deliver_drawn(works, burst, np.asarray(counts).tolist())
+        self._deliver_sampled(works, burst, np.asarray(counts).tolist())
 
-    def _deliver_first(self, admitted: list[tuple[list[Entry], Drawn]]) -> None:
+    def _deliver_first(self, admitted: list[tuple[list[Entry], SampledTokens]]) -> None:
         for group, first in admitted:
             works = [(entry.place.slot, self._running[entry.place.slot]) for entry in group]
-            self._deliver_drawn(works, _as_column(first), [1] * len(works))
+            self._deliver_sampled(works, _as_column(first), [1] * len(works))
 
     def _fail_all(self, error: EngineError, *, waiting: bool = False) -> None:
         with self._changed:
@@ -325,9 +325,9 @@ class Engine:
         if left:
             self._batch.release(left)
 
-    def _admit_waiting(self) -> list[tuple[list[Entry], Drawn]]:
+    def _admit_waiting(self) -> list[tuple[list[Entry], SampledTokens]]:
         """Gives free slots to those who wait, each at most once: others must have their turn of decoding."""
-        admitted: list[tuple[list[Entry], Drawn]] = []
+        admitted: list[tuple[list[Entry], SampledTokens]] = []
         placed: list[Entry] = []
         free = set(range(self.config.slots)) - self._running.keys()
         while free and self._waiting:
@@ -350,9 +350,11 @@ class Engine:
         self._prompt_tokens += work.ticket.prompt_tokens
         self._reused += place.start
 
-    def _deliver_drawn(self, works: list[tuple[int, _Work | None]], drawn: Drawn, counts: Sequence[int]) -> None:
-        """What was drawn, a row each and so many of its columns, to those of the requests that have not ended since."""
-        token, logprob, top = jax.device_get((drawn.token, drawn.logprob, drawn.top))
+    def _deliver_sampled(
+        self, works: list[tuple[int, _Work | None]], sampled: SampledTokens, counts: Sequence[int]
+    ) -> None:
+        """Hands sampled tokens, ``counts`` of each row's, to those of the requests that have not ended since."""
+        token, logprob, top = jax.device_get((sampled.token, sampled.logprob, sampled.top))
         stopped = []
         for row, ((slot, work), count) in enumerate(zip(works, counts, strict=True)):
             if not count or work is None or self._running.get(slot) is not work:
@@ -408,9 +410,9 @@ class Engine:
         return work
 
 
-def _as_column(drawn: Drawn) -> Drawn:
+def _as_column(sampled: SampledTokens) -> SampledTokens:
     """What one step drew as a burst of one step."""
-    return jax.tree.map(lambda array: np.asarray(array)[:, None], drawn._replace(logits=None))
+    return jax.tree.map(lambda array: np.asarray(array)[:, None], sampled._replace(logits=None))
 
 
 def _alternatives(top: TopTokens, count: int, where: tuple[int, int]) -> Alternatives:

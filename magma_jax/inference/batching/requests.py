@@ -27,11 +27,11 @@ class RequestOptions:
 
     Attributes:
         max_new_tokens: at most.
-        sampling: how tokens are drawn; ``compat`` is not served.
+        sampling: how tokens are sampled; ``compat`` is not served.
         seed: the answer is that of ``Magma.generate(..., seed=[seed])``.
         stop: texts that end the answer and are no part of it.
         top_logprobs: likeliest tokens to report beside each token.
-        min_new_tokens: the end of text is not drawn before so many; a stop text ends the answer all the same, and so
+        min_new_tokens: the end of text is not sampled before so many; a stop text ends the answer all the same, and so
             does a constraint that allows nothing but the end.
         constraint: what the answer must look like, unless ``max_new_tokens`` or a stop text ends it before; a
             ``Constraint``, or one that ``Engine.compile`` has compiled.
@@ -93,7 +93,7 @@ class Ticket:
     """A request that was taken. Iterate over it for ``Progress`` as it comes, or wait for ``text()``.
 
     Attributes:
-        prompt_tokens: positions of the prompt, pictures included.
+        prompt_tokens: positions of the prompt, images included.
         reused_tokens: of these, positions that an earlier prompt had left in the cache.
     """
 
@@ -174,7 +174,7 @@ class Ticket:
 
 
 class Answer:
-    """Turns drawn tokens into text that can be shown: whole characters, up to a stop text.
+    """Turns sampled tokens into text that can be shown: whole characters, up to a stop text.
 
     Every token is decoded once, and only what has not been shown yet is searched: an answer of any length takes the
     same time a token.

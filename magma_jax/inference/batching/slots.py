@@ -1,6 +1,6 @@
 """The programs of continuous batching: a fixed number of slots, each a row that one request has for a while.
 
-Everything has a declared shape: the slots and their cache, a table of encoded pictures, prompts padded to one of a few
+Everything has a declared shape: the slots and their cache, a table of encoded images, prompts padded to one of a few
 lengths. So the programs are few, all are compiled before the first request, and none after it.
 """
 
@@ -14,12 +14,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from magma_jax.data.images import normalize
-from magma_jax.inference.decoding.decode import Drawn, Rows, draw, run
+from magma_jax.inference.decoding.decode import DecodeState, SampledTokens, run, sample_tokens
 from magma_jax.inference.decoding.sampling import SamplingRows
 from magma_jax.inference.prompts import WORD
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import merge
-from magma_jax.runtime.compile import jit
+from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8, UInt32
 
 T = TypeVar("T")
@@ -32,8 +32,8 @@ class Admission(NamedTuple):
         slot: (A,) which; where there is no such slot nothing happens.
         start: (A,) positions that the slot's cache already holds.
         length: (A,) positions that are new, padding not counted.
-        tokens: (A, S) ids, padded; anything where a picture stands.
-        pictures: (A, S) row of the picture table times P plus the position in the picture, or ``WORD``.
+        tokens: (A, S) ids, padded; anything where an image stands.
+        images: (A, S) row of the image table times P plus the position in the image, or ``WORD``.
         seen: (A, V) tokens of the whole prompts.
         seed: (A, 2) ``seed_words`` of the requests, uint32.
         sampling: their numbers.
@@ -46,7 +46,7 @@ class Admission(NamedTuple):
     start: Array | np.ndarray
     length: Array | np.ndarray
     tokens: Array | np.ndarray
-    pictures: Array | np.ndarray
+    images: Array | np.ndarray
     seen: Array | np.ndarray
     seed: Array | np.ndarray
     sampling: SamplingRows
@@ -55,11 +55,11 @@ class Admission(NamedTuple):
     allowed: Array | np.ndarray
 
 
-@jit(static_argnames=("graphdef", "slots", "context", "pictures"))
+@platform_jit(static_argnames=("graphdef", "slots", "context", "images"))
 def empty_slots(
-    graphdef: nnx.GraphDef, params: Params, slots: int, context: int, pictures: int
-) -> tuple[Rows, Float[Array, "C P D"]]:
-    """Idle rows with room for ``context`` positions each, and an empty table of pictures."""
+    graphdef: nnx.GraphDef, params: Params, slots: int, context: int, images: int
+) -> tuple[DecodeState, Float[Array, "C P D"]]:
+    """Idle rows with room for ``context`` positions each, and an empty table of images."""
     model = merge(graphdef, params)
     zeros = jnp.zeros(slots, jnp.int32)
     ones = jnp.ones(slots, jnp.float32)
@@ -67,11 +67,11 @@ def empty_slots(
     keys = jax.random.split(jax.random.key(0), slots)
     seen = jnp.zeros((slots, model.config.lm.head_rows), bool)
     cache = model.lm.init_cache(slots, context, model.dtype)
-    rows = Rows(cache, zeros, zeros, zeros, zeros, jnp.ones(slots, bool), keys, sampling, seen, zeros)
-    return rows, jnp.zeros((pictures, model.image_positions, model.config.lm.width), model.dtype)
+    rows = DecodeState(cache, zeros, zeros, zeros, zeros, jnp.ones(slots, bool), keys, sampling, seen, zeros)
+    return rows, jnp.zeros((images, model.image_positions, model.config.lm.width), model.dtype)
 
 
-def beside(params: Params, arrays: T) -> T:
+def commit_like(params: Params, arrays: T) -> T:
     """Arrays placed where the weights are.
 
     What a program gives has a place, and with such arguments it is another program than with arrays that may be
@@ -83,8 +83,8 @@ def beside(params: Params, arrays: T) -> T:
     return jax.device_put(arrays, sharding)
 
 
-@jit(static_argnames=("graphdef", "mean", "std"), donate_argnames=("table",))
-def add_picture(
+@platform_jit(static_argnames=("graphdef", "mean", "std"), donate_argnames=("table",))
+def add_image(
     graphdef: nnx.GraphDef,
     params: Params,
     table: Float[Array, "C P D"],
@@ -94,31 +94,31 @@ def add_picture(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Float[Array, "C P D"]:
-    """Encodes a picture into a row of the table."""
+    """Encodes an image into a row of the table."""
     embedded = merge(graphdef, params).embed_images(normalize(pixels, mean, std))
     return table.at[row].set(embedded[0].astype(table.dtype))
 
 
-@jit(static_argnames=("graphdef", "eos_id", "top"), donate_argnames=("rows",))
+@platform_jit(static_argnames=("graphdef", "eos_id", "top"), donate_argnames=("rows",))
 def admit(
     graphdef: nnx.GraphDef,
     params: Params,
-    rows: Rows,
+    rows: DecodeState,
     table: Float[Array, "C P D"],
     admission: Admission,
     *,
     eos_id: int,
     top: int,
-) -> tuple[Rows, Drawn]:
-    """Runs prompts, pictures and words in one program, in the caches of their slots, and draws the first tokens."""
+) -> tuple[DecodeState, SampledTokens]:
+    """Runs prompts, images and words in one program, in the caches of their slots, and draws the first tokens."""
     model = merge(graphdef, params)
     slot, start, length = admission.slot, admission.start, admission.length
-    embeddings = embed(model, table, admission.tokens, admission.pictures)
+    embeddings = embed(model, table, admission.tokens, admission.images)
     positions = start[:, None] + jnp.arange(admission.tokens.shape[1])
     output = model.lm(embeddings, positions=positions, cache=rows.cache, cache_rows=slot)
     logits = model.logits(jnp.take_along_axis(output.hidden, (length - 1)[:, None, None], axis=1)[:, 0])
     zeros = jnp.zeros_like(slot)
-    new = Rows(
+    new = DecodeState(
         output.cache,
         zeros,
         start + length - 1,
@@ -130,48 +130,48 @@ def admit(
         admission.seen,
         admission.minimum,
     )
-    new, drawn = draw(model.lm, new, logits, eos_id, top=top, allowed=admission.allowed)
+    new, sampled = sample_tokens(model.lm, new, logits, eos_id, top=top, allowed=admission.allowed)
     others = jax.tree.map(
         lambda all_, one: all_.at[slot].set(one, mode="drop"), rows._replace(cache=None), new._replace(cache=None)
     )
-    return others._replace(cache=output.cache), drawn._replace(logits=None)
+    return others._replace(cache=output.cache), sampled._replace(logits=None)
 
 
 def embed(
-    model: MagmaModel, table: Float[Array, "C P D"], tokens: Int[Array, "A S"], pictures: Int[Array, "A S"]
+    model: MagmaModel, table: Float[Array, "C P D"], tokens: Int[Array, "A S"], images: Int[Array, "A S"]
 ) -> Float[Array, "A S D"]:
-    """Embeddings of sequences of words and positions of pictures, as in ``Admission``."""
+    """Embeddings of sequences of words and positions of images, as in ``Admission``."""
     words = model.embed_tokens(tokens)
-    positions = table.reshape(-1, table.shape[-1])[jnp.maximum(pictures, 0)]
-    return jnp.where((pictures == WORD)[:, :, None], words, positions)
+    positions = table.reshape(-1, table.shape[-1])[jnp.maximum(images, 0)]
+    return jnp.where((images == WORD)[:, :, None], words, positions)
 
 
-@jit(static_argnames=("graphdef", "steps", "eos_id", "top"), donate_argnames=("rows",))
+@platform_jit(static_argnames=("graphdef", "steps", "eos_id", "top"), donate_argnames=("rows",))
 def decode(
     graphdef: nnx.GraphDef,
     params: Params,
-    rows: Rows,
+    rows: DecodeState,
     enough: Int[Array, ""],
     allowed: UInt32[Array, "B W"] | None = None,
     *,
     steps: int,
     eos_id: int,
     top: int,
-) -> tuple[Rows, Drawn, Int[Array, " B"]]:
+) -> tuple[DecodeState, SampledTokens, Int[Array, " B"]]:
     """Up to ``steps`` tokens for every slot, see ``inference.decoding.decode.run``, and how many each has got."""
     lm = merge(graphdef, params).lm
-    after, drawn = run(lm, rows, steps, eos_id=eos_id, top=top, enough=enough, allowed=allowed)
-    return after, drawn, after.count - rows.count
+    after, sampled = run(lm, rows, steps, eos_id=eos_id, top=top, enough=enough, allowed=allowed)
+    return after, sampled, after.count - rows.count
 
 
-@jit(donate_argnames=("rows",))
-def release(rows: Rows, which: Bool[Array, " B"]) -> Rows:
+@platform_jit(donate_argnames=("rows",))
+def release(rows: DecodeState, which: Bool[Array, " B"]) -> DecodeState:
     """Makes slots idle, whatever they were doing."""
     return rows._replace(done=rows.done | which)
 
 
-@jit(donate_argnames=("rows",))
-def copy_prompt(rows: Rows, source: Int[Array, ""], target: Int[Array, ""]) -> Rows:
+@platform_jit(donate_argnames=("rows",))
+def copy_prompt(rows: DecodeState, source: Int[Array, ""], target: Int[Array, ""]) -> DecodeState:
     """Copies the cache of one slot to another, where two prompts begin alike."""
     return rows._replace(
         cache=jax.tree.map(lambda all_: all_.at[..., target, :, :, :].set(all_[..., source, :, :, :]), rows.cache)

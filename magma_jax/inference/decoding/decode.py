@@ -1,9 +1,9 @@
 """Generation on the device: a prefill, then steps that stay there until every row has ended.
 
-The unit is ``Rows``: a batch in which every row is at its own place. Each row writes its new keys and values at its own
-next position and sees only slots up to it, has its own sampling numbers, key and limit, and so gives what it gives
-alone, whoever its neighbours are. ``generate`` makes rows of a batch of prompts and runs them to their ends; the
-engine (``inference.batching.engine``) keeps rows alive and lets requests join and leave.
+The unit is ``DecodeState``: a batch in which every row is at its own place. Each row writes its new keys and values
+at its own next position and sees only slots up to it, has its own sampling numbers, key and limit, and so gives what
+it gives alone, whoever its neighbours are. ``generate`` makes rows of a batch of prompts and runs them to their ends;
+the engine (``inference.batching.engine``) keeps rows alive and lets requests join and leave.
 """
 
 from typing import NamedTuple
@@ -16,20 +16,20 @@ from magma_jax.models.language.decoder import Decoder, KVCache
 from magma_jax.typing import Array, Bool, Float, Int, Key, UInt32
 
 
-class Rows(NamedTuple):
+class DecodeState(NamedTuple):
     """A batch in the middle of decoding.
 
     Attributes:
         cache: keys and values of everything before ``token``.
         token: (B,) the newest token of each row, not yet run through the model.
         position: (B,) position of ``token``.
-        count: (B,) tokens drawn so far, ``token`` included.
+        count: (B,) tokens sampled so far, ``token`` included.
         limit: (B,) tokens wanted at most.
-        done: (B,) rows that have drawn the end of text or their limit, and idle ones.
-        keys: (B,) random key of each row; token i is drawn with ``fold_in(key, i)``.
+        done: (B,) rows that have sampled the end of text or their limit, and idle ones.
+        keys: (B,) random key of each row; token i is sampled with ``fold_in(key, i)``.
         sampling: numbers of each row.
         seen: (B, V) tokens that prompt and answer have, for the repetition penalty; None where no row has one.
-        minimum: (B,) tokens before which the end of text is not drawn; None where no row has such a number.
+        minimum: (B,) tokens before which the end of text is not sampled; None where no row has such a number.
     """
 
     cache: KVCache
@@ -51,14 +51,14 @@ class TopTokens(NamedTuple):
     logprob: Array
 
 
-class Drawn(NamedTuple):
+class SampledTokens(NamedTuple):
     """What one step drew.
 
     Attributes:
         token: (B,).
         logprob: (B,) under the model, whatever the sampling made of it.
         logits: (B, V), None where nobody wants them.
-        top: what could have been drawn, None where nobody asks.
+        top: what could have been sampled, None where nobody asks.
     """
 
     token: Array
@@ -109,7 +109,7 @@ def prefill(
     prefix: KVCache | None = None,
     compat: Compat = None,
     top: int = 0,
-) -> tuple[Rows, Drawn]:
+) -> tuple[DecodeState, SampledTokens]:
     """Runs prompts of any lengths, padded on the right, and draws the first token of each.
 
     ``slots`` is the size of the cache: what the rows may grow to, prompt included. ``prefix`` holds, as a batch of
@@ -118,8 +118,8 @@ def prefill(
     cache, logits = run_prompts(lm, embeddings, lengths, slots=slots, prefix=prefix)
     start = 0 if prefix is None else prefix.slots
     zeros = jnp.zeros(embeddings.shape[0], jnp.int32)
-    rows = Rows(cache, zeros, start + lengths - 1, zeros, limit, limit < 1, keys, sampling, seen)
-    return draw(lm, rows, logits, eos_id, compat, top)
+    rows = DecodeState(cache, zeros, start + lengths - 1, zeros, limit, limit < 1, keys, sampling, seen)
+    return sample_tokens(lm, rows, logits, eos_id, compat, top)
 
 
 def run_prompts(
@@ -144,22 +144,24 @@ def run_prompts(
 
 def advance(
     lm: Decoder,
-    rows: Rows,
+    rows: DecodeState,
     *,
     eos_id: int | Int[Array, ""] | None,
     compat: Compat = None,
     top: int = 0,
     allowed: UInt32[Array, "B W"] | None = None,
-) -> tuple[Rows, Drawn]:
+) -> tuple[DecodeState, SampledTokens]:
     """Runs the newest token of every row and draws the next. Rows that are done compute, and stay what they are."""
     embedded = lm.embed(rows.token[:, None], rows.cache.dtype)
     output = lm(embedded, positions=rows.position[:, None], cache=rows.cache)
-    return draw(lm, rows._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), eos_id, compat, top, allowed)
+    return sample_tokens(
+        lm, rows._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), eos_id, compat, top, allowed
+    )
 
 
 def run(
     lm: Decoder,
-    rows: Rows,
+    rows: DecodeState,
     steps: int,
     *,
     eos_id: int | Int[Array, ""] | None,
@@ -168,17 +170,17 @@ def run(
     top: int = 0,
     enough: Int[Array, ""] | None = None,
     allowed: UInt32[Array, "B W"] | None = None,
-) -> tuple[Rows, Drawn]:
+) -> tuple[DecodeState, SampledTokens]:
     """Up to ``steps`` steps, fewer if all rows end, or ``enough`` of those that had not ended before.
 
     ``allowed`` as in ``draw``: for one step, as what may come next depends on what came.
 
-    Returns the rows, and what was drawn with a column a step, (B, N), (B, N, V) and (B, N, K); logits are None unless
+    Returns the rows, and what was sampled with a column a step, (B, N), (B, N, V) and (B, N, K); logits are None unless
     kept, ``top`` is the number K of likeliest tokens. The
     first ``count`` (after) - ``count`` (before) columns of a row are its new tokens; behind them stands the eos.
     """
     batch = rows.token.shape[0]
-    drawn = Drawn(
+    sampled = SampledTokens(
         jnp.full((batch, steps), 0 if eos_id is None else eos_id, jnp.int32),
         jnp.zeros((batch, steps)),
         jnp.zeros((batch, steps, lm.config.head_rows)) if keep_logits else None,
@@ -186,7 +188,7 @@ def run(
     )
 
     if not steps:
-        return rows, drawn
+        return rows, sampled
 
     before = rows.done.sum()
 
@@ -196,13 +198,13 @@ def run(
         return going if enough is None else going & (rows.done.sum() - before < enough)
 
     def body(carry):
-        step, rows, drawn = carry
+        step, rows, sampled = carry
         rows, new = advance(lm, rows, eos_id=eos_id, compat=compat, top=top, allowed=allowed)
         new = new if keep_logits else new._replace(logits=None)
-        return step + 1, rows, jax.tree.map(lambda all_, one: all_.at[:, step].set(one), drawn, new)
+        return step + 1, rows, jax.tree.map(lambda all_, one: all_.at[:, step].set(one), sampled, new)
 
-    _, rows, drawn = jax.lax.while_loop(unfinished, body, (jnp.int32(0), rows, drawn))
-    return rows, drawn
+    _, rows, sampled = jax.lax.while_loop(unfinished, body, (jnp.int32(0), rows, sampled))
+    return rows, sampled
 
 
 def generate(
@@ -227,9 +229,9 @@ def generate(
         lm: a language model, with adapters or without.
         embeddings: prompts, padded on the right to S.
         lengths: true length of each prompt, at least 1.
-        keys: one random key a row; token i of a row is drawn with ``fold_in(key, i)``.
+        keys: one random key a row; token i of a row is sampled with ``fold_in(key, i)``.
         max_new_tokens: N; the caller has checked that it fits the context (``inference.api``).
-        sampling: how each row's tokens are drawn.
+        sampling: how each row's tokens are sampled.
         eos_id: id that ends a row, may be traced; None to never end early.
         limit: tokens wanted of each row, where that is fewer than N.
         return_logits: also return all logits (B, N, V).
@@ -247,27 +249,27 @@ def generate(
     )
     rows, rest = run(lm, rows, max_new_tokens - 1, keep_logits=return_logits, **options)
     first = first if return_logits else first._replace(logits=None)
-    drawn = jax.tree.map(lambda one, others: jnp.concatenate([one[:, None], others], axis=1), first, rest)
+    sampled = jax.tree.map(lambda one, others: jnp.concatenate([one[:, None], others], axis=1), first, rest)
     counts = rows.count
     if eos_id is not None:
         # The eos itself is no part of the answer.
-        counts = jnp.minimum(counts, jnp.sum(jnp.cumsum(drawn.token == eos_id, axis=1) == 0, axis=1))
-    return Generation(drawn.token, counts, drawn.logprob, drawn.logits, drawn.top, rows.cache)
+        counts = jnp.minimum(counts, jnp.sum(jnp.cumsum(sampled.token == eos_id, axis=1) == 0, axis=1))
+    return Generation(sampled.token, counts, sampled.logprob, sampled.logits, sampled.top, rows.cache)
 
 
-def draw(
+def sample_tokens(
     lm: Decoder,
-    rows: Rows,
+    rows: DecodeState,
     logits: Float[Array, "B V"],
     eos_id: int | Int[Array, ""] | None,
     compat: Compat = None,
     top: int = 0,
     allowed: UInt32[Array, "B W"] | None = None,
-) -> tuple[Rows, Drawn]:
+) -> tuple[DecodeState, SampledTokens]:
     """Draws the next token of every row from its logits, and moves on the rows that are not done.
 
-    ``allowed`` has a bit a token, lowest first: only such tokens are drawn. Log-probabilities are the model's, whatever
-    is allowed.
+    ``allowed`` has a bit a token, lowest first: only such tokens are sampled. Log-probabilities are the model's,
+    whatever is allowed.
     """
     keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.count)
     table = lm.config.vocab_rows
@@ -292,7 +294,7 @@ def draw(
         seen = seen.at[jnp.arange(len(token)), token].max(alive)
     # A row that is done keeps its position: what it goes on to compute is written where nothing is read.
     rows = rows._replace(token=token, position=rows.position + alive, count=count, done=done, seen=seen)
-    return rows, Drawn(token, logprob, logits, likeliest)
+    return rows, SampledTokens(token, logprob, logits, likeliest)
 
 
 def _bits(words: UInt32[Array, "B W"], count: int) -> Bool[Array, "B {count}"]:

@@ -139,7 +139,7 @@ def sample(
         logits: any float dtype; everything is computed in fp32.
         keys: one key a row (``row_keys``); of no effect on rows of temperature 0.
         rows: what each row asks for.
-        table_rows: ids from here on have no embedding and are never drawn.
+        table_rows: ids from here on have no embedding and are never sampled.
         seen: tokens that each row's prompt and answer already have, for the repetition penalty.
         compat: static; see ``SamplingConfig``.
     """
@@ -151,8 +151,8 @@ def sample(
     likeliest = jnp.argmax(logits, axis=-1)
 
     def draw() -> Int[Array, " B"]:
-        drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, rows, compat=compat))
-        return jnp.where(rows.temperature == 0, likeliest, drawn)
+        sampled = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, rows, compat=compat))
+        return jnp.where(rows.temperature == 0, likeliest, sampled)
 
     # Sorting a vocabulary takes as long as a small model's step, so a batch of greedy rows does without.
     return jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: likeliest)

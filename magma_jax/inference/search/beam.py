@@ -21,7 +21,7 @@ from magma_jax.inference.decoding.decode import run_prompts
 from magma_jax.inference.decoding.sampling import MASKED, mask_missing_ids
 from magma_jax.models.language.decoder import Decoder, KVCache
 from magma_jax.nn.modules import merge
-from magma_jax.runtime.compile import jit
+from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Bool, Float, Int, Params
 
 
@@ -33,7 +33,7 @@ class Hypothesis(NamedTuple):
         tokens: the same, without the end of text.
         logprob: of all tokens, the end of text included if ``finished``.
         score: what it was compared by.
-        finished: whether the end of text was drawn, or there was no room for more.
+        finished: whether the end of text was sampled, or there was no room for more.
     """
 
     text: str
@@ -116,7 +116,7 @@ def _hypothesis(model: Magma, tokens: Int[np.ndarray, " T"], logprob: float, sco
     return Hypothesis(model.tokenizer.decode(ids), tuple(ids), float(logprob), float(score), finished)
 
 
-@jit(static_argnames=("graphdef", "steps", "beams", "eos_id"))
+@platform_jit(static_argnames=("graphdef", "steps", "beams", "eos_id"))
 def _search(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -182,9 +182,9 @@ def _extend(
     total = jnp.maximum(state.logprob[:, :, None] + logprobs.reshape(batch, beams, vocabulary), MASKED)
     # Twice as many as beams: even if half of them end, enough live on.
     best, places = jax.lax.top_k(total.reshape(batch, -1), 2 * beams)
-    parents, drawn = places // vocabulary, places % vocabulary
-    tokens = jnp.take_along_axis(state.tokens, parents[:, :, None], axis=1).at[:, :, step].set(drawn)
-    ended = drawn == eos_id
+    parents, sampled = places // vocabulary, places % vocabulary
+    tokens = jnp.take_along_axis(state.tokens, parents[:, :, None], axis=1).at[:, :, step].set(sampled)
+    ended = sampled == eos_id
     state = _finish(state, tokens, best, step + 1, ended & (best > MASKED), penalty)
     logprob, kept = jax.lax.top_k(jnp.where(ended, MASKED, best), beams)
     parents = jnp.take_along_axis(parents, kept, axis=1)

@@ -21,7 +21,7 @@ from magma_jax.inference.api import Magma, PromptBatch, as_batch, pad_to_bucket
 from magma_jax.inference.decoding.decode import run_prompts
 from magma_jax.models.language.decoder import KVCache
 from magma_jax.nn.modules import merge
-from magma_jax.runtime.compile import jit
+from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Float, Int, Params
 
 # Answers that are run together, and the lengths they are padded to (then to multiples of the last).
@@ -123,7 +123,7 @@ def _bucket(length: int) -> int:
     return next((size for size in ANSWER_BUCKETS if size >= length), -(-length // last) * last)
 
 
-@jit(static_argnames=("graphdef", "slots"))
+@platform_jit(static_argnames=("graphdef", "slots"))
 def _prefill(
     graphdef: nnx.GraphDef, params: Params, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"], *, slots: int
 ) -> tuple[KVCache, Float[Array, "B V"]]:
@@ -131,7 +131,7 @@ def _prefill(
     return run_prompts(merge(graphdef, params).lm, embeddings, lengths, slots=slots)
 
 
-@jit(static_argnames=("graphdef",))
+@platform_jit(static_argnames=("graphdef",))
 def _continue(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -152,5 +152,5 @@ def _continue(
 
 
 def _logprob(logits: Float[Array, "N V"], tokens: Int[Array, " N"], *, table: int) -> Float[Array, " N"]:
-    """Under the model, as for drawn tokens: ids that have no embedding do not count."""
+    """Under the model, as for sampled tokens: ids that have no embedding do not count."""
     return jnp.take_along_axis(jax.nn.log_softmax(logits[:, :table]), tokens[:, None], axis=1)[:, 0]

@@ -44,7 +44,7 @@ class Grammars:
 
     Args:
         tokenizer: any byte-level one.
-        table_rows: ids from here on are never drawn.
+        table_rows: ids from here on are never sampled.
         ids: of the model's logits, at least ``table_rows``.
     """
 

@@ -23,7 +23,7 @@ from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import LanguageParam
 from magma_jax.nn.quantized import QUANTIZED, float_dtype
 from magma_jax.nn.rotary import rotary_table
-from magma_jax.nn.stack import Apart, Remat, scan, stack
+from magma_jax.nn.stack import Remat, Unstacked, scan, stack
 from magma_jax.runtime.sharding import split_rows
 from magma_jax.typing import Array, Float, Int
 
@@ -180,17 +180,17 @@ class BlockOutput(NamedTuple):
 class LMOutput(NamedTuple):
     """Result of a language model's call.
 
-    ``collected`` holds what was asked for, stacked over layers; ``folded`` the last state of a ``Fold``.
+    ``collected`` holds what was asked for, stacked over layers; ``reduced`` the last state of a ``LayerReduction``.
     """
 
     inputs: Array  # (B, S, D) input of the first block: the embeddings, with positions where these are learned
     hidden: Array  # (B, S, D) after the final LayerNorm
     cache: KVCache | None
     collected: dict[str, Array]
-    folded: Any
+    reduced: Any
 
 
-class Fold(NamedTuple):
+class LayerReduction(NamedTuple):
     """Something to compute along the layers, for what would take too much memory if all layers returned it.
 
     ``step(state, block_output)`` gives the next state; ``first`` is the state before the first layer.
@@ -356,7 +356,7 @@ class Decoder(nnx.Module):
         """An empty cache with room for positions 0 to ``slots`` - 1 of ``batch`` rows."""
         config = self.config
         shape = (batch, config.heads, slots, config.width // config.heads)
-        if isinstance(self.layers, Apart):
+        if isinstance(self.layers, Unstacked):
             return KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in self.layers) for _ in KVCache._fields))
         return KVCache(*(jnp.zeros((config.layers, *shape), dtype) for _ in KVCache._fields))
 
@@ -369,7 +369,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         cache_rows: Int[Array, " B"] | None = None,
         collect: tuple[str, ...] = (),
-        fold: Fold | None = None,
+        reduction: LayerReduction | None = None,
         remat: Remat = "none",
     ) -> LMOutput:
         """Runs all layers.
@@ -385,7 +385,7 @@ class Decoder(nnx.Module):
             cache_rows: rows of the cache that the batch stands for (default: all, in order), so that one request can
                 be run inside the cache of many.
             collect: fields of ``BlockOutput`` to return for every layer, with a leading axis L.
-            fold: what to compute along the layers.
+            reduction: what to compute along the layers.
             remat: what the backward pass recomputes, see ``nn.stack``.
 
         Raises:
@@ -411,7 +411,7 @@ class Decoder(nnx.Module):
         if self.windows is not None:
             windows = jnp.array([np.iinfo(np.int32).max if window is None else window for window in self.windows])
             mask = mask if cache is not None else dataclasses.replace(mask, positions=positions)
-        weights = fold is not None or "attentions" in collect
+        weights = reduction is not None or "attentions" in collect
 
         def body(layer, carry, inputs):
             x, cache, state = carry
@@ -419,22 +419,22 @@ class Decoder(nnx.Module):
             cached = None if cache is None else CachedLayer(cache, index, cache_rows, positions)
             visible = mask if window is None else mask.with_window(window)
             output = layer(split_rows(x), visible, rotary, cached, weights=weights)
-            if fold is not None:
-                state = fold.step(state, output)
+            if reduction is not None:
+                state = reduction.step(state, output)
             return (output.out, output.cache, state), {name: getattr(output, name) for name in collect}
 
-        layers = range(self.config.layers) if isinstance(self.layers, Apart) else jnp.arange(self.config.layers)
-        first = (x, cache, None if fold is None else fold.first)
+        layers = range(self.config.layers) if isinstance(self.layers, Unstacked) else jnp.arange(self.config.layers)
+        first = (x, cache, None if reduction is None else reduction.first)
         (out, cache, state), collected = scan(self.layers, body, first, (layers, windows), remat=remat)
         return LMOutput(x, self.ln_f(out), cache, collected, state)
 
-    def take_apart(self) -> None:
+    def unstack(self) -> None:
         """Gives every layer arrays of its own, see ``nn.stack``; the paths are then ``layers/0/...`` and so on."""
-        self.layers = Apart(self.layers, self.config.layers)
+        self.layers = Unstacked(self.layers, self.config.layers)
 
     def remove_adapters(self) -> None:
         """Removes every adapter: what is left computes exactly what the language model computed before."""
-        for layers in self.layers if isinstance(self.layers, Apart) else [self.layers]:
+        for layers in self.layers if isinstance(self.layers, Unstacked) else [self.layers]:
             layers.mlp_adapter = None
             layers.attn_adapter = None
 

@@ -18,7 +18,7 @@ from magma_jax.nn.convolution import BatchNorm, BatchNormMode, Conv2d, average_p
 from magma_jax.nn.layers import Linear, normal
 from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import EncoderParam
-from magma_jax.nn.stack import Remat, once, scan, stack
+from magma_jax.nn.stack import Remat, remat_call, scan, stack
 from magma_jax.typing import Array, Float
 
 
@@ -107,7 +107,7 @@ class Stage(nnx.Module):
     def __call__(
         self, x: Float[Array, "B h w C"], mode: BatchNormMode, remat: Remat = "none"
     ) -> Float[Array, "B h2 w2 C2"]:
-        x = once(self.first, lambda block, x: block(x, mode), x, remat=remat)
+        x = remat_call(self.first, lambda block, x: block(x, mode), x, remat=remat)
         if self.rest is not None:
             x, _ = scan(self.rest, lambda block, x, _: (block(x, mode), None), x, remat=remat)
         return x
@@ -137,7 +137,7 @@ class AttentionPool(nnx.Module):
 
 
 class CLIPResNet(nnx.Module):
-    """Pictures to a grid of features; the stages are attributes so that each can be looked at alone."""
+    """Images to a grid of features; the stages are attributes so that each can be looked at alone."""
 
     def __init__(self, config: CLIPResNetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -162,8 +162,8 @@ class CLIPResNet(nnx.Module):
     def __call__(
         self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
     ) -> Float[Array, "B P C"]:
-        """Normalised pictures to the grid, row by row."""
-        x = once(self, lambda model, images: model.stem(images, batch_norm), images, remat=remat)
+        """Normalised images to the grid, row by row."""
+        x = remat_call(self, lambda model, images: model.stem(images, batch_norm), images, remat=remat)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x, batch_norm, remat)
         return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -111,7 +111,7 @@ class ResidualBlock(nnx.Module):
 
 
 class CLIPViT(nnx.Module):
-    """Pictures to a pooled embedding (B, E) or a grid of patch tokens (B, P, D)."""
+    """Images to a pooled embedding (B, E) or a grid of patch tokens (B, P, D)."""
 
     def __init__(self, config: CLIPViTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -142,7 +142,7 @@ class CLIPViT(nnx.Module):
     def __call__(
         self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
     ) -> Float[Array, "B ..."]:
-        """Normalised pictures to features; ``batch_norm`` is accepted by every encoder and means nothing here."""
+        """Normalised images to features; ``batch_norm`` is accepted by every encoder and means nothing here."""
         x, _ = scan(self.blocks, lambda block, x, _: (block(split_rows(x)), None), self.embed(images), remat=remat)
         if self.config.output == "pooled":
             return self.ln_post(x[:, 0]) @ self.proj[...].astype(x.dtype)

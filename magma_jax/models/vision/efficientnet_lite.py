@@ -15,7 +15,7 @@ from magma_jax.config import check_sizes
 from magma_jax.nn.convolution import BatchNorm, BatchNormMode, Conv2d
 from magma_jax.nn.layers import fan_in_uniform
 from magma_jax.nn.modules import EncoderParam
-from magma_jax.nn.stack import Remat, once
+from magma_jax.nn.stack import Remat, remat_call
 from magma_jax.typing import Array, Float
 
 # Pixels go in as (x - 127) / 128, here for pixels of 0 to 1.
@@ -67,7 +67,7 @@ class EfficientNetLiteConfig:
         image_size: pixels per side, a multiple of 32; the grid has image_size / 32 positions per side.
         taps: layers whose outputs, averaged over each cell of the grid, are joined to one feature vector a cell:
             "stem", the number of a block from 0 to 15, or "head" (the last layer).
-        statistics: layers whose mean and standard deviation per channel over the whole picture are added to the
+        statistics: layers whose mean and standard deviation per channel over the whole image are added to the
             features of every cell. Of early layers they tell the colours that occur, wherever they do, which the
             last layers forget: from those alone a linear classifier reads 60 % of the quick start's skin tones
             (validation, one person), from ("stem", 0, 2) 97 %.
@@ -147,7 +147,7 @@ class InvertedBottleneck(nnx.Module):
 
 
 class EfficientNetLite(nnx.Module):
-    """Pictures to a grid of features; attribute names follow the PyTorch weights, without their leading underscore."""
+    """Images to a grid of features; attribute names follow the PyTorch weights, without their leading underscore."""
 
     def __init__(self, config: EfficientNetLiteConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -164,14 +164,14 @@ class EfficientNetLite(nnx.Module):
         outputs: dict[str | int, Array] = {"stem": x}
         for number in range(len(BLOCKS)):
             block = getattr(self, f"block{number}")
-            x = outputs[number] = once(block, lambda block, x: block(x, mode), x, remat=remat)
+            x = outputs[number] = remat_call(block, lambda block, x: block(x, mode), x, remat=remat)
         outputs["head"] = jax.nn.relu6(self.bn1(self.conv_head(x), mode))
         return outputs
 
     def __call__(
         self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
     ) -> Float[Array, "B P C"]:
-        """Normalised pictures to the grid, row by row."""
+        """Normalised images to the grid, row by row."""
         outputs = self.layers(images, batch_norm, remat)
         side = self.config.image_size // 32
         parts = [_cells(outputs[tap], side) for tap in self.config.taps]

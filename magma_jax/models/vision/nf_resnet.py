@@ -16,7 +16,7 @@ from flax import nnx
 from magma_jax.config import check_sizes
 from magma_jax.nn.convolution import BatchNormMode, Conv2d, conv2d
 from magma_jax.nn.modules import EncoderParam
-from magma_jax.nn.stack import Remat, once, scan, stack
+from magma_jax.nn.stack import Remat, remat_call, scan, stack
 from magma_jax.typing import Array, Float
 
 # Keeps the variance of relu(x) at about one for a unit normal x. timm's measured number, which its weights were trained
@@ -100,14 +100,14 @@ class Stage(nnx.Module):
     def __call__(
         self, x: Float[Array, "B h w C"], betas: Float[Array, " N"], remat: Remat = "none"
     ) -> Float[Array, "B h2 w2 C2"]:
-        x = once(self.first, lambda block, x: block(x, betas[0]), x, remat=remat)
+        x = remat_call(self.first, lambda block, x: block(x, betas[0]), x, remat=remat)
         if self.rest is not None:
             x, _ = scan(self.rest, lambda block, x, beta: (block(x, beta), None), x, betas[1:], remat=remat)
         return x
 
 
 class NFResNet(nnx.Module):
-    """Normalised pictures to one pooled feature vector each."""
+    """Normalised images to one pooled feature vector each."""
 
     def __init__(self, config: NFResNetConfig, *, rngs: nnx.Rngs):
         self.config = config

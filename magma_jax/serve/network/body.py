@@ -1,6 +1,6 @@
 """The body of a request, from the network to checked fields, at a cost that its size bounds.
 
-Whoever reads JSON holds the interpreter until it is read, and a byte of it can become fifty. So long pictures are taken
+Whoever reads JSON holds the interpreter until it is read, and a byte of it can become fifty. So long images are taken
 out of the text first, and what is left may have so many bytes and so many values: this is known before it is read.
 """
 
@@ -23,14 +23,14 @@ from magma_jax.serve.requests.schema import Asked, finite, parse
 # parts as are taken has half of it; base64 has none of these characters.
 MAX_MARKS = 200_000
 _MARKS = b",:[{"
-# Backslashes in a request: a picture of the largest size has half as many where each of its slashes has one.
+# Backslashes in a request: an image of the largest size has half as many where each of its slashes has one.
 MAX_BACKSLASHES = 1_000_000
 
 # A string that holds a data: URI and names no field; some writers of JSON put a backslash before every slash.
 _DATA_URI = re.compile(rb'"(data:[ !#-\[\]-~]*+(?:\\/[ !#-\[\]-~]*+)*+)"(?!\s*+:)')
 # Shorter ones stay where they are.
 _LONG = 1_024
-# Stands in the text for a picture that was taken out of it; nobody else knows it.
+# Stands in the text for an image that was taken out of it; nobody else knows it.
 _NAME = secrets.token_hex(16)
 
 
@@ -96,7 +96,7 @@ def read_json(body: bytearray, max_text_bytes: int) -> Any:
         raise RequestError(f"the request has {marks} commas, colons and brackets, at most {MAX_MARKS} are taken")
     if body.count(b"\\") > MAX_BACKSLASHES:
         raise RequestError(f"the request has more than {MAX_BACKSLASHES} backslashes")
-    text, pictures = _take_out_pictures(body, max_text_bytes)
+    text, images = _take_out_images(body, max_text_bytes)
     try:
         content = json.loads(text.decode(), parse_constant=finite)
         if b"\\u" in text:  # an escape may spell half a character, which is no text
@@ -106,31 +106,31 @@ def read_json(body: bytearray, max_text_bytes: int) -> Any:
     except UnicodeEncodeError:
         raise RequestError("the request spells half a character (a lone surrogate)") from None
     except (ValueError, RecursionError) as error:
-        # Where something is wrong is told only if it stands there: not behind a picture that was taken out.
-        reason = getattr(error, "msg", error) if pictures else error
+        # Where something is wrong is told only if it stands there: not behind an image that was taken out.
+        reason = getattr(error, "msg", error) if images else error
         raise RequestError(f"the request is no JSON ({reason!s:.100})") from None
-    return _put_back(content, pictures) if pictures else content
+    return _put_back(content, images) if images else content
 
 
-def _take_out_pictures(body: bytearray, max_text_bytes: int) -> tuple[bytes, dict[str, str]]:
+def _take_out_images(body: bytearray, max_text_bytes: int) -> tuple[bytes, dict[str, str]]:
     """The body with a name in place of every long data: URI, and what the names stand for."""
     spans = (found.span(1) for found in _DATA_URI.finditer(body))
     # Behind a backslash it is no string that begins, but a quotation mark within one.
     spans = [(a, b) for a, b in spans if b - a >= _LONG and body[max(a - 2, 0)] != ord("\\")]
     size = len(body) - sum(stop - start for start, stop in spans)
     if size > max_text_bytes:
-        raise RequestError(f"the request has {size} bytes beside its pictures, at most {max_text_bytes} are taken", 413)
-    text, pictures, end = bytearray(), {}, 0
+        raise RequestError(f"the request has {size} bytes beside its images, at most {max_text_bytes} are taken", 413)
+    text, images, end = bytearray(), {}, 0
     for start, stop in spans:
-        name = f"{_NAME}:{len(pictures)}"
-        pictures[name] = body[start:stop].decode("ascii").replace("\\/", "/")
+        name = f"{_NAME}:{len(images)}"
+        images[name] = body[start:stop].decode("ascii").replace("\\/", "/")
         text += body[end:start] + name.encode()
         end = stop
-    return bytes(text + body[end:]), pictures
+    return bytes(text + body[end:]), images
 
 
-def _put_back(content: Any, pictures: dict[str, str]) -> Any:
-    """The content with pictures in place of their names."""
+def _put_back(content: Any, images: dict[str, str]) -> Any:
+    """The content with images in place of their names."""
     whole = [content]
     waiting: list[Any] = [whole]
     while waiting:
@@ -138,6 +138,6 @@ def _put_back(content: Any, pictures: dict[str, str]) -> Any:
         for key, value in values.items() if isinstance(values, dict) else enumerate(values):
             if isinstance(value, dict | list):
                 waiting.append(value)
-            elif isinstance(value, str) and value in pictures:
-                values[key] = pictures[value]
+            elif isinstance(value, str) and value in images:
+                values[key] = images[value]
     return whole[0]

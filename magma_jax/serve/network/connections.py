@@ -27,7 +27,7 @@ _KEEP_ALIVE = 10
 # Pieces that a body may come in whatever their size; more must have so many bytes on average. Each takes as long to
 # take in as some kilobytes.
 _FREE_PIECES, _PIECE_BYTES = 4_000, 64
-# Connections that are taken in one go, before any of them is counted; and descriptors for files and pictures by URL.
+# Connections that are taken in one go, before any of them is counted; and descriptors for files and images by URL.
 _BACKLOG, _OTHER_FILES = 128, 64
 # Seconds that a connection must have been idle to be closed in favour of a new one.
 _IDLE = 1.0

@@ -1,1 +1,1 @@
-"""From messages to a prompt: wordings, templates, and pictures from wherever they lie."""
+"""From messages to a prompt: wordings, templates, and images from wherever they lie."""

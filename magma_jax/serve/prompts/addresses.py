@@ -2,7 +2,7 @@
 
 The standard library's ``is_global`` differs between releases of Python, so the table is here. It has every block of the
 IANA IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890, RFC 8190; as of 2025), also those that are globally
-reachable, such as AS112's: nobody keeps pictures there. Of IPv6 only global unicast addresses (2000::/3) have been
+reachable, such as AS112's: nobody keeps images there. Of IPv6 only global unicast addresses (2000::/3) have been
 given out; what lies elsewhere is refused, and with it mapped, compatible and translated IPv4 addresses. 6to4, Teredo
 and ISATAP hide such addresses within 2000::/3.
 """

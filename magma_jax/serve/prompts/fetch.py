@@ -1,4 +1,4 @@
-"""Fetches a picture by URL without being made to reach what the server can reach and its callers must not.
+"""Fetches an image by URL without being made to reach what the server can reach and its callers must not.
 
 Every hop is checked: scheme, domain, and the address that is then connected to, so that neither a redirect nor a name
 that resolves differently the second time leads inside. Time and size are bounded while the body comes in.
@@ -33,7 +33,7 @@ def resolve(host: str, port: int) -> list[str]:
 
 
 class FetchError(ValueError):
-    """A picture that was not fetched: one line that says why."""
+    """An image that was not fetched: one line that says why."""
 
 
 @dataclasses.dataclass(frozen=True)

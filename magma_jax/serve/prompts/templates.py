@@ -6,7 +6,7 @@ the folder ``templates`` beside this file, or a Jinja file of the user.
 
 A Jinja template sees ``messages``: each has ``role``, ``text`` (its texts, a line each), ``images``, and ``content``, a
 list of ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": ...}``. What it writes for an image stands
-where the picture shall be. It runs in Jinja's sandbox.
+where the image shall be. It runs in Jinja's sandbox.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class TemplateError(ValueError):
 
 
 class Template(Protocol):
-    """From messages to texts and pictures in the order of the prompt."""
+    """From messages to texts and images in the order of the prompt."""
 
     def __call__(self, messages: Sequence[Message]) -> Items: ...
 
@@ -67,7 +67,7 @@ class JinjaTemplate:
     """A template in Jinja.
 
     Raises:
-        TemplateError: not Jinja, or it fails on a picture with a question.
+        TemplateError: not Jinja, or it fails on an image with a question.
     """
 
     def __init__(self, source: str, name: str):
@@ -83,10 +83,10 @@ class JinjaTemplate:
             raise TemplateError(f"{name}: {error}") from None
 
     def __call__(self, messages: Sequence[Message]) -> Items:
-        # Nobody else can write it, so no text of a client stands for a picture.
+        # Nobody else can write it, so no text of a client stands for an image.
         mark = f"\ufffc{secrets.token_hex(8)}:"
-        pictures: list[ImageURL] = []
-        seen = [_shown(message, mark, pictures) for message in messages]
+        images: list[ImageURL] = []
+        seen = [_shown(message, mark, images) for message in messages]
         written, size = [], 0
         try:
             for piece in self._template.generate(messages=seen, **_ALSO_GIVEN):
@@ -98,12 +98,12 @@ class JinjaTemplate:
             raise
         except Exception as error:  # a template can do anything that Python can do wrong
             raise RequestError(f"the server's template cannot take these messages ({error!s:.200})") from None
-        # Texts and numbers of pictures in turns.
+        # Texts and numbers of images in turns.
         parts = re.split(f"{mark}(\\d+)\ufffc", "".join(written))
-        missing = set(range(len(pictures))) - {int(number) for number in parts[1::2]}
+        missing = set(range(len(images))) - {int(number) for number in parts[1::2]}
         if missing:
-            raise RequestError(f"the server's template leaves out picture {min(missing) + 1} of {len(pictures)}")
-        items = [pictures[int(part)] if i % 2 else part for i, part in enumerate(parts)]
+            raise RequestError(f"the server's template leaves out image {min(missing) + 1} of {len(images)}")
+        items = [images[int(part)] if i % 2 else part for i, part in enumerate(parts)]
         return [item for item in items if item != ""]
 
 
@@ -120,7 +120,7 @@ class Templates:
     own: Mapping[str, Template] = dataclasses.field(default_factory=dict)
 
     def items(self, wanted: MessagesRequest) -> Items:
-        """Texts and pictures of a request in the order of the prompt.
+        """Texts and images of a request in the order of the prompt.
 
         Raises:
             RequestError: no such template, or it cannot take the messages.
@@ -197,18 +197,18 @@ def _read_template(file: Path) -> Template:
 _ALSO_GIVEN = {"add_generation_prompt": True, "tools": None, "documents": None, "bos_token": "", "eos_token": ""}
 
 
-def _shown(message: Message, mark: str, pictures: list[ImageURL]) -> dict[str, Any]:
-    """A message as a template sees it; its pictures are added to ``pictures``."""
-    content, images = [], []
+def _shown(message: Message, mark: str, images: list[ImageURL]) -> dict[str, Any]:
+    """A message as a template sees it; its images are added to ``images``."""
+    content, marks = [], []
     for item in contents(message.parts):
         if isinstance(item, ImageURL):
-            images.append(f"{mark}{len(pictures)}\ufffc")
-            content.append({"type": "image", "image": images[-1]})
-            pictures.append(item)
+            marks.append(f"{mark}{len(images)}\ufffc")
+            content.append({"type": "image", "image": marks[-1]})
+            images.append(item)
         else:
             content.append({"type": "text", "text": item})
     text = "\n".join(part["text"] for part in content if part["type"] == "text")
-    return {"role": message.role, "name": message.name, "text": text, "images": images, "content": content}
+    return {"role": message.role, "name": message.name, "text": text, "images": marks, "content": content}
 
 
 @functools.cache

@@ -18,7 +18,7 @@ MAX_STOPS = 8
 MAX_STOP_LENGTH = 256
 # Answers to one request.
 MAX_CHOICES = 8
-# Far above what a prompt can hold; so much is looked through before the pictures among it are counted.
+# Far above what a prompt can hold; so much is looked through before the images among it are counted.
 MAX_MESSAGES = 2_000
 MAX_PARTS = 20_000
 MAX_TOKENS = 100_000
@@ -27,7 +27,7 @@ MAX_FIELDS = 1_000
 # Of what an error quotes.
 MAX_QUOTED = 200
 # Every list and string has a bound, and a list ends at its first error: each error is a kilobyte of objects. The texts
-# of a prompt and the URLs of its pictures have that of the body; what the model takes is far less.
+# of a prompt and the URLs of its images have that of the body; what the model takes is far less.
 
 # What an answer that names no limit gets at most: in a chat, and to a text as the standard says.
 CHAT_TOKENS, TEXT_TOKENS = 64, 16
@@ -49,21 +49,21 @@ class TextPart(Strict):
 
 
 class ImageURL(Strict):
-    """Where a picture is; ``detail`` is taken and ignored: there is one resolution."""
+    """Where an image is; ``detail`` is taken and ignored: there is one resolution."""
 
     url: str
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class ImagePart(Strict):
-    """A picture inside a message."""
+    """An image inside a message."""
 
     type: Literal["image_url"]
     image_url: ImageURL
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-# Texts and pictures in the order of a prompt.
+# Texts and images in the order of a prompt.
 Items = list[str | ImageURL]
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
@@ -76,7 +76,7 @@ def _speaker(role: Any) -> Any:
 
 
 class Message(Strict):
-    """One turn; contents may mix pictures and text in any order.
+    """One turn; contents may mix images and text in any order.
 
     Whole answers of the SDKs are taken back: their further fields are empty, or say the content once more (``parsed``).
     """
@@ -91,8 +91,8 @@ class Message(Strict):
     ) = None
     name: Name | None = None
     refusal: unserved("put it into content", "") = None
-    audio: unserved("the model reads text and pictures") = None
-    annotations: unserved("the model reads text and pictures", []) = None
+    audio: unserved("the model reads text and images") = None
+    annotations: unserved("the model reads text and images", []) = None
     function_call: unserved("the model calls no functions") = None
     tool_calls: unserved("the model calls no functions", []) = None
     reasoning_content: unserved("the model does not reason", "") = None
@@ -109,7 +109,7 @@ class Message(Strict):
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
-        """Texts and pictures in their order; an assistant's message without content is an empty answer."""
+        """Texts and images in their order; an assistant's message without content is an empty answer."""
         if isinstance(self.content, list):
             return self.content
         return [TextPart(type="text", text=self.content or "")]
@@ -148,7 +148,7 @@ Stops = Annotated[
 
 
 class SamplingRequest(UnservedOfAnswers, StructuredFields):
-    """How an answer is drawn and sent, to a message or to a text.
+    """How an answer is sampled and sent, to a message or to a text.
 
     ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos`` and ``return_token_ids`` are additions
     to the standard, named as by vLLM.
@@ -280,7 +280,7 @@ class TextRequest(PromptRequest, SamplingRequest):
 
     @property
     def prompts(self) -> list[Items | list[int]]:
-        """Each prompt: texts and pictures in their order, or token ids."""
+        """Each prompt: texts and images in their order, or token ids."""
         match _kind_of_prompt(self.prompt):
             case "text":
                 return [[self.prompt]]

@@ -83,7 +83,7 @@ class UnservedOfChat(UnservedOfAnswers):
     function_call: unserved(_NO_FUNCTIONS, "none", "auto") = None
     modalities: unserved(_TEXT_ALONE, ["text"], []) = None
     audio: unserved(_TEXT_ALONE) = None
-    prediction: unserved("every token is drawn") = None
+    prediction: unserved("every token is sampled") = None
     reasoning_effort: unserved("the model does not reason", "none") = None
     verbosity: unserved("max_tokens limits an answer", "medium") = None
     web_search_options: unserved("nothing is looked up") = None
@@ -94,8 +94,8 @@ class UnservedOfChat(UnservedOfAnswers):
     documents: unserved("put the text into a message", []) = None
     chat_template: unserved("template names one of the server's") = None
     chat_template_kwargs: unserved("templates take none", {}, {"enable_thinking": False}) = None
-    mm_processor_kwargs: unserved("pictures are prepared in one way", {}) = None
-    media_io_kwargs: unserved("pictures are read in one way", {}) = None
+    mm_processor_kwargs: unserved("images are prepared in one way", {}) = None
+    media_io_kwargs: unserved("images are read in one way", {}) = None
     add_generation_prompt: unserved("an answer is always begun", True) = None
     continue_final_message: unserved("an assistant's last message is always continued", False, True) = None
     add_special_tokens: unserved("the model's prompts have none", False) = None

@@ -23,7 +23,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from magma_jax.config import from_dict
 from magma_jax.foreign import read_json
 from magma_jax.output import OutputError, raise_if_full
-from magma_jax.runtime.distributed import from_first_process, say
+from magma_jax.runtime.distributed import json_from_main, log_main
 from magma_jax.storage.array_files import open_item
 from magma_jax.storage.checksums import find_damage, write_checksums
 from magma_jax.storage.model_folder import CheckpointError, read_model_json, read_params, with_sharding
@@ -145,7 +145,7 @@ class RunCheckpoints:
             "progress": {"data": dict(snapshot.data), "best": snapshot.best.to_json()},
         }
         self._finish_save()
-        if (other := from_first_process(lambda: self._lock.lost_to() if self._lock else None)) is not None:
+        if (other := json_from_main(lambda: self._lock.lost_to() if self._lock else None)) is not None:
             raise CheckpointError(f"{self._folder}: taken over by {other}; this process stops without saving")
         self._saving_step = step
         self._saving = self._checkpointer.save_checkpointables_async(step, contents, force=True)
@@ -191,7 +191,7 @@ class RunCheckpoints:
         best = loaded["progress"]["best"]["step"]
         if best is None or best not in self._steps():
             return step
-        problem = from_first_process(lambda: self._find_damage(best, ("params",)))
+        problem = json_from_main(lambda: self._find_damage(best, ("params",)))
         self._report({} if problem is None else {best: problem}, step)
         return best if problem is None else step
 
@@ -254,7 +254,7 @@ class RunCheckpoints:
         def look() -> list[int]:
             return sorted((int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()), reverse=True)
 
-        return from_first_process(look)
+        return json_from_main(look)
 
     def _load(
         self, steps: Sequence[int], wanted: dict[str, Any], checked: Sequence[str] | None = None
@@ -262,7 +262,7 @@ class RunCheckpoints:
         """The first of ``steps`` that is whole (in the items ``checked``), and what it holds of ``wanted``."""
         damage: dict[int, str] = {}
         for step in steps:
-            problem = from_first_process(lambda step=step: self._find_damage(step, checked or tuple(wanted)))
+            problem = json_from_main(lambda step=step: self._find_damage(step, checked or tuple(wanted)))
             if problem is None:
                 try:
                     self._check(step, wanted)
@@ -302,9 +302,9 @@ class RunCheckpoints:
             folder = self._folder / str(step)
             moved = ""
             if self._writing:
-                aside = from_first_process(lambda folder=folder: _move_aside(folder))
+                aside = json_from_main(lambda folder=folder: _move_aside(folder))
                 moved = f", moved to {aside}"
-            say(f"{folder}: damaged ({problem}){moved}; using {self._folder / str(used)}")
+            log_main(f"{folder}: damaged ({problem}){moved}; using {self._folder / str(used)}")
         if damage and self._writing:
             self._checkpointer.reload()
 
@@ -332,7 +332,7 @@ def _lock(workdir: Path) -> RunLock | None:
             return str(error)
         return None
 
-    if (problem := from_first_process(take)) is not None:
+    if (problem := json_from_main(take)) is not None:
         raise CheckpointError(problem)
     return lock
 

@@ -10,7 +10,7 @@ class ValidationConfig:
 
     Attributes:
         every: steps between validations; the last step is always validated. 0: no validation.
-        split: split of the data set that is validated on.
+        split: split of the dataset that is validated on.
         samples: at most this many samples, evenly spaced in the order of the split; the same ones every time.
         patience: validations in a row without an improvement that end the run. 0: the run never ends early.
         min_delta: by how much the loss must fall to be an improvement.

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from magma_jax.foreign import ForeignError, parse_json, read_text, shown
-from magma_jax.runtime.distributed import say
+from magma_jax.runtime.distributed import log_main
 from magma_jax.storage.checksums import CheckpointError
 
 LOCK_FILE = ".writer.lock"
@@ -104,7 +104,7 @@ class RunLock:
         holder = _holder(content)
         lives = _lives(holder)
         if lives is None:
-            say(f"{self._folder}: held by {_name(holder)}; waiting up to {WATCH_S:.0f} s for a sign of life")
+            log_main(f"{self._folder}: held by {_name(holder)}; waiting up to {WATCH_S:.0f} s for a sign of life")
             lives = self._moves(path, content)
         if lives:
             raise CheckpointError(_refusal(self._folder, holder))
@@ -115,7 +115,7 @@ class RunLock:
                 return None
             temporary, descriptor = self._write()
             os.replace(temporary, path)
-            say(f"{self._folder}: taken over from {_name(holder)}, which is gone")
+            log_main(f"{self._folder}: taken over from {_name(holder)}, which is gone")
             return descriptor
         finally:
             os.close(right_descriptor)

@@ -17,7 +17,7 @@ from magma_jax.output import replace_file
 from magma_jax.typing import PRNGKey
 
 FOLDER = "nonfinite"
-# Batches of pictures are large, and the first ones tell the most.
+# Batches of images are large, and the first ones tell the most.
 MAX_DUMPS = 10
 
 Policy = Literal["stop", "skip"]

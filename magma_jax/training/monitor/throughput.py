@@ -16,7 +16,7 @@ class Window:
     Attributes:
         steps: optimizer steps.
         samples: in their batches, over all processes.
-        tokens: tokens in them that are not padding, without the positions of pictures.
+        tokens: tokens in them that are not padding, without the positions of images.
         flops: operations, see ``training.step.flops``.
         waited: seconds in which the loop waited for a batch.
     """

@@ -1,6 +1,6 @@
 """Where the figures of a run go: ``metrics.jsonl``, TensorBoard, and Weights & Biases if asked.
 
-A writer takes scalars and pictures of a step. Opening one for a run that goes on after step N forgets what a crashed
+A writer takes scalars and images of a step. Opening one for a run that goes on after step N forgets what a crashed
 process wrote of later steps, so that every step is there once; Weights & Biases cannot forget and shows such steps
 twice.
 """
@@ -44,11 +44,11 @@ class WatchConfig:
     """What is recorded while a run trains; ``metrics.jsonl`` always is.
 
     Attributes:
-        tensorboard: whether figures and pictures also go to TensorBoard (``tensorboard/`` in the run folder).
+        tensorboard: whether figures and images also go to TensorBoard (``tensorboard/`` in the run folder).
         wandb: project of Weights & Biases that they also go to; None for not at all.
         samples_every: steps between looks at what the model says; the last step is always one. 0: never.
-        samples: pictures it is asked about, evenly spaced in the split; the same ones every time.
-        samples_split: split of the data set they come from.
+        samples: images it is asked about, evenly spaced in the split; the same ones every time.
+        samples_split: split of the dataset they come from.
         samples_tokens: most new tokens of an answer.
     """
 
@@ -66,13 +66,13 @@ class WatchConfig:
 
 
 class Writer:
-    """Takes figures and pictures, and leaves out what it has no place for; ``step`` counts finished optimizer steps."""
+    """Takes figures and images, and leaves out what it has no place for; ``step`` counts finished optimizer steps."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Figures by name."""
 
-    def picture(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
-        """One picture."""
+    def image(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
+        """One image."""
 
     def close(self) -> None:
         """Writes what is still held back."""
@@ -106,7 +106,7 @@ class TensorBoard(Writer):
         for name, value in values.items():
             self._writer.add_scalar(tag(name), value, step)
 
-    def picture(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
+    def image(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
         self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class Wandb(Writer):
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **{tag(name): value for name, value in values.items()}})
 
-    def picture(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
+    def image(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
         self._run.log({"step": step, name: self._wandb.Image(pixels)})
 
     def close(self) -> None:
@@ -164,9 +164,9 @@ class Writers(Writer):
         for writer in self._writers:
             writer.scalars(step, finite)
 
-    def picture(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
+    def image(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
         for writer in self._writers:
-            writer.picture(step, name, pixels)
+            writer.image(step, name, pixels)
 
     def close(self) -> None:
         for writer in self._writers:

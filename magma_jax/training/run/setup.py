@@ -10,8 +10,8 @@ from magma_jax.config import ConfigError
 from magma_jax.data.datasets import Dataset, load_dataset
 from magma_jax.family import Family
 from magma_jax.nn.modules import parameter_count
-from magma_jax.runtime.compile import return_compiler_memory
-from magma_jax.runtime.distributed import agreed, from_first_process, say
+from magma_jax.runtime.compile import trim_after_compile
+from magma_jax.runtime.distributed import broadcast_from_main, json_from_main, log_main
 from magma_jax.runtime.sharding import make_mesh
 from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, read_params
 from magma_jax.training.checkpoints.early_stopping import BestStep
@@ -65,18 +65,18 @@ def prepare_run(
         ConfigError: the folder holds a run that may not be continued, see ``training.run.continuation``, or the config
             does not fit the devices. CheckpointError: another process is training in the folder.
     """
-    return_compiler_memory()
+    trim_after_compile()
     workdir, config = Path(workdir), completed(family, config)
-    exists = agreed((workdir / MODEL_FILE).exists())
+    exists = broadcast_from_main((workdir / MODEL_FILE).exists())
     if exists:
         # Again, and for certain, before anything is written.
-        if (problem := from_first_process(lambda: writer_of(workdir))) is not None:
+        if (problem := json_from_main(lambda: writer_of(workdir))) is not None:
             raise CheckpointError(problem)
         config, notes = continued_config(family, config, workdir, resume=resume)
         for note in notes:
-            say(note)
+            log_main(note)
     program = build_program(family, config, make_mesh(config.mesh, devices))
-    say(f"preparing data: {config.data.name}")
+    log_main(f"preparing data: {config.data.name}")
     dataset = load_dataset(config.data)
     _check_vocabulary(program, dataset)
     if not exists:
@@ -85,7 +85,7 @@ def prepare_run(
     params = read_params(workdir, program.params)
     frozen = partition(params, program.labels)[1]
     state = program.init_state(params)
-    say(
+    log_main(
         f"model: {parameter_count(state.trainable):,} parameters learn, {parameter_count(frozen):,} are frozen; "
         f"{program.mesh.size} {program.mesh.devices.flat[0].platform} device(s)"
     )
@@ -93,7 +93,7 @@ def prepare_run(
 
 
 def _check_vocabulary(program: Program, dataset: Dataset) -> None:
-    # Without the placeholder of pictures, which no text holds.
+    # Without the placeholder of images, which no text holds.
     size, rows = dataset.tokenizer.vocab_size, program.family.vocab_rows(program.config.model)
     if size > rows:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""From the picture rows of a batch to what the loss wants: pixels, or features computed once."""
+"""From the image rows of a batch to what the loss wants: pixels, or features computed once."""
 
 import functools
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-from magma_jax.data.batches.folders import fill_pictures
-from magma_jax.data.batches.stored_images import StoredPictures
+from magma_jax.data.batches.folders import fill_images
+from magma_jax.data.batches.stored_images import StoredImages
 from magma_jax.data.images import normalize
 from magma_jax.models.vision.catalog import ENCODERS
 from magma_jax.nn.modules import merge
@@ -25,13 +25,13 @@ from magma_jax.typing import Array, Float, Params, UInt8
 Batch = dict[str, np.ndarray]
 
 ENCODER = "image_prefix/encoder/"
-# Of features of stored pictures, in the host's memory.
+# Of features of stored images, in the host's memory.
 KEPT_FEATURE_BYTES = 2 * 2**30
 
 
 @runtime_checkable
-class Pictures(Protocol):
-    """Pictures that need not be in memory; an array is the simplest case."""
+class Images(Protocol):
+    """Images that need not be in memory; an array is the simplest case."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -40,37 +40,37 @@ class Pictures(Protocol):
         """Those of these rows, uint8 (N, H, W, 3)."""
 
 
-def picture_loader(
-    images: UInt8[np.ndarray, "N H W 3"] | StoredPictures | None, program: Program, params: Params
+def image_loader(
+    images: UInt8[np.ndarray, "N H W 3"] | StoredImages | None, program: Program, params: Params
 ) -> Callable[[Batch], Batch]:
-    """Builds the function that replaces ``pictures`` in a batch by ``features`` or ``images`` (uint8).
+    """Builds the function that replaces ``image_rows`` in a batch by ``features`` or ``images`` (uint8).
 
     If every parameter of the encoder is frozen and its BatchNorms keep their statistics, its features never change.
-    Those of pictures in memory are then computed here, once for all; those of stored pictures when they first come, and
+    Those of images in memory are then computed here, once for all; those of stored images when they first come, and
     kept as long as there is room.
     """
     if images is None:
         return lambda batch: batch
-    if isinstance(images, StoredPictures):
+    if isinstance(images, StoredImages):
         # One process: the features of another one's rows are not computed here.
         keep = features_are_fixed(program) and images.are_fixed and jax.process_count() == 1
         features_of = KeptFeatures(program, params) if keep else _without
 
         def prepare(batch: Batch) -> Batch:
-            # Batches of training bring their pictures with them.
-            return features_of(batch if "images" in batch else fill_pictures(batch, images)[0])
+            # Batches of training bring their images with them.
+            return features_of(batch if "images" in batch else fill_images(batch, images)[0])
 
         return prepare
     if not features_are_fixed(program):
-        return lambda batch: _without(batch) | {"images": images[batch["pictures"]]}
+        return lambda batch: _without(batch) | {"images": images[batch["image_rows"]]}
     features = encode_all(images, program.graphdef, params, program.mesh)
-    return lambda batch: _without(batch) | {"features": features[batch["pictures"]]}
+    return lambda batch: _without(batch) | {"features": features[batch["image_rows"]]}
 
 
 class KeptFeatures:
-    """Replaces ``pictures`` and ``images`` in a batch by ``features``, which are computed once for every picture.
+    """Replaces ``image_rows`` and ``images`` in a batch by ``features``, which are computed once for every image.
 
-    When ``nbytes`` are full, batches with further pictures keep their images.
+    When ``nbytes`` are full, batches with further images keep their images.
     """
 
     def __init__(self, program: Program, params: Params, nbytes: int = KEPT_FEATURE_BYTES):
@@ -83,7 +83,7 @@ class KeptFeatures:
         self._kept: dict[int, np.ndarray] = {}
 
     def __call__(self, batch: Batch) -> Batch:
-        rows = batch["pictures"].ravel()
+        rows = batch["image_rows"].ravel()
         images = batch["images"].reshape(-1, *batch["images"].shape[-3:])
         wanted = {int(row): place for place, row in enumerate(rows) if int(row) not in self._kept}
         if wanted and sum(kept.nbytes for kept in self._kept.values()) < self._nbytes:
@@ -100,26 +100,26 @@ class KeptFeatures:
             return _without(batch)
         features = np.stack([self._kept[int(row)] for row in rows])
         rest = {name: array for name, array in _without(batch).items() if name != "images"}
-        return rest | {"features": features.reshape(*batch["pictures"].shape, *features.shape[1:])}
+        return rest | {"features": features.reshape(*batch["image_rows"].shape, *features.shape[1:])}
 
 
 def features_are_fixed(program: Program) -> bool:
-    """Whether training changes nothing that the features of a picture depend on."""
+    """Whether training changes nothing that the features of an image depend on."""
     encoder = [label for path, label in program.labels.items() if path.startswith(ENCODER)]
     updates = program.config.loss.batch_norm == "batch" and "statistic" in encoder
     return not updates and not any(label in ("encoder", "rest") for label in encoder)
 
 
 def feature_statistics(
-    images: UInt8[np.ndarray, "N H W 3"] | StoredPictures, graphdef: nnx.GraphDef, params: Params, pictures: int = 512
+    images: UInt8[np.ndarray, "N H W 3"] | StoredImages, graphdef: nnx.GraphDef, params: Params, count: int = 512
 ) -> Params:
-    """Mean and standard deviation per channel of the features of ``pictures`` pictures, evenly spaced.
+    """Mean and standard deviation per channel of the features of ``count`` images, evenly spaced.
 
     For a prefix that standardizes its features; empty for others.
     """
     if "image_prefix/feature_mean" not in params:
         return {}
-    chosen = np.unique(np.linspace(0, len(images) - 1, pictures).astype(int))
+    chosen = np.unique(np.linspace(0, len(images) - 1, count).astype(int))
     features = encode_all(images[chosen], graphdef, params)
     axes = tuple(range(features.ndim - 1))
     # A channel that never varies is left at its own scale.
@@ -128,7 +128,7 @@ def feature_statistics(
 
 
 def encode_all(
-    images: UInt8[np.ndarray, "N H W 3"] | Pictures,
+    images: UInt8[np.ndarray, "N H W 3"] | Images,
     graphdef: nnx.GraphDef,
     params: Params,
     mesh: Mesh | None = None,
@@ -136,7 +136,7 @@ def encode_all(
     *,
     progress: bool = True,
 ) -> Float[np.ndarray, "N ..."]:
-    """Features of every picture, with a progress bar; on a ``mesh`` all its devices, and processes, share the work."""
+    """Features of every image, with a progress bar; on a ``mesh`` all its devices, and processes, share the work."""
     encoder = {path: _on_devices(leaf) for path, leaf in params.items() if path.startswith(ENCODER)}
     # Of the rest a module needs to know that it is there.
     rest = tuple((p, jax.ShapeDtypeStruct(x.shape, x.dtype)) for p, x in params.items() if not p.startswith(ENCODER))
@@ -148,8 +148,8 @@ def encode_all(
         rows, out = local_rows(mesh, batch_size), replicated(mesh)
     parts = []
     quiet = None if progress and is_main() else True  # None: a bar on a terminal, nothing elsewhere
-    for start in tqdm(range(0, len(images), batch_size), desc="encoding pictures", unit="batch", disable=quiet):
-        # The last batch is filled up with its last picture, so that one program serves all.
+    for start in tqdm(range(0, len(images), batch_size), desc="encoding images", unit="batch", disable=quiet):
+        # The last batch is filled up with its last image, so that one program serves all.
         chosen = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
         pixels = {"images": normalize(images[chosen[rows]], entry.mean, entry.std)}
         if mesh is not None:
@@ -176,4 +176,4 @@ def _on_devices(leaf: Any) -> Array:
 
 
 def _without(batch: Batch) -> Batch:
-    return {name: array for name, array in batch.items() if name != "pictures"}
+    return {name: array for name, array in batch.items() if name != "image_rows"}

@@ -1,4 +1,4 @@
-"""Small pictures whose files take long to decode, each kind in about so many bytes as asked for."""
+"""Small images whose files take long to decode, each kind in about so many bytes as asked for."""
 
 import io
 import struct
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
-    """The encoded picture."""
+    """The encoded image."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -1,6 +1,6 @@
-"""Pictures of a request: data URIs, files below one folder, and URLs where these are allowed.
+"""Images of a request: data URIs, files below one folder, and URLs where these are allowed.
 
-They are strangers' pictures: other processes decode them, see ``data.decoders``.
+They are strangers' images: other processes decode them, see ``data.decoders``.
 """
 
 import base64
@@ -21,19 +21,19 @@ from magma_jax.typing import UInt8
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureRules:
-    """What pictures a server takes.
+class ImageRules:
+    """What images a server takes.
 
     Attributes:
-        max_pictures: in one request, counted before any is looked at.
-        max_bytes: of one encoded picture.
+        max_images: in one request, counted before any is looked at.
+        max_bytes: of one encoded image.
         max_pixels: width times height, checked before decoding.
-        seconds: of processor time that decoding one picture may take.
+        seconds: of processor time that decoding one image may take.
         folder: files below it may be named by ``file:`` URLs; None for none.
         fetch: rules for http and https URLs; None for no such URLs.
     """
 
-    max_pictures: int = 16
+    max_images: int = 16
     max_bytes: int = 10 * 2**20
     max_pixels: int = 40_000_000
     seconds: float = 1.5
@@ -41,7 +41,7 @@ class PictureRules:
     fetch: FetchRules | None = None
 
 
-class RequestPicture(ImageInput):
+class RequestImage(ImageInput):
     """A picture of a request, opened when the prompt is encoded: one after another, whatever a request has.
 
     Args:
@@ -51,25 +51,25 @@ class RequestPicture(ImageInput):
         deadline: of the request, in ``time.monotonic()``.
     """
 
-    def __init__(self, url: str, rules: PictureRules, decoders: Decoders, deadline: float):
+    def __init__(self, url: str, rules: ImageRules, decoders: Decoders, deadline: float):
         self.source, self._rules, self._decoders, self._deadline = url, rules, decoders, deadline
 
     def pixels(self, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-        """The square that an encoder sees, with the errors of ``read_picture`` and ``Decoders.square``."""
-        return self._decoders.square(read_picture(self.source, self._rules), size, self._deadline)
+        """The square that an encoder sees, with the errors of ``read_image`` and ``Decoders.square``."""
+        return self._decoders.square(read_image(self.source, self._rules), size, self._deadline)
 
     def load(self, **options: Any) -> Image.Image:
-        """The whole picture; ``options`` are the server's to choose."""
-        return self._decoders.picture(read_picture(self.source, self._rules), self._deadline)
+        """The whole image; ``options`` are the server's to choose."""
+        return self._decoders.image(read_image(self.source, self._rules), self._deadline)
 
 
-def decoders_of(rules: PictureRules, processes: int, waiting: int) -> Decoders:
-    """The processes that decode pictures by these rules."""
+def decoders_of(rules: ImageRules, processes: int, waiting: int) -> Decoders:
+    """The processes that decode images by these rules."""
     return Decoders(processes, seconds=rules.seconds, max_pixels=rules.max_pixels, waiting=waiting)
 
 
-def read_picture(url: str, rules: PictureRules) -> bytes:
-    """The encoded picture behind a URL of a request.
+def read_image(url: str, rules: ImageRules) -> bytes:
+    """The encoded image behind a URL of a request.
 
     Raises:
         ImageError, FetchError: not allowed, not there, or too large; one line.
@@ -79,36 +79,36 @@ def read_picture(url: str, rules: PictureRules) -> bytes:
         return _data(url, rules)
     elif scheme in ("http", "https"):
         if rules.fetch is None:
-            raise ImageError("pictures by http URL are not enabled on this server; send a data: URI")
+            raise ImageError("images by http URL are not enabled on this server; send a data: URI")
         return fetch(url, dataclasses.replace(rules.fetch, max_bytes=rules.max_bytes))
     elif scheme == "file":
         return _file(url, rules)
-    raise ImageError(f"{url[:40]!r}: pictures come as data: URIs, such as data:image/png;base64,...")
+    raise ImageError(f"{url[:40]!r}: images come as data: URIs, such as data:image/png;base64,...")
 
 
 def data_uri(image: Image.Image) -> str:
-    """A picture as a PNG data URI."""
+    """An image as a PNG data URI."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _data(url: str, rules: PictureRules) -> bytes:
+def _data(url: str, rules: ImageRules) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise ImageError("data: URI without ;base64, in front of its content; encode the picture in base64")
+        raise ImageError("data: URI without ;base64, in front of its content; encode the image in base64")
     # Four characters hold three bytes: too long a text need not be decoded to be too long.
     if len(body) * 3 // 4 > rules.max_bytes + 2:
-        raise ImageError(f"the picture has more than {rules.max_bytes} bytes; send a smaller one")
+        raise ImageError(f"the image has more than {rules.max_bytes} bytes; send a smaller one")
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"data: URI with broken base64 ({error})") from None
 
 
-def _file(url: str, rules: PictureRules) -> bytes:
+def _file(url: str, rules: ImageRules) -> bytes:
     if rules.folder is None:
-        raise ImageError("pictures by file: URL are not enabled on this server; send a data: URI")
+        raise ImageError("images by file: URL are not enabled on this server; send a data: URI")
     try:
         folder = rules.folder.resolve()
         path = (folder / unquote(urlsplit(url).path).lstrip("/")).resolve()
@@ -118,7 +118,7 @@ def _file(url: str, rules: PictureRules) -> bytes:
             content = file.read(rules.max_bytes + 1)
     except (OSError, ValueError, RuntimeError):  # names too long, null bytes, not readable, a loop of links
         # The same words whether it does not exist or lies elsewhere: what exists outside is nobody's business.
-        raise ImageError(f"{url[:80]!r}: no such picture in the server's folder") from None
+        raise ImageError(f"{url[:80]!r}: no such image in the server's folder") from None
     if len(content) > rules.max_bytes:
-        raise ImageError(f"the picture has more than {rules.max_bytes} bytes; send a smaller one")
+        raise ImageError(f"the image has more than {rules.max_bytes} bytes; send a smaller one")
     return content
