@@ -14,8 +14,8 @@ from flax import nnx
 from magma_jax.config import from_dict
 from magma_jax.inference.decoding.decode import generate
 from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows
-from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS, build_language_model
-from magma_jax.models.language.decoder import _row_by_row, _scatter
+from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS
+from magma_jax.models.language.decoder import Decoder, _row_by_row, _scatter
 from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.models.language.gpt_neox import GPTNeoXConfig
@@ -60,7 +60,7 @@ COUNTS = {
 @pytest.mark.parametrize("name", PUBLISHED_LANGUAGE_MODELS)
 def test_published_sizes(name):
     config = PUBLISHED_LANGUAGE_MODELS[name]
-    _, shapes, types = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))
+    _, shapes, types = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     assert parameter_count(shapes) == COUNTS[name]
     assert set(types.values()) == {LanguageParam}
     # A tied head is one leaf.
@@ -71,7 +71,7 @@ def fresh(name, mlp=None, attn=None):
     """Definition, parameters and their types."""
 
     def create():
-        return build_language_model(TINY[name], mlp_adapter=mlp, attn_adapter=attn, rngs=nnx.Rngs(3))
+        return Decoder(TINY[name], mlp_adapter=mlp, attn_adapter=attn, rngs=nnx.Rngs(3))
 
     definition, _, types = abstract(create)
     return definition, jax.jit(lambda: split(create())[1])(), types

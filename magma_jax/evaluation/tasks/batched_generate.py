@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from magma_jax.inference.decoding.decode import generate
 from magma_jax.inference.decoding.sampling import SamplingConfig, sampling_rows
 from magma_jax.inference.prompts import WORD
-from magma_jax.models.language.decoder import KVCache
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import merge
+from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.runtime.sharding import on_mesh, replicated, split_rows
 from magma_jax.typing import Array, Float, Int, Params

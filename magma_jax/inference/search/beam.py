@@ -19,8 +19,9 @@ from flax import nnx
 from magma_jax.inference.api import Magma, PromptBatch, as_batch, check_room, pad_to_bucket, padded_length
 from magma_jax.inference.decoding.decode import run_prompts
 from magma_jax.inference.decoding.sampling import MASKED, mask_missing_ids
-from magma_jax.models.language.decoder import Decoder, KVCache
+from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.modules import merge
+from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Bool, Float, Int, Params
 

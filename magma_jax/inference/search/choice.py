@@ -19,8 +19,8 @@ from flax import nnx
 
 from magma_jax.inference.api import Magma, PromptBatch, as_batch, pad_to_bucket
 from magma_jax.inference.decoding.decode import run_prompts
-from magma_jax.models.language.decoder import KVCache
 from magma_jax.nn.modules import merge
+from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Float, Int, Params
 
