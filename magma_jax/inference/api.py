@@ -294,14 +294,14 @@ def _row_keys(seed: int | Sequence[int], rows: int) -> Array:
 
 
 @functools.cache
-def _graphdef(config: MagmaConfig, apart: bool = False) -> nnx.GraphDef:
+def _graphdef(config: MagmaConfig, apart: bool = False) -> Definition:
     def create() -> MagmaModel:
         model = MagmaModel(config, rngs=nnx.Rngs(0))
         if apart:
             model.lm.unstack()
         return model
 
-    return Definition(abstract(create)[0])
+    return abstract(create)[0]
 
 
 def layers_apart(params: Params) -> Params:

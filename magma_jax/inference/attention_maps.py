@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from PIL import Image
 
 from magma_jax.data.images import ImageInput
@@ -32,7 +31,7 @@ from magma_jax.inference.api import Magma, padded_length
 from magma_jax.inference.batching import slots
 from magma_jax.inference.prompts import WORD, Encoded, Prompt, encode_prompt, image_positions
 from magma_jax.models.magma import MagmaConfig
-from magma_jax.nn.modules import merge
+from magma_jax.nn.modules import Definition, merge
 from magma_jax.nn.transformer.block import BlockOutput
 from magma_jax.nn.transformer.trunk import LayerReduction
 from magma_jax.runtime.compile import platform_jit
@@ -293,7 +292,7 @@ def _padded(indices: Int[np.ndarray, " N"], length: int) -> Int[np.ndarray, " M"
 
 @platform_jit(static_argnames=("graphdef",))
 def _attend(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     table: Float[Array, "C P D"],
     tokens: Int[Array, " S"],

@@ -7,14 +7,13 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from magma_jax.data.batches.folders import fill_images
 from magma_jax.data.batches.stored_images import StoredImages
 from magma_jax.models.vision.catalog import normalize_for
-from magma_jax.nn.modules import merge
+from magma_jax.nn.modules import Definition, merge
 from magma_jax.runtime.distributed import is_main
 from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch, replicated
 from magma_jax.storage.deferred import read_array
@@ -110,7 +109,7 @@ def features_are_fixed(program: Program) -> bool:
 
 
 def feature_statistics(
-    images: UInt8[np.ndarray, "N H W 3"] | StoredImages, graphdef: nnx.GraphDef, params: Params, count: int = 512
+    images: UInt8[np.ndarray, "N H W 3"] | StoredImages, graphdef: Definition, params: Params, count: int = 512
 ) -> Params:
     """Mean and standard deviation per channel of the features of ``count`` images, evenly spaced.
 
@@ -128,7 +127,7 @@ def feature_statistics(
 
 def encode_all(
     images: UInt8[np.ndarray, "N H W 3"] | Images,
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     mesh: Mesh | None = None,
     batch_size: int = 64,
@@ -159,7 +158,7 @@ def encode_all(
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rest", "out"))
 def _encode(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     rest: tuple[tuple[str, jax.ShapeDtypeStruct], ...],
     encoder: Params,
     images: Float[Array, "B H W 3"],
