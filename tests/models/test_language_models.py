@@ -15,7 +15,7 @@ from magma_jax.config import from_dict
 from magma_jax.inference.decoding.decode import generate
 from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows
 from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS
-from magma_jax.models.language.decoder import Decoder, _row_by_row, _scatter
+from magma_jax.models.language.decoder import Decoder, write_row_by_row, write_scattered
 from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.models.language.gpt_neox import GPTNeoXConfig
@@ -263,6 +263,6 @@ def test_writing_the_cache_row_by_row_is_a_scatter():
     """On TPUs; a position behind the last slot writes nothing."""
     kept, new = np.arange(2 * 3 * 2 * 4 * 5.0).reshape(2, 3, 2, 4, 5), -np.ones((3, 1, 2, 5))
     arguments = (1, jnp.array([2, 0, 1]), jnp.array([[3], [4], [0]]), jnp.asarray(new))
-    written = _row_by_row(jnp.asarray(kept), *arguments)
-    np.testing.assert_array_equal(written, _scatter(jnp.asarray(kept), *arguments))
+    written = write_row_by_row(jnp.asarray(kept), *arguments)
+    np.testing.assert_array_equal(written, write_scattered(jnp.asarray(kept), *arguments))
     assert (written != kept).sum() == 2 * 2 * 5

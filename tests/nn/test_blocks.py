@@ -79,11 +79,11 @@ def test_attention_equals_its_formula():
     ],
 )
 def test_where_cudnn_computes_attention(device, serves, says, caplog):
-    fused._chosen.cache_clear()
+    fused.kernel_for.cache_clear()
     platform, capability, dtype, size = device
     arguments = (platform, capability, dtype, 64, 64, size, ("prefix", "", False, False, False))
     with caplog.at_level("INFO"):
-        assert [fused._chosen(*arguments) == "cudnn" for _ in range(2)] == [serves, serves]
+        assert [fused.kernel_for(*arguments) == "cudnn" for _ in range(2)] == [serves, serves]
     (message,) = caplog.messages  # once
     assert says in message
 

@@ -41,9 +41,9 @@ class KVCache(NamedTuple):
                 return (*kept[:layer], changed, *kept[layer + 1 :])
             arguments = (kept, layer, rows, positions, new.astype(self.dtype))
             if new.shape[1] > 1:
-                return _scatter(*arguments)
+                return write_scattered(*arguments)
             # TPUs would copy the whole cache in every layer for a scatter.
-            return jax.lax.platform_dependent(*arguments, tpu=_row_by_row, default=_scatter)
+            return jax.lax.platform_dependent(*arguments, tpu=write_row_by_row, default=write_scattered)
 
         return KVCache(written(self.key, new.key), written(self.value, new.value))
 
@@ -56,11 +56,11 @@ class KVCache(NamedTuple):
         return self.key[layer, rows], self.value[layer, rows]
 
 
-def _scatter(kept: Array, layer: Any, rows: Array, positions: Array, new: Array) -> Array:
+def write_scattered(kept: Array, layer: Any, rows: Array, positions: Array, new: Array) -> Array:
     return kept.at[layer, rows[:, None], :, positions].set(new)
 
 
-def _row_by_row(kept: Array, layer: Any, rows: Array, positions: Array, new: Array) -> Array:
+def write_row_by_row(kept: Array, layer: Any, rows: Array, positions: Array, new: Array) -> Array:
     """One new position in every row; as in a scatter, a position behind the last slot writes nothing.
 
     The cache keeps its layout: the compiler would choose one for these writes and copy the cache to it and back.
