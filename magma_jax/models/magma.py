@@ -13,7 +13,7 @@ from flax import nnx
 from magma_jax.config import check_dtype
 from magma_jax.family import ShardingRow
 from magma_jax.models.language.catalog import LanguageModelConfig
-from magma_jax.models.language.decoder import Decoder, KVCache, TrunkOutput
+from magma_jax.models.language.decoder import Decoder
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.prefix import ImagePrefix, PrefixConfig
 from magma_jax.models.vision.catalog import EncoderConfig, build_encoder, normalize_for
@@ -24,6 +24,8 @@ from magma_jax.nn.layers import Linear
 from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import HeadParam
 from magma_jax.nn.stack import Remat
+from magma_jax.nn.transformer.cache import KVCache
+from magma_jax.nn.transformer.trunk import TrunkOutput
 from magma_jax.typing import Array, Float, Int, PRNGKey, UInt8
 
 # Of everything before the language model.

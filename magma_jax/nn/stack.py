@@ -30,8 +30,8 @@ def stack(create: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs)
     return merge(definition, jax.vmap(lambda key: split(create(nnx.Rngs(key)))[1])(keys))
 
 
-def unstack(layers: Any, length: int) -> nnx.List:
-    """The ``length`` layers of a stack, each with arrays of its own; their paths are ``0/...``, ``1/...`` and so on."""
+def unstack(layers: Any, length: int) -> Any:
+    """The ``length`` layers of a stack as a list, each with arrays of its own, at ``0/...``, ``1/...`` and so on."""
     definition, params = split(layers)
     return nnx.List([merge(definition, {path: leaf[i] for path, leaf in params.items()}) for i in range(length)])
 

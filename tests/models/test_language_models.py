@@ -15,7 +15,7 @@ from magma_jax.config import from_dict
 from magma_jax.inference.decoding.decode import generate
 from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows
 from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS
-from magma_jax.models.language.decoder import Decoder, write_row_by_row, write_scattered
+from magma_jax.models.language.decoder import Decoder
 from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.models.language.gpt_neox import GPTNeoXConfig
@@ -23,6 +23,7 @@ from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import AdapterParam, LanguageParam, abstract, merge, parameter_count, split
+from magma_jax.nn.transformer.cache import write_row_by_row, write_scattered
 from magma_jax.training.step.optim import OptimConfig, label_parameters, partition
 from tests import tiny
 

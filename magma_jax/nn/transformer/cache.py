@@ -57,11 +57,12 @@ class KVCache(NamedTuple):
 
 
 def write_scattered(kept: Array, layer: Any, rows: Array, positions: Array, new: Array) -> Array:
+    """``new`` (B, S, G, K) at positions (B, S) of rows (B,) of a layer; those behind the last slot write nothing."""
     return kept.at[layer, rows[:, None], :, positions].set(new)
 
 
 def write_row_by_row(kept: Array, layer: Any, rows: Array, positions: Array, new: Array) -> Array:
-    """One new position in every row; as in a scatter, a position behind the last slot writes nothing.
+    """``write_scattered`` for one position in every row (S = 1).
 
     The cache keeps its layout: the compiler would choose one for these writes and copy the cache to it and back.
     """
