@@ -46,7 +46,6 @@ class DecoderConfig(Protocol):
     dtype: str  # that the weights are stored in; int8 and int4 stand for the matrices, see nn.quantized
     head: Head
 
-    @property
     def trunk(self) -> TrunkConfig:
         """What stands between embeddings and final hidden states, without adapters."""
         ...
@@ -82,7 +81,7 @@ class Decoder(Trunk):
             dtype=float_dtype(config.dtype),
             rngs=rngs,
         )
-        trunk = config.trunk
+        trunk = config.trunk()
         block = dataclasses.replace(trunk.block, mlp_adapter=mlp_adapter, attn_adapter=attn_adapter)
         super().__init__(dataclasses.replace(trunk, block=block), rngs=rngs)
         if config.head != "tied":

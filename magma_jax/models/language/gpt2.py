@@ -41,7 +41,6 @@ class GPT2Config:
         """Rows of the head: those of the table."""
         return self.vocab_rows
 
-    @property
     def trunk(self) -> TrunkConfig:
         """One projection to queries, keys and values; learned positions."""
         block = block_config(self, projections="joint", activation=self.activation)

@@ -50,7 +50,6 @@ class GPTNeoConfig:
         """Rows of the head: those of the table."""
         return self.vocab_rows
 
-    @property
     def trunk(self) -> TrunkConfig:
         """Separate projections, a bias in the last only; scores as they are; learned positions."""
         biases = ("attention_out", "mlp_in", "mlp_out")

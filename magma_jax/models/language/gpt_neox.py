@@ -50,7 +50,6 @@ class GPTNeoXConfig:
         """Rows of the head: as many as the table has."""
         return self.vocab_rows
 
-    @property
     def trunk(self) -> TrunkConfig:
         """One projection, head by head; rotary positions on the two halves of a part of each head."""
         block = block_config(

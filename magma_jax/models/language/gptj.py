@@ -44,7 +44,6 @@ class GPTJConfig:
         check_heads(self)
         check_rotary_dim(self.rotary_dim, self.width // self.heads)
 
-    @property
     def trunk(self) -> TrunkConfig:
         """Attention without biases, rotary positions on neighbours."""
         rotary = RotaryConfig(features=self.rotary_dim, base=self.rotary_base, interleaved=True)
