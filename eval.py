@@ -31,6 +31,11 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="at most this many captions and this many questions; default: all")
     parser.add_argument("--overview", type=Path, metavar="PNG", help="also draw twelve images with their texts")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the moving averages of a run's weights, or the weights; default: what the run was validated with",
+    )
     add_task_options(parser)
     add_other_options(parser)
     arguments = parser.parse_args()
@@ -45,7 +50,7 @@ def main() -> None:
         elif arguments.perplexity:
             run_perplexity(arguments)
         else:
-            evaluate_run(arguments.workdir, arguments.split, arguments.limit, arguments.overview)
+            evaluate_run(arguments.workdir, arguments.split, arguments.limit, arguments.overview, ema=arguments.ema)
     except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
         sys.exit(f"eval.py: {error_line(error)}")
 

@@ -60,6 +60,18 @@ def from_dict(
         raise ConfigError(f"{where}: {error}") from None
 
 
+def from_union(classes: Sequence[type], values: Mapping[str, Any], where: str = "config") -> Any:
+    """The one of several dataclasses whose ``kind`` the values name, see ``from_dict``.
+
+    Raises:
+        ConfigError: an unknown kind, or as ``from_dict``.
+    """
+    kinds = {next(f.default for f in dataclasses.fields(c) if f.name == "kind"): c for c in classes}
+    if values.get("kind") not in list(kinds):
+        raise ConfigError(f"{where}.kind: {shown(values.get('kind'))} is not one of {', '.join(map(str, kinds))}")
+    return from_dict(kinds[values["kind"]], values, where)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The nested dict of plain JSON values that ``from_dict`` turns into the same config."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -194,10 +206,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if classes and isinstance(value, Mapping | ml_collections.ConfigDict):
         if len(classes) == 1:
             return from_dict(classes[0], value, where)
-        kinds = {next(f.default for f in dataclasses.fields(c) if f.name == "kind"): c for c in classes}
-        if value.get("kind") not in list(kinds):
-            raise ConfigError(f"{where}.kind: {shown(value.get('kind'))} is not one of {', '.join(kinds)}")
-        return from_dict(kinds[value["kind"]], value, where)
+        return from_union(classes, value, where)
     errors = []
     for option in options:
         if option is type(None) or option in classes:

@@ -33,8 +33,8 @@ def test_whole_numbers_serve_as_floats():
 
 def test_overrides_reach_nested_keys_and_leave_the_original_alone():
     config = ConfigDict({"optim": {"learning_rate": 1e-3}, "steps": 5})
-    changed = apply_overrides(config, ["optim.learning_rate=2e-3", "data.name=openmoji", "steps=7"])
-    assert changed.to_dict() == {"optim": {"learning_rate": 2e-3}, "steps": 7, "data": {"name": "openmoji"}}
+    changed = apply_overrides(config, ["optim.learning_rate=2e-3", "data.kind=openmoji", "steps=7"])
+    assert changed.to_dict() == {"optim": {"learning_rate": 2e-3}, "steps": 7, "data": {"kind": "openmoji"}}
     assert config.steps == 5
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         apply_overrides(config, ["steps"])

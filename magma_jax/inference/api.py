@@ -93,6 +93,7 @@ class Magma:
         dtype: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
         model_config: Mapping[str, Any] | None = None,
+        ema: bool | None = None,
     ) -> "Magma":
         """Loads a run folder of ``train.py``, a converted model folder, or whatever checkpoint ``from-torch`` opens.
 
@@ -103,11 +104,15 @@ class Magma:
             dtype: dtype of weights and activations, such as ``bfloat16``; default: the config's, which is
                 ``float32`` for a checkpoint file.
             mesh: devices to spread the weights over, by the table of ``magma_jax.runtime.sharding``; default: one
-            device. model_config: what the tensors of a checkpoint file cannot tell, see ``published.infer_config``.
+                device.
+            model_config: what the tensors of a checkpoint file cannot tell, see ``published.infer_config``.
+            ema: whether a run's moving averages of weights are taken, or its weights; default: what the run was
+                validated with.
 
         Raises:
-            CheckpointError: not such a folder. HubError: not fetched. WeightFileError, InferenceError, KeyMapError: a
-                file that cannot be read, or whose keys do not fit a MAGMA model.
+            CheckpointError: not such a folder, or ``ema`` of one that keeps no averages. HubError: not fetched.
+            WeightFileError, InferenceError, KeyMapError: a file that cannot be read, or whose keys do not fit a MAGMA
+            model.
         """
         path = local_path(path)
         if not (path / MODEL_FILE).exists() and holds_weights(path):
@@ -125,7 +130,7 @@ class Magma:
         shapes = in_dtype(shapes, jnp.dtype(config.dtype))
         if mesh is not None:
             shapes = placed(shapes, parameter_shardings(shapes, mesh, SHARDINGS))
-        params = _for_device(read_trained_params(path, shapes, types), config)
+        params = _for_device(read_trained_params(path, shapes, types, ema=ema), config)
         return cls(config, params, load_tokenizer(path))
 
     def preprocess_inputs(self, inputs: Prompt) -> Float[Array, "1 S D"]:

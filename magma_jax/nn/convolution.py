@@ -31,7 +31,7 @@ class Conv2d(nnx.Module):
     ):
         shape = (out_channels, in_channels, kernel, kernel)
         self.weight = EncoderParam(fan_in_uniform(rngs.params(), shape, jnp.float32))
-        self.bias = EncoderParam(jnp.zeros((out_channels,))) if use_bias else None
+        self.bias = EncoderParam(jnp.zeros((out_channels,)), decay=False) if use_bias else None
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h2 w2 o"]:
@@ -137,8 +137,9 @@ class BatchNorm(nnx.Module):
 
     def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1):
         self.eps, self.momentum = eps, momentum
+        # The original's weight decay spares the weights of LayerNorms, but not these.
         self.weight = EncoderParam(jnp.ones((channels,)))
-        self.bias = EncoderParam(jnp.zeros((channels,)))
+        self.bias = EncoderParam(jnp.zeros((channels,)), decay=False)
         self.running_mean = Statistic(jnp.zeros((channels,)))
         self.running_var = Statistic(jnp.ones((channels,)))
         self.num_batches_tracked = Statistic(jnp.zeros((), jnp.int32))

@@ -88,7 +88,8 @@ class Linear(nnx.Module):
             weight, scale = quantize(weight, dtype)
         self.weight = param(weight)
         self.weight_scale = None if scale is None else param(scale)
-        self.bias = param(bias_init(rngs.params(), (out_features,), float_dtype(dtype))) if use_bias else None
+        bias = bias_init(rngs.params(), (out_features,), float_dtype(dtype)) if use_bias else None
+        self.bias = None if bias is None else param(bias, decay=False)
 
     def __call__(
         self, x: Float[Array, "... in"], preferred_element_type: DTypeLike | None = None
@@ -129,8 +130,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, width: int, *, param: type[nnx.Param], eps: float = 1e-5, dtype: DTypeLike = jnp.float32):
         self.eps = eps
-        self.weight = param(jnp.ones((width,), dtype))
-        self.bias = param(jnp.zeros((width,), dtype))
+        self.weight = param(jnp.ones((width,), dtype), decay=False)
+        self.bias = param(jnp.zeros((width,), dtype), decay=False)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)

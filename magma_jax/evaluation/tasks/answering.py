@@ -17,11 +17,11 @@ from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.evaluation.tasks.batched_generate import answer_batch, classify_batch, run_common
 from magma_jax.inference.api import Magma
 from magma_jax.inference.decoding.sampling import SamplingConfig
+from magma_jax.inference.image_features import Images, encode_all
 from magma_jax.inference.prompts import WORD, image_positions
 from magma_jax.models.language.decoder import KVCache
 from magma_jax.runtime.distributed import is_main
 from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch
-from magma_jax.training.image_features import Images, encode_all
 from magma_jax.typing import Array, Int
 
 # Prompts are padded to multiples of the first number up to the second, so few programs are compiled.
