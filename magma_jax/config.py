@@ -21,6 +21,8 @@ from magma_jax.foreign import shown
 T = TypeVar("T")
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
+# dtypes of a language model that stand for quantized matrices, see ``nn.quantized``.
+QUANTIZED = ("int8", "int4")
 
 
 class ConfigError(ValueError):

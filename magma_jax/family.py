@@ -34,7 +34,9 @@ class Family:
         first_values: ``(program, dataset, params)`` to parameters that are computed from data before the first step.
         parts: path prefix to what opens published weights for the parameters below it: ``(path, config)`` to a
             context of their arrays by path and the files these are read from.
-        language_model: ``(model)`` to the part that decodes token by token; of a config, its config.
+        open: ``(path, *, dtype, mesh)`` to a model that is ready for use (``inference.generator.Generator``).
+        decode_program: ``(program, rows, slots)`` to one step of decoding, jitted, and the shapes of its arguments, for
+            plans; ``slots=None`` for the context. None for a family that does not decode token by token.
         panel: ``(run, writing)`` to what shows samples while the run learns; None where there is nothing to show.
     """
 
@@ -51,5 +53,6 @@ class Family:
     prepare: Callable[..., Callable[[dict[str, Any]], dict[str, Any]]]
     first_values: Callable[..., dict[str, Any]]
     parts: Mapping[str, Callable[[Any, Any], AbstractContextManager[tuple[Mapping[str, Any], tuple[Any, ...]]]]]
-    language_model: Callable[[Any], Any]
+    open: Callable[..., Any]
+    decode_program: Callable[[Any, int, int | None], tuple[Any, tuple[Any, ...]]] | None
     panel: Callable[..., Any] | None
