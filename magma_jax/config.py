@@ -10,7 +10,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,8 @@ from magma_jax.foreign import shown
 T = TypeVar("T")
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
+# dtypes of a language model that stand for quantized matrices, see ``nn.quantized``.
+QUANTIZED = ("int8", "int4")
 
 
 class ConfigError(ValueError):
@@ -75,6 +77,19 @@ def from_union(classes: Sequence[type], values: Mapping[str, Any], where: str = 
 def to_dict(config: Any) -> dict[str, Any]:
     """The nested dict of plain JSON values that ``from_dict`` turns into the same config."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def settings(config: Any) -> list[str]:
+    """Every setting of a config as the ``KEY=VALUE`` that ``apply_overrides`` takes."""
+
+    def lines(value: Any, name: str) -> Iterator[str]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from lines(inner, f"{name}.{key}" if name else key)
+        else:
+            yield f"{name}={value if isinstance(value, str) else repr(value)}"
+
+    return list(lines(to_dict(config), ""))
 
 
 def check_sizes(config: Any, *names: str) -> None:
@@ -155,8 +170,9 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str])
             node = node[parent]
             if not isinstance(node, ml_collections.ConfigDict):
                 raise ConfigError(f"--set {override}: {parent} is not a mapping")
-        if isinstance(node.get(name), str) and isinstance(value, int | float | dict | set):
-            value = text  # of a setting that is text: a prompt "{}" is no mapping
+        # Of a setting that is text; "{}" is a prompt then, and no mapping.
+        if isinstance(node.get(name), str) and (isinstance(value, int | float | set) or value == {}):
+            value = text
         with node.ignore_type():  # from_dict checks types and names the key
             node[name] = value
     return config

@@ -41,7 +41,9 @@ class Family:
             that may be otherwise in the run's own.
         parts: path prefix to what opens published weights for the parameters below it: ``(path, config)`` to a
             context of their arrays by path and the files these are read from.
-        language_model: ``(model)`` to the part that decodes token by token; of a config, its config.
+        open: ``(path, *, dtype, mesh, ema)`` to a model that is ready for use (``inference.generator.Generator``).
+        decode_program: ``(program, rows, slots)`` to one step of decoding, jitted, and the shapes of its arguments, for
+            plans; ``slots=None`` for the context. None for a family that does not decode token by token.
         panel: ``(run, writing)`` to what shows samples while the run learns; None where there is nothing to show.
     """
 
@@ -63,5 +65,6 @@ class Family:
     fresh: str
     base_may_differ: Callable[[Mapping[str, Any]], Sequence[str]]
     parts: Mapping[str, Callable[[Any, Any], AbstractContextManager[tuple[Mapping[str, Any], tuple[Any, ...]]]]]
-    language_model: Callable[[Any], Any]
+    open: Callable[..., Any]
+    decode_program: Callable[[Any, int, int | None], tuple[Any, tuple[Any, ...]]] | None
     panel: Callable[..., Any] | None

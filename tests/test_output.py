@@ -26,7 +26,7 @@ def test_what_a_terminal_may_be_given():
         ("magma_jax.convert.__main__", ["to-torch", "no\x1b[31m", "out"]),
         ("magma_jax.data.__main__", ["show", "no\x1b[31m"]),
         ("magma_jax.evaluation.__main__", ["score", "--protocol=coco", "--references=no", "--predictions=no\x1b[31m"]),
-        ("magma_jax.generate", ["--checkpoint", "no\x1b[31m", "no\x1b[31m.png"]),
+        ("magma_jax.generate.__main__", ["--checkpoint", "no\x1b[31m", "no\x1b[31m.png"]),
         ("magma_jax.plan.__main__", ["--config", "no\x1b[31m.py", "--topology", "v5e:2x2"]),
         ("magma_jax.serve.__main__", ["--checkpoint", "no", "--api-key-file", "no\x1b[31m"]),
     ],

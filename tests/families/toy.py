@@ -14,13 +14,16 @@ import numpy as np
 import optax
 from flax import nnx
 
+from magma_jax.config import from_dict
 from magma_jax.data.dataset import Dataset
 from magma_jax.family import Family
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal
 from magma_jax.nn.masks import Mask
-from magma_jax.nn.modules import HeadParam, LanguageParam
+from magma_jax.nn.modules import HeadParam, LanguageParam, abstract
 from magma_jax.nn.stack import scan, stack
+from magma_jax.storage.model_folder import read_model_json
+from magma_jax.training.checkpoints.checkpoint import read_trained_params
 from magma_jax.training.step.flops import StepFlops, attention_flops, matrix_flops
 from magma_jax.training.step.optim import Group
 from magma_jax.training.step.terms import Term
@@ -115,6 +118,24 @@ def flops(config, shapes, labels, batch):
     )
 
 
+class ToyGenerator:
+    """A model that is opened but makes neither text nor images."""
+
+    makes = frozenset()
+
+    def __init__(self, config, graphdef, params):
+        self.config, self.graphdef, self.params = config, graphdef, params
+
+    def answers(self, prompts, options=None, *, count=None):
+        raise ValueError("a toy model makes nothing that a prompt asks for")
+
+
+def open_toy(path, *, dtype=None, mesh=None, ema=None):
+    config = from_dict(ToyConfig, read_model_json(path)["model"], "model.json: model")
+    graphdef, shapes, types = abstract(lambda: ToyModel(config, nnx.Rngs(0)))
+    return ToyGenerator(config, graphdef, read_trained_params(path, shapes, types))
+
+
 TOY = Family(
     name="toy",
     configs=(ToyConfig,),
@@ -137,7 +158,8 @@ TOY = Family(
     fresh=r"",
     base_may_differ=lambda model: (),
     parts={},
-    language_model=lambda model: model,
+    open=open_toy,
+    decode_program=None,
     panel=None,
 )
 

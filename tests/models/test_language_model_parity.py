@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.decode import generate
-from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows
+from magma_jax.inference.decoding.sampling import row_keys, sampling_rows
 from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS, build_language_model
 from magma_jax.nn.modules import abstract, merge, parameter_count
 from magma_jax.published.hf_config import read_config

@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 from magma_jax.config import from_dict
+from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.decode import generate
-from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows
+from magma_jax.inference.decoding.sampling import row_keys, sampling_rows
 from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS, build_language_model
 from magma_jax.models.language.decoder import _row_by_row, _scatter
 from magma_jax.models.language.gpt2 import GPT2Config

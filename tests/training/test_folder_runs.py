@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from magma_jax import Magma
 from magma_jax.config import ConfigError, apply_overrides, load_config_file, to_dict
 from magma_jax.data.batches.sources import SourceConfig
 from magma_jax.data.datasets import load_dataset
@@ -14,7 +15,6 @@ from magma_jax.data.folder_dataset import FoldersConfig
 from magma_jax.data.tokenizers.byte_level import train_bpe
 from magma_jax.families import run_config
 from magma_jax.families.magma.image_features import KeptFeatures
-from magma_jax.inference.api import Magma
 from magma_jax.inference.image_features import encode_all
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig

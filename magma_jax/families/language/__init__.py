@@ -1,5 +1,7 @@
 """Language models alone: next-token prediction of text."""
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,9 +10,11 @@ from flax import nnx
 from magma_jax.data.openmoji.dataset import OpenmojiConfig, OpenmojiTextConfig
 from magma_jax.families.language.loss import language_loss
 from magma_jax.family import Family
+from magma_jax.inference.decoding.program import decode_program
 from magma_jax.models.language.catalog import LanguageModelConfig, build_language_model
 from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.modules import LanguageParam
+from magma_jax.storage.model_folder import CheckpointError
 from magma_jax.training.monitor.throughput import count_batch
 from magma_jax.training.step.flops import LANGUAGE_INPUTS, StepFlops, attention_flops, matrix_flops
 from magma_jax.training.step.optim import Group
@@ -36,6 +40,13 @@ def _flops(config: LanguageModelConfig, shapes: Any, labels: Any, batch: Any) ->
     return StepFlops(rows * frozen, rows * trained, rows * attention, 0)
 
 
+def _open(path: str | Path, **_: Any) -> Any:
+    raise CheckpointError(
+        f"{path}: a language model alone, which is not asked or served; give the folder of a model that sees, such "
+        "as a run of configs/quickstart.py"
+    )
+
+
 LANGUAGE = Family(
     name="language",
     configs=LanguageModelConfig.__args__,
@@ -55,6 +66,7 @@ LANGUAGE = Family(
     fresh=r"",
     base_may_differ=lambda model: ("dtype", "embedding_std"),
     parts={},
-    language_model=lambda model: model,
+    open=_open,
+    decode_program=functools.partial(decode_program, lambda model: model),
     panel=None,
 )

@@ -1,5 +1,6 @@
 """MAGMA: images become words of a frozen language model (Eichenberg et al., 2021)."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,12 @@ from magma_jax.data.folder_dataset import FoldersConfig
 from magma_jax.data.openmoji.dataset import OpenmojiConfig
 from magma_jax.families.magma.config import base_may_differ, batch_shapes, complete, roles
 from magma_jax.families.magma.flops import step_flops
+from magma_jax.families.magma.generator import Magma
 from magma_jax.families.magma.image_features import feature_statistics, image_loader
 from magma_jax.families.magma.loss import caption_loss
 from magma_jax.families.magma.panel import Sampler
 from magma_jax.family import Family
+from magma_jax.inference.decoding.program import decode_program
 from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
 from magma_jax.published.encoder_sources import open_encoder
 from magma_jax.published.language_model_sources import open_lm
@@ -53,6 +56,7 @@ MAGMA = Family(
         "lm": lambda path, model: open_lm(path, model.lm),
         "image_prefix/encoder": lambda path, model: open_encoder(path, model.encoder),
     },
-    language_model=lambda model: model.lm,
+    open=Magma.from_checkpoint,
+    decode_program=functools.partial(decode_program, lambda model: model.lm),
     panel=Sampler,
 )

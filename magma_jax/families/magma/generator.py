@@ -9,8 +9,7 @@ Names follow the original. Nothing here has state that a call could change: the 
 
 import dataclasses
 import functools
-import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,46 +17,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from magma_jax.config import from_dict
-from magma_jax.data.images import ImageInput, normalize
+from magma_jax.data.images import normalize
 from magma_jax.data.tokenizers.byte_level import Tokenizer
-from magma_jax.inference.decoding.decode import Generation, generate
-from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows, seed_key
-from magma_jax.inference.prompts import Prompt, check_prompt
-from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
-from magma_jax.models.vision.catalog import ENCODERS
+from magma_jax.families.magma.images import image_spec
+from magma_jax.families.magma.loading import LAYERS, load_magma
+from magma_jax.inference.answers import Answer, AnswerOptions
+from magma_jax.inference.asker import token_answers
+from magma_jax.inference.batched import generate_tokens
+from magma_jax.inference.decoding.config import SamplingConfig
+from magma_jax.inference.decoding.decode import Generation
+from magma_jax.inference.generator import Makes
+from magma_jax.inference.prompts import (
+    WORD,
+    Prompt,
+    PromptBatch,
+    PromptLayout,
+    lay_out_prompt,
+)
+from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import Definition, abstract, merge
-from magma_jax.published.open_magma import load_tokenizer, read_torch_magma
 from magma_jax.runtime.compile import platform_jit, trim_after_compile
-from magma_jax.runtime.sharding import parameter_shardings, parameter_spec, placed
-from magma_jax.storage.files import holds_weights
-from magma_jax.storage.hub import local_path
-from magma_jax.storage.model_folder import MODEL_FILE, in_dtype, read_model_json
-from magma_jax.training.checkpoints.checkpoint import read_trained_params
-from magma_jax.typing import Array, Bool, Float, Int, Params
-
-# Of the stacked layers: smaller ones stay in the caches of a CPU, and copying them costs little.
-_APART_NBYTES = 128 * 2**20
-
-# Prompts are padded to one of these lengths (then to multiples of the last), so few programs are compiled.
-LENGTH_BUCKETS = (32, 48, 64, 72, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
-
-
-LAYERS = "lm/layers/"
-
-
-class PromptBatch(NamedTuple):
-    """Prompts of different lengths, padded on the right."""
-
-    embeddings: Float[Array, "B S D"]
-    lengths: Int[Array, " B"]
-    seen: Bool[Array, "B V"] | None = None  # tokens that the prompts have, for a repetition penalty
-
-    def repeat(self, n: int) -> "PromptBatch":
-        """Every prompt ``n`` times, one after another: ``n`` samples of each with one call of ``generate``."""
-        return jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), self)
+from magma_jax.typing import Array, Float, Params
 
 
 class ForwardOutput(NamedTuple):
@@ -80,10 +61,18 @@ class Magma:
     The language model's layers may be stacked in ``params``, or apart (``lm/layers/0/...``), see ``nn.stack``.
     """
 
+    makes: frozenset[Makes] = frozenset({"text"})
+
     def __init__(self, config: MagmaConfig, params: Params, tokenizer: Tokenizer):
         trim_after_compile()
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.graphdef = _graphdef(config, any(path.startswith(f"{LAYERS}0/") for path in params))
+        self.graphdef = magma_graphdef(config, any(path.startswith(f"{LAYERS}0/") for path in params))
+        self.images, self.lm_config, self.dtype, self.classes = (
+            image_spec(config),
+            config.lm,
+            config.dtype,
+            config.classes,
+        )
 
     @classmethod
     def from_checkpoint(
@@ -114,24 +103,17 @@ class Magma:
             WeightFileError, InferenceError, KeyMapError: a file that cannot be read, or whose keys do not fit a MAGMA
             model.
         """
-        path = local_path(path)
-        if not (path / MODEL_FILE).exists() and holds_weights(path):
+        return cls(*load_magma(path, dtype, mesh, model_config, ema))
 
-            def place(name: str, array: np.ndarray) -> Array:
-                spec = PartitionSpec() if mesh is None else parameter_spec(name, array.shape, mesh, SHARDINGS)
-                return jax.device_put(array, None if mesh is None else NamedSharding(mesh, spec))
+    def answers(
+        self, prompts: Iterable[Prompt], options: AnswerOptions = AnswerOptions(), *, count: int | None = None
+    ) -> Iterator[list[Answer]]:
+        """The answers to every prompt, see ``inference.generator.Generator``."""
+        return token_answers(self, prompts, options, count)
 
-            config, params, tokenizer = read_torch_magma(path, model_config, dtype or "float32", place)
-            config = dataclasses.replace(config, dtype=dtype or "float32")
-            return cls(config, _for_device(params, config), tokenizer)
-        config = from_dict(MagmaConfig, read_model_json(path)["model"], "model.json: model")
-        config = dataclasses.replace(config, dtype=dtype or config.dtype)
-        _, shapes, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))
-        shapes = in_dtype(shapes, jnp.dtype(config.dtype))
-        if mesh is not None:
-            shapes = placed(shapes, parameter_shardings(shapes, mesh, SHARDINGS))
-        params = _for_device(read_trained_params(path, shapes, types, ema=ema), config)
-        return cls(config, params, load_tokenizer(path))
+    def layout(self, prompt: Prompt, *, max_images: int | None = None, salt: bytes = b"") -> PromptLayout:
+        """What stands at every position of a prompt, see ``inference.prompts.lay_out_prompt``."""
+        return self._lay_out(prompt, max_images=max_images, salt=salt)
 
     def preprocess_inputs(self, inputs: Prompt) -> Float[Array, "1 S D"]:
         """Turns one prompt, any sequence of ``ImageInput`` and text, into embeddings; ``inputs`` is not changed.
@@ -145,15 +127,14 @@ class Magma:
 
     def preprocess_batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """Turns several prompts, of any lengths, into one batch."""
-        rows = [self._embed_prompt(prompt, i) for i, prompt in enumerate(prompts)]
-        if not rows:
+        layouts = [self._lay_out(prompt, name=f"prompt {i}") for i, prompt in enumerate(prompts)]
+        if not layouts:
             raise ValueError("no prompts: give at least one")
-        lengths = [row.shape[0] for row in rows]
+        rows, lengths = [self._embed(layout) for layout in layouts], [len(layout) for layout in layouts]
         padded = [jnp.pad(row, ((0, max(lengths) - row.shape[0]), (0, 0))) for row in rows]
-        seen = np.zeros((len(rows), self.config.lm.head_rows), bool)
-        for row, prompt in zip(seen, prompts, strict=True):
-            for text in (item for item in check_prompt(prompt) if isinstance(item, str)):
-                row[self.tokenizer.encode(text)] = True
+        seen = np.zeros((len(rows), self.lm_config.head_rows), bool)
+        for row, layout in zip(seen, layouts, strict=True):
+            row[layout.tokens[layout.places == WORD]] = True
         return PromptBatch(jnp.stack(padded), jnp.array(lengths), jnp.asarray(seen))
 
     def generate(
@@ -210,30 +191,8 @@ class Magma:
         Raises:
             ValueError: no room in the context, or a repetition penalty for prompts whose words are not known.
         """
-        batch = as_batch(embeddings)
-        penalizes = sampling.repetition_penalty != 1
-        if penalizes and batch.seen is None:
-            raise ValueError("a repetition penalty needs the prompts' words: give what preprocess_batch returned")
-        check_room(self, batch, max_steps)
-        padded = pad_to_bucket(batch.embeddings)
-        rows = padded.shape[0]
-        result = _generate(
-            self.graphdef,
-            self.params,
-            padded,
-            batch.lengths,
-            _row_keys(seed, rows),
-            # One program for all numbers up to the next declared length; where to stop is data.
-            max_new_tokens=padded_length(max_steps),
-            limit=np.full(rows, max_steps, np.int32),
-            sampling=sampling_rows([sampling] * rows),
-            compat=sampling.compat,
-            eos_id=self.tokenizer.eos_id,
-            return_logits=return_logits,
-            seen=batch.seen if penalizes else None,
-            top=top_logprobs,
-        )
-        return result.shortened(max_steps)
+        options = {"seed": seed, "return_logits": return_logits, "top_logprobs": top_logprobs}
+        return generate_tokens(self, embeddings, max_steps, sampling, **options)
 
     def __call__(
         self,
@@ -252,12 +211,13 @@ class Magma:
                 f"{embeddings.shape[1]} positions exceed the context of {self.config.lm.context_length}; "
                 "shorten the prompt"
             )
-        return _forward(self.graphdef, self.params, embeddings, (bool(output_hidden_states), bool(output_attentions)))
+        return forward_program(
+            self.graphdef, self.params, embeddings, (bool(output_hidden_states), bool(output_attentions))
+        )
 
     def encode_images(self, pixels: np.ndarray) -> Float[Array, "B ..."]:
         """Encoder features of uint8 images (B, size, size, 3) at the encoder's size."""
-        entry = ENCODERS[self.config.encoder.kind]
-        return _encode(self.graphdef, self.params, normalize(pixels, entry.mean, entry.std))
+        return _encode(self.graphdef, self.params, normalize(pixels, self.images.mean, self.images.std))
 
     def embed_features(self, features: Float[Array, "B ..."]) -> Float[Array, "B P D"]:
         """Word-like vectors of encoder features."""
@@ -277,30 +237,24 @@ class Magma:
         params = {path: leaf for path, leaf in self.params.items() if "_adapter/" not in path}
         return Magma(config, params, self.tokenizer)
 
-    def _embed_prompt(self, prompt: Prompt, row: int) -> Float[Array, "S D"]:
-        parts = []
-        for item in check_prompt(prompt):
-            if isinstance(item, ImageInput):
-                pixels = item.pixels(self.config.encoder.image_size)
-                parts.append(self.embed_features(self.encode_images(pixels[None]))[0])
-            else:
-                parts.append(self.embed_tokens(self.tokenizer.encode(item)))
-        if not sum(part.shape[0] for part in parts):
-            raise ValueError(f"prompt {row} is empty: give at least one image or one word")
-        return jnp.concatenate(parts)
+    def _lay_out(self, prompt: Prompt, **options: Any) -> PromptLayout:
+        return lay_out_prompt(prompt, self.tokenizer, self.images, **options)
 
-
-def _row_keys(seed: int | Sequence[int], rows: int) -> Array:
-    if isinstance(seed, numbers.Integral):
-        return row_keys(seed_key(seed), rows)
-    if len(seed) != rows:
-        raise ValueError(f"{len(seed)} seeds for {rows} rows; give one a row, or a single number")
-    # As a batch of one draws with a single number.
-    return jnp.concatenate([row_keys(seed_key(one), 1) for one in seed])
+    def _embed(self, layout: PromptLayout) -> Float[Array, "S D"]:
+        words = self.embed_tokens(layout.tokens)
+        if not layout.images:
+            return words
+        vectors = {
+            key: self.embed_features(self.encode_images(pixels[None]))[0] for key, pixels in layout.pixels.items()
+        }
+        table = jnp.concatenate([vectors[key] for key in layout.images])
+        return jnp.where((layout.places == WORD)[:, None], words, table[np.maximum(layout.places, 0)])
 
 
 @functools.cache
-def _graphdef(config: MagmaConfig, apart: bool = False) -> nnx.GraphDef:
+def magma_graphdef(config: MagmaConfig, apart: bool = False) -> nnx.GraphDef:
+    """The structure of a model; ``apart``: with the language model's layers one by one."""
+
     def create() -> MagmaModel:
         model = MagmaModel(config, rngs=nnx.Rngs(0))
         if apart:
@@ -310,65 +264,9 @@ def _graphdef(config: MagmaConfig, apart: bool = False) -> nnx.GraphDef:
     return Definition(abstract(create)[0])
 
 
-def layers_apart(params: Params) -> Params:
-    """Takes stacked layers of the language model apart; stacks are removed from ``params`` one by one meanwhile."""
-    stacks = {path: params.pop(path) for path in list(params) if path.startswith(LAYERS)}
-    apart: Params = {}
-    while stacks:
-        path, stacked = stacks.popitem()
-        name = path.removeprefix(LAYERS)
-        apart |= {f"{LAYERS}{i}/{name}": jax.block_until_ready(stacked[i]) for i in range(stacked.shape[0])}
-    return params | apart
-
-
-def _for_device(params: Params, config: MagmaConfig) -> Params:
-    """Layers of large models apart on one CPU. In half precision they stay: a CPU is slow with it for other reasons,
-    and so loading takes no memory beside the model."""
-    layers = [leaf for path, leaf in params.items() if path.startswith(LAYERS)]
-    on_cpu = {device.platform for leaf in layers for device in leaf.sharding.device_set} == {"cpu"}
-    one = all(len(leaf.sharding.device_set) == 1 for leaf in layers)
-    large = sum(leaf.nbytes for leaf in layers) >= _APART_NBYTES
-    return layers_apart(params) if on_cpu and one and large and config.dtype == "float32" else params
-
-
-def check_room(model: Magma, batch: PromptBatch, max_steps: int) -> None:
-    """Raises ValueError where prompts and ``max_steps`` new tokens do not fit the context."""
-    longest, context = int(batch.lengths.max()), model.config.lm.context_length
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    if longest + max_steps > context:
-        raise ValueError(
-            f"the longest prompt has {longest} positions and {max_steps} new tokens were asked for, but the "
-            f"context holds {context}; shorten the prompt or lower max_steps"
-        )
-
-
-def as_batch(embeddings: Array | PromptBatch) -> PromptBatch:
-    """Prompts with their lengths; without them all are as long as the array."""
-    if isinstance(embeddings, PromptBatch):
-        return embeddings
-    return PromptBatch(embeddings, jnp.full(embeddings.shape[0], embeddings.shape[1]))
-
-
-def padded_length(length: int) -> int:
-    """The declared length that holds ``length`` positions."""
-    last = LENGTH_BUCKETS[-1]
-    return next((bucket for bucket in LENGTH_BUCKETS if bucket >= length), -(-length // last) * last)
-
-
-def pad_to_bucket(embeddings: Float[Array, "B S D"]) -> Float[Array, "B S2 D"]:
-    """Embeddings padded on the right to a declared length."""
-    length = embeddings.shape[1]
-    return jnp.pad(embeddings, ((0, 0), (0, padded_length(length) - length), (0, 0)))
-
-
-@platform_jit(static_argnames=("graphdef", "max_new_tokens", "compat", "eos_id", "return_logits", "top"))
-def _generate(graphdef, params, embeddings, lengths, keys, **options) -> Generation:
-    return generate(merge(graphdef, params).lm, embeddings, lengths, keys, **options)
-
-
 @platform_jit(static_argnames=("graphdef", "outputs"))
-def _forward(graphdef, params, embeddings, outputs) -> ForwardOutput:
+def forward_program(graphdef, params, embeddings, outputs) -> ForwardOutput:
+    """The program of ``Magma.__call__``; ``outputs``: whether hidden states and attentions are wanted."""
     model = merge(graphdef, params)
     collect = tuple(name for name, wanted in zip(("out", "attentions"), outputs, strict=True) if wanted)
     output = model(embeddings, collect=collect)
