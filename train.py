@@ -16,7 +16,9 @@ from magma_jax import commands
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, and evaluates if the config says so; returns the exit status, see ``commands``."""
-    parser = commands.ArgumentParser(description="Trains what a config describes; by default the quick start.")
+    parser = commands.ArgumentParser(
+        prog="train.py", description="Trains what a config describes; by default the quick start."
+    )
     parser.add_argument(
         "--config",
         type=Path,
