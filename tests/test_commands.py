@@ -97,21 +97,21 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "said", "status"),
     [
-        (ValueError("a\n b"), "x: a b\n"),
-        (FileNotFoundError(2, "No such file", "file"), "x: file: No such file\n"),
-        (EngineError("shutting down"), "x: shutting down\n"),
-        (MemoryError(), "x: not enough memory\n"),
-        (MemoryError("2 TB"), "x: 2 TB\n"),
-        (FloatingPointError("the loss is nan"), "x: the loss is nan\n"),
+        (ValueError("a\n b"), "x: a b\n", 2),
+        (FileNotFoundError(2, "No such file", "file"), "x: file: No such file\n", 2),
+        (EngineError("shutting down"), "x: shutting down\n", 2),
+        (MemoryError(), "x: not enough memory\n", 2),
+        (MemoryError("2 TB"), "x: 2 TB\n", 2),
+        (FloatingPointError("the loss is nan"), "x: the loss is nan\n", 1),
     ],
 )
-def test_errors_that_a_command_tells(error, said, capsys):
+def test_errors_that_a_command_tells(error, said, status, capsys):
     def work():
         raise error
 
-    assert commands.run("x", work) == 2
+    assert commands.run("x", work) == status
     assert capsys.readouterr().err == said
 
 
