@@ -23,6 +23,7 @@ from magma_jax.evaluation.arguments import add_other_options, add_task_options
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the command line and evaluates; returns the exit status, see ``commands``."""
     parser = commands.ArgumentParser(
+        prog="eval.py",
         description="Evaluates a run that train.py made, or any checkpoint on a task.",
         epilog="docs/evaluation.md describes tasks, protocols and files.",
     )

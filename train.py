@@ -18,6 +18,7 @@ from magma_jax import commands
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, and evaluates if the config says so; returns the exit status, see ``commands``."""
     parser = commands.ArgumentParser(
+        prog="train.py",
         description="Trains what a config describes; by default the quick start.",
         epilog="--show prints every setting and its value in the form that --set takes. RunConfig in "
         "magma_jax/training/run/config.py and the classes that it names say what each one means; docs/training.md "

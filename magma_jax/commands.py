@@ -1,7 +1,7 @@
 """How every command reads its arguments and ends.
 
-Exit status: 0 done; 1 a comparison found a difference, or something did not fit; 2 unusable input, one line on
-standard error; 130 interrupted by Ctrl-C. A bug is a traceback.
+Exit status: 0 done; 1 looked and found a difference, something that does not fit or a loss that is no number; 2 unusable
+input, one line on standard error; 130 interrupted by Ctrl-C. A bug is a traceback.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from magma_jax.output import FailedError, error_line, printable
 
-UNUSABLE, INTERRUPTED = 2, 130
+FOUND, UNUSABLE, INTERRUPTED = 1, 2, 130
 
 # The package's own errors are ValueErrors, each of which says what is wrong with which value. FailedError is for what
 # the input is not to blame for, MemoryError for sizes that a file claims to have, FloatingPointError for a loss that is
@@ -40,7 +40,7 @@ def run(name: str, work: Callable[[], int | None], *, resumable: bool = False) -
     except ERRORS as error:
         said = "not enough memory" if isinstance(error, MemoryError) and not str(error) else error_line(error)
         print(f"{name}: {said}", file=sys.stderr)
-        return UNUSABLE
+        return FOUND if isinstance(error, FloatingPointError) else UNUSABLE
     except KeyboardInterrupt:
         print(f"{name}: interrupted{'; the same command goes on' if resumable else ''}", file=sys.stderr)
         return INTERRUPTED

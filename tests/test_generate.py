@@ -65,8 +65,8 @@ def test_several_images_and_a_prompt(folder, image, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.png"], "missing.png: no such file"),
-        (["{image}", "missing.png"], "missing.png: no such file"),
+        (["missing.png"], "missing.png: No such file or directory"),
+        (["{image}", "missing.png"], "missing.png: No such file or directory"),
         (["{page}"], "no image in one of the formats"),
         (["{empty}"], "the file is empty"),
         (["{image}", "  "], "the prompt is empty"),
@@ -101,7 +101,7 @@ def test_errors_are_one_line_and_status_2(folder, image, tmp_path, capsys, argum
     page, empty = tmp_path / "page.png", tmp_path / "empty.png"
     page.write_text("<html>")
     empty.write_bytes(b"")
-    names = {"picture": image, "page": page, "empty": empty, "nothing": tmp_path / "nothing", "folder": tmp_path}
+    names = {"image": image, "page": page, "empty": empty, "nothing": tmp_path / "nothing", "folder": tmp_path}
     names |= {"out": tmp_path / "out.png"}
     arguments = [argument.format(**names) for argument in arguments]
     status, out, err = run(capsys, "--checkpoint", folder, *arguments)

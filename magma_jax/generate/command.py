@@ -51,6 +51,10 @@ def _check(arguments: argparse.Namespace, questions: list[Question]) -> None:
         raise ValueError("--stream and --attention are for one prompt and one answer, without --output")
     if arguments.stream and (arguments.beams or arguments.choices):
         raise ValueError("--stream shows an answer while it is drawn; leave out --beams and --choices")
+    if arguments.head is not None and arguments.layer is None:
+        raise ValueError(f"head {arguments.head} of which layer? give layer too")
+    if (arguments.layer is not None or arguments.relative) and not arguments.attention:
+        raise ValueError("--layer, --head and --relative say what --attention draws; give --attention OUT.png")
     if arguments.attention:
         if arguments.attention.suffix.lower() != ".png":
             raise ValueError(f"--attention {arguments.attention}: give a name that ends in .png")

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gc
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -40,7 +41,12 @@ def run(arguments: argparse.Namespace, started: float) -> int:
     key = arguments.api_key_file.read_text().strip() if arguments.api_key_file else None
     if key == "":
         raise ValueError(f"{arguments.api_key_file}: holds no key")
-    sockets = listen(arguments.host, arguments.port)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(one) for one in listen(arguments.host, arguments.port)]
+        return _serve(arguments, key, sockets, started)
+
+
+def _serve(arguments: argparse.Namespace, key: str | None, sockets: list[socket.socket], started: float) -> int:
     fetch = (
         FetchRules(tuple(arguments.allow_domain), timeout=arguments.fetch_timeout) if arguments.allow_domain else None
     )

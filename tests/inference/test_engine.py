@@ -19,8 +19,8 @@ from magma_jax.inference.batching.requests import EngineError, RequestOptions, T
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
-from magma_jax.runtime.compilations import count_compilations
 from tests import tiny
+from tests.compilations import count_compilations
 
 GREEDY = SamplingConfig()
 # Few sizes, so that few programs are compiled.

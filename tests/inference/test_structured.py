@@ -22,8 +22,8 @@ from magma_jax.inference.structured import grammars
 from magma_jax.inference.structured.constraints import Constraint, ConstraintError
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
-from magma_jax.runtime.compilations import count_compilations
 from tests import tiny
+from tests.compilations import count_compilations
 
 # Room for a JSON text, and few sizes, so that few programs are compiled.
 LM = dataclasses.replace(tiny.MODEL.lm, context_length=128)

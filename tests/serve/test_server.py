@@ -14,8 +14,8 @@ import pytest
 
 from magma_jax.data.images import ImageInput
 from magma_jax.inference.attention_maps import attention_maps
-from magma_jax.runtime.compilations import count_compilations
 from magma_jax.serve.config import ServerConfig
+from tests.compilations import count_compilations
 from tests.serve.running import RULES, SIZES, Running, expected, square, user
 
 
