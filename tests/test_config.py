@@ -3,7 +3,8 @@
 import pytest
 from ml_collections import ConfigDict
 
-from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file
+from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file, settings
+from magma_jax.families import run_config
 from magma_jax.models.magma import MagmaConfig
 
 
@@ -25,6 +26,36 @@ from magma_jax.models.magma import MagmaConfig
 def test_mistakes_are_named(values, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(MagmaConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"kind": "bert"}}, r"config\.model\.kind: 'bert' is not one of magma, gptj"),
+        ({"data": {"kind": "openmoji"}}, r"config\.model\.kind: None is not one of magma, gptj"),
+        ({"model": {"kind": "gptj"}, "data": {"kind": "folders"}}, r"'folders' is not one of openmoji, openmoji_text"),
+        ({"model": {"kind": "magma"}, "data": {"kind": "codes"}}, r"'codes' is not one of openmoji, folders"),
+        (
+            {"model": {"kind": "magma"}, "data": {"kind": "openmoji", "classes": ["a"]}},
+            r"unknown key .*data\.classes; Open",
+        ),
+        (
+            {"model": {"kind": "magma"}, "data": {"kind": "openmoji"}, "loss": {"share": 1}},
+            r"unknown key .*loss\.share; ",
+        ),
+    ],
+)
+def test_a_run_of_an_unknown_kind_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        run_config(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_are_shown_as_they_are_set():
+    config = run_config({"model": {"kind": "magma", "encoder": {"kind": "nf_resnet"}}, "data": {"kind": "openmoji"}})
+    shown = settings(config)
+    assert {"steps=1000", "optim.groups.language=frozen", "data.buckets=[]", "base=None"} <= set(shown)
+    assert run_config(apply_overrides(ConfigDict(), shown)) == config
 
 
 def test_whole_numbers_serve_as_floats():

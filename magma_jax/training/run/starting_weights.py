@@ -32,6 +32,7 @@ from magma_jax.training.checkpoints.checkpoint import read_what_was_trained
 from magma_jax.training.run.continuation import differences
 from magma_jax.training.run.pretrained import open_weights
 from magma_jax.training.run.program import Program, fresh_params
+from magma_jax.training.step.optim import FROZEN
 from magma_jax.typing import Params
 
 
@@ -56,7 +57,7 @@ def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
         starting = _starting_params(program, dataset, base_types.keys(), trained)
     with starting as params:
         # With a base, what is frozen stays there, unless the base is a run that has trained it.
-        kept = {path for path, label in program.labels.items() if config.base and label == "frozen"} - trained.keys()
+        kept = {path for path, label in program.labels.items() if config.base and label == FROZEN} - trained.keys()
         own = {path: params[path] for path in program.params if path not in kept}
         write_model_folder(workdir, metadata, own, lambda folder: dataset.tokenizer.save(folder / "tokenizer"))
 
