@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from magma_jax.data.decoder_process import LENGTHS
+from magma_jax.output import FailedError
 
 # Of a process that is out of others' way.
 NICENESS = 10
@@ -23,7 +24,7 @@ START_SECONDS = 60.0
 _SCRIPT = str(Path(__file__).with_name("decoder_process.py"))
 
 
-class DecoderError(RuntimeError):
+class DecoderError(FailedError):
     """No fault of an image: the decoders are closed or busy, or their processes cannot be started."""
 
 

@@ -1,7 +1,7 @@
 """A model's config from the names and shapes of its tensors.
 
 Sizes, adapters and vocabularies are in the tensors; heads, rotary size and context are in the buffers that the
-original stores. What is in neither comes from a model config file, see ``MODEL_CONFIG_KEYS``; or it is that of the
+original stores. What is in neither comes from a model config file, see ``model_config_keys``; or it is that of the
 published model that the sizes are those of, and then a line says what was taken.
 """
 
@@ -23,13 +23,6 @@ from magma_jax.models.vision.clip_resnet import CLIP_RESNETS, CLIPResNetConfig
 from magma_jax.models.vision.clip_vit import CLIP_VITS, CLIPViTConfig
 from magma_jax.models.vision.nf_resnet import NFResNetConfig
 from magma_jax.nn.adapters import AdapterActivation, AdapterConfig
-
-# What a model config file may hold, as in the .json beside a golden file; other keys are ignored there.
-MODEL_CONFIG_KEYS = {
-    "lm": ("n_heads", "rotary_dim", "seq_len", "layernorm_eps"),
-    "encoder": ("res", "heads", "activation"),
-    "adapter": ("activation",),
-}
 
 T = TypeVar("T")
 
@@ -67,7 +60,7 @@ def infer_config(
 
     Args:
         tensors: keys of the published layout to tensors with ``shape`` and ``read()``.
-        model_config: what tensors cannot tell, see ``MODEL_CONFIG_KEYS``; it wins over the buffers.
+        model_config: what tensors cannot tell, see ``model_config_keys``; it wins over the buffers.
         say: is given one line with all that neither the tensors nor ``model_config`` tell and that was taken as in
             the published models.
 

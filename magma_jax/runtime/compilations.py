@@ -3,9 +3,7 @@
 A program is compiled, or read from the persistent cache, which is quicker but no less late.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
 
 import jax
 
@@ -38,14 +36,3 @@ def compilations_of_process() -> Compilations:
     counter = Compilations()
     jax.monitoring.register_event_duration_secs_listener(counter)
     return counter
-
-
-@contextlib.contextmanager
-def count_compilations() -> Iterator[Compilations]:
-    """Counts while the block runs, in all threads."""
-    counter = Compilations()
-    jax.monitoring.register_event_duration_secs_listener(counter)
-    try:
-        yield counter
-    finally:
-        jax.monitoring.unregister_event_duration_listener(counter)

@@ -139,7 +139,7 @@ def tree_shardings(tree: Any, mesh: Mesh, own: Sequence[ShardingRow]) -> Any:
 
     def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = next((key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), None)
-        spec = parameter_spec(name, leaf.shape, mesh, own) if isinstance(name, str) and "/" in name else PartitionSpec()
+        spec = parameter_spec(name, leaf.shape, mesh, own) if isinstance(name, str) and leaf.ndim else PartitionSpec()
         return NamedSharding(mesh, spec)
 
     return jax.tree.map_with_path(sharding, tree)

@@ -125,8 +125,7 @@ def test_told_to_stop_the_server_waits_for_readers_only(model):
 def test_told_to_stop_the_server_ends_what_is_running(model, printed):
     """A request that would take longer than the grace is told so; nothing is logged as a fault of the server."""
     server = start(model, grace=0.3)
-    server.engine._admit_waiting = lambda: time.sleep(0.01)  # nobody gets a slot
-    with connect(server) as connection:
+    with connect(server) as connection, server.engine.paused():
         connection.sendall(ask(max_tokens=5))
         wait_for(lambda: server.engine.stats().waiting)
         server.stop()

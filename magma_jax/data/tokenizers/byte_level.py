@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
@@ -95,16 +95,6 @@ class Tokenizer:
         known = _symbol_bytes()
         # Tokens that were added to a vocabulary, such as runs of spaces, are plain text.
         return bytes(map(known.get, symbols)) if known.keys() >= set(symbols) else symbols.encode()
-
-    def pad_to(self, ids: Sequence[int], length: int, truncate: bool = False) -> list[int]:
-        """``ids`` followed by end-of-text up to ``length`` (the original's ``max_length`` padding).
-
-        Raises:
-            ValueError: more than ``length`` ids, unless ``truncate`` allows dropping the rest.
-        """
-        if len(ids) > length and not truncate:
-            raise ValueError(f"{len(ids)} ids do not fit {length} positions; pass truncate=True to cut them")
-        return [*ids[:length], *[self.pad_id] * (length - len(ids))]
 
     def to_json(self) -> str:
         """The whole encoding as text, in the ``tokenizers`` format."""

@@ -16,7 +16,7 @@ from magma_jax.data.readers.common import checked
 from magma_jax.evaluation.results.results import CAPTION, question_of
 from magma_jax.evaluation.scoring.protocols import Reference, gqa_groups, stem
 from magma_jax.evaluation.tasks.task import Kind
-from magma_jax.training.image_features import Images
+from magma_jax.inference.image_features import Images
 from magma_jax.typing import Int, UInt8
 
 # Annotators that the official VQA rule expects; a single true answer counts as all of them.
