@@ -48,7 +48,7 @@ class Grammars:
         ids: of the model's logits, at least ``table_rows``.
 
     Attributes:
-        trial: the process that grammars are tried in; None before the first and after ``close``.
+        trial: the process that grammars are tried in; None before the first one.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, table_rows: int, ids: int):
