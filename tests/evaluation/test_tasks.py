@@ -16,6 +16,7 @@ from magma_jax.data.format.records import DataError
 from magma_jax.data.images import ImageInput
 from magma_jax.data.write.conversion import ConvertOptions, convert
 from magma_jax.evaluation import command
+from magma_jax.evaluation.arguments import add_task_options
 from magma_jax.evaluation.tasks import answering
 from magma_jax.evaluation.tasks.answering import Answerer, PromptError, join_texts
 from magma_jax.evaluation.tasks.examples import OwnExamples, StoredExamples, spaced
@@ -284,7 +285,7 @@ def arguments(*words):
     parser = argparse.ArgumentParser()
     parser.add_argument("--limit", type=int)
     parser.add_argument("--split", default="test")
-    command.add_task_options(parser)
+    add_task_options(parser)
     return parser.parse_args(["--task", "vqav2", "gqa", *words])
 
 
