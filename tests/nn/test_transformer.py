@@ -16,7 +16,17 @@ from magma_jax.nn.rotary import RotaryConfig
 from magma_jax.nn.transformer.block import Block
 from magma_jax.nn.transformer.config import BlockConfig, InitConfig, PositionTable, TrunkConfig
 from magma_jax.nn.transformer.trunk import Trunk
-from tests.nn.transformers_trunks import LAYERS, NAMES, NORM_NAMES, SIZES, TRUNKS, WIDTH, pytorch_trunk
+from tests.nn.transformers_trunks import (
+    HEADS,
+    LAYERS,
+    NAMES,
+    NORM_NAMES,
+    SIZES,
+    TRUNKS,
+    WIDTH,
+    WINDOW,
+    pytorch_trunk,
+)
 
 ROWS, LENGTH = 2, 12
 
@@ -90,6 +100,37 @@ def test_trunks_are_those_of_transformers(name):
     np.testing.assert_allclose(found.hidden, wanted[-1], atol=1e-5 * scale)
     for layer, weights in zip(found.collected["attentions"], expected.attentions, strict=True):
         np.testing.assert_allclose(layer, weights.numpy(), atol=2e-5)
+
+
+def test_a_block_equals_its_formula():
+    """The most unusual one, Gemma's, head by head in NumPy."""
+    _, trunk = random_trunk("gemma2")
+    p = {path.removeprefix("layers/"): np.array(leaf[0], np.float64) for path, leaf in trunk.items()}
+    x = np.array(inputs()[0], np.float64)
+
+    def rms(name, x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * (1 + p[f"{name}/weight"])
+
+    def turned(x):
+        angles = np.arange(LENGTH)[:, None] / 500.0 ** (np.arange(6) / 6)
+        pairs = (x[:, :6] + 1j * x[:, 6:]) * np.exp(1j * angles)
+        return np.concatenate([pairs.real, pairs.imag], axis=1)
+
+    h, heads = rms("ln_1", x), []
+    for head in range(HEADS):
+        rows, shared = (slice(12 * number, 12 * number + 12) for number in (head, head // 2))
+        q, k = turned(h @ p["attn/q_proj/weight"][rows].T), turned(h @ p["attn/k_proj/weight"][shared].T)
+        scores = np.exp(2 * np.tanh(q @ k.T / 3 / 2))
+        distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+        scores *= (distance >= 0) & (distance < WINDOW)
+        heads.append(scores / scores.sum(1, keepdims=True) @ (h @ p["attn/v_proj/weight"][shared].T))
+    y = x + rms("ln_1_out", np.concatenate(heads, axis=1) @ p["attn/out_proj/weight"].T)
+    h = rms("ln_2", y)
+    gate = h @ p["mlp/c_gate/weight"].T
+    gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    expected = y + rms("ln_2_out", (gate * (h @ p["mlp/c_fc/weight"].T)) @ p["mlp/c_proj/weight"].T)
+    found = runner("gemma2")(trunk, inputs()).collected["out"][0, 0]  # of the first layer and row
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "unstacked"), [*((name, False) for name in TRUNKS), ("gemma2", True)])
