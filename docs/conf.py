@@ -1,9 +1,16 @@
 """The site of the documentation: `make docs`, or `sphinx-build --fail-on-warning docs build/docs`."""
 
+import dataclasses
+import inspect
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
+
+from sphinx.util.inspect import stringify_signature
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # also where the package is not installed
 
 from magma_jax.version import __version__
 
@@ -48,6 +55,28 @@ def _as_on_the_site(app: Any, name: Path, parent: str, content: list[str]) -> No
     content[0] = re.sub(r"\]\(CHANGELOG\.md\)", "](changelog.md)", text)
 
 
+def _short_defaults(app: Any, what: str, name: str, obj: Any, *_: Any) -> tuple[str, None] | None:
+    """The signature of a dataclass whose defaults are dataclasses themselves: their types are enough."""
+    if what != "class" or not dataclasses.is_dataclass(obj):
+        return None
+    parameters = []
+    for parameter in inspect.signature(obj).parameters.values():
+        default = parameter.default
+        if dataclasses.is_dataclass(default):
+            parameter = parameter.replace(default=_Shown(f"{type(default).__name__}()"))
+        elif "factory" in repr(default):
+            parameter = parameter.replace(default=_Shown("..."))
+        parameters.append(parameter)
+    return stringify_signature(inspect.Signature(parameters), unqualified_typehints=True, short_literals=True), None
+
+
+class _Shown(str):
+    """Text that stands for a value."""
+
+    __repr__ = str.__str__
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("include-read", _as_on_the_site)
+    app.connect("autodoc-process-signature", _short_defaults)
