@@ -12,13 +12,18 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import ml_collections
 
 from magma_jax.foreign import shown
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+# ConfigDict has what a mapping has, and is none.
+Values: TypeAlias = Mapping[str, Any] | ml_collections.ConfigDict
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
@@ -27,9 +32,7 @@ class ConfigError(ValueError):
     """A config that names an unknown key or holds a value of the wrong type."""
 
 
-def from_dict(
-    cls: type[T], values: Mapping[str, Any], where: str = "config", types: Mapping[str, Any] | None = None
-) -> T:
+def from_dict(cls: type[T], values: Values, where: str = "config", types: Mapping[str, Any] | None = None) -> T:
     """Builds the dataclass ``cls`` from nested mappings; keys that are absent keep their defaults.
 
     Args:
@@ -160,7 +163,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value not in args:
             raise ConfigError(f"{where}: {shown(value)} is not one of {', '.join(map(repr, args))}")
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
@@ -188,16 +191,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in options:
         return None
-    classes = [option for option in options if dataclasses.is_dataclass(option)]
+    classes = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
     if isinstance(value, tuple(classes)):
         return value
     if classes and isinstance(value, Mapping | ml_collections.ConfigDict):
         if len(classes) == 1:
             return from_dict(classes[0], value, where)
-        kinds = {next(f.default for f in dataclasses.fields(c) if f.name == "kind"): c for c in classes}
-        if value.get("kind") not in list(kinds):
-            raise ConfigError(f"{where}.kind: {shown(value.get('kind'))} is not one of {', '.join(kinds)}")
-        return from_dict(kinds[value["kind"]], value, where)
+        kinds = {str(next(f.default for f in dataclasses.fields(c) if f.name == "kind")): c for c in classes}
+        kind = value.get("kind")
+        if kind not in list(kinds):
+            raise ConfigError(f"{where}.kind: {shown(kind)} is not one of {', '.join(kinds)}")
+        return from_dict(kinds[str(kind)], value, where)
     errors = []
     for option in options:
         if option is type(None) or option in classes:

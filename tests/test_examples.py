@@ -66,6 +66,7 @@ def test_training_on_images_of_ones_own(model, images, tmp_path, monkeypatch, ca
     assert lines[-1]["step"] == 2
 
 
+@pytest.mark.slow  # a server compiles more than all other examples together
 def test_a_checkpoint_is_converted_and_served(model, images, tmp_path, capfd):
     to_safetensors(model, tmp_path / "tiny.safetensors")
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -1,9 +1,8 @@
 """The model families. A new one is a package of its own and one row here."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from magma_jax.config import ConfigError
+from magma_jax.config import ConfigError, Values
 from magma_jax.families.language import LANGUAGE
 from magma_jax.families.magma import MAGMA
 from magma_jax.family import Family
@@ -24,7 +23,7 @@ def family_of(model: Any) -> Family:
     raise ConfigError(f"{type(model).__name__}: no family has such models; there are {', '.join(FAMILIES)}")
 
 
-def run_config(values: Mapping[str, Any], where: str = "config") -> RunConfig:
+def run_config(values: Values, where: str = "config") -> RunConfig:
     """The config of a run, from nested mappings; its model may be of any family.
 
     Raises:
