@@ -4,16 +4,13 @@ python scripts/house_image.py
 """
 
 import ast
-import importlib.util
 import textwrap
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("rooms", ROOT / "scripts/rooms.py")
-rooms = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(rooms)
+import rooms
 
+ROOT = Path(__file__).parent.parent
 # Narrow, so that its words can still be read on a telephone.
 WIDTH, MARGIN, GAP = 400, 8, 6
 ROOF, LINE, PADDING = 74, 15, 8
@@ -28,7 +25,8 @@ def purpose(room: str) -> str:
     """First line of a room's docstring, without its full stop."""
     file = ROOT / rooms.PACKAGE / f"{room}.py"
     file = file if file.exists() else ROOT / rooms.PACKAGE / room / "__init__.py"
-    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).splitlines()[0].rstrip(".").replace("``", "")
+    said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return said.partition("\n")[0].rstrip(".").replace("``", "")
 
 
 def inner_rooms(room: str) -> list[str]:

@@ -26,7 +26,7 @@ from magma_jax.output import error_line, printable
 
 def main() -> None:
     """Reads the command line and converts or shows."""
-    parser = argparse.ArgumentParser(prog="python -m magma_jax.data", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m magma_jax.data", description=str(__doc__).splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("convert", help="write a dataset folder", description="Writes a dataset folder.")
     one.add_argument("source", type=Path, help="annotation file, or the folder for formats that hold their images")
@@ -109,7 +109,7 @@ def _show(arguments: argparse.Namespace) -> None:
     print(printable(json.dumps(records.info, indent=2, ensure_ascii=False)))
     for row in range(min(arguments.limit, len(records))):
         record = records[row]
-        print(printable(f"\n{record.id}  ({len(record.image)} bytes)"))
+        print(printable(f"\n{record.id}  ({len(record.image_bytes())} bytes)"))
         for caption in record.captions:
             print(printable(f"  {caption}"))
         for question in record.questions:

@@ -8,7 +8,7 @@ normalise on the device; ``clip_preprocess`` does both at once. Images of strang
 import io
 import os
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, overload
 
 import numpy as np
 from PIL import Image
@@ -155,14 +155,26 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> UInt
     return np.array(image.crop((left, top, left + size, top + size)))
 
 
+@overload
+def normalize(
+    pixels: UInt8[np.ndarray, "*batch H W 3"], mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> Float[np.ndarray, "*batch H W 3"]: ...
+
+
+@overload
+def normalize(
+    pixels: UInt8[Array, "*batch H W 3"], mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> Float[Array, "*batch H W 3"]: ...
+
+
 def normalize(
     pixels: UInt8[Array | np.ndarray, "*batch H W 3"],
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> Float[Array | np.ndarray, "*batch H W 3"]:
     """``(pixels / 255 - mean) / std`` in fp32; a NumPy array gives a NumPy array, a JAX array a JAX array."""
-    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    of_channels = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return (pixels.astype(np.float32) / np.float32(255) - of_channels[0]) / of_channels[1]
 
 
 def clip_preprocess(

@@ -17,7 +17,7 @@ from magma_jax.output import error_line, printable
 
 def main() -> None:
     """Reads the command line and scores."""
-    parser = argparse.ArgumentParser(prog="python -m magma_jax.evaluation", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m magma_jax.evaluation", description=str(__doc__).splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("score", help="score a file of predictions", description="Scores a prediction file.")
     one.add_argument("--protocol", required=True, choices=PROTOCOLS, metavar="NAME", help=", ".join(PROTOCOLS))

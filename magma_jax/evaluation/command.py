@@ -36,7 +36,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tasks")
     group.add_argument("--task", nargs="+", metavar="NAME", choices=TASKS, help=", ".join(TASKS))
     group.add_argument("--checkpoint", help="model folder, file or hf:// address; default: the run in --workdir")
-    folder = {"nargs": "+", "default": [], "metavar": "[TASK=]FOLDER"}
+    folder: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "[TASK=]FOLDER"}
     group.add_argument("--data", **folder, help="dataset folder to ask about; default: the run's own data")
     group.add_argument("--shot-data", **folder, help="dataset folder that shots come from")
     group.add_argument("--shots", type=int, nargs="+", metavar="N", help="default: 0")
@@ -62,9 +62,10 @@ def add_other_options(parser: argparse.ArgumentParser) -> None:
 
 def run_comparison(arguments: argparse.Namespace) -> None:
     """``--compare``: which of two results is better, if one is."""
-    found = comparison.compare_results(*arguments.compare)
+    first, second = arguments.compare
+    found = comparison.compare_results(first, second)
     shown = json.dumps(comparison.to_json(found), indent=2) if arguments.json else None
-    print(shown or printable(comparison.table(*arguments.compare, found)))
+    print(shown or printable(comparison.table(first, second, found)))
 
 
 def run_perplexity(arguments: argparse.Namespace) -> None:
@@ -123,7 +124,7 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     for task in tasks:
         result = evaluate(task)
         if is_main():
-            drawings = task.data is None and own.name == "openmoji"
+            drawings = task.data is None and own is not None and own.name == "openmoji"
             print(f"wrote {write_result(folder, result, OPENMOJI if drawings else '')}")
         # The next task's collectives may not wait for long.
         barrier("result written")
