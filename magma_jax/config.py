@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
-# ConfigDict has what a mapping has, and is none.
-Values: TypeAlias = Mapping[str, Any] | ml_collections.ConfigDict
+
+# Fields by name, as a config file gives them; a ``ConfigDict`` is no ``Mapping``.
+Settings: TypeAlias = Mapping | ml_collections.ConfigDict
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
@@ -32,7 +33,7 @@ class ConfigError(ValueError):
     """A config that names an unknown key or holds a value of the wrong type."""
 
 
-def from_dict(cls: type[T], values: Values, where: str = "config", types: Mapping[str, Any] | None = None) -> T:
+def from_dict(cls: type[T], values: Settings, where: str = "config", types: Mapping[str, Any] | None = None) -> T:
     """Builds the dataclass ``cls`` from nested mappings; keys that are absent keep their defaults.
 
     Args:
@@ -44,7 +45,7 @@ def from_dict(cls: type[T], values: Values, where: str = "config", types: Mappin
     Raises:
         ConfigError: an unknown key, a missing required key or a wrong type; the message names its full path.
     """
-    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+    if not isinstance(values, Settings):
         raise ConfigError(f"{where}: expected a mapping with fields of {cls.__name__}, got {shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(map(str, set(values) - set(fields)))
@@ -175,7 +176,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             _convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
         )
     if origin is dict or hint is dict:
-        if not isinstance(value, Mapping | ml_collections.ConfigDict):
+        if not isinstance(value, Settings):
             raise ConfigError(f"{where}: expected a mapping, got {shown(value)}")
         return {k: _convert(args[1], v, f"{where}.{k}") if args else v for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -194,7 +195,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     classes = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
     if isinstance(value, tuple(classes)):
         return value
-    if classes and isinstance(value, Mapping | ml_collections.ConfigDict):
+    if classes and isinstance(value, Settings):
         if len(classes) == 1:
             return from_dict(classes[0], value, where)
         kinds = {str(next(f.default for f in dataclasses.fields(c) if f.name == "kind")): c for c in classes}

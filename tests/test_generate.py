@@ -100,7 +100,7 @@ def test_errors_are_one_line_and_status_2(folder, image, tmp_path, capsys, argum
     page, empty = tmp_path / "page.png", tmp_path / "empty.png"
     page.write_text("<html>")
     empty.write_bytes(b"")
-    names = {"picture": image, "page": page, "empty": empty, "nothing": tmp_path / "nothing", "folder": tmp_path}
+    names = {"image": image, "page": page, "empty": empty, "nothing": tmp_path / "nothing", "folder": tmp_path}
     names |= {"out": tmp_path / "out.png"}
     arguments = [argument.format(**names) for argument in arguments]
     status, out, err = run(capsys, "--checkpoint", folder, *arguments)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from magma_jax.config import ConfigError, Values
+from magma_jax.config import ConfigError, Settings
 from magma_jax.families.language import LANGUAGE
 from magma_jax.families.magma import MAGMA
 from magma_jax.family import Family
@@ -23,7 +23,7 @@ def family_of(model: Any) -> Family:
     raise ConfigError(f"{type(model).__name__}: no family has such models; there are {', '.join(FAMILIES)}")
 
 
-def run_config(values: Values, where: str = "config") -> RunConfig:
+def run_config(values: Settings, where: str = "config") -> RunConfig:
     """The config of a run, from nested mappings; its model may be of any family.
 
     Raises:

@@ -21,13 +21,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from magma_jax.config import from_dict
-from magma_jax.data.images import ImageInput, normalize
+from magma_jax.data.images import ImageInput
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.inference.decoding.decode import Generation, generate
 from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows, seed_key
 from magma_jax.inference.prompts import Prompt, check_prompt
 from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
-from magma_jax.models.vision.catalog import ENCODERS
+from magma_jax.models.vision.catalog import normalize_for
 from magma_jax.nn.modules import Definition, abstract, merge
 from magma_jax.published.open_magma import load_tokenizer, read_torch_magma
 from magma_jax.runtime.compile import platform_jit, trim_after_compile
@@ -251,8 +251,7 @@ class Magma:
 
     def encode_images(self, pixels: np.ndarray) -> Float[Array, "B ..."]:
         """Encoder features of uint8 images (B, size, size, 3) at the encoder's size."""
-        entry = ENCODERS[self.config.encoder.kind]
-        return _encode(self.graphdef, self.params, normalize(pixels, entry.mean, entry.std))
+        return _encode(self.graphdef, self.params, normalize_for(self.config.encoder, pixels))
 
     def embed_features(self, features: Float[Array, "B ..."]) -> Float[Array, "B P D"]:
         """Word-like vectors of encoder features."""
@@ -295,14 +294,14 @@ def _row_keys(seed: int | Sequence[int], rows: int) -> Array:
 
 
 @functools.cache
-def _graphdef(config: MagmaConfig, apart: bool = False) -> nnx.GraphDef:
+def _graphdef(config: MagmaConfig, apart: bool = False) -> Definition:
     def create() -> MagmaModel:
         model = MagmaModel(config, rngs=nnx.Rngs(0))
         if apart:
             model.lm.unstack()
         return model
 
-    return Definition(abstract(create)[0])
+    return abstract(create)[0]
 
 
 def layers_apart(params: Params) -> Params:

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from PIL import Image
 
 from magma_jax.data.images import ImageInput
@@ -31,10 +30,10 @@ from magma_jax.inference import overlay
 from magma_jax.inference.api import Magma, padded_length
 from magma_jax.inference.batching import slots
 from magma_jax.inference.prompts import WORD, Encoded, Prompt, encode_prompt, image_positions
-from magma_jax.models.language.decoder import BlockOutput, LayerReduction
 from magma_jax.models.magma import MagmaConfig
-from magma_jax.models.vision.catalog import ENCODERS
-from magma_jax.nn.modules import merge
+from magma_jax.nn.modules import Definition, merge
+from magma_jax.nn.transformer.block import BlockOutput
+from magma_jax.nn.transformer.trunk import LayerReduction
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Float, Int, Params
 
@@ -278,13 +277,11 @@ def split_words(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Word]:
 
 def _image_table(model: Magma, prompt: Encoded, room: int | None) -> tuple[Float[Array, "C P D"], dict[bytes, int]]:
     """The prompt's images, encoded, and the row of each."""
-    entry = ENCODERS[model.config.encoder.kind]
     shape = (room or len(prompt.pixels), image_positions(model.config), model.config.lm.width)
     table = slots.commit_like(model.params, np.zeros(shape, jnp.dtype(model.config.dtype)))
     rows = {}
     for row, (key, pixels) in enumerate(prompt.pixels.items()):
-        options = {"mean": entry.mean, "std": entry.std}
-        table = slots.add_image(model.graphdef, model.params, table, pixels[None], jnp.int32(row), **options)
+        table = slots.add_image(model.graphdef, model.params, table, pixels[None], jnp.int32(row))
         rows[key] = row
     return table, rows
 
@@ -295,7 +292,7 @@ def _padded(indices: Int[np.ndarray, " N"], length: int) -> Int[np.ndarray, " M"
 
 @platform_jit(static_argnames=("graphdef",))
 def _attend(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     table: Float[Array, "C P D"],
     tokens: Int[Array, " S"],

@@ -18,7 +18,7 @@ from magma_jax.evaluation.tasks.batched_generate import answer_batch, classify_b
 from magma_jax.inference.api import Magma
 from magma_jax.inference.decoding.sampling import SamplingConfig
 from magma_jax.inference.prompts import WORD, image_positions
-from magma_jax.models.language.decoder import KVCache
+from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.distributed import is_main
 from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch
 from magma_jax.training.image_features import Images, encode_all

@@ -7,7 +7,7 @@ from flax import nnx
 
 from magma_jax.families.language.loss import language_loss
 from magma_jax.family import Family
-from magma_jax.models.language.catalog import LanguageModelConfig, build_language_model
+from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.models.language.decoder import Decoder
 from magma_jax.training.monitor.throughput import count_batch
 from magma_jax.training.run.config import RunConfig
@@ -15,7 +15,7 @@ from magma_jax.training.step.flops import LANGUAGE_INPUTS, StepFlops, attention_
 
 
 def _build(config: LanguageModelConfig, rngs: nnx.Rngs) -> Decoder:
-    return build_language_model(config, rngs=rngs)
+    return Decoder(config, rngs=rngs)
 
 
 def _complete(config: RunConfig) -> RunConfig:

@@ -19,7 +19,6 @@ from magma_jax.inference.decoding.sampling import sampling_rows, seed_words
 from magma_jax.inference.prompts import WORD, Encoded, image_positions
 from magma_jax.inference.structured.constraints import installed
 from magma_jax.inference.structured.grammars import Guide, everything
-from magma_jax.models.vision.catalog import ENCODERS
 from magma_jax.typing import Array, Int, UInt32
 
 # Below this many common positions a prompt is run anew: looking back costs a program of its own.
@@ -225,9 +224,7 @@ class SlotBatch:
         return row
 
     def _add_image(self, pixels: np.ndarray, row: int) -> None:
-        entry = ENCODERS[self.model.config.encoder.kind]
-        options = {"mean": entry.mean, "std": entry.std}
-        self._table = slots.add_image(*self._fixed, self._table, pixels[None], np.int32(row), **options)
+        self._table = slots.add_image(*self._fixed, self._table, pixels[None], np.int32(row))
 
     def decode(
         self, *, top: bool, enough: int | None = None, guides: Mapping[int, Guide] | None = None

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from magma_jax.inference.decoding.sampling import MASKED, Compat, SamplingRows, sample
-from magma_jax.models.language.decoder import Decoder, KVCache
+from magma_jax.models.language.decoder import Decoder
+from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.typing import Array, Bool, Float, Int, Key, UInt32
 
 

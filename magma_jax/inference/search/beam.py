@@ -14,13 +14,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from magma_jax.inference.api import Magma, PromptBatch, as_batch, check_room, pad_to_bucket, padded_length
 from magma_jax.inference.decoding.decode import run_prompts
 from magma_jax.inference.decoding.sampling import MASKED, mask_missing_ids
-from magma_jax.models.language.decoder import Decoder, KVCache
-from magma_jax.nn.modules import merge
+from magma_jax.models.language.decoder import Decoder
+from magma_jax.nn.modules import Definition, merge
+from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Bool, Float, Int, Params
 
@@ -118,7 +118,7 @@ def _hypothesis(model: Magma, tokens: Int[np.ndarray, " T"], logprob: float, sco
 
 @platform_jit(static_argnames=("graphdef", "steps", "beams", "eos_id"))
 def _search(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     embeddings: Float[Array, "B S D"],
     lengths: Int[Array, " B"],

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from magma_jax.config import ConfigError, Values, from_dict
+from magma_jax.config import ConfigError, Settings, from_dict
 from magma_jax.data.datasets import DataConfig
 from magma_jax.family import Family
 from magma_jax.runtime.sharding import MeshConfig
@@ -83,7 +83,7 @@ class RunConfig:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
 
 
-def read_run_config(models: Sequence[type], values: Values, where: str = "config") -> RunConfig:
+def read_run_config(models: Sequence[type], values: Settings, where: str = "config") -> RunConfig:
     """A run config from nested mappings; ``models`` are the dataclasses that its model may be, by their ``kind``.
 
     Raises:
