@@ -47,7 +47,7 @@ SIZES = {"640x480": (640, 480), "480x640": (480, 640), "640x427": (640, 427), "1
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--size", type=int, default=384, help="pixels per side; default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="processes; default: %(default)s")
     parser.add_argument("--batches", type=int, default=8, help=f"of {BATCH} images, a round; default: %(default)s")

@@ -12,13 +12,16 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import ml_collections
 
 from magma_jax.foreign import shown
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 # Fields by name, as a config file gives them; a ``ConfigDict`` is no ``Mapping``.
 Settings: TypeAlias = Mapping | ml_collections.ConfigDict
@@ -189,7 +192,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value not in args:
             raise ConfigError(f"{where}: {shown(value)} is not one of {', '.join(map(repr, args))}")
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
@@ -217,7 +220,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in options:
         return None
-    classes = [option for option in options if dataclasses.is_dataclass(option)]
+    classes = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
     if isinstance(value, tuple(classes)):
         return value
     if classes and isinstance(value, Settings):

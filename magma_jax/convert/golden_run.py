@@ -35,7 +35,7 @@ from magma_jax.published.magma_keys import magma_table
 from magma_jax.training.step.optim import Group, OptimConfig, label_parameters, make_optimizer, partition, with_groups
 from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.terms import LOSS, Terms
-from magma_jax.training.step.train_step import init_state, make_train_step
+from magma_jax.training.step.train_step import Batch, init_state, make_train_step
 from magma_jax.typing import IGNORED, Params
 
 Quantities = Iterator[tuple[str, Any]]
@@ -194,7 +194,7 @@ def _gradients(subject: Subject, grads: Params, mode: str) -> Quantities:
         yield f"grad_norms_{mode}", _by_name(subject, "grad_names", norms)
 
 
-def _by_name(subject: Subject, names: str, values: Mapping[str, float]) -> np.ndarray:
+def _by_name(subject: Subject, names: str, values: Mapping[str, Any]) -> np.ndarray:
     """Values in the order of an array of names; NaN, which is never equal, for a name that the model lacks."""
     wanted = inputs_of(subject.golden, names, (None,), "U")
     return np.array([values.get(str(name), np.nan) for name in wanted])
@@ -220,11 +220,12 @@ def _optimizer(subject: Subject) -> OptimConfig:
 
 def _keep_gradients() -> optax.GradientTransformation:
     """Passes gradients on, and keeps them as its state."""
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    return optax.GradientTransformation(zeros, lambda updates, state, params=None: (updates, updates))
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda updates, state, params=None: (updates, updates)
+    )
 
 
-def _train_loss(model: MagmaModel, batch: Mapping[str, Any], key: Any) -> Terms:
+def _train_loss(model: MagmaModel, batch: Batch, key: Any) -> Terms:
     """The library's loss with BatchNorm as in the original's training; its dropout was off in the golden runs."""
     del key
     return caption_loss(model, batch, None, options=LossOptions(batch_norm="batch"))
@@ -250,7 +251,7 @@ def _run(model: MagmaModel, batch: Mapping[str, Any], collect: tuple[str, ...]) 
     return result
 
 
-def _mean_loss(model: MagmaModel, batch: Mapping[str, Any]) -> Any:
+def _mean_loss(model: MagmaModel, batch: Batch) -> Any:
     return caption_loss(model, batch, None, options=LossOptions())[LOSS].mean
 
 

@@ -37,9 +37,10 @@ OpenModel: TypeAlias = Callable[..., TokenGenerator]
 
 def run_comparison(arguments: argparse.Namespace) -> None:
     """``--compare``: which of two results is better, if one is."""
-    found = comparison.compare_results(*arguments.compare)
+    first, second = arguments.compare
+    found = comparison.compare_results(first, second)
     shown = json.dumps(comparison.to_json(found), indent=2) if arguments.json else None
-    print(shown or printable(comparison.table(*arguments.compare, found)))
+    print(shown or printable(comparison.table(first, second, found)))
 
 
 def run_perplexity(open_model: OpenModel, arguments: argparse.Namespace) -> None:

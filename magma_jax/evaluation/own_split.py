@@ -138,6 +138,8 @@ def evaluate(
     except ValueError as error:
         raise EvaluationError(f"split {split!r}: {error}") from None
 
+    if dataset.images is None:
+        raise EvaluationError("the dataset has no images; eval.py asks about images")
     black = len(dataset.images)
     shown = {"model": images, "blind": [black] * len(samples), "shuffled": shuffled}
     requests = {

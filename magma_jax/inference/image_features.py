@@ -26,7 +26,7 @@ class Images(Protocol):
     def __len__(self) -> int:
         """How many there are."""
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
         """Those of these rows, uint8 (N, H, W, 3)."""
 
 

@@ -212,7 +212,8 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     Processes that share a part of ``model`` hold the same rows.
     """
     parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (part,) in parts for row in range(*part.indices(batch_size))})
+    # JAX may give None for an index, but not for devices of this process.
+    return sorted({row for part in parts if part is not None for row in range(*part[0].indices(batch_size))})
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> Params:
@@ -221,7 +222,8 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) ->
     position = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
 
     def place_rows(rows: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # as above
             first, stop, _ = index[0].indices(batch_size)
             return rows[position[first] : position[first] + stop - first]
 

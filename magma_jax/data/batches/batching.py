@@ -74,15 +74,16 @@ class PaddedBatches(grain.MapDataset):
 
     def _sorted(self, number: int) -> tuple[list[Sample], np.ndarray]:
         """The samples of a window, and (WINDOW, batch_size) which of them make up each batch."""
-        if self._window is None or self._window[0] != number:
+        window = self._window
+        if window is None or window[0] != number:
             size = WINDOW * self._batch_size
-            samples = [self._parent[i] for i in range(number * size, (number + 1) * size)]
+            samples: list[Any] = [self._parent[i] for i in range(number * size, (number + 1) * size)]
             # By bucket and not by length: within one the order stays random.
             buckets = np.searchsorted(self._buckets, [len(sample["tokens"]) for sample in samples])
             order = np.argsort(buckets, kind="stable").reshape(WINDOW, self._batch_size)
             order = np.random.default_rng((self._seed, number)).permutation(order)
-            self._window = number, samples, order
-        return self._window[1:]
+            self._window = window = number, samples, order
+        return window[1], window[2]
 
     def _stack(self, name: str, values: list[Any], length: int) -> np.ndarray:
         if np.ndim(values[0]) == 0:
@@ -115,7 +116,7 @@ def packed_batches(
     """Batches of ``rows`` of ``batch_size`` rows; a sample goes to the first row with ``length`` tokens and ``pack``
     samples not exceeded, and a batch ends with the first sample that fits nowhere.
     """
-    first = samples[0]
+    first: Any = samples[0]
     whole = {name for name, value in first.items() if np.ndim(value)}
     packed = FirstFitPackIterDataset(
         samples.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8 * batch_size)),

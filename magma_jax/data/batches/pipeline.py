@@ -52,7 +52,7 @@ def encode_sample(
         tokens = [*prompt, *answer, tokenizer.eos_id][:length]
         labels = (prompt if sample.learn_prompt else [IGNORED] * len(prompt)) + [*answer, tokenizer.eos_id]
         labels = labels[:length]
-    encoded = {"tokens": np.array(tokens, np.int32), "labels": np.array(labels, np.int32)}
+    encoded: dict[str, Any] = {"tokens": np.array(tokens, np.int32), "labels": np.array(labels, np.int32)}
     if sample.image is not None:
         encoded["image_rows"] = np.int32(sample.image)
     if overlong == "truncate":
@@ -144,7 +144,9 @@ def text_batches(
     """Endless batches of ``length`` consecutive tokens of one long text, with their labels; of them only ``rows``."""
     end = len(tokens) // length * length
     blocks = np.stack([array[:end].reshape(-1, length) for array in (tokens, labels)], axis=1)
-    dataset = grain.MapDataset.source(blocks).seed(seed).shuffle().repeat()
+    # An array is as good a source as a sequence.
+    dataset = grain.MapDataset.source(blocks)  # pyright: ignore[reportArgumentType]
+    dataset = dataset.seed(seed).shuffle().repeat()
     dataset = dataset.map(lambda block: {"tokens": block[0], "labels": block[1]})
     # Every block fills its row: there is nothing to pad.
     padding = {"tokens": 0, "labels": IGNORED}

@@ -72,6 +72,8 @@ class OwnExamples(Sequence[Example]):
         if split not in dataset.evaluation:
             names = ", ".join(dataset.evaluation) or "none"
             raise DataError(f"the run's data has no split {split!r}; its splits: {names}; or give --data")
+        if dataset.images is None:
+            raise DataError("the run's data has no images; give --data")
         wanted = [s for s in dataset.evaluation[split] if (s.kind == CAPTION) == (kind == CAPTION)]
         times = 1 if kind == CAPTION else ANNOTATORS
         self._examples = [
@@ -181,6 +183,7 @@ def image_marks(images: Images, row: int, *, stored: bool) -> frozenset[str]:
     """
     if not stored:
         return frozenset({_hash(np.ascontiguousarray(images[np.array([row])]).tobytes())})
+    assert isinstance(images, StoredImages)  # ``stored`` says so
     folder, local = images.where(row)
     records = images.records[images.folders.index(folder)]
     record = read_record(records.__getitem__, local, folder)
