@@ -1,7 +1,7 @@
 """How every command reads its arguments and ends.
 
-Exit status: 0 done; 1 looked and found a difference, something that does not fit or a loss that is no number; 2 unusable
-input, one line on standard error; 130 interrupted by Ctrl-C. A bug is a traceback.
+Exit status: 0 done; 1 looked and found a difference, something that does not fit, or a loss that is no number;
+2 unusable input, one line on standard error; 130 interrupted by Ctrl-C. A bug is a traceback.
 """
 
 import argparse

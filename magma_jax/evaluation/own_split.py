@@ -157,7 +157,7 @@ def evaluate(
     predictions = {name: [answers[request] for request in wanted] for name, wanted in requests.items()}
     predictions["constant"] = most_frequent_answers(samples, training)
 
-    scores = {condition: score(samples, texts) for condition, texts in predictions.items()}
+    scores = {condition: figures_of(samples, texts) for condition, texts in predictions.items()}
     kinds = Counter(sample.kind for sample in samples)
     questions = {kind: count for kind, count in sorted(kinds.items()) if kind != CAPTION}
     protocol = {
@@ -180,7 +180,7 @@ def evaluate(
     return Evaluation(figures, samples, predictions, shuffled)
 
 
-def score(samples: Sequence[Any], predictions: Sequence[str]) -> dict[str, Any]:
+def figures_of(samples: Sequence[Any], predictions: Sequence[str]) -> dict[str, Any]:
     """The figures of one condition; None where there are no captions or no questions.
 
     A question here has one true answer, where the official VQA rule wants ten annotators. It counts as ten equal

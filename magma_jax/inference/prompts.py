@@ -24,7 +24,7 @@ ImageKey: TypeAlias = int | bytes
 WORD = -1
 
 # The key of this process's hashes: without it nobody can look for two images of one hash.
-_KEY = secrets.token_bytes(32)
+HASH_KEY = secrets.token_bytes(32)
 
 
 class ImageGrid(NamedTuple):
@@ -184,7 +184,7 @@ def lay_out_prompt(
     Raises:
         ValueError: an empty prompt, an item that is neither text nor image, too many images. ImageError.
     """
-    hash_key = hashlib.blake2b(salt, key=_KEY, digest_size=32).digest()
+    hash_key = hashlib.blake2b(salt, key=HASH_KEY, digest_size=32).digest()
     pixels: dict[bytes, np.ndarray] = {}
     items: list[str | ImageKey] = []
     for item in check_prompt(prompt):

@@ -101,7 +101,7 @@ def test_worker_processes_give_the_same_files(images, tmp_path):
 
 def test_an_interrupted_conversion_continues_to_the_same_files(images, tmp_path, monkeypatch):
     convert(records_of(images), tmp_path / "whole", HERE)
-    written, original = [], work_module._write_shard
+    written, original = [], work_module.write_shard
 
     def counting(work, number, *rest):
         if len(written) == 2:
@@ -109,12 +109,12 @@ def test_an_interrupted_conversion_continues_to_the_same_files(images, tmp_path,
         written.append(number)
         return original(work, number, *rest)
 
-    monkeypatch.setattr(work_module, "_write_shard", counting)
+    monkeypatch.setattr(work_module, "write_shard", counting)
     with pytest.raises(KeyboardInterrupt):
         convert(records_of(images), tmp_path / "out", HERE)
     assert not (tmp_path / "out").exists()
     written.clear()
-    monkeypatch.setattr(work_module, "_write_shard", lambda *a: written.append(a[1]) or original(*a))
+    monkeypatch.setattr(work_module, "write_shard", lambda *a: written.append(a[1]) or original(*a))
     convert(records_of(images), tmp_path / "out", HERE)
     assert written == [2, 3]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")

@@ -82,7 +82,7 @@ def test_special_tokens_are_skipped_or_shown(gpt2):
 def test_training_is_deterministic_and_complete():
     first = train_bpe(CORPUS, 290)
     second = train_bpe(iter(reversed(CORPUS)), 290)
-    assert first._parsing.to_str() == second._parsing.to_str()
+    assert first.to_json() == second.to_json()
     assert len(first) == 290
     assert (first.eos_id, first.image_id) == (288, 289)
     text = "a red cat — on the naïve <|image|> 東京"

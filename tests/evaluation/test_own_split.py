@@ -188,7 +188,7 @@ def test_captions_alone_or_questions_alone_have_no_other_figures(model):
 
 def test_vqa_rule_with_one_answer_is_exact_match():
     samples = [Sample(0, "Q: ? A:", answer, "k") for answer in (" yes", " two", " the dog", " Yes")]
-    figures = own_split.score(samples, ["yes", "2", "dog", "yes"])
+    figures = own_split.figures_of(samples, ["yes", "2", "dog", "yes"])
     assert figures["vqa_accuracy"] == figures["vqa_by_kind"]["k"] == 25
 
 

@@ -222,7 +222,7 @@ def test_images_with_nearly_one_hash_are_two(model, monkeypatch):
         other[byte] ^= 1
         assert engine_sees(key, bytes(other)) == 0
     (with_this_key,) = model.layout(prompt).pixels
-    monkeypatch.setattr(prompts, "_KEY", bytes(32))
+    monkeypatch.setattr(prompts, "HASH_KEY", bytes(32))
     (with_another,) = model.layout(prompt).pixels
     assert len(with_this_key) == 16
     assert with_this_key != with_another

@@ -31,10 +31,10 @@ def written_shard(
 ) -> dict[str, Any]:
     """The report of a shard, which is written unless a former run has finished it."""
     digest = _digest(chunk)
-    return _finished(work, number, digest) or _write_shard(work, number, chunk, options, digest)
+    return _finished(work, number, digest) or write_shard(work, number, chunk, options, digest)
 
 
-def _write_shard(
+def write_shard(
     work: Path, number: int, chunk: Sequence[Record | Skipped], options: PrepareOptions, digest: str
 ) -> dict[str, Any]:
     """Writes one shard and its report, each under a temporary name first."""
