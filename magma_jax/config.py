@@ -12,13 +12,16 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import ml_collections
 
 from magma_jax.foreign import shown
 
 T = TypeVar("T")
+
+# Fields by name, as a config file gives them; a ``ConfigDict`` is no ``Mapping``.
+Settings: TypeAlias = Mapping | ml_collections.ConfigDict
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 # dtypes of a language model that stand for quantized matrices, see ``nn.quantized``.
@@ -29,9 +32,7 @@ class ConfigError(ValueError):
     """A config that names an unknown key or holds a value of the wrong type."""
 
 
-def from_dict(
-    cls: type[T], values: Mapping[str, Any], where: str = "config", types: Mapping[str, Any] | None = None
-) -> T:
+def from_dict(cls: type[T], values: Settings, where: str = "config", types: Mapping[str, Any] | None = None) -> T:
     """Builds the dataclass ``cls`` from nested mappings; keys that are absent keep their defaults.
 
     Args:
@@ -43,7 +44,7 @@ def from_dict(
     Raises:
         ConfigError: an unknown key, a missing required key or a wrong type; the message names its full path.
     """
-    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+    if not isinstance(values, Settings):
         raise ConfigError(f"{where}: expected a mapping with fields of {cls.__name__}, got {shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(map(str, set(values) - set(fields)))
@@ -62,7 +63,7 @@ def from_dict(
         raise ConfigError(f"{where}: {error}") from None
 
 
-def from_union(classes: Sequence[type], values: Mapping[str, Any], where: str = "config") -> Any:
+def from_union(classes: Sequence[type], values: Settings, where: str = "config") -> Any:
     """The one of several dataclasses whose ``kind`` the values name, see ``from_dict``.
 
     Raises:
@@ -200,7 +201,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             _convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
         )
     if origin is dict or hint is dict:
-        if not isinstance(value, Mapping | ml_collections.ConfigDict):
+        if not isinstance(value, Settings):
             raise ConfigError(f"{where}: expected a mapping, got {shown(value)}")
         return {k: _convert(args[1], v, f"{where}.{k}") if args else v for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -219,7 +220,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     classes = [option for option in options if dataclasses.is_dataclass(option)]
     if isinstance(value, tuple(classes)):
         return value
-    if classes and isinstance(value, Mapping | ml_collections.ConfigDict):
+    if classes and isinstance(value, Settings):
         if len(classes) == 1:
             return from_dict(classes[0], value, where)
         return from_union(classes, value, where)

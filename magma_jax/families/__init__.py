@@ -1,13 +1,12 @@
 """The model families. A new one is a package of its own and one row here."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from magma_jax.config import ConfigError
+from magma_jax.config import ConfigError, Settings
 from magma_jax.families.language import LANGUAGE
 from magma_jax.families.magma import MAGMA
 from magma_jax.family import Family
@@ -33,7 +32,7 @@ def family_of(model: Any) -> Family:
     raise ConfigError(f"{type(model).__name__}: no family has such models; there are {', '.join(FAMILIES)}")
 
 
-def run_config(values: Mapping[str, Any] | ConfigDict, where: str = "config") -> RunConfig:
+def run_config(values: Settings, where: str = "config") -> RunConfig:
     """The config of a run, from nested mappings; its model may be of any family.
 
     Raises:

@@ -6,13 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-from magma_jax.data.images import normalize
-from magma_jax.models.vision.catalog import ENCODERS
-from magma_jax.nn.modules import merge
+from magma_jax.models.vision.catalog import normalize_for
+from magma_jax.nn.modules import Definition, merge
 from magma_jax.runtime.distributed import is_main
 from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch, replicated
 from magma_jax.storage.deferred import read_array
@@ -34,7 +32,7 @@ class Images(Protocol):
 
 def encode_all(
     images: UInt8[np.ndarray, "N H W 3"] | Images,
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     mesh: Mesh | None = None,
     batch_size: int = 64,
@@ -45,7 +43,7 @@ def encode_all(
     encoder = {path: _on_devices(leaf) for path, leaf in params.items() if path.startswith(ENCODER)}
     # Of the rest a module needs to know that it is there.
     rest = tuple((p, jax.ShapeDtypeStruct(x.shape, x.dtype)) for p, x in params.items() if not p.startswith(ENCODER))
-    entry = ENCODERS[merge(graphdef, dict(rest), encoder).config.encoder.kind]
+    config = merge(graphdef, dict(rest), encoder).config.encoder
     if mesh is None:
         rows, out = list(range(batch_size)), None
     else:
@@ -56,7 +54,7 @@ def encode_all(
     for start in tqdm(range(0, len(images), batch_size), desc="encoding images", unit="batch", disable=quiet):
         # The last batch is filled up with its last image, so that one program serves all.
         chosen = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
-        pixels = {"images": normalize(images[chosen[rows]], entry.mean, entry.std)}
+        pixels = {"images": normalize_for(config, images[chosen[rows]])}
         if mesh is not None:
             pixels = place_batch(pixels, mesh, batch_size)
         parts.append(np.asarray(_encode(graphdef, rest, encoder, pixels["images"], out=out)))
@@ -65,7 +63,7 @@ def encode_all(
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rest", "out"))
 def _encode(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     rest: tuple[tuple[str, jax.ShapeDtypeStruct], ...],
     encoder: Params,
     images: Float[Array, "B H W 3"],

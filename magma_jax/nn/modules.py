@@ -12,6 +12,7 @@ Orbax as it is), and its keys are what the tables of sharding, optimizer and con
 the running averages that a forward pass updated splits the merged module again (see ``training.step.train_step``).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -55,13 +56,35 @@ class Statistic(nnx.BatchStat):
     """Running average of a BatchNorm: no gradient, updated by the forward pass in batch mode."""
 
 
-def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+class Definition:
+    """A module without its arrays, as a static argument of ``jax.jit``.
+
+    Its hash is computed once: that of ``nnx.GraphDef`` is computed at every call, which takes milliseconds.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef):
+        self.graphdef = graphdef
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Definition) and hash(self) == hash(other) and self.graphdef == other.graphdef
+
+
+def split(module: nnx.Module) -> tuple[Definition, Params]:
     """Splits a module into its definition and a flat dict of its arrays.
 
     Also takes modules made under ``nnx.eval_shape``; the leaves are then ``jax.ShapeDtypeStruct``.
     """
     graphdef, state = nnx.split(module)
-    return graphdef, {path: variable.get_value() for path, variable in _variables(state)}
+    return Definition(graphdef), {path: variable.get_value() for path, variable in _variables(state)}
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,26 +99,9 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def merge(graphdef: nnx.GraphDef, *params: Mapping[str, Any]) -> Any:
+def merge(definition: Definition, *params: Mapping[str, Any]) -> Any:
     """Rebuilds the module of ``split`` from one or several flat dicts that together hold every path."""
-    return nnx.merge(graphdef, nest({path: value for part in params for path, value in part.items()}))
-
-
-class Definition(nnx.GraphDef):
-    """A definition that equals itself only, for static arguments of ``jax.jit``.
-
-    These are hashed at every call, which takes milliseconds for one that is compared by all it holds.
-    """
-
-    __slots__ = ()
-
-    def __init__(self, definition: nnx.GraphDef):
-        super().__init__(definition.nodes, definition.attributes, definition.num_leaves)
-
-    __hash__ = object.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    return nnx.merge(definition.graphdef, nest({path: value for part in params for path, value in part.items()}))
 
 
 def variable_types(module: nnx.Module) -> dict[str, type[nnx.Variable]]:
@@ -117,11 +123,11 @@ def spared_by_decay(module: nnx.Module) -> frozenset[str]:
     )
 
 
-def abstract(create: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Params, dict[str, type[nnx.Variable]]]:
+def abstract(create: Callable[[], nnx.Module]) -> tuple[Definition, Params, dict[str, type[nnx.Variable]]]:
     """Builds a module without memory: its definition, shapes and dtypes by path, and variable types by path."""
     module = nnx.eval_shape(create)
-    graphdef, shapes = split(module)
-    return graphdef, shapes, variable_types(module)
+    definition, shapes = split(module)
+    return definition, shapes, variable_types(module)
 
 
 def parameter_count(params: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from magma_jax.models.vision.catalog import EncoderConfig
 from magma_jax.models.vision.clip_resnet import CLIP_RESNETS, CLIPResNetConfig
 from magma_jax.models.vision.clip_vit import CLIP_VITS, CLIPViTConfig
 from magma_jax.models.vision.nf_resnet import NFResNetConfig
-from magma_jax.nn.adapters import ACTIVATIONS, AdapterConfig
+from magma_jax.nn.adapters import AdapterActivation, AdapterConfig
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ def _adapter(tensors: Mapping[str, Any], place: str, width: int, known: Known) -
     factor = width // max(bottleneck, 1)
     if not factor or width // factor != bottleneck:
         raise InferenceError(f"{nested}: a bottleneck of {bottleneck} is no whole part of the width {width}")
-    activation = known.get("adapter", "activation", AdapterConfig.activation, choices=tuple(ACTIVATIONS))
+    activation = known.get("adapter", "activation", AdapterConfig.activation, choices=get_args(AdapterActivation))
     return AdapterConfig(kind, factor, layernorm, activation)
 
 

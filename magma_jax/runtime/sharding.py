@@ -37,8 +37,8 @@ BATCH_AXES = ("data", "fsdp")
 # axis for each of the last dimensions; dimensions before them (the layers of a stack) are whole on every device.
 # Weights are (out, in), convolutions (out, in, height, width).
 SHARED: tuple[ShardingRow, ...] = (
-    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/weight(_scale)?", ("model", "fsdp")),
-    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/bias", ("model",)),
+    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc|c_gate)/weight(_scale)?", ("model", "fsdp")),
+    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc|c_gate)/bias", ("model",)),
     (r"(lm/)?layers/.*(out_proj|c_proj)/weight(_scale)?", ("fsdp", "model")),
     (r"(lm/)?lm_head/weight(_scale)?", ("model", "fsdp")),
     (r"(lm/)?lm_head/bias", ("model",)),

@@ -74,7 +74,7 @@ def test_a_folder_is_converted_and_left_as_it_was(images, tmp_path):
     assert stored[4].image == before["4.jpg"]
     assert stored.texts.tolist() == [[2, 0]] * 10
     assert files_of(images) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
 
 
 def test_texts_are_read_without_images(images, tmp_path):

@@ -262,7 +262,7 @@ def test_samples_are_found_by_number(folders):
         FolderSamples(StoredRecords(folders[0]), SourceConfig(folders[0], texts="questions"), 0)
     prompted = SourceConfig(folders[0], caption_prompt="A picture of")
     sample = FolderSamples(StoredRecords(folders[0]), prompted, 0)[1]
-    assert sample.prompt + sample.answer == "A picture ofn image 1"
+    assert sample.prompt + sample.answer == "A picture of image 1"
 
 
 def test_classes_are_learned_at_the_end_of_the_statement(folders):

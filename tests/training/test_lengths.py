@@ -16,7 +16,8 @@ from magma_jax.data.openmoji.dataset import OpenmojiConfig
 from magma_jax.families.language.loss import language_loss
 from magma_jax.families.magma import MAGMA
 from magma_jax.families.magma.loss import caption_loss
-from magma_jax.models.language.gpt2 import GPT2, GPT2Config
+from magma_jax.models.language.decoder import Decoder
+from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import merge, split, variable_types
 from magma_jax.training.monitor.writers import METRICS_FILE
@@ -36,7 +37,7 @@ GPT2_TINY = GPT2Config(layers=1, width=32, heads=2, feed_forward=64, vocab_rows=
 CASES = {
     "captions": (lambda: MagmaModel(MODEL, rngs=nnx.Rngs(0)), caption_loss),
     # Learned positions, where a wrong one shows at once.
-    "text": (lambda: GPT2(GPT2_TINY, rngs=nnx.Rngs(0)), language_loss),
+    "text": (lambda: Decoder(GPT2_TINY, rngs=nnx.Rngs(0)), language_loss),
 }
 # The encoder works on images alone, so its features may stand for it.
 GROUPS = {"language": Group(), "encoder": "frozen", "prefix": Group(), "adapter": Group()}

@@ -11,7 +11,7 @@ from magma_jax.data.openmoji.dataset import OpenmojiConfig, OpenmojiTextConfig
 from magma_jax.families.language.loss import language_loss
 from magma_jax.family import Family
 from magma_jax.inference.decoding.program import decode_program
-from magma_jax.models.language.catalog import LanguageModelConfig, build_language_model
+from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.modules import LanguageParam
 from magma_jax.storage.model_folder import CheckpointError
@@ -22,7 +22,7 @@ from magma_jax.training.step.options import LossOptions
 
 
 def _build(config: LanguageModelConfig, rngs: nnx.Rngs) -> Decoder:
-    return build_language_model(config, rngs=rngs)
+    return Decoder(config, rngs=rngs)
 
 
 def _batch_shapes(program: Any) -> dict[str, tuple[tuple[int, ...], Any]]:

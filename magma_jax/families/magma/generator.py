@@ -252,7 +252,7 @@ class Magma:
 
 
 @functools.cache
-def magma_graphdef(config: MagmaConfig, apart: bool = False) -> nnx.GraphDef:
+def magma_graphdef(config: MagmaConfig, apart: bool = False) -> Definition:
     """The structure of a model; ``apart``: with the language model's layers one by one."""
 
     def create() -> MagmaModel:
@@ -261,7 +261,7 @@ def magma_graphdef(config: MagmaConfig, apart: bool = False) -> nnx.GraphDef:
             model.lm.unstack()
         return model
 
-    return Definition(abstract(create)[0])
+    return abstract(create)[0]
 
 
 @platform_jit(static_argnames=("graphdef", "outputs"))

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from flax import nnx
 
 from magma_jax.data.batches.folders import fill_images
 from magma_jax.data.batches.stored_images import StoredImages
 from magma_jax.inference.image_features import ENCODER, encode_all
+from magma_jax.nn.modules import Definition
 from magma_jax.training.run.program import Program
 from magma_jax.training.step.optim import STATISTIC, learns
 from magma_jax.typing import Params, UInt8
@@ -90,7 +90,7 @@ def features_are_fixed(program: Program) -> bool:
 
 
 def feature_statistics(
-    images: UInt8[np.ndarray, "N H W 3"] | StoredImages, graphdef: nnx.GraphDef, params: Params, count: int = 512
+    images: UInt8[np.ndarray, "N H W 3"] | StoredImages, graphdef: Definition, params: Params, count: int = 512
 ) -> Params:
     """Mean and standard deviation per channel of the features of ``count`` images, evenly spaced.
 

@@ -3,10 +3,9 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping
 from typing import Any
 
-from magma_jax.config import ConfigError, from_dict
+from magma_jax.config import ConfigError, Settings, from_dict
 from magma_jax.family import Family
 from magma_jax.runtime.sharding import MeshConfig
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
@@ -86,7 +85,7 @@ class RunConfig:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
 
 
-def read_run_config(family: Family, values: Mapping[str, Any], where: str = "config") -> RunConfig:
+def read_run_config(family: Family, values: Settings, where: str = "config") -> RunConfig:
     """A run config from nested mappings; its model, data and loss are of the family's types.
 
     Raises:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from magma_jax.config import ConfigError
 from magma_jax.family import Family
-from magma_jax.nn.modules import spared_by_decay, split, variable_types
+from magma_jax.nn.modules import Definition, spared_by_decay, split, variable_types
 from magma_jax.runtime.compile import compiler_options
 from magma_jax.runtime.sharding import (
     batch_sharding,
@@ -50,7 +50,7 @@ class Program:
     family: Family
     config: RunConfig
     mesh: Mesh
-    graphdef: nnx.GraphDef
+    graphdef: Definition
     labels: dict[str, str]
     averaged: frozenset[str]
     optimizer: optax.GradientTransformation

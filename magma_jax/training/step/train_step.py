@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
-from magma_jax.nn.modules import merge, split
+from magma_jax.nn.modules import Definition, merge, split
 from magma_jax.training.step.ema import EmaConfig, begin_average, move_average
 from magma_jax.training.step.terms import Terms, learned_counts, objective, term_means
 from magma_jax.typing import Array, Params, PRNGKey
@@ -56,7 +55,7 @@ def init_state(
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     loss_function: LossFunction,
     optimizer: optax.GradientTransformation,
     *,
