@@ -13,17 +13,17 @@ another split than test, or a limit, is part of their names. docs/evaluation.md 
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from magma_jax.evaluation.command import add_other_options, add_task_options, run_comparison, run_perplexity, run_tasks
-from magma_jax.evaluation.own_split import evaluate_run
-from magma_jax.output import error_line
-from magma_jax.runtime.distributed import distributed_run
+from magma_jax import commands
+from magma_jax.evaluation.arguments import add_other_options, add_task_options
 
 
-def main() -> None:
-    """Reads the command line and evaluates."""
-    parser = argparse.ArgumentParser(
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the command line and evaluates; returns the exit status, see ``commands``."""
+    parser = commands.ArgumentParser(
+        prog="eval.py",
         description="Evaluates a run that train.py made, or any checkpoint on a task.",
         epilog="docs/evaluation.md describes tasks, protocols and files.",
     )
@@ -31,24 +31,43 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="at most this many captions and this many questions; default: all")
     parser.add_argument("--overview", type=Path, metavar="PNG", help="also draw twelve images with their texts")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the moving averages of a run's weights, or the weights; default: what the run was validated with",
+    )
     add_task_options(parser)
     add_other_options(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.checkpoint and not (arguments.task or arguments.perplexity):
         parser.error("--checkpoint is asked a --task or for its --perplexity; a run's own split is that of --workdir")
-    try:
-        if arguments.task:
-            with distributed_run(arguments.distributed):
-                run_tasks(arguments)
-        elif arguments.compare:
-            run_comparison(arguments)
-        elif arguments.perplexity:
-            run_perplexity(arguments)
-        else:
-            evaluate_run(arguments.workdir, arguments.split, arguments.limit, arguments.overview)
-    except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
-        sys.exit(f"eval.py: {error_line(error)}")
+    return commands.run("eval.py", lambda: _evaluate(arguments))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    # Here: JAX takes seconds to import, and --help does without.
+    from magma_jax.evaluation.command import run_comparison, run_perplexity, run_tasks
+    from magma_jax.evaluation.own_split import evaluate_run
+    from magma_jax.families import open_token_generator
+    from magma_jax.runtime.distributed import distributed_run
+
+    if arguments.task:
+        with distributed_run(arguments.distributed):
+            run_tasks(open_token_generator, arguments)
+    elif arguments.compare:
+        run_comparison(arguments)
+    elif arguments.perplexity:
+        run_perplexity(open_token_generator, arguments)
+    else:
+        evaluate_run(
+            open_token_generator,
+            arguments.workdir,
+            arguments.split,
+            arguments.limit,
+            arguments.overview,
+            ema=arguments.ema,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,26 +2,28 @@
 
     python train.py
     python train.py --config configs/quickstart_lm.py --workdir runs/quickstart_lm --set seed=1 optim.learning_rate=1e-3
+    python train.py --show
 
 A run folder that already holds checkpoints of the same config is continued.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from magma_jax.config import apply_overrides, config_name, load_config_file
-from magma_jax.evaluation.own_split import evaluate_run
-from magma_jax.families import family_of, run_config
-from magma_jax.output import error_line
-from magma_jax.runtime.distributed import distributed_run
-from magma_jax.training.loop import train
-from magma_jax.training.monitor.profiler import StepRange
+from magma_jax import commands
 
 
-def main() -> None:
-    """Reads the command line, trains, and evaluates if the config says so."""
-    parser = argparse.ArgumentParser(description="Trains what a config describes; by default the quick start.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, and evaluates if the config says so; returns the exit status, see ``commands``."""
+    parser = commands.ArgumentParser(
+        prog="train.py",
+        description="Trains what a config describes; by default the quick start.",
+        epilog="--show prints every setting and its value in the form that --set takes. RunConfig in "
+        "magma_jax/training/run/config.py and the classes that it names say what each one means; docs/training.md "
+        "explains the usual ones.",
+    )
     parser.add_argument(
         "--config",
         type=Path,
@@ -29,7 +31,14 @@ def main() -> None:
         help="a Python program, which is run; default: configs/quickstart.py",
     )
     parser.add_argument("--workdir", type=Path, help="run folder; default: runs/ and the name of the config")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the config")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help='override values of the config, as in steps=100 optim.groups.encoder=frozen "data.buckets=(8, 16)"',
+    )
+    parser.add_argument("--show", action="store_true", help="print the resolved config and end")
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -38,22 +47,34 @@ def main() -> None:
     )
     parser.add_argument("--profile-steps", metavar="FIRST:LAST", help="trace these steps for TensorBoard, as in 10:15")
     parser.add_argument("--distributed", action="store_true", help="as one of several processes: docs/training.md")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    return commands.run("train.py", lambda: _train(arguments), resumable=arguments.resume)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    # Here: JAX takes seconds to import, and --help does without.
+    from magma_jax.config import apply_overrides, config_name, load_config_file, settings
+    from magma_jax.evaluation.own_split import evaluate_run
+    from magma_jax.families import family_of, open_token_generator, run_config
+    from magma_jax.output import printable
+    from magma_jax.runtime.distributed import distributed_run
+    from magma_jax.training.loop import train
+    from magma_jax.training.monitor.profiler import StepRange
+
     workdir = arguments.workdir or Path("runs") / config_name(arguments.config)
-    try:
-        config = run_config(apply_overrides(load_config_file(arguments.config), arguments.set))
-        profile = StepRange.parse(arguments.profile_steps) if arguments.profile_steps else None
-        with distributed_run(arguments.distributed):
-            run = train(family_of(config.model), config, workdir, resume=arguments.resume, profile=profile)
-        # Evaluation runs in one process.
-        if config.evaluate and not run.interrupted and not arguments.distributed:
-            evaluate_run(workdir)
-            print(f"\nReport: {workdir / 'report.html'}")
-            print(f"A picture of your own: python -m magma_jax.generate --checkpoint {workdir} image.png")
-    # The package's own errors are ValueErrors; FloatingPointError is a loss that is no number.
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error_line(error)}")
+    config = run_config(apply_overrides(load_config_file(arguments.config), arguments.set))
+    if arguments.show:
+        print(printable("\n".join(settings(config))))
+        return
+    profile = StepRange.parse(arguments.profile_steps) if arguments.profile_steps else None
+    with distributed_run(arguments.distributed):
+        run = train(family_of(config.model), config, workdir, resume=arguments.resume, profile=profile)
+    # Evaluation runs in one process.
+    if config.evaluate and not run.interrupted and not arguments.distributed:
+        evaluate_run(open_token_generator, workdir)
+        print(f"\nReport: {workdir / 'report.html'}")
+        print(f"An image of your own: python -m magma_jax.generate --checkpoint {workdir} image.png")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

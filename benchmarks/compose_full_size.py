@@ -192,6 +192,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from magma_jax.config import apply_overrides, load_config_file
+    from magma_jax.families import run_config
+    from magma_jax.families.magma import MAGMA
     from magma_jax.nn.modules import parameter_count
     from magma_jax.runtime.sharding import make_mesh
     from magma_jax.storage.model_folder import read_params

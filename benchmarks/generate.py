@@ -104,9 +104,11 @@ def _jax_model(batch: int) -> tuple[Callable[[int], Any], Callable[[], Any], flo
     import numpy as np
     from flax import nnx
 
+    from magma_jax import Magma
     from magma_jax.data.tokenizers.byte_level import gpt2_tokenizer
-    from magma_jax.inference.api import LAYERS, Magma, PromptBatch, layers_apart
-    from magma_jax.inference.decoding.sampling import SamplingConfig
+    from magma_jax.families.magma.loading import LAYERS, layers_apart
+    from magma_jax.inference.decoding.config import SamplingConfig
+    from magma_jax.inference.prompts import PromptBatch
     from magma_jax.models.language.gptj import GPTJConfig
     from magma_jax.models.magma import MagmaConfig, MagmaModel
     from magma_jax.models.vision.clip_resnet import CLIP_RESNETS

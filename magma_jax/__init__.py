@@ -7,7 +7,7 @@ from magma_jax.version import __version__
 
 if TYPE_CHECKING:
     from magma_jax.data.images import ImageInput
-    from magma_jax.inference.api import Magma
+    from magma_jax.families.magma.generator import Magma
     from magma_jax.models.magma import MagmaConfig, MagmaModel
 
 __all__ = ["ImageInput", "Magma", "MagmaConfig", "MagmaModel", "__version__"]
@@ -15,7 +15,7 @@ __all__ = ["ImageInput", "Magma", "MagmaConfig", "MagmaModel", "__version__"]
 # Imported when first asked for: commands that need neither a model nor JAX start in a fraction of a second.
 _HOMES = {
     "ImageInput": "magma_jax.data.images",
-    "Magma": "magma_jax.inference.api",
+    "Magma": "magma_jax.families.magma.generator",
     "MagmaConfig": "magma_jax.models.magma",
     "MagmaModel": "magma_jax.models.magma",
 }

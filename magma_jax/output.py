@@ -18,6 +18,10 @@ class OutputError(ValueError):
     """A place where nothing can be written; one line with the remedy."""
 
 
+class FailedError(RuntimeError):
+    """Something that failed for another reason than its input; one line."""
+
+
 # What moves a terminal's cursor, changes its colours, its title or the direction of its text, or ends a line where none
 # does; and halves of characters, which cannot be written at all.
 _NOT_PRINTABLE = re.compile("[^\n\t -~\u00a0-\U0010ffff]|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -13,7 +13,7 @@ PACKAGE = "magma_jax"
 # From the ground up: a room imports those before it, never those behind it. Families stand above what they put
 # together, and below the commands.
 LAYERS = (
-    ("typing", "config", "version", "output", "foreign", "family"),
+    ("typing", "config", "version", "output", "commands", "foreign", "family"),
     ("runtime",),
     ("nn",),
     ("storage",),

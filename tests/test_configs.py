@@ -88,7 +88,7 @@ def test_adapters_of_table_1_have_the_papers_sizes(row):
 def test_finetuning_uses_the_papers_rates_and_stops_early(name):
     config = load(f"finetune_{name}.py")
     assert config.optim.learning_rate == (3e-4 if name == "snli_ve" else 7e-4)
-    assert config.optim.encoder_learning_rate == 1.5e-6
+    assert config.optim.groups["encoder"].learning_rate == 1.5e-6
     assert config.validation.every
     assert config.validation.patience
 

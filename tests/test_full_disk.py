@@ -46,10 +46,11 @@ def test_conversions(golden, golden_checkpoint, tmp_path, capsys):
             assert main([command, str(tmp_path / "model"), str(tmp_path / "out")]) == 2
         assert names(tmp_path) == ["model"]
     said += capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line.startswith("error:")]
+    lines = [line for line in said.splitlines() if line.startswith("magma_jax.convert:")]
     places = [tmp_path / "model", *[tmp_path / "out"] * 3]
     assert lines == [
-        f"error: {place}: the disk is full (File too large); free some space or choose another disk" for place in places
+        f"magma_jax.convert: {place}: the disk is full (File too large); free some space or choose another disk"
+        for place in places
     ]
 
 

@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from magma_jax import generate
+from magma_jax import Magma
 from magma_jax.config import to_dict
 from magma_jax.data.images import ImageInput
+from magma_jax.generate.__main__ import main
+from magma_jax.generate.questions import read_inputs
 from magma_jax.inference.answer_file import AnswerFile
-from magma_jax.inference.api import Magma
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.storage.model_folder import write_model_folder
@@ -39,7 +40,7 @@ def image(tmp_path):
 
 
 def run(capsys, *arguments):
-    status = generate.main(arguments)
+    status = main(arguments)
     return status, *capsys.readouterr()
 
 
@@ -64,8 +65,8 @@ def test_several_images_and_a_prompt(folder, image, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.png"], "missing.png: no such file"),
-        (["{image}", "missing.png"], "missing.png: no such file"),
+        (["missing.png"], "missing.png: No such file or directory"),
+        (["{image}", "missing.png"], "missing.png: No such file or directory"),
         (["{page}"], "no image in one of the formats"),
         (["{empty}"], "the file is empty"),
         (["{image}", "  "], "the prompt is empty"),
@@ -114,10 +115,10 @@ def test_hidden_images_of_a_folder_are_left_out_and_counted(tmp_path, capsys):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(b"an image, never opened")
     (tmp_path / "folder.png").mkdir()
-    questions = generate.read_inputs([str(tmp_path), "A picture of"])
+    questions = read_inputs([str(tmp_path), "A picture of"])
     assert [question.name for question in questions] == [str(tmp_path / "a" / "c.jpg"), str(tmp_path / "b.png")]
     assert capsys.readouterr().err == f"note: {tmp_path}: 3 hidden files are left out\n"
-    assert len(generate.read_inputs([str(tmp_path / "._b.png"), "A picture of"])) == 1  # asked for by name
+    assert len(read_inputs([str(tmp_path / "._b.png"), "A picture of"])) == 1  # asked for by name
 
 
 def test_a_prompt_may_be_longer_than_a_file_name(folder, image, capsys):
@@ -212,7 +213,7 @@ def test_as_a_program(folder, image):
     assert good.stdout.count("\n") == 1
     bad = subprocess.run([*command, "nothing.png"], capture_output=True, text=True)
     assert bad.returncode == 2
-    assert bad.stderr == "error: nothing.png: no such file\n"
+    assert bad.stderr == "magma_jax.generate: nothing.png: No such file or directory\n"
 
 
 def test_transparency_and_odd_sizes_are_taken(folder, tmp_path, capsys):

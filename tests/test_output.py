@@ -1,9 +1,7 @@
 """Output that appears when it is whole, one writer at a time."""
 
 import fcntl
-import importlib
 import os
-import sys
 
 import pytest
 
@@ -16,32 +14,6 @@ def test_what_a_terminal_may_be_given():
     assert printable("\x1b[2J\x00\x7f\x9b\r\u202e\u2066\ud800") == (
         "\\u001b[2J\\u0000\\u007f\\u009b\\u000d\\u202e\\u2066\\ud800"
     )
-
-
-@pytest.mark.parametrize(
-    ("command", "arguments"),
-    [
-        ("train", ["--config", "no\x1b[31m.py"]),
-        ("eval", ["--workdir", "no\x1b[31m"]),
-        ("magma_jax.convert.__main__", ["to-torch", "no\x1b[31m", "out"]),
-        ("magma_jax.data.__main__", ["show", "no\x1b[31m"]),
-        ("magma_jax.evaluation.__main__", ["score", "--protocol=coco", "--references=no", "--predictions=no\x1b[31m"]),
-        ("magma_jax.generate", ["--checkpoint", "no\x1b[31m", "no\x1b[31m.png"]),
-        ("magma_jax.plan.__main__", ["--config", "no\x1b[31m.py", "--topology", "v5e:2x2"]),
-        ("magma_jax.serve.__main__", ["--checkpoint", "no", "--api-key-file", "no\x1b[31m"]),
-    ],
-)
-def test_error_lines_of_commands_hold_no_control_characters(command, arguments, monkeypatch, tmp_path, capsys):
-    main = importlib.import_module(command).main
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [command, *arguments])
-    try:
-        status = main()
-    except SystemExit as error:
-        status = error.code
-    said = status if isinstance(status, str) else capsys.readouterr().err
-    assert "no\\u001b[31m" in said
-    assert said.strip().isprintable()
 
 
 def test_an_error_is_one_line():

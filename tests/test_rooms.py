@@ -1,7 +1,9 @@
 """The layers of the package hold: imports go down, rooms of one layer form no circle, no room is crowded."""
 
+import ast
 import collections
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,51 @@ def test_no_room_is_crowded():
 def test_an_unknown_room_is_named():
     with pytest.raises(ValueError, match="its room stands in no layer"):
         rooms.layer("magma_jax.cellar.wine")
+
+
+# What a family is called in code. "language" is a word of its own; its package is found by imports.
+NAMES = re.compile(r"(?<![a-z])magma(?!_jax)", re.IGNORECASE)
+# Where models, their published layouts and their families live; convert's commands write and read those layouts.
+OF_FAMILIES = ("families", "models", "published", "convert")
+# Elsewhere, each with its reason.
+NAMED = {
+    "magma_jax": "the public names",
+    "magma_jax.data.readers": "the format of the original's datasets",
+    "magma_jax.data.readers.folders": "the format of the original's datasets",
+    "magma_jax.serve.command": "what a model without a name is called, part of the interface over the wire",
+    "magma_jax.serve.config": "what a model without a name is called, part of the interface over the wire",
+    "magma_jax.serve.prometheus": "prefix of the counters, part of the interface over the wire",
+    "magma_jax.evaluation.report.paper": "the paper's own table",
+}
+
+
+def family_names(file):
+    """Names and texts of a module's code, docstrings and comments left out, that say what a family is called."""
+    tree = ast.parse(file.read_text())
+    docs = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            found = [node.value]
+        elif isinstance(node, ast.Name):
+            found = [node.id]
+        elif isinstance(node, ast.ImportFrom):
+            found = [node.module or "", *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found = [node.name]
+        else:
+            continue
+        yield from (text for text in found if NAMES.search(text) or ".families." in text)
+
+
+def test_only_rooms_of_families_name_one():
+    naming = {
+        name
+        for name, file in FILES.items()
+        if name.partition(".")[2].split(".")[0] not in OF_FAMILIES and any(family_names(file))
+    }
+    assert naming == NAMED.keys()

@@ -20,14 +20,9 @@ import numpy as np
 
 from magma_jax.convert.golden import GoldenError, inputs_of
 from magma_jax.convert.golden_run import Quantities, Subject
+from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.decode import Generation, generate
-from magma_jax.inference.decoding.sampling import (
-    SamplingConfig,
-    mask_missing_ids,
-    remove_after_eos,
-    row_keys,
-    sampling_rows,
-)
+from magma_jax.inference.decoding.sampling import mask_missing_ids, remove_after_eos, row_keys, sampling_rows
 from magma_jax.nn.modules import merge
 from magma_jax.typing import Array
 
@@ -45,6 +40,7 @@ def generations(subject: Subject) -> Quantities:
     steps = _steps(subject, parts)
     batch = _Batch(subject, [row for rows in parts.values() for row in rows], max(steps.values()))
     run = batch.generate(NO_END)
+    assert run.logits is not None  # asked for
     start = 0
     for name, rows in parts.items():
         at, length, n = slice(start, start + len(rows)), len(rows[0]), steps[name]

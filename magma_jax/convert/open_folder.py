@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from magma_jax.config import from_dict
 from magma_jax.convert.golden import BAD_NPZ
 from magma_jax.foreign import ForeignError, open_regular, read_json
-from magma_jax.models.magma import MagmaConfig
-from magma_jax.published.open_magma import OpenMagma, abstract_model, load_tokenizer
-from magma_jax.storage.model_folder import BUFFER_FILE, TORCH_FILE, CheckpointError, open_params, read_model_json
+from magma_jax.published.open_magma import OpenMagma, abstract_model, load_tokenizer, read_magma_config
+from magma_jax.storage.model_folder import BUFFER_FILE, TORCH_FILE, CheckpointError, open_params
 from magma_jax.training.checkpoints.checkpoint import read_what_was_trained
 
 # Masks of 28 layers and 2048 positions, if all of them were unusual, take 120 MB.
@@ -23,7 +21,7 @@ def open_model_folder(folder: str | Path) -> OpenMagma:
     The parameters of a model folder are read when asked for; what a run has trained is read at once.
     """
     folder = Path(folder)
-    config = from_dict(MagmaConfig, read_model_json(folder)["model"], "model.json: model")
+    config = read_magma_config(folder)
     shapes, types = abstract_model(config)
     params = open_params(folder)
     if misfits := [path for path in shapes if path not in params or params[path].shape != shapes[path].shape]:

@@ -11,9 +11,9 @@ from magma_jax.config import ConfigError
 from magma_jax.convert.golden import Comparison, GoldenError, compare, read_golden
 from magma_jax.convert.golden_generate import generations
 from magma_jax.convert.golden_run import Subject, cast, forward, half_precision, training
+from magma_jax.families.magma.generator import Magma
 from magma_jax.foreign import ForeignError, read_json, shown
-from magma_jax.inference.api import Magma
-from magma_jax.published.infer_config import MODEL_CONFIG_KEYS
+from magma_jax.published.model_config_keys import MODEL_CONFIG_KEYS
 
 # What a golden file gives to the model; everything else in it is compared or listed as not compared.
 INPUTS = {"images", "captions", "text_a", "text_b", "opt/images_1", "opt/captions_1", "geneos/eos_token"}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from magma_jax.data.decoder_process import LENGTHS
+from magma_jax.output import FailedError
 
 # Of a process that is out of others' way.
 NICENESS = 10
@@ -23,7 +24,7 @@ START_SECONDS = 60.0
 _SCRIPT = str(Path(__file__).with_name("decoder_process.py"))
 
 
-class DecoderError(RuntimeError):
+class DecoderError(FailedError):
     """No fault of an image: the decoders are closed or busy, or their processes cannot be started."""
 
 
@@ -45,7 +46,7 @@ class Starter:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", _SCRIPT, json.dumps(settings | {"path": sys.path})],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 # NumPy's threads would only take memory, and are not copied.
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C is the parent's

@@ -2,13 +2,13 @@
 
 Three steps, usable apart: ``load_image`` opens what a user hands over and refuses what is unsafe or broken,
 ``to_uint8`` resizes and crops, ``normalize`` scales. Data pipelines store what ``to_uint8`` gives and
-normalise on the device; ``clip_preprocess`` does both at once. Images of strangers are for ``data.decoders``.
+normalise on the device. Images of strangers are for ``data.decoders``.
 """
 
 import io
 import os
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -24,7 +24,7 @@ from magma_jax.data.pillow_steps import (
     resizable,
     to_square,
 )
-from magma_jax.typing import Array, Float, UInt8
+from magma_jax.typing import Float, UInt8
 
 __all__ = [
     "CLIP_MEAN",
@@ -34,7 +34,6 @@ __all__ = [
     "ImageError",
     "ImageInput",
     "ImageSource",
-    "clip_preprocess",
     "load_image",
     "normalize",
     "open_header",
@@ -156,20 +155,13 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> UInt
 
 
 def normalize(
-    pixels: UInt8[Array | np.ndarray, "*batch H W 3"],
+    pixels: UInt8[Any, "*batch H W 3"],
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
-) -> Float[Array | np.ndarray, "*batch H W 3"]:
+) -> Float[Any, "*batch H W 3"]:
     """``(pixels / 255 - mean) / std`` in fp32; a NumPy array gives a NumPy array, a JAX array a JAX array."""
-    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
-
-
-def clip_preprocess(
-    image: Image.Image, size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
-) -> Float[np.ndarray, "{size} {size} 3"]:
-    """``normalize(to_uint8(image, size))``: the original's CLIP transform, channels last, fp32."""
-    return normalize(to_uint8(image, size), mean, std)
+    of_channels = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return (pixels.astype(np.float32) / np.float32(255) - of_channels[0]) / of_channels[1]
 
 
 def refuse_url(source: ImageSource) -> None:

@@ -4,22 +4,22 @@ python -m magma_jax.evaluation score --protocol vqa_official --references v2_msc
     --predictions results.json
 """
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from magma_jax import commands
 from magma_jax.evaluation.metrics.bootstrap import DRAWS
 from magma_jax.evaluation.scoring.protocols import PROTOCOLS
-from magma_jax.evaluation.scoring.score import score_files
-from magma_jax.output import error_line, printable
+from magma_jax.output import printable
 
 
-def main() -> None:
-    """Reads the command line and scores."""
-    parser = argparse.ArgumentParser(prog="python -m magma_jax.evaluation", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("score", help="score a file of predictions", description="Scores a prediction file.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the command line and scores; returns the exit status, see ``commands``."""
+    parser = commands.ArgumentParser(prog="python -m magma_jax.evaluation", description=str(__doc__).splitlines()[0])
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    one = subparsers.add_parser("score", help="score a file of predictions", description="Scores a prediction file.")
     one.add_argument("--protocol", required=True, choices=PROTOCOLS, metavar="NAME", help=", ".join(PROTOCOLS))
     one.add_argument(
         "--references",
@@ -31,17 +31,20 @@ def main() -> None:
     one.add_argument("--choices", type=Path, help="GQA's file of choices, for its validity and plausibility")
     one.add_argument("--draws", type=int, default=DRAWS, help="of the bootstrap; default: %(default)s")
     one.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args()
-    try:
+    arguments = parser.parse_args(argv)
+
+    def work() -> None:
+        from magma_jax.evaluation.scoring.score import score_files
+
         if arguments.draws < 1:
             raise ValueError(f"--draws must be at least 1, got {arguments.draws}")
         files = arguments.references, arguments.predictions
         result = score_files(arguments.protocol, *files, choices=arguments.choices, draws=arguments.draws)
-    except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
-        sys.exit(f"magma_jax.evaluation: {error_line(error)}")
-    shown = json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if arguments.json else result.table()
-    print(printable(shown))
+        shown = json.dumps(result.to_dict(), indent=2, ensure_ascii=False) if arguments.json else result.table()
+        print(printable(shown))
+
+    return commands.run("magma_jax.evaluation", work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

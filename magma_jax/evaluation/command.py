@@ -5,14 +5,15 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
 from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
-from magma_jax.data.datasets import DataConfig, load_dataset
+from magma_jax.data.datasets import DataConfig, load_dataset, read_stored_config
+from magma_jax.data.openmoji.dataset import OpenmojiConfig
 from magma_jax.data.workers import cores
 from magma_jax.evaluation.metrics.perplexity import measure
 from magma_jax.evaluation.report import comparison
@@ -22,7 +23,7 @@ from magma_jax.evaluation.report.task_files import write_result
 from magma_jax.evaluation.tasks.few_shot import evaluate_task
 from magma_jax.evaluation.tasks.sweep import combinations, run_sweep, sweep_table, write_sweep
 from magma_jax.evaluation.tasks.task import TASKS, TaskConfig
-from magma_jax.inference.api import Magma
+from magma_jax.inference.generator import TokenGenerator
 from magma_jax.output import printable
 from magma_jax.runtime.distributed import barrier, is_main
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
@@ -30,46 +31,21 @@ from magma_jax.storage.hub import local_path
 from magma_jax.storage.model_folder import MODEL_FILE, read_model_json
 from magma_jax.training.checkpoints.checkpoint import CHECKPOINTS, RunCheckpoints
 
-
-def add_task_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``eval.py --task``."""
-    group = parser.add_argument_group("tasks")
-    group.add_argument("--task", nargs="+", metavar="NAME", choices=TASKS, help=", ".join(TASKS))
-    group.add_argument("--checkpoint", help="model folder, file or hf:// address; default: the run in --workdir")
-    folder = {"nargs": "+", "default": [], "metavar": "[TASK=]FOLDER"}
-    group.add_argument("--data", **folder, help="dataset folder to ask about; default: the run's own data")
-    group.add_argument("--shot-data", **folder, help="dataset folder that shots come from")
-    group.add_argument("--shots", type=int, nargs="+", metavar="N", help="default: 0")
-    group.add_argument(
-        "--sweep", nargs="+", action="append", metavar=("KEY", "VALUE"), help="a setting and its values; may repeat"
-    )
-    group.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override settings of the tasks")
-    group.add_argument("--output", type=Path, help="folder of the results; default: evaluation/ in --workdir")
-    group.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    group.add_argument("--workers", type=int, help="processes that decode images; default: one a core")
-    group.add_argument("--dtype", help="of weights and activations, such as bfloat16; default: the checkpoint's")
-    group.add_argument("--mesh", nargs="*", metavar="KEY=VALUE", help="devices that share the work, as in data=-1")
-    group.add_argument("--distributed", action="store_true", help="as one of several processes: docs/training.md")
-
-
-def add_other_options(parser: argparse.ArgumentParser) -> None:
-    """What eval.py does beside tasks."""
-    group = parser.add_argument_group("other")
-    group.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results, or folders of results")
-    group.add_argument("--json", action="store_true", help="with --compare or --perplexity: print JSON")
-    group.add_argument("--perplexity", type=Path, metavar="FILE", help="of a text file, with adapters and without")
+# ``families.open_token_generator``, which stands above this package.
+OpenModel: TypeAlias = Callable[..., TokenGenerator]
 
 
 def run_comparison(arguments: argparse.Namespace) -> None:
     """``--compare``: which of two results is better, if one is."""
-    found = comparison.compare_results(*arguments.compare)
+    first, second = arguments.compare
+    found = comparison.compare_results(first, second)
     shown = json.dumps(comparison.to_json(found), indent=2) if arguments.json else None
-    print(shown or printable(comparison.table(*arguments.compare, found)))
+    print(shown or printable(comparison.table(first, second, found)))
 
 
-def run_perplexity(arguments: argparse.Namespace) -> None:
+def run_perplexity(open_model: OpenModel, arguments: argparse.Namespace) -> None:
     """``--perplexity``: is the language model intact?"""
-    model = Magma.from_checkpoint(arguments.checkpoint or arguments.workdir, dtype=arguments.dtype)
+    model = open_model(arguments.checkpoint or arguments.workdir, dtype=arguments.dtype, ema=arguments.ema)
     found = measure(model, arguments.perplexity)
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -83,8 +59,8 @@ def run_perplexity(arguments: argparse.Namespace) -> None:
             )
 
 
-def run_tasks(arguments: argparse.Namespace) -> None:
-    """Evaluates, writes the files and prints the card.
+def run_tasks(open_model: OpenModel, arguments: argparse.Namespace) -> None:
+    """Evaluates, writes the files and prints the card; ``open_model`` opens the checkpoint (``families``).
 
     Raises:
         ValueError: one line with what is wrong; also for what the package raises.
@@ -95,7 +71,8 @@ def run_tasks(arguments: argparse.Namespace) -> None:
         mesh = make_mesh(from_dict(MeshConfig, apply_overrides(ConfigDict(), arguments.mesh or []), "mesh"))
     path = local_path(arguments.checkpoint or arguments.workdir)
     checkpoint = identify(path) | ({"dtype": arguments.dtype} if arguments.dtype else {})
-    model = Magma.from_checkpoint(path, dtype=arguments.dtype, mesh=mesh)
+    checkpoint |= {} if arguments.ema is None else {"ema": arguments.ema}
+    model = open_model(path, dtype=arguments.dtype, mesh=mesh, ema=arguments.ema)
     tasks = [with_classes_of(task, path) for task in tasks]
     own = own_data(path) if any(task.data is None for task in tasks) else None
     dataset = own and load_dataset(own)
@@ -123,7 +100,7 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     for task in tasks:
         result = evaluate(task)
         if is_main():
-            drawings = task.data is None and own.name == "openmoji"
+            drawings = task.data is None and isinstance(own, OpenmojiConfig)
             print(f"wrote {write_result(folder, result, OPENMOJI if drawings else '')}")
         # The next task's collectives may not wait for long.
         barrier("result written")
@@ -198,4 +175,4 @@ def own_data(path: Path) -> DataConfig:
     run = read_model_json(path).get("run") if path.is_dir() else None
     if run is None:
         raise ConfigError(f"{path}: not a run, so it has no data of its own; give --data")
-    return from_dict(DataConfig, run["data"], "model.json: run.data")
+    return read_stored_config(run["data"])

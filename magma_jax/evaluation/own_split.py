@@ -10,14 +10,15 @@ limit on new tokens comes from the training split, so the truth that is scored a
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from magma_jax.config import from_dict
-from magma_jax.data.datasets import DataConfig, Dataset, load_dataset
+from magma_jax.data.dataset import Dataset
+from magma_jax.data.datasets import load_dataset, read_stored_config
+from magma_jax.data.openmoji.dataset import OpenmojiConfig
 from magma_jax.evaluation.metrics.baselines import most_frequent_answers, shuffle_images
 from magma_jax.evaluation.metrics.by_protocol import METRICS
 from magma_jax.evaluation.report.overview import overview_image
@@ -26,7 +27,7 @@ from magma_jax.evaluation.results.names import file_stem
 from magma_jax.evaluation.results.results import CAPTION, Evaluation, table, write_predictions, write_results
 from magma_jax.evaluation.tasks.answering import Answerer, PromptError
 from magma_jax.evaluation.tasks.examples import BlackImages, JoinedImages, close, spaced
-from magma_jax.inference.api import Magma
+from magma_jax.inference.generator import TokenGenerator
 from magma_jax.output import printable
 from magma_jax.storage.model_folder import CheckpointError, read_model_json
 from magma_jax.training.checkpoints.checkpoint import CHECKPOINTS, RunCheckpoints
@@ -51,15 +52,22 @@ class EvaluationError(ValueError):
 
 
 def evaluate_run(
-    workdir: str | Path, split: str = "test", limit: int | None = None, overview: str | Path | None = None
+    open_model: Callable[..., TokenGenerator],
+    workdir: str | Path,
+    split: str = "test",
+    limit: int | None = None,
+    overview: str | Path | None = None,
+    *,
+    ema: bool | None = None,
 ) -> Evaluation:
     """Evaluates a run, prints the table and writes its files into the run folder.
 
     A run is evaluated at its best validated step, or at its newest if it was not validated; ``workdir`` may also be a
-    folder that was made of a run, such as a quantized one. The files are
+    folder that was made of a run, such as a quantized one; ``open_model`` opens it (``families``). The files are
     ``results.json``, ``predictions.jsonl`` and ``report.html``. Another split than ``test``, or a limit, is part of
     their names (``results-split=validation-limit=50-1c9e2f0a.json``), so that it never passes for the full result.
-    ``overview`` names a PNG file that gets twelve images with their texts.
+    ``overview`` names a PNG file that gets twelve images with their texts. ``ema`` chooses between the weights and
+    their moving averages, by default what the run was validated with.
 
     Raises:
         CheckpointError: the folder holds no run, or none with a checkpoint. ConfigError: a run of another kind of
@@ -71,20 +79,21 @@ def evaluate_run(
     # What was made of a run names its source and holds all that was learned; a run without steps has learned nothing.
     if run is None or not (has_steps or "source" in metadata):
         raise CheckpointError(f"{workdir}: holds no checkpoint of a run; give the --workdir that train.py trained in")
-    model = Magma.from_checkpoint(workdir)
-    stamp = {"training_seed": run["seed"]}
+    model = open_model(workdir, ema=ema)
+    stamp = {"training_seed": run["seed"]} | ({} if ema is None else {"ema": ema})
     if has_steps:
         with RunCheckpoints(workdir) as checkpoints:
             stamp["checkpoint_step"] = checkpoints.result_step()
-    config = from_dict(DataConfig, run["data"], "model.json: run.data")
+    config = read_stored_config(run["data"])
     dataset = load_dataset(config)
     evaluation = evaluate(model, dataset, split, limit, stamp=stamp)
     settings = {"split": split} if split != "test" else {}
     settings |= {"limit": limit} if limit is not None else {}
+    settings |= {"ema": ema} if ema is not None else {}
     suffix = f"-{file_stem('', settings, settings)}" if settings else ""
     write_results(workdir / f"results{suffix}.json", evaluation)
     write_predictions(workdir / f"predictions{suffix}.jsonl", evaluation)
-    attribution = OPENMOJI if config.name == "openmoji" else ""
+    attribution = OPENMOJI if isinstance(config, OpenmojiConfig) else ""
     write_report(workdir / f"report{suffix}.html", evaluation, dataset, workdir / "metrics.jsonl", attribution)
     if overview is not None:
         overview_image(overview, evaluation, dataset)
@@ -93,7 +102,7 @@ def evaluate_run(
 
 
 def evaluate(
-    model: Magma,
+    model: TokenGenerator,
     dataset: Dataset,
     split: str = "test",
     limit: int | None = None,
@@ -129,6 +138,8 @@ def evaluate(
     except ValueError as error:
         raise EvaluationError(f"split {split!r}: {error}") from None
 
+    if dataset.images is None:
+        raise EvaluationError("the dataset has no images; eval.py asks about images")
     black = len(dataset.images)
     shown = {"model": images, "blind": [black] * len(samples), "shuffled": shuffled}
     requests = {
@@ -148,7 +159,7 @@ def evaluate(
     predictions = {name: [answers[request] for request in wanted] for name, wanted in requests.items()}
     predictions["constant"] = most_frequent_answers(samples, training)
 
-    scores = {condition: score(samples, texts) for condition, texts in predictions.items()}
+    scores = {condition: figures_of(samples, texts) for condition, texts in predictions.items()}
     kinds = Counter(sample.kind for sample in samples)
     questions = {kind: count for kind, count in sorted(kinds.items()) if kind != CAPTION}
     protocol = {
@@ -171,7 +182,7 @@ def evaluate(
     return Evaluation(figures, samples, predictions, shuffled)
 
 
-def score(samples: Sequence[Any], predictions: Sequence[str]) -> dict[str, Any]:
+def figures_of(samples: Sequence[Any], predictions: Sequence[str]) -> dict[str, Any]:
     """The figures of one condition; None where there are no captions or no questions.
 
     A question here has one true answer, where the official VQA rule wants ten annotators. It counts as ten equal
@@ -219,8 +230,8 @@ def _spaced(samples: Sequence[Any], limit: int | None) -> list[Any]:
     return [samples[i] for i in spaced(len(samples), limit)]
 
 
-def _image_size(model: Magma, images: UInt8[np.ndarray, "N h w 3"]) -> int:
-    size = model.config.encoder.image_size
+def _image_size(model: TokenGenerator, images: UInt8[np.ndarray, "N h w 3"]) -> int:
+    size = model.images.size
     if images.shape[1] != size:
         raise EvaluationError(
             f"the images have {images.shape[1]} pixels a side, but the model's encoder takes {size}; set "

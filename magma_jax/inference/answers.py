@@ -1,23 +1,19 @@
-"""One way to ask for an answer, however it is found: sampled, searched by beams, or chosen among given ones."""
+"""An answer, whatever it is made of, and what may be asked of it."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, TypeAlias
 
-from magma_jax.inference.api import Magma, padded_length
-from magma_jax.inference.batching.engine import Engine, EngineConfig
-from magma_jax.inference.batching.requests import RequestOptions, Ticket
-from magma_jax.inference.decoding.sampling import SamplingConfig, check_seed
-from magma_jax.inference.prompts import Prompt, encode_prompt
-from magma_jax.inference.search.beam import beam_search
-from magma_jax.inference.search.choice import Measure, rank, score
+from PIL.Image import Image
 
-# Questions that are handed over before the answer of the first is asked for.
-AHEAD = 17
+from magma_jax.inference.decoding.config import SamplingConfig, check_seed
+
+# What given answers are compared by. sum: the probability of the answer; mean: per token, which does not favour short
+# answers.
+Measure: TypeAlias = Literal["sum", "mean"]
 
 
 @dataclasses.dataclass(frozen=True)
-class AskOptions:
+class AnswerOptions:
     """What is wanted.
 
     Attributes:
@@ -53,93 +49,25 @@ class AskOptions:
             raise ValueError("a beam search draws nothing: leave out temperature, the other sampling options and stop")
 
 
-class Answer(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
     """An answer and where it comes from.
 
     Attributes:
-        text: as it continues the prompt.
-        tokens: of it, without the end of text.
+        parts: texts and images, in their order; a text as it continues the prompt.
+        tokens: of its texts, without the end of text.
         logprob: of the whole under the model.
         finish: ``stop`` at an end of text or stop text, ``length`` without, ``choice`` for a given one.
         probability: of a choice, among all of them.
     """
 
-    text: str
+    parts: tuple[str | Image, ...]
     tokens: tuple[int, ...]
     logprob: float
     finish: str
     probability: float | None = None
 
-
-class Asker:
-    """Answers prompts with the same options; use it in a ``with`` block.
-
-    Args:
-        model: any.
-        options: what is wanted.
-        first: one of the prompts, to know what size they have; longer ones are an error later on.
-        prompts: how many there will be.
-    """
-
-    def __init__(self, model: Magma, options: AskOptions, first: Prompt, prompts: int = 1):
-        self.model, self.options = model, options
-        self._engine: Engine | None = None
-        if not (options.beams or options.choices):
-            encoded = encode_prompt(first, model.config, model.tokenizer)
-            room = min(padded_length(len(encoded.tokens) + options.max_new_tokens), model.config.lm.context_length)
-            slots = min(8, prompts * options.n)
-            images = max(len(encoded.pixels), 1) * min(8, prompts)
-            self._engine = Engine(model, EngineConfig(slots, room, images, queue=AHEAD * options.n + slots))
-
-    def __enter__(self) -> "Asker":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._engine is not None:
-            self._engine.close()
-
-    def ask(self, prompt: Prompt) -> Callable[[], list[Answer]]:
-        """Begins to answer; the function returned waits for the answers, best or first sampled first.
-
-        Raises:
-            ValueError: more than the context holds, or an option out of range. ImageError: a bad image.
-        """
-        options = self.options
-        if self._engine is not None:
-            tickets = self.tickets(prompt)
-            return lambda: [_sampled(ticket) for ticket in tickets]
-        embeddings = self.model.preprocess_inputs(prompt)
-        if options.choices:
-            found = [
-                Answer(text, tuple(self.model.tokenizer.encode(text)), answer.logprob, "choice", answer.probability)
-                for answer in rank(score(self.model, embeddings, [options.choices])[0], options.measure)
-                for text in [answer.text]
-            ]
-        else:
-            hypotheses = beam_search(
-                self.model,
-                embeddings,
-                options.max_new_tokens,
-                beams=options.beams,
-                n=options.n,
-                length_penalty=options.length_penalty,
-            )[0]
-            found = [Answer(h.text, h.tokens, h.logprob, "stop" if h.finished else "length") for h in hypotheses]
-        return lambda: found
-
-    def tickets(self, prompt: Prompt) -> list[Ticket]:
-        """Begins to draw the answers to a prompt; iterate over one to see it as it comes."""
-        options = self.options
-        encoded = self._engine.encode(prompt)
-        return [
-            self._engine.submit(
-                encoded, RequestOptions(options.max_new_tokens, options.sampling, options.seed + i, options.stop)
-            )
-            for i in range(options.n)
-        ]
-
-
-def _sampled(ticket: Ticket) -> Answer:
-    text = ticket.text()
-    logprob = sum(value for piece in ticket.pieces() for value in piece.logprobs)
-    return Answer(text, tuple(ticket.tokens), logprob, str(ticket.finish))
+    @property
+    def text(self) -> str:
+        """Its texts."""
+        return "".join(part for part in self.parts if isinstance(part, str))

@@ -27,10 +27,11 @@ from PIL import Image
 from magma_jax.data.images import ImageInput
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.inference import overlay
-from magma_jax.inference.api import Magma, padded_length
+from magma_jax.inference.batched import generate_tokens
 from magma_jax.inference.batching import slots
-from magma_jax.inference.prompts import WORD, Encoded, Prompt, encode_prompt, image_positions
-from magma_jax.models.magma import MagmaConfig
+from magma_jax.inference.buckets import SEQUENCES
+from magma_jax.inference.generator import TokenGenerator
+from magma_jax.inference.prompts import WORD, ImageGrid, Prompt, PromptLayout
 from magma_jax.nn.modules import Definition, merge
 from magma_jax.nn.transformer.block import BlockOutput
 from magma_jax.nn.transformer.trunk import LayerReduction
@@ -47,39 +48,6 @@ class Word(NamedTuple):
     text: str
     start: int
     stop: int
-
-
-class ImageGrid(NamedTuple):
-    """What the positions of an image stand for.
-
-    Attributes:
-        rows: of the grid, top to bottom.
-        columns: left to right; positions go row by row.
-        note: what else is in a position, empty if nothing.
-    """
-
-    rows: int
-    columns: int
-    note: str
-
-
-def image_grid(config: MagmaConfig) -> ImageGrid | None:
-    """The grid of a model's images, over the square that the encoder sees; None where positions are no places.
-
-    A position's features come from its cell and, by the encoder's receptive field, from what is around it.
-    """
-    positions = config.encoder.positions
-    if positions is None:
-        return None
-    notes = []
-    if getattr(config.encoder, "statistics", ()):
-        notes.append("every position also carries the colours of the whole image")
-    if config.prefix.mapping == "transformer":
-        notes.append("the prefix mixes the positions before the language model sees them")
-    if config.encoder.kind == "clip_vit":
-        notes.append("the encoder's attention mixes the positions")
-    side = round(positions**0.5)
-    return ImageGrid(side, side, "; ".join(notes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +137,12 @@ def check_head(layers: int, heads: int, layer: int | None, head: int | None) -> 
 
 
 def attention_maps(
-    model: Magma, prompt: Prompt, answer: str | Sequence[int] | None = None, *, max_steps: int = 32
+    model: TokenGenerator, prompt: Prompt, answer: str | Sequence[int] | None = None, *, max_steps: int = 32
 ) -> ImageAttention:
     """Attention from an answer to the images of its prompt.
 
     Args:
-        model: any.
+        model: any that writes token by token.
         prompt: images and text, with at least one image.
         answer: text, or the very tokens that were sampled; default: the model's own, greedy, of at most ``max_steps``.
         max_steps: new tokens at most.
@@ -183,27 +151,27 @@ def attention_maps(
         ValueError: no image, an empty answer, or more than the context holds. ImageError: a bad image.
     """
     images = tuple(item.load() for item in prompt if isinstance(item, ImageInput))
-    encoded = encode_prompt(prompt, model.config, model.tokenizer)
+    layout = model.layout(prompt)
     if answer is None:
-        result = model.generate_tokens(model.preprocess_inputs(prompt), max_steps)
+        result = generate_tokens(model, model.preprocess_batch([prompt]).embeddings, max_steps)
         answer = np.asarray(result.tokens[0, : int(result.lengths[0])]).tolist()
     tokens = model.tokenizer.encode(answer) if isinstance(answer, str) else [int(token) for token in answer]
-    layers, heads = model.config.lm.layers, model.config.lm.heads
+    layers, heads = model.lm_config.layers, model.lm_config.heads
     every = np.stack(np.meshgrid(np.arange(layers), np.arange(heads), indexing="ij"), -1).reshape(-1, 2)
-    rollout, weights = attend(model, encoded, tokens, every)
+    rollout, weights = attend(model, layout, tokens, every)
     return ImageAttention(
-        tuple(tokens),
-        tuple(split_words(model.tokenizer, tokens)),
-        weights.reshape(layers, heads, *weights.shape[1:]),
-        rollout,
-        images,
-        image_grid(model.config),
+        tokens=tuple(tokens),
+        words=tuple(split_words(model.tokenizer, tokens)),
+        weights=weights.reshape(layers, heads, *weights.shape[1:]),
+        rollout=rollout,
+        images=images,
+        grid=model.images.grid,
     )
 
 
 def attend(
-    model: Magma,
-    prompt: Encoded,
+    model: TokenGenerator,
+    prompt: PromptLayout,
     answer: Sequence[int],
     heads: Int[np.ndarray, "K 2"],
     *,
@@ -213,7 +181,7 @@ def attend(
     """Rollout, and weights of chosen heads, from N tokens of an answer to the P positions of I images.
 
     Args:
-        model: any.
+        model: any that writes token by token.
         prompt: with at least one image.
         answer: tokens, at least one.
         heads: layer and head, or layer and ``ALL_HEADS``; a layer of -1 gives zeros.
@@ -224,23 +192,21 @@ def attend(
     Raises:
         ValueError: no image, an empty answer, or more than the context or ``length`` holds.
     """
-    starts, size = prompt.images, image_positions(model.config)
+    starts, size = prompt.image_starts, prompt.positions
     if not starts:
         raise ValueError("the prompt has no image to look at")
     if not answer:
         raise ValueError("the answer is empty: there is no word that could have looked at anything")
     # The last token is not run: nothing was sampled from its position.
-    before, total = len(prompt.tokens), len(prompt.tokens) + len(answer) - 1
-    limit = length or model.config.lm.context_length
+    before, total = len(prompt), len(prompt) + len(answer) - 1
+    limit = length or model.lm_config.context_length
     if total > limit:
         raise ValueError(f"prompt and answer have {total} positions, but at most {limit} fit")
-    padded = length or padded_length(total)
+    padded = length or SEQUENCES.fit(total)
     table, rows = _image_table(model, prompt, images)
     tokens, places = np.zeros(padded, np.int32), np.full(padded, WORD, np.int32)
     tokens[:total] = [*prompt.tokens.tolist(), *answer[:-1]]
-    for position, owner in enumerate(prompt.owners):
-        if owner is not None:
-            places[position] = rows[owner] * size + prompt.places[position]
+    places[:before] = prompt.table_places(rows.__getitem__)
     queries = np.arange(before - 1, total)
     columns = np.concatenate([np.arange(start, start + size) for start in starts])
     rollout, weights = _attend(
@@ -249,8 +215,8 @@ def attend(
         table,
         tokens,
         places,
-        _padded(queries, length or padded_length(len(queries))),
-        _padded(columns, length or padded_length(len(columns))),
+        _padded(queries, length or SEQUENCES.fit(len(queries))),
+        _padded(columns, length or SEQUENCES.fit(len(columns))),
         heads.astype(np.int32),
     )
     shape = (len(answer), len(starts), size)
@@ -275,10 +241,12 @@ def split_words(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Word]:
     return words
 
 
-def _image_table(model: Magma, prompt: Encoded, room: int | None) -> tuple[Float[Array, "C P D"], dict[bytes, int]]:
+def _image_table(
+    model: TokenGenerator, prompt: PromptLayout, room: int | None
+) -> tuple[Float[Array, "C P D"], dict[bytes, int]]:
     """The prompt's images, encoded, and the row of each."""
-    shape = (room or len(prompt.pixels), image_positions(model.config), model.config.lm.width)
-    table = slots.commit_like(model.params, np.zeros(shape, jnp.dtype(model.config.dtype)))
+    shape = (room or len(prompt.pixels), model.images.positions, model.lm_config.width)
+    table = slots.commit_like(model.params, np.zeros(shape, jnp.dtype(model.dtype)))
     rows = {}
     for row, (key, pixels) in enumerate(prompt.pixels.items()):
         table = slots.add_image(model.graphdef, model.params, table, pixels[None], jnp.int32(row))
@@ -296,7 +264,7 @@ def _attend(
     params: Params,
     table: Float[Array, "C P D"],
     tokens: Int[Array, " S"],
-    images: Int[Array, " S"],
+    places: Int[Array, " S"],
     queries: Int[Array, " N"],
     columns: Int[Array, " M"],
     heads: Int[Array, "K 2"],
@@ -306,7 +274,7 @@ def _attend(
     kept = jnp.zeros((heads.shape[0], queries.shape[0], columns.shape[0]))
     step = functools.partial(_follow, queries=queries, columns=columns, heads=heads)
     reduction = LayerReduction(step, (jnp.int32(0), rollout, kept))
-    _, rollout, kept = model.lm(slots.embed(model, table, tokens[None], images[None]), reduction=reduction).reduced
+    _, rollout, kept = model.lm(slots.embed(model, table, tokens[None], places[None]), reduction=reduction).reduced
     return rollout[queries], kept
 
 

@@ -32,7 +32,7 @@ class Conv2d(nnx.Module):
     ):
         shape = (out_channels, in_channels, kernel, kernel)
         self.weight = param(fan_in_uniform(rngs.params(), shape, jnp.float32))
-        self.bias = param(jnp.zeros((out_channels,))) if use_bias else None
+        self.bias = param(jnp.zeros((out_channels,)), decay=False) if use_bias else None
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h2 w2 o"]:
@@ -89,8 +89,9 @@ class BatchNorm(nnx.Module):
 
     def __init__(self, channels: int, *, param: type[nnx.Param], eps: float = 1e-5, momentum: float = 0.1):
         self.eps, self.momentum = eps, momentum
+        # The original's weight decay spares the weights of LayerNorms, but not these.
         self.weight = param(jnp.ones((channels,)))
-        self.bias = param(jnp.zeros((channels,)))
+        self.bias = param(jnp.zeros((channels,)), decay=False)
         self.running_mean = Statistic(jnp.zeros((channels,)))
         self.running_var = Statistic(jnp.ones((channels,)))
         self.num_batches_tracked = Statistic(jnp.zeros((), jnp.int32))

@@ -78,7 +78,8 @@ class Linear(nnx.Module):
             weight, scale = quantize(weight, dtype)
         self.weight = param(weight)
         self.weight_scale = None if scale is None else param(scale)
-        self.bias = param(bias_init(rngs.params(), (out_features,), float_dtype(dtype))) if use_bias else None
+        bias = bias_init(rngs.params(), (out_features,), float_dtype(dtype)) if use_bias else None
+        self.bias = None if bias is None else param(bias, decay=False)
 
     def __call__(
         self, x: Float[Array, "... in"], preferred_element_type: DTypeLike | None = None
@@ -130,8 +131,8 @@ class LayerNorm(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):
         self.eps = eps
-        self.weight = param(jnp.ones((width,), dtype)) if affine else None
-        self.bias = param(jnp.zeros((width,), dtype)) if affine else None
+        self.weight = param(jnp.ones((width,), dtype), decay=False) if affine else None
+        self.bias = param(jnp.zeros((width,), dtype), decay=False) if affine else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
@@ -156,7 +157,7 @@ class RMSNorm(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):
         self.eps, self.offset = eps, offset
-        self.weight = param(jnp.full((width,), 1 - offset, dtype))
+        self.weight = param(jnp.full((width,), 1 - offset, dtype), decay=False)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)

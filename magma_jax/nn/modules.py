@@ -1,5 +1,9 @@
 """Modules as plain data: the types of variables, and a module as (definition, flat dict of arrays).
 
+The type of a parameter names its ``role``, which decides how it learns (``training.step.optim``). A family with
+parameters of another role gives them a type of its own. Weight decay leaves out variables that are created with
+``decay=False``, as layers create biases and the weights of norms.
+
 Everything outside ``nn`` and ``models`` handles parameters as one flat dict ``{path: array}`` with paths such as
 ``"lm/layers/attn/q_proj/weight"``. Such a dict is an ordinary pytree (it goes through ``jax.grad``, ``optax`` and
 Orbax as it is), and its keys are what the tables of sharding, optimizer and conversion match on.
@@ -21,21 +25,31 @@ from magma_jax.typing import Params
 class LanguageParam(nnx.Param):
     """Weight of the language model; frozen unless a config trains the language model itself."""
 
+    role = "language"
+
 
 class EncoderParam(nnx.Param):
     """Weight of the image encoder (the paper trains it at its own, lower rate)."""
+
+    role = "encoder"
 
 
 class PrefixParam(nnx.Param):
     """Weight of the image prefix."""
 
+    role = "prefix"
+
 
 class AdapterParam(nnx.Param):
     """Weight of an adapter in the language model."""
 
+    role = "adapter"
+
 
 class HeadParam(nnx.Param):
     """Weight of a classification head."""
+
+    role = "head"
 
 
 class Statistic(nnx.BatchStat):
@@ -93,6 +107,20 @@ def merge(definition: Definition, *params: Mapping[str, Any]) -> Any:
 def variable_types(module: nnx.Module) -> dict[str, type[nnx.Variable]]:
     """Returns the variable type of every path of ``split``."""
     return {path: type(variable) for path, variable in _variables(nnx.state(module))}
+
+
+def roles_of(kind: type) -> set[str]:
+    """Roles of a variable type: its own, or those of its bases."""
+    if "role" in vars(kind):
+        return {vars(kind)["role"]}
+    return set().union(*(roles_of(base) for base in kind.__bases__))
+
+
+def spared_by_decay(module: nnx.Module) -> frozenset[str]:
+    """Paths of the variables that weight decay leaves out."""
+    return frozenset(
+        path for path, variable in _variables(nnx.state(module)) if not variable.get_metadata("decay", True)
+    )
 
 
 def abstract(create: Callable[[], nnx.Module]) -> tuple[Definition, Params, dict[str, type[nnx.Variable]]]:

@@ -9,18 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from magma_jax.config import QUANTIZED
 from magma_jax.typing import Array, Float
-
-# dtypes of a language model's config that stand for quantized matrices. Its other weights are made in bfloat16; a model
-# that is loaded has them, as all that is not quantized, in the dtype of its activations.
-QUANTIZED = ("int8", "int4")
 
 # Inputs that share a scale in 4 bits. Of a matrix with a number of inputs that it does not divide, all share one.
 GROUP = 128
 
 
 def float_dtype(dtype: str) -> str:
-    """The dtype of what is not quantized."""
+    """The dtype in which what is not quantized is made; a model that is loaded has it in that of its activations."""
     return "bfloat16" if dtype in QUANTIZED else dtype
 
 

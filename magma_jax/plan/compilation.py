@@ -5,15 +5,9 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from magma_jax.config import ConfigError
-from magma_jax.inference.decoding.decode import DecodeState, advance
-from magma_jax.inference.decoding.sampling import SamplingRows
-from magma_jax.nn.modules import merge
-from magma_jax.nn.transformer.cache import KVCache
-from magma_jax.runtime.sharding import BATCH_AXES, batch_sharding, replicated
-from magma_jax.storage.model_folder import in_dtype
+from magma_jax.runtime.sharding import batch_sharding, replicated
 from magma_jax.training.run.program import Program
 
 
@@ -65,42 +59,17 @@ def compile_step(program: Program) -> Compiled:
     return _compile(program.step, program.state, program.frozen, batch_structs(program), key)
 
 
-def compile_decode(program: Program, rows: int, slots: int) -> Compiled:
-    """Compiles one decoding step of ``rows`` rows with ``slots`` places in the cache each.
+def compile_decode(program: Program, rows: int, slots: int | None = None) -> Compiled:
+    """Compiles one decoding step of ``rows`` rows with ``slots`` places in the cache each (None: the context).
 
-    Rows lie over ``data`` and ``fsdp``, the cache's heads over ``model``.
+    Raises:
+        ConfigError: a family that does not decode token by token.
     """
-    config, mesh = program.config.model, program.mesh
-    lm = program.family.language_model(config)
-    by_rows = batch_sharding(mesh)
-    by_heads = jax.NamedSharding(mesh, jax.P(None, BATCH_AXES, "model"))
-
-    def row(dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows,), dtype, sharding=by_rows)
-
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    cache = (lm.layers, rows, lm.heads, slots, lm.width // lm.heads)
-    state = DecodeState(
-        cache=KVCache(*[jax.ShapeDtypeStruct(cache, _activations(config), sharding=by_heads)] * 2),
-        token=row(jnp.int32),
-        position=row(jnp.int32),
-        count=row(jnp.int32),
-        limit=row(jnp.int32),
-        done=row(jnp.bool_),
-        keys=jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=by_rows),
-        sampling=SamplingRows(
-            **{name: row(jnp.int32 if name == "top_k" else jnp.float32) for name in SamplingRows._fields}
-        ),
-        seen=None,
-    )
-
-    def decode(params, rows):
-        model = merge(program.graphdef, params)
-        return advance(program.family.language_model(model), rows, eos_id=lm.vocab_rows - 1)[0]
-
-    out_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    params = in_dtype(program.params, _activations(config))  # as models are loaded for use
-    return _compile(jax.jit(decode, donate_argnums=1, out_shardings=out_shardings), params, state)
+    family = program.family
+    if family.decode_program is None:
+        raise ConfigError(f"a {family.name} model does not decode token by token; plan its training (--what train)")
+    function, arguments = family.decode_program(program, rows, slots)
+    return _compile(function, *arguments)
 
 
 def batch_structs(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
@@ -126,7 +95,3 @@ def _compile(function: Any, *arguments: Any) -> Compiled:
         memory = Memory(stats.argument_size_in_bytes, outputs, stats.temp_size_in_bytes, code)
         text = compiled.as_text()
     return Compiled(memory, refusal, text, time.perf_counter() - start, time.process_time() - cpu)
-
-
-def _activations(config: Any) -> Any:
-    return jnp.dtype(config.dtype)

@@ -1,7 +1,7 @@
 """A model's config from the names and shapes of its tensors.
 
 Sizes, adapters and vocabularies are in the tensors; heads, rotary size and context are in the buffers that the
-original stores. What is in neither comes from a model config file, see ``MODEL_CONFIG_KEYS``; or it is that of the
+original stores. What is in neither comes from a model config file, see ``model_config_keys``; or it is that of the
 published model that the sizes are those of, and then a line says what was taken.
 """
 
@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -24,15 +24,6 @@ from magma_jax.models.vision.clip_vit import CLIP_VITS, CLIPViTConfig
 from magma_jax.models.vision.nf_resnet import NFResNetConfig
 from magma_jax.nn.adapters import AdapterActivation, AdapterConfig
 
-# What a model config file may hold, as in the .json beside a golden file; other keys are ignored there.
-MODEL_CONFIG_KEYS = {
-    "lm": ("n_heads", "rotary_dim", "seq_len", "layernorm_eps"),
-    "encoder": ("res", "heads", "activation"),
-    "adapter": ("activation",),
-}
-
-T = TypeVar("T")
-
 
 class InferenceError(ValueError):
     """Tensors that are not a MAGMA model, or whose sizes cannot be told from them."""
@@ -45,7 +36,7 @@ class Known:
         self.values = values
         self.assumed: list[str] = []
 
-    def get(self, part: str, name: str, default: T, reason: str | None = None, choices: Collection[T] = ()) -> T:
+    def get(self, part: str, name: str, default: Any, reason: str | None = None, choices: Collection[Any] = ()) -> Any:
         """A value of the file; else the default, which is noted with ``reason`` where there is one."""
         if (value := (self.values.get(part) or {}).get(name)) is not None:
             if not isinstance(value, type(default)) or isinstance(value, bool):
@@ -67,7 +58,7 @@ def infer_config(
 
     Args:
         tensors: keys of the published layout to tensors with ``shape`` and ``read()``.
-        model_config: what tensors cannot tell, see ``MODEL_CONFIG_KEYS``; it wins over the buffers.
+        model_config: what tensors cannot tell, see ``model_config_keys``; it wins over the buffers.
         say: is given one line with all that neither the tensors nor ``model_config`` tell and that was taken as in
             the published models.
 
@@ -180,13 +171,14 @@ def encoder_config(
         InferenceError: another encoder, or one of which something must be ``known``.
     """
     if f"{root}layer1.0.conv1.weight" in tensors:
-        blocks = tuple(_count(tensors, rf"{re.escape(root)}layer{i}\.(\d+)\.conv1\.weight") for i in range(1, 5))
+        counts = [_count(tensors, rf"{re.escape(root)}layer{i}\.(\d+)\.conv1\.weight") for i in range(1, 5)]
+        blocks = (counts[0], counts[1], counts[2], counts[3])
         width = _shape(tensors, f"{root}conv3.weight", 4)[0]
         sizes = {(c.blocks, c.width): (name, c) for name, c in CLIP_RESNETS.items()}
-        name, base = sizes.get((blocks, width), (None, None))
-        if name is None:
+        if (published := sizes.get((blocks, width))) is None:
             size = _asked(known, "res", f"a CLIP ResNet of blocks {blocks} and width {width}", "image size", "pixels")
             return CLIPResNetConfig(blocks, width, image_size=size)
+        name, base = published
         return dataclasses.replace(base, image_size=known.get("encoder", "res", base.image_size, f"as CLIP's {name}"))
     if f"{root}class_embedding" in tensors:
         width, _, patch, _ = _shape(tensors, f"{root}conv1.weight", 4)
@@ -196,11 +188,11 @@ def encoder_config(
         if (side := math.isqrt(max(rows, 0))) ** 2 != rows:
             raise InferenceError(f"{root}positional_embedding has {rows + 1} rows, which is no square and one more")
         sizes = {(c.layers, c.width, c.patch): (name, c) for name, c in CLIP_VITS.items()}
-        name, base = sizes.get((layers, width, patch), (None, None))
-        if name is None:
+        if (published := sizes.get((layers, width, patch))) is None:
             model = f"a vision transformer of {layers} layers, width {width} and patches of {patch}"
             heads = _asked(known, "heads", model, "head count", "N")
         else:
+            name, base = published
             heads = known.get("encoder", "heads", base.heads, f"as CLIP's {name}")
         return CLIPViTConfig(
             layers=layers,

@@ -15,7 +15,7 @@ from flax import nnx
 
 from magma_jax.config import ConfigError, from_dict
 from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
-from magma_jax.foreign import ForeignError, parse_json
+from magma_jax.foreign import ForeignError, parse_json, shown
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import abstract
 from magma_jax.published.infer_config import InferenceError, infer_config
@@ -24,7 +24,7 @@ from magma_jax.published.keymap.patterns import fill
 from magma_jax.published.keymap.rules import Rule, Table, match_theirs
 from magma_jax.published.magma_keys import BUFFERS, attention_buffers, magma_table
 from magma_jax.storage.files import open_tensors
-from magma_jax.storage.model_folder import CheckpointError, in_dtype
+from magma_jax.storage.model_folder import CheckpointError, in_dtype, read_model_json
 from magma_jax.typing import Params
 
 # Of a safetensors file's metadata: the config, as JSON.
@@ -123,6 +123,18 @@ def read_torch_magma(
         params = {name: place(name, model.params[name].read()) for name in order}
         check_vocabulary(path, model.tokenizer, model.config)
         return model.config, {name: params[name] for name in model.params}, model.tokenizer
+
+
+def read_magma_config(folder: str | Path) -> MagmaConfig:
+    """The config of a model folder or run.
+
+    Raises:
+        CheckpointError: no such folder, or one of another kind of model. ConfigError: a config that cannot be.
+    """
+    model = read_model_json(folder)["model"]
+    if isinstance(model, dict) and model.get("kind", "magma") != "magma":
+        raise CheckpointError(f"{folder}: holds a model of kind {shown(model['kind'])}, but a magma is wanted here")
+    return from_dict(MagmaConfig, model, "model.json: model")
 
 
 def check_vocabulary(path: str | Path, tokenizer: Tokenizer, config: MagmaConfig) -> None:

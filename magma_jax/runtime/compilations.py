@@ -3,9 +3,7 @@
 A program is compiled, or read from the persistent cache, which is quicker but no less late.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
 
 import jax
 
@@ -24,10 +22,10 @@ class Compilations:
     def __init__(self):
         self.count, self.cached, self.seconds = 0, 0, 0.0
 
-    def __call__(self, event: str, duration: float, **details: object) -> None:
+    def __call__(self, event: str, duration_secs: float, **details: str | int) -> None:
         if event == COMPILATION_EVENT:
             self.count += 1
-            self.seconds += duration
+            self.seconds += duration_secs
         elif event == CACHE_EVENT:
             self.cached += 1
 
@@ -38,14 +36,3 @@ def compilations_of_process() -> Compilations:
     counter = Compilations()
     jax.monitoring.register_event_duration_secs_listener(counter)
     return counter
-
-
-@contextlib.contextmanager
-def count_compilations() -> Iterator[Compilations]:
-    """Counts while the block runs, in all threads."""
-    counter = Compilations()
-    jax.monitoring.register_event_duration_secs_listener(counter)
-    try:
-        yield counter
-    finally:
-        jax.monitoring.unregister_event_duration_listener(counter)

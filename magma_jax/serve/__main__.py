@@ -7,122 +7,35 @@ OpenAI's shapes at /v1/chat/completions and /v1/completions, a page to try the m
 """
 
 import argparse
-import contextlib
-import gc
-import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from magma_jax.inference.api import Magma
-from magma_jax.inference.batching.engine import Engine, EngineConfig
-from magma_jax.output import error_line
-from magma_jax.runtime.compile import enable_compilation_cache
-from magma_jax.storage.hub import local_path
+from magma_jax import commands
+from magma_jax.inference.batching.config import EngineConfig
 
 
-def main() -> None:
-    """Reads the command line, loads and serves until it is told to stop."""
-    try:
-        import uvicorn
+def main(argv: Sequence[str] | None = None) -> int:
+    """Loads and serves until it is told to stop; returns the exit status, see ``commands``; 1: it could not start."""
+    started = time.perf_counter()
+    arguments = _parser().parse_args(argv)
 
-        from magma_jax.serve.app import create_app
-        from magma_jax.serve.config import ServerConfig
-        from magma_jax.serve.network.connections import settings
-        from magma_jax.serve.network.listen import listen
-        from magma_jax.serve.network.request_log import RequestLog
-        from magma_jax.serve.prompts.fetch import FetchRules
-        from magma_jax.serve.prompts.images import ImageRules
-        from magma_jax.serve.prompts.templates import templates_for
-    except ModuleNotFoundError as error:
-        sys.exit(f"magma_jax.serve: {error.name} is missing; pip install fastapi uvicorn prometheus_client jinja2")
-    arguments, started = _parser().parse_args(), time.perf_counter()
-    enable_compilation_cache(not arguments.no_program_cache)
-    try:
-        key = arguments.api_key_file.read_text().strip() if arguments.api_key_file else None
-        if key == "":
-            raise ValueError(f"{arguments.api_key_file}: holds no key")
-        sockets = listen(arguments.host, arguments.port)
-        fetch = (
-            FetchRules(tuple(arguments.allow_domain), timeout=arguments.fetch_timeout)
-            if arguments.allow_domain
-            else None
-        )
-        rules = ImageRules(arguments.max_images, seconds=arguments.image_seconds, folder=arguments.folder, fetch=fetch)
-        config = ServerConfig(
-            arguments.name or name_of(arguments.checkpoint),
-            key,
-            timeout=arguments.timeout,
-            head_timeout=arguments.head_timeout,
-            body_timeout=arguments.body_timeout,
-            send_timeout=arguments.send_timeout,
-            grace=arguments.grace,
-            connections=arguments.connections,
-            hosts=(*(name.lower() for name in arguments.allow_host), arguments.host.lower()),
-            images=rules,
-            open_metrics=arguments.open_metrics,
-            origins=tuple(arguments.cors),
-            root_path=root_path_of(arguments.root_path),
-            templates=templates_for(local_path(arguments.checkpoint), arguments.template),
-            cut_max_tokens=arguments.cut_max_tokens,
-        )
-        sizes = EngineConfig(
-            arguments.slots,
-            arguments.context,
-            arguments.keep_images,
-            arguments.steps,
-            arguments.queue,
-            reuse=not arguments.no_reuse,
-        )
-        model = Magma.from_checkpoint(arguments.checkpoint, dtype=arguments.dtype)
-        engine = Engine(model, sizes)
-    except (ValueError, OSError) as error:  # the package's own errors are ValueErrors
-        print(f"magma_jax.serve: {error_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    address = f"http://{host}:{sockets[0].getsockname()[1]}{config.root_path}"
-    outcome: list[Exception | None] = []
+    def work() -> int:
+        try:
+            from magma_jax.serve.command import run
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("magma_jax"):
+                raise
+            packages = "fastapi uvicorn prometheus_client jinja2"
+            raise ValueError(f"{error.name} is missing; pip install {packages}") from None
+        return run(arguments, started)
 
-    def begun(error: Exception | None) -> None:
-        outcome.append(error)
-        if error is None:
-            gc.collect()
-            gc.freeze()  # what is there now stays; to walk through it takes the time of many requests
-            seconds, template = time.perf_counter() - started, config.templates.default
-            says = f"serving {config.model} on {address}, template {template}; ready after {seconds:.0f} s"
-        else:
-            says = f"the engine cannot start ({type(error).__name__}: {error_line(error):.300})"
-            server.should_exit = True
-        print(f"magma_jax.serve: {says}", file=sys.stderr, flush=True)
-
-    app = create_app(engine, config, begun)
-    if arguments.log_requests:
-        app.add_middleware(RequestLog)
-    server = uvicorn.Server(settings(app, config))
-    with contextlib.suppress(KeyboardInterrupt):  # raised once more after everything has ended
-        server.run(sockets=sockets)
-    if not outcome:  # compiling cannot be interrupted, and to end would be to wait for it
-        sys.stderr.flush()
-        os._exit(0)
-    if outcome[0] is not None:
-        sys.exit(1)
-
-
-def name_of(checkpoint: str) -> str:
-    """What a model is called by default: the last part of its path."""
-    if checkpoint.startswith("hf://"):
-        return Path(checkpoint).name
-    return Path(os.path.abspath(checkpoint)).name or "magma"
-
-
-def root_path_of(path: str) -> str:
-    """A prefix of routes as the application wants it: a slash in front and none behind; empty for none."""
-    path = path.strip("/")
-    return f"/{path}" if path else ""
+    return commands.run("magma_jax.serve", work)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m magma_jax.serve", description=__doc__.splitlines()[0])
+    parser = commands.ArgumentParser(prog="python -m magma_jax.serve", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="run folder, model folder, or PyTorch checkpoint")
     parser.add_argument("--name", help="of the model in the API; default: the checkpoint's")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
@@ -193,4 +106,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

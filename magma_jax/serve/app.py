@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from magma_jax.inference.batching.engine import Engine, EngineStats
-from magma_jax.serve.attention import warm_up as attention_warm_up
+from magma_jax.serve.attention_route import warm_up as attention_warm_up
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import RequestError, error_response
 from magma_jax.serve.network.guard import Guard

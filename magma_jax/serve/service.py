@@ -14,19 +14,19 @@ from fastapi.responses import JSONResponse, Response
 from magma_jax.data.decoders import DecoderBusy, DecoderError
 from magma_jax.data.images import ImageError
 from magma_jax.data.tokenizers.byte_level import Tokenizer
-from magma_jax.inference.batching.engine import Encoded, Engine, EngineStats, QueueFull
+from magma_jax.inference.batching.engine import Engine, EngineStats, QueueFull
 from magma_jax.inference.batching.requests import EngineError, Ticket
-from magma_jax.inference.prompts import encode_tokens
+from magma_jax.inference.prompts import PromptLayout, lay_out_tokens
 from magma_jax.inference.structured.grammars import Grammar
-from magma_jax.serve.answers import Answer, cancel, too_late
-from magma_jax.serve.attention import AttentionRequest, attention
+from magma_jax.serve.attention_route import AttentionRequest, attention
 from magma_jax.serve.completions import ChatShape, Shape, TextShape
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import QUEUE_FULL, RequestError, busy
-from magma_jax.serve.metrics import ServerMetrics
 from magma_jax.serve.network.body import read_body
+from magma_jax.serve.prometheus import ServerMetrics
 from magma_jax.serve.prompts.fetch import FetchError
 from magma_jax.serve.prompts.images import RequestImage, decoders_of
+from magma_jax.serve.reply import Reply, cancel, too_late
 from magma_jax.serve.requests.schema import (
     ChatRequest,
     ImageURL,
@@ -79,35 +79,35 @@ class Service:
 
     # Apart from the above, so that bodies and prompts are gone while an answer is sampled.
 
-    async def _begin_chat(self, request: Request) -> Answer:
+    async def _begin_chat(self, request: Request) -> Reply:
         started = time.perf_counter()
         with self._arrival() as hold:
             wanted = await read_body(request, ChatRequest, self.config, hold)
             self.check_model(wanted.model)
             grammar = await self._grammar(wanted, started)
-            encoded = await self._encode([await self._items(wanted, started)], wanted, started, "messages")
-            tickets = self._submit(encoded, wanted, grammar)
+            layouts = await self._layouts([await self._items(wanted, started)], wanted, started, "messages")
+            tickets = self._submit(layouts, wanted, grammar)
         shape = ChatShape(self.engine.model.tokenizer, logprobs=wanted.logprobs)
         # In a template's wording the space before an answer belongs to the wording, not to the answer. A form says
         # itself what its answer begins with.
         strip = not self.config.templates.is_raw(wanted) and grammar is None
-        return self._answer(wanted, shape, tickets, started, strip=strip)
+        return self._reply(wanted, shape, tickets, started, strip=strip)
 
-    async def _begin_text(self, request: Request) -> Answer:
+    async def _begin_text(self, request: Request) -> Reply:
         started = time.perf_counter()
         with self._arrival() as hold:
             wanted = await read_body(request, TextRequest, self.config, hold)
             self.check_model(wanted.model)
             grammar = await self._grammar(wanted, started)
-            encoded = await self._encode(wanted.prompts, wanted, started, "prompt")
-            tickets = self._submit(encoded, wanted, grammar)
+            layouts = await self._layouts(wanted.prompts, wanted, started, "prompt")
+            tickets = self._submit(layouts, wanted, grammar)
         tokenizer, echo = self.engine.model.tokenizer, None
         if wanted.echo:
             echo = [_spelled(prompt, tokenizer) for prompt in wanted.prompts for _ in range(wanted.n)]
         shape = TextShape(tokenizer, logprobs=wanted.logprobs is not None, echo=echo)
-        return self._answer(wanted, shape, tickets, started)
+        return self._reply(wanted, shape, tickets, started)
 
-    def _answer(
+    def _reply(
         self,
         wanted: SamplingRequest,
         shape: Shape,
@@ -115,14 +115,14 @@ class Service:
         started: float,
         *,
         strip: bool = False,
-    ) -> Answer:
-        return Answer(
-            shape,
-            self.config.model,
-            tickets,
-            self.metrics,
-            started,
-            self.config.timeout,
+    ) -> Reply:
+        return Reply(
+            shape=shape,
+            model=self.config.model,
+            answers=tickets,
+            metrics=self.metrics,
+            started=started,
+            timeout=self.config.timeout,
             stream=wanted.stream,
             count=wanted.stream_options,
             token_ids=wanted.return_token_ids,
@@ -172,13 +172,13 @@ class Service:
         with self._arrival() as hold:
             wanted = await read_body(request, AttentionRequest, self.config, hold)
             self.check_model(wanted.model)
-            (encoded,) = await self._encode([await self._items(wanted, started)], wanted, started, "messages")
+            (layout,) = await self._layouts([await self._items(wanted, started)], wanted, started, "messages")
             wanted.messages.clear()  # they may be large, and others may be first
         if self._looking >= MAX_LOOKING:
             raise busy("too many requests for attention are waiting")
         self._looking += 1
         try:
-            work = functools.partial(attention, self.engine, encoded, wanted)
+            work = functools.partial(attention, self.engine, layout, wanted)
             return JSONResponse(await self._in_thread(self._looker, work, started))
         finally:
             self._looking -= 1
@@ -196,9 +196,9 @@ class Service:
         """Messages in their template's wording; texts of megabytes keep no one else waiting."""
         return await self._in_thread(self._texts, lambda: self.config.templates.items(wanted), started)
 
-    async def _encode(
+    async def _layouts(
         self, prompts: list[list[str | ImageURL] | list[int]], wanted: PromptRequest, started: float, param: str
-    ) -> list[Encoded]:
+    ) -> list[PromptLayout]:
         """Prompts of texts and images, which are fetched and decoded, or of token ids."""
         rules, salt = self.config.images, (wanted.cache_salt or "").encode()
         images = sum(isinstance(item, ImageURL) for items in prompts for item in items)
@@ -208,16 +208,16 @@ class Service:
 
         deadline = time.monotonic() + started + self.config.timeout - time.perf_counter()
 
-        def encode(items: Items | list[int]) -> Encoded:
+        def lay_out(items: Items | list[int]) -> PromptLayout:
             if items and isinstance(items[0], int):
-                return encode_tokens(items, self.engine.model.config, salt)
+                return lay_out_tokens(items, self.engine.model.lm_config.vocab_rows, salt)
             opened = (rules, self._decoders, deadline)
             prompt = [item if isinstance(item, str) else RequestImage(item.url, *opened) for item in items]
-            return self.engine.encode(prompt, salt)
+            return self.engine.layout(prompt, salt)
 
         try:
             threads = self._images if images else self._texts
-            return await self._in_thread(threads, lambda: [encode(items) for items in prompts], started)
+            return await self._in_thread(threads, lambda: [lay_out(items) for items in prompts], started)
         except RequestError:
             raise
         except DecoderBusy as error:
@@ -233,10 +233,12 @@ class Service:
             return None
         return await self._in_thread(self._compilers, functools.partial(wanted.grammar, self.engine), started)
 
-    def _submit(self, prompts: list[Encoded], wanted: SamplingRequest, grammar: Grammar | None) -> list[list[Ticket]]:
+    def _submit(
+        self, prompts: list[PromptLayout], wanted: SamplingRequest, grammar: Grammar | None
+    ) -> list[list[Ticket]]:
         """The tickets of every answer to every prompt."""
         cut, context = self.config.cut_max_tokens, self.engine.context
-        options = [wanted.options(context - len(prompt.tokens), cut=cut, grammar=grammar) for prompt in prompts]
+        options = [wanted.options(context - len(prompt), cut=cut, grammar=grammar) for prompt in prompts]
         tickets: list[list[Ticket]] = [[] for _ in prompts]
         try:
             for of_one, prompt, several in zip(tickets, prompts, options, strict=True):

@@ -53,7 +53,7 @@ def one_line(capsys, *command, names=""):
     assert main([str(part) for part in command]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "has no SHA256SUMS" not in line]
     assert len(said) == 1, said
-    assert said[0].startswith("error: ")
+    assert said[0].startswith("magma_jax.convert: ")
     assert str(names) in said[0]
     assert len(said[0]) < 1000
     return said[0]

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from magma_jax import Magma
 from magma_jax.config import ConfigError, to_dict
 from magma_jax.convert.__main__ import main
 from magma_jax.convert.compose import compose
 from magma_jax.families.magma import MAGMA
-from magma_jax.inference.api import Magma
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.prefix import PrefixConfig
 from magma_jax.models.vision.clip_vit import CLIPViTConfig

@@ -140,6 +140,6 @@ def test_refused(case, golden, golden_checkpoint, tmp_path, capsys):
     assert main(["from-torch", str(bad), str(tmp_path / "out"), "--model-config", config]) == 2
     assert sorted(tmp_path.rglob("*")) == before
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {bad}")
+    assert error.startswith(f"magma_jax.convert: {bad}")
     for message in messages:
         assert message in error

@@ -148,7 +148,7 @@ def test_8_bit_floats_are_refused(kind, suffix, golden, golden_checkpoint, tmp_p
     settings = golden / "none.json"
     assert main(["from-torch", str(bad), str(tmp_path / "out"), "--model-config", str(settings)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {bad}: ")
+    assert line.startswith(f"magma_jax.convert: {bad}: ")
     assert f"are in 8-bit floats, such as lm.transformer.h.0.mlp.c_fc.weight ({kind})" in line
     with pytest.raises(ValueError, match="8-bit floats"):
         Magma.from_checkpoint(bad, model_config=read_model_config(settings))

@@ -52,7 +52,7 @@ def test_a_pipeline_writes_the_files_of_the_converter(images, tmp_path):
 @pytest.mark.slow
 def test_an_error_of_a_pipeline_is_one_line(images, tmp_path):
     done = run(images, tmp_path / "beam")
-    assert done.returncode == 1
+    assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("magma_jax.data: 1 of 7 samples would be left out (1 x image empty)")
     done = run(tmp_path / "nowhere", tmp_path / "other")

@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from magma_jax import Magma
 from magma_jax.data.format.records import Question, Record
 from magma_jax.data.write.conversion import ConvertOptions, convert
-from magma_jax.inference.api import Magma
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from tests import tiny

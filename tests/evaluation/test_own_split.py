@@ -13,17 +13,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax import Magma
 from magma_jax.convert.quantize import quantize_folder
 from magma_jax.data.openmoji.drawings import Sample
 from magma_jax.evaluation import own_split
 from magma_jax.evaluation.metrics.baselines import most_frequent_answers, shuffle_images
 from magma_jax.evaluation.results.results import CONDITIONS
 from magma_jax.evaluation.tasks import batched_generate as programs
-from magma_jax.inference.api import Magma
+from magma_jax.families import open_token_generator
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.storage.model_folder import CheckpointError, write_model_folder
 from magma_jax.training.run import setup
+from magma_jax.training.step.optim import Group
 from tests import tiny
 
 DATA = tiny.dataset()
@@ -43,7 +45,7 @@ def evaluation(model):
 def finished(tmp_path_factory):
     """A run that learned the four colours; here the language model learns too."""
     config = tiny.run_config(steps=120, batch_size=8, log_every=20, checkpoint_every=120)
-    optim = dataclasses.replace(config.optim, groups=config.optim.groups | {"language": "rest"})
+    optim = dataclasses.replace(config.optim, groups=config.optim.groups | {"language": Group()})
     workdir = tmp_path_factory.mktemp("runs") / "colours"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "load_dataset", lambda config: DATA)
@@ -61,7 +63,7 @@ def with_test_split(*samples):
 
 
 def test_a_model_that_learned_to_see_beats_its_baselines(finished, squares, capsys, tmp_path):
-    evaluation = own_split.evaluate_run(finished, overview=tmp_path / "overview.png")
+    evaluation = own_split.evaluate_run(open_token_generator, finished, overview=tmp_path / "overview.png")
     figures = evaluation.figures
     assert figures["caption_exact"] == figures["vqa_accuracy"] == 100
     assert figures["rouge_l"] == pytest.approx(1)
@@ -90,7 +92,7 @@ def test_a_model_that_learned_to_see_beats_its_baselines(finished, squares, caps
 
 
 def test_another_split_or_a_limit_leaves_the_full_results_alone(finished, squares):
-    own_split.evaluate_run(finished, "train", 2)
+    own_split.evaluate_run(open_token_generator, finished, "train", 2)
     (path,) = finished.glob("results-split=train-limit=2-*.json")
     assert json.loads(path.read_text())["protocol"]["captions"] == 2
     assert (finished / path.name.replace("results", "report").replace(".json", ".html")).exists()
@@ -99,7 +101,7 @@ def test_another_split_or_a_limit_leaves_the_full_results_alone(finished, square
 @pytest.mark.slow
 def test_what_was_made_of_a_run_is_evaluated_like_the_run(finished, squares, tmp_path):
     quantize_folder(finished, tmp_path / "int8", "int8")
-    figures = own_split.evaluate_run(tmp_path / "int8").figures
+    figures = own_split.evaluate_run(open_token_generator, tmp_path / "int8").figures
     assert figures["caption_exact"] == figures["vqa_accuracy"] == 100
     assert "checkpoint_step" not in figures["protocol"]
     assert (tmp_path / "int8" / "report.html").exists()
@@ -186,7 +188,7 @@ def test_captions_alone_or_questions_alone_have_no_other_figures(model):
 
 def test_vqa_rule_with_one_answer_is_exact_match():
     samples = [Sample(0, "Q: ? A:", answer, "k") for answer in (" yes", " two", " the dog", " Yes")]
-    figures = own_split.score(samples, ["yes", "2", "dog", "yes"])
+    figures = own_split.figures_of(samples, ["yes", "2", "dog", "yes"])
     assert figures["vqa_accuracy"] == figures["vqa_by_kind"]["k"] == 25
 
 
@@ -218,16 +220,16 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(model, change, message):
 
 def test_a_folder_without_a_run_is_refused(model, tmp_path):
     with pytest.raises(CheckpointError, match="not a model folder"):
-        own_split.evaluate_run(tmp_path)
+        own_split.evaluate_run(open_token_generator, tmp_path)
     write_model_folder(tmp_path / "model", {"model": {}}, {"a": np.zeros(2)})
     with pytest.raises(CheckpointError, match="no checkpoint of a run"):
-        own_split.evaluate_run(tmp_path / "model")
+        own_split.evaluate_run(open_token_generator, tmp_path / "model")
 
 
 @pytest.mark.slow
 def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
     script = Path(__file__).parents[2] / "eval.py"
     result = subprocess.run([sys.executable, script, "--workdir", tmp_path], capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith(f"eval.py: {tmp_path}: not a model folder")
     assert result.stderr.count("\n") == 1

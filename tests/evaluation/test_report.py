@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from magma_jax.data.format.records import Sample
-from magma_jax.evaluation.own_split import score
+from magma_jax.evaluation.own_split import figures_of
 from magma_jax.evaluation.report.charts import line_chart, ticks
 from magma_jax.evaluation.report.overview import overview_image
 from magma_jax.evaluation.report.run_report import write_report
@@ -54,7 +54,7 @@ class Page(HTMLParser):
 
 def evaluation_of(samples, said):
     predictions = {condition: list(said) for condition in CONDITIONS}
-    figures = score(samples, said)
+    figures = figures_of(samples, said)
     questions = [sample.kind for sample in samples if sample.kind != "caption"]
     protocol = {
         "split": "test",

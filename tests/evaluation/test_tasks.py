@@ -10,20 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from magma_jax import Magma
 from magma_jax.config import ConfigError
 from magma_jax.data.format.records import DataError
 from magma_jax.data.images import ImageInput
 from magma_jax.data.write.conversion import ConvertOptions, convert
 from magma_jax.evaluation import command
+from magma_jax.evaluation.arguments import add_task_options
 from magma_jax.evaluation.tasks import answering
-from magma_jax.evaluation.tasks.answering import Answerer, PromptError, lay_out
+from magma_jax.evaluation.tasks.answering import Answerer, PromptError, join_texts
 from magma_jax.evaluation.tasks.examples import OwnExamples, StoredExamples, spaced
 from magma_jax.evaluation.tasks.few_shot import evaluate_task
 from magma_jax.evaluation.tasks.shots import choose_shots, draw_shots
 from magma_jax.evaluation.tasks.task import TASKS, TaskConfig
 from magma_jax.evaluation.tasks.truncation import truncate
-from magma_jax.inference.api import Magma
-from magma_jax.inference.decoding.sampling import SamplingConfig
+from magma_jax.inference.decoding.config import SamplingConfig
+from magma_jax.inference.prompts import lay_out
 from magma_jax.models.magma import SHARDINGS
 from magma_jax.nn.modules import merge
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, parameter_shardings
@@ -75,11 +77,11 @@ def test_tokens_are_counted_as_in_a_prompt():
 
 
 def test_words_that_meet_are_encoded_together():
-    laid = lay_out(["Q: ", "red?", 7, " A:"], DATA.tokenizer, 4)
+    laid = lay_out(join_texts(["Q: ", "red?", 7, " A:"]), DATA.tokenizer, 4)
     words = DATA.tokenizer.encode("Q: red?")
     assert laid.tokens[: len(words)].tolist() == words
     assert laid.places[len(words) : len(words) + 4].tolist() == [0, 1, 2, 3]
-    assert laid.images == [7]
+    assert laid.images == (7,)
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +285,7 @@ def arguments(*words):
     parser = argparse.ArgumentParser()
     parser.add_argument("--limit", type=int)
     parser.add_argument("--split", default="test")
-    command.add_task_options(parser)
+    add_task_options(parser)
     return parser.parse_args(["--task", "vqav2", "gqa", *words])
 
 

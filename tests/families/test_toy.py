@@ -7,29 +7,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from magma_jax.config import ConfigError
-from magma_jax.data.datasets import DataConfig
-from magma_jax.families import family_of
+from magma_jax.evaluation.own_split import evaluate_run
+from magma_jax.families import FAMILIES, family_of, open_token_generator
 from magma_jax.family import Family
-from magma_jax.nn.modules import abstract, merge
+from magma_jax.generate.__main__ import main as generate
+from magma_jax.nn.modules import merge
 from magma_jax.plan.chips import CHIPS, Topology
-from magma_jax.plan.compilation import compile_step
+from magma_jax.plan.compilation import compile_decode, compile_step
 from magma_jax.plan.report import make_plan
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
+from magma_jax.serve.__main__ import main as serve
 from magma_jax.storage.model_folder import read_model_json
-from magma_jax.training.checkpoints.checkpoint import read_trained_params
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
 from magma_jax.training.loop import train
 from magma_jax.training.monitor.writers import WatchConfig
 from magma_jax.training.run import setup
-from magma_jax.training.run.config import RunConfig, read_run_config
+from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.program import build_program
+from magma_jax.training.run.stored import read_stored_run
 from magma_jax.training.step.flops import matmul_flops
 from magma_jax.training.step.optim import OptimConfig
 from tests.families import toy
-from tests.families.toy import LENGTH, TOY, ToyConfig
+from tests.families.toy import LENGTH, TOY, CountingConfig, ToyConfig
 
 ONE = jax.devices()[:1]
 
@@ -41,11 +42,10 @@ def counting(monkeypatch):
 
 
 def run_config(**changes):
-    groups = {"language": "rest", "head": "rest"}
     config = RunConfig(
         model=ToyConfig(),
-        data=DataConfig(name="openmoji_text"),
-        optim=OptimConfig(learning_rate=1e-2, groups=groups),
+        data=CountingConfig(),
+        optim=OptimConfig(learning_rate=1e-2),
         steps=6,
         batch_size=8,
         log_every=1,
@@ -93,15 +93,14 @@ def test_it_resumes_to_the_bit(finished, tmp_path):
 
 
 def test_it_is_opened_from_its_folder(finished):
-    config = read_run_config(TOY.configs, read_model_json(finished.workdir)["run"])
+    config = read_stored_run(TOY, read_model_json(finished.workdir)["run"])
     assert config.model == ToyConfig()
-    graphdef, shapes, types = abstract(lambda: TOY.build(config.model, nnx.Rngs(0)))
-    params = read_trained_params(finished.workdir, shapes, types)
+    opened = TOY.open(finished.workdir)
     for path, leaf in finished.state.trainable.items():
-        np.testing.assert_array_equal(leaf, params[path])
+        np.testing.assert_array_equal(leaf, opened.params[path])
     tokens = jnp.asarray(next(iter(toy.dataset().batches(2, 0, [0, 1])))["tokens"])
-    hidden = merge(graphdef, params)(tokens)
-    later = merge(graphdef, params)(tokens.at[:, 5].set(11))
+    model = merge(opened.graphdef, opened.params)
+    hidden, later = model(tokens), model(tokens.at[:, 5].set(11))
     assert not np.array_equal(hidden[:, 0], later[:, 0])  # it looks both ways
 
 
@@ -134,6 +133,25 @@ def test_it_is_planned_and_counted():
     head = 6 * 16 * 32 * 17
     assert plan.model_flops.total - head == pytest.approx(traced, rel=0.01)
     assert plan.model_flops.attention == 16 * 12 * LENGTH**2 * 32 * 2
+
+
+def test_a_family_that_makes_no_text_is_refused_by_the_commands_in_one_line(finished, monkeypatch, capsys):
+    run = str(finished.workdir)
+    assert generate(["--checkpoint", run, "a text"]) == 2
+    assert f"{run}: holds a model of kind 'toy'; there are magma, gptj" in capsys.readouterr().err
+    monkeypatch.setitem(FAMILIES, "toy", TOY)
+    assert generate(["--checkpoint", run, "a text"]) == 2
+    nothing = "this model makes nothing that a prompt asks for, no text; give a checkpoint of one that does"
+    assert capsys.readouterr().err == f"magma_jax.generate: {run}: {nothing}\n"
+    refused = f"{run}: a toy model does not write text token by token; give a checkpoint of another family "
+    assert generate(["--checkpoint", run, "a text", "--stream"]) == 2
+    assert capsys.readouterr().err == f"magma_jax.generate: {refused}(magma, language)\n"
+    assert serve(["--checkpoint", run, "--port", "0"]) == 2
+    assert capsys.readouterr().err == f"magma_jax.serve: {refused}(magma, language)\n"
+    with pytest.raises(ValueError, match="a toy model does not write text token by token"):
+        evaluate_run(open_token_generator, finished.workdir)
+    with pytest.raises(ConfigError, match="a toy model does not decode token by token; plan its training"):
+        compile_decode(build_program(TOY, run_config(), make_mesh(MeshConfig(), jax.devices()[:1])), 2)
 
 
 def test_a_family_must_be_complete_and_known(tmp_path):

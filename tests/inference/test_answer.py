@@ -5,7 +5,7 @@ import random
 import pytest
 
 from magma_jax.data.tokenizers.byte_level import gpt2_tokenizer
-from magma_jax.inference.batching.requests import Answer
+from magma_jax.inference.batching.requests import TextAssembler
 
 TOKENIZER = gpt2_tokenizer()
 WORDS = ["a", "b", "ab", "\n", " ", "\u00e9", "\U0001f600", "\u6f22", "Q:", "\ufffd"]
@@ -27,7 +27,7 @@ def random_stops(rng, text):
 
 def in_bursts(rng, tokens, stops):
     """Text and number of tokens that count, added a few at a time."""
-    answer, shown, at = Answer(TOKENIZER, stops), "", 0
+    answer, shown, at = TextAssembler(TOKENIZER, stops), "", 0
     while at < len(tokens):
         burst = tokens[at : at + rng.randint(1, 5)]
         text, used = answer.add(burst, last=at + len(burst) == len(tokens))
@@ -69,9 +69,9 @@ class Counting:
 @pytest.mark.parametrize("stops", [(), ("\n",), ("\n", "Q:", "#" * 256, "a dog which" * 20)])
 def test_every_token_is_decoded_once_and_little_is_held_back(stops):
     tokenizer = Counting()
-    answer = Answer(tokenizer, stops)
+    answer = TextAssembler(tokenizer, stops)
     tokens = TOKENIZER.encode(" A dog which runs along the beach in the evening light.") * 200
     for at in range(0, len(tokens), 8):
         answer.add(tokens[at : at + 8], last=False)
-        assert len(answer._held) < max(map(len, stops), default=1)
+        assert len(answer.held) < max(map(len, stops), default=1)
     assert tokenizer.asked == len(tokens)

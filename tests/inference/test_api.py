@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from magma_jax import Magma
 from magma_jax.data.images import ImageError, ImageInput
-from magma_jax.inference.api import Magma
-from magma_jax.inference.decoding.sampling import SamplingConfig
+from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from tests import tiny
@@ -133,4 +133,4 @@ def test_lengths_of_one_bucket_share_a_program(model, caplog):
         for text, steps in (("a", 33), ("a red", 40), ("a red square", 48)):  # lengths of prompts, and of answers
             result = model.generate_tokens(model.preprocess_inputs([text]), steps)
             assert result.tokens.shape == result.logprobs.shape == (1, steps)
-    assert sum("Finished XLA compilation of jit(_generate)" in message for message in caplog.messages) == 1
+    assert sum("Finished XLA compilation of jit(generate_program)" in message for message in caplog.messages) == 1

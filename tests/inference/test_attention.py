@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from magma_jax import Magma
 from magma_jax.data.images import ImageInput
-from magma_jax.inference.api import Magma
-from magma_jax.inference.attention_maps import ALL_HEADS, attend, attention_maps, image_grid, split_words
+from magma_jax.families.magma.images import image_spec
+from magma_jax.inference.attention_maps import ALL_HEADS, attend, attention_maps, split_words
 from magma_jax.inference.overlay import overlay, sheet
-from magma_jax.inference.prompts import encode_prompt
 from magma_jax.models.magma import MagmaModel
 from magma_jax.models.prefix import PrefixConfig
 from magma_jax.models.vision.clip_vit import CLIPViTConfig
@@ -91,7 +91,7 @@ def test_maps_of_words(seen):
 
 
 def test_padding_to_one_length_changes_nothing(model, seen):
-    encoded = encode_prompt(PROMPT, model.config, model.tokenizer)
+    encoded = model.layout(PROMPT)
     heads = np.array([[1, 1], [0, ALL_HEADS]])
     rollout, weights = attend(model, encoded, seen.tokens, heads, length=64, images=4)
     np.testing.assert_allclose(rollout, seen.rollout, atol=2e-5)
@@ -133,7 +133,7 @@ def test_words_are_whole_characters_between_spaces(model, text, words):
 
 def test_what_the_positions_of_a_image_mean():
     def grid(**changes):
-        return image_grid(dataclasses.replace(tiny.MODEL, **changes))
+        return image_spec(dataclasses.replace(tiny.MODEL, **changes)).grid
 
     assert grid(encoder=tiny.RESNET) == (2, 2, "")
     assert grid(encoder=CLIPViTConfig(output="pooled")) is None

@@ -259,14 +259,14 @@ def test_what_is_no_constraint(make, value, says):
 
 def test_a_trial_that_dies_says_nothing_about_its_grammar(grammars):
     assert accepts(grammars.compile(Constraint.choice(["one"])), "one")
-    grammars._trial._process.kill()
-    grammars._trial._process.wait()
+    grammars.trial.process.kill()
+    grammars.trial.process.wait()
     assert accepts(grammars.compile(Constraint.choice(["two"])), "two")
-    process = grammars._trial._process
+    process = grammars.trial.process
     grammars.close()
     assert process.poll() is not None
     assert accepts(grammars.compile(Constraint.choice(["two"])), "two")  # remembered: no process is needed
-    assert grammars._trial._process is None
+    assert grammars.trial.process is None
 
 
 def test_without_the_library_or_bytes(monkeypatch):
@@ -280,11 +280,11 @@ def test_without_the_library_or_bytes(monkeypatch):
 
 
 def test_special_tokens_are_no_text():
-    backend = Backend.from_str(gpt2_tokenizer()._parsing.to_str())
+    backend = Backend.from_str(gpt2_tokenizer().to_json())
     backend.add_special_tokens(["<|padding|>"])
     backend.add_tokens(["   "])
     tokenizer = Tokenizer(backend)
-    padding, spaces = tokenizer._parsing.token_to_id("<|padding|>"), tokenizer._parsing.token_to_id("   ")
+    padding, spaces = backend.token_to_id("<|padding|>"), backend.token_to_id("   ")
     assert tokenizer.special_ids == {tokenizer.eos_id, tokenizer.image_id, padding}
     assert (tokenizer.token_bytes(padding), tokenizer.token_bytes(spaces)) == (b"", b"   ")
     assert tokenizer.decode([padding]) == ""

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax import Magma
 from magma_jax.data.tokenizers.byte_level import gpt2_tokenizer
-from magma_jax.inference.api import Magma, PromptBatch, layers_apart
+from magma_jax.families.magma.loading import layers_apart
+from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.decode import generate
-from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows
+from magma_jax.inference.decoding.sampling import row_keys, sampling_rows
+from magma_jax.inference.prompts import PromptBatch
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import merge, split
 from tests import tiny

@@ -9,17 +9,18 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from magma_jax import Magma
 from magma_jax.data.images import ImageInput
 from magma_jax.inference import prompts
-from magma_jax.inference.api import Magma
 from magma_jax.inference.batching import slots
+from magma_jax.inference.batching.batch import SlotBatch
 from magma_jax.inference.batching.engine import Engine, EngineConfig, QueueFull
-from magma_jax.inference.batching.requests import Answer, EngineError, RequestOptions
-from magma_jax.inference.decoding.sampling import SamplingConfig
+from magma_jax.inference.batching.requests import EngineError, RequestOptions, TextAssembler
+from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
-from magma_jax.runtime.compilations import count_compilations
 from tests import tiny
+from tests.compilations import count_compilations
 
 GREEDY = SamplingConfig()
 # Few sizes, so that few programs are compiled.
@@ -120,7 +121,7 @@ def test_prompts_that_wait_together_are_run_together(model, alone, monkeypatch):
 
     monkeypatch.setattr(slots, "admit", counted)
     engine = Engine(model, SIZES)
-    with engine._changed:  # all of them wait before the engine looks
+    with engine.paused():  # all of them wait before the engine looks
         tickets = [engine.submit(prompt, options) for prompt, options in zip(PROMPTS[:4], OPTIONS[:4], strict=True)]
     with engine:
         for ticket in tickets:
@@ -135,7 +136,7 @@ def test_the_images_of_a_group_fit_the_table(engine):
     colours = [ImageInput(Image.new("RGB", (64, 64), (i, 0, 99))) for i in range(8)]
     prompts = [[colours[2 * i], colours[2 * i + 1], "a"] for i in range(4)]
     expected = [engine.submit(prompt, RequestOptions(5)).text() for prompt in prompts]
-    with engine._changed:
+    with engine.paused():
         tickets = [engine.submit(["b", *prompt], RequestOptions(5)) for prompt in prompts]
     others = [ticket.text() for ticket in tickets]
     assert others == [engine.submit(["b", *prompt], RequestOptions(5)).text() for prompt in prompts]
@@ -167,9 +168,9 @@ def test_a_prompt_that_begins_like_another_uses_its_cache(model, alone):
         first.text()
         second = engine.submit([*shots, square("blue"), "a"], RequestOptions(4))
         second.text()
-        encoded = engine.encode([*shots, square("blue"), "a"])
+        layout = engine.layout([*shots, square("blue"), "a"])
         assert first.reused_tokens == 0
-        assert second.reused_tokens == encoded.owners.index(next(o for o in encoded.owners if o))
+        assert second.reused_tokens == layout.image_starts[0]
         again = engine.submit([*shots, square("blue"), "a"], RequestOptions(4))
         assert again.text() == second.text()
         # All but the last position, whose logits are wanted.
@@ -187,7 +188,7 @@ def test_prompts_of_another_salt_share_nothing(model):
     with Engine(model, SIZES) as engine:
 
         def ask(salt):
-            ticket = engine.submit(engine.encode(prompt, salt), RequestOptions(4))
+            ticket = engine.submit(engine.layout(prompt, salt), RequestOptions(4))
             return ticket.text(), ticket.reused_tokens > 0, engine.stats().images_encoded
 
         text = ask(b"")[0]
@@ -205,14 +206,11 @@ def test_images_with_nearly_one_hash_are_two(model, monkeypatch):
 
     def engine_sees(first, second):
         with Engine(model, SIZES) as engine:
-            encoded = engine.encode(prompt)
+            layout = engine.layout(prompt)
             ticket = None
             for key in (first, second):
-                owners = [key if owner else None for owner in encoded.owners]
-                pixels = dict.fromkeys([key], *encoded.pixels.values())
-                identity = encoded.identity.copy()
-                identity[encoded.places >= 0, 1:] = np.frombuffer(key, np.int64)
-                hers = encoded._replace(owners=owners, pixels=pixels, identity=identity)
+                pixels = dict.fromkeys([key], *layout.pixels.values())
+                hers = dataclasses.replace(layout, images=(key,), pixels=pixels)
                 ticket = engine.submit(hers, RequestOptions(2))
                 ticket.text()
             return ticket.reused_tokens
@@ -223,9 +221,9 @@ def test_images_with_nearly_one_hash_are_two(model, monkeypatch):
         other = bytearray(key)
         other[byte] ^= 1
         assert engine_sees(key, bytes(other)) == 0
-    (with_this_key,) = prompts.encode_prompt(prompt, model.config, model.tokenizer).pixels
-    monkeypatch.setattr(prompts, "_KEY", bytes(32))
-    (with_another,) = prompts.encode_prompt(prompt, model.config, model.tokenizer).pixels
+    (with_this_key,) = model.layout(prompt).pixels
+    monkeypatch.setattr(prompts, "HASH_KEY", bytes(32))
+    (with_another,) = model.layout(prompt).pixels
     assert len(with_this_key) == 16
     assert with_this_key != with_another
 
@@ -352,14 +350,14 @@ def test_a_failure_is_told_to_the_callers_and_survived(model, monkeypatch, alone
 
 def test_an_engine_that_cannot_go_on_says_so(model, monkeypatch, caplog):
     engine = Engine(model, ONE)
-    monkeypatch.setattr(engine._batch, "decode", lambda **_: 1 / 0)
-    monkeypatch.setattr(engine._batch, "reset", lambda: (_ for _ in ()).throw(MemoryError("no room")))
-    with engine._changed:
+    monkeypatch.setattr(SlotBatch, "decode", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(SlotBatch, "reset", lambda _: (_ for _ in ()).throw(MemoryError("no room")))
+    with engine.paused():
         tickets = [engine.submit(["a"], RequestOptions(2)) for _ in range(2)]
     for ticket in tickets:
         with pytest.raises(EngineError, match=r"division by zero|engine has stopped"):
             ticket.text()
-    engine._thread.join()
+    engine.close()
     assert "MemoryError: no room" in engine.failure
     with pytest.raises(EngineError, match="the engine has stopped"):
         engine.submit(["a"], RequestOptions(2))
@@ -369,7 +367,7 @@ def test_an_engine_that_cannot_go_on_says_so(model, monkeypatch, caplog):
 
 def test_images_of_waiting_requests_take_no_more_than_they_may(model):
     engine = Engine(model, dataclasses.replace(ONE, queue=99, queue_bytes=3 * 64 * 64 * 3))
-    with engine._changed:
+    with engine.paused():
         tickets = [engine.submit([square("red"), "a"], RequestOptions(1)) for _ in range(3)]
         with pytest.raises(QueueFull, match="images of waiting requests"):
             engine.submit([square("red"), "a"], RequestOptions(1))
@@ -402,7 +400,7 @@ def spoken(model):
 
     def show(text, stop=()):
         tokens = model.tokenizer.encode(text)
-        answer = Answer(model.tokenizer, stop)
+        answer = TextAssembler(model.tokenizer, stop)
         pieces = []
         for i, token in enumerate(tokens):
             new, used = answer.add([token], last=i == len(tokens) - 1)
@@ -429,7 +427,7 @@ def test_stop_texts_end_the_answer_and_are_not_shown(spoken):
 
 def test_tokens_behind_a_stop_text_do_not_count(model):
     tokens = model.tokenizer.encode("red square. And more")
-    text, used = Answer(model.tokenizer, ["."]).add(tokens, last=True)
+    text, used = TextAssembler(model.tokenizer, ["."]).add(tokens, last=True)
     assert text == "red square"
     assert model.tokenizer.decode(tokens[:used]).endswith(".")
 

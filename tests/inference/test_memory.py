@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from magma_jax.inference import api
-from magma_jax.inference.decoding.sampling import SamplingConfig, sampling_rows
+from magma_jax.families.magma.generator import forward_program, magma_graphdef
+from magma_jax.inference.batched import generate_program
+from magma_jax.inference.decoding.config import SamplingConfig
+from magma_jax.inference.decoding.sampling import sampling_rows
 from magma_jax.published.open_magma import model_shapes
 from magma_jax.storage.model_folder import in_dtype, nbytes_of
 from tests import tiny
@@ -20,11 +22,11 @@ CONFIG = dataclasses.replace(tiny.MODEL, lm=LM, dtype="bfloat16")
 def test_layers_are_widened_one_at_a_time(program):
     params = in_dtype(model_shapes(CONFIG), jnp.bfloat16)
     embeddings = jax.ShapeDtypeStruct((1, 32, LM.width), jnp.bfloat16)
-    graphdef = api._graphdef(CONFIG)
+    graphdef = magma_graphdef(CONFIG)
     if program == "forward":
-        lowered = api._forward.lower(graphdef, params, embeddings, (False, False))
+        lowered = forward_program.lower(graphdef, params, embeddings, (False, False))
     else:
-        lowered = api._generate.lower(
+        lowered = generate_program.lower(
             graphdef,
             params,
             embeddings,

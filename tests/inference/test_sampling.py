@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from magma_jax.inference.decoding import sampling
+from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.sampling import (
     MASKED,
-    SamplingConfig,
     apply_temperature,
     mask_missing_ids,
     remove_after_eos,

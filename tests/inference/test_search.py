@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from magma_jax import Magma
 from magma_jax.data.images import ImageInput
-from magma_jax.inference.api import Magma
 from magma_jax.inference.search.beam import beam_search
 from magma_jax.inference.search.choice import ROWS, ScoredAnswer, rank, score
 from magma_jax.models.magma import MagmaModel

@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.inference.api import Magma
+from magma_jax import Magma
 from magma_jax.inference.batching import batch
 from magma_jax.inference.batching.engine import Engine, EngineConfig
 from magma_jax.inference.batching.requests import EngineError, RequestOptions, UnfinishedError
+from magma_jax.inference.buckets import Buckets
+from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.decode import _bits
-from magma_jax.inference.decoding.sampling import SamplingConfig
 from magma_jax.inference.structured import grammars
 from magma_jax.inference.structured.constraints import Constraint, ConstraintError
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
-from magma_jax.runtime.compilations import count_compilations
 from tests import tiny
+from tests.compilations import count_compilations
 
 # Room for a JSON text, and few sizes, so that few programs are compiled.
 LM = dataclasses.replace(tiny.MODEL.lm, context_length=128)
@@ -57,7 +58,7 @@ def model():
 @pytest.fixture(scope="module")
 def engine(model):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "LENGTH_BUCKETS", (32,))  # fewer programs
+        patch.setattr(batch, "SEQUENCES", Buckets((32,)))  # fewer programs
         engine = Engine(model, SIZES)
     with engine:
         engine.warmup()
@@ -199,7 +200,7 @@ def test_grammars_of_those_who_wait_count_as_what_they_hold(model):
     engine = Engine(model, dataclasses.replace(SIZES, queue_bytes=100))
     grammar = engine.compile(Constraint.json_object())
     grammar.nbytes = 60
-    with engine._changed:
+    with engine.paused():
         engine.submit(PROMPT, RequestOptions(1, constraint=grammar))
         with pytest.raises(EngineError, match="all the room"):
             engine.submit(PROMPT, RequestOptions(1, constraint=grammar))
@@ -208,11 +209,13 @@ def test_grammars_of_those_who_wait_count_as_what_they_hold(model):
 
 def test_without_the_library_nothing_is_compiled_for_it(model, monkeypatch):
     decoded = []
+    decode = batch.SlotBatch.decode
+    monkeypatch.setattr(batch, "SEQUENCES", Buckets((SIZES.context,)))
+    monkeypatch.setattr(batch, "installed", lambda: False)
+    monkeypatch.setattr(
+        batch.SlotBatch, "decode", lambda self, **options: decoded.append(options) or decode(self, **options)
+    )
     with Engine(model, SIZES) as engine:
-        monkeypatch.setattr(batch, "installed", lambda: False)
-        engine._batch.buckets = engine._batch.buckets[-1:]
-        decode = engine._batch.decode
-        monkeypatch.setattr(engine._batch, "decode", lambda **options: decoded.append(options) or decode(**options))
         engine.warmup()
     assert [options["guides"] for options in decoded] == [None, None]
 

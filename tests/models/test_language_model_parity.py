@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.decode import generate
-from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows
+from magma_jax.inference.decoding.sampling import row_keys, sampling_rows
 from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS
 from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.modules import abstract, merge, parameter_count

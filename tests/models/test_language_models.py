@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 from magma_jax.config import from_dict
+from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.decode import generate
-from magma_jax.inference.decoding.sampling import SamplingConfig, row_keys, sampling_rows
+from magma_jax.inference.decoding.sampling import row_keys, sampling_rows
 from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS
 from magma_jax.models.language.decoder import Decoder
 from magma_jax.models.language.gpt2 import GPT2Config
@@ -24,7 +25,7 @@ from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import AdapterParam, LanguageParam, abstract, merge, parameter_count, split
 from magma_jax.nn.transformer.cache import write_row_by_row, write_scattered
-from magma_jax.training.step.optim import OptimConfig, label_parameters, partition
+from magma_jax.training.step.optim import Group, label_parameters, partition
 from tests import tiny
 
 SIZES = {"layers": 3, "width": 32, "heads": 4, "feed_forward": 64, "vocab_rows": 50, "context_length": 24}
@@ -186,7 +187,8 @@ def test_positions_go_on_through_a_image(name):
 def test_adapters_in_both_places(name, mlp, attn):
     """Fresh ones change nothing; only they learn; without them the language model is there again, bit for bit."""
     definition, params, types = fresh(name, AdapterConfig(mlp, init="zero_up"), AdapterConfig(attn, init="zero_up"))
-    learns, frozen, _ = partition(params | bare(name)[1], label_parameters(types, OptimConfig().groups))
+    labels = label_parameters(types, {"language": "frozen", "adapter": Group()})
+    learns, frozen, _ = partition(params | bare(name)[1], labels)
     assert {types[path] for path in learns} == {AdapterParam}
     assert set(frozen) == set(bare(name)[1])
     embeddings = embeddings_of(2, 12)

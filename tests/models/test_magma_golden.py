@@ -125,6 +125,6 @@ def _one_error_line(capsys, message):
     assert output.out == ""
     # What the tensors could not tell is said before it.
     *notes, error = output.err.splitlines()
-    assert error.startswith("error: ")
-    assert not [note for note in notes if note.startswith("error: ")]
+    assert error.startswith("magma_jax.convert: ")
+    assert not [note for note in notes if note.startswith("magma_jax.convert: ")]
     assert re.search(message, error)

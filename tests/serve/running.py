@@ -9,9 +9,9 @@ import uvicorn
 from flax import nnx
 from PIL import Image
 
+from magma_jax import Magma
 from magma_jax.config import to_dict
 from magma_jax.data.images import ImageInput
-from magma_jax.inference.api import Magma
 from magma_jax.inference.batching.engine import Engine, EngineConfig
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split

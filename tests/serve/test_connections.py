@@ -67,7 +67,7 @@ def ask(**body):
     ],
 )
 def test_connections_without_a_request_are_closed(running, said, monkeypatch):
-    monkeypatch.setattr(connections, "_KEEP_ALIVE", 0)
+    monkeypatch.setattr(connections, "KEEP_ALIVE", 0)
     with connect(running) as connection:
         for piece in said:
             connection.sendall(piece)
@@ -125,8 +125,7 @@ def test_told_to_stop_the_server_waits_for_readers_only(model):
 def test_told_to_stop_the_server_ends_what_is_running(model, printed):
     """A request that would take longer than the grace is told so; nothing is logged as a fault of the server."""
     server = start(model, grace=0.3)
-    server.engine._admit_waiting = lambda: time.sleep(0.01)  # nobody gets a slot
-    with connect(server) as connection:
+    with connect(server) as connection, server.engine.paused():
         connection.sendall(ask(max_tokens=5))
         wait_for(lambda: server.engine.stats().waiting)
         server.stop()
@@ -151,9 +150,9 @@ def test_connections_are_no_more_than_files_may_be_open(monkeypatch):
     limits = [(300, 300)]
     monkeypatch.setattr(connections.resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(connections.resource, "setrlimit", lambda _, new: limits.append(new))
-    assert 1 <= connections._room_for_connections(1_000) < 200
+    assert 1 <= connections.room_for_connections(1_000) < 200
     limits.append((300, 100_000))  # may be raised
-    assert connections._room_for_connections(1_000) == 1_000
+    assert connections.room_for_connections(1_000) == 1_000
     assert 1_000 < limits[-1][0] < 2_000
     limits.append((30, 30))
-    assert connections._room_for_connections(1_000) == 1
+    assert connections.room_for_connections(1_000) == 1

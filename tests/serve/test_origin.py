@@ -39,7 +39,7 @@ def test_let_in(headers):
 
 
 def test_the_machine_goes_by_its_name(monkeypatch):
-    monkeypatch.setattr("magma_jax.serve.network.origin._own_name", lambda: "gpu7")
+    monkeypatch.setattr("magma_jax.serve.network.origin.own_name", lambda: "gpu7")
     assert is_let_in({"host": "gpu7:8000"})
     assert not is_let_in({"host": "gpu8:8000"})
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from magma_jax import generate
+from magma_jax import Magma
 from magma_jax.config import to_dict
 from magma_jax.data.images import ImageInput
-from magma_jax.inference.api import Magma
+from magma_jax.generate.__main__ import main as generate
 from magma_jax.output import printable
 from magma_jax.storage.model_folder import write_model_folder
 from tests.serve.browser import Page
@@ -33,7 +33,7 @@ def test_command_line_and_server(folder, said, server, tmp_path, capsys):
     image = square("white").resize((128, 96))
     image.save(tmp_path / "white.png")
     arguments = ["--checkpoint", folder, str(tmp_path / "white.png"), PROMPT, "--max-new-tokens", "12", "--stream"]
-    assert generate.main(arguments) == 0
+    assert generate(arguments) == 0
     assert capsys.readouterr().out.split() == printable(said).split()
     response = server.chat(messages=user(image, PROMPT), max_tokens=12)
     assert response.json()["choices"][0]["message"]["content"] == said

@@ -14,8 +14,8 @@ import pytest
 
 from magma_jax.data.images import ImageInput
 from magma_jax.inference.attention_maps import attention_maps
-from magma_jax.runtime.compilations import count_compilations
 from magma_jax.serve.config import ServerConfig
+from tests.compilations import count_compilations
 from tests.serve.running import RULES, SIZES, Running, expected, square, user
 
 
@@ -236,10 +236,10 @@ def test_requests_that_cannot_be_served_now(model, monkeypatch):
             patch.setattr(running.engine, "failure", "the engine has stopped (broken); restart it")
             assert running.http.get("/health").status_code == 503
             assert codes("/v1/chat/completions", 1, **chat) == [503]
-        running.engine._admit_waiting = lambda: time.sleep(0.01)  # nobody gets a slot
-        assert codes("/v1/chat/completions", 5, **chat) == [429, 429, 504, 504, 504]
-        while running.engine.stats().waiting:  # those that timed out
-            time.sleep(0.01)
+        with running.engine.paused():
+            assert codes("/v1/chat/completions", 5, **chat) == [429, 429, 504, 504, 504]
+            while running.engine.stats().waiting:  # those that timed out
+                time.sleep(0.01)
         monkeypatch.setattr("magma_jax.serve.prompts.images.read_image", lambda *_: time.sleep(1.5))
         assert codes("/v1/chat/completions", 5, messages=user(square("red"))) == [429, 429, 504, 504, 504]
     finally:

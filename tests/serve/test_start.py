@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from magma_jax.serve.__main__ import name_of, root_path_of
+from magma_jax.serve.command import name_of, root_path_of
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.network.listen import listen
 from magma_jax.serve.network.request_log import RequestLog

@@ -10,8 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
+from magma_jax import Magma
 from magma_jax.families.language import LANGUAGE
-from magma_jax.inference.api import Magma
 from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.models.language.gpt_neox import GPTNeoXConfig

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from magma_jax import Magma
 from magma_jax.config import ConfigError
-from magma_jax.inference.api import Magma
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
 from magma_jax.training.monitor.writers import METRICS_FILE

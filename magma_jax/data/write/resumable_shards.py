@@ -18,7 +18,7 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from magma_jax.data.format.records import DataError, Record, Skipped, pack_text, unpack
+from magma_jax.data.format.records import DataError, FileSlice, Record, Skipped, pack_text, unpack
 from magma_jax.data.format.shards import records_name, shard_writer, texts_name
 from magma_jax.data.write.prepare import UNREADABLE, PrepareOptions, prepare
 from magma_jax.output import OutputError, full_disk, replace_file
@@ -31,10 +31,10 @@ def written_shard(
 ) -> dict[str, Any]:
     """The report of a shard, which is written unless a former run has finished it."""
     digest = _digest(chunk)
-    return _finished(work, number, digest) or _write_shard(work, number, chunk, options, digest)
+    return _finished(work, number, digest) or write_shard(work, number, chunk, options, digest)
 
 
-def _write_shard(
+def write_shard(
     work: Path, number: int, chunk: Sequence[Record | Skipped], options: PrepareOptions, digest: str
 ) -> dict[str, Any]:
     """Writes one shard and its report, each under a temporary name first."""
@@ -48,6 +48,7 @@ def _write_shard(
                 if isinstance(result, Skipped):
                     skipped.append([result.id, result.reason, result.samples, result.detail])
                     continue
+                assert isinstance(entry, Record)  # it has content
                 content, fingerprint = result
                 writer.write(content, pack_text(entry))
                 ids.append(entry.id)
@@ -110,7 +111,7 @@ def _digest(chunk: Sequence[Record | Skipped]) -> str:
         state = None
         if isinstance(entry, Record) and isinstance(entry.image, bytes):
             entry = dataclasses.replace(entry, image=hashlib.sha256(entry.image).digest())
-        elif isinstance(entry, Record):
+        elif isinstance(entry, Record) and isinstance(entry.image, FileSlice):
             state = state_of(entry.image.path)
         described.update(repr((entry, state)).encode())
     return described.hexdigest()

@@ -15,17 +15,6 @@ from magma_jax.typing import Float, Int
 Ngrams = Counter[tuple[str, ...]]
 
 
-def bleu(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], max_order: int = 4
-) -> Float[np.ndarray, "{max_order}"]:
-    """Corpus BLEU-1 to BLEU-``max_order``, 0 to 1 (Papineni et al. 2002).
-
-    The brevity penalty sums, over the images, the reference length closest to the hypothesis (the shorter of two
-    equally close).
-    """
-    return bleu_of_counts(bleu_counts(hypotheses, references, max_order).sum(0))
-
-
 def bleu_counts(
     hypotheses: Sequence[str], references: Sequence[Sequence[str]], max_order: int = 4
 ) -> Int[np.ndarray, "N columns"]:
@@ -45,7 +34,11 @@ def bleu_counts(
 
 
 def bleu_of_counts(counts: Int[np.ndarray, " columns"]) -> Float[np.ndarray, " orders"]:
-    """BLEU-1, BLEU-2, ... of the summed rows of ``bleu_counts``."""
+    """Corpus BLEU-1, BLEU-2, ..., 0 to 1, of the summed rows of ``bleu_counts`` (Papineni et al. 2002).
+
+    The brevity penalty sums, over the images, the reference length closest to the hypothesis (the shorter of two
+    equally close).
+    """
     orders = (len(counts) - 2) // 2
     matched, possible, (length, reference_length) = counts[:orders], counts[orders : 2 * orders], counts[-2:]
     # The two small numbers are coco-caption's: no division by zero, and a score for what matches nothing.

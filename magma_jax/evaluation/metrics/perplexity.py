@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from magma_jax.data.format.records import DataError
 from magma_jax.data.readers.common import read_text
-from magma_jax.inference.api import Magma
+from magma_jax.inference.generator import TokenGenerator
 from magma_jax.nn.modules import Definition, merge
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.training.step.cross_entropy import cross_entropy
@@ -31,7 +31,7 @@ class Perplexity(NamedTuple):
     tokens: int
 
 
-def perplexity(model: Magma, text: str, *, batch_size: int = 4) -> Perplexity:
+def perplexity(model: TokenGenerator, text: str, *, batch_size: int = 4) -> Perplexity:
     """Perplexity of ``text``.
 
     The text is run in windows as long as the context, each begun half a window after the one before it, and every
@@ -43,7 +43,7 @@ def perplexity(model: Magma, text: str, *, batch_size: int = 4) -> Perplexity:
     ids = np.array(model.tokenizer.encode(text), np.int32)
     if len(ids) < 2:
         raise DataError(f"the text has {len(ids)} tokens; perplexity needs at least two")
-    window = model.config.lm.context_length
+    window = model.lm_config.context_length
     starts = range(0, max(1, len(ids) - window // 2), window // 2)
     tokens = np.full((len(starts), window + 1), model.tokenizer.pad_id, np.int32)
     labels = np.full((len(starts), window), IGNORED, np.int32)
@@ -65,7 +65,7 @@ def perplexity(model: Magma, text: str, *, batch_size: int = 4) -> Perplexity:
     return Perplexity(math.exp(total / count), total / math.log(2) / nbytes, count)
 
 
-def measure(model: Magma, path: str | Path) -> dict[str, Any]:
+def measure(model: TokenGenerator, path: str | Path) -> dict[str, Any]:
     """Perplexity on a file with the model's adapters, and without them where it has any."""
     text = read_text(Path(path))
     found = {"file": Path(path).name, "model": perplexity(model, text)._asdict()}

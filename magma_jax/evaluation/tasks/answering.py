@@ -6,26 +6,24 @@ its keys and values are shared. The answer to a prompt depends neither on its ba
 """
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.evaluation.tasks.batched_generate import answer_batch, classify_batch, run_common
-from magma_jax.inference.api import Magma
-from magma_jax.inference.decoding.sampling import SamplingConfig
-from magma_jax.inference.prompts import WORD, image_positions
+from magma_jax.inference.buckets import EVALUATION
+from magma_jax.inference.decoding.config import SamplingConfig
+from magma_jax.inference.generator import TokenGenerator
+from magma_jax.inference.image_features import Images, encode_all
+from magma_jax.inference.prompts import PromptLayout, lay_out, pad_layouts
 from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.distributed import is_main
 from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch
-from magma_jax.training.image_features import Images, encode_all
 from magma_jax.typing import Array, Int
 
-# Prompts are padded to multiples of the first number up to the second, so few programs are compiled.
-BUCKETS = ((16, 128), (32, 512), (128, 2**31))
 # Features that are kept, in bytes: 600 images of CLIP RN50x16, all of the quick start.
 KEPT_NBYTES = 2**30
 # Images that are encoded together.
@@ -38,52 +36,20 @@ class PromptError(ValueError):
     """A prompt that cannot be run; one line with the reason."""
 
 
-class Laid(NamedTuple):
-    """A prompt, position by position.
-
-    Attributes:
-        tokens: (S,) ids, 0 where an image stands.
-        places: (S,) number of the image in the prompt times P plus the position in it, or ``WORD``.
-        images: rows of the images.
-    """
-
-    tokens: Int[np.ndarray, " S"]
-    places: Int[np.ndarray, " S"]
-    images: list[int]
+def join_texts(parts: Parts) -> list[str | int]:
+    """The same parts, where texts that meet are one text: what is encoded together may take fewer tokens."""
+    joined: list[str | int] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part if isinstance(part, str) else int(part))
+    return joined
 
 
-def lay_out(parts: Parts, tokenizer: Tokenizer, positions: int) -> Laid:
-    """Tokens and places of a prompt whose images take ``positions`` each; words that meet are encoded as one text."""
-    tokens: list[int] = []
-    places: list[int] = []
-    images: list[int] = []
-    words = ""
-    for part in [*parts, None]:
-        if isinstance(part, str):
-            words += part
-            continue
-        ids = tokenizer.encode(words) if words else []
-        tokens += ids
-        places += [WORD] * len(ids)
-        words = ""
-        if part is not None:
-            tokens += [0] * positions
-            places += range(len(images) * positions, (len(images) + 1) * positions)
-            images.append(int(part))
-    return Laid(np.array(tokens, np.int32), np.array(places, np.int32), images)
-
-
-def pad_prompts(prompts: Sequence[Laid], length: int) -> dict[str, np.ndarray]:
-    """``tokens`` and ``places`` (B, length) and ``lengths`` (B,), as ``programs.answer_batch`` takes them."""
-
-    def rows(values: Iterable[Int[np.ndarray, " S"]], filler: int) -> Int[np.ndarray, "B length"]:
-        return np.stack([np.pad(row, (0, length - len(row)), constant_values=filler) for row in values])
-
-    return {
-        "tokens": rows((prompt.tokens for prompt in prompts), 0),
-        "places": rows((prompt.places for prompt in prompts), WORD),
-        "lengths": np.array([len(prompt.tokens) for prompt in prompts], np.int32),
-    }
+def lay_out_parts(parts: Parts, model: TokenGenerator) -> PromptLayout:
+    """The layout of a prompt of images of a source."""
+    return lay_out(join_texts(parts), model.tokenizer, model.images.positions)
 
 
 class Answerer:
@@ -96,17 +62,16 @@ class Answerer:
         mesh: devices that share the batches; None for one device.
     """
 
-    def __init__(self, model: Magma, images: Images, *, batch_size: int = 32, mesh: Mesh | None = None):
+    def __init__(self, model: TokenGenerator, images: Images, *, batch_size: int = 32, mesh: Mesh | None = None):
         shards = 1 if mesh is None else batch_shards(mesh)
         self.model, self._images, self._mesh = model, images, mesh
         self._batch_size = -(-batch_size // shards) * shards
         self._rows = list(range(self._batch_size)) if mesh is None else local_rows(mesh, self._batch_size)
         self._features: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
-        self._positions = image_positions(model.config)
 
     def length(self, parts: Parts) -> int:
         """Positions of a prompt."""
-        return len(lay_out(parts, self.model.tokenizer, self._positions).tokens)
+        return len(lay_out_parts(parts, self.model))
 
     def __call__(
         self,
@@ -132,9 +97,9 @@ class Answerer:
             PromptError: an empty prompt, or one that does not fit the context.
         """
         tokenizer = self.model.tokenizer
-        beginning = lay_out(common, tokenizer, self._positions)
-        laid = self._lay_out(prompts, len(beginning.tokens) + max_new_tokens, extrapolate)
-        prefix = self._run_common(beginning) if len(beginning.tokens) else None
+        beginning = lay_out_parts(common, self.model)
+        laid = self._lay_out(prompts, len(beginning) + max_new_tokens, extrapolate)
+        prefix = self._run_common(beginning) if len(beginning) else None
         answers: list[str] = [""] * len(prompts)
         for rows, arrays in self._batches(laid):
             tokens, lengths = answer_batch(
@@ -158,7 +123,7 @@ class Answerer:
         Raises:
             PromptError: no head, an empty prompt, or one that does not fit the context.
         """
-        if not self.model.config.classes:
+        if not self.model.classes:
             raise PromptError(
                 "this model has no classification head; finetune one that has (configs/finetune_snli_ve.py)"
             )
@@ -169,15 +134,15 @@ class Answerer:
                 classes[i] = number
         return classes
 
-    def _lay_out(self, prompts: Sequence[Parts], more: int, extrapolate: bool) -> list[Laid]:
+    def _lay_out(self, prompts: Sequence[Parts], more: int, extrapolate: bool) -> list[PromptLayout]:
         """The prompts, which with ``more`` positions each must fit the context."""
-        laid = [lay_out(prompt, self.model.tokenizer, self._positions) for prompt in prompts]
-        if any(not len(prompt.tokens) for prompt in laid):
+        laid = [lay_out_parts(prompt, self.model) for prompt in prompts]
+        if any(not len(prompt) for prompt in laid):
             raise PromptError("a prompt is empty: give at least one image or one word")
         if extrapolate and "lm/wpe/weight" not in self.model.params:
             return laid
-        context = self.model.config.lm.context_length
-        longest = max((len(prompt.tokens) for prompt in laid), default=0)
+        context = self.model.lm_config.context_length
+        longest = max((len(prompt) for prompt in laid), default=0)
         if longest + more > context:
             raise PromptError(
                 f"the longest prompt takes {longest} positions, common shots and answer {more}, but the context holds "
@@ -185,12 +150,12 @@ class Answerer:
             )
         return laid
 
-    def _batches(self, laid: Sequence[Laid]) -> Iterator[tuple[list[int], dict[str, np.ndarray | Array]]]:
+    def _batches(self, laid: Sequence[PromptLayout]) -> Iterator[tuple[list[int], dict[str, np.ndarray | Array]]]:
         """Numbers of the prompts of every batch, and the batch on the devices."""
         most = max((len(prompt.images) for prompt in laid), default=0) or 1
         by_bucket: dict[int, list[int]] = collections.defaultdict(list)
         for number, prompt in enumerate(laid):
-            by_bucket[_bucket(len(prompt.tokens))].append(number)
+            by_bucket[EVALUATION.fit(len(prompt))].append(number)
         quiet = None if is_main() else True
         with tqdm(total=len(laid), desc="answering", unit="prompt", disable=quiet) as bar:
             for bucket, members in sorted(by_bucket.items()):
@@ -202,14 +167,14 @@ class Answerer:
                     bar.update(len(batch))
 
     def _arrays(
-        self, prompts: Sequence[Laid], numbers: Int[np.ndarray, " B"], bucket: int, images: int
+        self, prompts: Sequence[PromptLayout], numbers: Int[np.ndarray, " B"], bucket: int, images: int
     ) -> dict[str, np.ndarray | Array]:
         """A batch on the devices; of several processes each encodes and places its own rows."""
         # A prompt with fewer images than another has some image in the free places, where nothing points to.
-        shown = [p.images + (p.images[-1:] or [0]) * (images - len(p.images)) for p in prompts]
+        shown = [[*p.images, *(p.images[-1:] or (0,)) * (images - len(p.images))] for p in prompts]
         self._encode({image for row in shown for image in row})
         arrays = {
-            **pad_prompts([prompts[row] for row in self._rows], bucket),
+            **pad_layouts([prompts[row] for row in self._rows], bucket),
             "features": np.stack([[self._features[image] for image in shown[row]] for row in self._rows]),
             "numbers": numbers[self._rows].astype(np.int32),
         }
@@ -234,7 +199,7 @@ class Answerer:
         while len(self._features) > max(len(wanted), KEPT_NBYTES // nbytes):
             self._features.popitem(last=False)
 
-    def _run_common(self, beginning: Laid) -> KVCache:
+    def _run_common(self, beginning: PromptLayout) -> KVCache:
         self._encode(set(beginning.images))
         features = np.stack([self._features[image] for image in beginning.images])[None]
         return run_common(
@@ -258,8 +223,3 @@ class _Chosen:
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         return self._images[self._rows[rows]]
-
-
-def _bucket(length: int) -> int:
-    step = next(step for step, end in BUCKETS if length <= end)
-    return -(-length // step) * step

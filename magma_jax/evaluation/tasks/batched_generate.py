@@ -5,12 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
+from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.decode import generate
-from magma_jax.inference.decoding.sampling import SamplingConfig, sampling_rows
+from magma_jax.inference.decoding.sampling import sampling_rows
 from magma_jax.inference.prompts import WORD
-from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import Definition, merge
 from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.compile import platform_jit
@@ -87,7 +88,7 @@ def run_common(
 
 
 def _embed(
-    model: MagmaModel,
+    model: nnx.Module,
     features: Float[Array | np.ndarray, "B N ..."],
     tokens: Int[Array | np.ndarray, "B S"],
     places: Int[Array | np.ndarray, "B S"],

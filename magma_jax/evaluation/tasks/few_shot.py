@@ -28,8 +28,8 @@ from magma_jax.evaluation.tasks.examples import (
 )
 from magma_jax.evaluation.tasks.shots import Shot, choose_shots
 from magma_jax.evaluation.tasks.task import TaskConfig
-from magma_jax.evaluation.tasks.truncation import truncate
-from magma_jax.inference.api import Magma
+from magma_jax.evaluation.tasks.truncation import Truncation, truncate
+from magma_jax.inference.generator import TokenGenerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Asked:
 
 
 def evaluate_task(
-    model: Magma,
+    model: TokenGenerator,
     task: TaskConfig,
     dataset: Dataset | None = None,
     *,
@@ -122,10 +122,10 @@ def evaluate_task(
     shots = choose_shots(task, queries, pool, examples)
     same = pool.images is queries.images
     images = queries.images if same else JoinedImages(queries.images, pool.images)
-    shown = BlackImages(len(images), model.config.encoder.image_size) if task.blind else images
+    shown = BlackImages(len(images), model.images.size) if task.blind else images
     answerer = Answerer(model, shown, batch_size=batch_size, mesh=mesh)
     offset = 0 if same else len(queries.images)
-    room = model.config.lm.context_length - task.max_new_tokens
+    room = model.lm_config.context_length - task.max_new_tokens
     asked = ask(task, examples, shots, offset, answerer, room)
     if task.kind == "class":
         outputs = _classify(task, answerer, asked.prompts)
@@ -146,7 +146,7 @@ def evaluate_task(
         "data": queries.name,
         "shots": {"data": pool.name, "of": len(pool), "dropped": asked.dropped} if task.shots else None,
         "longest_prompt": longest,
-        "context": model.config.lm.context_length,
+        "context": model.lm_config.context_length,
         "decoding": _decoding(task),
         **(stamp or {}),
     }
@@ -168,7 +168,7 @@ def finish(
         DataError: some examples have true answers and others have none; or not those that a protocol compares with.
     """
 
-    def kept(how: str) -> list[str]:
+    def kept(how: Truncation) -> list[str]:
         texts = zip(outputs, examples, strict=True)
         return [truncate(output, example.answers, how, tokenizer) for output, example in texts]
 
@@ -187,20 +187,19 @@ def finish(
 
 
 def open_examples(
-    task: TaskConfig, model: Magma, dataset: Dataset | None, workers: int = 0
+    task: TaskConfig, model: TokenGenerator, dataset: Dataset | None, workers: int = 0
 ) -> tuple[Examples, Examples]:
     """Examples to ask, and to draw shots from; the same object where these are the same data.
 
     Raises:
         DataError: no data.
     """
-    open_folder = functools.partial(
-        StoredExamples, kind=task.kind, image_size=model.config.encoder.image_size, workers=workers
-    )
+    open_folder = functools.partial(StoredExamples, kind=task.kind, image_size=model.images.size, workers=workers)
     if task.data is not None:
         queries = open_folder(task.data)
-        same = task.shot_data is None or Path(task.shot_data).resolve() == Path(task.data).resolve()
-        return queries, queries if same else open_folder(task.shot_data)
+        if task.shot_data is None or Path(task.shot_data).resolve() == Path(task.data).resolve():
+            return queries, queries
+        return queries, open_folder(task.shot_data)
     if dataset is None:
         raise DataError(f"task {task.name}: no data; give the dataset folder with --data")
     own = OwnExamples(dataset, task.split, task.kind)
@@ -221,7 +220,7 @@ def ask(
 ) -> Asked:
     """Prompts of a task; ``offset``: the row of the shots' first image; ``room``: positions a prompt may take."""
     completed = [[(offset + shot.image, task.complete(shot.text, shot.shown)) for _, shot in row] for row in shots]
-    prompts = [(example.image, task.ask(example.text)) for example in examples]
+    prompts: list[Parts] = [(example.image, task.ask(example.text)) for example in examples]
     lengths = [answerer.length(prompt) for prompt in prompts]
     dropped = 0
 
@@ -241,7 +240,7 @@ def ask(
 
 
 def _classify(task: TaskConfig, answerer: Answerer, prompts: Sequence[Parts]) -> list[str]:
-    heads = answerer.model.config.classes
+    heads = answerer.model.classes
     if heads and heads != len(task.classes):
         raise DataError(f"{task.name}: the head has {heads} classes, but {len(task.classes)} names are given")
     return [task.classes[number] for number in answerer.classify(prompts)]

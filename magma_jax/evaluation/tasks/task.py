@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from magma_jax.config import to_dict
 from magma_jax.evaluation.scoring.protocols import PROTOCOLS
-from magma_jax.inference.decoding.sampling import SamplingConfig
+from magma_jax.inference.decoding.config import SamplingConfig
 
 Kind = Literal["question", "caption", "class"]
 Truncation = Literal["none", "newline", "words", "tokens", "characters"]

@@ -1,27 +1,28 @@
 """Language models alone: next-token prediction of text."""
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.data.openmoji.dataset import OpenmojiConfig, OpenmojiTextConfig
 from magma_jax.families.language.loss import language_loss
 from magma_jax.family import Family
+from magma_jax.inference.decoding.program import decode_program
 from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.models.language.decoder import Decoder
+from magma_jax.nn.modules import LanguageParam
+from magma_jax.storage.model_folder import CheckpointError
 from magma_jax.training.monitor.throughput import count_batch
-from magma_jax.training.run.config import RunConfig
 from magma_jax.training.step.flops import LANGUAGE_INPUTS, StepFlops, attention_flops, matrix_flops
+from magma_jax.training.step.optim import Group
+from magma_jax.training.step.options import LossOptions
 
 
 def _build(config: LanguageModelConfig, rngs: nnx.Rngs) -> Decoder:
     return Decoder(config, rngs=rngs)
-
-
-def _complete(config: RunConfig) -> RunConfig:
-    if config.data.name == "folders":
-        raise ValueError(f"data.name folders holds images, which a model of kind {config.model.kind} does not see")
-    return config
 
 
 def _batch_shapes(program: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -39,11 +40,21 @@ def _flops(config: LanguageModelConfig, shapes: Any, labels: Any, batch: Any) ->
     return StepFlops(rows * frozen, rows * trained, rows * attention, 0)
 
 
+def _open(path: str | Path, **_: Any) -> Any:
+    raise CheckpointError(
+        f"{path}: a language model alone, which is not asked or served; give the folder of a model that sees, such "
+        "as a run of configs/quickstart.py"
+    )
+
+
 LANGUAGE = Family(
     name="language",
     configs=LanguageModelConfig.__args__,
+    data=(OpenmojiConfig, OpenmojiTextConfig),
+    options=LossOptions,
     build=_build,
-    complete=_complete,
+    roles=lambda config: {LanguageParam.role: Group()},
+    complete=lambda config: config,
     loss=language_loss,
     shardings=(),
     vocab_rows=lambda config: config.vocab_rows,
@@ -52,7 +63,10 @@ LANGUAGE = Family(
     flops=_flops,
     prepare=lambda program, dataset, params: lambda batch: batch,
     first_values=lambda program, dataset, params: {},
+    fresh=r"",
+    base_may_differ=lambda model: ("dtype", "embedding_std"),
     parts={},
-    language_model=lambda model: model,
+    open=_open,
+    decode_program=functools.partial(decode_program, lambda model: model),
     panel=None,
 )

@@ -11,13 +11,14 @@ from PIL import Image
 from magma_jax.config import ConfigError
 from magma_jax.evaluation.report.cards import Card, Line, draw_cards
 from magma_jax.evaluation.results.results import CAPTION, question_of
-from magma_jax.evaluation.tasks.answering import lay_out, pad_prompts
 from magma_jax.evaluation.tasks.batched_generate import answer_batch
-from magma_jax.inference.decoding.sampling import SamplingConfig
-from magma_jax.inference.prompts import image_positions
+from magma_jax.families.magma.image_features import features_are_fixed
+from magma_jax.families.magma.images import image_spec
+from magma_jax.inference.decoding.config import SamplingConfig
+from magma_jax.inference.image_features import encode_all
+from magma_jax.inference.prompts import lay_out, pad_layouts
 from magma_jax.output import replace_file
 from magma_jax.runtime.sharding import batch_shards
-from magma_jax.training.image_features import encode_all, features_are_fixed
 from magma_jax.training.monitor.writers import append_line, cut_after
 from magma_jax.training.run.setup import Run
 from magma_jax.typing import Params, UInt8
@@ -53,17 +54,17 @@ class Sampler:
         self._features: np.ndarray | None = None
         self._samples = choose(samples, watch.samples)
         self._rows = sorted({int(sample.image) for sample in self._samples})
-        positions = image_positions(model)
+        positions = image_spec(model).positions
         # The devices share the rows, so the last one is repeated where these do not come out even.
         self._asked = self._samples + self._samples[-1:] * (-len(self._samples) % batch_shards(run.program.mesh))
         prompts = [lay_out((int(s.image), s.prompt), dataset.tokenizer, positions) for s in self._asked]
-        longest = max(len(prompt.tokens) for prompt in prompts)
+        longest = max(len(prompt) for prompt in prompts)
         if longest + watch.samples_tokens > model.lm.context_length:
             raise ConfigError(
                 f"watch.samples_tokens: image, prompt and {watch.samples_tokens} new tokens take "
                 f"{longest + watch.samples_tokens} positions, but the context holds {model.lm.context_length}; lower it"
             )
-        self._prompts = pad_prompts(prompts, longest) | {"numbers": np.arange(len(prompts), dtype=np.int32)}
+        self._prompts = pad_layouts(prompts, longest) | {"numbers": np.arange(len(prompts), dtype=np.int32)}
         if writing:
             cut_after(run.workdir / SAMPLES_FILE, int(run.state.step))
 

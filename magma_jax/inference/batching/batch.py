@@ -5,18 +5,21 @@ the same few-shot examples before another image.
 """
 
 import collections
+import functools
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from magma_jax.inference.api import LENGTH_BUCKETS, Magma
 from magma_jax.inference.batching import slots
 from magma_jax.inference.batching.requests import MAX_TOP_LOGPROBS, RequestOptions
+from magma_jax.inference.buckets import SEQUENCES
+from magma_jax.inference.decoding.config import seed_words
 from magma_jax.inference.decoding.decode import SampledTokens
-from magma_jax.inference.decoding.sampling import sampling_rows, seed_words
-from magma_jax.inference.prompts import WORD, Encoded, image_positions
+from magma_jax.inference.decoding.sampling import sampling_rows
+from magma_jax.inference.generator import TokenGenerator
+from magma_jax.inference.prompts import WORD, PromptLayout, lay_out_tokens
 from magma_jax.inference.structured.constraints import installed
 from magma_jax.inference.structured.grammars import Guide, everything
 from magma_jax.typing import Array, Int, UInt32
@@ -46,24 +49,24 @@ class Entry(NamedTuple):
     """A request on its way to its slot."""
 
     place: Place
-    prompt: Encoded
+    prompt: PromptLayout
     options: RequestOptions
     guide: Guide | None = None
 
     @property
     def length(self) -> int:
         """Positions that have to be run."""
-        return len(self.prompt.tokens) - self.place.start
+        return len(self.prompt) - self.place.start
 
 
 class _Held:
-    """What a slot's cache holds: the first ``length`` rows are identities as in ``Encoded``, with their salt."""
+    """What a slot's cache holds: the first ``length`` rows of ``PromptLayout.identity``, and their salt."""
 
     def __init__(self, context: int):
         self.rows, self.length, self.salt = np.zeros((context, 3), np.int64), 0, b""
 
-    def take(self, prompt: Encoded) -> None:
-        self.length, self.salt = len(prompt.tokens), prompt.salt
+    def take(self, prompt: PromptLayout) -> None:
+        self.length, self.salt = len(prompt), prompt.salt
         self.rows[: self.length] = prompt.identity
 
     def add(self, tokens: Sequence[int]) -> None:
@@ -72,11 +75,11 @@ class _Held:
         self.rows[self.length : end, 0] = tokens
         self.length = end
 
-    def common(self, prompt: Encoded, length: int) -> int:
+    def common(self, prompt: PromptLayout, length: int) -> int:
         """How many of the first ``length`` positions are those of a prompt."""
         if prompt.salt != self.salt:
             return 0
-        size = min(length, len(prompt.tokens))
+        size = min(length, len(prompt))
         different = np.flatnonzero((self.rows[:size] != prompt.identity[:size]).any(axis=1))
         return int(different[0]) if len(different) else size
 
@@ -87,7 +90,7 @@ class SlotBatch:
     Nothing here waits for the device: what it gives are arrays in the making.
 
     Args:
-        model: any.
+        model: any that writes token by token.
         count: slots.
         context: positions of each.
         images: images that are kept encoded; one prompt may have as many.
@@ -95,15 +98,14 @@ class SlotBatch:
         reuse: whether prompts that begin like an earlier one share its cache.
     """
 
-    def __init__(self, model: Magma, *, count: int, context: int, images: int, steps: int, reuse: bool):
+    def __init__(self, model: TokenGenerator, *, count: int, context: int, images: int, steps: int, reuse: bool):
         self.model, self.count, self.images, self.steps, self.reuse = model, count, images, steps, reuse
-        self.buckets = (*(bucket for bucket in LENGTH_BUCKETS if bucket < context), context)
+        self.buckets = SEQUENCES.up_to(context)
         self.encoded = 0  # images, since the start
         self._context = context
         self._fixed = (model.graphdef, model.params)
-        self._eos_id, self._vocabulary = model.tokenizer.eos_id, model.config.lm.head_rows
-        self._top = min(MAX_TOP_LOGPROBS, model.config.lm.vocab_rows)
-        self._image_positions = image_positions(model.config)
+        self._eos_id, self._vocabulary = model.tokenizer.eos_id, model.lm_config.head_rows
+        self._top = min(MAX_TOP_LOGPROBS, model.lm_config.vocab_rows)
         self.reset()
 
     def reset(self) -> None:
@@ -113,7 +115,7 @@ class SlotBatch:
         self._row_of: collections.OrderedDict[bytes, int] = collections.OrderedDict()
         self._held = [_Held(self._context) for _ in range(self.count)]
 
-    def place(self, prompt: Encoded, free: Set[int], just_placed: Sequence[Entry]) -> Place | None:
+    def place(self, prompt: PromptLayout, free: Set[int], just_placed: Sequence[Entry]) -> Place | None:
         """A slot for a prompt; the slot's cache then is the prompt's.
 
         None if the prompt begins like one that is placed but not admitted yet: admit those first.
@@ -126,7 +128,7 @@ class SlotBatch:
         self._held[slot].take(prompt)
         return Place(slot, start)
 
-    def _choose(self, prompt: Encoded, free: Set[int]) -> tuple[int, int, int | None]:
+    def _choose(self, prompt: PromptLayout, free: Set[int]) -> tuple[int, int, int | None]:
         """The slot, how much of the prompt its cache will hold, and the slot to copy that from, if another."""
         emptiest = min(free, key=lambda slot: self._held[slot].length)  # has the least to lose
         if not self.reuse:
@@ -134,7 +136,7 @@ class SlotBatch:
         # The newest token of a running request was sampled but not run yet: the cache does not hold it.
         lengths = [held.length if slot in free else held.length - 1 for slot, held in enumerate(self._held)]
         # At least one position has to be run: the first token is sampled from its logits.
-        most = len(prompt.tokens) - 1
+        most = len(prompt) - 1
         common = [min(held.common(prompt, size), most) for held, size in zip(self._held, lengths, strict=True)]
         best = max(range(self.count), key=lambda slot: (common[slot], slot in free))
         if common[best] < MIN_REUSED:
@@ -149,7 +151,7 @@ class SlotBatch:
         waiting = sorted(entries, key=lambda entry: -entry.length)
         done = []
         while waiting:
-            bucket = self._bucket(waiting[0].length)
+            bucket = self.buckets.fit(waiting[0].length)
             size = next(size for size in self._groups(bucket) if size == 1 or self._fit(waiting, size))
             group, waiting = waiting[:size], waiting[size:]
             admission = self._admission(group, bucket)  # adds to the table
@@ -166,21 +168,14 @@ class SlotBatch:
         """How many prompts of a padded length are run together."""
         return [size for size in GROUPS if size == 1 or (size <= self.count and size * bucket <= GROUP_POSITIONS)]
 
-    def _bucket(self, length: int) -> int:
-        return next(bucket for bucket in self.buckets if bucket >= length)
-
     def _admission(self, entries: Sequence[Entry], bucket: int) -> slots.Admission:
         tokens = np.zeros((len(entries), bucket), np.int32)
-        images = np.full((len(entries), bucket), WORD, np.int32)
+        places = np.full((len(entries), bucket), WORD, np.int32)
         seen = np.zeros((len(entries), self._vocabulary), bool)
         for row, (place, prompt, *_) in enumerate(entries):
-            new = slice(place.start, None)
-            owners = prompt.owners[new]
-            tokens[row, : len(owners)] = prompt.tokens[new]
-            first = {key: self._image_row(key, prompt) * self._image_positions for key in set(owners) - {None}}
-            for i, (owner, position) in enumerate(zip(owners, prompt.places[new], strict=True)):
-                if owner is not None:
-                    images[row, i] = first[owner] + position
+            new = len(prompt) - place.start
+            tokens[row, :new] = prompt.tokens[place.start :]
+            places[row, :new] = prompt.table_places(functools.partial(self._image_row, prompt), place.start)
             seen[row, prompt.tokens[prompt.places == WORD]] = True
         options = [entry.options for entry in entries]
 
@@ -188,17 +183,17 @@ class SlotBatch:
             return np.array(values, dtype)
 
         return slots.Admission(
-            numbers([entry.place.slot for entry in entries]),
-            numbers([entry.place.start for entry in entries]),
-            numbers([entry.length for entry in entries]),
-            tokens,
-            images,
-            seen,
-            numbers([seed_words(one.seed) for one in options], np.uint32),
-            sampling_rows([one.sampling for one in options]),
-            numbers([one.max_new_tokens for one in options]),
-            numbers([one.min_new_tokens for one in options]),
-            self._allowed(len(entries), {row: entry.guide for row, entry in enumerate(entries)}),
+            slot=numbers([entry.place.slot for entry in entries]),
+            start=numbers([entry.place.start for entry in entries]),
+            length=numbers([entry.length for entry in entries]),
+            tokens=tokens,
+            places=places,
+            seen=seen,
+            seed=numbers([seed_words(one.seed) for one in options], np.uint32),
+            sampling=sampling_rows([one.sampling for one in options]),
+            limit=numbers([one.max_new_tokens for one in options]),
+            minimum=numbers([one.min_new_tokens for one in options]),
+            allowed=self._allowed(len(entries), {row: entry.guide for row, entry in enumerate(entries)}),
         )
 
     def _allowed(self, rows: int, guides: Mapping[int, Guide | None]) -> UInt32[np.ndarray, "{rows} W"]:
@@ -209,7 +204,7 @@ class SlotBatch:
                 allowed[row] = guide.mask
         return allowed
 
-    def _image_row(self, key: bytes, prompt: Encoded) -> int:
+    def _image_row(self, prompt: PromptLayout, key: bytes) -> int:
         """Where an image stands in the table; it is encoded if it is not there, in place of the least used one."""
         if key in self._row_of:
             self._row_of.move_to_end(key)
@@ -260,11 +255,11 @@ class SlotBatch:
 
     def warm_up(self) -> None:
         """Compiles every program, by running each for no slot at all. Nothing may be running."""
-        size = self.model.config.encoder.image_size
+        size = self.model.images.size
         self._add_image(np.zeros((size, size, 3), np.uint8), 0)
         nowhere = Place(self.count, 0)
-        for bucket in self.buckets:
-            prompt = Encoded(np.zeros(1, np.int32), np.full(1, WORD, np.int32), [None], {}, np.zeros((1, 3), np.int64))
+        prompt = lay_out_tokens([0], 1)
+        for bucket in self.buckets.sizes:
             for size in self._groups(bucket):
                 idle = self._admission([Entry(nowhere, prompt, RequestOptions(1))] * size, bucket)
                 self._rows, _ = self._run(slots.admit, self._table, idle, top=self._top)

@@ -11,30 +11,32 @@ a prompt has in common with an earlier one is not computed again (``inference.ba
 """
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from magma_jax.inference.api import Magma
 from magma_jax.inference.batching.batch import Entry, Place, SlotBatch
+from magma_jax.inference.batching.config import EngineConfig
 from magma_jax.inference.batching.requests import (
     Alternatives,
-    Answer,
     EngineError,
     Progress,
     RequestOptions,
+    TextAssembler,
     Ticket,
     UnfinishedError,
 )
 from magma_jax.inference.decoding.decode import SampledTokens, TopTokens
-from magma_jax.inference.prompts import Encoded, Prompt, encode_prompt
+from magma_jax.inference.generator import TokenGenerator
+from magma_jax.inference.prompts import Prompt, PromptLayout
 from magma_jax.inference.structured.constraints import Constraint
 from magma_jax.inference.structured.grammars import Grammar, Grammars, Guide, GuideError
 
@@ -42,36 +44,6 @@ _log = logging.getLogger(__name__)
 
 # While others wait, a burst of decoding ends when so many requests have: one prompt alone is run no quicker than these.
 ENOUGH = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """Sizes of an engine; all memory is taken at the start.
-
-    Attributes:
-        slots: requests that decode together.
-        context: positions of one request, prompt and answer; None for the model's context.
-        images: images that are kept encoded; also the most that one prompt may have.
-        steps: tokens that are decoded between two looks at the queue.
-        queue: requests that may wait.
-        queue_bytes: what the images, at the encoder's size, and grammars of those that wait may take together.
-        reuse: whether prompts that begin like an earlier one share its cache, and equal images are encoded once.
-    """
-
-    slots: int = 8
-    context: int | None = None
-    images: int = 64
-    steps: int = 8
-    queue: int = 256
-    queue_bytes: int = 256 * 2**20
-    reuse: bool = True
-
-    def __post_init__(self):
-        for name in ("slots", "images", "steps", "queue", "queue_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.context is not None and self.context < 2:
-            raise ValueError(f"context must be at least 2, a prompt and its answer, got {self.context}")
 
 
 class QueueFull(EngineError):
@@ -93,8 +65,8 @@ class EngineStats(NamedTuple):
 @dataclasses.dataclass
 class _Work:
     ticket: Ticket
-    prompt: Encoded
-    answer: Answer
+    prompt: PromptLayout
+    text: TextAssembler
     grammar: Grammar | None
     guide: Guide | None
     new: int = 0
@@ -125,9 +97,9 @@ class Engine:
         ValueError: more context than the model has.
     """
 
-    def __init__(self, model: Magma, config: EngineConfig = EngineConfig()):
+    def __init__(self, model: TokenGenerator, config: EngineConfig = EngineConfig()):
         self.model, self.config = model, config
-        limit = model.config.lm.context_length
+        limit = model.lm_config.context_length
         if config.context is not None and config.context > limit:
             raise ValueError(f"a context of {config.context} was asked for, but the model has {limit} positions")
         self.context = config.context or limit
@@ -141,12 +113,12 @@ class Engine:
             reuse=config.reuse,
         )
         self.buckets = self._batch.buckets
-        rows = model.config.lm
+        rows = model.lm_config
         self._grammars = Grammars(model.tokenizer, table_rows=rows.vocab_rows, ids=rows.head_rows)
         self._waiting: collections.deque[_Work] = collections.deque()
         self._running: dict[int, _Work] = {}
         self._changed = threading.Condition()
-        self._stopping = self._draining = False
+        self._stopping = self._draining = self._paused = False
         self._finished = self._prompt_tokens = self._reused = self._new = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -176,8 +148,8 @@ class Engine:
         """
         return self._grammars.compile(constraint)
 
-    def encode(self, prompt: Prompt, salt: bytes = b"") -> Encoded:
-        """Tokens and pixels of a prompt; may run in any thread, before ``submit``.
+    def layout(self, prompt: Prompt, salt: bytes = b"") -> PromptLayout:
+        """The layout of a prompt; may run in any thread, before ``submit``.
 
         Prompts of another ``salt`` share no work with this one, so that nobody can tell from the time or the counts of
         an answer what they are.
@@ -186,23 +158,22 @@ class Engine:
             ValueError: an empty prompt, an item that is neither text nor image, too many images, or more text than
                 the context can hold. ImageError.
         """
-        config, tokenizer = self.model.config, self.model.tokenizer
         size = sum(len(item) for item in prompt if isinstance(item, str))
-        if size > self.context * tokenizer.longest:  # before it is split, which takes long
+        if size > self.context * self.model.tokenizer.longest:  # before it is split, which takes long
             raise ValueError(f"the prompt has {size} characters, more than the context of {self.context} tokens holds")
         salt = salt if self.config.reuse else secrets.token_bytes(16)
-        return encode_prompt(prompt, config, tokenizer, max_images=self.config.images, salt=salt)
+        return self.model.layout(prompt, max_images=self.config.images, salt=salt)
 
-    def submit(self, prompt: Prompt | Encoded, options: RequestOptions = RequestOptions()) -> Ticket:
+    def submit(self, prompt: Prompt | PromptLayout, options: RequestOptions = RequestOptions()) -> Ticket:
         """Takes a request and returns at once.
 
         Raises:
             QueueFull: as many as may wait are waiting, or their images take as much as they may.
-            ValueError: prompt and answer do not fit the context; and what ``encode`` and ``compile`` raise.
+            ValueError: prompt and answer do not fit the context; and what ``layout`` and ``compile`` raise.
             EngineError: the engine is shutting down, or has failed.
         """
-        encoded = prompt if isinstance(prompt, Encoded) else self.encode(prompt)
-        length = len(encoded.tokens)
+        layout = prompt if isinstance(prompt, PromptLayout) else self.layout(prompt)
+        length = len(layout)
         if length + options.max_new_tokens > self.context:
             raise ValueError(
                 f"the prompt has {length} positions and {options.max_new_tokens} new tokens were asked for, but the "
@@ -213,7 +184,8 @@ class Engine:
             grammar = self.compile(grammar)
         ticket = Ticket(length, options)
         guide = None if grammar is None else grammar.start()
-        work = _Work(ticket, encoded, Answer(self.model.tokenizer, options.stop), grammar, guide)
+        text = TextAssembler(self.model.tokenizer, options.stop)
+        work = _Work(ticket=ticket, prompt=layout, text=text, grammar=grammar, guide=guide)
         with self._changed:
             if self.failure is not None:
                 raise EngineError(self.failure)
@@ -232,14 +204,25 @@ class Engine:
         """Counters for whoever watches."""
         with self._changed:
             return EngineStats(
-                len(self._waiting),
-                len(self._running),
-                self._finished,
-                self._prompt_tokens,
-                self._reused,
-                self._new,
-                self._batch.encoded,
+                waiting=len(self._waiting),
+                running=len(self._running),
+                finished=self._finished,
+                prompt_tokens=self._prompt_tokens,
+                reused_tokens=self._reused,
+                new_tokens=self._new,
+                images_encoded=self._batch.encoded,
             )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nobody is let in while the block runs: what is submitted in it waits and then begins together."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._paused = False
+                self._changed.notify_all()
 
     def warmup(self) -> float:
         """Compiles every program now instead of at the first requests that need it; returns the seconds it took."""
@@ -266,6 +249,8 @@ class Engine:
                 self._changed.wait_for(lambda: self._waiting or self._running or self._stopping)
                 if self._stopping:
                     return
+                if self._paused and not self._running:
+                    self._changed.wait(0.01)  # who gives up meanwhile is let go
             try:
                 self._drop_cancelled()
                 self._step()
@@ -330,7 +315,7 @@ class Engine:
         admitted: list[tuple[list[Entry], SampledTokens]] = []
         placed: list[Entry] = []
         free = set(range(self.config.slots)) - self._running.keys()
-        while free and self._waiting:
+        while free and self._waiting and not self._paused:
             work = self._waiting[0]
             place = self._batch.place(work.prompt, free, placed)
             if place is None:
@@ -382,13 +367,19 @@ class Engine:
                 return [slot]
             complete = work.guide.complete
         at_limit = work.new >= work.ticket.options.max_new_tokens
-        text, found = work.answer.add(tokens, last=ended or at_limit or complete)
+        text, found = work.text.add(tokens, last=ended or at_limit or complete)
         if work.guide is not None:
             text = work.guide.shown(text)
         self._batch.add_tokens(slot, tokens)
         finish = "stop" if ended or complete or found is not None else "length" if at_limit else None
         used = len(tokens) if found is None else found
-        piece = Progress(text, tuple(tokens[:used]), tuple(new.logprobs[:used]), tuple(new.top[:used]), finish)
+        piece = Progress(
+            text=text,
+            tokens=tuple(tokens[:used]),
+            logprobs=tuple(new.logprobs[:used]),
+            top=tuple(new.top[:used]),
+            finish=finish,
+        )
         if finish is None:
             work.ticket.put(piece)
         else:

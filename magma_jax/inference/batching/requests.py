@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from magma_jax.data.tokenizers.byte_level import Tokenizer
-from magma_jax.inference.decoding.sampling import SamplingConfig, check_seed
+from magma_jax.inference.decoding.config import SamplingConfig, check_seed
 from magma_jax.inference.structured.constraints import Constraint
 from magma_jax.inference.structured.grammars import Grammar
+from magma_jax.output import FailedError
 
 # Why a request ended: its end of text or a stop string, its limit, or because nobody wanted it any more.
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -28,7 +29,7 @@ class RequestOptions:
     Attributes:
         max_new_tokens: at most.
         sampling: how tokens are sampled; ``compat`` is not served.
-        seed: the answer is that of ``Magma.generate(..., seed=[seed])``.
+        seed: the answer is that of ``batched.generate_tokens(..., seed=[seed])``.
         stop: texts that end the answer and are no part of it.
         top_logprobs: likeliest tokens to report beside each token.
         min_new_tokens: the end of text is not sampled before so many; a stop text ends the answer all the same, and so
@@ -59,7 +60,7 @@ class RequestOptions:
         if any(not text for text in self.stop):
             raise ValueError("stop: an empty text would end every answer at once")
         if self.sampling.compat is not None:
-            raise ValueError("compat is for single runs (Magma.generate), not for batched serving")
+            raise ValueError("compat is for single runs (generate_tokens), not for batched serving")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Progress:
     finish: FinishReason | None = None
 
 
-class EngineError(RuntimeError):
+class EngineError(FailedError):
     """A request that the engine could not take or finish; one line for whoever made it."""
 
 
@@ -173,7 +174,7 @@ class Ticket:
             listener()
 
 
-class Answer:
+class TextAssembler:
     """Turns sampled tokens into text that can be shown: whole characters, up to a stop text.
 
     Every token is decoded once, and only what has not been shown yet is searched: an answer of any length takes the
@@ -185,14 +186,14 @@ class Answer:
         self._longest = max(map(len, self._stop), default=0)
         # Keeps the bytes of a character until it is whole.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""  # may begin a stop text
+        self.held = ""  # may begin a stop text
 
     def add(self, tokens: Sequence[int], *, last: bool) -> tuple[str, int | None]:
         """New text, and how many of ``tokens`` it took until a stop text ended the answer (None: none did).
 
         What may become a whole character or a stop text with the next tokens is held back, unless these are the last.
         """
-        text, self._held = self._held, ""
+        text, self.held = self.held, ""
         for count, token in enumerate(tokens, start=1):
             new = self._decoder.decode(self._tokenizer.token_bytes(token))
             text += new
@@ -204,7 +205,7 @@ class Answer:
         if last:
             return text + self._decoder.decode(b"", final=True), None
         shown = len(text) - self._beginning(text)
-        self._held = text[shown:]
+        self.held = text[shown:]
         return text[:shown], None
 
     def _beginning(self, text: str) -> int:

@@ -9,12 +9,12 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from magma_jax.inference.decoding.decode import DecodeState, SampledTokens, run, sample_tokens
 from magma_jax.inference.decoding.sampling import SamplingRows
 from magma_jax.inference.prompts import WORD
-from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import Definition, merge
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8, UInt32
@@ -30,7 +30,7 @@ class Admission(NamedTuple):
         start: (A,) positions that the slot's cache already holds.
         length: (A,) positions that are new, padding not counted.
         tokens: (A, S) ids, padded; anything where an image stands.
-        images: (A, S) row of the image table times P plus the position in the image, or ``WORD``.
+        places: (A, S) as in ``PromptLayout``, with the row of the image table in place of the image's number.
         seen: (A, V) tokens of the whole prompts.
         seed: (A, 2) ``seed_words`` of the requests, uint32.
         sampling: their numbers.
@@ -43,7 +43,7 @@ class Admission(NamedTuple):
     start: Array | np.ndarray
     length: Array | np.ndarray
     tokens: Array | np.ndarray
-    images: Array | np.ndarray
+    places: Array | np.ndarray
     seen: Array | np.ndarray
     seed: Array | np.ndarray
     sampling: SamplingRows
@@ -60,12 +60,23 @@ def empty_slots(
     model = merge(graphdef, params)
     zeros = jnp.zeros(slots, jnp.int32)
     ones = jnp.ones(slots, jnp.float32)
-    sampling = SamplingRows(0 * ones, zeros, ones, 0 * ones, ones)
+    sampling = SamplingRows(temperature=0 * ones, top_k=zeros, top_p=ones, min_p=0 * ones, repetition_penalty=ones)
     keys = jax.random.split(jax.random.key(0), slots)
-    seen = jnp.zeros((slots, model.config.lm.head_rows), bool)
+    seen = jnp.zeros((slots, model.lm.config.head_rows), bool)
     cache = model.lm.init_cache(slots, context, model.dtype)
-    rows = DecodeState(cache, zeros, zeros, zeros, zeros, jnp.ones(slots, bool), keys, sampling, seen, zeros)
-    return rows, jnp.zeros((images, model.image_positions, model.config.lm.width), model.dtype)
+    rows = DecodeState(
+        cache=cache,
+        token=zeros,
+        position=zeros,
+        count=zeros,
+        limit=zeros,
+        done=jnp.ones(slots, bool),
+        keys=keys,
+        sampling=sampling,
+        seen=seen,
+        minimum=zeros,
+    )
+    return rows, jnp.zeros((images, model.image_positions, model.lm.config.width), model.dtype)
 
 
 def commit_like(params: Params, arrays: T) -> T:
@@ -108,22 +119,22 @@ def admit(
     """Runs prompts, images and words in one program, in the caches of their slots, and draws the first tokens."""
     model = merge(graphdef, params)
     slot, start, length = admission.slot, admission.start, admission.length
-    embeddings = embed(model, table, admission.tokens, admission.images)
+    embeddings = embed(model, table, admission.tokens, admission.places)
     positions = start[:, None] + jnp.arange(admission.tokens.shape[1])
     output = model.lm(embeddings, positions=positions, cache=rows.cache, cache_rows=slot)
     logits = model.logits(jnp.take_along_axis(output.hidden, (length - 1)[:, None, None], axis=1)[:, 0])
     zeros = jnp.zeros_like(slot)
     new = DecodeState(
-        output.cache,
-        zeros,
-        start + length - 1,
-        zeros,
-        admission.limit,
-        admission.limit < 1,
-        jax.vmap(request_key)(admission.seed),
-        admission.sampling,
-        admission.seen,
-        admission.minimum,
+        cache=output.cache,
+        token=zeros,
+        position=start + length - 1,
+        count=zeros,
+        limit=admission.limit,
+        done=admission.limit < 1,
+        keys=jax.vmap(request_key)(admission.seed),
+        sampling=admission.sampling,
+        seen=admission.seen,
+        minimum=admission.minimum,
     )
     new, sampled = sample_tokens(model.lm, new, logits, eos_id, top=top, allowed=admission.allowed)
     others = jax.tree.map(
@@ -133,12 +144,12 @@ def admit(
 
 
 def embed(
-    model: MagmaModel, table: Float[Array, "C P D"], tokens: Int[Array, "A S"], images: Int[Array, "A S"]
+    model: nnx.Module, table: Float[Array, "C P D"], tokens: Int[Array, "A S"], places: Int[Array, "A S"]
 ) -> Float[Array, "A S D"]:
     """Embeddings of sequences of words and positions of images, as in ``Admission``."""
     words = model.embed_tokens(tokens)
-    positions = table.reshape(-1, table.shape[-1])[jnp.maximum(images, 0)]
-    return jnp.where((images == WORD)[:, :, None], words, positions)
+    positions = table.reshape(-1, table.shape[-1])[jnp.maximum(places, 0)]
+    return jnp.where((places == WORD)[:, :, None], words, positions)
 
 
 @platform_jit(static_argnames=("graphdef", "steps", "eos_id", "top"), donate_argnames=("rows",))
@@ -174,7 +185,7 @@ def copy_prompt(rows: DecodeState, source: Int[Array, ""], target: Int[Array, ""
 
 
 def request_key(words: Array) -> PRNGKey:
-    """The key that ``Magma.generate`` gives a row with a seed of its own; ``words`` (2,), see ``seed_words``."""
+    """The key that ``generate_tokens`` gives a row with a seed of its own; ``words`` (2,), see ``seed_words``."""
     key = jax.random.key(words[0])
     key = jnp.where(words[1] == 0, key, jax.random.fold_in(key, words[1]))
     return jax.random.fold_in(key, 0)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magma_jax.inference.decoding.sampling import MASKED, Compat, SamplingRows, sample
+from magma_jax.inference.decoding.config import Compat
+from magma_jax.inference.decoding.sampling import MASKED, SamplingRows, sample
 from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.typing import Array, Bool, Float, Int, Key, UInt32
@@ -119,7 +120,17 @@ def prefill(
     cache, logits = run_prompts(lm, embeddings, lengths, slots=slots, prefix=prefix)
     start = 0 if prefix is None else prefix.slots
     zeros = jnp.zeros(embeddings.shape[0], jnp.int32)
-    rows = DecodeState(cache, zeros, start + lengths - 1, zeros, limit, limit < 1, keys, sampling, seen)
+    rows = DecodeState(
+        cache=cache,
+        token=zeros,
+        position=start + lengths - 1,
+        count=zeros,
+        limit=limit,
+        done=limit < 1,
+        keys=keys,
+        sampling=sampling,
+        seen=seen,
+    )
     return sample_tokens(lm, rows, logits, eos_id, compat, top)
 
 
@@ -231,7 +242,7 @@ def generate(
         embeddings: prompts, padded on the right to S.
         lengths: true length of each prompt, at least 1.
         keys: one random key a row; token i of a row is sampled with ``fold_in(key, i)``.
-        max_new_tokens: N; the caller has checked that it fits the context (``inference.api``).
+        max_new_tokens: N; the caller has checked that it fits the context (``inference.batched``).
         sampling: how each row's tokens are sampled.
         eos_id: id that ends a row, may be traced; None to never end early.
         limit: tokens wanted of each row, where that is fewer than N.
@@ -255,7 +266,14 @@ def generate(
     if eos_id is not None:
         # The eos itself is no part of the answer.
         counts = jnp.minimum(counts, jnp.sum(jnp.cumsum(sampled.token == eos_id, axis=1) == 0, axis=1))
-    return Generation(sampled.token, counts, sampled.logprob, sampled.logits, sampled.top, rows.cache)
+    return Generation(
+        tokens=sampled.token,
+        lengths=counts,
+        logprobs=sampled.logprob,
+        logits=sampled.logits,
+        top=sampled.top,
+        cache=rows.cache,
+    )
 
 
 def sample_tokens(

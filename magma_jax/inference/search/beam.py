@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magma_jax.inference.api import Magma, PromptBatch, as_batch, check_room, pad_to_bucket, padded_length
+from magma_jax.inference.batched import as_batch, check_room, pad_to_bucket
+from magma_jax.inference.buckets import SEQUENCES
 from magma_jax.inference.decoding.decode import run_prompts
 from magma_jax.inference.decoding.sampling import MASKED, mask_missing_ids
+from magma_jax.inference.generator import TokenGenerator
+from magma_jax.inference.prompts import PromptBatch
 from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.modules import Definition, merge
 from magma_jax.nn.transformer.cache import KVCache
@@ -57,7 +60,7 @@ class _Beams(NamedTuple):
 
 
 def beam_search(
-    model: Magma,
+    model: TokenGenerator,
     embeddings: Float[Array, "B S D"] | PromptBatch,
     max_steps: int,
     *,
@@ -92,7 +95,7 @@ def beam_search(
         jnp.float32(length_penalty),
         jnp.int32(max_steps),
         # One program for all numbers up to the next declared length; where to stop is data.
-        steps=padded_length(max_steps),
+        steps=SEQUENCES.fit(max_steps),
         beams=beams,
         eos_id=model.tokenizer.eos_id,
     )
@@ -109,11 +112,17 @@ def beam_search(
     ]
 
 
-def _hypothesis(model: Magma, tokens: Int[np.ndarray, " T"], logprob: float, score: float) -> Hypothesis:
+def _hypothesis(model: TokenGenerator, tokens: Int[np.ndarray, " T"], logprob: float, score: float) -> Hypothesis:
     ids = tokens.tolist()
     finished = ids[-1] == model.tokenizer.eos_id
     ids = ids[:-1] if finished else ids
-    return Hypothesis(model.tokenizer.decode(ids), tuple(ids), float(logprob), float(score), finished)
+    return Hypothesis(
+        text=model.tokenizer.decode(ids),
+        tokens=tuple(ids),
+        logprob=float(logprob),
+        score=float(score),
+        finished=finished,
+    )
 
 
 @platform_jit(static_argnames=("graphdef", "steps", "beams", "eos_id"))
@@ -136,15 +145,15 @@ def _search(
     empty = jnp.full((batch, beams, steps), eos_id, jnp.int32)
     none = jnp.full((batch, beams), MASKED)
     state = _Beams(
-        cache.rows(owners),
-        empty,
+        cache=cache.rows(owners),
+        tokens=empty,
         # All beams begin alike, so that one alone counts.
-        none.at[:, 0].set(0),
-        empty,
-        none,
-        none,
-        jnp.zeros((batch, beams), jnp.int32),
-        jnp.zeros(batch, bool),
+        logprob=none.at[:, 0].set(0),
+        done=empty,
+        done_logprob=none,
+        done_score=none,
+        done_length=jnp.zeros((batch, beams), jnp.int32),
+        over=jnp.zeros(batch, bool),
     )
     state = _extend(lm, state, logits[owners], 0, penalty, limit, eos_id)
 

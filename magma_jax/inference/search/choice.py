@@ -10,25 +10,25 @@ A prompt is run once, whatever the number of its answers; these continue from it
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magma_jax.inference.api import Magma, PromptBatch, as_batch, pad_to_bucket
+from magma_jax.inference.answers import Measure
+from magma_jax.inference.batched import as_batch, pad_to_bucket
+from magma_jax.inference.buckets import CHOICES
 from magma_jax.inference.decoding.decode import run_prompts
+from magma_jax.inference.generator import TokenGenerator
+from magma_jax.inference.prompts import PromptBatch
 from magma_jax.nn.modules import Definition, merge
 from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Float, Int, Params
 
-# Answers that are run together, and the lengths they are padded to (then to multiples of the last).
+# Answers that are run together.
 ROWS = 16
-ANSWER_BUCKETS = (4, 8, 16, 32, 64)
-
-# sum: the probability of the answer; mean: per token, which does not favour short answers.
-Measure = Literal["sum", "mean"]
 
 
 class ScoredAnswer(NamedTuple):
@@ -55,7 +55,7 @@ class ScoredAnswer(NamedTuple):
 
 
 def score(
-    model: Magma,
+    model: TokenGenerator,
     embeddings: Float[Array, "B S D"] | PromptBatch,
     answers: Sequence[Sequence[str]],
     *,
@@ -79,14 +79,14 @@ def score(
     for i, texts in enumerate(answers):
         if not texts:
             raise ValueError(f"prompt {i} has no answers to choose from")
-    lengths, context = np.asarray(batch.lengths), model.config.lm.context_length
+    lengths, context = np.asarray(batch.lengths), model.lm_config.context_length
     for i, text, tokens in rows:
         if lengths[i] + len(tokens) > context:
             raise ValueError(
                 f"prompt {i} has {lengths[i]} positions and the answer {text!r:.40} {len(tokens)} tokens, but the "
                 f"context holds {context}"
             )
-    width = _bucket(max(len(tokens) for *_, tokens in rows))
+    width = CHOICES.fit(max(len(tokens) for *_, tokens in rows))
     prompts = pad_to_bucket(batch.embeddings)
     cache, first = _prefill(model.graphdef, model.params, prompts, batch.lengths, slots=prompts.shape[1] + width)
     found: list[list[ScoredAnswer]] = [[] for _ in answers]
@@ -110,16 +110,11 @@ def rank(answers: Sequence[ScoredAnswer], measure: Measure = "sum") -> list[Scor
     return [answers[i]._replace(probability=float(shares[i])) for i in order]
 
 
-def _tokens(model: Magma, text: str, end: bool) -> list[int]:
+def _tokens(model: TokenGenerator, text: str, end: bool) -> list[int]:
     tokens = model.tokenizer.encode(text)
     if not tokens:
         raise ValueError("an empty answer cannot be chosen; leave it out")
     return [*tokens, model.tokenizer.eos_id] if end else tokens
-
-
-def _bucket(length: int) -> int:
-    last = ANSWER_BUCKETS[-1]
-    return next((size for size in ANSWER_BUCKETS if size >= length), -(-length // last) * last)
 
 
 @platform_jit(static_argnames=("graphdef", "slots"))

@@ -89,11 +89,11 @@ class TrialError(RuntimeError):
 
 
 class Trial:
-    """A process that grammars are tried in, one at a time. It is started by the first; ``close`` ends it."""
+    """A process that grammars are tried in, one at a time: ``process``. The first starts it; ``close`` ends it."""
 
     def __init__(self, tokens: list[bytes], special_ids: list[int], eos_id: int):
         self._vocabulary = (tokens, special_ids, eos_id)
-        self._process: subprocess.Popen | None = None
+        self.process: subprocess.Popen | None = None
 
     def __call__(self, grammar: str) -> Verdict:
         """What is wrong with a grammar, and what it takes.
@@ -101,14 +101,14 @@ class Trial:
         Raises:
             TrialError: the process did not answer.
         """
-        if self._process is None or self._process.poll() is not None:
+        if self.process is None or self.process.poll() is not None:
             self.close()
             self._start()
-        timer = threading.Timer(PATIENCE, self._process.kill)
+        timer = threading.Timer(PATIENCE, self.process.kill)
         timer.start()
         try:
             self._send(grammar)
-            return Verdict(*pickle.load(self._process.stdout))
+            return Verdict(*pickle.load(self.process.stdout))
         except (OSError, EOFError):
             self.close()
             raise TrialError("it could not be tried; try again later") from None
@@ -117,7 +117,7 @@ class Trial:
 
     def _start(self) -> None:
         # -P: the folder of this file is no place to import from. Its own session: Ctrl-C is for the parent to handle.
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -128,19 +128,19 @@ class Trial:
         self._send(self._vocabulary)
 
     def _send(self, thing: Any) -> None:
-        pickle.dump(thing, self._process.stdin)
-        self._process.stdin.flush()
+        pickle.dump(thing, self.process.stdin)
+        self.process.stdin.flush()
 
     def close(self) -> None:
         """Ends the process."""
-        if self._process is None:
+        if self.process is None:
             return
-        self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
+        self.process.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()
-        self._process.wait()
-        self._process = None
+        self.process.wait()
+        self.process = None
 
 
 def _serve() -> None:

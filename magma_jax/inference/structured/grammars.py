@@ -46,13 +46,16 @@ class Grammars:
         tokenizer: any byte-level one.
         table_rows: ids from here on are never sampled.
         ids: of the model's logits, at least ``table_rows``.
+
+    Attributes:
+        trial: the process that grammars are tried in; None before the first one.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, table_rows: int, ids: int):
         self._tokenizer, self._table_rows, self._ids = tokenizer, table_rows, ids
         self._lock = threading.Lock()
         self._vocabulary: Vocabulary | None = None
-        self._trial: Trial | None = None
+        self.trial: Trial | None = None
         self._verdicts: collections.OrderedDict[str, Verdict] = collections.OrderedDict()
 
     def compile(self, constraint: Constraint) -> "Grammar":
@@ -75,8 +78,8 @@ class Grammars:
     def close(self) -> None:
         """Ends the process that grammars are tried in; a further constraint starts another."""
         with self._lock:
-            if self._trial is not None:
-                self._trial.close()
+            if self.trial is not None:
+                self.trial.close()
 
     def _load(self) -> None:
         if not installed():
@@ -87,7 +90,7 @@ class Grammars:
             raise ConstraintError("the model's tokenizer does not spell bytes, so answers cannot be constrained")
         tokens += [b""] * (self._ids - self._table_rows)
         special, eos_id = sorted(self._tokenizer.special_ids), self._tokenizer.eos_id
-        self._trial = Trial(tokens, special, eos_id)
+        self.trial = Trial(tokens, special, eos_id)
         self._vocabulary = Vocabulary(tokens, special, eos_id, self._encode)
         self._begins_with_space = np.array([token.startswith(b" ") for token in tokens])
 
@@ -97,7 +100,7 @@ class Grammars:
 
     def _compiled(self, text: str, *, skips_space: bool = False) -> "Grammar":
         try:
-            verdict = self._verdicts.pop(text, None) or self._trial(text)
+            verdict = self._verdicts.pop(text, None) or self.trial(text)
         except TrialError as error:
             raise ConstraintError(str(error)) from None
         self._verdicts[text] = verdict

@@ -23,7 +23,7 @@ from magma_jax.serve.errors import RequestError, error_body
 # Of a request's line and headers.
 _MAX_HEAD_BYTES = 64 * 1024
 # Seconds that a connection stays open for another request.
-_KEEP_ALIVE = 10
+KEEP_ALIVE = 10
 # Pieces that a body may come in whatever their size; more must have so many bytes on average. Each takes as long to
 # take in as some kilobytes.
 _FREE_PIECES, _PIECE_BYTES = 4_000, 64
@@ -35,7 +35,7 @@ _IDLE = 1.0
 
 def settings(app: FastAPI, config: ServerConfig, **options: Any) -> uvicorn.Config:
     """How to serve the application; ``options`` are uvicorn's, such as host and port."""
-    number = _room_for_connections(config.connections)
+    number = room_for_connections(config.connections)
     if number < config.connections:
         print(f"at most {number} connections: the limit of open files is low (ulimit -n)", file=sys.stderr)
     bounds = Bounds(number, config.head_timeout, config.send_timeout, config.timeout + config.send_timeout)
@@ -45,7 +45,7 @@ def settings(app: FastAPI, config: ServerConfig, **options: Any) -> uvicorn.Conf
         http=functools.partial(BoundedProtocol, shared=_Shared(bounds)),
         ws="none",
         backlog=_BACKLOG,
-        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=config.grace,
         **{"log_level": "error", **options},
     )
@@ -175,7 +175,7 @@ class BoundedProtocol(H11Protocol):
         self._timer = self.loop.call_later(self._shared.interval, self._look)
         idle_since = self._shared.idle.get(self)
         unread_since = idle_since if self.transport.get_write_buffer_size() else None
-        head = self._bounds.head + (_KEEP_ALIVE if self.cycle is not None else 0)
+        head = self._bounds.head + (KEEP_ALIVE if self.cycle is not None else 0)
         if (
             self._is_over(self._paused_since, self._bounds.send)
             or self._is_over(unread_since, self._bounds.send)
@@ -189,7 +189,7 @@ class BoundedProtocol(H11Protocol):
         return since is not None and self.loop.time() - since > seconds
 
 
-def _room_for_connections(wanted: int) -> int:
+def room_for_connections(wanted: int) -> int:
     """How many connections the limit of open files leaves room for; raises that limit as far as it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     others = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else _OTHER_FILES

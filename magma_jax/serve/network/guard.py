@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import RequestError, error_response
-from magma_jax.serve.metrics import ServerMetrics
 from magma_jax.serve.network.origin import check_content_type, check_origin
+from magma_jax.serve.prometheus import ServerMetrics
 
 
 class Guard:

@@ -67,7 +67,7 @@ def _is_own_name(name: str, config: ServerConfig) -> bool:
     """Whether a server may be called so: by an address, which no other site can point here, or by a name of its own."""
     if "*" in config.hosts or name in config.hosts:
         return True
-    if name in ("localhost", _own_name()) or name.endswith(".localhost"):
+    if name in ("localhost", own_name()) or name.endswith(".localhost"):
         return True
     try:
         ipaddress.ip_address(name)
@@ -77,7 +77,8 @@ def _is_own_name(name: str, config: ServerConfig) -> bool:
 
 
 @functools.cache
-def _own_name() -> str:
+def own_name() -> str:
+    """What the machine calls itself."""
     return socket.gethostname().lower()
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from magma_jax.inference.batching.requests import MAX_TOP_LOGPROBS, RequestOptions
-from magma_jax.inference.decoding.sampling import SEED_BITS, SamplingConfig
+from magma_jax.inference.decoding.config import SEED_BITS, SamplingConfig
 from magma_jax.inference.structured.grammars import Grammar
 from magma_jax.serve.errors import RequestError
 from magma_jax.serve.requests.structured import StructuredFields

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from magma_jax.config import ConfigError
 from magma_jax.output import replace_file
@@ -100,6 +99,9 @@ class TensorBoard(Writer):
         purge = after_step + 1 if folder.is_dir() and any(folder.glob("events.*")) else None
         # Files are named by the second; two of the same name would overwrite each other, and they are read in order.
         suffix = f".{time.time_ns()}"
+        # Here: it imports PyTorch where that is installed, which takes seconds.
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10, filename_suffix=suffix)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

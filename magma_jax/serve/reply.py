@@ -1,4 +1,4 @@
-"""An answer on its way: from the tickets of the engine to a response, whole or as a stream of events."""
+"""A reply on its way: from the tickets of the engine to a response, whole or as a stream of events."""
 
 import asyncio
 import dataclasses
@@ -13,13 +13,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from magma_jax.inference.batching.requests import EngineError, Progress, Ticket, UnfinishedError
 from magma_jax.serve.completions import Shape, head, usage
 from magma_jax.serve.errors import RequestError, error_body
-from magma_jax.serve.metrics import ServerMetrics
+from magma_jax.serve.prometheus import ServerMetrics
 from magma_jax.serve.requests.schema import StreamOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """An answer that is being sampled.
+class Reply:
+    """Answers that are being sampled.
 
     Attributes:
         shape: how it is spelled.

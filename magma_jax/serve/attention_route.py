@@ -5,16 +5,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Discriminator, Field, Tag
 
-from magma_jax.inference.attention_maps import (
-    ALL_HEADS,
-    ImageAttention,
-    attend,
-    check_head,
-    image_grid,
-    split_words,
-)
+from magma_jax.inference.attention_maps import ALL_HEADS, ImageAttention, attend, check_head, split_words
 from magma_jax.inference.batching.engine import Engine
-from magma_jax.inference.prompts import WORD, Encoded, image_positions
+from magma_jax.inference.prompts import WORD, PromptLayout
 from magma_jax.serve.errors import RequestError
 from magma_jax.serve.requests.schema import MessagesRequest, Token
 
@@ -37,7 +30,7 @@ class AttentionRequest(MessagesRequest):
     relative: bool = False
 
 
-def attention(engine: Engine, prompt: Encoded, wanted: AttentionRequest) -> dict[str, Any]:
+def attention(engine: Engine, prompt: PromptLayout, wanted: AttentionRequest) -> dict[str, Any]:
     """The maps of every word, each image's cells row by row.
 
     Raises:
@@ -45,15 +38,15 @@ def attention(engine: Engine, prompt: Encoded, wanted: AttentionRequest) -> dict
     """
     model = engine.model
     try:
-        check_head(model.config.lm.layers, model.config.lm.heads, wanted.layer, wanted.head)
+        check_head(model.lm_config.layers, model.lm_config.heads, wanted.layer, wanted.head)
     except ValueError as error:
         raise RequestError(str(error)) from None
     if len(wanted.answer) > engine.context * model.tokenizer.longest:  # before it is split, which takes long
         raise RequestError(f"the answer is longer than the context of {engine.context} tokens holds", param="answer")
     tokens = model.tokenizer.encode(wanted.answer) if isinstance(wanted.answer, str) else wanted.answer
-    if any(token >= model.config.lm.vocab_rows for token in tokens):
+    if any(token >= model.lm_config.vocab_rows for token in tokens):
         raise RequestError("answer: no such token", param="answer")
-    total = len(prompt.tokens) + len(tokens)
+    total = len(prompt) + len(tokens)
     if total > engine.context:
         raise RequestError(f"prompt and answer have {total} positions, the context holds {engine.context}")
     layer = _NO_LAYER if wanted.layer is None else wanted.layer
@@ -63,12 +56,12 @@ def attention(engine: Engine, prompt: Encoded, wanted: AttentionRequest) -> dict
     except ValueError as error:
         raise RequestError(str(error)) from None
     seen = ImageAttention(
-        tuple(tokens),
-        tuple(split_words(model.tokenizer, tokens)),
-        weights[None],
-        rollout if wanted.layer is None else weights[0],
-        (),
-        image_grid(model.config),
+        tokens=tuple(tokens),
+        words=tuple(split_words(model.tokenizer, tokens)),
+        weights=weights[None],
+        rollout=rollout if wanted.layer is None else weights[0],
+        images=(),
+        grid=model.images.grid,
     )
     words = [
         {"text": word.text, "share": round(seen.share(i), 4), "maps": _maps(seen, i, wanted.relative)}
@@ -80,26 +73,29 @@ def attention(engine: Engine, prompt: Encoded, wanted: AttentionRequest) -> dict
         "words": words,
         "grid": grid,
         "note": "this model's image positions are no places" if seen.grid is None else seen.grid.note,
-        "layers": model.config.lm.layers,
-        "heads": model.config.lm.heads,
+        "layers": model.lm_config.layers,
+        "heads": model.lm_config.heads,
     }
 
 
 def warm_up(engine: Engine) -> None:
     """Compiles what ``attention`` runs, for every length that a prompt may have."""
-    config = engine.model.config
-    size = image_positions(config)
-    owner, pixels = b"warm", np.zeros((config.encoder.image_size,) * 2 + (3,), np.uint8)
-    for length in engine.buckets:
-        if length > size:
-            tokens, places = np.zeros(size + 1, np.int32), np.array([*range(size), WORD], np.int32)
-            identity = np.zeros((size + 1, 3), np.int64)
-            prompt = Encoded(tokens, places, [owner] * size + [None], {owner: pixels}, identity)
+    spec = engine.model.images
+    key, pixels = bytes(16), np.zeros((spec.size, spec.size, 3), np.uint8)
+    prompt = PromptLayout(
+        tokens=np.zeros(spec.positions + 1, np.int32),
+        places=np.array([*range(spec.positions), WORD], np.int32),
+        images=(key,),
+        positions=spec.positions,
+        pixels={key: pixels},
+    )
+    for length in engine.buckets.sizes:
+        if length > spec.positions:
             _attend(engine, prompt, [0], _NO_LAYER, ALL_HEADS, length)
 
 
-def _attend(engine: Engine, prompt: Encoded, tokens: list[int], layer: int, head: int, length: int | None = None):
-    length = length or next(size for size in engine.buckets if size >= len(prompt.tokens) + len(tokens))
+def _attend(engine: Engine, prompt: PromptLayout, tokens: list[int], layer: int, head: int, length: int | None = None):
+    length = length or engine.buckets.fit(len(prompt) + len(tokens))
     options = {"length": length, "images": engine.config.images}
     return attend(engine.model, prompt, tokens, np.array([[layer, head]]), **options)
 

@@ -1,0 +1,79 @@
+"""What ``python -m magma_jax.convert`` does once its arguments are read."""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+
+from magma_jax.config import apply_overrides, load_config_file
+from magma_jax.convert.check_folder import add_checksums, check_folder
+from magma_jax.convert.compare import compare_checkpoints
+from magma_jax.convert.compose import compose
+from magma_jax.convert.hf_export import to_hf
+from magma_jax.convert.magma_checkpoint import from_torch, to_safetensors, to_torch
+from magma_jax.convert.quantize import quantize_folder
+from magma_jax.convert.verify import read_model_config, verify
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.families import run_config
+from magma_jax.storage.hub import local_path
+
+
+def _from_torch(options: argparse.Namespace) -> int:
+    model_config = read_model_config(options.model_config) if options.model_config else None
+    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    config = from_torch(local_path(options.checkpoint), options.out, model_config, tokenizer)
+    lm = config.lm
+    print(f"{options.out}: {lm.layers} layers of width {lm.width}, {config.encoder.kind}, vocabulary {lm.vocab_rows}")
+    return 0
+
+
+def _compose(options: argparse.Namespace) -> int:
+    config = run_config(apply_overrides(load_config_file(options.config), options.set))
+    made = compose(config, options.lm, options.encoder, options.out)
+    print(f"{options.out}: {made.trainable:,} parameters learn ({made.fresh:,} are fresh), {made.frozen:,} are frozen")
+    return 0
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    quantize_folder(options.folder, options.out, options.to)
+    print(f"{options.out}: language model in {options.to}")
+    return 0
+
+
+def _export(function: Callable[[str, str], None], options: argparse.Namespace) -> int:
+    function(options.folder, options.out)
+    print(f"{options.out}: written")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if (options.other is not None) + (options.golden is not None) + options.checksums != 1:
+        raise ValueError("verify takes either two checkpoints, or one and --golden FILE.npz, or one and --checksums")
+    if options.checksums:
+        result = check_folder(options.checkpoint)
+    elif options.other is not None:
+        result = compare_checkpoints(local_path(options.checkpoint), local_path(options.other), options.tolerance)
+    else:
+        model_config = read_model_config(options.model_config) if options.model_config else None
+        result = verify(local_path(options.checkpoint), options.golden, model_config)
+    print(json.dumps(result.as_json(), indent=2) if options.json else result.as_table())
+    return 0 if result.ok else 1
+
+
+def _add_checksums(options: argparse.Namespace) -> int:
+    add_checksums(options.folder)
+    print(f"{options.folder}: sums written, of its files as they are now")
+    return 0
+
+
+# Each returns the exit status.
+RUN: dict[str, Callable[[argparse.Namespace], int]] = {
+    "from-torch": _from_torch,
+    "to-torch": functools.partial(_export, to_torch),
+    "to-safetensors": functools.partial(_export, to_safetensors),
+    "to-hf": functools.partial(_export, to_hf),
+    "quantize": _quantize,
+    "compose": _compose,
+    "verify": _verify,
+    "add-checksums": _add_checksums,
+}

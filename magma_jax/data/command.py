@@ -1,0 +1,82 @@
+"""What ``python -m magma_jax.data`` does once its arguments are read."""
+
+import argparse
+import functools
+import inspect
+import json
+from typing import Any
+
+from magma_jax.data.format.record_folder import StoredRecords
+from magma_jax.data.format.records import EXPECTED, DataError
+from magma_jax.data.readers import READERS, SELF_CONTAINED, read
+from magma_jax.data.write.beam import convert_with_beam
+from magma_jax.data.write.conversion import ConvertOptions, convert
+from magma_jax.data.write.prepare import PrepareOptions
+from magma_jax.output import printable
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Converts, or shows what a folder holds.
+
+    Raises:
+        ValueError, OSError: one line with what is wrong.
+    """
+    _convert(arguments) if arguments.command == "convert" else _show(arguments)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    options = _options(arguments.format, arguments.option)
+    if arguments.images is None and arguments.format not in SELF_CONTAINED:
+        raise DataError(f"--from {arguments.format} needs --images, the folder of the images")
+    entries = functools.partial(read, arguments.format, arguments.source, arguments.images, **options)
+    how = ConvertOptions(
+        PrepareOptions(arguments.check, arguments.max_pixels, arguments.duplicates),
+        arguments.shard_records,
+        arguments.workers,
+        arguments.max_skipped,
+    )
+    source = {"format": arguments.format, "file": arguments.source.name, **options}
+    if arguments.runner == "beam":
+        info = convert_with_beam(entries, arguments.out, how, source=source, beam_options=arguments.beam)
+    else:
+        info = convert(entries(), arguments.out, how, source=source)
+    print(f"{arguments.out}: {info['records']} records, {info['captions']} captions, {info['questions']} questions")
+    for reason, count in info["skipped"].items():
+        remark = " (expected: not counted against --max-skipped)" if reason in EXPECTED else ""
+        print(printable(f"samples left out: {count} x {reason}{remark}"))
+
+
+def _options(name: str, pairs: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` strings as keyword arguments of the format's reader."""
+    parameters = inspect.signature(READERS[name]).parameters.values()
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key not in known:
+            raise DataError(f"--option {pair}: expected KEY=VALUE; {name} has: {', '.join(known) or 'no options'}")
+        if isinstance(known[key], bool):
+            if value.lower() not in ("true", "false"):
+                raise DataError(f"--option {pair}: expected true or false")
+            options[key] = value.lower() == "true"
+        elif isinstance(known[key], int):
+            if not value.isdecimal() or not int(value):
+                raise DataError(f"--option {pair}: expected a whole number above 0")
+            options[key] = int(value)
+        else:
+            options[key] = value
+    return options
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    if arguments.limit < 0:
+        raise DataError(f"--limit must be 0 or more, got {arguments.limit}")
+    records = StoredRecords(arguments.folder)
+    print(printable(json.dumps(records.info, indent=2, ensure_ascii=False)))
+    for row in range(min(arguments.limit, len(records))):
+        record = records[row]
+        print(printable(f"\n{record.id}  ({len(record.image)} bytes)"))
+        for caption in record.captions:
+            print(printable(f"  {caption}"))
+        for question in record.questions:
+            print(printable(f"  {question.text}  {', '.join(dict.fromkeys(question.answers))}"))

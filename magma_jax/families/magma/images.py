@@ -1,0 +1,32 @@
+"""How MAGMA takes images, as far as those who use it must know."""
+
+from magma_jax.inference.prompts import ImageGrid, ImageSpec
+from magma_jax.models.magma import MagmaConfig
+
+
+def image_spec(config: MagmaConfig) -> ImageSpec:
+    """How a model takes images."""
+    return ImageSpec(
+        size=config.encoder.image_size,
+        positions=config.encoder.positions or config.prefix.image_positions,
+        grid=image_grid(config),
+    )
+
+
+def image_grid(config: MagmaConfig) -> ImageGrid | None:
+    """The grid of an image's positions, over the square that the encoder sees; None where positions are no places.
+
+    A position's features come from its cell and, by the encoder's receptive field, from what is around it.
+    """
+    positions = config.encoder.positions
+    if positions is None:
+        return None
+    notes = []
+    if getattr(config.encoder, "statistics", ()):
+        notes.append("every position also carries the colours of the whole image")
+    if config.prefix.mapping == "transformer":
+        notes.append("the prefix mixes the positions before the language model sees them")
+    if config.encoder.kind == "clip_vit":
+        notes.append("the encoder's attention mixes the positions")
+    side = round(positions**0.5)
+    return ImageGrid(side, side, "; ".join(notes))

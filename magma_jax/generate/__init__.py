@@ -1,0 +1,3 @@
+"""The command line that answers prompts."""
+
+DEFAULT_PROMPT = "A picture of"

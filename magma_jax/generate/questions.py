@@ -1,0 +1,98 @@
+"""What a command line of images, folders and texts asks."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from magma_jax.data.decoders import Decoders
+from magma_jax.data.format.records import Skipped
+from magma_jax.data.images import FORMATS, ImageInput
+from magma_jax.data.readers.common import files_below
+from magma_jax.generate import DEFAULT_PROMPT
+from magma_jax.output import printable
+
+# For the images of a prompt, on a disk that may be far away.
+READ_SECONDS = 120.0
+SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
+
+
+class Question(NamedTuple):
+    """A prompt, and the image it is named after if there are several."""
+
+    name: str | None
+    parts: list[str | ImageInput]
+
+    def prompt(self, decoders: Decoders) -> list[str | ImageInput]:
+        """With its images read."""
+        deadline = time.monotonic() + READ_SECONDS
+        return [
+            part if isinstance(part, str) else ImageInput(decoders.image(part.source, deadline)) for part in self.parts
+        ]
+
+    @property
+    def images(self) -> list[str]:
+        """Files of its images."""
+        return [part.source for part in self.parts if isinstance(part, ImageInput)]
+
+    @property
+    def shown_name(self) -> str:
+        r"""What it is called; bytes of a file name that are not UTF-8 become ``\xff``, which any terminal takes."""
+        return os.fsencode(self.name or " ".join(self.images)).decode(errors="backslashreplace")
+
+    @property
+    def text(self) -> str:
+        """Its texts."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Question]:
+    """The questions that the inputs of a command line ask.
+
+    Args:
+        inputs: images, folders of images, texts.
+        together: one prompt whatever the order.
+
+    Raises:
+        ValueError: an empty text, or a folder without images or among texts.
+    """
+    parts = [_part(text) for text in inputs]
+    texts = [part for part in parts if isinstance(part, str)]
+    if any(not text.strip() for text in texts):
+        raise ValueError(f"the prompt is empty; leave it out for {DEFAULT_PROMPT!r}")
+    if not texts:
+        parts.append(DEFAULT_PROMPT)
+    *images, last = parts
+    one_by_one = images and isinstance(last, str) and all(isinstance(part, ImageInput) for part in images)
+    folders = any(isinstance(part, ImageInput) and os.path.isdir(part.source) for part in parts)
+    if together or not one_by_one:
+        if folders:
+            raise ValueError("a folder stands for images that are asked one by one; put it first, one text behind it")
+        return [Question(None, parts)]
+    found = [file for part in images for file in (_images_in(part.source))]
+    several = len(found) > 1 or folders
+    return [Question(file if several else None, [ImageInput(file), last]) for file in found]
+
+
+def _part(text: str) -> str | ImageInput:
+    """An image (or a folder of them) if it is there, or is named like one; otherwise text."""
+    try:
+        is_image = text.lower().endswith(SUFFIXES) or os.path.exists(text)
+    except ValueError:  # null bytes
+        is_image = False
+    return ImageInput(text) if text and is_image else text
+
+
+def _images_in(path: str) -> list[str]:
+    """The images below a folder, in order, without hidden files; of a file, itself."""
+    if not os.path.isdir(path):
+        return [path]
+    ignored: list[Skipped] = []
+    found = sorted(map(str, map(Path, filter(os.path.isfile, files_below(Path(path), SUFFIXES, ignored)))))
+    if ignored:
+        print(printable(f"note: {path}: {len(ignored)} hidden files are left out"), file=sys.stderr)
+    if not found:
+        raise ValueError(f"{path}: no images in it ({', '.join(SUFFIXES)})")
+    return found

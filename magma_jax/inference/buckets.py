@@ -1,0 +1,37 @@
+"""Lengths that sequences are padded to: few, so that few programs are compiled."""
+
+import bisect
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Declared lengths, ascending, and multiples of a step beyond the last of them.
+
+    Attributes:
+        sizes: the lengths.
+        step: default: the last length.
+    """
+
+    sizes: tuple[int, ...]
+    step: int | None = None
+
+    def fit(self, length: int) -> int:
+        """The shortest bucket that holds ``length`` positions."""
+        index = bisect.bisect_left(self.sizes, length)
+        if index < len(self.sizes):
+            return self.sizes[index]
+        step = self.step or self.sizes[-1]
+        return -(-length // step) * step
+
+    def up_to(self, limit: int) -> "Buckets":
+        """The buckets below ``limit``, and ``limit`` itself as the last."""
+        return Buckets((*(size for size in self.sizes if size < limit), limit))
+
+
+# Of prompts, and of prompts with their answers.
+SEQUENCES = Buckets((32, 48, 64, 72, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048))
+# Of given answers that are compared.
+CHOICES = Buckets((4, 8, 16, 32, 64))
+# Of an evaluation's prompts: so many share a program that it may have more of them.
+EVALUATION = Buckets((*range(16, 128, 16), *range(128, 513, 32)), step=128)

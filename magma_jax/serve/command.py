@@ -1,0 +1,119 @@
+"""What ``python -m magma_jax.serve`` does once its arguments are read."""
+
+import argparse
+import contextlib
+import gc
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import uvicorn
+
+from magma_jax.families import open_token_generator
+from magma_jax.inference.batching.config import EngineConfig
+from magma_jax.inference.batching.engine import Engine
+from magma_jax.output import error_line
+from magma_jax.runtime.compile import enable_compilation_cache
+from magma_jax.serve.app import create_app
+from magma_jax.serve.config import ServerConfig
+from magma_jax.serve.network.connections import settings
+from magma_jax.serve.network.listen import listen
+from magma_jax.serve.network.request_log import RequestLog
+from magma_jax.serve.prompts.fetch import FetchRules
+from magma_jax.serve.prompts.images import ImageRules
+from magma_jax.serve.prompts.templates import templates_for
+from magma_jax.storage.hub import local_path
+
+
+def run(arguments: argparse.Namespace, started: float) -> int:
+    """Serves until it is told to stop; returns 1 if the engine could not start.
+
+    Args:
+        arguments: of the command line.
+        started: when the command began, by ``time.perf_counter``.
+
+    Raises:
+        ValueError, OSError: one line with what is wrong, before anything is served.
+    """
+    enable_compilation_cache(not arguments.no_program_cache)
+    key = arguments.api_key_file.read_text().strip() if arguments.api_key_file else None
+    if key == "":
+        raise ValueError(f"{arguments.api_key_file}: holds no key")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(one) for one in listen(arguments.host, arguments.port)]
+        return _serve(arguments, key, sockets, started)
+
+
+def _serve(arguments: argparse.Namespace, key: str | None, sockets: list[socket.socket], started: float) -> int:
+    fetch = (
+        FetchRules(tuple(arguments.allow_domain), timeout=arguments.fetch_timeout) if arguments.allow_domain else None
+    )
+    rules = ImageRules(arguments.max_images, seconds=arguments.image_seconds, folder=arguments.folder, fetch=fetch)
+    config = ServerConfig(
+        arguments.name or name_of(arguments.checkpoint),
+        key,
+        timeout=arguments.timeout,
+        head_timeout=arguments.head_timeout,
+        body_timeout=arguments.body_timeout,
+        send_timeout=arguments.send_timeout,
+        grace=arguments.grace,
+        connections=arguments.connections,
+        hosts=(*(name.lower() for name in arguments.allow_host), arguments.host.lower()),
+        images=rules,
+        open_metrics=arguments.open_metrics,
+        origins=tuple(arguments.cors),
+        root_path=root_path_of(arguments.root_path),
+        templates=templates_for(local_path(arguments.checkpoint), arguments.template),
+        cut_max_tokens=arguments.cut_max_tokens,
+    )
+    sizes = EngineConfig(
+        slots=arguments.slots,
+        context=arguments.context,
+        images=arguments.keep_images,
+        steps=arguments.steps,
+        queue=arguments.queue,
+        reuse=not arguments.no_reuse,
+    )
+    model = open_token_generator(arguments.checkpoint, dtype=arguments.dtype)
+    engine = Engine(model, sizes)
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    address = f"http://{host}:{sockets[0].getsockname()[1]}{config.root_path}"
+    outcome: list[Exception | None] = []
+
+    def begun(error: Exception | None) -> None:
+        outcome.append(error)
+        if error is None:
+            gc.collect()
+            gc.freeze()  # what is there now stays; to walk through it takes the time of many requests
+            seconds, template = time.perf_counter() - started, config.templates.default
+            says = f"serving {config.model} on {address}, template {template}; ready after {seconds:.0f} s"
+        else:
+            says = f"the engine cannot start ({type(error).__name__}: {error_line(error):.300})"
+            server.should_exit = True
+        print(f"magma_jax.serve: {says}", file=sys.stderr, flush=True)
+
+    app = create_app(engine, config, begun)
+    if arguments.log_requests:
+        app.add_middleware(RequestLog)
+    server = uvicorn.Server(settings(app, config))
+    with contextlib.suppress(KeyboardInterrupt):  # raised once more after everything has ended
+        server.run(sockets=sockets)
+    if not outcome:  # compiling cannot be interrupted, and to end would be to wait for it
+        sys.stderr.flush()
+        os._exit(0)
+    return 0 if outcome[0] is None else 1
+
+
+def name_of(checkpoint: str) -> str:
+    """What a model is called by default: the last part of its path."""
+    if checkpoint.startswith("hf://"):
+        return Path(checkpoint).name
+    return Path(os.path.abspath(checkpoint)).name or "magma"
+
+
+def root_path_of(path: str) -> str:
+    """A prefix of routes as the application wants it: a slash in front and none behind; empty for none."""
+    path = path.strip("/")
+    return f"/{path}" if path else ""

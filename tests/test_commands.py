@@ -1,0 +1,130 @@
+"""Every command: bad input is one line and status 2, an interruption 130, and --help needs no JAX."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from magma_jax import commands
+from magma_jax.inference.batching.requests import EngineError
+
+ROOT = Path(__file__).parent.parent
+BAD = "no\x1b[31m"
+
+# Arguments with which each command meets something that it cannot use.
+UNUSABLE = {
+    "train": ["--config", f"{BAD}.py"],
+    "eval": ["--workdir", BAD],
+    "magma_jax.convert.__main__": ["to-torch", BAD, "out"],
+    "magma_jax.data.__main__": ["show", BAD],
+    "magma_jax.evaluation.__main__": ["score", "--protocol=coco", "--references=no", f"--predictions={BAD}"],
+    "magma_jax.generate.__main__": ["--checkpoint", BAD, f"{BAD}.png"],
+    "magma_jax.plan.__main__": ["--config", f"{BAD}.py", "--topology", "v5e:2x2"],
+    "magma_jax.serve.__main__": ["--checkpoint", "no", "--api-key-file", BAD],
+}
+MORE = [
+    ("train", ["--set", "x"]),
+    ("eval", ["--task", "vqav2", "--workdir", BAD]),
+    ("eval", ["--perplexity", "text.txt", "--workdir", BAD]),
+    ("eval", ["--compare", BAD, BAD]),
+    ("magma_jax.convert.__main__", ["verify", BAD]),
+    ("magma_jax.data.__main__", ["convert", "--from", "folder", BAD, "out"]),
+    ("magma_jax.generate.__main__", ["--checkpoint", "no", "a text"]),
+    ("magma_jax.generate.__main__", ["--checkpoint", "no", "a text", "--temperature", "-1"]),
+    ("magma_jax.serve.__main__", ["--checkpoint", "no", "--port", "0"]),
+]
+
+
+def call(capsys, command, arguments):
+    """Status and standard error of a command in this process."""
+    try:
+        status = importlib.import_module(command).main(arguments)
+    except SystemExit as error:
+        status = error.code
+    return status, capsys.readouterr().err
+
+
+def name_of(command):
+    return f"{command}.py" if "." not in command else command.removesuffix(".__main__")
+
+
+def check_line(command, said):
+    assert said.startswith(f"{name_of(command)}: ")
+    assert said.count("\n") == 1
+    assert said.strip().isprintable()
+
+
+@pytest.mark.parametrize(("command", "arguments"), [*UNUSABLE.items(), *MORE])
+def test_unusable_input_is_one_line_and_status_2(command, arguments, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, said = call(capsys, command, arguments)
+    assert status == 2
+    check_line(command, said)
+    if command in UNUSABLE and arguments == UNUSABLE[command]:
+        assert "no\\u001b[31m" in said
+
+
+@pytest.mark.parametrize("command", UNUSABLE)
+def test_an_unknown_option_is_one_line_and_status_2(command, capsys):
+    status, said = call(capsys, command, [f"--{BAD}", *UNUSABLE[command]])
+    assert status == 2
+    assert re.search(r"no\\u001b\[31m|invalid choice", said)
+    check_line(command, said)
+
+
+def test_no_command_is_left_out():
+    modules = sorted(ROOT.glob("magma_jax/**/__main__.py"))
+    named = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in modules} | {"train", "eval"}
+    assert named == UNUSABLE.keys()
+
+
+def test_help_needs_no_jax():
+    """Of all commands in one process; each line of the output is a command that imported it."""
+    code = """
+import contextlib, importlib, io, sys
+for name in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        importlib.import_module(name).main(["--help"])
+    assert shown.getvalue().startswith("usage: "), name
+    if "jax" in sys.modules:
+        sys.exit(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code, *UNUSABLE], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "status"),
+    [
+        (ValueError("a\n b"), "x: a b\n", 2),
+        (FileNotFoundError(2, "No such file", "file"), "x: file: No such file\n", 2),
+        (EngineError("shutting down"), "x: shutting down\n", 2),
+        (MemoryError(), "x: not enough memory\n", 2),
+        (MemoryError("2 TB"), "x: 2 TB\n", 2),
+        (FloatingPointError("the loss is nan"), "x: the loss is nan\n", 1),
+    ],
+)
+def test_errors_that_a_command_tells(error, said, status, capsys):
+    def work():
+        raise error
+
+    assert commands.run("x", work) == status
+    assert capsys.readouterr().err == said
+
+
+def test_an_interruption_and_a_bug(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert commands.run("x", interrupted) == 130
+    assert commands.run("x", interrupted, resumable=True) == 130
+    assert capsys.readouterr().err == "x: interrupted\nx: interrupted; the same command goes on\n"
+    with pytest.raises(KeyError):
+        commands.run("x", lambda: {}["a bug"])
+
+
+def test_the_status_of_what_was_done():
+    assert [commands.run("x", lambda status=status: status) for status in (None, 0, 1)] == [0, 0, 1]
