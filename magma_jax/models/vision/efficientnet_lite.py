@@ -42,7 +42,7 @@ _norm = functools.partial(BatchNorm, param=EncoderParam)
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockConfig:
+class BottleneckConfig:
     """Sizes of one inverted bottleneck."""
 
     kernel: int
@@ -52,11 +52,11 @@ class BlockConfig:
     out_channels: int
 
 
-def _blocks() -> tuple[BlockConfig, ...]:
+def _blocks() -> tuple[BottleneckConfig, ...]:
     blocks, channels = [], _STEM
     for number, kernel, stride, expansion, out in _STAGES:
         for i in range(number):
-            blocks.append(BlockConfig(kernel, stride if i == 0 else 1, expansion, channels, out))
+            blocks.append(BottleneckConfig(kernel, stride if i == 0 else 1, expansion, channels, out))
             channels = out
     return tuple(blocks)
 
@@ -131,7 +131,7 @@ class DepthwiseConv2d(nnx.Module):
 class InvertedBottleneck(nnx.Module):
     """1x1 up, depthwise, 1x1 down without activation; added to the input where the shapes agree."""
 
-    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BottleneckConfig, *, rngs: nnx.Rngs):
         width = config.in_channels * config.expansion
         self.residual = config.stride == 1 and config.in_channels == config.out_channels
         expands = config.expansion > 1
