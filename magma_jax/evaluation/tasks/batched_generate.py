@@ -88,7 +88,7 @@ def run_common(
 
 
 def _embed(
-    model: nnx.Module,
+    model: Any,
     features: Float[Array | np.ndarray, "B N ..."],
     tokens: Int[Array | np.ndarray, "B S"],
     places: Int[Array | np.ndarray, "B S"],

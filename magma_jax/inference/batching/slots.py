@@ -5,7 +5,7 @@ lengths. So the programs are few, all are compiled before the first request, and
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,7 @@ def admit(
 
 
 def embed(
-    model: nnx.Module, table: Float[Array, "C P D"], tokens: Int[Array, "A S"], places: Int[Array, "A S"]
+    model: Any, table: Float[Array, "C P D"], tokens: Int[Array, "A S"], places: Int[Array, "A S"]
 ) -> Float[Array, "A S D"]:
     """Embeddings of sequences of words and positions of images, as in ``Admission``."""
     words = model.embed_tokens(tokens)
