@@ -31,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="at most this many captions and this many questions; default: all")
     parser.add_argument("--overview", type=Path, metavar="PNG", help="also draw twelve images with their texts")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the moving averages of a run's weights, or the weights; default: what the run was validated with",
+    )
     add_task_options(parser)
     add_other_options(parser)
     arguments = parser.parse_args(argv)
@@ -54,7 +59,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     elif arguments.perplexity:
         run_perplexity(open_token_generator, arguments)
     else:
-        evaluate_run(open_token_generator, arguments.workdir, arguments.split, arguments.limit, arguments.overview)
+        evaluate_run(
+            open_token_generator,
+            arguments.workdir,
+            arguments.split,
+            arguments.limit,
+            arguments.overview,
+            ema=arguments.ema,
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python train.py
     python train.py --config configs/quickstart_lm.py --workdir runs/quickstart_lm --set seed=1 optim.learning_rate=1e-3
+    python train.py --show
 
 A run folder that already holds checkpoints of the same config is continued.
 """
@@ -17,7 +18,11 @@ from magma_jax import commands
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, and evaluates if the config says so; returns the exit status, see ``commands``."""
     parser = commands.ArgumentParser(
-        prog="train.py", description="Trains what a config describes; by default the quick start."
+        prog="train.py",
+        description="Trains what a config describes; by default the quick start.",
+        epilog="--show prints every setting and its value in the form that --set takes. RunConfig in "
+        "magma_jax/training/run/config.py and the classes that it names say what each one means; docs/training.md "
+        "explains the usual ones.",
     )
     parser.add_argument(
         "--config",
@@ -26,7 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a Python program, which is run; default: configs/quickstart.py",
     )
     parser.add_argument("--workdir", type=Path, help="run folder; default: runs/ and the name of the config")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the config")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help='override values of the config, as in steps=100 optim.groups.encoder=frozen "data.buckets=(8, 16)"',
+    )
+    parser.add_argument("--show", action="store_true", help="print the resolved config and end")
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -41,15 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace) -> None:
     # Here: JAX takes seconds to import, and --help does without.
-    from magma_jax.config import apply_overrides, config_name, load_config_file
+    from magma_jax.config import apply_overrides, config_name, load_config_file, settings
     from magma_jax.evaluation.own_split import evaluate_run
     from magma_jax.families import family_of, open_token_generator, run_config
+    from magma_jax.output import printable
     from magma_jax.runtime.distributed import distributed_run
     from magma_jax.training.loop import train
     from magma_jax.training.monitor.profiler import StepRange
 
     workdir = arguments.workdir or Path("runs") / config_name(arguments.config)
     config = run_config(apply_overrides(load_config_file(arguments.config), arguments.set))
+    if arguments.show:
+        print(printable("\n".join(settings(config))))
+        return
     profile = StepRange.parse(arguments.profile_steps) if arguments.profile_steps else None
     with distributed_run(arguments.distributed):
         run = train(family_of(config.model), config, workdir, resume=arguments.resume, profile=profile)

@@ -146,7 +146,7 @@ CLIENTS = (
 
 def main() -> int:
     """Returns 1 if a check failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--checkpoint", default="runs/quickstart", help="default: %(default)s")
     parser.add_argument("--url", help="of a server that runs already, such as http://127.0.0.1:8000")
     parser.add_argument("--environments", type=Path, default=Path(".clients"), help="folder; default: %(default)s")

@@ -85,7 +85,7 @@ def make_lm(options: argparse.Namespace) -> dict[str, Any]:
     from flax import nnx
 
     from magma_jax.config import apply_overrides, from_dict, load_config_file
-    from magma_jax.models.language.catalog import build_language_model
+    from magma_jax.models.language.decoder import Decoder
     from magma_jax.models.language.gptj import GPTJConfig
     from magma_jax.nn.modules import abstract, parameter_count
     from magma_jax.published.keymap.engine import to_theirs
@@ -108,7 +108,7 @@ def make_lm(options: argparse.Namespace) -> dict[str, Any]:
         start, mean = len(path), 1 if "ln_" in path and "weight" in path else 0
         return Deferred(shape, noise.dtype, lambda: np.resize(noise[start:], shape) + np.float16(mean))
 
-    shapes = abstract(lambda: build_language_model(lm, rngs=nnx.Rngs(0)))[1]
+    shapes = abstract(lambda: Decoder(lm, rngs=nnx.Rngs(0)))[1]
     # Rows are made one by one, so that no stack is held.
     params = {
         path: Deferred(

@@ -141,7 +141,7 @@ def reference(folder: Path) -> dict[str, object]:
     from flax import nnx
 
     from magma_jax.convert.open_folder import open_model_folder
-    from magma_jax.models.language.gptj import GPTJ
+    from magma_jax.models.language.decoder import Decoder
     from magma_jax.nn.modules import abstract, merge
     from magma_jax.published.keymap.engine import to_theirs
     from magma_jax.published.language_model_keys import language_model_table
@@ -149,7 +149,7 @@ def reference(folder: Path) -> dict[str, object]:
 
     model = open_model_folder(folder)
     config = dataclasses.replace(model.config.lm, layers=2)
-    definition, shapes, _ = abstract(lambda: GPTJ(config, rngs=nnx.Rngs(0)))
+    definition, shapes, _ = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
     def stored(path: str) -> np.ndarray:
         tensor = model.params[f"lm/{path}"]

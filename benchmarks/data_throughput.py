@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from magma_jax.data.datasets import DataConfig, load_dataset
 from magma_jax.data.decoders import Decoders
+from magma_jax.data.folder_dataset import FoldersConfig, open_folders
 from magma_jax.data.format.records import FileSlice, Record, pack, pack_text
 from magma_jax.data.format.shards import shard_writer
 from magma_jax.data.images import load_image, to_uint8
@@ -47,7 +47,7 @@ SIZES = {"640x480": (640, 480), "480x640": (480, 640), "640x427": (640, 427), "1
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--size", type=int, default=384, help="pixels per side; default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="processes; default: %(default)s")
     parser.add_argument("--batches", type=int, default=8, help=f"of {BATCH} images, a round; default: %(default)s")
@@ -184,14 +184,13 @@ class Ours:
     """Training batches of a dataset folder."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace, decode: str):
-        config = DataConfig(
-            "folders",
-            {"train": (str(folder),)},
+        config = FoldersConfig(
+            folders={"train": (str(folder),)},
             image_size=arguments.size,
             workers=arguments.workers,
             decode=decode,
         )
-        self._dataset = load_dataset(config)
+        self._dataset = open_folders(config)
         self._iterator = iter(self._dataset.batches(BATCH, 0, range(BATCH)))
 
     def run(self, batches: int) -> int:

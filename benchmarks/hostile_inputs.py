@@ -40,7 +40,7 @@ MEMORY = 3
 
 def main() -> int:
     """Reads the command line; returns 1 if a row failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--only", choices=("small", "large"), help="one of the two tables")
     arguments = parser.parse_args()

@@ -52,7 +52,7 @@ WORDS = (
 
 def main() -> int:
     """Reads the command line; returns 1 if a request failed otherwise than with 429, or something compiled."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--images", type=Path, help="folder of PNG files; default: sampled at random")
     parser.add_argument("--clients", type=int, default=32, help="default %(default)s")

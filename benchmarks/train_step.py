@@ -102,6 +102,7 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
     import numpy as np
     from flax import nnx
 
+    from magma_jax.families.magma import MAGMA
     from magma_jax.families.magma.loss import caption_loss
     from magma_jax.models.language.gptj import GPTJConfig
     from magma_jax.models.magma import MagmaConfig, MagmaModel
@@ -109,20 +110,29 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
     from magma_jax.nn.adapters import AdapterConfig
     from magma_jax.nn.modules import abstract, split
     from magma_jax.runtime.compile import compiler_options, trim_after_compile
-    from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
+    from magma_jax.training.step.optim import (
+        Group,
+        OptimConfig,
+        label_parameters,
+        make_optimizer,
+        partition,
+        with_groups,
+    )
     from magma_jax.training.step.options import LossOptions
     from magma_jax.training.step.train_step import init_state, make_train_step
 
     lm = GPTJConfig(LAYERS, WIDTH, HEADS, WIDTH // HEADS, FEED_FORWARD, VOCAB_ROWS, HEAD_ROWS)
     config = MagmaConfig(lm, CLIP_RESNETS["RN50"], mlp_adapter=AdapterConfig(downsample_factor=4))
-    optim = OptimConfig(RATE, ENCODER_RATE, schedule="constant", b2=0.95, clip_norm=CLIP_NORM)
+    groups = {"encoder": Group(learning_rate=ENCODER_RATE)}
+    optim = OptimConfig(learning_rate=RATE, schedule="constant", b2=0.95, clip_norm=CLIP_NORM, groups=groups)
+    optim = with_groups(optim, MAGMA.roles(config))
 
     def create():
         return MagmaModel(config, rngs=nnx.Rngs(0))
 
     graphdef, _, types = abstract(create)
     labels = label_parameters(types, optim.groups)
-    optimizer = make_optimizer(optim, labels)
+    optimizer = make_optimizer(optim, labels)  # no weight decay, so nothing is spared from it
     trainable, frozen, averages = partition(jax.jit(lambda: split(create())[1])(), labels)
     state = jax.jit(functools.partial(init_state, optimizer=optimizer))(trainable, averages)
     del trainable, averages  # the step donates the state, so nothing else may hold its arrays

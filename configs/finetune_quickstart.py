@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.model.classes = 2
     questions = {"texts": "questions", "question_prompt": "{}"}
     config.data = {
-        "name": "folders",
+        "kind": "folders",
         "folders": {
             split: ({"path": f"data/openmoji_{split}", **questions},) for split in ("train", "validation", "test")
         },
@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
         "length": 32,
     }
     config.optim.learning_rate = 2e-3
-    config.optim.groups.head = "rest"
     config.steps = 400
     config.validation = {"every": 40, "samples": 4096, "patience": 3}
     config.watch.samples_every = 0

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.data.folders = {"train": ("data/vqa_train",), "validation": ("data/vqa_val",)}
     # Appendix A: pretraining's settings at lower rates. How often to validate and how long to wait is ours.
     config.optim.learning_rate = 7e-4
-    config.optim.encoder_learning_rate = 1.5e-6
+    config.optim.groups.encoder.learning_rate = 1.5e-6
     config.steps = 10_000
     config.validation = {"every": 250, "samples": 4096, "patience": 4}
     return config

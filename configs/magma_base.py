@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
                 "dtype": "bfloat16",
             },
             "data": {
-                "name": "folders",
+                "kind": "folders",
                 # Paper, section 3.3. It tells no shares: every sample has the same chance, as in the original.
                 "folders": {
                     "train": (
@@ -55,10 +55,10 @@ def get_config() -> ConfigDict:
             # Appendix A; it names no betas, so these are Adam's own.
             "optim": {
                 "learning_rate": 8e-4,
-                "encoder_learning_rate": 2e-6,
                 "schedule": "cosine",
                 "final_fraction": 0.1,
                 "weight_decay": 0.0,
+                "groups": {"encoder": {"learning_rate": 2e-6}},
             },
             "loss": {"remat": "full", "encoder_remat": "full"},
             "base": "models/magma",

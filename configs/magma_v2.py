@@ -17,7 +17,6 @@ def get_config() -> ConfigDict:
     config = load_config_file(Path(__file__).with_name("magma_base.py"))
     config.optim = {
         "learning_rate": 8e-4,
-        "encoder_learning_rate": 2e-6,
         "schedule": "warmup_decay",
         "warmup_steps": 100,
         "steps": 300_000,
@@ -25,6 +24,7 @@ def get_config() -> ConfigDict:
         "b2": 0.95,
         "weight_decay": 0.0,
         "clip_norm": 1.0,
+        "groups": {"encoder": {"learning_rate": 2e-6}},
     }
     config.steps = 150_000
     return config

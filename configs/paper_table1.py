@@ -58,10 +58,10 @@ def get_config(row: str) -> ConfigDict:
         # The paper keeps Frozen's own training: one constant rate for the encoder and its map to words.
         config.optim = {
             "learning_rate": 3e-4,
-            "encoder_learning_rate": 3e-4,
             "schedule": "constant",
             "b1": 0.9,
             "b2": 0.95,
+            "groups": {"encoder": {"learning_rate": 3e-4}},
         }
     return config
 

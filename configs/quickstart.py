@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
                 "mlp_adapter": {"downsample_factor": 4, "init": "zero_up"},
                 "attn_adapter": {"downsample_factor": 4, "init": "zero_up"},
             },
-            "data": {"name": "openmoji", "length": 32, "image_size": 128},
+            "data": {"kind": "openmoji", "length": 32, "image_size": 128},
             "optim": {
                 "learning_rate": 3e-3,
                 "schedule": "cosine",
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
                 "b2": 0.95,
                 "clip_norm": 1.0,
                 # The pretrained encoder stays as it is, so its features are computed once.
-                "groups": {"language": "frozen", "encoder": "frozen", "prefix": "rest", "adapter": "rest"},
+                "groups": {"encoder": "frozen"},
             },
             "weights": {"lm": "quickstart_lm", "image_prefix/encoder": "efficientnet_lite0"},
             "steps": 600,

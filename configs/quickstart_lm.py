@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
                 # The size of a prefix behind its LayerNorm, so that images and words speak equally loud.
                 "embedding_std": 0.5,
             },
-            "data": {"name": "openmoji_text", "length": 64, "lines": 120_000, "vocab_size": 2048},
+            "data": {"kind": "openmoji_text", "length": 64, "lines": 120_000, "vocab_size": 2048},
             "optim": {
                 "learning_rate": 2e-3,
                 "schedule": "cosine",
@@ -33,8 +33,6 @@ def get_config() -> ConfigDict:
                 "b2": 0.98,
                 "weight_decay": 0.05,
                 "clip_norm": 1.0,
-                # Here, and only here, the language model learns.
-                "groups": {"language": "rest"},
             },
             "steps": 2000,
             "batch_size": 32,

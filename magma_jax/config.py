@@ -10,15 +10,21 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import ml_collections
 
 from magma_jax.foreign import shown
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+# Fields by name, as a config file gives them; a ``ConfigDict`` is no ``Mapping``.
+Settings: TypeAlias = Mapping | ml_collections.ConfigDict
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 # dtypes of a language model that stand for quantized matrices, see ``nn.quantized``.
@@ -29,9 +35,7 @@ class ConfigError(ValueError):
     """A config that names an unknown key or holds a value of the wrong type."""
 
 
-def from_dict(
-    cls: type[T], values: Mapping[str, Any], where: str = "config", types: Mapping[str, Any] | None = None
-) -> T:
+def from_dict(cls: type[T], values: Settings, where: str = "config", types: Mapping[str, Any] | None = None) -> T:
     """Builds the dataclass ``cls`` from nested mappings; keys that are absent keep their defaults.
 
     Args:
@@ -43,7 +47,7 @@ def from_dict(
     Raises:
         ConfigError: an unknown key, a missing required key or a wrong type; the message names its full path.
     """
-    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+    if not isinstance(values, Settings):
         raise ConfigError(f"{where}: expected a mapping with fields of {cls.__name__}, got {shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(map(str, set(values) - set(fields)))
@@ -62,9 +66,34 @@ def from_dict(
         raise ConfigError(f"{where}: {error}") from None
 
 
+def from_union(classes: Sequence[type], values: Mapping[str, Any], where: str = "config") -> Any:
+    """The one of several dataclasses whose ``kind`` the values name, see ``from_dict``.
+
+    Raises:
+        ConfigError: an unknown kind, or as ``from_dict``.
+    """
+    kinds = {next(f.default for f in dataclasses.fields(c) if f.name == "kind"): c for c in classes}
+    if values.get("kind") not in list(kinds):
+        raise ConfigError(f"{where}.kind: {shown(values.get('kind'))} is not one of {', '.join(map(str, kinds))}")
+    return from_dict(kinds[values["kind"]], values, where)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The nested dict of plain JSON values that ``from_dict`` turns into the same config."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def settings(config: Any) -> list[str]:
+    """Every setting of a config as the ``KEY=VALUE`` that ``apply_overrides`` takes."""
+
+    def lines(value: Any, name: str) -> Iterator[str]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from lines(inner, f"{name}.{key}" if name else key)
+        else:
+            yield f"{name}={value if isinstance(value, str) else repr(value)}"
+
+    return list(lines(to_dict(config), ""))
 
 
 def check_sizes(config: Any, *names: str) -> None:
@@ -145,8 +174,9 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str])
             node = node[parent]
             if not isinstance(node, ml_collections.ConfigDict):
                 raise ConfigError(f"--set {override}: {parent} is not a mapping")
-        if isinstance(node.get(name), str) and isinstance(value, int | float | dict | set):
-            value = text  # of a setting that is text: a prompt "{}" is no mapping
+        # Of a setting that is text; "{}" is a prompt then, and no mapping.
+        if isinstance(node.get(name), str) and (isinstance(value, int | float | set) or value == {}):
+            value = text
         with node.ignore_type():  # from_dict checks types and names the key
             node[name] = value
     return config
@@ -162,7 +192,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value not in args:
             raise ConfigError(f"{where}: {shown(value)} is not one of {', '.join(map(repr, args))}")
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
@@ -174,7 +204,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             _convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
         )
     if origin is dict or hint is dict:
-        if not isinstance(value, Mapping | ml_collections.ConfigDict):
+        if not isinstance(value, Settings):
             raise ConfigError(f"{where}: expected a mapping, got {shown(value)}")
         return {k: _convert(args[1], v, f"{where}.{k}") if args else v for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -190,16 +220,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in options:
         return None
-    classes = [option for option in options if dataclasses.is_dataclass(option)]
+    classes = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
     if isinstance(value, tuple(classes)):
         return value
-    if classes and isinstance(value, Mapping | ml_collections.ConfigDict):
+    if classes and isinstance(value, Settings):
         if len(classes) == 1:
             return from_dict(classes[0], value, where)
-        kinds = {next(f.default for f in dataclasses.fields(c) if f.name == "kind"): c for c in classes}
-        if value.get("kind") not in list(kinds):
-            raise ConfigError(f"{where}.kind: {shown(value.get('kind'))} is not one of {', '.join(kinds)}")
-        return from_dict(kinds[value["kind"]], value, where)
+        return from_union(classes, value, where)
     errors = []
     for option in options:
         if option is type(None) or option in classes:

@@ -13,7 +13,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from magma_jax.config import from_dict
-from magma_jax.models.language.gptj import GPTJ, GPTJConfig
+from magma_jax.models.language.decoder import Decoder
+from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.nn.modules import abstract
 from magma_jax.storage.model_folder import read_model_json
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
@@ -24,7 +25,7 @@ ASSETS = Path(__file__).parent.parent / "magma_jax/assets"
 def main(run: Path) -> None:
     """Rounds the weights to float16 (finer than bfloat16 at their size) and writes them beside the vocabulary."""
     config = from_dict(GPTJConfig, read_model_json(run)["model"], "model.json: model")
-    shapes = abstract(lambda: GPTJ(config, rngs=nnx.Rngs(0)))[1]
+    shapes = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))[1]
     with RunCheckpoints(run) as checkpoints:
         params = checkpoints.restore_params(shapes, {})
     arrays = {path: np.asarray(leaf).astype(np.float16) for path, leaf in params.items()}

@@ -37,7 +37,7 @@ GROWTH = 256e6
 
 def main() -> int:
     """Reads the command line; returns 1 if something failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3600, help="default: %(default)g")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--clients", type=int, default=4, help="at a time; default: %(default)s")
@@ -175,7 +175,8 @@ def _wait_until_ready(server: subprocess.Popen, port: int, printed: Path) -> Non
 
 def _memory(pid: int) -> float:
     """Resident, in MB."""
-    return round(int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / 1e6, 1)
+    found = re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return round(int(found[0]) * 1024 / 1e6, 1)
 
 
 if __name__ == "__main__":

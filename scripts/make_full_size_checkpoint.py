@@ -20,7 +20,7 @@ from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.published.keymap import engine as keymap
 from magma_jax.published.magma_keys import attention_buffers, magma_table
 from magma_jax.published.open_magma import model_shapes
-from magma_jax.storage.deferred import Deferred, alias_key
+from magma_jax.storage.deferred import Deferred, Tensor, alias_key
 from magma_jax.storage.model_folder import nbytes_of
 from magma_jax.storage.progress import writing
 from magma_jax.storage.torch.writer import write_torch_file
@@ -51,7 +51,7 @@ def main(path: Path, layers: int, width: int, seed: int) -> None:
         write_torch_file(path, {"module": module, "global_steps": 1}, progress)
 
 
-def _random(path: str, leaf: object, noise: Callable[[float, float], np.ndarray], number: int) -> Deferred:
+def _random(path: str, leaf: Tensor, noise: Callable[[float, float], np.ndarray], number: int) -> Deferred:
     """One parameter, its layers at places of their own."""
     if np.issubdtype(leaf.dtype, np.integer):
         return Deferred(leaf.shape, np.dtype(leaf.dtype), lambda: np.full(leaf.shape, number, leaf.dtype))

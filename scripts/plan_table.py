@@ -108,11 +108,12 @@ def train_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
         received = sum(traffic["received"] for traffic in plan["collectives"])
         chips = f"{case.topology} ({plan['devices']})" + (f", effort {case.effort:g}" if case.effort else "")
         total = f"{memory['total'] / GIB:.1f} of {plan['hbm_bytes'] / GIB:.0f}" + ("" if plan["fits"] else ", too much")
+        limit = max(terms, key=terms.__getitem__)
         lines.append(
             f"| {chips} | {options['mesh.frozen']} | {options.get('loss.remat', 'full')} "
             f"| {memory['arguments'] / GIB:.2f} | {memory['temporaries'] / GIB:.2f} | {total} "
             f"| {plan['gathers_of_frozen_in_loops']} | {received / GIB:.1f} "
-            f"| {' / '.join(f'{1e3 * seconds:.0f}' for seconds in terms.values())} | {max(terms, key=terms.get)} "
+            f"| {' / '.join(f'{1e3 * seconds:.0f}' for seconds in terms.values())} | {limit} "
             f"| {plan['mfu']:.0%} | {plan['compile_seconds']:.0f} ({plan['compile_cpu_seconds']:.0f}) |"
         )
     return "\n".join(lines) + "\n"

@@ -57,7 +57,7 @@ def by_page(url: str, images: list[str], prompt: str) -> list[str]:
     from selenium.webdriver.support.ui import WebDriverWait
 
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
+    options.binary_location = shutil.which("chromium") or ""
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
         options.add_argument(argument)
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
@@ -82,7 +82,7 @@ def by_page(url: str, images: list[str], prompt: str) -> list[str]:
 
 def main() -> int:
     """Reads the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("images", nargs="+")
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--prompt", default="A picture of")

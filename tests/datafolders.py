@@ -29,7 +29,7 @@ def noise(seed: int, size: tuple[int, int] = (80, 64)) -> bytes:
     return file.getvalue()
 
 
-def captions(count: int = 12, name: str = "picture") -> list[Record]:
+def captions(count: int = 12, name: str = "image") -> list[Record]:
     """Images with two captions each."""
     return [Record(f"{name} {i}", noise(i), (f"{name} {i}", f"the {name} number {i}")) for i in range(count)]
 

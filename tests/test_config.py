@@ -3,7 +3,8 @@
 import pytest
 from ml_collections import ConfigDict
 
-from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file
+from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file, settings
+from magma_jax.families import run_config
 from magma_jax.models.magma import MagmaConfig
 
 
@@ -27,14 +28,44 @@ def test_mistakes_are_named(values, message):
         from_dict(MagmaConfig, values)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"kind": "bert"}}, r"config\.model\.kind: 'bert' is not one of magma, gptj"),
+        ({"data": {"kind": "openmoji"}}, r"config\.model\.kind: None is not one of magma, gptj"),
+        ({"model": {"kind": "gptj"}, "data": {"kind": "folders"}}, r"'folders' is not one of openmoji, openmoji_text"),
+        ({"model": {"kind": "magma"}, "data": {"kind": "codes"}}, r"'codes' is not one of openmoji, folders"),
+        (
+            {"model": {"kind": "magma"}, "data": {"kind": "openmoji", "classes": ["a"]}},
+            r"unknown key .*data\.classes; Open",
+        ),
+        (
+            {"model": {"kind": "magma"}, "data": {"kind": "openmoji"}, "loss": {"share": 1}},
+            r"unknown key .*loss\.share; ",
+        ),
+    ],
+)
+def test_a_run_of_an_unknown_kind_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        run_config(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_are_shown_as_they_are_set():
+    config = run_config({"model": {"kind": "magma", "encoder": {"kind": "nf_resnet"}}, "data": {"kind": "openmoji"}})
+    shown = settings(config)
+    assert {"steps=1000", "optim.groups.language=frozen", "data.buckets=[]", "base=None"} <= set(shown)
+    assert run_config(apply_overrides(ConfigDict(), shown)) == config
+
+
 def test_whole_numbers_serve_as_floats():
     assert from_dict(MagmaConfig, {"prefix": {"dropout": 0}}).prefix.dropout == 0.0
 
 
 def test_overrides_reach_nested_keys_and_leave_the_original_alone():
     config = ConfigDict({"optim": {"learning_rate": 1e-3}, "steps": 5})
-    changed = apply_overrides(config, ["optim.learning_rate=2e-3", "data.name=openmoji", "steps=7"])
-    assert changed.to_dict() == {"optim": {"learning_rate": 2e-3}, "steps": 7, "data": {"name": "openmoji"}}
+    changed = apply_overrides(config, ["optim.learning_rate=2e-3", "data.kind=openmoji", "steps=7"])
+    assert changed.to_dict() == {"optim": {"learning_rate": 2e-3}, "steps": 7, "data": {"kind": "openmoji"}}
     assert config.steps == 5
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         apply_overrides(config, ["steps"])

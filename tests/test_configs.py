@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from magma_jax.config import ConfigError, config_name, load_config_file, to_dict
-from magma_jax.families import run_config
+from magma_jax.families import family_of, run_config
 from magma_jax.nn.modules import abstract, parameter_count
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.program import create_model
@@ -50,7 +50,7 @@ def load(name: str) -> RunConfig:
 
 
 def learning_and_frozen(config: RunConfig):
-    _, shapes, types = abstract(functools.partial(create_model, config))
+    _, shapes, types = abstract(functools.partial(create_model, family_of(config.model), config))
     return partition(shapes, label_parameters(types, config.optim.groups))[:2]
 
 
@@ -88,7 +88,7 @@ def test_adapters_of_table_1_have_the_papers_sizes(row):
 def test_finetuning_uses_the_papers_rates_and_stops_early(name):
     config = load(f"finetune_{name}.py")
     assert config.optim.learning_rate == (3e-4 if name == "snli_ve" else 7e-4)
-    assert config.optim.encoder_learning_rate == 1.5e-6
+    assert config.optim.groups["encoder"].learning_rate == 1.5e-6
     assert config.validation.every
     assert config.validation.patience
 

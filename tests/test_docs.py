@@ -1,6 +1,7 @@
 """The Python blocks of the documentation run as they stand."""
 
 import dataclasses
+import importlib
 import re
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from magma_jax.nn.modules import split
 from magma_jax.storage.model_folder import write_model_folder
 from tests import tiny
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 
 
 @pytest.mark.slow
@@ -37,3 +39,28 @@ def test_blocks_of_inference(tmp_path, monkeypatch, capsys):
     assert re.search(r"\(4, 8, \d+, 1, 4\)\n\(5, 1, \d+, 32\)", printed)
     with Image.open("all_words.png") as sheet:
         assert sheet.width > sheet.height / 10
+
+
+def test_two_walks_print_what_the_page_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", (DOCS / "walks.md").read_text(), re.S)
+    assert len(blocks) > 10
+    scope = {}
+    for code, printed in blocks:
+        exec(compile(code, "walks.md", "exec"), scope)
+        assert capsys.readouterr().out == printed, code
+
+
+@pytest.mark.parametrize("page", ["house.md", "walks.md"])
+def test_pages_name_files_that_exist(page):
+    names = re.findall(r"`((?:\w+/)+(?:\w+\.py)?|\w+\.py)`", (DOCS / page).read_text())
+    assert len(names) > 10
+    for name in names:
+        assert (ROOT / "magma_jax" / name).exists() or (ROOT / name).exists(), name
+
+
+def test_the_picture_of_the_house_is_that_of_its_rooms(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    house = importlib.import_module("house_image")
+    assert (DOCS / "house.svg").read_text() == house.draw(), "run python scripts/house_image.py"

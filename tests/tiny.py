@@ -1,14 +1,17 @@
 """A MAGMA model and a dataset small enough for tests."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from magma_jax.data.batches.pipeline import sample_batches
-from magma_jax.data.datasets import DataConfig, Dataset
+from magma_jax.data.batches.held_out import held_out_batches
+from magma_jax.data.batches.pipeline import encode_sample, sample_batches, text_padding
+from magma_jax.data.dataset import Dataset
 from magma_jax.data.format.records import Sample
+from magma_jax.data.openmoji.dataset import OpenmojiConfig
 from magma_jax.data.tokenizers.byte_level import train_bpe
 from magma_jax.families import family_of
 from magma_jax.models.language.gptj import GPTJConfig
@@ -21,7 +24,8 @@ from magma_jax.runtime.sharding import MeshConfig
 from magma_jax.training import loop
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.setup import Run
-from magma_jax.training.step.optim import OptimConfig
+from magma_jax.training.step.optim import Group, OptimConfig
+from magma_jax.training.step.options import LossOptions
 
 # Compiles slowly on a CPU, so only tests of BatchNorm use it.
 RESNET = CLIPResNetConfig(blocks=(1, 2, 1, 1), width=8, image_size=64)
@@ -51,15 +55,24 @@ def dataset() -> Dataset:
     def batches(batch_size, seed, rows):
         return sample_batches([samples], [1.0], tokenizer, batch_size=batch_size, length=40, seed=seed, rows=rows)
 
-    return Dataset(tokenizer, batches, np.stack(images), evaluation={"train": samples, "test": samples})
+    evaluation = {"train": samples, "test": samples}
+    encode = functools.partial(encode_sample, tokenizer=tokenizer, length=32)
+    return Dataset(
+        tokenizer=tokenizer,
+        batches=batches,
+        images=np.stack(images),
+        evaluation=evaluation,
+        validation_batches=held_out_batches(evaluation, encode, 32, text_padding(tokenizer)),
+    )
 
 
 def run_config(**changes) -> RunConfig:
     """Four steps of a run in which adapters, prefix and encoder learn."""
     config = RunConfig(
         model=MODEL,
-        data=DataConfig(name="openmoji"),
-        optim=OptimConfig(learning_rate=1e-2, encoder_learning_rate=1e-3, clip_norm=1.0),
+        data=OpenmojiConfig(),
+        optim=OptimConfig(learning_rate=1e-2, clip_norm=1.0, groups={"encoder": Group(learning_rate=1e-3)}),
+        loss=LossOptions(),
         steps=4,
         batch_size=4,
         log_every=1,

@@ -79,7 +79,7 @@ def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Compos
                 }
                 return {
                     "model": to_dict(config.model),
-                    "groups": dict(config.optim.groups),
+                    "groups": to_dict(config.optim)["groups"],
                     "source": {**sources, "seed": config.seed},
                     "magma_jax": __version__,
                 }

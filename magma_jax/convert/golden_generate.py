@@ -40,6 +40,7 @@ def generations(subject: Subject) -> Quantities:
     steps = _steps(subject, parts)
     batch = _Batch(subject, [row for rows in parts.values() for row in rows], max(steps.values()))
     run = batch.generate(NO_END)
+    assert run.logits is not None  # asked for
     start = 0
     for name, rows in parts.items():
         at, length, n = slice(start, start + len(rows)), len(rows[0]), steps[name]

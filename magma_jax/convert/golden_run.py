@@ -26,15 +26,16 @@ import optax
 from flax import nnx
 
 from magma_jax.convert.golden import GoldenError, inputs_of
+from magma_jax.families.magma.config import roles
 from magma_jax.families.magma.loss import caption_labels, caption_loss
 from magma_jax.models.magma import MagmaConfig, MagmaModel
-from magma_jax.nn.modules import abstract, merge
+from magma_jax.nn.modules import EncoderParam, abstract, merge, spared_by_decay, split, variable_types
 from magma_jax.published.keymap import engine as keymap
 from magma_jax.published.magma_keys import magma_table
-from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
+from magma_jax.training.step.optim import Group, OptimConfig, label_parameters, make_optimizer, partition, with_groups
 from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.terms import LOSS, Terms
-from magma_jax.training.step.train_step import init_state, make_train_step
+from magma_jax.training.step.train_step import Batch, init_state, make_train_step
 from magma_jax.typing import IGNORED, Params
 
 Quantities = Iterator[tuple[str, Any]]
@@ -68,8 +69,9 @@ class Subject:
             if name in self.golden and not 0 <= self.golden[name].min() <= self.golden[name].max() < lm.vocab_rows:
                 raise GoldenError(f"golden input {name!r} has token ids outside the model's {lm.vocab_rows} rows")
         self.eos_id = int(self.settings.get("eos_token", EOS_TOKEN))
-        self.graphdef, _, types = abstract(lambda: MagmaModel(self.config, rngs=nnx.Rngs(0)))
-        self.labels = label_parameters(types, OptimConfig().groups)
+        model = nnx.eval_shape(lambda: MagmaModel(self.config, rngs=nnx.Rngs(0)))
+        self.graphdef, self.spared = split(model)[0], spared_by_decay(model)
+        self.labels = label_parameters(variable_types(model), roles(self.config))
         self.positions = merge(self.graphdef, self.params).image_positions
         if self.captions.shape[1] <= self.positions:
             raise GoldenError(f"golden input 'captions' must be longer than an image's {self.positions} positions")
@@ -136,7 +138,7 @@ def training(subject: Subject) -> Quantities:
         return
     yield "train/prefix", _train_prefix(subject.graphdef, subject.params, subject.images)
     trainable, frozen, statistics = partition(subject.params, subject.labels)
-    optimizer = optax.chain(_keep_gradients(), make_optimizer(_optimizer(subject.settings), subject.labels))
+    optimizer = optax.chain(_keep_gradients(), make_optimizer(_optimizer(subject), subject.labels, subject.spared))
     step = jax.jit(make_train_step(subject.graphdef, _train_loss, optimizer))
     batches = [subject.batch(subject.images, subject.captions)]
     has_steps = "opt/images_1" in subject.golden
@@ -192,36 +194,38 @@ def _gradients(subject: Subject, grads: Params, mode: str) -> Quantities:
         yield f"grad_norms_{mode}", _by_name(subject, "grad_names", norms)
 
 
-def _by_name(subject: Subject, names: str, values: Mapping[str, float]) -> np.ndarray:
+def _by_name(subject: Subject, names: str, values: Mapping[str, Any]) -> np.ndarray:
     """Values in the order of an array of names; NaN, which is never equal, for a name that the model lacks."""
     wanted = inputs_of(subject.golden, names, (None,), "U")
     return np.array([values.get(str(name), np.nan) for name in wanted])
 
 
-def _optimizer(settings: Mapping[str, Any]) -> OptimConfig:
+def _optimizer(subject: Subject) -> OptimConfig:
     rates = {"encoder": 2e-4, "rest": 2e-3}
     decay = 0.0
-    for group in settings.get("opt_groups", ()):
+    for group in subject.settings.get("opt_groups", ()):
         role = "encoder" if group["params"][0].startswith("image_prefix.enc.") else "rest"
         rates[role] = float(group["lr"])
         decay = max(decay, float(group["weight_decay"]))
-    return OptimConfig(
+    config = OptimConfig(
         learning_rate=rates["rest"],
-        encoder_learning_rate=rates["encoder"],
         schedule="constant",
         b2=0.95,
         weight_decay=decay,
         clip_norm=1.0,
+        groups={EncoderParam.role: Group(learning_rate=rates["encoder"])},
     )
+    return with_groups(config, roles(subject.config))
 
 
 def _keep_gradients() -> optax.GradientTransformation:
     """Passes gradients on, and keeps them as its state."""
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    return optax.GradientTransformation(zeros, lambda updates, state, params=None: (updates, updates))
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda updates, state, params=None: (updates, updates)
+    )
 
 
-def _train_loss(model: MagmaModel, batch: Mapping[str, Any], key: Any) -> Terms:
+def _train_loss(model: MagmaModel, batch: Batch, key: Any) -> Terms:
     """The library's loss with BatchNorm as in the original's training; its dropout was off in the golden runs."""
     del key
     return caption_loss(model, batch, None, options=LossOptions(batch_norm="batch"))
@@ -247,7 +251,7 @@ def _run(model: MagmaModel, batch: Mapping[str, Any], collect: tuple[str, ...]) 
     return result
 
 
-def _mean_loss(model: MagmaModel, batch: Mapping[str, Any]) -> Any:
+def _mean_loss(model: MagmaModel, batch: Batch) -> Any:
     return caption_loss(model, batch, None, options=LossOptions())[LOSS].mean
 
 

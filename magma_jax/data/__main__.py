@@ -20,7 +20,7 @@ from magma_jax.data.write.prepare import Check, Fingerprint
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the command line and converts or shows; returns the exit status, see ``commands``."""
-    parser = commands.ArgumentParser(prog="python -m magma_jax.data", description=__doc__.splitlines()[0])
+    parser = commands.ArgumentParser(prog="python -m magma_jax.data", description=str(__doc__).splitlines()[0])
     subparsers = parser.add_subparsers(dest="command", required=True)
     one = subparsers.add_parser("convert", help="write a dataset folder", description="Writes a dataset folder.")
     one.add_argument("source", type=Path, help="annotation file, or the folder for formats that hold their images")

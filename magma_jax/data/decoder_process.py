@@ -81,6 +81,7 @@ def _serve(steps: ModuleType, connection: int, settings: dict[str, Any]) -> None
 
 def _load_steps() -> ModuleType:
     spec = importlib.util.spec_from_file_location("pillow_steps", Path(__file__).with_name("pillow_steps.py"))
+    assert spec is not None and spec.loader is not None  # noqa: PT018  # a file beside this one
     steps = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(steps)
     steps.Image.init()  # the plug-ins now: they would count as time of the first image

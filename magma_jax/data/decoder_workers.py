@@ -46,7 +46,7 @@ class Starter:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", _SCRIPT, json.dumps(settings | {"path": sys.path})],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 # NumPy's threads would only take memory, and are not copied.
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C is the parent's

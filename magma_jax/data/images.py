@@ -160,8 +160,8 @@ def normalize(
     std: Sequence[float] = CLIP_STD,
 ) -> Float[Any, "*batch H W 3"]:
     """``(pixels / 255 - mean) / std`` in fp32; a NumPy array gives a NumPy array, a JAX array a JAX array."""
-    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    of_channels = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return (pixels.astype(np.float32) / np.float32(255) - of_channels[0]) / of_channels[1]
 
 
 def refuse_url(source: ImageSource) -> None:

@@ -55,7 +55,7 @@ class ImageError(ValueError):
         self.kind = kind
 
 
-def open_image(file: io.BufferedIOBase, name: str, max_pixels: int) -> Image.Image:
+def open_image(file: io.BytesIO | io.BufferedReader, name: str, max_pixels: int) -> Image.Image:
     """The image with format and size known and nothing decoded.
 
     Raises:
@@ -207,7 +207,7 @@ def _is_exact(scale: float, edges: tuple[float, float]) -> bool:
     return (1024 * scale).is_integer() and all(float(np.float32(edge)) == edge for edge in edges)
 
 
-def _check_scans(file: io.BufferedIOBase, name: str) -> None:
+def _check_scans(file: io.BytesIO | io.BufferedReader, name: str) -> None:
     place = file.tell()
     file.seek(0)
     scans = file.read().count(_SCAN)

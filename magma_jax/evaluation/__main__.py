@@ -17,7 +17,7 @@ from magma_jax.output import printable
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the command line and scores; returns the exit status, see ``commands``."""
-    parser = commands.ArgumentParser(prog="python -m magma_jax.evaluation", description=__doc__.splitlines()[0])
+    parser = commands.ArgumentParser(prog="python -m magma_jax.evaluation", description=str(__doc__).splitlines()[0])
     subparsers = parser.add_subparsers(dest="command", required=True)
     one = subparsers.add_parser("score", help="score a file of predictions", description="Scores a prediction file.")
     one.add_argument("--protocol", required=True, choices=PROTOCOLS, metavar="NAME", help=", ".join(PROTOCOLS))

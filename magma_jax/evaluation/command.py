@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 from ml_collections import ConfigDict
 
 from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
-from magma_jax.data.datasets import DataConfig, load_dataset
+from magma_jax.data.datasets import DataConfig, load_dataset, read_stored_config
+from magma_jax.data.openmoji.dataset import OpenmojiConfig
 from magma_jax.data.workers import cores
 from magma_jax.evaluation.metrics.perplexity import measure
 from magma_jax.evaluation.report import comparison
@@ -36,14 +37,15 @@ OpenModel: TypeAlias = Callable[..., TokenGenerator]
 
 def run_comparison(arguments: argparse.Namespace) -> None:
     """``--compare``: which of two results is better, if one is."""
-    found = comparison.compare_results(*arguments.compare)
+    first, second = arguments.compare
+    found = comparison.compare_results(first, second)
     shown = json.dumps(comparison.to_json(found), indent=2) if arguments.json else None
-    print(shown or printable(comparison.table(*arguments.compare, found)))
+    print(shown or printable(comparison.table(first, second, found)))
 
 
 def run_perplexity(open_model: OpenModel, arguments: argparse.Namespace) -> None:
     """``--perplexity``: is the language model intact?"""
-    model = open_model(arguments.checkpoint or arguments.workdir, dtype=arguments.dtype)
+    model = open_model(arguments.checkpoint or arguments.workdir, dtype=arguments.dtype, ema=arguments.ema)
     found = measure(model, arguments.perplexity)
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -69,7 +71,8 @@ def run_tasks(open_model: OpenModel, arguments: argparse.Namespace) -> None:
         mesh = make_mesh(from_dict(MeshConfig, apply_overrides(ConfigDict(), arguments.mesh or []), "mesh"))
     path = local_path(arguments.checkpoint or arguments.workdir)
     checkpoint = identify(path) | ({"dtype": arguments.dtype} if arguments.dtype else {})
-    model = open_model(path, dtype=arguments.dtype, mesh=mesh)
+    checkpoint |= {} if arguments.ema is None else {"ema": arguments.ema}
+    model = open_model(path, dtype=arguments.dtype, mesh=mesh, ema=arguments.ema)
     tasks = [with_classes_of(task, path) for task in tasks]
     own = own_data(path) if any(task.data is None for task in tasks) else None
     dataset = own and load_dataset(own)
@@ -97,7 +100,7 @@ def run_tasks(open_model: OpenModel, arguments: argparse.Namespace) -> None:
     for task in tasks:
         result = evaluate(task)
         if is_main():
-            drawings = task.data is None and own.name == "openmoji"
+            drawings = task.data is None and isinstance(own, OpenmojiConfig)
             print(f"wrote {write_result(folder, result, OPENMOJI if drawings else '')}")
         # The next task's collectives may not wait for long.
         barrier("result written")
@@ -172,4 +175,4 @@ def own_data(path: Path) -> DataConfig:
     run = read_model_json(path).get("run") if path.is_dir() else None
     if run is None:
         raise ConfigError(f"{path}: not a run, so it has no data of its own; give --data")
-    return from_dict(DataConfig, run["data"], "model.json: run.data")
+    return read_stored_config(run["data"])

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from magma_jax.config import from_dict
-from magma_jax.data.datasets import DataConfig, Dataset, load_dataset
+from magma_jax.data.dataset import Dataset
+from magma_jax.data.datasets import load_dataset, read_stored_config
+from magma_jax.data.openmoji.dataset import OpenmojiConfig
 from magma_jax.evaluation.metrics.baselines import most_frequent_answers, shuffle_images
 from magma_jax.evaluation.metrics.by_protocol import METRICS
 from magma_jax.evaluation.report.overview import overview_image
@@ -51,11 +52,13 @@ class EvaluationError(ValueError):
 
 
 def evaluate_run(
-    open_model: Callable[[Path], TokenGenerator],
+    open_model: Callable[..., TokenGenerator],
     workdir: str | Path,
     split: str = "test",
     limit: int | None = None,
     overview: str | Path | None = None,
+    *,
+    ema: bool | None = None,
 ) -> Evaluation:
     """Evaluates a run, prints the table and writes its files into the run folder.
 
@@ -63,7 +66,8 @@ def evaluate_run(
     folder that was made of a run, such as a quantized one; ``open_model`` opens it (``families``). The files are
     ``results.json``, ``predictions.jsonl`` and ``report.html``. Another split than ``test``, or a limit, is part of
     their names (``results-split=validation-limit=50-1c9e2f0a.json``), so that it never passes for the full result.
-    ``overview`` names a PNG file that gets twelve images with their texts.
+    ``overview`` names a PNG file that gets twelve images with their texts. ``ema`` chooses between the weights and
+    their moving averages, by default what the run was validated with.
 
     Raises:
         CheckpointError: the folder holds no run, or none with a checkpoint. ConfigError: a run of another kind of
@@ -75,20 +79,21 @@ def evaluate_run(
     # What was made of a run names its source and holds all that was learned; a run without steps has learned nothing.
     if run is None or not (has_steps or "source" in metadata):
         raise CheckpointError(f"{workdir}: holds no checkpoint of a run; give the --workdir that train.py trained in")
-    model = open_model(workdir)
-    stamp = {"training_seed": run["seed"]}
+    model = open_model(workdir, ema=ema)
+    stamp = {"training_seed": run["seed"]} | ({} if ema is None else {"ema": ema})
     if has_steps:
         with RunCheckpoints(workdir) as checkpoints:
             stamp["checkpoint_step"] = checkpoints.result_step()
-    config = from_dict(DataConfig, run["data"], "model.json: run.data")
+    config = read_stored_config(run["data"])
     dataset = load_dataset(config)
     evaluation = evaluate(model, dataset, split, limit, stamp=stamp)
     settings = {"split": split} if split != "test" else {}
     settings |= {"limit": limit} if limit is not None else {}
+    settings |= {"ema": ema} if ema is not None else {}
     suffix = f"-{file_stem('', settings, settings)}" if settings else ""
     write_results(workdir / f"results{suffix}.json", evaluation)
     write_predictions(workdir / f"predictions{suffix}.jsonl", evaluation)
-    attribution = OPENMOJI if config.name == "openmoji" else ""
+    attribution = OPENMOJI if isinstance(config, OpenmojiConfig) else ""
     write_report(workdir / f"report{suffix}.html", evaluation, dataset, workdir / "metrics.jsonl", attribution)
     if overview is not None:
         overview_image(overview, evaluation, dataset)
@@ -133,6 +138,8 @@ def evaluate(
     except ValueError as error:
         raise EvaluationError(f"split {split!r}: {error}") from None
 
+    if dataset.images is None:
+        raise EvaluationError("the dataset has no images; eval.py asks about images")
     black = len(dataset.images)
     shown = {"model": images, "blind": [black] * len(samples), "shuffled": shuffled}
     requests = {

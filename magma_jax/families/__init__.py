@@ -1,13 +1,12 @@
 """The model families. A new one is a package of its own and one row here."""
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from magma_jax.config import ConfigError
+from magma_jax.config import ConfigError, Settings
 from magma_jax.families.language import LANGUAGE
 from magma_jax.families.magma import MAGMA
 from magma_jax.family import Family
@@ -33,14 +32,18 @@ def family_of(model: Any) -> Family:
     raise ConfigError(f"{type(model).__name__}: no family has such models; there are {', '.join(FAMILIES)}")
 
 
-def run_config(values: Mapping[str, Any], where: str = "config") -> RunConfig:
+def run_config(values: Settings, where: str = "config") -> RunConfig:
     """The config of a run, from nested mappings; its model may be of any family.
 
     Raises:
         ConfigError: an unknown kind of model, or as ``config.from_dict``.
     """
-    config = read_run_config([kind for family in FAMILIES.values() for kind in family.configs], values, where)
-    return completed(family_of(config.model), config)
+    if isinstance(values, ConfigDict):
+        values = values.to_dict()
+    kind, kinds = dict(values.get("model") or {}).get("kind"), _families_by_kind()
+    if kind not in list(kinds):
+        raise ConfigError(f"{where}.model.kind: {shown(kind)} is not one of {', '.join(kinds)}")
+    return completed(kinds[kind], read_run_config(kinds[kind], values, where))
 
 
 def family_of_checkpoint(path: Path) -> Family:
@@ -54,28 +57,33 @@ def family_of_checkpoint(path: Path) -> Family:
     # Folders of the first release may leave out the kind.
     model = read_model_json(path)["model"]
     kind = model.get("kind", MAGMA.name) if isinstance(model, dict) else model
-    kinds = {field.default: family for family in FAMILIES.values() for field in map(_kind_field, family.configs)}
+    kinds = _families_by_kind()
     if kind not in list(kinds):
         raise CheckpointError(f"{path}: holds a model of kind {shown(kind)}; there are {', '.join(kinds)}")
     return kinds[kind]
 
 
-def open_generator(path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> Generator:
+def open_generator(
+    path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None, ema: bool | None = None
+) -> Generator:
     """Opens a checkpoint of any family for use.
 
     Args:
         path: run folder, model folder, file of weights, or an ``hf://`` address.
         dtype: of weights and activations; default: the checkpoint's.
         mesh: devices to spread the weights over; default: one device.
+        ema: whether a run's moving averages of weights are taken; default: what the run was validated with.
 
     Raises:
         CheckpointError: no checkpoint, or one of a family that cannot be opened; and what the family raises.
     """
     path = local_path(path)
-    return family_of_checkpoint(path).open(path, dtype=dtype, mesh=mesh)
+    return family_of_checkpoint(path).open(path, dtype=dtype, mesh=mesh, ema=ema)
 
 
-def open_token_generator(path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> TokenGenerator:
+def open_token_generator(
+    path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None, ema: bool | None = None
+) -> TokenGenerator:
     """``open_generator`` of a model that writes text token by token; others are refused before weights are read."""
     path = local_path(path)
     family = family_of_checkpoint(path)
@@ -85,8 +93,8 @@ def open_token_generator(path: str | Path, *, dtype: str | None = None, mesh: Me
             f"{path}: a {family.name} model does not write text token by token; give a checkpoint of another family "
             f"({names})"
         )
-    return family.open(path, dtype=dtype, mesh=mesh)
+    return family.open(path, dtype=dtype, mesh=mesh, ema=ema)
 
 
-def _kind_field(config: type) -> dataclasses.Field:
-    return next(field for field in dataclasses.fields(config) if field.name == "kind")
+def _families_by_kind() -> dict[str, Family]:
+    return {config.kind: family for family in FAMILIES.values() for config in family.configs}

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from PIL import Image
 
 from magma_jax.data.images import ImageInput
@@ -33,8 +32,9 @@ from magma_jax.inference.batching import slots
 from magma_jax.inference.buckets import SEQUENCES
 from magma_jax.inference.generator import TokenGenerator
 from magma_jax.inference.prompts import WORD, ImageGrid, Prompt, PromptLayout
-from magma_jax.models.language.decoder import BlockOutput, LayerReduction
-from magma_jax.nn.modules import merge
+from magma_jax.nn.modules import Definition, merge
+from magma_jax.nn.transformer.block import BlockOutput
+from magma_jax.nn.transformer.trunk import LayerReduction
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Float, Int, Params
 
@@ -248,9 +248,8 @@ def _image_table(
     shape = (room or len(prompt.pixels), model.images.positions, model.lm_config.width)
     table = slots.commit_like(model.params, np.zeros(shape, jnp.dtype(model.dtype)))
     rows = {}
-    options = {"mean": model.images.mean, "std": model.images.std}
     for row, (key, pixels) in enumerate(prompt.pixels.items()):
-        table = slots.add_image(model.graphdef, model.params, table, pixels[None], jnp.int32(row), **options)
+        table = slots.add_image(model.graphdef, model.params, table, pixels[None], jnp.int32(row))
         rows[key] = row
     return table, rows
 
@@ -261,7 +260,7 @@ def _padded(indices: Int[np.ndarray, " N"], length: int) -> Int[np.ndarray, " M"
 
 @platform_jit(static_argnames=("graphdef",))
 def _attend(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     table: Float[Array, "C P D"],
     tokens: Int[Array, " S"],

@@ -7,12 +7,11 @@ engine, beam search, choices, attention maps and evaluation work with.
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
-from flax import nnx
-
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.inference.answers import Answer, AnswerOptions
 from magma_jax.inference.prompts import ImageSpec, Prompt, PromptBatch, PromptLayout
 from magma_jax.models.language.catalog import LanguageModelConfig
+from magma_jax.nn.modules import Definition
 from magma_jax.typing import Params
 
 # edit: an image from an image and words that say what to change.
@@ -59,7 +58,7 @@ class TokenGenerator(Generator, Protocol):
     dtype: str
     images: ImageSpec
     classes: int
-    graphdef: nnx.GraphDef
+    graphdef: Definition
     params: Params
     tokenizer: Tokenizer
 

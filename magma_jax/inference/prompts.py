@@ -48,15 +48,11 @@ class ImageSpec:
     Attributes:
         size: pixels of a side.
         positions: that one image takes in a sequence.
-        mean: of the pixels, per channel.
-        std: of the pixels, per channel.
         grid: of the positions, over the square that the encoder sees; None where they are no places.
     """
 
     size: int
     positions: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     grid: ImageGrid | None = None
 
 

@@ -12,11 +12,11 @@ from flax import nnx
 
 from magma_jax.config import check_dtype
 from magma_jax.family import ShardingRow
-from magma_jax.models.language.catalog import LanguageModelConfig, build_language_model
-from magma_jax.models.language.decoder import KVCache, LMOutput
+from magma_jax.models.language.catalog import LanguageModelConfig
+from magma_jax.models.language.decoder import Decoder
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.prefix import ImagePrefix, PrefixConfig
-from magma_jax.models.vision.catalog import EncoderConfig, build_encoder
+from magma_jax.models.vision.catalog import EncoderConfig, build_encoder, normalize_for
 from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.convolution import BatchNormMode
@@ -24,7 +24,9 @@ from magma_jax.nn.layers import Linear
 from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import HeadParam
 from magma_jax.nn.stack import Remat
-from magma_jax.typing import Array, Float, Int, PRNGKey
+from magma_jax.nn.transformer.cache import KVCache
+from magma_jax.nn.transformer.trunk import TrunkOutput
+from magma_jax.typing import Array, Float, Int, PRNGKey, UInt8
 
 # Of everything before the language model.
 SHARDINGS: tuple[ShardingRow, ...] = (
@@ -67,7 +69,7 @@ class MagmaModel(nnx.Module):
         encoder = build_encoder(config.encoder, rngs=rngs)
         self.image_prefix = ImagePrefix(encoder, config.lm.width, config.prefix, rngs=rngs)
         adapters = {"mlp_adapter": config.mlp_adapter, "attn_adapter": config.attn_adapter}
-        self.lm = build_language_model(config.lm, **adapters, rngs=rngs)
+        self.lm = Decoder(config.lm, **adapters, rngs=rngs)
         self.class_head = (
             Linear(config.lm.width, config.classes, param=HeadParam, rngs=rngs) if config.classes else None
         )
@@ -87,6 +89,12 @@ class MagmaModel(nnx.Module):
     ) -> Float[Array, "B ..."]:
         """Features of normalised images: a grid (B, P, C), or (B, C) from a pooled encoder."""
         return self.image_prefix.encoder(images.astype(self.dtype), batch_norm=batch_norm, remat=remat)
+
+    def encode_pixels(
+        self, pixels: UInt8[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
+    ) -> Float[Array, "B ..."]:
+        """Features of images as they are stored, pixels of 0 to 255; see ``encode_images``."""
+        return self.encode_images(normalize_for(self.config.encoder, pixels), batch_norm=batch_norm, remat=remat)
 
     def embed_features(
         self, features: Float[Array, "B ..."], *, dropout_key: PRNGKey | None = None
@@ -111,7 +119,7 @@ class MagmaModel(nnx.Module):
         cache: KVCache | None = None,
         collect: tuple[str, ...] = (),
         remat: Remat = "none",
-    ) -> LMOutput:
+    ) -> TrunkOutput:
         """Runs the language model with its adapters over any mixture of prefixes and word embeddings."""
         return self.lm(embeddings, positions=positions, mask=mask, cache=cache, collect=collect, remat=remat)
 

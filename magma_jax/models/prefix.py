@@ -32,7 +32,7 @@ class PrefixConfig:
         layernorm: LayerNorm behind the dropout.
         dropout: rate during training (paper: 0.1).
         standardize: features are brought to zero mean and unit variance per channel, with statistics of training
-            images that the run fills in once (``training.image_features``); for encoders whose channels differ in
+            images that the run fills in once (``families.magma.image_features``); for encoders whose channels differ in
             scale.
     """
 

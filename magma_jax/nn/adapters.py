@@ -8,17 +8,23 @@ With ``A(x) = W_up act(W_down x)``, ``x`` the input of the adapted module and ``
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.nn.activations import ACTIVATIONS
 from magma_jax.nn.layers import LayerNorm, Linear, clipped_normal, zeros
 from magma_jax.nn.modules import AdapterParam
 from magma_jax.typing import Array, Float
 
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+AdapterActivation = Literal["relu", "gelu", "silu"]
+
+
+def _function(name: AdapterActivation) -> Callable[[Array], Array]:
+    # GELU is the tanh form here, as in every adapter that was trained with it.
+    return ACTIVATIONS["gelu_tanh" if name == "gelu" else name].function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +35,7 @@ class AdapterConfig:
         kind: where the adapter reads and how it is added, see the module's docstring.
         downsample_factor: width of the model divided by the width of the bottleneck, which is rounded down.
         layernorm: a LayerNorm before the bottleneck.
-        activation: name in ``ACTIVATIONS``; the original uses relu.
+        activation: between the two linear layers; ``gelu`` is the tanh approximation. The original uses relu.
         init: ``original`` fills both linear layers with N(0, 1e-3), clipped at two sigma; ``zero_up`` leaves the
             second one zero and the first at full scale, which starts at the same function and learns in far fewer
             steps.
@@ -38,7 +44,7 @@ class AdapterConfig:
     kind: Literal["normal", "parallel", "scaled_parallel"] = "normal"
     downsample_factor: int = 4
     layernorm: bool = False
-    activation: Literal["relu", "gelu", "silu"] = "relu"
+    activation: AdapterActivation = "relu"
     init: Literal["original", "zero_up"] = "original"
 
 
@@ -62,7 +68,7 @@ class Adapter(nnx.Module):
         h = y if self.config.kind == "normal" else x
         if self.ln is not None:
             h = self.ln(h)
-        h = self.up(ACTIVATIONS[self.config.activation](self.down(h)))
+        h = self.up(_function(self.config.activation)(self.down(h)))
         if self.scale is not None:
             h = h * self.scale[...].astype(h.dtype)
         return y + h

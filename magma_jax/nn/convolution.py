@@ -1,14 +1,14 @@
 """Convolution, pooling and BatchNorm on images of shape (B, height, width, channels)."""
 
-import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.nn import cpu
 from magma_jax.nn.layers import fan_in_uniform
-from magma_jax.nn.modules import EncoderParam, Statistic
+from magma_jax.nn.modules import Statistic
 from magma_jax.runtime.sharding import split_rows
 from magma_jax.typing import Array, Float
 
@@ -24,14 +24,15 @@ class Conv2d(nnx.Module):
         out_channels: int,
         kernel: int,
         *,
+        param: type[nnx.Param],
         stride: int = 1,
         padding: int = 0,
         use_bias: bool = False,
         rngs: nnx.Rngs,
     ):
         shape = (out_channels, in_channels, kernel, kernel)
-        self.weight = EncoderParam(fan_in_uniform(rngs.params(), shape, jnp.float32))
-        self.bias = EncoderParam(jnp.zeros((out_channels,))) if use_bias else None
+        self.weight = param(fan_in_uniform(rngs.params(), shape, jnp.float32))
+        self.bias = param(jnp.zeros((out_channels,)), decay=False) if use_bias else None
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h2 w2 o"]:
@@ -42,79 +43,30 @@ class Conv2d(nnx.Module):
 def conv2d(
     x: Float[Array, "B h w i"], weight: Float[Array, "o i k k"], stride: int, padding: int
 ) -> Float[Array, "B h2 w2 o"]:
-    """Convolution with symmetric zero padding.
-
-    On a CPU it is a matmul with the pixels under the kernel side by side: XLA:CPU runs convolutions inside of loops,
-    and many gradients of convolutions, 10 to 100 times slower than that.
-    """
+    """Convolution with symmetric zero padding."""
     x = split_rows(x)
     if weight.shape[2] == 1 and stride == 1 and padding == 0:
         y = jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
     elif weight.shape[2] == stride and padding == 0:
-        y = _patches_matmul(x, weight)
+        y = _patches_product(x, weight)
     else:
-        y = _conv2d(stride, padding, x, weight)
+        y = _convolve(x, weight, stride, padding)
     return split_rows(y)
 
 
-def _patches_matmul(x: Array, weight: Array) -> Array:
-    """Windows that do not overlap are a reshape: one matmul everywhere, where 32 x 32 slices take long to compile."""
-    size = weight.shape[2]
-    batch, (rows, columns), channels = x.shape[0], (side // size for side in x.shape[1:3]), x.shape[3]
-    x = x[:, : rows * size, : columns * size].reshape(batch, rows, size, columns, size, channels)
-    return jnp.einsum("brkcli,oikl->brco", x, weight)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _conv2d(stride: int, padding: int, x: Array, weight: Array) -> Array:
-    return jax.lax.platform_dependent(
-        x,
-        weight,
-        cpu=functools.partial(_windows_matmul, stride, padding),
-        default=functools.partial(_convolve, stride, padding),
-    )
-
-
-def _forward(stride, padding, x, weight):
-    # Kept for the gradient is x, not the copies of its pixels, of which there are kernel x kernel.
-    return _conv2d(stride, padding, x, weight), (x, weight)
-
-
-def _backward(stride, padding, kept, gradient):
-    def transposed(function):
-        function = functools.partial(function, stride, padding)
-
-        # A convolution is linear in each of its arguments, so its gradients are transposes and need no forward pass.
-        def gradients(x, weight, gradient):
-            (dx,) = jax.linear_transpose(lambda x: function(x, weight), x)(gradient)
-            (dweight,) = jax.linear_transpose(lambda weight: function(x, weight), weight)(gradient)
-            return dx, dweight
-
-        return gradients
-
-    return jax.lax.platform_dependent(*kept, gradient, cpu=transposed(_windows_matmul), default=transposed(_convolve))
-
-
-_conv2d.defvjp(_forward, _backward)
-
-
-def _convolve(stride: int, padding: int, x: Array, weight: Array) -> Array:
+@cpu.pixels_side_by_side
+def _convolve(x: Array, weight: Array, stride: int, padding: int) -> Array:
     return jax.lax.conv_general_dilated(
         x, weight, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "OIHW", "NHWC")
     )
 
 
-def _windows_matmul(stride: int, padding: int, x: Array, weight: Array) -> Array:
-    kernel = weight.shape[2]
-    rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in x.shape[1:3])
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    windows = [
-        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
-        for i in range(kernel)
-        for j in range(kernel)
-    ]
-    matrix = weight.transpose(0, 2, 3, 1).reshape(weight.shape[0], -1)
-    return jnp.einsum("bhwi,oi->bhwo", jnp.concatenate(windows, -1), matrix)
+def _patches_product(x: Array, weight: Array) -> Array:
+    """Windows that do not overlap are a reshape: one product everywhere, where 32 x 32 slices take long to compile."""
+    size = weight.shape[2]
+    batch, (rows, columns), channels = x.shape[0], (side // size for side in x.shape[1:3]), x.shape[3]
+    x = x[:, : rows * size, : columns * size].reshape(batch, rows, size, columns, size, channels)
+    return jnp.einsum("brkcli,oikl->brco", x, weight)
 
 
 def average_pool(x: Float[Array, "B h w C"], size: int) -> Float[Array, "B h2 w2 C"]:
@@ -135,10 +87,11 @@ class BatchNorm(nnx.Module):
     the global one, so the statistics are synchronised over devices.
     """
 
-    def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1):
+    def __init__(self, channels: int, *, param: type[nnx.Param], eps: float = 1e-5, momentum: float = 0.1):
         self.eps, self.momentum = eps, momentum
-        self.weight = EncoderParam(jnp.ones((channels,)))
-        self.bias = EncoderParam(jnp.zeros((channels,)))
+        # The original's weight decay spares the weights of LayerNorms, but not these.
+        self.weight = param(jnp.ones((channels,)))
+        self.bias = param(jnp.zeros((channels,)), decay=False)
         self.running_mean = Statistic(jnp.zeros((channels,)))
         self.running_var = Statistic(jnp.ones((channels,)))
         self.num_batches_tracked = Statistic(jnp.zeros((), jnp.int32))

@@ -49,7 +49,7 @@ def fused_attention(
     """
     kernel = kernel or choose_kernel(q, k, mask)
     if kernel == "splash":
-        return _splash(q, k, v, mask, scale)
+        return splash_attention(q, k, v, mask, scale)
     if kernel == "cudnn":
         return _cudnn(q, k, v, mask, scale)
     return blockwise_attention(q, k, v, mask, scale=scale, block=BLOCK)
@@ -65,13 +65,25 @@ def choose_kernel(q: Array, k: Array, mask: Mask) -> Kernel:
     if platform in ("gpu", "cuda"):
         capability = str(getattr(jax.local_devices(backend="gpu")[0], "compute_capability", ""))
     dtype = str(jnp.promote_types(q.dtype, k.dtype))
-    return _chosen(platform, capability, dtype, q.shape[1], k.shape[2], q.shape[3], rules)
+    return kernel_for(platform, capability, dtype, q.shape[1], k.shape[2], q.shape[3], rules)
 
 
 @functools.cache
-def _chosen(
+def kernel_for(
     platform: str, capability: str, dtype: str, queries: int, keys: int, size: int, rules: tuple[object, ...]
 ) -> Kernel:
+    """The kernel for a call of this kind.
+
+    Args:
+        platform: of the device.
+        capability: see ``cudnn_refusal``.
+        dtype: of queries and keys.
+        queries: S.
+        keys: T.
+        size: K.
+        rules: of the mask: its kind; ``static``, ``traced`` or no window; whether it has ``extra``, ``queries`` and
+            ``segments``.
+    """
     kind, window, extra, placed, _ = rules
     kernel: Kernel = "blockwise"
     if platform == "tpu":
@@ -132,8 +144,11 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Mask, scale: float) -> Array:
     return jax.nn.dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), **options)
 
 
-def _splash(q: Array, k: Array, v: Array, mask: Mask, scale: float, *, interpret: bool = False) -> Array:
-    """Each device runs the kernel on its rows and heads: the compiler cannot split what is inside."""
+def splash_attention(q: Array, k: Array, v: Array, mask: Mask, scale: float, *, interpret: bool = False) -> Array:
+    """``fused_attention`` by Pallas' kernel; ``interpret`` runs it without a TPU.
+
+    Each device runs it on its rows and heads: the compiler cannot split what is inside.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     segments = _segments(mask, q.shape[0], q.shape[1], k.shape[2])
     run = functools.partial(_splash_local, mask=mask, scale=scale, interpret=interpret)

@@ -1,5 +1,9 @@
 """Modules as plain data: the types of variables, and a module as (definition, flat dict of arrays).
 
+The type of a parameter names its ``role``, which decides how it learns (``training.step.optim``). A family with
+parameters of another role gives them a type of its own. Weight decay leaves out variables that are created with
+``decay=False``, as layers create biases and the weights of norms.
+
 Everything outside ``nn`` and ``models`` handles parameters as one flat dict ``{path: array}`` with paths such as
 ``"lm/layers/attn/q_proj/weight"``. Such a dict is an ordinary pytree (it goes through ``jax.grad``, ``optax`` and
 Orbax as it is), and its keys are what the tables of sharding, optimizer and conversion match on.
@@ -8,6 +12,7 @@ Orbax as it is), and its keys are what the tables of sharding, optimizer and con
 the running averages that a forward pass updated splits the merged module again (see ``training.step.train_step``).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,34 +25,66 @@ from magma_jax.typing import Params
 class LanguageParam(nnx.Param):
     """Weight of the language model; frozen unless a config trains the language model itself."""
 
+    role = "language"
+
 
 class EncoderParam(nnx.Param):
     """Weight of the image encoder (the paper trains it at its own, lower rate)."""
+
+    role = "encoder"
 
 
 class PrefixParam(nnx.Param):
     """Weight of the image prefix."""
 
+    role = "prefix"
+
 
 class AdapterParam(nnx.Param):
     """Weight of an adapter in the language model."""
 
+    role = "adapter"
+
 
 class HeadParam(nnx.Param):
     """Weight of a classification head."""
+
+    role = "head"
 
 
 class Statistic(nnx.BatchStat):
     """Running average of a BatchNorm: no gradient, updated by the forward pass in batch mode."""
 
 
-def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+class Definition:
+    """A module without its arrays, as a static argument of ``jax.jit``.
+
+    Its hash is computed once: that of ``nnx.GraphDef`` is computed at every call, which takes milliseconds.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef):
+        self.graphdef = graphdef
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Definition) and hash(self) == hash(other) and self.graphdef == other.graphdef
+
+
+def split(module: nnx.Module) -> tuple[Definition, Params]:
     """Splits a module into its definition and a flat dict of its arrays.
 
     Also takes modules made under ``nnx.eval_shape``; the leaves are then ``jax.ShapeDtypeStruct``.
     """
     graphdef, state = nnx.split(module)
-    return graphdef, {path: variable.get_value() for path, variable in _variables(state)}
+    return Definition(graphdef), {path: variable.get_value() for path, variable in _variables(state)}
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,26 +99,9 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def merge(graphdef: nnx.GraphDef, *params: Mapping[str, Any]) -> Any:
+def merge(definition: Definition, *params: Mapping[str, Any]) -> Any:
     """Rebuilds the module of ``split`` from one or several flat dicts that together hold every path."""
-    return nnx.merge(graphdef, nest({path: value for part in params for path, value in part.items()}))
-
-
-class Definition(nnx.GraphDef):
-    """A definition that equals itself only, for static arguments of ``jax.jit``.
-
-    These are hashed at every call, which takes milliseconds for one that is compared by all it holds.
-    """
-
-    __slots__ = ()
-
-    def __init__(self, definition: nnx.GraphDef):
-        super().__init__(definition.nodes, definition.attributes, definition.num_leaves)
-
-    __hash__ = object.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    return nnx.merge(definition.graphdef, nest({path: value for part in params for path, value in part.items()}))
 
 
 def variable_types(module: nnx.Module) -> dict[str, type[nnx.Variable]]:
@@ -89,11 +109,25 @@ def variable_types(module: nnx.Module) -> dict[str, type[nnx.Variable]]:
     return {path: type(variable) for path, variable in _variables(nnx.state(module))}
 
 
-def abstract(create: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Params, dict[str, type[nnx.Variable]]]:
+def roles_of(kind: type) -> set[str]:
+    """Roles of a variable type: its own, or those of its bases."""
+    if "role" in vars(kind):
+        return {vars(kind)["role"]}
+    return set().union(*(roles_of(base) for base in kind.__bases__))
+
+
+def spared_by_decay(module: nnx.Module) -> frozenset[str]:
+    """Paths of the variables that weight decay leaves out."""
+    return frozenset(
+        path for path, variable in _variables(nnx.state(module)) if not variable.get_metadata("decay", True)
+    )
+
+
+def abstract(create: Callable[[], nnx.Module]) -> tuple[Definition, Params, dict[str, type[nnx.Variable]]]:
     """Builds a module without memory: its definition, shapes and dtypes by path, and variable types by path."""
     module = nnx.eval_shape(create)
-    graphdef, shapes = split(module)
-    return graphdef, shapes, variable_types(module)
+    definition, shapes = split(module)
+    return definition, shapes, variable_types(module)
 
 
 def parameter_count(params: Mapping[str, Any]) -> int:

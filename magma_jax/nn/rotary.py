@@ -1,20 +1,72 @@
-"""Rotary position embedding.
+"""Rotary position embedding (Su et al., 2021).
 
-The first ``rotary_dim`` features of each head are pairs, and pair i is turned by the angle
-``position / base**(2i / rotary_dim)``. Pairs are neighbours, (0,1), (2,3), ... (GPT-J), or a feature of the first half
-and its counterpart in the second (GPT-NeoX). Angles, sines and cosines are fp32: bf16 cannot represent position 257.
+The first ``features`` of each head are pairs, and pair i is turned by the angle ``position / base**(2i / features)``.
+Pairs are neighbours, (0,1), (2,3), ... (GPT-J), or a feature of the first half and its counterpart in the second
+(GPT-NeoX, Llama). Angles, sines and cosines are fp32: bf16 cannot represent position 257.
 """
+
+import dataclasses
+import math
 
 import jax.numpy as jnp
 
 from magma_jax.typing import Array, Float, Int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryScaling:
+    """Llama 3's change of frequencies for contexts longer than it was pretrained on.
+
+    Waves longer than ``context / low`` are slowed by ``factor``, those shorter than ``context / high`` stay, and
+    between them the two are mixed.
+
+    Attributes:
+        factor: how much slower.
+        low: waves in the pretraining context at and below which a frequency is slowed wholly.
+        high: waves from which on it stays.
+        context: positions of pretraining.
+    """
+
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    context: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryConfig:
+    """How positions turn queries and keys.
+
+    Attributes:
+        features: of each head that are turned, even; the rest stay.
+        base: the slowest pair turns once in nearly 2 pi times as many positions.
+        interleaved: whether neighbours are pairs, or counterparts in two halves.
+        scaling: of the frequencies; None for none.
+    """
+
+    features: int
+    base: float = 10_000.0
+    interleaved: bool = False
+    scaling: RotaryScaling | None = None
+
+    def __post_init__(self):
+        if self.features < 2 or self.features % 2:
+            raise ValueError(f"rotary: features are turned in pairs, got {self.features}")
+
+    def table(self, positions: Int[Array, "B S"]) -> tuple[Float[Array, "B S R"], Float[Array, "B S R"]]:
+        """Sines and cosines of every position; R = features / 2."""
+        return rotary_table(positions, self.features, self.base, self.scaling)
+
+
 def rotary_table(
-    positions: Int[Array, "B S"], rotary_dim: int, base: float = 10_000.0
+    positions: Int[Array, "B S"], features: int, base: float = 10_000.0, scaling: RotaryScaling | None = None
 ) -> tuple[Float[Array, "B S R"], Float[Array, "B S R"]]:
-    """Sines and cosines of every position; R = rotary_dim / 2."""
-    frequencies = 1.0 / base ** (jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    """Sines and cosines of every position; R = features / 2."""
+    frequencies = 1.0 / base ** (jnp.arange(0, features, 2, dtype=jnp.float32) / features)
+    if scaling is not None:
+        waves = scaling.context * frequencies / (2 * math.pi)
+        kept = jnp.clip((waves - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.sin(angles), jnp.cos(angles)
 

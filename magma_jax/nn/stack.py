@@ -1,17 +1,17 @@
 """Identical layers as one: created with ``vmap``, run with ``lax.scan``, so that 28 layers compile like one.
 
-Layers may also be apart, each with arrays of its own: a CPU copies a layer out of its stack before it multiplies with
-it, which makes decoding half as fast.
+Layers may also be unstacked, each with arrays of its own: a CPU copies a layer out of its stack before it multiplies
+with it, which makes decoding half as fast.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from magma_jax.nn.modules import Statistic, merge, split
+from magma_jax.nn.modules import Statistic, abstract, merge, split
 
 Remat = Literal["none", "dots", "full"]
 
@@ -25,40 +25,26 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 
 def stack(create: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs) -> Any:
     """Creates ``length`` layers as one module whose every array has a leading axis of that length."""
-    definition = None
-
-    def one(key):
-        nonlocal definition
-        definition, params = split(create(nnx.Rngs(key)))
-        return params
-
-    params = jax.vmap(one)(jax.random.split(rngs.params(), length))
-    return merge(definition, params)
+    definition, _, _ = abstract(lambda: create(nnx.Rngs(0)))
+    keys = jax.random.split(rngs.params(), length)
+    return merge(definition, jax.vmap(lambda key: split(create(nnx.Rngs(key)))[1])(keys))
 
 
-class Unstacked(nnx.Module):
-    """Layers that are not stacked; their paths are ``0/...``, ``1/...`` and so on."""
-
-    def __init__(self, layers: Any, length: int):
-        """``layers``: a stack of ``length`` layers."""
-        definition, params = split(layers)
-        self.length = length
-        for i in range(length):
-            setattr(self, str(i), merge(definition, {path: leaf[i] for path, leaf in params.items()}))
-
-    def __iter__(self) -> Iterator[Any]:
-        return (getattr(self, str(i)) for i in range(self.length))
+def unstack(layers: Any, length: int) -> Any:
+    """The ``length`` layers of a stack as a list, each with arrays of its own, at ``0/...``, ``1/...`` and so on."""
+    definition, params = split(layers)
+    return nnx.List([merge(definition, {path: leaf[i] for path, leaf in params.items()}) for i in range(length)])
 
 
 def scan(
     layers: Any, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None, *, remat: Remat
 ) -> tuple[Any, Any]:
-    """Runs ``carry, y = body(layer, carry, x)`` over stacked layers; returns the last carry and the stacked ys.
+    """Runs ``carry, y = body(layer, carry, x)`` over layers; returns the last carry and the stacked ys.
 
-    Running statistics that the layers update are written back to ``layers``. Layers that are apart are for inference:
+    Running statistics that stacked layers update are written back to ``layers``. Unstacked layers are for inference:
     ``remat`` is nothing to them.
     """
-    if isinstance(layers, Unstacked):
+    if isinstance(layers, nnx.List):
         ys = []
         for i, layer in enumerate(layers):
             carry, y = body(layer, carry, jax.tree.map(lambda leaf, i=i: leaf[i], xs))

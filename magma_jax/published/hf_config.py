@@ -18,7 +18,8 @@ from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.models.language.gpt_neox import GPTNeoXConfig
 from magma_jax.models.language.gptj import GPTJConfig
 
-ACTIVATIONS = {
+# Their names of activations, and ours.
+ACTIVATION_NAMES = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -164,9 +165,9 @@ CONFIGS: dict[str, tuple[type[LanguageModelConfig], Callable[[Mapping[str, Any]]
 
 
 def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise LanguageModelError(f"activation {shown(name)} is none of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    if name not in ACTIVATION_NAMES:
+        raise LanguageModelError(f"activation {shown(name)} is none of {', '.join(ACTIVATION_NAMES)}")
+    return ACTIVATION_NAMES[name]
 
 
 def _require(hf: Mapping[str, Any], **settings: tuple[Any, Any]) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, get_args
 
 import numpy as np
 
@@ -22,9 +22,7 @@ from magma_jax.models.vision.catalog import EncoderConfig
 from magma_jax.models.vision.clip_resnet import CLIP_RESNETS, CLIPResNetConfig
 from magma_jax.models.vision.clip_vit import CLIP_VITS, CLIPViTConfig
 from magma_jax.models.vision.nf_resnet import NFResNetConfig
-from magma_jax.nn.adapters import ACTIVATIONS, AdapterConfig
-
-T = TypeVar("T")
+from magma_jax.nn.adapters import AdapterActivation, AdapterConfig
 
 
 class InferenceError(ValueError):
@@ -38,7 +36,7 @@ class Known:
         self.values = values
         self.assumed: list[str] = []
 
-    def get(self, part: str, name: str, default: T, reason: str | None = None, choices: Collection[T] = ()) -> T:
+    def get(self, part: str, name: str, default: Any, reason: str | None = None, choices: Collection[Any] = ()) -> Any:
         """A value of the file; else the default, which is noted with ``reason`` where there is one."""
         if (value := (self.values.get(part) or {}).get(name)) is not None:
             if not isinstance(value, type(default)) or isinstance(value, bool):
@@ -158,7 +156,7 @@ def _adapter(tensors: Mapping[str, Any], place: str, width: int, known: Known) -
     factor = width // max(bottleneck, 1)
     if not factor or width // factor != bottleneck:
         raise InferenceError(f"{nested}: a bottleneck of {bottleneck} is no whole part of the width {width}")
-    activation = known.get("adapter", "activation", AdapterConfig.activation, choices=tuple(ACTIVATIONS))
+    activation = known.get("adapter", "activation", AdapterConfig.activation, choices=get_args(AdapterActivation))
     return AdapterConfig(kind, factor, layernorm, activation)
 
 
@@ -173,13 +171,14 @@ def encoder_config(
         InferenceError: another encoder, or one of which something must be ``known``.
     """
     if f"{root}layer1.0.conv1.weight" in tensors:
-        blocks = tuple(_count(tensors, rf"{re.escape(root)}layer{i}\.(\d+)\.conv1\.weight") for i in range(1, 5))
+        counts = [_count(tensors, rf"{re.escape(root)}layer{i}\.(\d+)\.conv1\.weight") for i in range(1, 5)]
+        blocks = (counts[0], counts[1], counts[2], counts[3])
         width = _shape(tensors, f"{root}conv3.weight", 4)[0]
         sizes = {(c.blocks, c.width): (name, c) for name, c in CLIP_RESNETS.items()}
-        name, base = sizes.get((blocks, width), (None, None))
-        if name is None:
+        if (published := sizes.get((blocks, width))) is None:
             size = _asked(known, "res", f"a CLIP ResNet of blocks {blocks} and width {width}", "image size", "pixels")
             return CLIPResNetConfig(blocks, width, image_size=size)
+        name, base = published
         return dataclasses.replace(base, image_size=known.get("encoder", "res", base.image_size, f"as CLIP's {name}"))
     if f"{root}class_embedding" in tensors:
         width, _, patch, _ = _shape(tensors, f"{root}conv1.weight", 4)
@@ -189,11 +188,11 @@ def encoder_config(
         if (side := math.isqrt(max(rows, 0))) ** 2 != rows:
             raise InferenceError(f"{root}positional_embedding has {rows + 1} rows, which is no square and one more")
         sizes = {(c.layers, c.width, c.patch): (name, c) for name, c in CLIP_VITS.items()}
-        name, base = sizes.get((layers, width, patch), (None, None))
-        if name is None:
+        if (published := sizes.get((layers, width, patch))) is None:
             model = f"a vision transformer of {layers} layers, width {width} and patches of {patch}"
             heads = _asked(known, "heads", model, "head count", "N")
         else:
+            name, base = published
             heads = known.get("encoder", "heads", base.heads, f"as CLIP's {name}")
         return CLIPViTConfig(
             layers=layers,

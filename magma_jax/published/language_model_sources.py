@@ -17,7 +17,8 @@ from flax import nnx
 
 from magma_jax.config import ConfigError
 from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
-from magma_jax.models.language.catalog import LanguageModelConfig, build_language_model
+from magma_jax.models.language.catalog import LanguageModelConfig
+from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.modules import abstract
 from magma_jax.published.hf_config import read_config
 from magma_jax.published.keymap.engine import KeyMapError, to_ours
@@ -58,7 +59,7 @@ def open_lm(path: str | Path, config: LanguageModelConfig) -> Iterator[tuple[dic
             tensors, files = weights.tensors, weights.files
         table = language_model_table(config, tensors)
         whole = dataclasses.replace(config, **_rows(config, table, tensors))
-        shapes = abstract(lambda: build_language_model(whole, rngs=nnx.Rngs(0)))[1]
+        shapes = abstract(lambda: Decoder(whole, rngs=nnx.Rngs(0)))[1]
         try:
             plan = to_ours(table, tensors, shapes)
         except KeyMapError as error:

@@ -12,11 +12,14 @@ An adapter is a sequence (LayerNorm,) linear, activation, linear; the indices co
 
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
+from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig
+from magma_jax.models.vision.catalog import EncoderConfig
 from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
 from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.models.vision.nf_resnet import NFResNetConfig
@@ -33,8 +36,7 @@ def magma_table(config: MagmaConfig, buffers: Mapping[str, np.ndarray] | None = 
 
     ``buffers`` gives the attention buffers to write, by the names of ``BUFFERS``; they are ignored on reading.
     """
-    if config.lm.kind != "gptj":
-        raise ValueError(f"a language model of kind {config.lm.kind} has no place in the published layout of MAGMA")
+    _language_model(config)
     blocks = list(_blocks(config, buffers or {}))
     mirrored = [Alias(_mirror(entry.theirs), entry.theirs) for entry in blocks]
     return [
@@ -51,11 +53,19 @@ def magma_table(config: MagmaConfig, buffers: Mapping[str, np.ndarray] | None = 
     ]
 
 
-def encoder_table(
-    config: CLIPResNetConfig | CLIPViTConfig | NFResNetConfig, theirs: str = "", ours: str = ""
-) -> list[Entry]:
+def _language_model(config: MagmaConfig) -> GPTJConfig:
+    if not isinstance(config.lm, GPTJConfig):
+        raise ValueError(f"a language model of kind {config.lm.kind} has no place in the published layout of MAGMA")
+    return config.lm
+
+
+def encoder_table(config: EncoderConfig, theirs: str = "", ours: str = "") -> list[Entry]:
     """An encoder alone, or inside MAGMA under the given prefixes of both sides' names."""
-    tables = {CLIPResNetConfig: _clip_resnet, CLIPViTConfig: _clip_vit, NFResNetConfig: _nf_resnet}
+    tables: dict[type, Callable[[Any, str, str], Iterator[Entry]]] = {
+        CLIPResNetConfig: _clip_resnet,
+        CLIPViTConfig: _clip_vit,
+        NFResNetConfig: _nf_resnet,
+    }
     if type(config) not in tables:
         raise ValueError(f"an encoder of kind {config.kind} has no place in the published layout of MAGMA")
     return list(tables[type(config)](config, theirs, ours))
@@ -185,16 +195,15 @@ def is_weight(key: str) -> bool:
 
 def attention_buffers(config: MagmaConfig, dtype: np.dtype, names: Collection[str] = BUFFERS) -> dict[str, np.ndarray]:
     """The buffers as the original registers them, floating ones in ``dtype``."""
-    context, heads = config.lm.context_length, config.lm.heads
-    inverse = 1.0 / config.lm.rotary_base ** (
-        np.arange(0, config.lm.rotary_dim, 2, dtype=np.float32) / np.float32(config.lm.rotary_dim)
-    )
+    lm = _language_model(config)
+    context = lm.context_length
+    inverse = 1.0 / lm.rotary_base ** (np.arange(0, lm.rotary_dim, 2, dtype=np.float32) / np.float32(lm.rotary_dim))
     angles = np.arange(context, dtype=np.float32)[:, None] * inverse[None].astype(np.float32)
     with np.errstate(over="ignore"):  # -1e9 is -inf in fp16, as it is in the published checkpoint
         make = {
             "bias": lambda: np.tril(np.ones((1, 1, context, context), bool)),
             "masked_bias": lambda: np.array(-1e9, np.float32).astype(dtype),
-            "scale_attn": lambda: np.sqrt(np.array(config.lm.width // heads, np.float32)).astype(dtype),
+            "scale_attn": lambda: np.sqrt(np.array(lm.width // lm.heads, np.float32)).astype(dtype),
             "sin": lambda: np.sin(angles.astype(np.float64)).astype(np.float32).astype(dtype),
             "cos": lambda: np.cos(angles.astype(np.float64)).astype(np.float32).astype(dtype),
         }

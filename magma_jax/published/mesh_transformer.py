@@ -134,6 +134,12 @@ def _leaves(folder: Path, arrays: int) -> list[_Leaf]:
     return sorted(leaves, key=lambda leaf: leaf.name.rsplit("/", 1))
 
 
+def _number(name: str) -> int:
+    if (found := re.fullmatch(r"arr_(\d+)\.npy", name)) is None:
+        raise ValueError(f"{name} is no array of a checkpoint")
+    return int(found[1])
+
+
 def _places(folder: Path) -> list[_Place]:
     places = []
     for i in range(FILES):
@@ -141,7 +147,7 @@ def _places(folder: Path) -> list[_Place]:
         try:
             with zipfile.ZipFile(path) as archive:
                 # Written in order, as arr_0, arr_1, ...
-                for name in sorted(archive.namelist(), key=lambda name: int(re.fullmatch(r"arr_(\d+)\.npy", name)[1])):
+                for name in sorted(archive.namelist(), key=_number):
                     with archive.open(name) as member:
                         version = np.lib.format.read_magic(member)
                         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None

@@ -22,10 +22,10 @@ class Compilations:
     def __init__(self):
         self.count, self.cached, self.seconds = 0, 0, 0.0
 
-    def __call__(self, event: str, duration: float, **details: object) -> None:
+    def __call__(self, event: str, duration_secs: float, **details: str | int) -> None:
         if event == COMPILATION_EVENT:
             self.count += 1
-            self.seconds += duration
+            self.seconds += duration_secs
         elif event == CACHE_EVENT:
             self.cached += 1
 

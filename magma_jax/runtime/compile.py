@@ -33,7 +33,8 @@ def enable_compilation_cache(wanted: bool = True) -> None:
     if not wanted:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if jax.config.jax_compilation_cache_dir is None:
+    # JAX adds its options at run time.
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magma_jax" / "programs"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -60,9 +61,9 @@ def trim_after_compile() -> None:
     if trim is None:
         return
 
-    def after_compilation(event: str, seconds: float, **details: object) -> None:
+    def after_compilation(event: str, duration_secs: float, **details: str | int) -> None:
         # What compiles in less time leaves little, and tests compile a thousand small programs.
-        if event == COMPILATION_EVENT and seconds > 1:
+        if event == COMPILATION_EVENT and duration_secs > 1:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(after_compilation)

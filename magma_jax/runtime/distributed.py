@@ -62,7 +62,9 @@ def barrier(name: str) -> None:
         # JAX's public barrier is a collective, and those give up after 30 seconds on CPUs. Every barrier has a name
         # of its own, also if it is passed twice.
         name = f"magma_jax/{name}/{next(_barriers)}"
-        distributed.global_state.client.wait_at_barrier(name, timeout_in_ms=BARRIER_TIMEOUT_S * 1000)
+        client = distributed.global_state.client
+        assert client is not None  # there are several processes, so it was started
+        client.wait_at_barrier(name, timeout_in_ms=BARRIER_TIMEOUT_S * 1000)
 
 
 def broadcast_from_main(answer: bool) -> bool:

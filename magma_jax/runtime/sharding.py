@@ -37,8 +37,8 @@ BATCH_AXES = ("data", "fsdp")
 # axis for each of the last dimensions; dimensions before them (the layers of a stack) are whole on every device.
 # Weights are (out, in), convolutions (out, in, height, width).
 SHARED: tuple[ShardingRow, ...] = (
-    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/weight(_scale)?", ("model", "fsdp")),
-    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc)/bias", ("model",)),
+    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc|c_gate)/weight(_scale)?", ("model", "fsdp")),
+    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc|c_gate)/bias", ("model",)),
     (r"(lm/)?layers/.*(out_proj|c_proj)/weight(_scale)?", ("fsdp", "model")),
     (r"(lm/)?lm_head/weight(_scale)?", ("model", "fsdp")),
     (r"(lm/)?lm_head/bias", ("model",)),
@@ -139,7 +139,7 @@ def tree_shardings(tree: Any, mesh: Mesh, own: Sequence[ShardingRow]) -> Any:
 
     def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = next((key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), None)
-        spec = parameter_spec(name, leaf.shape, mesh, own) if isinstance(name, str) and "/" in name else PartitionSpec()
+        spec = parameter_spec(name, leaf.shape, mesh, own) if isinstance(name, str) and leaf.ndim else PartitionSpec()
         return NamedSharding(mesh, spec)
 
     return jax.tree.map_with_path(sharding, tree)
@@ -212,7 +212,8 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     Processes that share a part of ``model`` hold the same rows.
     """
     parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (part,) in parts for row in range(*part.indices(batch_size))})
+    # JAX may give None for an index, but not for devices of this process.
+    return sorted({row for part in parts if part is not None for row in range(*part[0].indices(batch_size))})
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> Params:
@@ -221,7 +222,8 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) ->
     position = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
 
     def place_rows(rows: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # as above
             first, stop, _ = index[0].indices(batch_size)
             return rows[position[first] : position[first] + stop - first]
 

@@ -58,7 +58,7 @@ def write_arrays(
     context.array.saving.use_zarr3 = False
     context.array.saving.use_compression = False
     with context, _without_warnings():
-        ocp.save(folder, nest({path: np.zeros(1, np.dtype(leaf.dtype)) for path, leaf in params.items()}))
+        ocp.save(str(folder), nest({path: np.zeros(1, np.dtype(leaf.dtype)) for path, leaf in params.items()}))
     if not is_main():  # Orbax lets no process save alone; all the rest is the first one's
         return
     places = _places(folder, params)
@@ -136,7 +136,7 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], stored
     loaded: Params = {}
     for group in _groups(sizes):
         placeholders = {path: wanted[path] if path in group else ocp.PLACEHOLDER for path in stored}
-        arrays = flatten(ocp.load(folder, nest(placeholders)))
+        arrays = flatten(ocp.load(str(folder), nest(placeholders)))
         loaded |= {path: jax.block_until_ready(arrays[path]) for path in group}
     return {path: loaded[path] for path in wanted}
 
@@ -211,7 +211,7 @@ def _deferred(path: str, store: ts.TensorStore) -> Deferred:
     shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
     # TensorStore takes the metadata's word for the size of a part, and ends the process where memory does.
     for layout in (store.chunk_layout.read_chunk, store.chunk_layout.write_chunk):
-        chunk = layout.shape or ()  # none for a single number
+        chunk = _chunk_of(layout)
         if any(part > max(1, size) for part, size in zip(chunk, shape, strict=True)):
             raise ValueError(f"{path} has the shape {list(shape)}, but parts of {list(chunk)}")
         _check_memory(path, chunk, dtype)
@@ -223,15 +223,22 @@ def _deferred(path: str, store: ts.TensorStore) -> Deferred:
     def row(i: int) -> Deferred:
         return Deferred(shape[1:], dtype, lambda: store[i].read().result())
 
-    rows = tuple(map(row, range(shape[0]))) if len(shape) > 1 and store.chunk_layout.read_chunk.shape[0] == 1 else ()
+    rows = (
+        tuple(map(row, range(shape[0]))) if len(shape) > 1 and _chunk_of(store.chunk_layout.read_chunk)[0] == 1 else ()
+    )
     return Deferred(shape, dtype, whole, rows)
+
+
+def _chunk_of(layout: ts.ChunkLayout.Grid) -> tuple[int, ...]:
+    """Shape of the parts of an open array, whose every size is known; () for a single number."""
+    return tuple(size or 0 for size in layout.shape or ())
 
 
 def _check_parts(place: Path, store: ts.TensorStore) -> None:
     """Uncompressed parts are all of one size, also those at the edges. Orbax would leave a trail of warnings."""
     if store.spec().to_json()["metadata"]["compressor"] is not None:
         return
-    chunk = store.chunk_layout.read_chunk.shape or ()
+    chunk = _chunk_of(store.chunk_layout.read_chunk)
     nbytes = math.prod(chunk) * store.dtype.numpy_dtype.itemsize
     parts = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
     for entry in parts:

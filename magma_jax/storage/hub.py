@@ -225,11 +225,11 @@ def _incomplete(where: str, partial: Path, size: int | None, error: Exception) -
     )
 
 
-def _check_hash(where: str, partial: Path, etag: str) -> None:
+def _check_hash(where: str, partial: Path, etag: str | None) -> None:
     """The hub's etag is the sha256 of a large file, and git's sha1 of a small one."""
-    if re.fullmatch("[0-9a-f]{64}", etag):
+    if re.fullmatch("[0-9a-f]{64}", etag or ""):
         digest = hashlib.sha256()
-    elif re.fullmatch("[0-9a-f]{40}", etag):
+    elif re.fullmatch("[0-9a-f]{40}", etag or ""):
         digest = hashlib.sha1(b"blob %d\0" % partial.stat().st_size, usedforsecurity=False)
     else:
         print(f"{where}: the server gives no hash, so only its size was checked", file=sys.stderr)

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +49,6 @@ LISTED = (MODEL_FILE, PARAMS, "tokenizer", TORCH_FILE, BUFFER_FILE)
 _OTHER_NBYTES = 32 * 2**20
 
 
-T = TypeVar("T")
-
 # What to do about a changed file.
 _REMEDY = "put the old file back or write the folder again"
 
@@ -66,7 +64,7 @@ def write_model_folder(
     path: str | Path,
     metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
     params: Mapping[str, Any],
-    write_extras: Callable[[Path], None] = lambda folder: None,
+    write_extras: Callable[[Path], object] = lambda folder: None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Writes a model folder: builds it under another name beside ``path``, then renames it.
@@ -262,11 +260,12 @@ def _open_own_params(path: str | Path) -> _Stored:
 def _compared(
     folder: Path,
     sums: Mapping[str, str],
-    read: Callable[[], T] = lambda: None,
+    read: Callable[[], Any] = lambda: None,
     ask: Callable[[Callable[[], str | None]], str | None] = lambda first: first(),
-) -> T:
+) -> Any:
     """What ``read`` gives, if the files of ``sums`` are as they were written; both are read at the same time."""
-    result, failed = None, None
+    result: Any = None
+    failed: Exception | None = None
     with comparing(folder, sums) as damages:
         try:
             result = read()

@@ -17,4 +17,8 @@ def writing(path: str | Path, nbytes: int) -> Iterator[Callable[[int], None]]:
     print(f"{path}: writing {nbytes / 1e9:.2f} GB, {free / 1e9:.1f} GB are free", file=sys.stderr)
     # disable=None: no bar in a log file.
     with tqdm(total=nbytes, unit="B", unit_scale=True, disable=None, leave=False, file=sys.stderr) as bar:
-        yield bar.update
+
+        def done(nbytes: int) -> None:
+            bar.update(nbytes)
+
+        yield done

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from magma_jax.output import OutputError, whole_output
 from magma_jax.storage.byte_file import ByteFile, WeightFileError
-from magma_jax.storage.deferred import elements_ahead
+from magma_jax.storage.deferred import Tensor, elements_ahead
 from magma_jax.storage.torch.storage import DTYPES, MAX_AXES, LazyTensor, contiguous
 
 # The format's name -> PyTorch's.
@@ -61,7 +61,7 @@ def open_safetensors(path: str | os.PathLike) -> tuple[ByteFile, dict[str, LazyT
 
 def write_safetensors(
     path: str | os.PathLike,
-    tensors: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:

@@ -70,7 +70,16 @@ def train(
         prepare = family.prepare(run.program, run.dataset, run.params)
         validate = make_validation(run, prepare) if config.validation.every else None
         with watch:
-            _steps(run, batches, key, prepare, validate, watch, checkpoints, stop)
+            _steps(
+                run=run,
+                batches=batches,
+                key=key,
+                prepare=prepare,
+                validate=validate,
+                watch=watch,
+                checkpoints=checkpoints,
+                stop=stop,
+            )
     if run.interrupted:
         step = int(run.state.step)
         log_main(f"{stop.signal}: stopped after step {step} of {config.steps}, which is saved; start again to continue")
@@ -90,19 +99,28 @@ def _steps(
     config, mesh = run.config, run.program.mesh
     guard = NonfiniteGuard(config.nonfinite, config.nonfinite_limit, run.workdir, key, log_main)
     milestones = Milestones(
-        run, key, batches.get_state, checkpoints, stop, validate, watch.write, watch.paused, guard.check
+        run=run,
+        key=key,
+        position=batches.get_state,
+        checkpoints=checkpoints,
+        stop=stop,
+        validate=validate,
+        record=watch.write,
+        pause=watch.paused,
+        settle=guard.check,
     )
-    truncated = {"truncated_samples": 0} if config.data.overlong == "truncate" else {}
+    counted = run.dataset.counted
+    counts = dict.fromkeys(counted.values(), 0)
     skipped = SkippedSamples(batches, run.workdir, int(run.state.step))
-    watch.counts = lambda: {"skipped_steps": guard.skipped, **truncated, **skipped.counts()}
+    watch.counts = lambda: {"skipped_steps": guard.skipped, **counts, **skipped.counts()}
     step = int(run.state.step)
     goes_on = milestones.begin(step)
     while goes_on:
         with watch.waiting():
             rows = prepare(next(batches))
             skipped.record(step + 1)
-            if truncated:
-                truncated["truncated_samples"] += int(rows.pop("truncated").sum())
+            for array, count in counted.items():
+                counts[count] += int(rows.pop(array).sum())
             batch = place_batch(rows, mesh, config.batch_size)
         watch.begin(step + 1, rows)
         run.state, metrics = run.program.step(run.state, run.frozen, batch, key)

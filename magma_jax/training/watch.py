@@ -22,7 +22,7 @@ from magma_jax.training.monitor.throughput import Meter, Window, device_memory
 from magma_jax.training.monitor.writers import METRICS_FILE, TENSORBOARD, JsonLines, TensorBoard, Wandb, Writer, Writers
 from magma_jax.training.run.setup import Run
 from magma_jax.training.step.flops import peak_flops
-from magma_jax.training.step.optim import make_schedule
+from magma_jax.training.step.optim import make_schedule, peak_rates
 
 Metrics = Mapping[str, Any]
 
@@ -234,10 +234,8 @@ def _learning_rates(run: Run) -> Any:
 
     They are arrays to be fetched later. The optimizer counts its own updates: a step that was left out is none.
     """
-    optim, groups = run.config.optim, set(run.program.labels.values())
-    peaks = {"learning_rate": ("rest", optim.learning_rate)}
-    peaks["encoder_learning_rate"] = ("encoder", optim.encoder_learning_rate)
-    schedules = {name: make_schedule(optim, peak) for name, (group, peak) in peaks.items() if group in groups}
+    optim = run.config.optim
+    schedules = {name: make_schedule(optim, peak) for name, peak in peak_rates(optim).items()}
 
     def rates(opt_state: Any) -> dict[str, Any]:
         leaves = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, optax.ScaleByScheduleState))

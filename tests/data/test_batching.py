@@ -8,6 +8,7 @@ from magma_jax.data.batches.batching import WINDOW, packed_batches, padded_batch
 from magma_jax.typing import IGNORED
 
 PAD, B, BUCKETS = 99, 4, (4, 8, 16)
+PADDING = {"tokens": PAD, "labels": IGNORED}
 LENGTHS = np.random.default_rng(0).integers(1, 17, 4 * WINDOW * B)
 SAMPLES = [
     {"tokens": np.full(n, i, np.int32), "labels": np.full(n, 1000 + i, np.int32), "image_rows": np.int32(i)}
@@ -17,12 +18,12 @@ SAMPLES = [
 
 def _padded(rows=range(B), buckets=BUCKETS):
     source = grain.MapDataset.source(SAMPLES)
-    return padded_batches(source, batch_size=B, rows=rows, buckets=buckets, pad_id=PAD, seed=0)
+    return padded_batches(source, batch_size=B, rows=rows, buckets=buckets, padding=PADDING, seed=0)
 
 
 def _packed(rows=range(B), pack=3):
     source = grain.MapDataset.source(SAMPLES)
-    return packed_batches(source, batch_size=B, rows=rows, length=24, pack=pack, pad_id=PAD)
+    return packed_batches(source, batch_size=B, rows=rows, length=24, pack=pack, padding=PADDING)
 
 
 def test_padded_batches_hold_every_sample_once_in_the_smallest_bucket():

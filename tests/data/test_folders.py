@@ -13,7 +13,8 @@ from PIL import Image
 
 from magma_jax.config import ConfigError, from_dict, to_dict
 from magma_jax.data.batches.sources import FolderSamples, SourceConfig
-from magma_jax.data.datasets import DataConfig, load_dataset
+from magma_jax.data.datasets import load_dataset
+from magma_jax.data.folder_dataset import FoldersConfig
 from magma_jax.data.format.record_folder import StoredRecords
 from magma_jax.data.format.records import DataError, Question, Record
 from magma_jax.data.images import load_image, to_uint8
@@ -35,7 +36,7 @@ def folders(tmp_path_factory):
 
 def config_of(*sources, **changes):
     options = {"length": 24, "image_size": SIZE, "workers": 0} | changes
-    return DataConfig("folders", {"train": sources, "validation": sources}, **options)
+    return FoldersConfig(folders={"train": sources, "validation": sources}, **options)
 
 
 def batches_of(config, count, batch_size=4, rows=None, seed=3, state=None):
@@ -261,7 +262,7 @@ def test_samples_are_found_by_number(folders):
         FolderSamples(StoredRecords(folders[0]), SourceConfig(folders[0], texts="questions"), 0)
     prompted = SourceConfig(folders[0], caption_prompt="A picture of")
     sample = FolderSamples(StoredRecords(folders[0]), prompted, 0)[1]
-    assert sample.prompt + sample.answer == "A picture ofn image 1"
+    assert sample.prompt + sample.answer == "A picture of image 1"
 
 
 def test_classes_are_learned_at_the_end_of_the_statement(folders):
@@ -282,7 +283,7 @@ def test_classes_are_learned_at_the_end_of_the_statement(folders):
 def test_configs_of_sources():
     config = config_of("a", SourceConfig("b", texts="captions"))
     assert config.folders["train"][0] == SourceConfig("a")
-    assert from_dict(DataConfig, to_dict(config)) == config
+    assert from_dict(FoldersConfig, to_dict(config)) == config
     with pytest.raises(ValueError, match=r"data\.folders\.train: give all of its folders a weight, or none"):
         config_of("a", SourceConfig("b", weight=1.0))
     with pytest.raises(ValueError, match="weight of b must be above 0"):
@@ -290,16 +291,16 @@ def test_configs_of_sources():
     with pytest.raises(ValueError, match=r"must hold \{\} once"):
         SourceConfig("b", question_prompt="Q: A:")
     with pytest.raises(ConfigError, match=r"set data\.folders\.train"):
-        load_dataset(DataConfig("folders"))
+        load_dataset(FoldersConfig())
     with pytest.raises(DataError, match="nowhere: no dataset folder"):
         load_dataset(config_of("nowhere"))
 
 
 KILLED = """
 import sys, time
-from magma_jax.data.datasets import DataConfig, load_dataset
-config = DataConfig("folders", {"train": (sys.argv[1],)}, length=24, image_size=32, workers=2)
-iterator = iter(load_dataset(config).batches(4, 0, range(4)))
+from magma_jax.data.folder_dataset import FoldersConfig, open_folders
+config = FoldersConfig(folders={"train": (sys.argv[1],)}, length=24, image_size=32, workers=2)
+iterator = iter(open_folders(config).batches(4, 0, range(4)))
 next(iterator)
 print(*iterator._images.worker_ids(), flush=True)
 time.sleep(60)

@@ -27,7 +27,7 @@ def quick(monkeypatch):
         def __init__(self, name):
             super().__init__(name, 0.1)
 
-    for module in ("prepare", "images"):
+    for module in ("write.prepare", "batches.stored_images"):
         monkeypatch.setattr(f"magma_jax.data.{module}.TimeLimit", Quick)
 
 

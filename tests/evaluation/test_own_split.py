@@ -25,6 +25,7 @@ from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.storage.model_folder import CheckpointError, write_model_folder
 from magma_jax.training.run import setup
+from magma_jax.training.step.optim import Group
 from tests import tiny
 
 DATA = tiny.dataset()
@@ -44,7 +45,7 @@ def evaluation(model):
 def finished(tmp_path_factory):
     """A run that learned the four colours; here the language model learns too."""
     config = tiny.run_config(steps=120, batch_size=8, log_every=20, checkpoint_every=120)
-    optim = dataclasses.replace(config.optim, groups=config.optim.groups | {"language": "rest"})
+    optim = dataclasses.replace(config.optim, groups=config.optim.groups | {"language": Group()})
     workdir = tmp_path_factory.mktemp("runs") / "colours"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "load_dataset", lambda config: DATA)

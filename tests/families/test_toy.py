@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from magma_jax.config import ConfigError
-from magma_jax.data.datasets import DataConfig
 from magma_jax.evaluation.own_split import evaluate_run
 from magma_jax.families import FAMILIES, family_of, open_token_generator
 from magma_jax.family import Family
@@ -25,12 +24,13 @@ from magma_jax.training.checkpoints.early_stopping import ValidationConfig
 from magma_jax.training.loop import train
 from magma_jax.training.monitor.writers import WatchConfig
 from magma_jax.training.run import setup
-from magma_jax.training.run.config import RunConfig, read_run_config
+from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.program import build_program
+from magma_jax.training.run.stored import read_stored_run
 from magma_jax.training.step.flops import matmul_flops
 from magma_jax.training.step.optim import OptimConfig
 from tests.families import toy
-from tests.families.toy import LENGTH, TOY, ToyConfig
+from tests.families.toy import LENGTH, TOY, CountingConfig, ToyConfig
 
 ONE = jax.devices()[:1]
 
@@ -42,11 +42,10 @@ def counting(monkeypatch):
 
 
 def run_config(**changes):
-    groups = {"language": "rest", "head": "rest"}
     config = RunConfig(
         model=ToyConfig(),
-        data=DataConfig(name="openmoji_text"),
-        optim=OptimConfig(learning_rate=1e-2, groups=groups),
+        data=CountingConfig(),
+        optim=OptimConfig(learning_rate=1e-2),
         steps=6,
         batch_size=8,
         log_every=1,
@@ -94,7 +93,7 @@ def test_it_resumes_to_the_bit(finished, tmp_path):
 
 
 def test_it_is_opened_from_its_folder(finished):
-    config = read_run_config(TOY.configs, read_model_json(finished.workdir)["run"])
+    config = read_stored_run(TOY, read_model_json(finished.workdir)["run"])
     assert config.model == ToyConfig()
     opened = TOY.open(finished.workdir)
     for path, leaf in finished.state.trainable.items():

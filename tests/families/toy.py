@@ -5,7 +5,7 @@ It is here to prove that nothing outside of ``families`` needs to know a family 
 
 import dataclasses
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 import grain
 import jax
@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from magma_jax.config import from_dict
-from magma_jax.data.datasets import Dataset
+from magma_jax.data.dataset import Dataset
 from magma_jax.family import Family
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal
@@ -25,6 +25,7 @@ from magma_jax.nn.stack import scan, stack
 from magma_jax.storage.model_folder import read_model_json
 from magma_jax.training.checkpoints.checkpoint import read_trained_params
 from magma_jax.training.step.flops import StepFlops, attention_flops, matrix_flops
+from magma_jax.training.step.optim import Group
 from magma_jax.training.step.terms import Term
 from tests import tiny
 
@@ -38,6 +39,26 @@ class ToyConfig:
     heads: int = 2
     vocab_rows: int = 512
     kind: Literal["toy"] = "toy"
+
+
+@dataclasses.dataclass(frozen=True)
+class CountingConfig:
+    """Texts that count up."""
+
+    kind: Literal["counting"] = "counting"
+    may_change: ClassVar[tuple[str, ...]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyOptions:
+    """Options of the loss that no other family has."""
+
+    share: float = 0.4
+    may_change: ClassVar[tuple[str, ...]] = ()
+    adds_up: ClassVar[bool] = True
+
+    def for_validation(self):
+        return self
 
 
 class ToyBlock(nnx.Module):
@@ -71,7 +92,7 @@ def loss(model, batch, key, *, options):
     tokens = batch["tokens"]
     rows, length = tokens.shape
     text = jnp.arange(length) < batch["lengths"][:, None]
-    drawn = jnp.arange(length) % 3 == 1 if key is None else jax.random.bernoulli(key, 0.4, tokens.shape)
+    drawn = jnp.arange(length) % 3 == 1 if key is None else jax.random.bernoulli(key, options.share, tokens.shape)
     hidden = model(jnp.where(drawn & text, MASK, tokens))
     guesses = optax.softmax_cross_entropy_with_integer_labels(hidden @ model.table.weight[...].T, tokens)
     lengths = optax.softmax_cross_entropy_with_integer_labels(model.length_head(hidden[:, 0]), batch["lengths"])
@@ -109,7 +130,7 @@ class ToyGenerator:
         raise ValueError("a toy model makes nothing that a prompt asks for")
 
 
-def open_toy(path, *, dtype=None, mesh=None):
+def open_toy(path, *, dtype=None, mesh=None, ema=None):
     config = from_dict(ToyConfig, read_model_json(path)["model"], "model.json: model")
     graphdef, shapes, types = abstract(lambda: ToyModel(config, nnx.Rngs(0)))
     return ToyGenerator(config, graphdef, read_trained_params(path, shapes, types))
@@ -118,7 +139,10 @@ def open_toy(path, *, dtype=None, mesh=None):
 TOY = Family(
     name="toy",
     configs=(ToyConfig,),
+    data=(CountingConfig,),
+    options=ToyOptions,
     build=ToyModel,
+    roles=lambda config: {"language": Group(), "head": Group()},
     complete=lambda config: config,
     loss=loss,
     shardings=((r"table/weight", (None, ("fsdp", "model"))), (r"length_head/weight", (None, "fsdp"))),
@@ -131,6 +155,8 @@ TOY = Family(
     flops=flops,
     prepare=lambda program, dataset, params: lambda batch: batch,
     first_values=lambda program, dataset, params: {},
+    fresh=r"",
+    base_may_differ=lambda model: (),
     parts={},
     open=open_toy,
     decode_program=None,
@@ -155,11 +181,11 @@ def dataset():
             }
         ).to_iter_dataset()
 
-    def held_out(split, limit, batch_size, rows):
+    def validation_batches(split, limit, batch_size, rows):
         numbers = [10**6 + first for first in range(0, min(limit, 32), batch_size)]
         return [
             {name: np.stack([_sample(number + row)[name] for row in rows]) for name in ("tokens", "lengths")}
             for number in numbers
         ]
 
-    return Dataset(tiny.dataset().tokenizer, batches, held_out=held_out)
+    return Dataset(tiny.dataset().tokenizer, batches, validation_batches=validation_batches)

@@ -11,7 +11,7 @@ from magma_jax.inference.prompts import WORD, ImageSpec, lay_out, lay_out_prompt
 from tests import tiny
 
 TOKENIZER = tiny.dataset().tokenizer
-SPEC = ImageSpec(size=8, positions=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+SPEC = ImageSpec(size=8, positions=3)
 
 
 def image(colour):

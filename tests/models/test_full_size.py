@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax.families.magma.config import roles
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.models.prefix import PrefixConfig
@@ -17,7 +18,7 @@ from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.modules import abstract, parameter_count
 from magma_jax.published.keymap.engine import to_theirs
 from magma_jax.published.magma_keys import attention_buffers, encoder_table, magma_table
-from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
+from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition, with_groups
 
 LM = GPTJConfig(dtype="float16")
 V1 = MagmaConfig(LM, mlp_adapter=AdapterConfig(downsample_factor=4))
@@ -70,7 +71,7 @@ def test_keys_and_shapes_of_nf_resnet_50(golden):
 def test_who_learns(config, trainable, frozen):
     """Leaves (layers of a stack count once) and numbers."""
     shapes, types = shapes_and_types(config)
-    labels = label_parameters(types, OptimConfig().groups)
+    labels = label_parameters(types, roles(config))
     learns, rests, statistics = partition(shapes, labels)
     assert (len(learns), parameter_count(learns)) == trainable
     assert (len(rests), parameter_count(rests)) == frozen
@@ -78,7 +79,7 @@ def test_who_learns(config, trainable, frozen):
     assert set(learns) | set(rests) | set(statistics) == set(shapes)
     assert all(leaf.dtype == np.float32 for leaf in learns.values())
 
-    optimizer = jax.eval_shape(make_optimizer(OptimConfig(steps=1), labels).init, learns)
+    optimizer = jax.eval_shape(make_optimizer(with_groups(OptimConfig(steps=1), roles(config)), labels).init, learns)
     moments = [leaf for leaf in jax.tree.leaves(optimizer) if leaf.ndim]
     assert sum(leaf.size for leaf in moments) == 2 * parameter_count(learns)
 
@@ -93,7 +94,7 @@ def test_the_published_layout_counts_the_same(config, name, golden):
             is_frozen = key.startswith("lm.") and "adapter" not in key
             learns, rests = learns + count * (not is_frozen), rests + count * is_frozen
     shapes, types = shapes_and_types(config)
-    ours = partition(shapes, label_parameters(types, OptimConfig().groups))
+    ours = partition(shapes, label_parameters(types, roles(config)))
     assert (parameter_count(ours[0]), parameter_count(ours[1])) == (learns, rests)
 
 

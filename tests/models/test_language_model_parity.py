@@ -11,7 +11,8 @@ from flax import nnx
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.decode import generate
 from magma_jax.inference.decoding.sampling import row_keys, sampling_rows
-from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS, build_language_model
+from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS
+from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.modules import abstract, merge, parameter_count
 from magma_jax.published.hf_config import read_config
 from magma_jax.published.keymap.engine import to_theirs
@@ -81,7 +82,7 @@ def both(request, tmp_path_factory):
     config = read_config(folder)
     with open_lm(folder, config) as (plan, _):
         params = {path: jnp.asarray(tensor.read()) for path, tensor in plan.items()}
-    definition = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))[0]
+    definition = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))[0]
     return folder, theirs, config, definition, params
 
 
@@ -182,7 +183,7 @@ def test_full_size_counts(name):
     config = PUBLISHED_LANGUAGE_MODELS[name]
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(HF_SETTINGS[config.kind](config))
-    shapes = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))[1]
+    shapes = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))[1]
     assert parameter_count(shapes) == sum(parameter.numel() for parameter in theirs.parameters())
     ours = {key: tuple(tensor.shape) for key, tensor in to_theirs(language_model_table(config), shapes).items()}
     ours["lm_head.weight"] = ours.pop("embed_out.weight", ours.get("lm_head.weight"))  # its name inside transformers 5

@@ -15,8 +15,8 @@ from magma_jax.config import from_dict
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.decode import generate
 from magma_jax.inference.decoding.sampling import row_keys, sampling_rows
-from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS, build_language_model
-from magma_jax.models.language.decoder import _row_by_row, _scatter
+from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS
+from magma_jax.models.language.decoder import Decoder
 from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.models.language.gpt_neox import GPTNeoXConfig
@@ -24,7 +24,8 @@ from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import AdapterParam, LanguageParam, abstract, merge, parameter_count, split
-from magma_jax.training.step.optim import OptimConfig, label_parameters, partition
+from magma_jax.nn.transformer.cache import write_row_by_row, write_scattered
+from magma_jax.training.step.optim import Group, label_parameters, partition
 from tests import tiny
 
 SIZES = {"layers": 3, "width": 32, "heads": 4, "feed_forward": 64, "vocab_rows": 50, "context_length": 24}
@@ -61,7 +62,7 @@ COUNTS = {
 @pytest.mark.parametrize("name", PUBLISHED_LANGUAGE_MODELS)
 def test_published_sizes(name):
     config = PUBLISHED_LANGUAGE_MODELS[name]
-    _, shapes, types = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))
+    _, shapes, types = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     assert parameter_count(shapes) == COUNTS[name]
     assert set(types.values()) == {LanguageParam}
     # A tied head is one leaf.
@@ -72,7 +73,7 @@ def fresh(name, mlp=None, attn=None):
     """Definition, parameters and their types."""
 
     def create():
-        return build_language_model(TINY[name], mlp_adapter=mlp, attn_adapter=attn, rngs=nnx.Rngs(3))
+        return Decoder(TINY[name], mlp_adapter=mlp, attn_adapter=attn, rngs=nnx.Rngs(3))
 
     definition, _, types = abstract(create)
     return definition, jax.jit(lambda: split(create())[1])(), types
@@ -186,7 +187,8 @@ def test_positions_go_on_through_a_image(name):
 def test_adapters_in_both_places(name, mlp, attn):
     """Fresh ones change nothing; only they learn; without them the language model is there again, bit for bit."""
     definition, params, types = fresh(name, AdapterConfig(mlp, init="zero_up"), AdapterConfig(attn, init="zero_up"))
-    learns, frozen, _ = partition(params | bare(name)[1], label_parameters(types, OptimConfig().groups))
+    labels = label_parameters(types, {"language": "frozen", "adapter": Group()})
+    learns, frozen, _ = partition(params | bare(name)[1], labels)
     assert {types[path] for path in learns} == {AdapterParam}
     assert set(frozen) == set(bare(name)[1])
     embeddings = embeddings_of(2, 12)
@@ -264,6 +266,6 @@ def test_writing_the_cache_row_by_row_is_a_scatter():
     """On TPUs; a position behind the last slot writes nothing."""
     kept, new = np.arange(2 * 3 * 2 * 4 * 5.0).reshape(2, 3, 2, 4, 5), -np.ones((3, 1, 2, 5))
     arguments = (1, jnp.array([2, 0, 1]), jnp.array([[3], [4], [0]]), jnp.asarray(new))
-    written = _row_by_row(jnp.asarray(kept), *arguments)
-    np.testing.assert_array_equal(written, _scatter(jnp.asarray(kept), *arguments))
+    written = write_row_by_row(jnp.asarray(kept), *arguments)
+    np.testing.assert_array_equal(written, write_scattered(jnp.asarray(kept), *arguments))
     assert (written != kept).sum() == 2 * 2 * 5

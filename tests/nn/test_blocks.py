@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.models.language.gptj import GPTJ, GPTJConfig
+from magma_jax.models.language.decoder import Decoder
+from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.nn import fused, masks
 from magma_jax.nn.adapters import Adapter, AdapterConfig
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.convolution import BatchNorm
 from magma_jax.nn.masks import Mask
-from magma_jax.nn.modules import AdapterParam, merge, split, variable_types
+from magma_jax.nn.modules import AdapterParam, EncoderParam, merge, split, variable_types
 from magma_jax.nn.rotary import apply_rotary, rotary_table
 from magma_jax.nn.stack import scan
 from magma_jax.training.step.cross_entropy import cross_entropy
@@ -78,17 +79,17 @@ def test_attention_equals_its_formula():
     ],
 )
 def test_where_cudnn_computes_attention(device, serves, says, caplog):
-    fused._chosen.cache_clear()
+    fused.kernel_for.cache_clear()
     platform, capability, dtype, size = device
     arguments = (platform, capability, dtype, 64, 64, size, ("prefix", "", False, False, False))
     with caplog.at_level("INFO"):
-        assert [fused._chosen(*arguments) == "cudnn" for _ in range(2)] == [serves, serves]
+        assert [fused.kernel_for(*arguments) == "cudnn" for _ in range(2)] == [serves, serves]
     (message,) = caplog.messages  # once
     assert says in message
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-def test_what_cudnn_is_asked_for_is_the_same_attention(monkeypatch, scaled):
+@pytest.mark.parametrize("divisor", [None, 1.0])
+def test_what_cudnn_is_asked_for_is_the_same_attention(monkeypatch, divisor):
     """cuDNN itself is not there: JAX's plain implementation answers in its place."""
     plain = jax.nn.dot_product_attention
     asked = []
@@ -104,8 +105,9 @@ def test_what_cudnn_is_asked_for_is_the_same_attention(monkeypatch, scaled):
     k, v = (jnp.asarray(rng.normal(size=(2, 2, 5, 8)), jnp.float32) for _ in range(2))
     places = jnp.array([[0, 1, 2], [2, 3, 4]])
     mask = Mask("causal", queries=places)
-    out, _ = dot_product_attention(q, k, v, mask, scaled=scaled)
-    expected, weights = dot_product_attention(q, k, v, mask, scaled=scaled, weights=True)  # weights: with all scores
+    out, _ = dot_product_attention(q, k, v, mask, score_divisor=divisor)
+    # Weights are asked for: all scores.
+    expected, weights = dot_product_attention(q, k, v, mask, score_divisor=divisor, weights=True)
     np.testing.assert_allclose(out, expected, atol=1e-6)
     assert weights.shape == (2, 2, 3, 5)
     dot_product_attention(q[:, :1], k, v, Mask("causal", queries=places[:, :1]))  # one query: XLA
@@ -183,11 +185,11 @@ def test_bottlenecks_are_rounded_down():
 @pytest.mark.parametrize(("mlp", "attn"), [(kind, None) for kind in KINDS] + [(None, "normal"), ("normal", "parallel")])
 def test_removing_adapters_gives_the_language_model_bit_for_bit(mlp, attn):
     adapters = [kind and AdapterConfig(kind, 4, layernorm=True) for kind in (mlp, attn)]
-    model = GPTJ(CONFIG, mlp_adapter=adapters[0], attn_adapter=adapters[1], rngs=nnx.Rngs(0))
+    model = Decoder(CONFIG, mlp_adapter=adapters[0], attn_adapter=adapters[1], rngs=nnx.Rngs(0))
     types = variable_types(model)
     definition, params = split(model)
     params = {p: leaf + 0.1 if types[p] is AdapterParam else leaf for p, leaf in params.items()}
-    bare_definition, bare = split(GPTJ(CONFIG, rngs=nnx.Rngs(1)))
+    bare_definition, bare = split(Decoder(CONFIG, rngs=nnx.Rngs(1)))
     bare = {path: params[path] for path in bare}
     ids = jnp.arange(24).reshape(2, 12)
 
@@ -211,7 +213,7 @@ def test_removing_adapters_gives_the_language_model_bit_for_bit(mlp, attn):
 @pytest.fixture(scope="module")
 def language_model():
     config = AdapterConfig("scaled_parallel", 4)
-    return split(GPTJ(CONFIG, mlp_adapter=config, rngs=nnx.Rngs(0)))
+    return split(Decoder(CONFIG, mlp_adapter=config, rngs=nnx.Rngs(0)))
 
 
 def test_a_stack_computes_what_its_layers_compute_one_by_one(language_model):
@@ -282,7 +284,7 @@ def test_padding_on_the_right_leaves_the_loss_unchanged(language_model):
 
 
 def test_batch_norm_is_synchronised_over_devices():
-    norm = BatchNorm(4)
+    norm = BatchNorm(4, param=EncoderParam)
     definition, params = split(norm)
     images = jax.random.normal(jax.random.key(0), (16, 3, 3, 4)) * jnp.arange(1, 17)[:, None, None, None]
 

@@ -73,7 +73,7 @@ def test_blocks_of_keys_give_what_the_whole_gives(arrays, name, block):
 @pytest.mark.parametrize("name", sorted(BY_SPLASH))
 def test_splash_attention_gives_what_the_whole_gives(arrays, name):
     """In Pallas' interpreter, since no TPU is here."""
-    attention = functools.partial(fused._splash, scale=1 / math.sqrt(SIZE), interpret=True)
+    attention = functools.partial(fused.splash_attention, scale=1 / math.sqrt(SIZE), interpret=True)
     expected = value_and_gradients(plain, arrays, MASKS[name])
     for found, wanted in zip(value_and_gradients(attention, arrays, MASKS[name]), expected, strict=True):
         np.testing.assert_allclose(found, wanted, atol=2e-5)
@@ -82,7 +82,7 @@ def test_splash_attention_gives_what_the_whole_gives(arrays, name):
 @pytest.mark.parametrize("name", ["causal", "segments", "lengths"])
 def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(arrays, name):
     mesh = make_mesh(MeshConfig(data=2, model=2), jax.devices()[:4])
-    attention = functools.partial(fused._splash, scale=1 / math.sqrt(SIZE), interpret=True)
+    attention = functools.partial(fused.splash_attention, scale=1 / math.sqrt(SIZE), interpret=True)
     on_devices = jax.jit(on_mesh(lambda q, k, v: attention(q, k, v, MASKS[name]), mesh))
     placed = jax.device_put(arrays, batch_sharding(mesh))
     np.testing.assert_allclose(on_devices(*placed), plain(*arrays, MASKS[name]), atol=2e-5)
@@ -108,7 +108,7 @@ def test_queries_that_stand_elsewhere_see_as_far_as_their_place(arrays):
     ],
 )
 def test_the_choice_and_its_reason_are_logged_once(arrays, caplog, platform, name, expected, reason):
-    fused._chosen.cache_clear()
+    fused.kernel_for.cache_clear()
     with traced_for(platform), caplog.at_level("INFO"):
         for _ in range(2):
             assert fused.choose_kernel(arrays[0], arrays[1], MASKS[name]) == expected

@@ -6,7 +6,7 @@ import json
 import numpy as np
 from flax import nnx
 
-from magma_jax.models.language.catalog import build_language_model
+from magma_jax.models.language.decoder import Decoder
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.vision.catalog import EncoderConfig, build_encoder
 from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
@@ -47,7 +47,7 @@ def hf_config(config: GPTJConfig) -> dict:
 def gptj_folder(folder, config: GPTJConfig = GPTJ, shards: int = 2):
     """A folder as of Hugging Face in fp16, with the masks of older files; returns the parameters by our paths."""
     config = dataclasses.replace(config, dtype="float16")
-    params = noise(abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))[1])
+    params = noise(abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))[1])
     tensors: dict = dict(to_theirs(language_model_table(config), params))
     for i in range(config.layers):
         tensors[f"transformer.h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 64, 64), bool))

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS, build_language_model
+from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS
+from magma_jax.models.language.decoder import Decoder
 from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.nn.modules import split
@@ -154,7 +155,7 @@ def write(folder, values, tensors):
 def gpt2_tensors():
     """The first files of GPT-2: no common name before the keys, a mask in every layer, fp16."""
     config = GPT2Config(**SIZES, dtype="float16")
-    _, params = split(build_language_model(config, rngs=nnx.Rngs(0)))
+    _, params = split(Decoder(config, rngs=nnx.Rngs(0)))
     tensors = {key: tensor.read() for key, tensor in to_theirs(language_model_table(config, {}), params).items()}
     del tensors["lm_head.weight"]
     for layer in range(2):

@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS, build_language_model
+from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS
+from magma_jax.models.language.decoder import Decoder
 from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
 from magma_jax.models.vision.catalog import PUBLISHED_ENCODERS
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.convolution import Conv2d
-from magma_jax.nn.modules import abstract
+from magma_jax.nn.modules import EncoderParam, abstract
 from magma_jax.runtime import sharding
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
 from magma_jax.training.step.train_step import init_state
@@ -70,7 +71,7 @@ def test_a_parameter_that_two_rows_match_is_an_error():
 @pytest.mark.parametrize("name", ["gpt2", "EleutherAI/gpt-neo-125m", "EleutherAI/pythia-70m", "EleutherAI/gpt-j-6b"])
 def test_a_language_model_alone_lies_as_it_does_inside_magma(name):
     config = PUBLISHED_LANGUAGE_MODELS[name]
-    shapes = abstract(lambda: build_language_model(config, rngs=nnx.Rngs(0)))[1]
+    shapes = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))[1]
     mesh = make_mesh(MeshConfig(fsdp=4, model=2))
     inside = {f"lm/{path}": shape for path, shape in shapes.items()}
     alone = sharding.parameter_shardings(shapes, mesh, SHARDINGS)
@@ -101,7 +102,8 @@ def test_a_mesh_that_does_not_fit_the_devices_is_an_error():
 
 def test_weights_of_convolutions_travel_and_activations_do_not():
     rngs = nnx.Rngs(0)
-    graph, params = nnx.split([Conv2d(*channels, 1, rngs=rngs) for channels in ((16, 64), (64, 16), (16, 64))])
+    sizes = ((16, 64), (64, 16), (16, 64))
+    graph, params = nnx.split([Conv2d(*channels, 1, param=EncoderParam, rngs=rngs) for channels in sizes])
 
     def loss(params, x):
         for conv in nnx.merge(graph, params):

@@ -10,9 +10,14 @@ from magma_jax.families import family_of
 from magma_jax.families.magma import MAGMA
 from magma_jax.runtime.sharding import MeshConfig
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
+from magma_jax.training.run.config import completed
 from magma_jax.training.run.continuation import continued_config
 from magma_jax.training.step.options import LossOptions
 from tests import tiny
+
+
+def run_config(**changes):
+    return completed(MAGMA, tiny.run_config(**changes))
 
 
 @pytest.fixture
@@ -35,14 +40,14 @@ def folder(tmp_path):
     ids=lambda changes: "-".join(changes),
 )
 def test_what_leaves_the_result_alone_may_change(folder, changes):
-    config = tiny.run_config(**changes)
-    assert continued_config(family_of(config.model), config, folder(tiny.run_config())) == (config, [])
+    config = run_config(**changes)
+    assert continued_config(family_of(config.model), config, folder(run_config())) == (config, [])
 
 
 def test_the_message_says_what_differs(folder):
-    workdir = folder(tiny.run_config())
-    data = dataclasses.replace(tiny.run_config().data, length=16)
-    changed = tiny.run_config(seed=3, data=data, validation=ValidationConfig(samples=7), log_every=9)
+    workdir = folder(run_config())
+    data = dataclasses.replace(run_config().data, length=16)
+    changed = run_config(seed=3, data=data, validation=ValidationConfig(samples=7), log_every=9)
     with pytest.raises(ConfigError) as caught:
         continued_config(family_of(changed.model), changed, workdir)
     assert str(caught.value) == (
@@ -54,38 +59,38 @@ def test_the_message_says_what_differs(folder):
 def test_parts_of_a_batch_matter_to_its_statistics(folder):
     batch = LossOptions(batch_norm="batch")
     with pytest.raises(ConfigError, match="accumulate is 1 there and 2 here"):
-        continued_config(MAGMA, tiny.run_config(accumulate=2, loss=batch), folder(tiny.run_config(loss=batch)))
+        continued_config(MAGMA, run_config(accumulate=2, loss=batch), folder(run_config(loss=batch)))
 
 
 def test_fields_that_are_younger_than_the_run_have_their_defaults(folder):
-    workdir = folder(tiny.run_config())
+    workdir = folder(run_config())
     stored = json.loads((workdir / "model.json").read_text())
     del stored["run"]["validation"], stored["run"]["optim"]["eps"]
     (workdir / "model.json").write_text(json.dumps(stored))
-    assert continued_config(MAGMA, tiny.run_config(), workdir)[1] == []
+    assert continued_config(MAGMA, run_config(), workdir)[1] == []
 
 
 def test_fields_that_are_gone_are_listed(folder):
     with pytest.raises(ConfigError, match="shoe_size is 43 there and None here"):
-        continued_config(MAGMA, tiny.run_config(), folder(tiny.run_config(), shoe_size=43))
+        continued_config(MAGMA, run_config(), folder(run_config(), shoe_size=43))
 
 
 def test_without_resume_a_run_is_refused(folder):
-    workdir = folder(tiny.run_config())
+    workdir = folder(run_config())
     with pytest.raises(ConfigError, match="holds a run; choose another --workdir, or continue it without --no-resume"):
-        continued_config(MAGMA, tiny.run_config(), workdir, resume=False)
+        continued_config(MAGMA, run_config(), workdir, resume=False)
 
 
 def test_a_converted_model_is_no_run(folder):
-    workdir = folder(tiny.run_config())
+    workdir = folder(run_config())
     (workdir / "model.json").write_text('{"model": {}}')
     with pytest.raises(ConfigError, match="holds a model that was not trained here"):
-        continued_config(MAGMA, tiny.run_config(), workdir)
+        continued_config(MAGMA, run_config(), workdir)
 
 
 def _of_length(steps, **optim):
     """A config that leaves the length of the schedule to the number of steps."""
-    return tiny.run_config(steps=steps, optim=dataclasses.replace(tiny.run_config().optim, steps=None, **optim))
+    return run_config(steps=steps, optim=dataclasses.replace(run_config().optim, steps=None, **optim))
 
 
 def test_more_steps_keep_the_schedule_and_say_so(folder):

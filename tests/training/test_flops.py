@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from magma_jax.families import family_of
+from magma_jax.families.magma import MAGMA
 from magma_jax.families.magma.flops import encoder_flops, step_flops
 from magma_jax.families.magma.loss import caption_loss
 from magma_jax.models.language.gptj import GPTJConfig
@@ -19,7 +20,7 @@ from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.modules import abstract, merge
 from magma_jax.training.step.flops import matmul_flops, peak_flops
-from magma_jax.training.step.optim import OptimConfig, label_parameters, partition
+from magma_jax.training.step.optim import Group, label_parameters, partition
 from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.terms import LOSS
 from tests import tiny
@@ -31,7 +32,7 @@ def build(model):
 
 def count(model, groups=None, **sizes):
     _, shapes, types = build(model)
-    labels = label_parameters(types, OptimConfig().groups | (groups or {}))
+    labels = label_parameters(types, {**family_of(model).roles(model), **(groups or {})})
     return family_of(model).flops(model, shapes, labels, batch_of(**sizes))
 
 
@@ -84,7 +85,7 @@ def test_vit_encoder_by_hand():
     [
         ({}, {}),
         ({}, {"encoder": "frozen"}),
-        ({"prefix": PrefixConfig(mapping="mlp", dropout=0.0)}, {"language": "rest"}),
+        ({"prefix": PrefixConfig(mapping="mlp", dropout=0.0)}, {"language": Group()}),
         ({"prefix": PrefixConfig(mapping="transformer", dropout=0.0)}, {}),
         ({"encoder": dataclasses.replace(tiny.MODEL.encoder, output="pooled")}, {}),
     ],
@@ -94,7 +95,7 @@ def test_the_formula_finds_what_tracing_the_gradient_finds(changes, groups):
     """Every matmul of the traced step. The count of an encoder that learns includes the gradient of its pixels."""
     model = dataclasses.replace(tiny.MODEL, **changes)
     graphdef, shapes, types = build(model)
-    labels = label_parameters(types, OptimConfig().groups | groups)
+    labels = label_parameters(types, {**MAGMA.roles(model), **groups})
     trainable, frozen, statistics = partition(shapes, labels)
     images = jax.ShapeDtypeStruct((3, 64, 64, 3), jnp.float32)
     texts = {"tokens": jax.ShapeDtypeStruct((3, 20), jnp.int32), "labels": jax.ShapeDtypeStruct((3, 20), jnp.int32)}
@@ -111,7 +112,7 @@ def test_the_formula_finds_what_tracing_the_gradient_finds(changes, groups):
 
 def test_language_model_alone():
     model = GPTJConfig(layers=2, width=32, heads=2, rotary_dim=8, feed_forward=64, vocab_rows=300, head_rows=310)
-    flops = count(model, {"language": "rest"}, batch_size=4, length=11)
+    flops = count(model, {"language": Group()}, batch_size=4, length=11)
     weights = 2 * (4 * 32 * 32 + 2 * 32 * 64) + 310 * 32
     assert flops.frozen == 0
     assert flops.trained == 4 * 6 * 10 * weights
@@ -120,7 +121,7 @@ def test_language_model_alone():
 
 def test_a_tied_head_counts_where_it_predicts():
     _, shapes, types = build(tiny.MODEL)
-    labels = label_parameters(types, OptimConfig().groups)
+    labels = label_parameters(types, MAGMA.roles(tiny.MODEL))
     tied = {path: leaf for path, leaf in shapes.items() if not path.startswith("lm/lm_head/")}
     sizes = {"batch_size": 1, "length": 20}
     without, full = (step_flops(tiny.MODEL, given, labels, batch_of(**sizes)) for given in (tied, shapes))
@@ -129,7 +130,7 @@ def test_a_tied_head_counts_where_it_predicts():
 
 def test_cached_features_cost_nothing_and_unknown_matrices_are_refused():
     _, shapes, types = build(tiny.MODEL)
-    labels = label_parameters(types, OptimConfig().groups | {"encoder": "frozen"})
+    labels = label_parameters(types, {**MAGMA.roles(tiny.MODEL), "encoder": "frozen"})
     sizes = {"batch_size": 1, "length": 20}
     assert step_flops(tiny.MODEL, shapes, labels, batch_of(**sizes, cached_features=True)).encoder == 0
     assert step_flops(tiny.MODEL, shapes, labels, batch_of(**sizes)).encoder == encoder_flops(tiny.MODEL.encoder)

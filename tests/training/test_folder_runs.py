@@ -10,12 +10,14 @@ import pytest
 from magma_jax import Magma
 from magma_jax.config import ConfigError, apply_overrides, load_config_file, to_dict
 from magma_jax.data.batches.sources import SourceConfig
-from magma_jax.data.datasets import DataConfig, load_dataset
+from magma_jax.data.datasets import load_dataset
+from magma_jax.data.folder_dataset import FoldersConfig
 from magma_jax.data.tokenizers.byte_level import train_bpe
 from magma_jax.families import run_config
+from magma_jax.families.magma.image_features import KeptFeatures
+from magma_jax.inference.image_features import encode_all
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
-from magma_jax.training.image_features import KeptFeatures, encode_all
 from magma_jax.training.monitor.writers import METRICS_FILE
 from magma_jax.training.step.optim import OptimConfig
 from tests import datafolders, tiny
@@ -23,7 +25,7 @@ from tests import datafolders, tiny
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Quick to compile.
 MODEL = dataclasses.replace(tiny.MODEL, lm=dataclasses.replace(tiny.MODEL.lm, layers=1), attn_adapter=None)
-GROUPS = {"language": "frozen", "encoder": "frozen", "prefix": "rest", "adapter": "rest", "head": "rest"}
+GROUPS = {"encoder": "frozen"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def folders(tmp_path_factory):
 def data_of(folders, *sources, **changes):
     splits = {"train": sources, "validation": sources[-1:]}
     options = {"tokenizer": folders["tokenizer"], "length": 40, "workers": 0} | changes
-    return DataConfig("folders", splits, **options)
+    return FoldersConfig(folders=splits, **options)
 
 
 def lines_of(run, name=METRICS_FILE):
@@ -163,7 +165,7 @@ def test_a_head_for_classes_learns_from_the_last_word_of_a_statement(folders, pr
     assert learned[0] == pytest.approx(np.log(2), abs=0.7)
     assert min(learned) < 0.6 * learned[0]
     assert "class_head/weight" in run.state.trainable
-    assert run.program.labels["class_head/weight"] == "rest"
+    assert run.program.labels["class_head/weight"] == "head"
 
 
 @pytest.mark.slow
@@ -198,7 +200,7 @@ def test_configs_that_contradict_their_model_are_refused(folders, pretrained, tm
     data = data_of(folders, folders["questions"])
     with pytest.raises(ValueError, match=r"data\.classes names 0 classes, but model\.classes is 2"):
         tiny.train(tiny.run_config(data=data, model=dataclasses.replace(tiny.MODEL, classes=2)), tmp_path / "run")
-    with pytest.raises(ValueError, match="which a model of kind gptj does not see"):
+    with pytest.raises(ValueError, match=r"data\.kind 'folders': a model of the family language learns from"):
         tiny.train(tiny.run_config(data=data, model=tiny.MODEL.lm), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"the tokenizer has 50257 tokens, but the model embeds 300"):
         tiny.train(tiny.run_config(data=dataclasses.replace(data, tokenizer="gpt2")), tmp_path / "run")

@@ -12,23 +12,24 @@ from flax import nnx
 
 from magma_jax.data.batches.batching import packed_batches, padded_batches
 from magma_jax.data.batches.pipeline import sample_batches
-from magma_jax.data.datasets import DataConfig
+from magma_jax.data.openmoji.dataset import OpenmojiConfig
 from magma_jax.families.language.loss import language_loss
 from magma_jax.families.magma import MAGMA
 from magma_jax.families.magma.loss import caption_loss
-from magma_jax.models.language.gpt2 import GPT2, GPT2Config
+from magma_jax.models.language.decoder import Decoder
+from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import merge, split, variable_types
 from magma_jax.training.monitor.writers import METRICS_FILE
 from magma_jax.training.run import setup
-from magma_jax.training.step.optim import label_parameters, partition
+from magma_jax.training.step.optim import Group, label_parameters, partition
 from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.terms import LOSS
 from magma_jax.typing import IGNORED
 from tests import tiny
 
 LENGTHS = [3, 13, 6, 2, 9, 5, 14, 4]
-EOS = 298
+PADDING = {"tokens": 298, "labels": IGNORED}
 
 MODEL = dataclasses.replace(tiny.MODEL, lm=dataclasses.replace(tiny.MODEL.lm, layers=1))
 GPT2_TINY = GPT2Config(layers=1, width=32, heads=2, feed_forward=64, vocab_rows=300, context_length=2048)
@@ -36,10 +37,10 @@ GPT2_TINY = GPT2Config(layers=1, width=32, heads=2, feed_forward=64, vocab_rows=
 CASES = {
     "captions": (lambda: MagmaModel(MODEL, rngs=nnx.Rngs(0)), caption_loss),
     # Learned positions, where a wrong one shows at once.
-    "text": (lambda: GPT2(GPT2_TINY, rngs=nnx.Rngs(0)), language_loss),
+    "text": (lambda: Decoder(GPT2_TINY, rngs=nnx.Rngs(0)), language_loss),
 }
 # The encoder works on images alone, so its features may stand for it.
-GROUPS = {"language": "rest", "encoder": "frozen", "prefix": "rest", "adapter": "rest"}
+GROUPS = {"language": Group(), "encoder": "frozen", "prefix": Group(), "adapter": Group()}
 
 
 def _samples():
@@ -54,11 +55,11 @@ def _samples():
 def _batches(form):
     source = grain.MapDataset.source(list(_samples()))
     if form == "packed":
-        return packed_batches(source, batch_size=3, rows=range(3), length=24, pack=4, pad_id=EOS)
+        return packed_batches(source, batch_size=3, rows=range(3), length=24, pack=4, padding=PADDING)
     buckets = (8, 16) if form == "bucketed" else (form,)
     # A window of buckets is sixteen batches: every sample comes eight times.
     source = source.repeat(8) if form == "bucketed" else source
-    return padded_batches(source, batch_size=4, rows=range(4), buckets=buckets, pad_id=EOS, seed=0)
+    return padded_batches(source, batch_size=4, rows=range(4), buckets=buckets, padding=PADDING, seed=0)
 
 
 @functools.cache
@@ -109,7 +110,7 @@ def _run(monkeypatch, workdir, steps, pack=1, **lengths):
         return sample_batches([data.evaluation["train"]], [1.0], data.tokenizer, **options)
 
     monkeypatch.setattr(setup, "load_dataset", lambda config: dataclasses.replace(data, batches=batches))
-    data_config = DataConfig(name="openmoji", length=40, pack=pack, **lengths)
+    data_config = OpenmojiConfig(length=40, pack=pack, **lengths)
     config = tiny.run_config(steps=steps, log_every=steps, checkpoint_every=steps, data=data_config)
     first = iter(batches(config.batch_size, config.seed))
     shapes = [next(first)["tokens"].shape for _ in range(steps)]
@@ -134,14 +135,12 @@ def test_packed_rows_are_trained_with_the_images_of_their_samples(monkeypatch, t
 
 
 def test_lengths_that_contradict_each_other_are_refused():
-    DataConfig(name="openmoji", length=64, buckets=(16, 32))
+    OpenmojiConfig(length=64, buckets=(16, 32))
     with pytest.raises(ValueError, match=r"data\.buckets \(32, 16\) must ascend and stay below data\.length 64"):
-        DataConfig(name="openmoji", length=64, buckets=(32, 16))
+        OpenmojiConfig(length=64, buckets=(32, 16))
     with pytest.raises(ValueError, match=r"must ascend and stay below data\.length 32"):
-        DataConfig(name="openmoji", length=32, buckets=(32,))
+        OpenmojiConfig(length=32, buckets=(32,))
     with pytest.raises(ValueError, match=r"data\.pack fills rows"):
-        DataConfig(name="openmoji", length=64, buckets=(32,), pack=2)
-    with pytest.raises(ValueError, match="cut into blocks"):
-        DataConfig(name="openmoji_text", pack=2)
+        OpenmojiConfig(length=64, buckets=(32,), pack=2)
     with pytest.raises(ValueError, match=r"loss\.batch_norm=batch would count"):
-        MAGMA.complete(tiny.run_config(data=DataConfig(name="openmoji", pack=2), loss=LossOptions(batch_norm="batch")))
+        MAGMA.complete(tiny.run_config(data=OpenmojiConfig(pack=2), loss=LossOptions(batch_norm="batch")))

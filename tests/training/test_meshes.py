@@ -17,9 +17,9 @@ import pytest
 
 from magma_jax.config import ConfigError
 from magma_jax.families import family_of
+from magma_jax.families.magma.image_features import image_loader
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, place_batch
 from magma_jax.storage.model_folder import read_params
-from magma_jax.training.image_features import image_loader
 from magma_jax.training.monitor.writers import METRICS_FILE
 from magma_jax.training.run.program import build_program, fresh_params
 from magma_jax.training.step.optim import partition

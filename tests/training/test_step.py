@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from magma_jax.families import family_of
+from magma_jax.families.magma import MAGMA
 from magma_jax.families.magma.loss import caption_loss
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaModel
@@ -17,7 +18,7 @@ from magma_jax.models.prefix import PrefixConfig
 from magma_jax.nn.modules import split, variable_types
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
 from magma_jax.training.run.program import build_program, fresh_params
-from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition
+from magma_jax.training.step.optim import OptimConfig, label_parameters, make_optimizer, partition, with_groups
 from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.train_step import init_state, make_train_step
 from magma_jax.typing import IGNORED
@@ -40,7 +41,7 @@ def _uneven_text():
 def _text_step(mesh, accumulate):
     config = tiny.run_config(
         model=TEXT_MODEL,
-        optim=OptimConfig(learning_rate=1e-2, schedule="constant", groups={"language": "rest"}),
+        optim=OptimConfig(learning_rate=1e-2, schedule="constant"),
         batch_size=ROWS,
         accumulate=accumulate,
         mesh=mesh,
@@ -75,10 +76,12 @@ def by_dtype():
         model = MagmaModel(
             dataclasses.replace(tiny.MODEL, lm=lm, dtype=dtype, prefix=PrefixConfig(dropout=0.0)), rngs=nnx.Rngs(0)
         )
-        labels = label_parameters(variable_types(model), {**OptimConfig().groups, "encoder": "frozen"})
+        labels = label_parameters(variable_types(model), {**MAGMA.roles(tiny.MODEL), "encoder": "frozen"})
         graphdef, params = split(model)
         trainable, frozen, statistics = partition(params, labels)
-        optimizer = make_optimizer(OptimConfig(learning_rate=1e-3, schedule="constant"), labels)
+        optimizer = make_optimizer(
+            with_groups(OptimConfig(learning_rate=1e-3, schedule="constant"), MAGMA.roles(tiny.MODEL)), labels
+        )
         state = init_state(trainable, statistics, optimizer)
 
         def loss(model, batch, key):

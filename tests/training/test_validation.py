@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 from magma_jax.config import ConfigError
+from magma_jax.data.batches.held_out import spaced_samples
 from magma_jax.data.batches.pipeline import encode_sample
 from magma_jax.families import family_of
+from magma_jax.families.magma.image_features import image_loader
 from magma_jax.families.magma.loss import caption_loss
 from magma_jax.nn.modules import merge
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
-from magma_jax.training.image_features import image_loader
 from magma_jax.training.run import setup
 from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.terms import LOSS
-from magma_jax.training.validation import chosen_samples, make_validation
+from magma_jax.training.validation import make_validation
 from tests import tiny
 
 
@@ -47,13 +48,12 @@ def test_the_samples_are_evenly_spaced_and_always_the_same():
     samples = list(range(100))
 
     def chosen(number, split="test"):
-        config = tiny.run_config(validation=ValidationConfig(every=1, split=split, samples=number))
-        return chosen_samples(config, {"train": samples, "test": samples, "empty": []})
+        return spaced_samples({"train": samples, "test": samples, "empty": []}, split, number)
 
     assert chosen(4) == [0, 33, 66, 99]
     assert chosen(100) == chosen(1000) == samples
     for split in ("empty", "validation"):
-        with pytest.raises(ConfigError, match=f"validation.split '{split}': openmoji has train, test$"):
+        with pytest.raises(ConfigError, match=f"validation.split '{split}': the dataset has train, test$"):
             chosen(4, split)
     with pytest.raises(ConfigError, match="has no samples to validate on"):
-        chosen_samples(tiny.run_config(), {})
+        spaced_samples({}, "test", 4)

@@ -10,14 +10,12 @@ is padding), and ``positions``, its place in that sample (0, 1, ...).
 Batches depend on the order of the samples alone: every process forms the same ones and takes its own rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from grain.experimental import FirstFitPackIterDataset, ThreadPrefetchIterDataset
-
-from magma_jax.typing import IGNORED
 
 # Batches that are formed together, out of samples sorted by their bucket. Of samples of 8 to 40 tokens, in buckets of
 # 16, 24, 32 and 40 and 64 a batch, padding is 40 % unsorted, 19 % with 4 batches, 15 % with 16, 14 % with 64.
@@ -37,6 +35,7 @@ class PaddedBatches(grain.MapDataset):
     Args:
         parent: samples, none longer than the last bucket.
         rows: those of every batch that are wanted, in this order.
+        padding: what fills up the arrays of a sample, by name.
     """
 
     def __init__(
@@ -46,12 +45,12 @@ class PaddedBatches(grain.MapDataset):
         batch_size: int,
         rows: Sequence[int],
         buckets: Sequence[int],
-        pad_id: int,
+        padding: Mapping[str, int],
         seed: int,
     ):
         super().__init__(parent)
         self._batch_size, self._rows = batch_size, tuple(rows)
-        self._buckets, self._pad_id, self._seed = tuple(buckets), pad_id, seed
+        self._buckets, self._padding, self._seed = tuple(buckets), dict(padding), seed
         self._window: tuple[int, list[Sample], np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -75,21 +74,28 @@ class PaddedBatches(grain.MapDataset):
 
     def _sorted(self, number: int) -> tuple[list[Sample], np.ndarray]:
         """The samples of a window, and (WINDOW, batch_size) which of them make up each batch."""
-        if self._window is None or self._window[0] != number:
+        window = self._window
+        if window is None or window[0] != number:
             size = WINDOW * self._batch_size
-            samples = [self._parent[i] for i in range(number * size, (number + 1) * size)]
+            samples: list[Any] = [self._parent[i] for i in range(number * size, (number + 1) * size)]
             # By bucket and not by length: within one the order stays random.
             buckets = np.searchsorted(self._buckets, [len(sample["tokens"]) for sample in samples])
             order = np.argsort(buckets, kind="stable").reshape(WINDOW, self._batch_size)
             order = np.random.default_rng((self._seed, number)).permutation(order)
-            self._window = number, samples, order
-        return self._window[1:]
+            self._window = window = number, samples, order
+        return window[1], window[2]
 
     def _stack(self, name: str, values: list[Any], length: int) -> np.ndarray:
         if np.ndim(values[0]) == 0:
             return np.stack(values)
-        filler = IGNORED if name == "labels" else self._pad_id
+        filler = _padding_value(self._padding, name)
         return np.stack([np.pad(v, (0, length - len(v)), constant_values=filler) for v in values])
+
+
+def _padding_value(padding: Mapping[str, int], name: str) -> int:
+    if name not in padding:
+        raise ValueError(f"samples hold {name!r}, but the dataset does not say what it is padded with")
+    return padding[name]
 
 
 def padded_batches(samples: grain.MapDataset, **options: Any) -> grain.IterDataset:
@@ -99,17 +105,23 @@ def padded_batches(samples: grain.MapDataset, **options: Any) -> grain.IterDatas
 
 
 def packed_batches(
-    samples: grain.MapDataset, *, batch_size: int, rows: Sequence[int], length: int, pack: int, pad_id: int
+    samples: grain.MapDataset,
+    *,
+    batch_size: int,
+    rows: Sequence[int],
+    length: int,
+    pack: int,
+    padding: Mapping[str, int],
 ) -> grain.IterDataset:
     """Batches of ``rows`` of ``batch_size`` rows; a sample goes to the first row with ``length`` tokens and ``pack``
     samples not exceeded, and a batch ends with the first sample that fits nowhere.
     """
-    first = samples[0]
+    first: Any = samples[0]
     whole = {name for name, value in first.items() if np.ndim(value)}
     packed = FirstFitPackIterDataset(
         samples.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8 * batch_size)),
         length_struct={name: length if name in whole else pack for name in first},
-        padding_struct={name: {"tokens": pad_id, "labels": IGNORED}.get(name, 0) for name in first},
+        padding_struct={name: _padding_value(padding, name) if name in whole else 0 for name in first},
         num_packing_bins=batch_size,
         max_sequences_per_bin=pack,
         shuffle_bins=False,

@@ -4,7 +4,7 @@ A sample is a ``data.format.records.Sample``, or an object like it whose ``image
 ``data.batches.batching``, with ``images`` beside ``tokens`` and ``labels``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import grain
@@ -52,12 +52,17 @@ def encode_sample(
         tokens = [*prompt, *answer, tokenizer.eos_id][:length]
         labels = (prompt if sample.learn_prompt else [IGNORED] * len(prompt)) + [*answer, tokenizer.eos_id]
         labels = labels[:length]
-    encoded = {"tokens": np.array(tokens, np.int32), "labels": np.array(labels, np.int32)}
+    encoded: dict[str, Any] = {"tokens": np.array(tokens, np.int32), "labels": np.array(labels, np.int32)}
     if sample.image is not None:
         encoded["image_rows"] = np.int32(sample.image)
     if overlong == "truncate":
         encoded["truncated"] = np.int32(excess > 0)
     return encoded
+
+
+def text_padding(tokenizer: Tokenizer) -> dict[str, int]:
+    """What fills up the arrays of ``encode_sample``."""
+    return {"tokens": tokenizer.pad_id, "labels": IGNORED}
 
 
 def _class_number(sample: Any, classes: Sequence[str]) -> int:
@@ -105,7 +110,7 @@ def sample_batches(
         rows=rows,
         buckets=buckets,
         pack=pack,
-        pad_id=tokenizer.pad_id,
+        padding=text_padding(tokenizer),
     )
 
 
@@ -115,13 +120,13 @@ def form_batches(
     batch_size: int,
     length: int,
     seed: int,
-    pad_id: int,
+    padding: Mapping[str, int],
     rows: Sequence[int] | None = None,
     buckets: Sequence[int] = (),
     pack: int = 1,
 ) -> grain.IterDataset:
     """Batches of encoded samples: packed, or padded to a bucket; arguments as of ``sample_batches``."""
-    options = {"batch_size": batch_size, "rows": rows or range(batch_size), "pad_id": pad_id}
+    options = {"batch_size": batch_size, "rows": rows or range(batch_size), "padding": padding}
     if pack > 1:
         return packed_batches(samples, length=length, pack=pack, **options)
     return padded_batches(samples, buckets=(*buckets, length), seed=seed, **options)
@@ -139,9 +144,12 @@ def text_batches(
     """Endless batches of ``length`` consecutive tokens of one long text, with their labels; of them only ``rows``."""
     end = len(tokens) // length * length
     blocks = np.stack([array[:end].reshape(-1, length) for array in (tokens, labels)], axis=1)
-    dataset = grain.MapDataset.source(blocks).seed(seed).shuffle().repeat()
+    # An array is as good a source as a sequence.
+    dataset = grain.MapDataset.source(blocks)  # pyright: ignore[reportArgumentType]
+    dataset = dataset.seed(seed).shuffle().repeat()
     dataset = dataset.map(lambda block: {"tokens": block[0], "labels": block[1]})
     # Every block fills its row: there is nothing to pad.
+    padding = {"tokens": 0, "labels": IGNORED}
     return padded_batches(
-        dataset, batch_size=batch_size, rows=rows or range(batch_size), buckets=(length,), pad_id=0, seed=seed
+        dataset, batch_size=batch_size, rows=rows or range(batch_size), buckets=(length,), padding=padding, seed=seed
     )

@@ -145,7 +145,7 @@ class StoredImages:
 class Pending:
     """Images on their way."""
 
-    _pixels: UInt8[np.ndarray, "N H W 3"]
+    _pixels: UInt8[np.ndarray, "N H W 3"] | None
     _release: Any
     _tasks: list[concurrent.futures.Future]
 
@@ -163,6 +163,7 @@ class Pending:
             raise DataError(
                 "a process that decodes images died, perhaps for lack of memory; lower data.workers"
             ) from None
+        assert self._pixels is not None  # asked for once
         if self._release is None:
             return self._pixels, problems
         pixels = self._pixels.copy()
@@ -258,4 +259,5 @@ def _fill_block(
 ) -> dict[int, str]:
     if name not in _seen:
         _seen[name] = SharedMemory(name)
+    assert _reader is not None  # of _start_worker
     return _reader.fill(np.ndarray(shape, np.uint8, _seen[name].buf), first, rows, draws)

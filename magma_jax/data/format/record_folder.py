@@ -45,8 +45,9 @@ class StoredRecords:
         self._folder = folder
         _allow_open_files(2 * len(files))
         with _opening(folder):
-            self._source = grain.sources.ArrayRecordDataSource([str(folder / name) for name in files])
-            self._texts = grain.sources.ArrayRecordDataSource([str(folder / texts_name(name)) for name in files])
+            # Grain's annotations lack their length.
+            self._source: Any = grain.sources.ArrayRecordDataSource([str(folder / name) for name in files])
+            self._texts: Any = grain.sources.ArrayRecordDataSource([str(folder / texts_name(name)) for name in files])
         for held in (len(self._source), len(self._texts), len(self.texts)):
             if held != expected:
                 raise DataError(f"{folder}: holds {held} records, not {expected}; copy or convert it again")

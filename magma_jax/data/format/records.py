@@ -137,7 +137,9 @@ def pack(record: Record) -> bytes:
     """A record as it is stored, its image read."""
     fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     fields["questions"] = [dataclasses.asdict(question) for question in record.questions]
-    return msgpack.packb(fields | {"image": record.image_bytes()})
+    packed = msgpack.packb(fields | {"image": record.image_bytes()})
+    assert packed is not None  # it is, where a map is packed
+    return packed
 
 
 def pack_text(record: Record) -> bytes:

@@ -356,7 +356,7 @@ def _ask(images: Sequence[Drawing], rng: np.random.Generator) -> dict[str, list[
         yes, other = rng.random() < 0.5, true
         # Drawn again until it differs: a list of all that differ, made for each of many images, takes minutes.
         while not yes and other == true:
-            other = others[rng.integers(len(others))]
+            other = others[int(rng.integers(len(others)))]
         add(image, kind, question.format(other), "yes" if yes else "no")
 
     for p in singles:
@@ -364,10 +364,11 @@ def _ask(images: Sequence[Drawing], rng: np.random.Generator) -> dict[str, list[
         add(p, "tone", "What skin tone is it?", tone)
         yes_no(p, "is tone", "Is the skin tone {}?", tone, (*TONES, DEFAULT_TONE))
         if len(genders[p.concept]) > 1:
-            add(p, "gender", "Is it a man, a woman or neither?", {"person": "neither"}.get(p.gender, p.gender))
+            gender = str(p.gender)  # known, where there are several
+            add(p, "gender", "Is it a man, a woman or neither?", {"person": "neither"}.get(gender, gender))
             # Asked of men and women only: "Is it a person?" would give its answer away.
-            if p.gender != "person":
-                yes_no(p, "is gender", "Is it a {}?", p.gender, ("man", "woman"))
+            if gender != "person":
+                yes_no(p, "is gender", "Is it a {}?", gender, ("man", "woman"))
         if p.base.endswith("facing right"):
             add(p, "facing", "Which way is the person facing?", "right")
         elif f"{p.base} facing right" in bases:

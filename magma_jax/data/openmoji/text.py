@@ -42,7 +42,7 @@ def lines(images: Sequence[Drawing], count: int, seed: int = 0) -> list[tuple[st
             made, gender = things[rng.integers(len(things))], str(rng.choice(["man", "woman", "person"]))
             made = dataclasses.replace(made, base=f"{gender} {made.base}", kind="person", gender=gender, people=1)
         else:
-            group = (*groups, None, things, flags)[kind]
+            group = {0: groups[0], 1: groups[1], 3: things, 4: flags}[int(kind)]
             made = group[rng.integers(len(group))]
         most = {"people": 2, "flag": 0, "thing": int(rng.random() < 0.2)}.get(made.kind, 1)
         number = most if rng.random() < 0.85 else int(rng.integers(most + 1))

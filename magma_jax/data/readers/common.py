@@ -193,9 +193,10 @@ class ImageFolder:
         for candidate in (name, *alternatives):
             base = Path(candidate).name
             if base in self._by_name:
-                if self._by_name[base] is None:
+                path = self._by_name[base]
+                if path is None:
                     raise DataError(f"{self.root}: several images are called {base}; give a narrower --images")
-                return FileSlice(self._by_name[base])
+                return FileSlice(path)
         return Missing((name, *alternatives), str(self.root))
 
     def _scan(self) -> dict[str, str | None]:

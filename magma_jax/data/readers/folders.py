@@ -95,7 +95,9 @@ def read_tfds(
         _check_features(read_json(source / "features.json"), source / "features.json")
     try:
         builder = tfds.builder_from_directory(source)
-        data = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+        # A decorator of TFDS hides the parameters.
+        decoders = {image: tfds.decode.SkipDecoding()}
+        data = builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
     except (ValueError, KeyError, OSError, AssertionError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise DataError(

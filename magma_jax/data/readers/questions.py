@@ -177,9 +177,11 @@ def _record(
 ) -> Iterator[Record | Skipped]:
     kept = tuple(question for question in questions if isinstance(question, Question))
     yield from (question for question in questions if isinstance(question, Skipped))
-    if kept and isinstance(image, Missing):
+    if not kept:
+        return
+    if isinstance(image, Missing):
         yield image.skipped(key, count_samples(len(captions), len(kept)))
-    elif kept:
+    else:
         yield Record(key, image, captions, kept)
 
 

@@ -50,6 +50,7 @@ def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, Content]] | Skipped
         with tarfile.open(path, "r:gz" if packed else "r:") as tar:
             yield from _samples(tar, path, packed)
             # Python takes whatever is no header for the end; a whole archive ends with empty blocks.
+            assert tar.fileobj is not None  # it is open
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"no end of the archive at byte {tar.offset}")
@@ -61,7 +62,8 @@ def _samples(tar: tarfile.TarFile, path: Path, packed: bool) -> Iterator[tuple[s
     key, members = None, {}
     seen: set[str] = set()
     for member in tar:
-        tar.members = []  # or the archive remembers every member it has passed
+        # Or the archive remembers every member it has passed.
+        tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it is there, and in no annotation
         named = _key_and_suffix(member.name)
         if _ABOUT_THE_ARCHIVE.match(member.name) or member.isdir():
             continue
@@ -87,7 +89,9 @@ def _samples(tar: tarfile.TarFile, path: Path, packed: bool) -> Iterator[tuple[s
         if not packed:
             members[suffix] = FileSlice(str(path), member.offset_data, member.size)
         elif member.size <= LARGEST_MEMBER:
-            members[suffix] = tar.extractfile(member).read()
+            content = tar.extractfile(member)
+            assert content is not None  # a regular file, as was looked
+            members[suffix] = content.read()
         else:
             raise DataError(
                 f"{path}: the member {member.name} has {member.size} bytes; unpack the archive first: gunzip"

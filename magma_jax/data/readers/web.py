@@ -178,7 +178,8 @@ def _joined_lines(source: Path, images: Path, *, caption: int, url: int) -> Iter
 def _joined(
     key: str, url: str | None, captions: Sequence[str], downloads: Mapping[str, Content], extra: Mapping[str, Any]
 ) -> Record | Skipped:
-    return captioned(key, downloads[url], captions, extra) if url in downloads else Skipped(key, NOT_DOWNLOADED)
+    image = None if url is None else downloads.get(url)
+    return Skipped(key, NOT_DOWNLOADED) if image is None else captioned(key, image, captions, extra)
 
 
 def _caption(value: Any, where: str) -> str:

@@ -43,12 +43,12 @@ class Tokenizer:
         self._plain = _without_padding(self._parsing.to_str())
         self._plain.encode_special_tokens = True
         self.eos = eos
-        self.eos_id: int = self._parsing.token_to_id(eos)
+        vocabulary = self._parsing.get_vocab(with_added_tokens=True)
+        self.eos_id: int = vocabulary[eos]
         self.pad_id: int = self.eos_id
-        self.image_id: int = self._parsing.token_to_id(image)
+        self.image_id: int = vocabulary[image]
         added = self._parsing.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
-        vocabulary = self._parsing.get_vocab(with_added_tokens=True)
         self._rows = max(vocabulary.values()) + 1
         # One character of a byte-level token stands for one byte.
         self.longest: int = max(map(len, vocabulary))
@@ -94,7 +94,7 @@ class Tokenizer:
             return b""
         known = _symbol_bytes()
         # Tokens that were added to a vocabulary, such as runs of spaces, are plain text.
-        return bytes(map(known.get, symbols)) if known.keys() >= set(symbols) else symbols.encode()
+        return bytes(known[symbol] for symbol in symbols) if known.keys() >= set(symbols) else symbols.encode()
 
     def to_json(self) -> str:
         """The whole encoding as text, in the ``tokenizers`` format."""
@@ -144,7 +144,7 @@ def gpt2_tokenizer() -> Tokenizer:
     """
     file = Path(__file__).parent / "gpt2" / "merges.txt"
     lines = file.read_text(encoding="utf-8").splitlines()[1:]  # the first is "#version: 0.2"
-    merges = [tuple(line.split(" ")) for line in lines]
+    merges = [(left, right) for left, right in (line.split(" ") for line in lines)]
     symbols = [*_byte_symbols(), *(left + right for left, right in merges), EOS]
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
     return Tokenizer(_byte_level(models.BPE(vocab=vocab, merges=merges)))

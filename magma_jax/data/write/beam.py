@@ -55,8 +55,9 @@ def _run_pipeline(
     beam_options: Sequence[str],
 ) -> list[dict[str, Any]]:
     try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
+        # An extra, which is seldom there where types are checked.
+        import apache_beam as beam  # pyright: ignore[reportMissingImports]
+        from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError("--runner beam needs Apache Beam: pip install 'magma_jax[beam]'") from None
     flags = [f"--{option}" for option in beam_options]

@@ -18,7 +18,7 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from magma_jax.data.format.records import DataError, Record, Skipped, pack_text, unpack
+from magma_jax.data.format.records import DataError, FileSlice, Record, Skipped, pack_text, unpack
 from magma_jax.data.format.shards import records_name, shard_writer, texts_name
 from magma_jax.data.write.prepare import UNREADABLE, PrepareOptions, prepare
 from magma_jax.output import OutputError, full_disk, replace_file
@@ -48,6 +48,7 @@ def write_shard(
                 if isinstance(result, Skipped):
                     skipped.append([result.id, result.reason, result.samples, result.detail])
                     continue
+                assert isinstance(entry, Record)  # it has content
                 content, fingerprint = result
                 writer.write(content, pack_text(entry))
                 ids.append(entry.id)
@@ -110,7 +111,7 @@ def _digest(chunk: Sequence[Record | Skipped]) -> str:
         state = None
         if isinstance(entry, Record) and isinstance(entry.image, bytes):
             entry = dataclasses.replace(entry, image=hashlib.sha256(entry.image).digest())
-        elif isinstance(entry, Record):
+        elif isinstance(entry, Record) and isinstance(entry.image, FileSlice):
             state = state_of(entry.image.path)
         described.update(repr((entry, state)).encode())
     return described.hexdigest()

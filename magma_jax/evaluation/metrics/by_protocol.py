@@ -40,7 +40,7 @@ class Scores:
     def resampled(self, rows: Int[np.ndarray, " N"]) -> dict[str, float]:
         """The totals of another draw of the samples. Rarities of CIDEr stay those of the whole set."""
         totals = {name: float(values[rows].mean()) for name, values in self.per_sample.items()}
-        if self.counts is not None:
+        if self.counts is not None and self.of_counts is not None:
             totals |= self.of_counts(self.counts[rows].sum(0))
         return {name: totals[name] for name in self.total}
 

@@ -79,7 +79,7 @@ def spice(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Flo
             f"SPICE needs {CORENLP_JAR} in {folder / 'lib'}; fetch it once, with a network, by: "
             "python -c 'from pycocoevalcap.spice.get_stanford_models import get_stanford_models as g; g()'"
         )
-    from pycocoevalcap.spice.spice import Spice
+    from pycocoevalcap.spice.spice import Spice  # pyright: ignore[reportMissingImports]  # of the extra java-metrics
 
     try:
         _, scores = Spice().compute_score(
@@ -96,7 +96,7 @@ def _folder(metric: str) -> Path:
     if shutil.which("java") is None:
         raise DataError(f"{metric} is a program in Java, and there is no `java` on this machine; install a runtime")
     found = importlib.util.find_spec(PACKAGE)
-    if found is None:
+    if found is None or not found.submodule_search_locations:
         raise DataError(f"{metric} comes with {PACKAGE}: pip install 'magma_jax[java-metrics]'")
     return Path(next(iter(found.submodule_search_locations)))
 

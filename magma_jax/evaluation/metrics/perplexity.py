@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from magma_jax.data.format.records import DataError
 from magma_jax.data.readers.common import read_text
 from magma_jax.inference.generator import TokenGenerator
-from magma_jax.nn.modules import merge
+from magma_jax.nn.modules import Definition, merge
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.training.step.cross_entropy import cross_entropy
 from magma_jax.typing import IGNORED, Array, Float, Int, Params
@@ -77,7 +76,7 @@ def measure(model: TokenGenerator, path: str | Path) -> dict[str, Any]:
 
 @platform_jit(static_argnames=("graphdef",))
 def _loss(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     tokens: Int[np.ndarray | Array, "B S"],
     labels: Int[np.ndarray | Array, "B S"],

@@ -26,6 +26,7 @@ def overview_image(path: str | Path, evaluation: Evaluation, dataset: Dataset, s
     chosen = _choose(evaluation, seed)
     if not chosen:
         raise ValueError("no image with a caption to show")
+    assert dataset.images is not None  # the evaluation was of them
     cards = []
     for members in chosen:
         pixels = dataset.images[int(evaluation.samples[members[0]].image)]

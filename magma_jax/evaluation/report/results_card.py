@@ -66,6 +66,8 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[Column, floa
     rows: dict[str, dict[Column, float]] = {"this model": {}, "first line": {}, "constant": {}}
     for result in results:
         score, line = first_score(result, "scores"), first_score(result, "first_line")
+        if score is None:
+            continue
         for column in columns_of(result):
             rows["this model"][column] = figure(score, column)
             if line is not None:
@@ -112,6 +114,8 @@ def _table(rows: Mapping[str, Mapping[Column, float]], columns: Sequence[Column]
 def _interval(result: Mapping[str, Any], column: Column) -> str:
     if column.group not in ("", "all"):
         return "-"
-    low, high = first_score(result, "scores")["intervals"][column.metric]
+    score = first_score(result, "scores")
+    assert score is not None  # it has columns
+    low, high = score["intervals"][column.metric]
     scale = figure({"scores": {column.metric: 1.0}}, column)
     return f"{scale * low:.1f}-{scale * high:.1f}"

@@ -120,6 +120,7 @@ def _cards(evaluation: Evaluation, dataset: Dataset) -> list[str]:
     for i, sample in enumerate(evaluation.samples):
         by_image[int(sample.image)].append(i)
     right, truths, said = evaluation.right(), evaluation.truths, evaluation.predictions["model"]
+    assert dataset.images is not None  # the evaluation was of them
     cards = []
     for image, members in by_image.items():
         items = []

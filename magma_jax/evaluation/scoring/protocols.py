@@ -196,10 +196,10 @@ def _one_of(entry: Any, names: Sequence[str], where: str, kind: type | tuple[typ
     return field(entry, next((name for name in names if name in entry), names[0]), where, kind)
 
 
-_QUESTION = {"keys": ("question_id",), "values": ("answer",)}
-_VIZWIZ = {"references": _vizwiz, "keys": ("image",), "values": ("answer",)}
-_GQA = {"references": _gqa, "keys": ("questionId", "question_id"), "values": ("prediction", "answer")}
-_CAPTION = {"keys": ("image_id",), "values": ("caption",)}
+_QUESTION: dict[str, Any] = {"keys": ("question_id",), "values": ("answer",)}
+_VIZWIZ: dict[str, Any] = {"references": _vizwiz, "keys": ("image",), "values": ("answer",)}
+_GQA: dict[str, Any] = {"references": _gqa, "keys": ("questionId", "question_id"), "values": ("prediction", "answer")}
+_CAPTION: dict[str, Any] = {"keys": ("image_id",), "values": ("caption",)}
 _nocaps = functools.partial(_captions, domains=True)
 
 PROTOCOLS: MappingProxyType[str, Protocol] = MappingProxyType(

@@ -17,11 +17,11 @@ from magma_jax.evaluation.tasks.batched_generate import answer_batch, classify_b
 from magma_jax.inference.buckets import EVALUATION
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.generator import TokenGenerator
+from magma_jax.inference.image_features import Images, encode_all
 from magma_jax.inference.prompts import PromptLayout, lay_out, pad_layouts
-from magma_jax.models.language.decoder import KVCache
+from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.distributed import is_main
 from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch
-from magma_jax.training.image_features import Images, encode_all
 from magma_jax.typing import Array, Int
 
 # Features that are kept, in bytes: 600 images of CLIP RN50x16, all of the quick start.

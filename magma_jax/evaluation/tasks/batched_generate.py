@@ -5,15 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.decode import generate
 from magma_jax.inference.decoding.sampling import sampling_rows
 from magma_jax.inference.prompts import WORD
-from magma_jax.models.language.decoder import KVCache
-from magma_jax.nn.modules import merge
+from magma_jax.nn.modules import Definition, merge
+from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.runtime.sharding import on_mesh, replicated, split_rows
 from magma_jax.typing import Array, Float, Int, Params
@@ -21,7 +20,7 @@ from magma_jax.typing import Array, Float, Int, Params
 
 @platform_jit(static_argnames=("graphdef", "sampling", "max_new_tokens", "eos_id", "mesh"))
 def answer_batch(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     batch: dict[str, Any],
     seed: Any,
@@ -56,7 +55,7 @@ def answer_batch(
 
 @platform_jit(static_argnames=("graphdef", "mesh"))
 def classify_batch(
-    graphdef: nnx.GraphDef, params: Params, batch: dict[str, Any], *, mesh: Mesh | None
+    graphdef: Definition, params: Params, batch: dict[str, Any], *, mesh: Mesh | None
 ) -> Int[Array, " B"]:
     """Likeliest classes, whole on every device."""
 
@@ -72,7 +71,7 @@ def classify_batch(
 
 @platform_jit(static_argnames=("graphdef", "mesh"))
 def run_common(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     features: Float[Array | np.ndarray, "1 N ..."],
     tokens: Int[Array | np.ndarray, "1 S"],

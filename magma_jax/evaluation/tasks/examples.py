@@ -16,7 +16,7 @@ from magma_jax.data.readers.common import checked
 from magma_jax.evaluation.results.results import CAPTION, question_of
 from magma_jax.evaluation.scoring.protocols import Reference, gqa_groups, stem
 from magma_jax.evaluation.tasks.task import Kind
-from magma_jax.training.image_features import Images
+from magma_jax.inference.image_features import Images
 from magma_jax.typing import Int, UInt8
 
 # Annotators that the official VQA rule expects; a single true answer counts as all of them.
@@ -72,6 +72,8 @@ class OwnExamples(Sequence[Example]):
         if split not in dataset.evaluation:
             names = ", ".join(dataset.evaluation) or "none"
             raise DataError(f"the run's data has no split {split!r}; its splits: {names}; or give --data")
+        if dataset.images is None:
+            raise DataError("the run's data has no images; give --data")
         wanted = [s for s in dataset.evaluation[split] if (s.kind == CAPTION) == (kind == CAPTION)]
         times = 1 if kind == CAPTION else ANNOTATORS
         self._examples = [
@@ -181,6 +183,7 @@ def image_marks(images: Images, row: int, *, stored: bool) -> frozenset[str]:
     """
     if not stored:
         return frozenset({_hash(np.ascontiguousarray(images[np.array([row])]).tobytes())})
+    assert isinstance(images, StoredImages)  # ``stored`` says so
     folder, local = images.where(row)
     records = images.records[images.folders.index(folder)]
     record = read_record(records.__getitem__, local, folder)

@@ -28,7 +28,7 @@ from magma_jax.evaluation.tasks.examples import (
 )
 from magma_jax.evaluation.tasks.shots import Shot, choose_shots
 from magma_jax.evaluation.tasks.task import TaskConfig
-from magma_jax.evaluation.tasks.truncation import truncate
+from magma_jax.evaluation.tasks.truncation import Truncation, truncate
 from magma_jax.inference.generator import TokenGenerator
 
 
@@ -168,7 +168,7 @@ def finish(
         DataError: some examples have true answers and others have none; or not those that a protocol compares with.
     """
 
-    def kept(how: str) -> list[str]:
+    def kept(how: Truncation) -> list[str]:
         texts = zip(outputs, examples, strict=True)
         return [truncate(output, example.answers, how, tokenizer) for output, example in texts]
 
@@ -197,8 +197,9 @@ def open_examples(
     open_folder = functools.partial(StoredExamples, kind=task.kind, image_size=model.images.size, workers=workers)
     if task.data is not None:
         queries = open_folder(task.data)
-        same = task.shot_data is None or Path(task.shot_data).resolve() == Path(task.data).resolve()
-        return queries, queries if same else open_folder(task.shot_data)
+        if task.shot_data is None or Path(task.shot_data).resolve() == Path(task.data).resolve():
+            return queries, queries
+        return queries, open_folder(task.shot_data)
     if dataset is None:
         raise DataError(f"task {task.name}: no data; give the dataset folder with --data")
     own = OwnExamples(dataset, task.split, task.kind)
@@ -219,7 +220,7 @@ def ask(
 ) -> Asked:
     """Prompts of a task; ``offset``: the row of the shots' first image; ``room``: positions a prompt may take."""
     completed = [[(offset + shot.image, task.complete(shot.text, shot.shown)) for _, shot in row] for row in shots]
-    prompts = [(example.image, task.ask(example.text)) for example in examples]
+    prompts: list[Parts] = [(example.image, task.ask(example.text)) for example in examples]
     lengths = [answerer.length(prompt) for prompt in prompts]
     dropped = 0
 

@@ -65,7 +65,9 @@ def sweep_table(results: Sequence[TaskResult], swept: Sequence[str]) -> str:
         values = result.to_dict()
         score, line = first_score(values, "scores"), first_score(values, "first_line")
         settings = [_shown(operator.attrgetter(name)(result.task)) for name in swept]
-        for metric, value in score["scores"].items() if score else ():
+        if score is None:
+            continue
+        for metric, value in score["scores"].items():
             low, high = score["intervals"][metric]
             first = "same" if line is None else f"{line['scores'][metric]:.4g}"
             constant = score["constant"]["scores"][metric]
@@ -85,6 +87,6 @@ def write_sweep(folder: str | Path, results: Sequence[TaskResult], swept: Sequen
 
 
 def _shown(value: Any) -> str:
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return json.dumps(dataclasses.asdict(value))
     return value if isinstance(value, str) and value.isidentifier() else repr(value)

@@ -7,25 +7,22 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.data.openmoji.dataset import OpenmojiConfig, OpenmojiTextConfig
 from magma_jax.families.language.loss import language_loss
 from magma_jax.family import Family
 from magma_jax.inference.decoding.program import decode_program
-from magma_jax.models.language.catalog import LanguageModelConfig, build_language_model
+from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.models.language.decoder import Decoder
+from magma_jax.nn.modules import LanguageParam
 from magma_jax.storage.model_folder import CheckpointError
 from magma_jax.training.monitor.throughput import count_batch
-from magma_jax.training.run.config import RunConfig
 from magma_jax.training.step.flops import LANGUAGE_INPUTS, StepFlops, attention_flops, matrix_flops
+from magma_jax.training.step.optim import Group
+from magma_jax.training.step.options import LossOptions
 
 
 def _build(config: LanguageModelConfig, rngs: nnx.Rngs) -> Decoder:
-    return build_language_model(config, rngs=rngs)
-
-
-def _complete(config: RunConfig) -> RunConfig:
-    if config.data.name == "folders":
-        raise ValueError(f"data.name folders holds images, which a model of kind {config.model.kind} does not see")
-    return config
+    return Decoder(config, rngs=rngs)
 
 
 def _batch_shapes(program: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -53,8 +50,11 @@ def _open(path: str | Path, **_: Any) -> Any:
 LANGUAGE = Family(
     name="language",
     configs=LanguageModelConfig.__args__,
+    data=(OpenmojiConfig, OpenmojiTextConfig),
+    options=LossOptions,
     build=_build,
-    complete=_complete,
+    roles=lambda config: {LanguageParam.role: Group()},
+    complete=lambda config: config,
     loss=language_loss,
     shardings=(),
     vocab_rows=lambda config: config.vocab_rows,
@@ -63,6 +63,8 @@ LANGUAGE = Family(
     flops=_flops,
     prepare=lambda program, dataset, params: lambda batch: batch,
     first_values=lambda program, dataset, params: {},
+    fresh=r"",
+    base_may_differ=lambda model: ("dtype", "embedding_std"),
     parts={},
     open=_open,
     decode_program=functools.partial(decode_program, lambda model: model),

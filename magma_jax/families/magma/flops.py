@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.inference.image_features import ENCODER
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.vision.catalog import EncoderConfig, build_encoder
 from magma_jax.nn.modules import abstract, merge
-from magma_jax.training.image_features import ENCODER
 from magma_jax.training.step.flops import (
     LANGUAGE_INPUTS,
     StepFlops,

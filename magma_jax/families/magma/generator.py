@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from magma_jax.data.images import normalize
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.families.magma.images import image_spec
 from magma_jax.families.magma.loading import LAYERS, load_magma
@@ -36,6 +35,7 @@ from magma_jax.inference.prompts import (
     lay_out_prompt,
 )
 from magma_jax.models.magma import MagmaConfig, MagmaModel
+from magma_jax.models.vision.catalog import normalize_for
 from magma_jax.nn.modules import Definition, abstract, merge
 from magma_jax.runtime.compile import platform_jit, trim_after_compile
 from magma_jax.typing import Array, Float, Params
@@ -82,6 +82,7 @@ class Magma:
         dtype: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
         model_config: Mapping[str, Any] | None = None,
+        ema: bool | None = None,
     ) -> "Magma":
         """Loads a run folder of ``train.py``, a converted model folder, or whatever checkpoint ``from-torch`` opens.
 
@@ -92,13 +93,17 @@ class Magma:
             dtype: dtype of weights and activations, such as ``bfloat16``; default: the config's, which is
                 ``float32`` for a checkpoint file.
             mesh: devices to spread the weights over, by the table of ``magma_jax.runtime.sharding``; default: one
-            device. model_config: what the tensors of a checkpoint file cannot tell, see ``published.infer_config``.
+                device.
+            model_config: what the tensors of a checkpoint file cannot tell, see ``published.infer_config``.
+            ema: whether a run's moving averages of weights are taken, or its weights; default: what the run was
+                validated with.
 
         Raises:
-            CheckpointError: not such a folder. HubError: not fetched. WeightFileError, InferenceError, KeyMapError: a
-                file that cannot be read, or whose keys do not fit a MAGMA model.
+            CheckpointError: not such a folder, or ``ema`` of one that keeps no averages. HubError: not fetched.
+            WeightFileError, InferenceError, KeyMapError: a file that cannot be read, or whose keys do not fit a MAGMA
+            model.
         """
-        return cls(*load_magma(path, dtype, mesh, model_config))
+        return cls(*load_magma(path, dtype, mesh, model_config, ema))
 
     def answers(
         self, prompts: Iterable[Prompt], options: AnswerOptions = AnswerOptions(), *, count: int | None = None
@@ -212,7 +217,7 @@ class Magma:
 
     def encode_images(self, pixels: np.ndarray) -> Float[Array, "B ..."]:
         """Encoder features of uint8 images (B, size, size, 3) at the encoder's size."""
-        return _encode(self.graphdef, self.params, normalize(pixels, self.images.mean, self.images.std))
+        return _encode(self.graphdef, self.params, normalize_for(self.config.encoder, pixels))
 
     def embed_features(self, features: Float[Array, "B ..."]) -> Float[Array, "B P D"]:
         """Word-like vectors of encoder features."""
@@ -247,7 +252,7 @@ class Magma:
 
 
 @functools.cache
-def magma_graphdef(config: MagmaConfig, apart: bool = False) -> nnx.GraphDef:
+def magma_graphdef(config: MagmaConfig, apart: bool = False) -> Definition:
     """The structure of a model; ``apart``: with the language model's layers one by one."""
 
     def create() -> MagmaModel:
@@ -256,7 +261,7 @@ def magma_graphdef(config: MagmaConfig, apart: bool = False) -> nnx.GraphDef:
             model.lm.unstack()
         return model
 
-    return Definition(abstract(create)[0])
+    return abstract(create)[0]
 
 
 @platform_jit(static_argnames=("graphdef", "outputs"))

@@ -2,17 +2,13 @@
 
 from magma_jax.inference.prompts import ImageGrid, ImageSpec
 from magma_jax.models.magma import MagmaConfig
-from magma_jax.models.vision.catalog import ENCODERS
 
 
 def image_spec(config: MagmaConfig) -> ImageSpec:
     """How a model takes images."""
-    entry = ENCODERS[config.encoder.kind]
     return ImageSpec(
         size=config.encoder.image_size,
         positions=config.encoder.positions or config.prefix.image_positions,
-        mean=tuple(entry.mean),
-        std=tuple(entry.std),
         grid=image_grid(config),
     )
 

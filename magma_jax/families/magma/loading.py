@@ -29,7 +29,11 @@ LAYERS = "lm/layers/"
 
 
 def load_magma(
-    path: str | Path, dtype: str | None = None, mesh: Mesh | None = None, model_config: Mapping[str, Any] | None = None
+    path: str | Path,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    ema: bool | None = None,
 ) -> tuple[MagmaConfig, Params, Tokenizer]:
     """Config, weights on their devices, and vocabulary; arguments and errors as of ``Magma.from_checkpoint``."""
     path = local_path(path)
@@ -48,7 +52,7 @@ def load_magma(
     shapes = in_dtype(shapes, jnp.dtype(config.dtype))
     if mesh is not None:
         shapes = placed(shapes, parameter_shardings(shapes, mesh, SHARDINGS))
-    params = _for_device(read_trained_params(path, shapes, types), config)
+    params = _for_device(read_trained_params(path, shapes, types, ema=ema), config)
     return config, params, load_tokenizer(path)
 
 

@@ -2,9 +2,7 @@
 
 import jax.numpy as jnp
 
-from magma_jax.data.images import normalize
 from magma_jax.models.magma import MagmaModel
-from magma_jax.models.vision.catalog import ENCODERS
 from magma_jax.training.step.cross_entropy import cross_entropy
 from magma_jax.training.step.options import LossOptions
 from magma_jax.training.step.terms import Terms, label_terms
@@ -35,10 +33,8 @@ def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, option
     else:
         *leading, height, width, channels = batch["images"].shape
         images = batch["images"].reshape(-1, height, width, channels)
-        if images.dtype == jnp.uint8:
-            entry = ENCODERS[model.config.encoder.kind]
-            images = normalize(images, entry.mean, entry.std)
-        features = model.encode_images(images, batch_norm=options.batch_norm, remat=options.encoder_remat)
+        encode = model.encode_pixels if images.dtype == jnp.uint8 else model.encode_images
+        features = encode(images, batch_norm=options.batch_norm, remat=options.encoder_remat)
         features = features.reshape(*leading, *features.shape[1:])
     forward = {"dropout_key": key, "remat": options.remat}
     if "segments" in batch:

@@ -12,12 +12,13 @@ from magma_jax.config import ConfigError
 from magma_jax.evaluation.report.cards import Card, Line, draw_cards
 from magma_jax.evaluation.results.results import CAPTION, question_of
 from magma_jax.evaluation.tasks.batched_generate import answer_batch
+from magma_jax.families.magma.image_features import features_are_fixed
 from magma_jax.families.magma.images import image_spec
 from magma_jax.inference.decoding.config import SamplingConfig
+from magma_jax.inference.image_features import encode_all
 from magma_jax.inference.prompts import lay_out, pad_layouts
 from magma_jax.output import replace_file
 from magma_jax.runtime.sharding import batch_shards
-from magma_jax.training.image_features import encode_all, features_are_fixed
 from magma_jax.training.monitor.writers import append_line, cut_after
 from magma_jax.training.run.setup import Run
 from magma_jax.typing import Params, UInt8

@@ -219,8 +219,7 @@ class SlotBatch:
         return row
 
     def _add_image(self, pixels: np.ndarray, row: int) -> None:
-        options = {"mean": self.model.images.mean, "std": self.model.images.std}
-        self._table = slots.add_image(*self._fixed, self._table, pixels[None], np.int32(row), **options)
+        self._table = slots.add_image(*self._fixed, self._table, pixels[None], np.int32(row))
 
     def decode(
         self, *, top: bool, enough: int | None = None, guides: Mapping[int, Guide] | None = None

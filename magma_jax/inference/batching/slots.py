@@ -4,20 +4,17 @@ Everything has a declared shape: the slots and their cache, a table of encoded i
 lengths. So the programs are few, all are compiled before the first request, and none after it.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from magma_jax.data.images import normalize
 from magma_jax.inference.decoding.decode import DecodeState, SampledTokens, run, sample_tokens
 from magma_jax.inference.decoding.sampling import SamplingRows
 from magma_jax.inference.prompts import WORD
-from magma_jax.nn.modules import merge
+from magma_jax.nn.modules import Definition, merge
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8, UInt32
 
@@ -56,7 +53,7 @@ class Admission(NamedTuple):
 
 @platform_jit(static_argnames=("graphdef", "slots", "context", "images"))
 def empty_slots(
-    graphdef: nnx.GraphDef, params: Params, slots: int, context: int, images: int
+    graphdef: Definition, params: Params, slots: int, context: int, images: int
 ) -> tuple[DecodeState, Float[Array, "C P D"]]:
     """Idle rows with room for ``context`` positions each, and an empty table of images."""
     model = merge(graphdef, params)
@@ -93,25 +90,23 @@ def commit_like(params: Params, arrays: T) -> T:
     return jax.device_put(arrays, sharding)
 
 
-@platform_jit(static_argnames=("graphdef", "mean", "std"), donate_argnames=("table",))
+@platform_jit(static_argnames=("graphdef",), donate_argnames=("table",))
 def add_image(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     table: Float[Array, "C P D"],
     pixels: UInt8[Array, "1 h w 3"],
     row: Int[Array, ""],
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
 ) -> Float[Array, "C P D"]:
     """Encodes an image into a row of the table."""
-    embedded = merge(graphdef, params).embed_images(normalize(pixels, mean, std))
+    model = merge(graphdef, params)
+    embedded = model.embed_features(model.encode_pixels(pixels))
     return table.at[row].set(embedded[0].astype(table.dtype))
 
 
 @platform_jit(static_argnames=("graphdef", "eos_id", "top"), donate_argnames=("rows",))
 def admit(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     rows: DecodeState,
     table: Float[Array, "C P D"],
@@ -158,7 +153,7 @@ def embed(
 
 @platform_jit(static_argnames=("graphdef", "steps", "eos_id", "top"), donate_argnames=("rows",))
 def decode(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     rows: DecodeState,
     enough: Int[Array, ""],

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from magma_jax.inference.decoding.config import Compat
 from magma_jax.inference.decoding.sampling import MASKED, SamplingRows, sample
-from magma_jax.models.language.decoder import Decoder, KVCache
+from magma_jax.models.language.decoder import Decoder
+from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.typing import Array, Bool, Float, Int, Key, UInt32
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from magma_jax.inference.decoding.decode import DecodeState, advance
 from magma_jax.inference.decoding.sampling import SamplingRows
-from magma_jax.models.language.decoder import KVCache
 from magma_jax.nn.modules import merge
+from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.sharding import BATCH_AXES, batch_sharding
 from magma_jax.storage.model_folder import in_dtype
 from magma_jax.training.run.program import Program

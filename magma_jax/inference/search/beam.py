@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from magma_jax.inference.batched import as_batch, check_room, pad_to_bucket
 from magma_jax.inference.buckets import SEQUENCES
@@ -22,8 +21,9 @@ from magma_jax.inference.decoding.decode import run_prompts
 from magma_jax.inference.decoding.sampling import MASKED, mask_missing_ids
 from magma_jax.inference.generator import TokenGenerator
 from magma_jax.inference.prompts import PromptBatch
-from magma_jax.models.language.decoder import Decoder, KVCache
-from magma_jax.nn.modules import merge
+from magma_jax.models.language.decoder import Decoder
+from magma_jax.nn.modules import Definition, merge
+from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Bool, Float, Int, Params
 
@@ -127,7 +127,7 @@ def _hypothesis(model: TokenGenerator, tokens: Int[np.ndarray, " T"], logprob: f
 
 @platform_jit(static_argnames=("graphdef", "steps", "beams", "eos_id"))
 def _search(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     embeddings: Float[Array, "B S D"],
     lengths: Int[Array, " B"],

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from magma_jax.inference.answers import Measure
 from magma_jax.inference.batched import as_batch, pad_to_bucket
@@ -23,8 +22,8 @@ from magma_jax.inference.buckets import CHOICES
 from magma_jax.inference.decoding.decode import run_prompts
 from magma_jax.inference.generator import TokenGenerator
 from magma_jax.inference.prompts import PromptBatch
-from magma_jax.models.language.decoder import KVCache
-from magma_jax.nn.modules import merge
+from magma_jax.nn.modules import Definition, merge
+from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Float, Int, Params
 
@@ -120,7 +119,7 @@ def _tokens(model: TokenGenerator, text: str, end: bool) -> list[int]:
 
 @platform_jit(static_argnames=("graphdef", "slots"))
 def _prefill(
-    graphdef: nnx.GraphDef, params: Params, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"], *, slots: int
+    graphdef: Definition, params: Params, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"], *, slots: int
 ) -> tuple[KVCache, Float[Array, "B V"]]:
     """The cache of the prompts, with room for answers, and the logits of what follows them."""
     return run_prompts(merge(graphdef, params).lm, embeddings, lengths, slots=slots)
@@ -128,7 +127,7 @@ def _prefill(
 
 @platform_jit(static_argnames=("graphdef",))
 def _continue(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     params: Params,
     cache: KVCache,
     first: Float[Array, "B V"],

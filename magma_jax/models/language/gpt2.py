@@ -2,12 +2,10 @@
 2019)."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-import jax.numpy as jnp
-from flax import nnx
-
-from magma_jax.models.language.decoder import Activation, Attention, Decoder, check_heads, linear
+from magma_jax.models.language.decoder import Activation, Head, block_config, check_heads
+from magma_jax.nn.transformer.config import PositionTable, TrunkConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +31,7 @@ class GPT2Config:
     embedding_std: float = 0.02
     dtype: str = "float32"
     kind: Literal["gpt2"] = "gpt2"
+    head: ClassVar[Head] = "tied"
 
     def __post_init__(self):
         check_heads(self)
@@ -41,6 +40,11 @@ class GPT2Config:
     def head_rows(self) -> int:
         """Rows of the head: those of the table."""
         return self.vocab_rows
+
+    def trunk(self) -> TrunkConfig:
+        """One projection to queries, keys and values; learned positions."""
+        block = block_config(self, projections="joint", activation=self.activation)
+        return TrunkConfig(block=block, layers=self.layers, positions=PositionTable(length=self.context_length))
 
 
 # Radford et al. (2019), table 2: parameters 124M, 355M, 774M, 1558M.
@@ -53,24 +57,3 @@ GPT2_SIZES = {
         ("gpt2-xl", 48, 1600),
     ]
 }
-
-
-class GPT2Attention(Attention):
-    """One projection to queries, keys and values, in this order, with biases."""
-
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
-        self.heads = config.heads
-        self.qkv_proj = linear(config, config.width, 3 * config.width, rngs=rngs)
-        self.out_proj = linear(config, config.width, config.width, rngs=rngs)
-
-    def heads_of(self, x, rotary):
-        split_heads = (*x.shape[:2], self.heads, -1)
-        return tuple(part.reshape(split_heads) for part in jnp.split(self.qkv_proj(x), 3, axis=-1))
-
-
-class GPT2(Decoder):
-    """GPT-2; ``options`` are adapters and random keys, see ``Decoder``."""
-
-    def __init__(self, config: GPT2Config, **options: Any):
-        kind = {"residual": "sequential", "activation": config.activation, "learned_positions": True}
-        super().__init__(config, GPT2Attention, **kind, **options)

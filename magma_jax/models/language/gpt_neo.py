@@ -3,11 +3,10 @@
 
 import dataclasses
 import itertools
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from flax import nnx
-
-from magma_jax.models.language.decoder import Activation, Attention, Decoder, check_heads, linear
+from magma_jax.models.language.decoder import Activation, Head, block_config, check_heads
+from magma_jax.nn.transformer.config import PositionTable, TrunkConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +36,7 @@ class GPTNeoConfig:
     embedding_std: float = 0.02
     dtype: str = "float32"
     kind: Literal["gpt_neo"] = "gpt_neo"
+    head: ClassVar[Head] = "tied"
 
     def __post_init__(self):
         check_heads(self)
@@ -50,38 +50,20 @@ class GPTNeoConfig:
         """Rows of the head: those of the table."""
         return self.vocab_rows
 
+    def trunk(self) -> TrunkConfig:
+        """Separate projections, a bias in the last only; scores as they are; learned positions."""
+        biases = ("attention_out", "mlp_in", "mlp_out")
+        kinds = itertools.islice(itertools.cycle(self.attention), self.layers)
+        return TrunkConfig(
+            block=block_config(self, biases=biases, activation=self.activation, score_divisor=1.0),
+            layers=self.layers,
+            positions=PositionTable(length=self.context_length),
+            windows=tuple(self.window if kind == "local" else None for kind in kinds),
+        )
+
 
 GPT_NEO_SIZES = {
     "EleutherAI/gpt-neo-125m": GPTNeoConfig(),
     "EleutherAI/gpt-neo-1.3B": GPTNeoConfig(24, 2048, 16, 8192),
     "EleutherAI/gpt-neo-2.7B": GPTNeoConfig(32, 2560, 20, 10240),
 }
-
-
-class GPTNeoAttention(Attention):
-    """Separate projections, a bias in the last only; scores as they are."""
-
-    scaled = False
-
-    def __init__(self, config: GPTNeoConfig, *, rngs: nnx.Rngs):
-        self.heads = config.heads
-        self.q_proj, self.k_proj, self.v_proj = (
-            linear(config, config.width, config.width, use_bias=False, rngs=rngs) for _ in range(3)
-        )
-        self.out_proj = linear(config, config.width, config.width, rngs=rngs)
-
-    def heads_of(self, x, rotary):
-        return tuple(
-            projection(x).reshape(*x.shape[:2], self.heads, -1)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-
-
-class GPTNeo(Decoder):
-    """GPT-Neo; ``options`` are adapters and random keys, see ``Decoder``."""
-
-    def __init__(self, config: GPTNeoConfig, **options: Any):
-        kinds = itertools.islice(itertools.cycle(config.attention), config.layers)
-        self.windows = tuple(config.window if kind == "local" else None for kind in kinds)
-        kind = {"residual": "sequential", "activation": config.activation, "learned_positions": True}
-        super().__init__(config, GPTNeoAttention, **kind, **options)

@@ -2,13 +2,11 @@
 its own (Black et al., 2022; Biderman et al., 2023)."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-import jax.numpy as jnp
-from flax import nnx
-
-from magma_jax.models.language.decoder import Activation, Attention, Decoder, check_heads, linear
-from magma_jax.nn.rotary import apply_rotary, check_rotary_dim
+from magma_jax.models.language.decoder import Activation, Head, block_config, check_heads
+from magma_jax.nn.rotary import RotaryConfig, check_rotary_dim
+from magma_jax.nn.transformer.config import PLACES, TrunkConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +39,7 @@ class GPTNeoXConfig:
     embedding_std: float = 0.02
     dtype: str = "float32"
     kind: Literal["gpt_neox"] = "gpt_neox"
+    head: ClassVar[Head] = "no_bias"
 
     def __post_init__(self):
         check_heads(self)
@@ -50,6 +49,18 @@ class GPTNeoXConfig:
     def head_rows(self) -> int:
         """Rows of the head: as many as the table has."""
         return self.vocab_rows
+
+    def trunk(self) -> TrunkConfig:
+        """One projection, head by head; rotary positions on the two halves of a part of each head."""
+        block = block_config(
+            self,
+            residual="parallel" if self.parallel_residual else "sequential",
+            projections="joint_by_head",
+            biases=PLACES if self.attention_bias else ("mlp_in", "mlp_out"),
+            activation=self.activation,
+            rotary=RotaryConfig(features=self.rotary_dim, base=self.rotary_base),
+        )
+        return TrunkConfig(block=block, layers=self.layers)
 
 
 def _published(layers: int, width: int, heads: int, rows: int, activation: Activation = "gelu") -> GPTNeoXConfig:
@@ -68,28 +79,3 @@ GPT_NEOX_SIZES = {
     "EleutherAI/pythia-12b": _published(36, 5120, 40, 50688),
     "EleutherAI/gpt-neox-20b": _published(44, 6144, 64, 50432, "gelu_tanh"),
 }
-
-
-class GPTNeoXAttention(Attention):
-    """One projection whose rows are the query, key and value of the first head, then of the second, and so on."""
-
-    def __init__(self, config: GPTNeoXConfig, *, rngs: nnx.Rngs):
-        self.heads = config.heads
-        options = {"use_bias": config.attention_bias, "rngs": rngs}
-        self.qkv_proj = linear(config, config.width, 3 * config.width, **options)
-        self.out_proj = linear(config, config.width, config.width, **options)
-
-    def heads_of(self, x, rotary):
-        q, k, v = jnp.split(self.qkv_proj(x).reshape(*x.shape[:2], self.heads, -1), 3, axis=-1)
-        q, k = (apply_rotary(part, *rotary, interleaved=False) for part in (q, k))
-        return q, k, v
-
-
-class GPTNeoX(Decoder):
-    """GPT-NeoX; ``options`` are adapters and random keys, see ``Decoder``."""
-
-    def __init__(self, config: GPTNeoXConfig, **options: Any):
-        self.rotary = (config.rotary_dim, config.rotary_base)
-        residual = "parallel" if config.parallel_residual else "sequential"
-        kind = {"residual": residual, "activation": config.activation, "head": "no_bias"}
-        super().__init__(config, GPTNeoXAttention, **kind, **options)

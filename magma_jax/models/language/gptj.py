@@ -5,12 +5,11 @@ have more rows than the table.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from flax import nnx
-
-from magma_jax.models.language.decoder import Attention, Decoder, check_heads, linear
-from magma_jax.nn.rotary import apply_rotary, check_rotary_dim
+from magma_jax.models.language.decoder import Head, block_config, check_heads
+from magma_jax.nn.rotary import RotaryConfig, check_rotary_dim
+from magma_jax.nn.transformer.config import TrunkConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,31 +38,14 @@ class GPTJConfig:
     embedding_std: float = 0.02
     dtype: str = "float32"
     kind: Literal["gptj"] = "gptj"
+    head: ClassVar[Head] = "bias"
 
     def __post_init__(self):
         check_heads(self)
         check_rotary_dim(self.rotary_dim, self.width // self.heads)
 
-
-class GPTJAttention(Attention):
-    """Rotary positions on interleaved pairs, no biases."""
-
-    def __init__(self, config: GPTJConfig, *, rngs: nnx.Rngs):
-        self.heads = config.heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            linear(config, config.width, config.width, use_bias=False, rngs=rngs) for _ in range(4)
-        )
-
-    def heads_of(self, x, rotary):
-        split_heads = (*x.shape[:2], self.heads, -1)
-        q = apply_rotary(self.q_proj(x).reshape(split_heads), *rotary)
-        k = apply_rotary(self.k_proj(x).reshape(split_heads), *rotary)
-        return q, k, self.v_proj(x).reshape(split_heads)
-
-
-class GPTJ(Decoder):
-    """GPT-J; ``options`` are adapters and random keys, see ``Decoder``."""
-
-    def __init__(self, config: GPTJConfig, **options: Any):
-        self.rotary = (config.rotary_dim, config.rotary_base)
-        super().__init__(config, GPTJAttention, residual="shared", head="bias", **options)
+    def trunk(self) -> TrunkConfig:
+        """Attention without biases, rotary positions on neighbours."""
+        rotary = RotaryConfig(features=self.rotary_dim, base=self.rotary_base, interleaved=True)
+        block = block_config(self, residual="shared", biases=("mlp_in", "mlp_out"), rotary=rotary)
+        return TrunkConfig(block=block, layers=self.layers)

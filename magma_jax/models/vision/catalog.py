@@ -7,13 +7,15 @@ remat=...)``. Its config has ``image_size``, ``channels`` and ``positions`` (Non
 import dataclasses
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 from flax import nnx
 
-from magma_jax.data.images import CLIP_MEAN, CLIP_STD
+from magma_jax.data.images import CLIP_MEAN, CLIP_STD, normalize
 from magma_jax.models.vision.clip_resnet import CLIP_RESNETS, CLIPResNet, CLIPResNetConfig
 from magma_jax.models.vision.clip_vit import CLIP_VITS, CLIPViT, CLIPViTConfig
 from magma_jax.models.vision.efficientnet_lite import LITE_MEAN, LITE_STD, EfficientNetLite, EfficientNetLiteConfig
 from magma_jax.models.vision.nf_resnet import NFResNet, NFResNetConfig
+from magma_jax.typing import Array, UInt8
 
 EncoderConfig: TypeAlias = CLIPResNetConfig | CLIPViTConfig | NFResNetConfig | EfficientNetLiteConfig
 
@@ -48,3 +50,9 @@ PUBLISHED_ENCODERS: dict[str, EncoderConfig] = {
 def build_encoder(config: EncoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     """The encoder of a config, with fresh weights."""
     return ENCODERS[config.kind].module(config, rngs=rngs)
+
+
+def normalize_for(config: EncoderConfig, pixels: UInt8[Array | np.ndarray, "*batch H W 3"]) -> Array | np.ndarray:
+    """Pixels of 0 to 255 as the encoder of a config takes them, fp32; NumPy arrays stay NumPy arrays."""
+    entry = ENCODERS[config.kind]
+    return normalize(pixels, entry.mean, entry.std)

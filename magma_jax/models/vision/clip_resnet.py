@@ -5,6 +5,7 @@ With ``attention_pool=True`` the module also gives CLIP's own image embedding (R
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import EncoderParam
 from magma_jax.nn.stack import Remat, remat_call, scan, stack
 from magma_jax.typing import Array, Float
+
+_conv = functools.partial(Conv2d, param=EncoderParam)
+_norm = functools.partial(BatchNorm, param=EncoderParam)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +81,12 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int, *, rngs: nnx.Rngs):
         self.stride = stride
-        self.conv1, self.bn1 = Conv2d(in_channels, channels, 1, rngs=rngs), BatchNorm(channels)
-        self.conv2, self.bn2 = Conv2d(channels, channels, 3, padding=1, rngs=rngs), BatchNorm(channels)
-        self.conv3, self.bn3 = Conv2d(channels, 4 * channels, 1, rngs=rngs), BatchNorm(4 * channels)
+        self.conv1, self.bn1 = _conv(in_channels, channels, 1, rngs=rngs), _norm(channels)
+        self.conv2, self.bn2 = _conv(channels, channels, 3, padding=1, rngs=rngs), _norm(channels)
+        self.conv3, self.bn3 = _conv(channels, 4 * channels, 1, rngs=rngs), _norm(4 * channels)
         changes = stride > 1 or in_channels != 4 * channels
-        self.downsample_conv = Conv2d(in_channels, 4 * channels, 1, rngs=rngs) if changes else None
-        self.downsample_bn = BatchNorm(4 * channels) if changes else None
+        self.downsample_conv = _conv(in_channels, 4 * channels, 1, rngs=rngs) if changes else None
+        self.downsample_bn = _norm(4 * channels) if changes else None
 
     def __call__(self, x: Float[Array, "B h w C"], mode: BatchNormMode) -> Float[Array, "B h2 w2 C2"]:
         y = jax.nn.relu(self.bn1(self.conv1(x), mode))
@@ -142,9 +146,9 @@ class CLIPResNet(nnx.Module):
     def __init__(self, config: CLIPResNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         half, width = config.width // 2, config.width
-        self.conv1, self.bn1 = Conv2d(3, half, 3, stride=2, padding=1, rngs=rngs), BatchNorm(half)
-        self.conv2, self.bn2 = Conv2d(half, half, 3, padding=1, rngs=rngs), BatchNorm(half)
-        self.conv3, self.bn3 = Conv2d(half, width, 3, padding=1, rngs=rngs), BatchNorm(width)
+        self.conv1, self.bn1 = _conv(3, half, 3, stride=2, padding=1, rngs=rngs), _norm(half)
+        self.conv2, self.bn2 = _conv(half, half, 3, padding=1, rngs=rngs), _norm(half)
+        self.conv3, self.bn3 = _conv(half, width, 3, padding=1, rngs=rngs), _norm(width)
         blocks = config.blocks
         self.layer1 = Stage(width, width, blocks[0], 1, rngs=rngs)
         self.layer2 = Stage(4 * width, 2 * width, blocks[1], 2, rngs=rngs)

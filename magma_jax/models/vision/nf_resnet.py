@@ -55,7 +55,8 @@ class StandardizedConv2d(Conv2d):
     """Convolution whose weight has zero mean and unit variance per output channel, times a learned gain."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, *, stride=1, padding=0, rngs: nnx.Rngs):
-        super().__init__(in_channels, out_channels, kernel, stride=stride, padding=padding, use_bias=True, rngs=rngs)
+        options = {"param": EncoderParam, "stride": stride, "padding": padding, "use_bias": True, "rngs": rngs}
+        super().__init__(in_channels, out_channels, kernel, **options)
         self.gain = EncoderParam(jnp.ones((out_channels, 1, 1, 1)))
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h2 w2 o"]:

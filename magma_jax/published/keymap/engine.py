@@ -18,6 +18,7 @@ Reading and writing account for every key. What does not fit is collected, and o
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,14 +27,14 @@ from magma_jax.foreign import shown
 from magma_jax.published.keymap import patterns as patterns
 from magma_jax.published.keymap.report import KeyMapError, Report, describe
 from magma_jax.published.keymap.rules import Alias, Ignored, Rule, Table, check_table, match_theirs, rules_for
-from magma_jax.storage.deferred import Deferred, alias_key, read_array
+from magma_jax.storage.deferred import Deferred, Tensor, alias_key, read_array
 from magma_jax.storage.deferred import read_row as read_one_row
 
 __all__ = ["Alias", "Ignored", "KeyMapError", "Rule", "Table", "check_table", "to_ours", "to_theirs"]
 
 
 def to_ours(
-    table: Table, foreign: Mapping[str, object], target: Mapping[str, object], *, allow_cast: bool = True
+    table: Table, foreign: Mapping[str, Tensor], target: Mapping[str, Tensor], *, allow_cast: bool = True
 ) -> dict[str, Deferred]:
     """Plans reading: for every path of ``target``, how to make its array from ``foreign``.
 
@@ -87,7 +88,7 @@ def to_ours(
     return planned
 
 
-def to_theirs(table: Table, ours: Mapping[str, object], *, dtype: np.dtype | type | None = None) -> dict[str, Deferred]:
+def to_theirs(table: Table, ours: Mapping[str, Tensor], *, dtype: np.dtype | type | None = None) -> dict[str, Deferred]:
     """Plans writing: every foreign key, recomputed tensors and aliases included, and how to make its tensor.
 
     ``ours``: path -> array of any library, or tensor with ``shape``, ``dtype`` and ``read()``. Floating
@@ -98,12 +99,13 @@ def to_theirs(table: Table, ours: Mapping[str, object], *, dtype: np.dtype | typ
     report = Report()
     planned: dict[str, Deferred] = {}
 
-    def put(key: str, tensor: Deferred) -> None:
+    def put(key: str, tensor: Deferred | None) -> None:
         if key in planned:
             report.add("keys that several entries write", key)
-        if tensor.shape is None:
+        if tensor is None:
             report.add("wrong shapes", f"{key}  its rule cannot transform the parameter")
-        planned[key] = tensor
+        else:
+            planned[key] = tensor
 
     for path, array in ours.items():
         match rules_for(table, path):
@@ -112,9 +114,9 @@ def to_theirs(table: Table, ours: Mapping[str, object], *, dtype: np.dtype | typ
             case [(Rule(stack=None) as rule, values)]:
                 key = patterns.fill(rule.theirs, values)
                 put(key, _their_tensor(key, rule, array, None, dtype))
-            case [(rule, values)] if array.shape:
+            case [(Rule(stack=str(stack)) as rule, values)] if array.shape:
                 for row in range(array.shape[0]):
-                    key = patterns.fill(rule.theirs, values | {rule.stack: str(rule.start + row)})
+                    key = patterns.fill(rule.theirs, values | {stack: str(rule.start + row)})
                     put(key, _their_tensor(key, rule, array, row, dtype))
             case [(rule, _)]:
                 report.add("wrong shapes", f"{path}  {describe(array)}, but it should be a stack")
@@ -123,7 +125,7 @@ def to_theirs(table: Table, ours: Mapping[str, object], *, dtype: np.dtype | typ
                 report.add("parameters that several rules match", f"{path}  {rules}")
 
     for entry in table:
-        if isinstance(entry, Ignored) and entry.recompute:
+        if isinstance(entry, Ignored) and entry.beside is not None:
             for values in _matching(planned, entry.beside):
                 put(patterns.fill(entry.theirs, values), _recomputed(entry, values))
     for entry in table:
@@ -142,7 +144,7 @@ def _matching(keys: Mapping[str, object], pattern: str) -> list[dict[str, str]]:
     return [values for key in keys if (values := patterns.match(pattern, key)) is not None]
 
 
-def _check_alias(key: str, canonical: str, foreign: Mapping[str, object], report: Report) -> None:
+def _check_alias(key: str, canonical: str, foreign: Mapping[str, Tensor], report: Report) -> None:
     if canonical not in foreign:  # and is itself a second name
         report.add("aliases of nothing", f"{key} = {canonical}")
         return
@@ -162,9 +164,9 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 def _our_array(
     path: str,
-    struct: object,
+    struct: Tensor,
     rows: Mapping[int | None, tuple[Rule, str]],
-    foreign: Mapping[str, object],
+    foreign: Mapping[str, Tensor],
     allow_cast: bool,
     report: Report,
 ) -> Deferred:
@@ -174,7 +176,8 @@ def _our_array(
         report.add("two keys for one parameter", f"{path}  {[key for _, key in rows.values()]}")
     if stacked:
         length = shape[0] if shape else 0
-        gaps, surplus = sorted(set(range(length)) - set(rows)), sorted(set(rows) - set(range(length)))
+        numbers = {row for row in rows if row is not None}
+        gaps, surplus = sorted(set(range(length)) - numbers), sorted(numbers - set(range(length)))
         if gaps or surplus:
             rule = next(iter(rows.values()))[0]
             line = f"{path}  {rule.theirs}  {length} from {rule.start} on are needed"
@@ -204,16 +207,17 @@ def _our_array(
         return Deferred(shape, dtype, lambda: read_row(None), position=_position(foreign, rows))
     layers = tuple(
         Deferred(wanted, dtype, functools.partial(read_row, row), position=_position(foreign, {row: rows[row]}))
-        for row in sorted(rows)
+        for row in sorted(row for row in rows if row is not None)
     )
     return Deferred(shape, dtype, read_stack, layers, _position(foreign, rows))
 
 
-def _position(foreign: Mapping[str, object], rows: Mapping[int | None, tuple[Rule, str]]) -> tuple[str, int]:
+def _position(foreign: Mapping[str, Tensor], rows: Mapping[int | None, tuple[Rule, str]]) -> tuple[str, int]:
     return min((getattr(foreign[key], "position", ("", 0)) for _, key in rows.values()), default=("", 0))
 
 
-def _their_tensor(key: str, rule: Rule, array: object, row: int | None, dtype: object) -> Deferred:
+def _their_tensor(key: str, rule: Rule, array: Tensor, row: int | None, dtype: Any) -> Deferred | None:
+    """The tensor to write; None if the rule cannot transform the parameter."""
     shape, stored = array.shape if row is None else array.shape[1:], np.dtype(array.dtype)
     if dtype is not None and _kind(stored) == "float":
         stored = np.dtype(dtype)
@@ -224,12 +228,14 @@ def _their_tensor(key: str, rule: Rule, array: object, row: int | None, dtype: o
         tensor = read_array(array) if row is None else read_one_row(array, row)
         return _cast(rule.to_theirs(tensor) if rule.to_theirs else tensor, stored, key)
 
-    return Deferred(_shape_after(rule.to_theirs, shape), stored, read)
+    changed = _shape_after(rule.to_theirs, shape)
+    return None if changed is None else Deferred(changed, stored, read)
 
 
-def _recomputed(entry: Ignored, values: Mapping[str, str]) -> object:
+def _recomputed(entry: Ignored, values: Mapping[str, str]) -> Deferred:
+    assert entry.recompute is not None  # there is a key that it stands beside
     tensor = entry.recompute(**{name: int(v) if v.isdigit() else v for name, v in values.items()})
-    if hasattr(tensor, "read"):
+    if isinstance(tensor, Deferred):
         return tensor
     return Deferred(tuple(tensor.shape), np.dtype(tensor.dtype), lambda: np.asarray(tensor))
 
@@ -244,7 +250,7 @@ def _shape_after(transform: Callable | None, shape: tuple[int, ...]) -> tuple[in
         return None
 
 
-def _kind(dtype: object) -> str:
+def _kind(dtype: Any) -> str:
     # By name: NumPy does not count bfloat16 and float8 among its floats.
     name = np.dtype(dtype).name
     return "float" if "float" in name else "integer" if "int" in name else "other"

@@ -5,6 +5,7 @@ from collections import defaultdict
 import numpy as np
 
 from magma_jax.output import printable
+from magma_jax.storage.deferred import Tensor
 
 # Of one kind, in a message; a model of another kind can differ in all of its thousands of names.
 MAX_LINES = 500
@@ -53,6 +54,6 @@ class Report:
         return [f"{len(lines)} {kind} ({_HINTS[kind]}):", *lines[:MAX_LINES], *more]
 
 
-def describe(tensor: object) -> str:
+def describe(tensor: Tensor) -> str:
     """Shape and dtype as ``float16[64,32]``."""
     return f"{np.dtype(tensor.dtype).name}[{','.join(map(str, tensor.shape))}]"

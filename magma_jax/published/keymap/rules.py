@@ -7,6 +7,7 @@ import numpy as np
 
 from magma_jax.published.keymap import patterns as patterns
 from magma_jax.published.keymap.report import Report
+from magma_jax.storage.deferred import Tensor
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Ignored:
     """
 
     theirs: str
-    recompute: Callable[..., object] | None = None
+    recompute: Callable[..., Tensor] | None = None
     beside: str | None = None
 
     def __post_init__(self) -> None:

@@ -161,7 +161,8 @@ def templates_for(checkpoint: str | Path, wanted: str | None = None) -> Template
     if (Path(checkpoint) / MODEL_FILE).is_file():
         run = read_model_json(checkpoint).get("run")
         data = run.get("data") if isinstance(run, dict) else None
-        if isinstance(data, dict) and data.get("name") == OPENMOJI:
+        # Runs of release 0.1 call it name.
+        if isinstance(data, dict) and OPENMOJI in (data.get("kind"), data.get("name")):
             return Templates(OPENMOJI_TEMPLATE)
     return Templates()
 

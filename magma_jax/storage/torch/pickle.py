@@ -13,6 +13,7 @@ import math
 import pickletools
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -85,12 +86,14 @@ def unpickle(stream: io.BytesIO, storages: dict[str, Storage], max_nbytes: int =
 
 class _Machine:
     def __init__(self, storages: dict[str, Storage], max_nbytes: int, script: bool):
-        self.stack, self.marks, self.memo = [], [], {}
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[Any, Any] = {}
         self.script = script
         self.storages, self.max_nbytes, self.result = storages, max_nbytes, None
         self.copied = 0
 
-    def step(self, op: str, arg: object) -> None:
+    def step(self, op: str, arg: Any) -> None:
         stack = self.stack
         match op:
             case "PROTO" | "FRAME":

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from magma_jax.output import OutputError, whole_output
-from magma_jax.storage.deferred import alias_key, elements_ahead
+from magma_jax.storage.deferred import Tensor, alias_key, elements_ahead
 from magma_jax.storage.torch.storage import DTYPES, STORAGES
 
 # PyTorch places every storage at a multiple of 64 bytes so that it can be mapped into memory.
@@ -57,7 +57,7 @@ def write_torch_file(
         os.fsync(file.fileno())
 
 
-def _nbytes(tensor: object) -> int:
+def _nbytes(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
@@ -65,6 +65,7 @@ def _write_entry(archive: zipfile.ZipFile, name: str, content: bytes | memoryvie
     info = zipfile.ZipInfo(f"{ROOT}/{name}")  # its date stays at 1980: equal trees give equal files
     large = len(content) > zipfile.ZIP64_LIMIT
     header = _LOCAL_HEADER_NBYTES + len(info.filename) + large * _ZIP64_EXTRA_NBYTES + 4
+    assert archive.fp is not None  # it is open
     padding = -(archive.fp.tell() + header) % ALIGNMENT
     info.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
     with archive.open(info, "w", force_zip64=large) as entry:
@@ -108,12 +109,12 @@ class _Pickled:
                 for index, item in enumerate(value):
                     self._put(item, f"{where}[{index}]", depth + 1)
                 code += b"e" if isinstance(value, list) else b"t"
-            case _ if isinstance(value, np.ndarray) or hasattr(value, "read"):
+            case Tensor() if isinstance(value, np.ndarray) or hasattr(value, "read"):
                 self._put_tensor(value, where)
             case _:
                 raise TypeError(f"{where or 'the top'}: a checkpoint cannot hold a {type(value).__name__}")
 
-    def _put_tensor(self, tensor: object, where: str) -> None:
+    def _put_tensor(self, tensor: Tensor, where: str) -> None:
         name = _STORAGE_NAMES.get(np.dtype(tensor.dtype))
         if name is None:
             raise OutputError(f"{where or 'the top'}: {tensor.dtype} has no place in a PyTorch file; convert it first")

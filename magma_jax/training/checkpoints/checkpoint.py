@@ -2,6 +2,7 @@
 
     checkpoints/STEP/params/       trainable parameters and running statistics
                      optimizer/    state of the optimizer, step, root random key
+                     average/      moving averages of weights, where a run keeps them
                      progress/     position of the data iterator, best validated step
                      SHA256SUMS    of all these files
 
@@ -13,7 +14,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ from magma_jax.storage.array_files import open_item
 from magma_jax.storage.checksums import find_damage, write_checksums
 from magma_jax.storage.model_folder import CheckpointError, read_model_json, read_params, with_sharding
 from magma_jax.training.checkpoints.early_stopping import BestStep
+from magma_jax.training.checkpoints.first_release import is_of_first_release, read_optimizer
 from magma_jax.training.checkpoints.run_lock import RunLock
+from magma_jax.training.step.ema import EmaConfig, averaged_paths
 from magma_jax.training.step.optim import label_parameters, partition
 from magma_jax.training.step.train_step import TrainState
 from magma_jax.typing import Params, PRNGKey
 
 CHECKPOINTS = "checkpoints"
+AVERAGE = "average"
 
 # How Orbax calls a step until it is whole, behind its number.
 _PARTIAL = ".orbax-checkpoint-tmp"
@@ -42,23 +46,45 @@ _PARTIAL = ".orbax-checkpoint-tmp"
 WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
-def read_trained_params(path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any]) -> Params:
+def read_trained_params(
+    path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any], *, ema: bool | None = None
+) -> Params:
     """Parameters of a model folder, or of a run folder with what it has trained, see ``RunCheckpoints.result_step``.
 
     Each comes straight to the dtype and sharding of ``shapes``.
+
+    Args:
+        ema: as of ``read_what_was_trained``.
     """
-    trained = read_what_was_trained(path, shapes, types)
+    trained = read_what_was_trained(path, shapes, types, ema=ema)
     base = read_params(path, {name: shape for name, shape in shapes.items() if name not in trained})
     return {name: trained[name] if name in trained else base[name] for name in shapes}
 
 
-def read_what_was_trained(path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any]) -> Params:
-    """Trained parameters and statistics of a run folder's result step; none for a model folder."""
-    if not (Path(path) / CHECKPOINTS).is_dir():
+def read_what_was_trained(
+    path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any], *, ema: bool | None = None
+) -> Params:
+    """Trained parameters and statistics of a run folder's result step; none for a model folder.
+
+    Args:
+        ema: whether the moving averages of weights take the place of the weights; None for what was validated.
+
+    Raises:
+        CheckpointError: ``ema`` is true and the folder keeps no averages.
+    """
+    metadata, has_steps = read_model_json(path), (Path(path) / CHECKPOINTS).is_dir()
+    run = metadata.get("run") or {}
+    if ema and not (has_steps and run.get("ema")):
+        raise CheckpointError(f"{path}: keeps no moving averages of weights; leave the option ema out")
+    if not has_steps:
         return {}
-    trainable, _, statistics = partition(shapes, label_parameters(types, read_model_json(path).get("groups", {})))
+    labels = label_parameters(types, metadata.get("groups", {}))
+    trainable, _, statistics = partition(shapes, labels)
+    averaged: frozenset[str] = frozenset()
+    if run.get("ema") and (run.get("validation", {}).get("ema", False) if ema is None else ema):
+        averaged = averaged_paths(from_dict(EmaConfig, run["ema"], "model.json: run.ema"), labels)
     with RunCheckpoints(path) as checkpoints:
-        return checkpoints.restore_params(trainable, statistics)
+        return checkpoints.restore_params(trainable, statistics, averaged)
 
 
 @dataclasses.dataclass
@@ -139,11 +165,12 @@ class RunCheckpoints:
         """
         step, state = int(snapshot.state.step), snapshot.state
         self._kept.step = snapshot.best.step
-        contents = {
+        contents: dict[str, Any] = {
             "params": _as_jax({"trainable": state.trainable, "statistics": state.statistics}),
             "optimizer": _as_jax(_optimizer_part(state, snapshot.key)),
             "progress": {"data": dict(snapshot.data), "best": snapshot.best.to_json()},
         }
+        contents |= {AVERAGE: _as_jax(state.average)} if state.average else {}
         self._finish_save()
         if (other := json_from_main(lambda: self._lock.lost_to() if self._lock else None)) is not None:
             raise CheckpointError(f"{self._folder}: taken over by {other}; this process stops without saving")
@@ -161,25 +188,30 @@ class RunCheckpoints:
         Raises:
             CheckpointError: there is none.
         """
-        wanted = {
+        wanted: dict[str, Any] = {
             "params": _abstract({"trainable": state.trainable, "statistics": state.statistics}),
             "optimizer": _abstract(_optimizer_part(state, key)),
             "progress": None,
         }
+        wanted |= {AVERAGE: _abstract(state.average)} if state.average else {}
         _, loaded = self._load(self._steps(), wanted)
         optimizer, progress = loaded["optimizer"], loaded["progress"]
         key = jax.random.wrap_key_data(optimizer.pop("key"), impl=jax.random.key_impl(key))
         snapshot = Snapshot(
-            TrainState(**loaded["params"], **optimizer), key, progress["data"], BestStep(**progress["best"])
+            state=TrainState(**loaded["params"], **optimizer, average=loaded.get(AVERAGE, {})),
+            key=key,
+            data=progress["data"],
+            best=BestStep(**progress["best"]),
         )
         self._kept.step = snapshot.best.step
         return snapshot
 
-    def restore_params(self, trainable: Params, statistics: Params) -> Params:
-        """The trained parameters and statistics of ``result_step``, for inference."""
-        wanted = {"params": _abstract({"trainable": trainable, "statistics": statistics})}
-        loaded = self._load([self.result_step()], wanted)[1]["params"]
-        return loaded["trainable"] | loaded["statistics"]
+    def restore_params(self, trainable: Params, statistics: Params, averaged: Collection[str] = ()) -> Params:
+        """Trained parameters and statistics of ``result_step``, for inference; averages at the paths ``averaged``."""
+        wanted: dict[str, Any] = {"params": _abstract({"trainable": trainable, "statistics": statistics})}
+        wanted |= {AVERAGE: _abstract({path: trainable[path] for path in averaged})} if averaged else {}
+        loaded = self._load([self.result_step()], wanted)[1]
+        return loaded["params"]["trainable"] | loaded["params"]["statistics"] | loaded.get(AVERAGE, {})
 
     def result_step(self) -> int:
         """The step that stands for the run: the best validated one, or the newest if none was validated.
@@ -266,7 +298,7 @@ class RunCheckpoints:
             if problem is None:
                 try:
                     self._check(step, wanted)
-                    loaded = self._checkpointer.load_checkpointables(step, wanted)
+                    loaded = self._read(step, wanted)
                 except Exception as error:  # Orbax raises whatever its storage layer met
                     problem = _reason(error)
                     if jax.process_count() > 1:  # the others may have succeeded, and would wait for this one
@@ -279,6 +311,14 @@ class RunCheckpoints:
             raise CheckpointError(f"{self._folder}: holds no checkpoint")
         found = "; ".join(f"{step}: {problem}" for step, problem in damage.items())
         raise CheckpointError(f"{self._folder}: every checkpoint is damaged ({found}); begin in another folder")
+
+    def _read(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        folder = self._folder / str(step) / "optimizer"
+        if "optimizer" not in wanted or not is_of_first_release(folder):
+            return self._checkpointer.load_checkpointables(step, dict(wanted))
+        rest = {item: tree for item, tree in wanted.items() if item != "optimizer"}
+        loaded = self._checkpointer.load_checkpointables(step, rest)
+        return {**loaded, "optimizer": read_optimizer(folder, wanted["optimizer"])}
 
     def _check(self, step: int, wanted: Mapping[str, Any]) -> None:
         """Raises for arrays that claim a size which reading would not survive, and for progress of another form."""

@@ -11,6 +11,7 @@ class ValidationConfig:
     Attributes:
         every: steps between validations; the last step is always validated. 0: no validation.
         split: split of the dataset that is validated on.
+        ema: whether the moving averages of weights are validated in place of the weights, and are the run's result.
         samples: at most this many samples, evenly spaced in the order of the split; the same ones every time.
         patience: validations in a row without an improvement that end the run. 0: the run never ends early.
         min_delta: by how much the loss must fall to be an improvement.
@@ -19,6 +20,7 @@ class ValidationConfig:
     every: int = 0
     split: str = "validation"
     samples: int = 512
+    ema: bool = False
     patience: int = 0
     min_delta: float = 0.0
 

@@ -3,18 +3,16 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from magma_jax.config import ConfigError, from_dict
-from magma_jax.data.datasets import DataConfig
+from magma_jax.config import ConfigError, Settings, from_dict
 from magma_jax.family import Family
 from magma_jax.runtime.sharding import MeshConfig
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
 from magma_jax.training.faults.nonfinite import Policy
 from magma_jax.training.monitor.writers import WatchConfig
-from magma_jax.training.step.optim import OptimConfig
-from magma_jax.training.step.options import LossOptions
+from magma_jax.training.step.ema import EmaConfig
+from magma_jax.training.step.optim import OptimConfig, with_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +21,10 @@ class RunConfig:
 
     Attributes:
         model: what is trained, a config of one of the ``families``.
-        data: what it is trained on.
+        data: what it is trained on, a config of one of the kinds of ``data.datasets``.
         optim: who learns and how.
-        loss: how the forward pass of training runs.
+        ema: moving averages of weights; None for none.
+        loss: options of the loss, of the type that the family has for them; None for their defaults.
         mesh: how devices are arranged; it may change between two parts of a run.
         base: model folder that the run starts from, such as ``convert compose`` writes, or the folder of another run;
             what it holds frozen stays there and is not copied. None: start from ``weights``.
@@ -46,9 +45,10 @@ class RunConfig:
     """
 
     model: Any
-    data: DataConfig
+    data: Any
     optim: OptimConfig = OptimConfig()
-    loss: LossOptions = LossOptions()
+    ema: EmaConfig | None = None
+    loss: Any = None
     mesh: MeshConfig = MeshConfig()
     base: str | None = None
     weights: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -79,26 +79,40 @@ class RunConfig:
             object.__setattr__(self, "optim", dataclasses.replace(self.optim, steps=self.steps))
         if self.optim.steps and self.optim.warmup_steps >= self.optim.steps:
             raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} leave nothing of {self.optim.steps} steps")
+        if self.validation.ema and self.ema is None:
+            raise ValueError("validation.ema needs the averages: set ema.decay")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
 
 
-def read_run_config(models: Sequence[type], values: Mapping[str, Any], where: str = "config") -> RunConfig:
-    """A run config from nested mappings; ``models`` are the dataclasses that its model may be, by their ``kind``.
+def read_run_config(family: Family, values: Settings, where: str = "config") -> RunConfig:
+    """A run config from nested mappings; its model, data and loss are of the family's types.
 
     Raises:
         ConfigError: as ``config.from_dict``.
     """
-    return from_dict(RunConfig, values, where, {"model": functools.reduce(operator.or_, models)})
+    types = {
+        "model": functools.reduce(operator.or_, family.configs),
+        "data": functools.reduce(operator.or_, family.data),
+        "loss": family.options | None,
+    }
+    return from_dict(RunConfig, values, where, types)
 
 
 def completed(family: Family, config: RunConfig) -> RunConfig:
-    """The config with what follows from its model.
+    """The config with what follows from its model, and a group for every role.
 
     Raises:
-        ConfigError: data and model do not fit.
+        ConfigError: data and model do not fit, or a group of a role that the model does not have.
     """
+    if not isinstance(config.data, family.data):
+        raise ConfigError(
+            f"data.kind {config.data.kind!r}: a model of the family {family.name} learns from "
+            f"{', '.join(kind.kind for kind in family.data)}"
+        )
+    config = dataclasses.replace(config, loss=family.options() if config.loss is None else config.loss)
     try:
+        config = dataclasses.replace(config, optim=with_groups(config.optim, family.roles(config.model)))
         return family.complete(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -8,11 +8,12 @@ from typing import Any
 from magma_jax.config import ConfigError, to_dict
 from magma_jax.family import Family
 from magma_jax.storage.model_folder import read_model_json
-from magma_jax.training.run.config import RunConfig, completed, read_run_config
-from magma_jax.training.step.optim import make_schedule
+from magma_jax.training.run.config import RunConfig
+from magma_jax.training.run.stored import read_stored_run
+from magma_jax.training.step.optim import make_schedule, peak_rates
 
 # What may differ between two parts of one run, since it leaves the parameters as they are but for rounding: how long
-# it is, what is watched, and how devices share the work.
+# it is, what is watched, and how devices share the work. ``may_change`` of data and loss add their own.
 MAY_CHANGE = (
     "steps",
     "evaluate",
@@ -27,11 +28,6 @@ MAY_CHANGE = (
     "nonfinite_limit",
     "mesh",
     "accumulate",
-    "loss.remat",
-    "loss.encoder_remat",
-    "data.cache_dir",
-    "data.workers",
-    "data.max_skipped",
 )
 
 
@@ -57,9 +53,15 @@ def continued_config(
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=length))
         notes = [_schedule_note(config, workdir)]
     differing = differences(_with_defaults(family, stored), to_dict(config))
-    # With statistics of the batch, the parts that it is run in make a difference.
-    fixed = {"accumulate"} if config.loss.batch_norm == "batch" else set()
-    differing = {name: pair for name, pair in differing.items() if name in fixed or not _may_change(name)}
+    free = {*MAY_CHANGE, *(f"data.{name}" for name in config.data.may_change)}
+    free |= {f"loss.{name}" for name in config.loss.may_change}
+    if not config.loss.adds_up:
+        free.remove("accumulate")
+    differing = {
+        name: pair
+        for name, pair in differing.items()
+        if not any(name == one or name.startswith(f"{one}.") for one in free)
+    }
     if differing:
         listed = ", ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in differing.items())
         raise ConfigError(f"{workdir}: holds a run with another config ({listed:.400}); choose another --workdir")
@@ -71,7 +73,7 @@ def _schedule_note(config: RunConfig, workdir: Path) -> str:
     note = f"the schedule of the learning rates keeps the {optim.steps} steps that the run started with"
     if config.steps <= optim.steps:
         return note
-    rates = [float(make_schedule(optim, peak)(config.steps)) for peak in _peaks(config)]
+    rates = [float(make_schedule(optim, peak)(config.steps)) for peak in peak_rates(optim).values()]
     if not any(rates):
         raise ConfigError(
             f"{workdir}: the run's schedule ({optim.schedule}) has fallen to zero after {optim.steps} steps, so that "
@@ -80,21 +82,12 @@ def _schedule_note(config: RunConfig, workdir: Path) -> str:
     return f"{note}; behind them they stay at {' and '.join(f'{rate:.3g}' for rate in rates)}"
 
 
-def _peaks(config: RunConfig) -> list[float]:
-    encoder = config.optim.groups.get("encoder") == "encoder"
-    return [config.optim.learning_rate, *([config.optim.encoder_learning_rate] if encoder else [])]
-
-
 def _with_defaults(family: Family, stored: Mapping[str, Any]) -> Mapping[str, Any]:
     """Adds the fields that are younger than the run."""
     try:
-        return to_dict(completed(family, read_run_config(family.configs, stored)))
+        return to_dict(read_stored_run(family, stored))
     except ConfigError:  # fields that no longer exist; they will be listed
         return stored
-
-
-def _may_change(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

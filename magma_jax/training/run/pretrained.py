@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -55,11 +56,10 @@ def open_weights(
     with contextlib.ExitStack() as stack:
         for prefix, name in names.items():
             below = f"{prefix}/"
-            # Adapters sit inside a pretrained language model and start fresh.
             wanted = {
                 path.removeprefix(below): shape
                 for path, shape in shapes.items()
-                if path.startswith(below) and "_adapter/" not in path
+                if path.startswith(below) and not re.fullmatch(family.fresh, path)
             }
             if not wanted:
                 raise ConfigError(f"weights.{prefix}: the model has no parameter below {below}")

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from magma_jax.config import ConfigError
 from magma_jax.family import Family
-from magma_jax.nn.modules import abstract, split
+from magma_jax.nn.modules import Definition, spared_by_decay, split, variable_types
 from magma_jax.runtime.compile import compiler_options
 from magma_jax.runtime.sharding import (
     batch_sharding,
@@ -27,6 +27,7 @@ from magma_jax.runtime.sharding import (
     tree_shardings,
 )
 from magma_jax.training.run.config import RunConfig, completed
+from magma_jax.training.step.ema import averaged_paths
 from magma_jax.training.step.optim import label_parameters, make_optimizer, partition
 from magma_jax.training.step.train_step import TrainState, init_state, make_train_step
 from magma_jax.typing import Params
@@ -37,7 +38,8 @@ class Program:
     """A run's step, and where all it reads and writes lies.
 
     Attributes:
-        labels: group of every parameter, see ``training.step.optim``.
+        labels: what every parameter learns as, see ``training.step.optim.label_parameters``.
+        averaged: paths of the parameters with a moving average, see ``training.step.ema``.
         params: every parameter as a ``jax.ShapeDtypeStruct`` with its sharding.
         state: the train state, likewise.
         frozen: the frozen part of ``params``.
@@ -48,8 +50,9 @@ class Program:
     family: Family
     config: RunConfig
     mesh: Mesh
-    graphdef: nnx.GraphDef
+    graphdef: Definition
     labels: dict[str, str]
+    averaged: frozenset[str]
     optimizer: optax.GradientTransformation
     params: Params
     state: TrainState
@@ -61,7 +64,7 @@ class Program:
         trainable, _, statistics = partition(params, self.labels)
         # Jitted, so that moments are made where they belong and the state is committed to its devices, as every
         # later state is: one that is not would compile the step a second time.
-        create = functools.partial(init_state, optimizer=self.optimizer)
+        create = functools.partial(init_state, optimizer=self.optimizer, averaged=self.averaged)
         return jax.jit(create, out_shardings=_shardings(self.state))(trainable, statistics)
 
 
@@ -78,26 +81,48 @@ def build_program(family: Family, config: RunConfig, mesh: Mesh) -> Program:
             f"batch_size {config.batch_size} is not a multiple of {parts} "
             f"(mesh.data x mesh.fsdp = {batch_shards(mesh)}, accumulate {config.accumulate})"
         )
-    graphdef, shapes, types = abstract(functools.partial(create_model, family, config))
-    labels = label_parameters(types, config.optim.groups)
-    optimizer = make_optimizer(config.optim, labels)
+    model = nnx.eval_shape(functools.partial(create_model, family, config))
+    graphdef, shapes = split(model)
+    labels, averaged = _labels(config, model)
+    optimizer = make_optimizer(config.optim, labels, spared_by_decay(model))
 
     trainable, frozen, statistics = partition(shapes, labels)
     over_fsdp = config.mesh.frozen == "sharded"
     frozen = placed(frozen, parameter_shardings(frozen, mesh, family.shardings, over_fsdp=over_fsdp))
-    state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), trainable, statistics)
+    state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer, averaged=averaged), trainable, statistics)
     state = placed(state, tree_shardings(state, mesh, family.shardings))
 
     loss = functools.partial(family.loss, options=config.loss)
     step = jax.jit(
-        on_mesh(make_train_step(graphdef, loss, optimizer, accumulate=config.accumulate), mesh),
+        on_mesh(make_train_step(graphdef, loss, optimizer, accumulate=config.accumulate, ema=config.ema), mesh),
         in_shardings=(_shardings(state), _shardings(frozen), batch_sharding(mesh), replicated(mesh)),
         out_shardings=(_shardings(state), replicated(mesh)),
         donate_argnums=0,
         compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
     params = {path: {**state.trainable, **frozen, **state.statistics}[path] for path in shapes}
-    return Program(family, config, mesh, graphdef, labels, optimizer, params, state, frozen, step)
+    return Program(
+        family=family,
+        config=config,
+        mesh=mesh,
+        graphdef=graphdef,
+        labels=labels,
+        averaged=averaged,
+        optimizer=optimizer,
+        params=params,
+        state=state,
+        frozen=frozen,
+        step=step,
+    )
+
+
+def _labels(config: RunConfig, model: nnx.Module) -> tuple[dict[str, str], frozenset[str]]:
+    """The group of every parameter, and the paths that are averaged."""
+    try:
+        labels = label_parameters(variable_types(model), config.optim.groups)
+        return labels, averaged_paths(config.ema, labels)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def fresh_params(family: Family, config: RunConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:

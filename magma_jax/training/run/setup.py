@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 
 from magma_jax.config import ConfigError
-from magma_jax.data.datasets import Dataset, load_dataset
+from magma_jax.data.dataset import Dataset
+from magma_jax.data.datasets import load_dataset
 from magma_jax.family import Family
 from magma_jax.nn.modules import parameter_count
 from magma_jax.runtime.compile import trim_after_compile
@@ -76,7 +77,7 @@ def prepare_run(
         for note in notes:
             log_main(note)
     program = build_program(family, config, make_mesh(config.mesh, devices))
-    log_main(f"preparing data: {config.data.name}")
+    log_main(f"preparing data: {config.data.kind}")
     dataset = load_dataset(config.data)
     _check_vocabulary(program, dataset)
     if not exists:
@@ -89,7 +90,7 @@ def prepare_run(
         f"model: {parameter_count(state.trainable):,} parameters learn, {parameter_count(frozen):,} are frozen; "
         f"{program.mesh.size} {program.mesh.devices.flat[0].platform} device(s)"
     )
-    return Run(config, workdir, dataset, program, frozen, state)
+    return Run(config=config, workdir=workdir, dataset=dataset, program=program, frozen=frozen, state=state)
 
 
 def _check_vocabulary(program: Program, dataset: Dataset) -> None:

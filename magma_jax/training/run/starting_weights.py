@@ -6,16 +6,16 @@ The run's folder is a model folder with the parameters as the run starts; what l
 """
 
 import contextlib
-import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
-from magma_jax.config import ConfigError, from_dict, to_dict
-from magma_jax.data.datasets import Dataset
+from magma_jax.config import ConfigError, from_union, to_dict
+from magma_jax.data.dataset import Dataset
 from magma_jax.nn.modules import abstract
 from magma_jax.runtime.distributed import is_main
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, parameter_shardings, placed, replicated
@@ -29,16 +29,11 @@ from magma_jax.storage.model_folder import (
     write_model_folder,
 )
 from magma_jax.training.checkpoints.checkpoint import read_what_was_trained
-from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.continuation import differences
 from magma_jax.training.run.pretrained import open_weights
-from magma_jax.training.run.program import Program, create_model, fresh_params
+from magma_jax.training.run.program import Program, fresh_params
+from magma_jax.training.step.optim import FROZEN
 from magma_jax.typing import Params
-
-# What a run's model may have otherwise than its base: how it is run and stored, and how fresh parts would begin.
-MAY_DIFFER = ("dtype", "lm.dtype", "lm.embedding_std", "prefix.dropout", "mlp_adapter.init", "attn_adapter.init")
-
-CLASS_HEAD = "class_head/"
 
 
 def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
@@ -49,27 +44,31 @@ def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
     """
     config = program.config
     trained: Params = {}
+    base_types: dict[str, type[nnx.Variable]] = {}
     if config.base is not None:
-        _check_base(config)
+        base_types = _base_types(program, config.base)
         # All processes: checkpoints are read together.
-        trained = _trained_in_base(program)
-    metadata = {"model": to_dict(config.model), "groups": dict(config.optim.groups), "run": to_dict(config)}
+        trained = _trained_in_base(program, config.base, base_types)
+    run = to_dict(config)
+    metadata = {"model": run["model"], "groups": run["optim"]["groups"], "run": run}
     metadata |= {} if config.base is None else {BASE: base_reference(config.base)}
-    starting = _starting_params(program, dataset, trained) if is_main() else contextlib.nullcontext(program.params)
+    starting = contextlib.nullcontext(program.params)
+    if is_main():
+        starting = _starting_params(program, dataset, base_types.keys(), trained)
     with starting as params:
         # With a base, what is frozen stays there, unless the base is a run that has trained it.
-        kept = {path for path, label in program.labels.items() if config.base and label == "frozen"} - trained.keys()
+        kept = {path for path, label in program.labels.items() if config.base and label == FROZEN} - trained.keys()
         own = {path: params[path] for path in program.params if path not in kept}
         write_model_folder(workdir, metadata, own, lambda folder: dataset.tokenizer.save(folder / "tokenizer"))
 
 
 @contextlib.contextmanager
-def _starting_params(program: Program, dataset: Dataset, trained: Params) -> Iterator[Params]:
+def _starting_params(program: Program, dataset: Dataset, in_base: Collection[str], trained: Params) -> Iterator[Params]:
     """Parameters on their way from files to a folder, unread; fresh ones on the devices of this process alone."""
     config, devices = program.config, program.mesh.local_devices
     mesh = make_mesh(MeshConfig(fsdp=len(devices)), devices)
     shapes = placed(program.params, parameter_shardings(program.params, mesh, program.family.shardings))
-    with _opened(program, shapes) as stored:
+    with _opened(program, shapes, in_base) as stored:
         stored = stored | trained
         params = {path: _in_dtype(tensor, shapes[path].dtype) for path, tensor in stored.items()}
         missing = {path: shape for path, shape in shapes.items() if path not in params}
@@ -80,14 +79,15 @@ def _starting_params(program: Program, dataset: Dataset, trained: Params) -> Ite
 
 
 @contextlib.contextmanager
-def _opened(program: Program, shapes: Params) -> Iterator[Params]:
+def _opened(program: Program, shapes: Params, in_base: Collection[str]) -> Iterator[Params]:
     config = program.config
     if config.base is None:
         with open_weights(program.family, config.model, config.weights, shapes) as pretrained:
             yield pretrained.params
         return
     stored = open_params(config.base)
-    wanted = [path for path in shapes if path in stored or not path.startswith(CLASS_HEAD)]
+    # The rest is new in this run, such as a head.
+    wanted = [path for path in shapes if path in in_base]
     wrong = [path for path in wanted if path not in stored or tuple(stored[path].shape) != shapes[path].shape]
     wrong += [
         path for path in wanted if path not in wrong and is_whole(stored[path].dtype) != is_whole(shapes[path].dtype)
@@ -100,15 +100,12 @@ def _opened(program: Program, shapes: Params) -> Iterator[Params]:
     yield {path: stored[path] for path in wanted}
 
 
-def _trained_in_base(program: Program) -> Params:
+def _trained_in_base(program: Program, base: str, types: Mapping[str, type[nnx.Variable]]) -> Params:
     """What a base that is a run has trained, whole on every device; empty for a model folder."""
-    base = program.config.base
-    types = abstract(functools.partial(create_model, program.family, program.config))[2]
-    there = {path for path in types if not path.startswith(CLASS_HEAD)} | open_params(base).keys()
     whole = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(program.mesh))
         for path, leaf in program.params.items()
-        if path in there
+        if path in types
     }
     return read_what_was_trained(base, whole, {path: types[path] for path in whole})
 
@@ -126,13 +123,20 @@ def _in_dtype(tensor: Any, dtype: Any) -> Any:
     )
 
 
-def _check_base(config: RunConfig) -> None:
-    base = Path(config.base or "")
-    theirs = to_dict(from_dict(type(config.model), read_model_json(base)["model"], f"{base}: model"))
-    # A new head may be put on a model without one.
-    may_differ = (*MAY_DIFFER, *(() if theirs.get("classes") else ("classes",)))
+def _base_types(program: Program, base: str) -> dict[str, type[nnx.Variable]]:
+    """Types of the parameters of the model in a base.
+
+    Raises:
+        ConfigError: it is another model than that of the run.
+    """
+    family, config = program.family, program.config
+    stored = read_model_json(Path(base))["model"]
+    model = from_union(family.configs, stored, f"{base}: model")
+    theirs = to_dict(model)
+    may_differ = family.base_may_differ(theirs)
     changed = [name for name in differences(theirs, to_dict(config.model)) if name not in may_differ]
     if changed:
         raise ConfigError(
             f"base: {base} holds another model ({', '.join(changed[:5])} differ); compose one from this config"
         )
+    return abstract(lambda: family.build(model, nnx.Rngs(0)))[2]

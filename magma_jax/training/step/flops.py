@@ -21,6 +21,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
+from magma_jax.training.step.optim import learns
+
 # Dense bf16 (fp16 where there is no bf16) operations a second of one JAX device, from the makers' data sheets. TPU v2
 # and v3 show each of a chip's two cores as a device.
 PEAK_FLOPS = {
@@ -91,7 +93,7 @@ class StepFlops:
 
 def learning_paths(labels: Mapping[str, str]) -> set[str]:
     """Paths of the parameters that learn."""
-    return {path for path, label in labels.items() if label in ("encoder", "rest")}
+    return {path for path, label in labels.items() if learns(label)}
 
 
 def matrix_flops(
@@ -115,7 +117,7 @@ def matrix_flops(
     Raises:
         ValueError: a matrix that no pattern matches.
     """
-    learns = learning_paths(labels)
+    learning = learning_paths(labels)
     # Two numbers in 4 bits are a byte.
     matrices = {
         path: math.prod(leaf.shape) * (2 if leaf.dtype == jnp.uint8 else 1)
@@ -131,8 +133,8 @@ def matrix_flops(
     for path, name in names.items():
         if name is None:
             continue
-        backward = bool(learns) and name not in first
-        counts[path in learns] += (2 + 2 * (path in learns) + 2 * backward) * vectors[name] * matrices[path]
+        backward = bool(learning) and name not in first
+        counts[path in learning] += (2 + 2 * (path in learning) + 2 * backward) * vectors[name] * matrices[path]
     return counts[False], counts[True]
 
 

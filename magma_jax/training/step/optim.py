@@ -1,37 +1,44 @@
-"""Who learns, and how: one table of roles, schedules by name, and the optimizer of the part that learns.
+"""Who learns, and how: groups by role, schedules by name, and the optimizer of the part that learns.
 
-The role of a parameter is its variable type (``nn.modules``). A config says for each role whether it is ``frozen`` or
-belongs to the group ``encoder`` or ``rest``; the groups have their own learning rates. Frozen parameters never enter
-the gradient or the optimizer, so they cost neither time nor memory and cannot change.
+The type of a parameter names its role (``nn.modules``), and a config gives each role a group: ``frozen``, or a learning
+rate and a weight decay. Frozen parameters never enter the gradient or the optimizer, so they cost neither time nor
+memory and cannot change.
 """
 
 import dataclasses
+import itertools
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from magma_jax.nn.modules import AdapterParam, EncoderParam, HeadParam, LanguageParam, PrefixParam, Statistic
+from magma_jax.nn.modules import Statistic, roles_of
 from magma_jax.typing import Params
 
-Group = Literal["frozen", "encoder", "rest"]
 Schedule = Callable[[Any], Any]
 
-ROLES: dict[type[nnx.Variable], str] = {
-    LanguageParam: "language",
-    AdapterParam: "adapter",
-    EncoderParam: "encoder",
-    PrefixParam: "prefix",
-    HeadParam: "head",
-    Statistic: "statistic",
-}
+# Labels of what does not learn; that of a parameter that learns is its role.
+FROZEN = "frozen"
+STATISTIC = "statistic"
 
-# Weight decay spares biases and LayerNorms, and nothing else: BatchNorm weights decay (original).
-NO_DECAY = re.compile(r"(^|/)(bias|ln(_\w+)?/weight)$")
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """How the parameters of a role learn.
+
+    Attributes:
+        learning_rate: peak of the schedule; None for that of the optimizer.
+        weight_decay: None for that of the optimizer.
+    """
+
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+
+
+Groups = Mapping[str, Literal["frozen"] | Group]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,80 +46,120 @@ class OptimConfig:
     """Optimizer; the defaults are the paper's pretraining (appendix A).
 
     Attributes:
-        learning_rate: peak rate of prefix, adapters and head.
-        encoder_learning_rate: peak rate of the image encoder.
+        learning_rate: peak rate of the groups that name none.
         schedule: ``cosine`` to ``final_fraction`` of the peak (paper), ``warmup_decay`` and ``warmup`` (the
             original's configs: logarithmic warm-up, then linear to zero or constant), ``constant``.
         steps: length of the schedule in optimizer steps; None for the length of the run.
         warmup_steps: steps of the warm-up; ``cosine`` warms up linearly, by default not at all.
-        weight_decay: decoupled (AdamW); see ``NO_DECAY``.
+        restarts: optimizer steps, ascending, at which ``cosine`` returns to the peak, see ``make_schedule``.
+        weight_decay: decoupled (AdamW), of the groups that name none; it leaves out biases and the weights of
+            LayerNorms, see ``nn.modules``.
         clip_norm: global norm that gradients are clipped to; 0 for no clipping.
-        groups: role to group.
+        groups: role to ``frozen``, or to how it learns; roles that are absent take the family's default.
     """
 
     learning_rate: float = 8e-4
-    encoder_learning_rate: float = 2e-6
     schedule: Literal["cosine", "warmup_decay", "warmup", "constant"] = "cosine"
     steps: int | None = None
     warmup_steps: int = 0
+    restarts: tuple[int, ...] = ()
     final_fraction: float = 0.1
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 0.0
-    groups: dict[str, Group] = dataclasses.field(
-        default_factory=lambda: {
-            "language": "frozen",
-            "adapter": "rest",
-            "prefix": "rest",
-            "head": "rest",
-            "encoder": "encoder",
-        }
-    )
+    groups: dict[str, Literal["frozen"] | Group] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        unknown = set(self.groups) - (set(ROLES.values()) - {"statistic"})
-        if unknown:
-            raise ValueError(f"groups: unknown role {', '.join(sorted(unknown))}")
+        if self.restarts and self.schedule != "cosine":
+            raise ValueError(f"optim.restarts belong to the schedule cosine, not to {self.schedule}")
+        bounds = (self.warmup_steps, *self.restarts, *(() if self.steps is None else (self.steps,)))
+        if self.restarts and any(earlier >= later for earlier, later in itertools.pairwise(bounds)):
+            raise ValueError(
+                f"optim.restarts {self.restarts} must ascend, behind the {self.warmup_steps} steps of the warm-up and "
+                f"before the schedule's end after {self.steps} steps"
+            )
 
 
-def label_parameters(types: Mapping[str, type[nnx.Variable]], groups: Mapping[str, str]) -> dict[str, str]:
-    """Gives every path its group: ``frozen``, ``encoder``, ``rest``, or ``statistic`` for running averages.
+def with_groups(config: OptimConfig, roles: Groups) -> OptimConfig:
+    """The config with a group for every role of a model.
+
+    Args:
+        roles: the model's roles, and the group of each where the config names none.
 
     Raises:
-        ValueError: a path whose type no role, or more than one, matches, or whose role has no group.
+        ValueError: a group of a role that no parameter of the model has, or nothing that learns.
+    """
+    unused = sorted(config.groups.keys() - roles.keys())
+    if unused:
+        raise ValueError(
+            f"optim.groups.{unused[0]}: no parameter of the model has this role; its roles are {', '.join(roles)}"
+        )
+    groups = {**roles, **config.groups}
+    if all(group == FROZEN for group in groups.values()):
+        raise ValueError(f"optim.groups: all roles ({', '.join(groups)}) are frozen, so nothing would learn")
+    return dataclasses.replace(config, groups=groups)
+
+
+def label_parameters(types: Mapping[str, type[nnx.Variable]], groups: Mapping[str, Any]) -> dict[str, str]:
+    """Labels every path: ``frozen``, ``statistic`` for running averages, or the role of a parameter that learns.
+
+    Raises:
+        ValueError: a parameter of no role, of several, or of one without a group.
     """
     labels = {}
     for path, kind in types.items():
-        roles = [role for cls, role in ROLES.items() if issubclass(kind, cls)]
+        if issubclass(kind, Statistic):
+            labels[path] = STATISTIC
+            continue
+        roles = sorted(roles_of(kind))
         if len(roles) != 1:
             found = f"{len(roles)} roles ({', '.join(roles)})" if roles else "no role"
-            raise ValueError(f"parameter {path} of type {kind.__name__} has {found}; see training.step.optim.ROLES")
-        role = roles[0]
-        if role != "statistic" and role not in groups:
-            raise ValueError(f"parameter {path}: its role {role!r} has no group in the optimizer config")
-        labels[path] = "statistic" if role == "statistic" else groups[role]
+            raise ValueError(
+                f"parameter {path} of type {kind.__name__} has {found}; its type must name one, as in role = 'head'"
+            )
+        if roles[0] not in groups:
+            raise ValueError(
+                f"parameter {path}: its role {roles[0]!r} has no group; name it in the roles of its family"
+            )
+        labels[path] = FROZEN if groups[roles[0]] == FROZEN else roles[0]
     return labels
+
+
+def learns(label: str) -> bool:
+    """Whether a parameter with this label learns."""
+    return label not in (FROZEN, STATISTIC)
 
 
 def partition(params: Params, labels: Mapping[str, str]) -> tuple[Params, Params, Params]:
     """Splits a flat dict into (trainable, frozen, statistics)."""
-    trainable = {path: leaf for path, leaf in params.items() if labels[path] in ("encoder", "rest")}
-    frozen = {path: leaf for path, leaf in params.items() if labels[path] == "frozen"}
-    statistics = {path: leaf for path, leaf in params.items() if labels[path] == "statistic"}
+    trainable = {path: leaf for path, leaf in params.items() if learns(labels[path])}
+    frozen = {path: leaf for path, leaf in params.items() if labels[path] == FROZEN}
+    statistics = {path: leaf for path, leaf in params.items() if labels[path] == STATISTIC}
     return trainable, frozen, statistics
 
 
 def make_schedule(config: OptimConfig, peak: float) -> Schedule:
-    """Learning rate by optimizer step (0, 1, ...), in fp32."""
+    """Learning rate by optimizer step (0, 1, ...), in fp32.
+
+    With restarts ``r_1 < r_2 < ...``, ``r_0 = 0`` and the schedule's end as the last one, ``cosine`` gives at a step t
+    from r_i on and before r_(i+1) (Loshchilov and Hutter, 2017, equation 5)
+
+        floor + (peak - floor) (1 + cos(pi (t - r_i) / (r_(i+1) - r_i))) / 2,    floor = final_fraction peak
+
+    A warm-up, linear from zero, takes the first steps of the first period, whose cosine is that much shorter.
+    """
     warmup, total = config.warmup_steps, config.steps
     if config.schedule == "constant":
         return optax.constant_schedule(peak)
     if config.schedule == "cosine":
+        floor = config.final_fraction
+        lengths = [end - start for start, end in itertools.pairwise((0, *config.restarts, total))]
+        periods = [optax.cosine_decay_schedule(peak, length, alpha=floor) for length in lengths]
         if warmup:
-            return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total, end_value=peak * config.final_fraction)
-        return optax.cosine_decay_schedule(peak, total, alpha=config.final_fraction)
+            periods[0] = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, lengths[0], end_value=peak * floor)
+        return optax.join_schedules(periods, config.restarts) if config.restarts else periods[0]
 
     def deepspeed(step):
         # DeepSpeed counts from -1, so its first two optimizer steps both run at the minimum rate, zero.
@@ -124,28 +171,48 @@ def make_schedule(config: OptimConfig, peak: float) -> Schedule:
     return deepspeed
 
 
-def make_optimizer(config: OptimConfig, labels: Mapping[str, str]) -> optax.GradientTransformation:
-    """The optimizer of the trainable part: clipping by the global norm, then AdamW per group.
+def peak_rates(config: OptimConfig) -> dict[str, float]:
+    """Peak rates of the groups that learn: ``learning_rate`` of those that name none, ``ROLE_learning_rate`` else."""
+    groups = {role: group for role, group in config.groups.items() if isinstance(group, Group)}
+    shared = any(group.learning_rate is None for group in groups.values())
+    own = {f"{role}_learning_rate": group.learning_rate for role, group in groups.items()}
+    return ({"learning_rate": config.learning_rate} if shared else {}) | {
+        name: rate for name, rate in own.items() if rate is not None
+    }
 
-    ``labels`` may cover the whole model; frozen paths are not part of the tree the optimizer sees.
+
+def make_optimizer(
+    config: OptimConfig, labels: Mapping[str, str], spared: Collection[str] = ()
+) -> optax.GradientTransformation:
+    """The optimizer of the trainable part: clipping by the global norm, then AdamW with rate and decay of each group.
+
+    Args:
+        config: with a group for every role, see ``with_groups``.
+        labels: may cover the whole model; frozen paths are not part of the tree the optimizer sees.
+        spared: paths that weight decay leaves out, see ``nn.modules.spared_by_decay``.
     """
-    trainable = {path: label for path, label in labels.items() if label in ("encoder", "rest")}
-    peaks = {"encoder": config.encoder_learning_rate, "rest": config.learning_rate}
+    # Roles that learn alike share a transformation.
+    roles_by_setting: dict[tuple[float, float], list[str]] = {}
+    for role in sorted({label for label in labels.values() if learns(label)}):
+        group = config.groups[role]
+        assert isinstance(group, Group)
+        rate = config.learning_rate if group.learning_rate is None else group.learning_rate
+        decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+        roles_by_setting.setdefault((rate, decay), []).append(role)
 
-    def adamw(peak: float) -> optax.GradientTransformation:
+    def adamw(rate: float, decay: float) -> optax.GradientTransformation:
         return optax.adamw(
-            make_schedule(config, peak),
+            make_schedule(config, rate),
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=lambda params: {path: decays(path) for path in params},
+            weight_decay=decay,
+            mask=lambda params: {path: path not in spared for path in params},
         )
 
-    by_group = optax.multi_transform({group: adamw(peak) for group, peak in peaks.items()}, trainable)
+    names = {role: "-".join(roles) for roles in roles_by_setting.values() for role in roles}
+    by_group = optax.multi_transform(
+        {"-".join(roles): adamw(*setting) for setting, roles in roles_by_setting.items()},
+        {path: names[label] for path, label in labels.items() if learns(label)},
+    )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), by_group) if config.clip_norm else by_group
-
-
-def decays(path: str) -> bool:
-    """Whether weight decay applies to a parameter."""
-    return not NO_DECAY.search(path)

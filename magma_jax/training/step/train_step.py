@@ -1,15 +1,15 @@
 """One optimizer step: gradient of the trainable part, accumulation, update, new running statistics."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
-from magma_jax.nn.modules import merge, split
+from magma_jax.nn.modules import Definition, merge, split
+from magma_jax.training.step.ema import EmaConfig, begin_average, move_average
 from magma_jax.training.step.terms import Terms, learned_counts, objective, term_means
 from magma_jax.typing import Array, Params, PRNGKey
 
@@ -20,29 +20,47 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """All that training changes; frozen parameters are passed beside it and are not part of it."""
+    """All that training changes; frozen parameters are passed beside it and are not part of it.
+
+    Attributes:
+        average: moving averages of weights by path, see ``ema``; empty without.
+    """
 
     step: Any  # int32 scalar; anything in a tree of shapes or shardings
     trainable: Params
     statistics: Params
     opt_state: Any
+    average: Params = dataclasses.field(default_factory=dict)
+
+    def averaged_weights(self) -> Params:
+        """The averages in the dtypes of their weights."""
+        return {path: leaf.astype(self.trainable[path].dtype) for path, leaf in self.average.items()}
 
 
 # (model, batch, key) -> terms of the loss; the key feeds dropout.
 LossFunction = Callable[[Any, Batch, PRNGKey], Terms]
 
 
-def init_state(trainable: Params, statistics: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, statistics, optimizer.init(trainable))
+def init_state(
+    trainable: Params, statistics: Params, optimizer: optax.GradientTransformation, averaged: Collection[str] = ()
+) -> TrainState:
+    """State before the first step; ``averaged`` are the paths of ``ema.averaged_paths``."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        statistics=statistics,
+        opt_state=optimizer.init(trainable),
+        average=begin_average(trainable, averaged),
+    )
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef,
+    graphdef: Definition,
     loss_function: LossFunction,
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
+    ema: EmaConfig | None = None,
 ) -> Callable[[TrainState, Params, Batch, PRNGKey], tuple[TrainState, Metrics]]:
     """Builds ``(state, frozen, batch, root_key) -> (state, metrics)``, to be jitted by the caller.
 
@@ -50,6 +68,8 @@ def make_train_step(
     step of the whole batch (BatchNorm in batch mode sees the parts). Of a loss of several terms the counts of all parts
     are known before the first gradient, see ``terms``. The key of a step is ``fold_in(root_key, step)``. Metrics: the
     mean of every term, ``loss``, ``grad_norm`` (before clipping), ``nonfinite``.
+
+    With ``ema`` the average of the state follows the new weights.
 
     If the loss or the norm of the gradient is no finite number, ``nonfinite`` is 1 and nothing but ``step`` changes.
     """
@@ -95,9 +115,12 @@ def make_train_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["nonfinite"] = 1 - finite.astype(jnp.int32)
         # Here and not on the host: the state is donated, and it must not be lost to a NaN that is noticed later.
-        old, new = (state.trainable, state.statistics, state.opt_state), (trainable, statistics, opt_state)
-        kept = jax.tree.map(lambda old, new: jnp.where(finite, new, old), old, new)
-        return TrainState(state.step + 1, *kept), metrics
+        average = state.average if ema is None else move_average(state.average, trainable, ema.decay)
+        new = TrainState(
+            step=state.step, trainable=trainable, statistics=statistics, opt_state=opt_state, average=average
+        )
+        kept = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new)
+        return dataclasses.replace(kept, step=state.step + 1), metrics
 
     return train_step
 

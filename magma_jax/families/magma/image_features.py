@@ -1,43 +1,22 @@
 """From the image rows of a batch to what the loss wants: pixels, or features computed once."""
 
-import functools
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from tqdm import tqdm
 
 from magma_jax.data.batches.folders import fill_images
 from magma_jax.data.batches.stored_images import StoredImages
-from magma_jax.data.images import normalize
-from magma_jax.models.vision.catalog import ENCODERS
-from magma_jax.nn.modules import merge
-from magma_jax.runtime.distributed import is_main
-from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch, replicated
-from magma_jax.storage.deferred import read_array
+from magma_jax.inference.image_features import ENCODER, encode_all
+from magma_jax.nn.modules import Definition
 from magma_jax.training.run.program import Program
-from magma_jax.typing import Array, Float, Params, UInt8
+from magma_jax.training.step.optim import STATISTIC, learns
+from magma_jax.typing import Params, UInt8
 
 Batch = dict[str, np.ndarray]
 
-ENCODER = "image_prefix/encoder/"
 # Of features of stored images, in the host's memory.
 KEPT_FEATURE_BYTES = 2 * 2**30
-
-
-@runtime_checkable
-class Images(Protocol):
-    """Images that need not be in memory; an array is the simplest case."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """Those of these rows, uint8 (N, H, W, 3)."""
 
 
 def image_loader(
@@ -77,7 +56,7 @@ class KeptFeatures:
         self._program, self._nbytes = program, nbytes
         # Statistics are part of the state, whose arrays each step takes the place of.
         self._params = {
-            path: leaf.copy() if path.startswith(ENCODER) and program.labels[path] == "statistic" else leaf
+            path: leaf.copy() if path.startswith(ENCODER) and program.labels[path] == STATISTIC else leaf
             for path, leaf in params.items()
         }
         self._kept: dict[int, np.ndarray] = {}
@@ -106,12 +85,12 @@ class KeptFeatures:
 def features_are_fixed(program: Program) -> bool:
     """Whether training changes nothing that the features of an image depend on."""
     encoder = [label for path, label in program.labels.items() if path.startswith(ENCODER)]
-    updates = program.config.loss.batch_norm == "batch" and "statistic" in encoder
-    return not updates and not any(label in ("encoder", "rest") for label in encoder)
+    updates = program.config.loss.batch_norm == "batch" and STATISTIC in encoder
+    return not updates and not any(map(learns, encoder))
 
 
 def feature_statistics(
-    images: UInt8[np.ndarray, "N H W 3"] | StoredImages, graphdef: nnx.GraphDef, params: Params, count: int = 512
+    images: UInt8[np.ndarray, "N H W 3"] | StoredImages, graphdef: Definition, params: Params, count: int = 512
 ) -> Params:
     """Mean and standard deviation per channel of the features of ``count`` images, evenly spaced.
 
@@ -125,54 +104,6 @@ def feature_statistics(
     # A channel that never varies is left at its own scale.
     std = np.maximum(features.std(axes), 1e-3)
     return {"image_prefix/feature_mean": features.mean(axes), "image_prefix/feature_std": std}
-
-
-def encode_all(
-    images: UInt8[np.ndarray, "N H W 3"] | Images,
-    graphdef: nnx.GraphDef,
-    params: Params,
-    mesh: Mesh | None = None,
-    batch_size: int = 64,
-    *,
-    progress: bool = True,
-) -> Float[np.ndarray, "N ..."]:
-    """Features of every image, with a progress bar; on a ``mesh`` all its devices, and processes, share the work."""
-    encoder = {path: _on_devices(leaf) for path, leaf in params.items() if path.startswith(ENCODER)}
-    # Of the rest a module needs to know that it is there.
-    rest = tuple((p, jax.ShapeDtypeStruct(x.shape, x.dtype)) for p, x in params.items() if not p.startswith(ENCODER))
-    entry = ENCODERS[merge(graphdef, dict(rest), encoder).config.encoder.kind]
-    if mesh is None:
-        rows, out = list(range(batch_size)), None
-    else:
-        batch_size = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
-        rows, out = local_rows(mesh, batch_size), replicated(mesh)
-    parts = []
-    quiet = None if progress and is_main() else True  # None: a bar on a terminal, nothing elsewhere
-    for start in tqdm(range(0, len(images), batch_size), desc="encoding images", unit="batch", disable=quiet):
-        # The last batch is filled up with its last image, so that one program serves all.
-        chosen = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
-        pixels = {"images": normalize(images[chosen[rows]], entry.mean, entry.std)}
-        if mesh is not None:
-            pixels = place_batch(pixels, mesh, batch_size)
-        parts.append(np.asarray(_encode(graphdef, rest, encoder, pixels["images"], out=out)))
-    return np.concatenate(parts)[: len(images)]
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "rest", "out"))
-def _encode(
-    graphdef: nnx.GraphDef,
-    rest: tuple[tuple[str, jax.ShapeDtypeStruct], ...],
-    encoder: Params,
-    images: Float[Array, "B H W 3"],
-    *,
-    out: NamedSharding | None,
-) -> Float[Array, "B ..."]:
-    features = merge(graphdef, dict(rest), encoder).encode_images(images)
-    return features if out is None else jax.lax.with_sharding_constraint(features, out)
-
-
-def _on_devices(leaf: Any) -> Array:
-    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(read_array(leaf))
 
 
 def _without(batch: Batch) -> Batch:

@@ -1,13 +1,38 @@
-"""What a run of MAGMA takes from its model, and how its batches look."""
+"""What a run of MAGMA takes from its model: who learns, settings of its data, the shapes of its batches."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from magma_jax.training.image_features import features_are_fixed
+from magma_jax.data.folder_dataset import FoldersConfig
+from magma_jax.families.magma.image_features import features_are_fixed
+from magma_jax.models.magma import MagmaConfig
+from magma_jax.nn.modules import AdapterParam, EncoderParam, HeadParam, LanguageParam, PrefixParam
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.program import Program
+from magma_jax.training.step.optim import Group
+
+
+def roles(model: MagmaConfig) -> dict[str, Literal["frozen"] | Group]:
+    """Roles of the model's parameters, with the groups of the paper's pretraining (appendix A)."""
+    groups: dict[str, Literal["frozen"] | Group] = {
+        LanguageParam.role: "frozen",
+        PrefixParam.role: Group(),
+        EncoderParam.role: Group(learning_rate=2e-6),
+    }
+    if model.mlp_adapter or model.attn_adapter:
+        groups[AdapterParam.role] = Group()
+    if model.classes:
+        groups[HeadParam.role] = Group()
+    return groups
+
+
+def base_may_differ(base: Mapping[str, Any]) -> tuple[str, ...]:
+    """How a model is run and stored, and how fresh parts would begin; a base without a head may be given one."""
+    names = ("dtype", "lm.dtype", "lm.embedding_std", "prefix.dropout", "mlp_adapter.init", "attn_adapter.init")
+    return names if base.get("classes") else (*names, "classes")
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -19,7 +44,7 @@ def complete(config: RunConfig) -> RunConfig:
     data, model = config.data, config.model
     if data.pack > 1 and config.loss.batch_norm == "batch":
         raise ValueError("rows with data.pack have empty places for images, which loss.batch_norm=batch would count")
-    if data.name != "folders":
+    if not isinstance(data, FoldersConfig):
         return config
     if len(data.classes) != model.classes:
         raise ValueError(f"data.classes names {len(data.classes)} classes, but model.classes is {model.classes}")
@@ -33,7 +58,7 @@ def complete(config: RunConfig) -> RunConfig:
 
 
 def batch_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """The longest batch of a run, as ``data.batches`` and ``training.image_features`` make it."""
+    """The longest batch of a run, as ``data.batches`` and ``families.magma.image_features`` make it."""
     config, encoder = program.config, program.config.model.encoder
     rows, length = config.batch_size, config.data.length
     shapes: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(("tokens", "labels"), ((rows, length), jnp.int32))
@@ -41,7 +66,7 @@ def batch_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
     if config.data.pack > 1:
         shapes |= dict.fromkeys(("segments", "positions"), ((rows, length), jnp.int32))
         images = (rows, config.data.pack)
-    if features_are_fixed(program) and config.data.name != "folders":
+    if features_are_fixed(program) and not isinstance(config.data, FoldersConfig):
         grid = (encoder.channels,) if encoder.positions is None else (encoder.positions, encoder.channels)
         shapes["features"] = ((*images, *grid), jnp.float32)
     else:

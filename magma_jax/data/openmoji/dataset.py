@@ -1,0 +1,127 @@
+"""Datasets of the OpenMoji drawings: captions and questions about them, or text alone."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import grain
+import numpy as np
+
+from magma_jax.data.batches.held_out import held_out_batches
+from magma_jax.data.batches.pipeline import encode_sample, sample_batches, text_batches, text_padding
+from magma_jax.data.dataset import Dataset, SamplesConfig
+from magma_jax.data.openmoji import drawings, text
+from magma_jax.data.tokenizers.byte_level import Tokenizer, train_bpe
+from magma_jax.typing import IGNORED
+
+# The vocabulary that the committed language model was trained with.
+QUICKSTART_TOKENIZER = "assets/tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenmojiConfig(SamplesConfig):
+    """Captions and questions about drawings.
+
+    Attributes:
+        image_size: pixels per side of an image.
+        cache_dir: where rasterised drawings are kept between runs.
+        weights: how often each source is drawn: captions of people, whose gender is known or open; captions of
+            everything else; questions.
+        questions: kinds of questions, see ``data.openmoji.drawings.questions``.
+        question_draws: draws of the balanced questions that make up their source.
+    """
+
+    image_size: int = 128
+    cache_dir: str = "~/.cache/magma_jax"
+    weights: tuple[float, ...] = (0.375, 0.125, 0.5)
+    questions: tuple[str, ...] = ("tone", "gender", "hair", "facing", "what", "count", "hand", "flag")
+    question_draws: int = 8
+    kind: Literal["openmoji"] = "openmoji"
+
+    may_change: ClassVar[tuple[str, ...]] = ("cache_dir",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenmojiTextConfig:
+    """Text about the drawings, cut into blocks, for a language model and its vocabulary.
+
+    Attributes:
+        length: tokens of a block.
+        cache_dir: where rasterised drawings are kept between runs.
+        lines: lines of text that are composed.
+        vocab_size: entries of the vocabulary that is learned from them.
+    """
+
+    length: int = 32
+    cache_dir: str = "~/.cache/magma_jax"
+    lines: int = 100_000
+    vocab_size: int = 2048
+    kind: Literal["openmoji_text"] = "openmoji_text"
+
+    may_change: ClassVar[tuple[str, ...]] = ("cache_dir",)
+    pack: ClassVar[int] = 1  # a block fills its row
+
+
+def open_openmoji(config: OpenmojiConfig) -> Dataset:
+    """Loads the drawings and makes samples of them."""
+    records, images = drawings.load(Path(config.cache_dir).expanduser(), config.image_size)
+    with resources.as_file(resources.files("magma_jax") / QUICKSTART_TOKENIZER) as path:
+        tokenizer = Tokenizer.load(path)
+    learned = [record for record in records if record.split == "train"]
+    captions = drawings.captions(learned)
+    living = [sample for sample in captions if records[sample.image].gender is not None]
+    things = [sample for sample in captions if records[sample.image].gender is None]
+    # A draw balances the answers by leaving images out, so several draws together see more of them.
+    ask = functools.partial(drawings.questions, kinds=config.questions)
+    questions = [sample for draw in range(config.question_draws) for sample in ask(learned, draw)]
+
+    def batches(batch_size: int, seed: int, rows: Sequence[int]) -> grain.IterDataset:
+        return sample_batches(
+            [living, things, questions],
+            config.weights,
+            tokenizer,
+            batch_size=batch_size,
+            length=config.length,
+            seed=seed,
+            rows=rows,
+            buckets=config.buckets,
+            pack=config.pack,
+            overlong=config.overlong,
+        )
+
+    evaluation = {"train": captions + ask(learned)}
+    for split in ("validation", "test"):
+        held_out = [record for record in records if record.split == split]
+        evaluation[split] = drawings.captions(held_out) + ask(held_out)
+    encode = functools.partial(encode_sample, tokenizer=tokenizer, length=config.length, overlong=config.overlong)
+    return Dataset(
+        tokenizer=tokenizer,
+        batches=batches,
+        images=images,
+        learned=[record.index for record in learned],
+        evaluation=evaluation,
+        records=records,
+        validation_batches=held_out_batches(evaluation, encode, config.length, text_padding(tokenizer)),
+        counted=config.counted,
+    )
+
+
+def open_openmoji_text(config: OpenmojiTextConfig) -> Dataset:
+    """Composes lines of text, and learns their vocabulary."""
+    records, _ = drawings.load(Path(config.cache_dir).expanduser(), OpenmojiConfig.image_size)
+    lines = text.lines(records, config.lines)
+    tokenizer = train_bpe([words + answer for words, answer in lines], config.vocab_size)
+    tokens, labels = [], []
+    for words, answer in lines:
+        given, learned = tokenizer.encode(words), [*tokenizer.encode(answer), tokenizer.eos_id]
+        tokens += given + learned
+        labels += [IGNORED] * len(given) + learned
+    arrays = np.array(tokens, np.int32), np.array(labels, np.int32)
+
+    def batches(batch_size: int, seed: int, rows: Sequence[int]) -> grain.IterDataset:
+        return text_batches(*arrays, batch_size=batch_size, length=config.length, seed=seed, rows=rows)
+
+    return Dataset(tokenizer=tokenizer, batches=batches)

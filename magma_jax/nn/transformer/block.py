@@ -1,0 +1,210 @@
+"""One layer of a transformer: attention and MLP, with norms, adapters and dropout where its config puts them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from magma_jax.nn.activations import ACTIVATIONS
+from magma_jax.nn.adapters import Adapter
+from magma_jax.nn.attention import dot_product_attention
+from magma_jax.nn.layers import LayerNorm, Linear, RMSNorm, dropout
+from magma_jax.nn.masks import Mask
+from magma_jax.nn.quantized import float_dtype
+from magma_jax.nn.rotary import apply_rotary
+from magma_jax.nn.transformer.cache import CachedLayer, KVCache
+from magma_jax.nn.transformer.config import BlockConfig, Place
+from magma_jax.typing import Array, Float, PRNGKey
+
+
+class AttentionOutput(NamedTuple):
+    """What attention gives a block."""
+
+    out: Array  # (B, S, D)
+    weights: Array | None  # (B, H, S, T), fp32, if they were asked for
+    key: Array  # (B, S, G, K) after rotary
+    value: Array  # (B, S, G, K)
+    cache: KVCache | None  # with the new keys and values
+
+
+class BlockOutput(NamedTuple):
+    """Everything a block computes; what nobody reads is removed by the compiler."""
+
+    ln_1: Array  # (B, S, D) input of attention
+    attn_inner: Array  # (B, S, D) attention without its adapter
+    attn: Array  # (B, S, D) what attention adds: with its adapter, norm and dropout
+    mlp_inner: Array  # (B, S, D) MLP without its adapter
+    mlp: Array  # (B, S, D) what the MLP adds: with its adapter, norm and dropout
+    out: Array  # (B, S, D)
+    attentions: Array | None  # (B, H, S, T) attention weights, fp32, if they were asked for
+    key: Array  # (B, S, G, K) after rotary
+    value: Array  # (B, S, G, K)
+    cache: KVCache | None  # of all layers, with this one's new keys and values
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; several heads of queries may share one of keys and values."""
+
+    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        queries, keys = config.heads * config.size, config.key_heads * config.size
+        if config.projections == "separate":
+            self.q_proj, self.k_proj, self.v_proj = (
+                linear(config, config.width, features, "qkv", rngs=rngs) for features in (queries, keys, keys)
+            )
+        else:
+            self.qkv_proj = linear(config, config.width, queries + 2 * keys, "qkv", rngs=rngs)
+        self.out_proj = linear(config, queries, config.width, "attention_out", rngs=rngs)
+        by_head = config.qk_norm == "head"
+        self.ln_q = norm(config, config.size if by_head else queries) if config.qk_norm else None
+        self.ln_k = norm(config, config.size if by_head else keys) if config.qk_norm else None
+
+    def project(self, x: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
+        """Queries (B, S, H, K), keys and values (B, S, G, K) before positions turn them."""
+        config = self.config
+        if config.projections == "joint_by_head":
+            return tuple(jnp.split(self.qkv_proj(x).reshape(*x.shape[:2], config.heads, -1), 3, axis=-1))
+        if config.projections == "joint":
+            queries, keys = config.heads * config.size, config.key_heads * config.size
+            parts = jnp.split(self.qkv_proj(x), (queries, queries + keys), axis=-1)
+        else:
+            parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        if config.qk_norm == "all":
+            parts = [self.ln_q(parts[0]), self.ln_k(parts[1]), parts[2]]
+        q, k, v = (part.reshape(*x.shape[:2], -1, config.size) for part in parts)
+        return q, k, v
+
+    def heads_of(
+        self, x: Float[Array, "B S D"], rotary: tuple[Array, Array] | None
+    ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S G K"], Float[Array, "B S G K"]]:
+        """Queries, keys and values, normalised and turned."""
+        q, k, v = self.project(x)
+        if self.config.qk_norm == "head":
+            q, k = self.ln_q(q), self.ln_k(k)
+        if rotary is not None:
+            q, k = (apply_rotary(part, *rotary, interleaved=self.config.rotary.interleaved) for part in (q, k))
+        return q, k, v
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Mask,
+        rotary: tuple[Array, Array] | None,
+        cached: CachedLayer | None,
+        *,
+        weights: bool,
+        dropout_key: PRNGKey | None = None,
+    ) -> AttentionOutput:
+        config = self.config
+        q, k, v = self.heads_of(x, rotary)
+        if cached is None:
+            cache, keys, values = None, k.swapaxes(1, 2), v.swapaxes(1, 2)
+        else:
+            cache, keys, values = cached.extend(k, v)
+        out, found = dot_product_attention(
+            q,
+            keys,
+            values,
+            mask,
+            score_divisor=config.score_divisor,
+            score_cap=config.score_cap,
+            dropout_rate=config.attention_dropout,
+            dropout_key=dropout_key,
+            weights=weights,
+        )
+        return AttentionOutput(self.out_proj(out.reshape(*x.shape[:2], -1)), found, k, v, cache)
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation between them: ``W_2 f(W_1 x)``, gated ``W_2 (f(W_g x) * W_1 x)``."""
+
+    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+        self.activation = config.activation
+        gated = ACTIVATIONS[config.activation].gated
+        self.c_fc = linear(config, config.width, config.feed_forward, "mlp_in", rngs=rngs)
+        self.c_proj = linear(config, config.feed_forward, config.width, "mlp_out", rngs=rngs)
+        self.c_gate = linear(config, config.width, config.feed_forward, "mlp_in", rngs=rngs) if gated else None
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        activation = ACTIVATIONS[self.activation].function
+        inner = activation(self.c_fc(x)) if self.c_gate is None else activation(self.c_gate(x)) * self.c_fc(x)
+        return self.c_proj(inner)
+
+
+class Block(nnx.Module):
+    """One layer; attention and MLP are each followed by its adapter if it has one (MAGMA, section 3.1)."""
+
+    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        before, behind = config.residual != "post", config.residual in ("post", "sandwich")
+        self.ln_1 = norm(config) if before else None
+        self.attn = Attention(config, rngs=rngs)
+        self.ln_1_out = norm(config) if behind else None
+        self.ln_2 = norm(config) if before and config.residual != "shared" else None
+        self.mlp = MLP(config, rngs=rngs)
+        self.ln_2_out = norm(config) if behind else None
+        self.mlp_adapter = config.mlp_adapter and Adapter(config.width, config.mlp_adapter, rngs=rngs)
+        self.attn_adapter = config.attn_adapter and Adapter(config.width, config.attn_adapter, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Mask,
+        rotary: tuple[Array, Array] | None,
+        cached: CachedLayer | None,
+        *,
+        weights: bool,
+        dropout_key: PRNGKey | None = None,
+    ) -> BlockOutput:
+        rate, residual = self.config.residual_dropout, self.config.residual
+        keys = (None, None, None) if dropout_key is None else jax.random.split(dropout_key, 3)
+
+        h = _applied(self.ln_1, x)
+        attention = self.attn(h, mask, rotary, cached, weights=weights, dropout_key=keys[0])
+        attn = attention.out if self.attn_adapter is None else self.attn_adapter(h, attention.out)
+        attn = dropout(_applied(self.ln_1_out, attn), rate, keys[1])
+
+        m = h if residual == "shared" else _applied(self.ln_2, x if residual == "parallel" else x + attn)
+        mlp_inner = self.mlp(m)
+        mlp = mlp_inner if self.mlp_adapter is None else self.mlp_adapter(m, mlp_inner)
+        mlp = dropout(_applied(self.ln_2_out, mlp), rate, keys[2])
+
+        return BlockOutput(
+            ln_1=h,
+            attn_inner=attention.out,
+            attn=attn,
+            mlp_inner=mlp_inner,
+            mlp=mlp,
+            out=x + attn + mlp,
+            attentions=attention.weights,
+            key=attention.key,
+            value=attention.value,
+            cache=attention.cache,
+        )
+
+
+def _applied(module: nnx.Module | None, x: Array) -> Array:
+    return x if module is None else module(x)
+
+
+def linear(config: BlockConfig, in_features: int, out_features: int, place: Place, *, rngs: nnx.Rngs) -> Linear:
+    """A linear layer of a block."""
+    return Linear(
+        in_features,
+        out_features,
+        param=config.param,
+        use_bias=place in config.biases,
+        weight_init=config.init.weights(output=place in ("attention_out", "mlp_out")),
+        dtype=config.dtype,
+        rngs=rngs,
+    )
+
+
+def norm(config: BlockConfig, width: int | None = None) -> nnx.Module:
+    """A norm of the config's kind, over the width of the residual stream by default."""
+    width, kind = width or config.width, config.norm.kind
+    options = {"param": config.param, "eps": config.norm.eps, "dtype": float_dtype(config.dtype)}
+    if kind == "rms":
+        return RMSNorm(width, offset=config.norm.offset, **options)
+    return LayerNorm(width, affine=kind == "layernorm", **options)

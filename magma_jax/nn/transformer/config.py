@@ -1,0 +1,182 @@
+"""What a transformer is made of, as plain values: every published variant is one ``TrunkConfig``."""
+
+import dataclasses
+from typing import Literal
+
+from flax import nnx
+
+from magma_jax.config import check_dtype, check_sizes
+from magma_jax.nn.activations import ACTIVATIONS, ActivationName
+from magma_jax.nn.adapters import AdapterConfig
+from magma_jax.nn.layers import Initializer, normal, truncated_normal, zeros
+from magma_jax.nn.modules import LanguageParam
+from magma_jax.nn.quantized import QUANTIZED
+from magma_jax.nn.rotary import RotaryConfig
+
+# Where norms stand, and what the MLP reads. With N_1 and N_2 before attention and MLP, M_1 and M_2 behind them:
+#   shared      x + attention(N_1 x) + mlp(N_1 x)                          GPT-J
+#   parallel    x + attention(N_1 x) + mlp(N_2 x)                          GPT-NeoX
+#   sequential  y + mlp(N_2 y),      y = x + attention(N_1 x)              GPT-2, Llama
+#   post        y + M_2 mlp(y),      y = x + M_1 attention(x)              OLMo 2
+#   sandwich    y + M_2 mlp(N_2 y),  y = x + M_1 attention(N_1 x)          Gemma 2
+Residual = Literal["shared", "parallel", "sequential", "post", "sandwich"]
+
+# Linear layers that may have a bias.
+Place = Literal["qkv", "attention_out", "mlp_in", "mlp_out"]
+PLACES: tuple[Place, ...] = ("qkv", "attention_out", "mlp_in", "mlp_out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """A normalisation over the width.
+
+    Attributes:
+        kind: ``layernorm``; ``plain``, a LayerNorm without weight and bias (CM3Leon); ``rms`` (Llama).
+        eps: added to the variance, or to the mean square.
+        offset: added to the weight of ``rms``: 1 where it is stored as the difference from one (Gemma).
+    """
+
+    kind: Literal["layernorm", "plain", "rms"] = "layernorm"
+    eps: float = 1e-5
+    offset: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Fresh weights of linear layers.
+
+    Attributes:
+        std: standard deviation of the normal distribution.
+        truncate: values lie within so many standard deviations; None for all.
+        zero_outputs: attention's output projection and the MLP's second layer start at zero, so that a fresh block
+            returns its input.
+    """
+
+    std: float = 0.02
+    truncate: float | None = None
+    zero_outputs: bool = False
+
+    def weights(self, *, output: bool = False) -> Initializer:
+        """The initializer of a layer; ``output`` for one whose result is added to the residual stream."""
+        if output and self.zero_outputs:
+            return zeros
+        return normal(self.std) if self.truncate is None else truncated_normal(self.std, self.truncate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One layer of a transformer.
+
+    Attributes:
+        width: of the residual stream (D).
+        heads: of queries (H).
+        feed_forward: width inside the MLP.
+        kv_heads: of keys and values (G), each for H / G heads of queries; None for as many as ``heads``.
+        head_size: features of a head (K); None for width / heads.
+        residual: order of norms, attention and MLP, see ``Residual``.
+        norm: kind of every norm.
+        qk_norm: a norm of queries and keys before they are turned: of each ``head`` (Qwen 3, Gemma 3) or over ``all``
+            heads together (OLMo 2).
+        projections: ``separate`` matrices for queries, keys and values; ``joint``, one with these below each other;
+            ``joint_by_head``, one with query, key and value of the first head, then of the second, and so on.
+        biases: linear layers that have one.
+        activation: between the MLP's layers; a gated one adds a third, ``c_gate``.
+        rotary: how positions turn queries and keys; None for not at all.
+        score_divisor: what scores are divided by; None for sqrt(K).
+        score_cap: scores are limited to this by ``cap * tanh(score / cap)`` (Gemma 2); None for no limit.
+        attention_dropout: rate at which attention weights are dropped in training.
+        residual_dropout: the same for what attention and MLP add to the residual stream.
+        init: fresh weights.
+        mlp_adapter: adapter of the MLP; None for none.
+        attn_adapter: the same of attention.
+        param: type of the variables, adapters' apart.
+        dtype: that weights are stored in; int8 and int4 stand for the matrices, see ``nn.quantized``.
+    """
+
+    width: int
+    heads: int
+    feed_forward: int
+    kv_heads: int | None = None
+    head_size: int | None = None
+    residual: Residual = "sequential"
+    norm: NormConfig = NormConfig()
+    qk_norm: Literal["head", "all"] | None = None
+    projections: Literal["separate", "joint", "joint_by_head"] = "separate"
+    biases: tuple[Place, ...] = PLACES
+    activation: ActivationName = "gelu_tanh"
+    rotary: RotaryConfig | None = None
+    score_divisor: float | None = None
+    score_cap: float | None = None
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    init: InitConfig = InitConfig()
+    mlp_adapter: AdapterConfig | None = None
+    attn_adapter: AdapterConfig | None = None
+    param: type[nnx.Param] = LanguageParam
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        check_sizes(self, "width", "heads", "feed_forward")
+        check_dtype("block: dtype", self.dtype, QUANTIZED)
+        if self.head_size is None and self.width % self.heads:
+            raise ValueError(f"block: {self.heads} heads do not divide the width {self.width}; give head_size")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"block: {self.kv_heads} kv_heads do not divide {self.heads} heads")
+        if self.projections == "joint_by_head" and self.key_heads != self.heads:
+            raise ValueError(f"block: projections joint_by_head need kv_heads {self.heads}, not {self.kv_heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"block: activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        if unknown := set(self.biases) - set(PLACES):
+            raise ValueError(f"block: biases name {sorted(unknown)[0]!r}, which is none of {', '.join(PLACES)}")
+        if self.rotary is not None and self.rotary.features > self.size:
+            raise ValueError(f"block: {self.rotary.features} rotary features do not fit in a head of {self.size}")
+
+    @property
+    def size(self) -> int:
+        """Features of a head (K)."""
+        return self.head_size or self.width // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values (G)."""
+        return self.kv_heads or self.heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PositionTable:
+    """Learned positions, added to the embeddings.
+
+    Attributes:
+        length: positions that it knows.
+        offset: row of position 0; the rows before it are unused (2 in OPT and CM3Leon).
+        std: standard deviation of fresh rows.
+    """
+
+    length: int
+    offset: int = 0
+    std: float = 0.02
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrunkConfig:
+    """Layers of one kind, from embeddings to hidden states.
+
+    Attributes:
+        block: every layer.
+        layers: their number.
+        positions: a table of learned positions; None for none.
+        windows: for every layer how many positions a query sees, itself included, or None for all; None where no
+            layer has a window.
+        final_norm: whether a norm follows the last layer.
+    """
+
+    block: BlockConfig
+    layers: int
+    positions: PositionTable | None = None
+    windows: tuple[int | None, ...] | None = None
+    final_norm: bool = True
+
+    def __post_init__(self):
+        check_sizes(self, "layers")
+        if self.windows is not None and len(self.windows) != self.layers:
+            raise ValueError(f"trunk: {len(self.windows)} windows for {self.layers} layers; give one a layer")

@@ -1,0 +1,236 @@
+"""The layers of a transformer, from embeddings to hidden states; what embeds and what reads them is the model's."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from magma_jax.nn.layers import Embedding, normal
+from magma_jax.nn.masks import Mask
+from magma_jax.nn.quantized import float_dtype
+from magma_jax.nn.stack import Remat, scan, stack, unstack
+from magma_jax.nn.transformer.block import Block, BlockOutput, norm
+from magma_jax.nn.transformer.cache import CachedLayer, KVCache
+from magma_jax.nn.transformer.config import TrunkConfig
+from magma_jax.runtime.sharding import split_rows
+from magma_jax.typing import Array, Float, Int, PRNGKey
+
+
+class LayerReduction(NamedTuple):
+    """Something to compute along the layers, for what would take too much memory if all layers returned it.
+
+    ``step(state, block_output)`` gives the next state; ``first`` is the state before the first layer.
+    """
+
+    step: Callable[[Any, BlockOutput], Any]
+    first: Any
+
+
+class TrunkOutput(NamedTuple):
+    """Result of a trunk's call.
+
+    ``collected`` holds what was asked for, stacked over layers; ``reduced`` the last state of a ``LayerReduction``.
+    """
+
+    inputs: Array  # (B, S, D) input of the first block: the embeddings, with positions where these are learned
+    hidden: Array  # (B, S, D) after the final norm
+    cache: KVCache | None
+    collected: dict[str, Array]
+    reduced: Any
+
+
+class _Sequence(NamedTuple):
+    """What is the same for all layers."""
+
+    positions: Array  # (B, S)
+    mask: Mask
+    rotary: tuple[Array, Array] | None
+    cache_rows: Array | None
+
+
+class _Carry(NamedTuple):
+    """What goes from layer to layer."""
+
+    x: Array  # (B, S, D)
+    cache: KVCache | None
+    reduced: Any
+
+
+class _Layer(NamedTuple):
+    """What each layer has of its own, beside its weights; stacked over layers."""
+
+    number: Any
+    window: Array | None
+    dropout_key: Array | None
+
+
+class Trunk(nnx.Module):
+    """Stacked ``layers``, learned positions ``wpe`` before them and a norm ``ln_f`` behind, as the config says."""
+
+    wpe: Embedding | None = None
+    ln_f: nnx.Module | None = None
+
+    def __init__(self, config: TrunkConfig, *, rngs: nnx.Rngs):
+        self.trunk = config
+        block, positions = config.block, config.positions
+        if positions is not None:
+            self.wpe = Embedding(
+                positions.length + positions.offset,
+                block.width,
+                param=block.param,
+                weight_init=normal(positions.std),
+                dtype=float_dtype(block.dtype),
+                rngs=rngs,
+            )
+        self.layers = stack(lambda rngs: Block(block, rngs=rngs), config.layers, rngs)
+        if config.final_norm:
+            self.ln_f = norm(block)
+
+    def init_cache(self, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
+        """An empty cache with room for positions 0 to ``slots`` - 1 of ``batch`` rows."""
+        block = self.trunk.block
+        shape = (batch, block.key_heads, slots, block.size)
+        if isinstance(self.layers, nnx.List):
+            return KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in self.layers) for _ in KVCache._fields))
+        return KVCache(*(jnp.zeros((self.trunk.layers, *shape), dtype) for _ in KVCache._fields))
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B S D"],
+        *,
+        positions: Int[Array, "B S"] | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+        cache_rows: Int[Array, " B"] | None = None,
+        collect: tuple[str, ...] = (),
+        reduction: LayerReduction | None = None,
+        dropout_key: PRNGKey | None = None,
+        remat: Remat = "none",
+    ) -> TrunkOutput:
+        """Runs all layers.
+
+        Args:
+            embeddings: word embeddings and image prefixes in one sequence.
+            positions: position of every embedding, per row (default 0, 1, ...). With a cache they are also the
+                slots that the new keys and values are written to.
+            mask: what each query sees (default: what is not after it in ``positions``); with a cache, keys are its
+                slots.
+            cache: keys and values of earlier positions. Slots after a query's position are never seen, so right
+                padding may leave garbage there; later tokens overwrite it.
+            cache_rows: rows of the cache that the batch stands for (default: all, in order), so that one request can
+                be run inside the cache of many.
+            collect: fields of ``BlockOutput`` to return for every layer, with a leading axis L.
+            reduction: what to compute along the layers.
+            dropout_key: None for no dropout.
+            remat: what the backward pass recomputes, see ``nn.stack``.
+
+        Raises:
+            ValueError: without a cache, more embeddings than a table of learned positions has rows.
+        """
+        cached, in_order = cache is not None, positions is None
+        if positions is None:
+            positions = self._count_positions(embeddings, cached)
+        if mask is None:
+            mask = _causal_mask(positions, cached=cached, in_order=in_order)
+        inputs = embeddings if self.wpe is None else embeddings + self._position_vectors(positions, embeddings.dtype)
+        last, collected = self._run_layers(
+            _Carry(inputs, cache, None if reduction is None else reduction.first),
+            self._sequence(positions, mask, cache_rows, cached),
+            collect=collect,
+            reduce=None if reduction is None else reduction.step,
+            dropout_key=dropout_key,
+            remat=remat,
+        )
+        hidden = last.x if self.ln_f is None else self.ln_f(last.x)
+        return TrunkOutput(inputs, hidden, last.cache, collected, last.reduced)
+
+    def _count_positions(self, embeddings: Float[Array, "B S D"], cached: bool) -> Int[Array, "B S"]:
+        """0, 1, ... in every row."""
+        batch, length, _ = embeddings.shape
+        table = self.trunk.positions
+        # Prompts may be padded past the context: what stands there is garbage that nobody sees.
+        if table is not None and not cached and length > table.length:
+            raise ValueError(
+                f"{length} positions exceed the context of {table.length}, which is all that a language model with "
+                "learned positions knows; shorten the sequence"
+            )
+        return jnp.broadcast_to(jnp.arange(length), (batch, length))
+
+    def _position_vectors(self, positions: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:
+        offset = self.trunk.positions.offset
+        return self.wpe(positions + offset if offset else positions, dtype)
+
+    def _sequence(self, positions: Array, mask: Mask, cache_rows: Array | None, cached: bool) -> _Sequence:
+        rotary = self.trunk.block.rotary
+        if self.trunk.windows is not None and not cached:
+            mask = dataclasses.replace(mask, positions=positions)
+        return _Sequence(positions, mask, None if rotary is None else rotary.table(positions), cache_rows)
+
+    def _run_layers(
+        self,
+        first: _Carry,
+        sequence: _Sequence,
+        *,
+        collect: tuple[str, ...],
+        reduce: Callable[[Any, BlockOutput], Any] | None,
+        dropout_key: PRNGKey | None,
+        remat: Remat,
+    ) -> tuple[_Carry, dict[str, Array]]:
+        count, windows = self.trunk.layers, self.trunk.windows
+        if windows is not None:
+            windows = jnp.array([np.iinfo(np.int32).max if window is None else window for window in windows])
+        own = _Layer(
+            number=range(count) if isinstance(self.layers, nnx.List) else jnp.arange(count),
+            window=windows,
+            dropout_key=None if dropout_key is None else jax.random.split(dropout_key, count),
+        )
+        step = functools.partial(_run_layer, sequence=sequence, collect=collect, reduce=reduce)
+        return scan(self.layers, step, first, own, remat=remat)
+
+    def unstack(self) -> None:
+        """Gives every layer arrays of its own, see ``nn.stack``; the paths are then ``layers/0/...`` and so on."""
+        self.layers = unstack(self.layers, self.trunk.layers)
+
+    def remove_adapters(self) -> None:
+        """Removes every adapter: what is left computes exactly what the trunk computed before it had them."""
+        for layers in self.layers if isinstance(self.layers, nnx.List) else [self.layers]:
+            layers.mlp_adapter = None
+            layers.attn_adapter = None
+
+
+def _run_layer(
+    layer: Block,
+    carry: _Carry,
+    own: _Layer,
+    *,
+    sequence: _Sequence,
+    collect: tuple[str, ...],
+    reduce: Callable[[Any, BlockOutput], Any] | None,
+) -> tuple[_Carry, dict[str, Array]]:
+    cached = None
+    if carry.cache is not None:
+        cached = CachedLayer(carry.cache, own.number, sequence.cache_rows, sequence.positions)
+    output = layer(
+        split_rows(carry.x),
+        sequence.mask if own.window is None else sequence.mask.with_window(own.window),
+        sequence.rotary,
+        cached,
+        weights=reduce is not None or "attentions" in collect,
+        dropout_key=own.dropout_key,
+    )
+    reduced = carry.reduced if reduce is None else reduce(carry.reduced, output)
+    return _Carry(output.out, output.cache, reduced), {name: getattr(output, name) for name in collect}
+
+
+def _causal_mask(positions: Int[Array, "B S"], *, cached: bool, in_order: bool) -> Mask:
+    """What is not after the query in ``positions``; kernels know the rule where these are places in the sequence."""
+    if cached:
+        return Mask("causal", queries=positions)
+    if in_order:
+        return Mask("causal")
+    return Mask("full", extra=positions[:, None, :] <= positions[:, :, None])
