@@ -5,7 +5,7 @@ import functools
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from magma_jax.typing import Array, Bool, Float, Int
 
 Prompt: TypeAlias = Sequence[str | ImageInput]
 
-# What an image is known by: its row in a source of images, or a keyed hash of its pixels.
-ImageKey: TypeAlias = int | bytes
+# What an image is known by: its row in a source of images (int), or a keyed hash of its pixels (bytes).
+ImageKey: TypeAlias = Any
 
 # A position of a prompt that is a word and no part of an image.
 WORD = -1
