@@ -66,7 +66,7 @@ def from_dict(cls: type[T], values: Settings, where: str = "config", types: Mapp
         raise ConfigError(f"{where}: {error}") from None
 
 
-def from_union(classes: Sequence[type], values: Mapping[str, Any], where: str = "config") -> Any:
+def from_union(classes: Sequence[type], values: Settings, where: str = "config") -> Any:
     """The one of several dataclasses whose ``kind`` the values name, see ``from_dict``.
 
     Raises:

@@ -94,7 +94,7 @@ def _print_answers(arguments: argparse.Namespace, questions: list[Question], opt
         which = {"layer": arguments.layer, "head": arguments.head, "relative": arguments.relative}
         seen.sheet(**which).save(buffer, "PNG")
         replace_file(arguments.attention, buffer.getvalue())
-        if seen.grid.note:
+        if seen.grid is not None and seen.grid.note:
             print(printable(f"note: {seen.grid.note}"), file=sys.stderr)
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from magma_jax.inference.decoding.config import SamplingConfig
@@ -88,7 +87,7 @@ def run_common(
 
 
 def _embed(
-    model: nnx.Module,
+    model: Any,
     features: Float[Array | np.ndarray, "B N ..."],
     tokens: Int[Array | np.ndarray, "B S"],
     places: Int[Array | np.ndarray, "B S"],

@@ -4,12 +4,11 @@ Everything has a declared shape: the slots and their cache, a table of encoded i
 lengths. So the programs are few, all are compiled before the first request, and none after it.
 """
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from magma_jax.inference.decoding.decode import DecodeState, SampledTokens, run, sample_tokens
@@ -144,7 +143,7 @@ def admit(
 
 
 def embed(
-    model: nnx.Module, table: Float[Array, "C P D"], tokens: Int[Array, "A S"], places: Int[Array, "A S"]
+    model: Any, table: Float[Array, "C P D"], tokens: Int[Array, "A S"], places: Int[Array, "A S"]
 ) -> Float[Array, "A S D"]:
     """Embeddings of sequences of words and positions of images, as in ``Admission``."""
     words = model.embed_tokens(tokens)
