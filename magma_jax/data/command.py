@@ -75,7 +75,7 @@ def _show(arguments: argparse.Namespace) -> None:
     print(printable(json.dumps(records.info, indent=2, ensure_ascii=False)))
     for row in range(min(arguments.limit, len(records))):
         record = records[row]
-        print(printable(f"\n{record.id}  ({len(record.image)} bytes)"))
+        print(printable(f"\n{record.id}  ({len(record.image_bytes())} bytes)"))
         for caption in record.captions:
             print(printable(f"  {caption}"))
         for question in record.questions:

@@ -72,7 +72,7 @@ class Dataset:
     batches: Callable[[int, int, Sequence[int]], grain.IterDataset | FolderBatches]
     images: UInt8[np.ndarray, "N H W 3"] | StoredImages | None = None
     learned: Sequence[int] | None = None
-    evaluation: dict[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    evaluation: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     records: Sequence[Any] = ()
     validation_batches: Callable[[str, int, int, Sequence[int]], list[Batch]] | None = None
     counted: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -77,13 +77,17 @@ def open_folders(config: FoldersConfig) -> Dataset:
         raise ConfigError("data.folders names no folders to train on; set data.folders.train")
     tokenizer = _tokenizer(config.tokenizer)
     padding = text_padding(tokenizer)
-    names = dict.fromkeys(source.path for members in config.folders.values() for source in members)
+    sources = {  # the config has made all of them such
+        split: [source for source in members if isinstance(source, SourceConfig)]
+        for split, members in config.folders.items()
+    }
+    names = dict.fromkeys(source.path for members in sources.values() for source in members)
     options = ImageOptions(config.image_size, config.decode, config.augment or "none")
     images = StoredImages(tuple(names), options, cores() if config.workers is None else config.workers)
     records = dict(zip(names, images.records, strict=True))
     splits = {
         split: [FolderSamples(records[source.path], source, images.first_row(source.path)) for source in members]
-        for split, members in config.folders.items()
+        for split, members in sources.items()
     }
     encode = functools.partial(
         encode_sample,

@@ -94,7 +94,9 @@ class Asker:
     def tickets(self, prompt: Prompt) -> list[Ticket]:
         """Begins to draw the answers to a prompt; iterate over one to see it as it comes."""
         options = self.options
-        layout = self._engine.layout(prompt)
+        assert self._engine is not None  # answers are sampled
+        engine = self._engine
+        layout = engine.layout(prompt)
         wanted = [
             RequestOptions(
                 max_new_tokens=options.max_new_tokens,
@@ -104,7 +106,7 @@ class Asker:
             )
             for i in range(options.n)
         ]
-        return [self._engine.submit(layout, one) for one in wanted]
+        return [engine.submit(layout, one) for one in wanted]
 
 
 def token_answers(

@@ -1,6 +1,5 @@
 """Several prompts as one batch of embeddings, and its continuation by a model that writes token by token."""
 
-import numbers
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -99,8 +98,8 @@ def generate_program(graphdef, params, embeddings, lengths, keys, **options) -> 
 
 
 def _row_keys(seed: int | Sequence[int], rows: int) -> Array:
-    if isinstance(seed, numbers.Integral):
-        return row_keys(seed_key(seed), rows)
+    if isinstance(seed, int | np.integer):
+        return row_keys(seed_key(int(seed)), rows)
     if len(seed) != rows:
         raise ValueError(f"{len(seed)} seeds for {rows} rows; give one a row, or a single number")
     # As a batch of one draws with a single number.

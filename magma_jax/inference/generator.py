@@ -37,6 +37,7 @@ class Generator(Protocol):
         Raises:
             ValueError: a prompt or options that the model cannot follow. ImageError: a bad image.
         """
+        ...
 
 
 @runtime_checkable
@@ -64,9 +65,12 @@ class TokenGenerator(Generator, Protocol):
 
     def layout(self, prompt: Prompt, *, max_images: int | None = None, salt: bytes = b"") -> PromptLayout:
         """The layout of a prompt, see ``prompts.lay_out_prompt``."""
+        ...
 
     def preprocess_batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """Embeddings of several prompts."""
+        ...
 
     def remove_adapters(self) -> "TokenGenerator":
         """The same model without what was added to its language model."""
+        ...

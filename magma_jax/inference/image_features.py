@@ -25,9 +25,11 @@ class Images(Protocol):
 
     def __len__(self) -> int:
         """How many there are."""
+        ...
 
     def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
         """Those of these rows, uint8 (N, H, W, 3)."""
+        ...
 
 
 def encode_all(
@@ -54,7 +56,7 @@ def encode_all(
     for start in tqdm(range(0, len(images), batch_size), desc="encoding images", unit="batch", disable=quiet):
         # The last batch is filled up with its last image, so that one program serves all.
         chosen = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
-        pixels = {"images": normalize_for(config, images[chosen[rows]])}
+        pixels: dict[str, Any] = {"images": normalize_for(config, images[chosen[rows]])}
         if mesh is not None:
             pixels = place_batch(pixels, mesh, batch_size)
         parts.append(np.asarray(_encode(graphdef, rest, encoder, pixels["images"], out=out)))

@@ -6,7 +6,7 @@ linear map, without gain; all three are here.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ class PrefixTransformerLayer(nnx.Module):
 class ImagePrefix(nnx.Module):
     """Encoder and mapping. ``encoder`` may be any module with ``config.channels`` and ``config.positions``."""
 
-    def __init__(self, encoder: nnx.Module, width: int, config: PrefixConfig, *, rngs: nnx.Rngs):
+    def __init__(self, encoder: Any, width: int, config: PrefixConfig, *, rngs: nnx.Rngs):
         self.config, self.width = config, width
         self.encoder = encoder
         pooled = encoder.config.positions is None
@@ -96,7 +96,7 @@ class ImagePrefix(nnx.Module):
 
     def project(self, features: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
         """The mapping alone: (B, P, C) to (B, P, D), pooled (B, C) to (B, P * D)."""
-        if self.feature_mean is not None:
+        if self.feature_mean is not None and self.feature_std is not None:
             scaled = (features.astype(jnp.float32) - self.feature_mean[...]) / self.feature_std[...]
             features = scaled.astype(features.dtype)
         if self.proj_in is not None:

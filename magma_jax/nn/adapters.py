@@ -9,7 +9,7 @@ With ``A(x) = W_up act(W_down x)``, ``x`` the input of the adapted module and ``
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -57,8 +57,9 @@ class Adapter(nnx.Module):
         self.config = config
         bottleneck = width // config.downsample_factor
         # Either way the adapted model starts as the language model it adapts (nearly so in the original).
-        small = {"weight_init": clipped_normal(1e-3), "bias_init": clipped_normal(1e-3)}
-        down, up = (small, small) if config.init == "original" else ({}, {"weight_init": zeros})
+        small: dict[str, Any] = {"weight_init": clipped_normal(1e-3), "bias_init": clipped_normal(1e-3)}
+        zero: dict[str, Any] = {"weight_init": zeros}
+        down, up = (small, small) if config.init == "original" else ({}, zero)
         self.ln = LayerNorm(width, param=AdapterParam) if config.layernorm else None
         self.down = Linear(width, bottleneck, param=AdapterParam, rngs=rngs, **down)
         self.up = Linear(bottleneck, width, param=AdapterParam, rngs=rngs, **up)

@@ -35,7 +35,7 @@ def blockwise_attention(
     batch, length, heads, size = q.shape
     groups = k.shape[1]
     grouped = q.reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
-    out = _attention(grouped, k, v, mask, scale, min(block, k.shape[2]))
+    out: Any = _attention(grouped, k, v, mask, scale, min(block, k.shape[2]))
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 

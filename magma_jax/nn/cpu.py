@@ -42,7 +42,7 @@ def few_rows(plain: Callable[..., Array]) -> Callable[..., Array]:
     return product
 
 
-def pixels_side_by_side(plain: Callable[[Array, Array, int, int], Array]) -> Callable[[Array, Array, int, int], Array]:
+def pixels_side_by_side(plain: Callable[..., Array]) -> Callable[[Array, Array, int, int], Array]:
     """Tunes ``plain(x, weight, stride, padding)``, a convolution: a matrix times the pixels under the kernel.
 
     XLA:CPU runs convolutions inside of loops, and many gradients of convolutions, 10 to 100 times slower than that.

@@ -7,7 +7,7 @@ On TPUs Pallas' splash attention, on NVIDIA GPUs cuDNN's, elsewhere and for mask
 import functools
 import logging
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -129,13 +129,13 @@ def cudnn_refusal(platform: str, capability: str, dtype: str, head_size: int) ->
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Mask, scale: float) -> Array:
     batch, length = q.shape[:2]
-    options: dict[str, object] = {"scale": scale, "implementation": "cudnn"}
+    options: dict[str, Any] = {"scale": scale, "implementation": "cudnn"}
     plain = mask.queries is None and mask.extra is None and mask.segments is None and mask.kind != "prefix"
-    windowed = mask.kind == "causal" and isinstance(mask.window, int) and mask.positions is None
-    if plain and (mask.window is None or windowed):
+    window = mask.window if mask.kind == "causal" and isinstance(mask.window, int) and mask.positions is None else None
+    if plain and (mask.window is None or window is not None):
         options["is_causal"] = mask.kind == "causal"
-        if windowed:
-            options["local_window_size"] = (mask.window - 1, 0)
+        if window is not None:
+            options["local_window_size"] = (window - 1, 0)
         if mask.lengths is not None:
             options["key_value_seq_lengths"] = mask.lengths.astype(jnp.int32)
             options["query_seq_lengths"] = jnp.full(batch, length, jnp.int32)
@@ -212,5 +212,5 @@ def _splash_local(
         q_seq_shards=1,
         interpret=interpret,
     )
-    out = jax.vmap(kernel)(q, k, v) if segments is None else jax.vmap(kernel)(q, k, v, segments)
+    out: Any = jax.vmap(kernel)(q, k, v) if segments is None else jax.vmap(kernel)(q, k, v, segments)
     return out.swapaxes(1, 2)[:, :length]

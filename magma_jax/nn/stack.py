@@ -84,9 +84,9 @@ def remat_call(layer: Any, body: Callable[[Any, Any], Any], x: Any, *, remat: Re
 
 def _write_back(module: nnx.Module, statistics: dict[str, Any]) -> None:
     for path, variable in nnx.to_flat_state(nnx.state(module, Statistic)):
-        variable[...] = statistics["/".join(path)]
+        variable[...] = statistics["/".join(map(str, path))]
 
 
 def _statistics(layer: nnx.Module) -> dict[str, Any]:
     state = nnx.to_flat_state(nnx.state(layer, Statistic))
-    return {"/".join(path): variable.get_value() for path, variable in state}
+    return {"/".join(map(str, path)): variable.get_value() for path, variable in state}

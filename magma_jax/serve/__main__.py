@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = commands.ArgumentParser(prog="python -m magma_jax.serve", description=__doc__.splitlines()[0])
+    parser = commands.ArgumentParser(prog="python -m magma_jax.serve", description=str(__doc__).splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="run folder, model folder, or PyTorch checkpoint")
     parser.add_argument("--name", help="of the model in the API; default: the checkpoint's")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")

@@ -83,7 +83,7 @@ def create_app(
     async def answered(work: Callable[[], Awaitable[Response]]) -> Response:
         try:
             if failure() is not None:
-                raise RequestError(failure(), 503)
+                raise RequestError(failure() or "", 503)
             if not app.state.ready:
                 raise RequestError("the server is starting: it compiles; try again later", 503, code="starting")
             return await work()
@@ -96,7 +96,7 @@ def create_app(
 
     @app.exception_handler(405)
     async def other_method(request: Request, error: HTTPException) -> Response:
-        allowed = ", ".join([*sorted(error.headers["Allow"].split(", ")), "OPTIONS"])
+        allowed = ", ".join([*sorted((error.headers or {})["Allow"].split(", ")), "OPTIONS"])
         if request.method == "OPTIONS":
             return Response(status_code=204, headers={"Allow": allowed})
         says = f"{request.url.path[:80]} takes {allowed}, not {request.method}"

@@ -29,9 +29,11 @@ class Shape(Protocol):
 
     def piece(self, index: int, piece: Progress, text: str) -> dict[str, Any]:
         """What it has in an event with new ``text``."""
+        ...
 
     def choice(self, index: int, pieces: Sequence[Progress], text: str) -> dict[str, Any]:
         """What it has in an answer that is sent whole."""
+        ...
 
 
 class ChatShape:

@@ -1,6 +1,7 @@
 """What Prometheus is told."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -44,7 +45,7 @@ class ServerMetrics:
 
     def __init__(self, stats: Callable[[], EngineStats]):
         self._registry = CollectorRegistry()
-        options = {"registry": self._registry}
+        options: dict[str, Any] = {"registry": self._registry}
         self._requests = Counter("magma_requests", "Requests by route and status", ["route", "status"], **options)
         self.first_token = Histogram(
             "magma_first_token_seconds", "Time to the first token", buckets=_BUCKETS, **options

@@ -208,7 +208,7 @@ class Service:
 
         deadline = time.monotonic() + started + self.config.timeout - time.perf_counter()
 
-        def lay_out(items: Items | list[int]) -> PromptLayout:
+        def lay_out(items: Any) -> PromptLayout:
             if items and isinstance(items[0], int):
                 return lay_out_tokens(items, self.engine.model.lm_config.vocab_rows, salt)
             opened = (rules, self._decoders, deadline)
@@ -264,7 +264,7 @@ def _told_to_clients() -> Iterator[None]:
         raise RequestError(str(error), param="max_tokens", code="context_length_exceeded") from None
 
 
-def _spelled(prompt: Items | list[int], tokenizer: Tokenizer) -> str:
+def _spelled(prompt: Any, tokenizer: Tokenizer) -> str:
     """The text of a prompt, without its images."""
     if isinstance(prompt[0], int):
         return tokenizer.decode(prompt)

@@ -1,8 +1,9 @@
 """The training loop: batches, steps, progress, checkpoints. It knows no model family and no dataset by name."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ def train(
     family: Family,
     config: RunConfig,
     workdir: str | Path,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     *,
     resume: bool = True,
     profile: StepRange | None = None,
@@ -88,7 +89,7 @@ def train(
 
 def _steps(
     run: Run,
-    batches: Iterator[Batch],
+    batches: Any,  # an iterator of Grain, which knows its position
     key: PRNGKey,
     prepare: Callable[[Batch], Batch],
     validate: Callable[[], dict[str, float]] | None,

@@ -172,10 +172,10 @@ class Answerer:
         """A batch on the devices; of several processes each encodes and places its own rows."""
         # A prompt with fewer images than another has some image in the free places, where nothing points to.
         shown = [[*p.images, *(p.images[-1:] or (0,)) * (images - len(p.images))] for p in prompts]
-        self._encode({image for row in shown for image in row})
+        self._encode({int(image) for row in shown for image in row})
         arrays = {
             **pad_layouts([prompts[row] for row in self._rows], bucket),
-            "features": np.stack([[self._features[image] for image in shown[row]] for row in self._rows]),
+            "features": np.stack([[self._features[int(image)] for image in shown[row]] for row in self._rows]),
             "numbers": numbers[self._rows].astype(np.int32),
         }
         return arrays if self._mesh is None else place_batch(arrays, self._mesh, self._batch_size)
@@ -200,8 +200,8 @@ class Answerer:
             self._features.popitem(last=False)
 
     def _run_common(self, beginning: PromptLayout) -> KVCache:
-        self._encode(set(beginning.images))
-        features = np.stack([self._features[image] for image in beginning.images])[None]
+        self._encode(set(map(int, beginning.images)))
+        features = np.stack([self._features[int(image)] for image in beginning.images])[None]
         return run_common(
             self.model.graphdef,
             self.model.params,

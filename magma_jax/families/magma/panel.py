@@ -71,6 +71,7 @@ class Sampler:
     def __call__(self, step: int, params: Params) -> UInt8[np.ndarray, "H W 3"]:
         """Asks the model with ``params``, and returns the image of its answers."""
         run = self._run
+        assert run.dataset.images is not None  # it draws images alone
         tokenizer, images = run.dataset.tokenizer, run.dataset.images[self._rows]
         features = self._features
         if features is None:
@@ -104,7 +105,9 @@ class Sampler:
         lines: dict[int, list[Line]] = defaultdict(list)
         for sample, text in zip(self._samples, said, strict=True):
             lines[int(sample.image)].append(Line(text, sample.answer.strip(), question_of(sample)))
-        return [Card(self._run.dataset.images[row], members) for row, members in lines.items()]
+        shown = self._run.dataset.images
+        assert shown is not None  # it draws images alone
+        return [Card(shown[row], members) for row, members in lines.items()]
 
     def _write(self, step: int, image: UInt8[np.ndarray, "H W 3"], said: Sequence[str]) -> None:
         folder = self._run.workdir / SAMPLES

@@ -105,13 +105,13 @@ class Ticket:
         self._pieces: list[Progress] = []
         self._error: EngineError | None = None
         self._changed = threading.Condition()
-        self._listeners: list[Callable[[], None]] = []
+        self._listeners: list[Callable[[], object]] = []
 
     def cancel(self) -> None:
         """Gives up the request; its slot becomes free."""
         self.cancelled = True
 
-    def on_progress(self, listener: Callable[[], None]) -> None:
+    def on_progress(self, listener: Callable[[], object]) -> None:
         """Calls ``listener`` (from the engine's thread) whenever there is something new, and once now."""
         with self._changed:
             self._listeners.append(listener)

@@ -33,19 +33,21 @@ def decode_program(
     by_rows = batch_sharding(mesh)
     by_heads = jax.NamedSharding(mesh, jax.P(None, BATCH_AXES, "model"))
 
-    def row(dtype: Any) -> jax.ShapeDtypeStruct:
+    def row(dtype: Any) -> Any:  # shapes stand where arrays will be
         return jax.ShapeDtypeStruct((rows,), dtype, sharding=by_rows)
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     cache = (lm.layers, rows, lm.heads, slots or lm.context_length, lm.width // lm.heads)
+    kept: Any = jax.ShapeDtypeStruct(cache, dtype, sharding=by_heads)
+    key_rows: Any = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=by_rows)
     state = DecodeState(
-        cache=KVCache(*[jax.ShapeDtypeStruct(cache, dtype, sharding=by_heads)] * 2),
+        cache=KVCache(kept, kept),
         token=row(jnp.int32),
         position=row(jnp.int32),
         count=row(jnp.int32),
         limit=row(jnp.int32),
         done=row(jnp.bool_),
-        keys=jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=by_rows),
+        keys=key_rows,
         sampling=SamplingRows(
             **{name: row(jnp.int32 if name == "top_k" else jnp.float32) for name in SamplingRows._fields}
         ),

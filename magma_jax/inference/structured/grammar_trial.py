@@ -104,11 +104,13 @@ class Trial:
         if self.process is None or self.process.poll() is not None:
             self.close()
             self._start()
-        timer = threading.Timer(PATIENCE, self.process.kill)
+        process = self._running()
+        timer = threading.Timer(PATIENCE, process.kill)
         timer.start()
         try:
             self._send(grammar)
-            return Verdict(*pickle.load(self.process.stdout))
+            assert process.stdout is not None  # a pipe
+            return Verdict(*pickle.load(process.stdout))
         except (OSError, EOFError):
             self.close()
             raise TrialError("it could not be tried; try again later") from None
@@ -128,8 +130,14 @@ class Trial:
         self._send(self._vocabulary)
 
     def _send(self, thing: Any) -> None:
-        pickle.dump(thing, self.process.stdin)
-        self.process.stdin.flush()
+        pipe = self._running().stdin
+        assert pipe is not None  # as it was started
+        pickle.dump(thing, pipe)
+        pipe.flush()
+
+    def _running(self) -> subprocess.Popen:
+        assert self.process is not None  # it was started
+        return self.process
 
     def close(self) -> None:
         """Ends the process."""
@@ -138,7 +146,8 @@ class Trial:
         self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
-                pipe.close()
+                if pipe is not None:
+                    pipe.close()
         self.process.wait()
         self.process = None
 

@@ -4,7 +4,7 @@ Every kind of language model is a config: ``trunk`` says of which blocks it is m
 """
 
 import dataclasses
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -33,18 +33,30 @@ MAX_LAYERS = 10_000
 class DecoderConfig(Protocol):
     """What every language model's config has, under these names."""
 
-    kind: str
-    layers: int
-    width: int
-    heads: int
-    feed_forward: int
-    vocab_rows: int  # rows of the embedding table
-    head_rows: int  # rows of the head; ids that the table lacks are never sampled
-    context_length: int  # positions the model was trained on, in tokens
-    layernorm_eps: float
-    embedding_std: float  # standard deviation of a fresh embedding table
-    dtype: str  # that the weights are stored in; int8 and int4 stand for the matrices, see nn.quantized
-    head: Head
+    @property
+    def kind(self) -> str: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def feed_forward(self) -> int: ...
+    @property
+    def vocab_rows(self) -> int: ...  # rows of the embedding table
+    @property
+    def head_rows(self) -> int: ...  # rows of the head; ids that the table lacks are never sampled
+    @property
+    def context_length(self) -> int: ...  # positions the model was trained on, in tokens
+    @property
+    def layernorm_eps(self) -> float: ...
+    @property
+    def embedding_std(self) -> float: ...  # standard deviation of a fresh embedding table
+    @property
+    def dtype(self) -> str: ...  # that the weights are stored in; int8 and int4: the matrices, see nn.quantized
+
+    head: ClassVar[Head]
 
     def trunk(self) -> TrunkConfig:
         """What stands between embeddings and final hidden states, without adapters."""

@@ -5,7 +5,7 @@ remat=...)``. Its config has ``image_size``, ``channels`` and ``positions`` (Non
 """
 
 import dataclasses
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from flax import nnx
@@ -24,8 +24,8 @@ class EncoderEntry(NamedTuple):
     """An encoder's class and the mean and standard deviation that its pixels (0 to 1) are normalised with."""
 
     module: type[nnx.Module]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 ENCODERS = {
@@ -49,7 +49,8 @@ PUBLISHED_ENCODERS: dict[str, EncoderConfig] = {
 
 def build_encoder(config: EncoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     """The encoder of a config, with fresh weights."""
-    return ENCODERS[config.kind].module(config, rngs=rngs)
+    module: Any = ENCODERS[config.kind].module
+    return module(config, rngs=rngs)
 
 
 def normalize_for(config: EncoderConfig, pixels: UInt8[Array | np.ndarray, "*batch H W 3"]) -> Array | np.ndarray:

@@ -64,13 +64,14 @@ class Attention(nnx.Module):
         """Queries (B, S, H, K), keys and values (B, S, G, K) before positions turn them."""
         config = self.config
         if config.projections == "joint_by_head":
-            return tuple(jnp.split(self.qkv_proj(x).reshape(*x.shape[:2], config.heads, -1), 3, axis=-1))
+            q, k, v = jnp.split(self.qkv_proj(x).reshape(*x.shape[:2], config.heads, -1), 3, axis=-1)
+            return q, k, v
         if config.projections == "joint":
             queries, keys = config.heads * config.size, config.key_heads * config.size
             parts = jnp.split(self.qkv_proj(x), (queries, queries + keys), axis=-1)
         else:
             parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        if config.qk_norm == "all":
+        if config.qk_norm == "all" and self.ln_q is not None and self.ln_k is not None:
             parts = [self.ln_q(parts[0]), self.ln_k(parts[1]), parts[2]]
         q, k, v = (part.reshape(*x.shape[:2], -1, config.size) for part in parts)
         return q, k, v
@@ -80,10 +81,11 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S G K"], Float[Array, "B S G K"]]:
         """Queries, keys and values, normalised and turned."""
         q, k, v = self.project(x)
-        if self.config.qk_norm == "head":
+        if self.config.qk_norm == "head" and self.ln_q is not None and self.ln_k is not None:
             q, k = self.ln_q(q), self.ln_k(k)
-        if rotary is not None:
-            q, k = (apply_rotary(part, *rotary, interleaved=self.config.rotary.interleaved) for part in (q, k))
+        if rotary is not None and self.config.rotary is not None:
+            interleaved = self.config.rotary.interleaved
+            q, k = (apply_rotary(part, *rotary, interleaved=interleaved) for part in (q, k))
         return q, k, v
 
     def __call__(

@@ -35,7 +35,7 @@ class KVCache(NamedTuple):
     def write(self, layer: Any, rows: Int[Array, " B"], positions: Int[Array, "B S"], new: "KVCache") -> "KVCache":
         """With ``new``, (B, S, G, K) each, written to a layer."""
 
-        def written(kept: Any, new: Array) -> Any:
+        def written(kept: Any, new: Any) -> Any:
             if isinstance(kept, tuple):
                 changed = kept[layer].at[rows[:, None], :, positions].set(new.astype(self.dtype))
                 return (*kept[:layer], changed, *kept[layer + 1 :])
@@ -53,6 +53,7 @@ class KVCache(NamedTuple):
             return self.key[layer], self.value[layer]
         if isinstance(self.key, tuple):
             return self.key[layer][rows], self.value[layer][rows]
+        assert not isinstance(self.value, tuple)  # as its keys
         return self.key[layer, rows], self.value[layer, rows]
 
 

@@ -162,6 +162,8 @@ class Trunk(nnx.Module):
         return jnp.broadcast_to(jnp.arange(length), (batch, length))
 
     def _position_vectors(self, positions: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:
+        assert self.trunk.positions is not None  # it has a table of positions
+        assert self.wpe is not None
         offset = self.trunk.positions.offset
         return self.wpe(positions + offset if offset else positions, dtype)
 

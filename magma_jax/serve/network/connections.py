@@ -39,14 +39,15 @@ def settings(app: FastAPI, config: ServerConfig, **options: Any) -> uvicorn.Conf
     if number < config.connections:
         print(f"at most {number} connections: the limit of open files is low (ulimit -n)", file=sys.stderr)
     bounds = Bounds(number, config.head_timeout, config.send_timeout, config.timeout + config.send_timeout)
+    protocol: Any = functools.partial(BoundedProtocol, shared=_Shared(bounds))
     return uvicorn.Config(
         app,
         # h11 alone has a limit on headers.
-        http=functools.partial(BoundedProtocol, shared=_Shared(bounds)),
+        http=protocol,
         ws="none",
         backlog=_BACKLOG,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=config.grace,
+        timeout_graceful_shutdown=config.grace,  # pyright: ignore[reportArgumentType]  # a float does as well
         **{"log_level": "error", **options},
     )
 

@@ -29,7 +29,7 @@ Connector = Callable[..., socket.socket]
 
 def resolve(host: str, port: int) -> list[str]:
     """All addresses of a host name."""
-    return [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    return [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 class FetchError(ValueError):

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import jinja2
 from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from magma_jax.serve.errors import RequestError
 from magma_jax.serve.prompts.wording import asks_for_caption, bare_question, is_worded
@@ -57,7 +57,7 @@ def raw(messages: Sequence[Message]) -> Items:
     for i, message in enumerate(messages):
         found = contents(message.parts)
         if message.role == "assistant":
-            text = "".join(found).strip()
+            text = "".join(map(str, found)).strip()
             found = [f" {text}" + ("\n" if i + 1 < len(messages) else "")]
         items += found
     return [item for item in items if item != ""]
@@ -242,7 +242,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"namespace: {name!r} is no name, or begins with an underscore")
+        raise SecurityError(f"namespace: {name!r} is no name, or begins with an underscore")
 
 
 def _raise(message: str) -> None:

@@ -1,5 +1,8 @@
 """The OpenAI shapes: what a request may hold, and what it asks of the engine."""
 
+# Types of fields are made by a call, which pydantic reads and a checker of types cannot.
+# pyright: reportInvalidTypeForm=false
+
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -281,16 +284,17 @@ class TextRequest(PromptRequest, SamplingRequest):
     @property
     def prompts(self) -> list[Items | list[int]]:
         """Each prompt: texts and images in their order, or token ids."""
-        match _kind_of_prompt(self.prompt):
+        prompt: Any = self.prompt  # of the kind that its tag says
+        match _kind_of_prompt(prompt):
             case "text":
-                return [[self.prompt]]
+                return [[prompt]]
             case "texts":
-                return [[text] for text in self.prompt]
+                return [[text] for text in prompt]
             case "tokens":
-                return [self.prompt]
+                return [prompt]
             case "token lists":
-                return self.prompt
-        return [contents(self.prompt)]
+                return prompt
+        return [contents(prompt)]
 
     @property
     def default_tokens(self) -> int:

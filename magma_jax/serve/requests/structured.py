@@ -1,5 +1,8 @@
 """Requests for answers of a given form: OpenAI's ``response_format``, and what vLLM has beside it."""
 
+# Types of fields are made by a call, which pydantic reads and a checker of types cannot.
+# pyright: reportInvalidTypeForm=false
+
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator

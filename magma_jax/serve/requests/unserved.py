@@ -3,6 +3,9 @@
 The names are those of the OpenAI SDKs' request types and of vLLM's additions.
 """
 
+# Types of fields are made by a call, which pydantic reads and a checker of types cannot.
+# pyright: reportInvalidTypeForm=false
+
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator

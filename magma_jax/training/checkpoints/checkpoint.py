@@ -79,7 +79,7 @@ def read_what_was_trained(
     if not has_steps:
         return {}
     labels = label_parameters(types, metadata.get("groups", {}))
-    trainable, _, statistics = partition(shapes, labels)
+    trainable, _, statistics = partition(dict(shapes), labels)
     averaged: frozenset[str] = frozenset()
     if run.get("ema") and (run.get("validation", {}).get("ema", False) if ema is None else ema):
         averaged = averaged_paths(from_dict(EmaConfig, run["ema"], "model.json: run.ema"), labels)
@@ -146,7 +146,7 @@ class RunCheckpoints:
             ocp.handlers.JsonHandler, checkpointable_name="progress"
         )
         return ocp.training.Checkpointer(
-            self._folder,
+            str(self._folder),
             context=context,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self._kept]),
             # Half-written steps of a killed run; a reader must leave alone what a trainer is writing.

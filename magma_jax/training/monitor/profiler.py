@@ -60,7 +60,7 @@ class Profiler:
 
     def ends(self, step: int) -> bool:
         """Whether it ends with ``step``."""
-        return self._tracing and step == self._steps.last
+        return self._tracing and self._steps is not None and step == self._steps.last
 
     def start(self) -> None:
         """Begins the trace."""

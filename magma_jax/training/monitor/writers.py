@@ -124,7 +124,7 @@ class Wandb(Writer):
 
     def __init__(self, workdir: str | Path, project: str, config: Mapping[str, Any]):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  # an extra
         except ModuleNotFoundError:
             raise ConfigError("watch.wandb needs another package: pip install wandb") from None
         self._wandb = wandb

@@ -71,7 +71,7 @@ def continued_config(
 def _schedule_note(config: RunConfig, workdir: Path) -> str:
     optim = config.optim
     note = f"the schedule of the learning rates keeps the {optim.steps} steps that the run started with"
-    if config.steps <= optim.steps:
+    if optim.steps is not None and config.steps <= optim.steps:
         return note
     rates = [float(make_schedule(optim, peak)(config.steps)) for peak in peak_rates(optim).values()]
     if not any(rates):

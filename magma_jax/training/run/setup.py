@@ -3,8 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-
-import jax
+from typing import Any
 
 from magma_jax.config import ConfigError
 from magma_jax.data.dataset import Dataset
@@ -56,7 +55,7 @@ def prepare_run(
     family: Family,
     config: RunConfig,
     workdir: str | Path,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     *,
     resume: bool = True,
 ) -> Run:

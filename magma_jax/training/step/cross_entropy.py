@@ -8,6 +8,7 @@ multiplied as often as in the plain form: nothing is computed again in the backw
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,8 @@ def cross_entropy(
     # The rows, which devices share, stay together in each stretch.
     hidden = hidden.reshape(batch, stretches, stretch, width).swapaxes(0, 1)
     padded = padded.reshape(batch, stretches, stretch).swapaxes(0, 1)
-    project, weights = jax.closure_convert(project, hidden[0])
+    converted: Any = jax.closure_convert(project, hidden[0])
+    project, weights = converted
     loss, predicted = _summed(project, hidden, padded, *weights)
     return loss, jnp.sum(labels != IGNORED), predicted
 

@@ -150,7 +150,7 @@ def make_schedule(config: OptimConfig, peak: float) -> Schedule:
 
     A warm-up, linear from zero, takes the first steps of the first period, whose cosine is that much shorter.
     """
-    warmup, total = config.warmup_steps, config.steps
+    warmup, total = config.warmup_steps, config.steps or 0  # a run fills in its own
     if config.schedule == "constant":
         return optax.constant_schedule(peak)
     if config.schedule == "cosine":
@@ -207,7 +207,8 @@ def make_optimizer(
             b2=config.b2,
             eps=config.eps,
             weight_decay=decay,
-            mask=lambda params: {path: path not in spared for path in params},
+            # The tree is a flat dict of parameters.
+            mask=lambda params: {path: path not in spared for path in params},  # pyright: ignore[reportGeneralTypeIssues]
         )
 
     names = {role: "-".join(roles) for roles in roles_by_setting.values() for role in roles}
