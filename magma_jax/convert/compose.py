@@ -22,7 +22,7 @@ from magma_jax.storage.hashing import hashing
 from magma_jax.storage.hub import local_path
 from magma_jax.storage.model_folder import CheckpointError, nbytes_of, write_model_folder
 from magma_jax.storage.progress import writing
-from magma_jax.training.run.config import RunConfig
+from magma_jax.training.run.config import RunConfig, completed
 from magma_jax.training.run.pretrained import open_weights
 from magma_jax.training.run.program import create_model
 from magma_jax.training.step.optim import label_parameters, partition
@@ -85,7 +85,7 @@ def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Compos
                 }
 
             write_model_folder(out, metadata, params, lambda folder: tokenizer.save(folder / "tokenizer"), progress)
-    trainable, frozen, _ = partition(shapes, label_parameters(types, config.optim.groups))
+    trainable, frozen, _ = partition(shapes, label_parameters(types, completed(MAGMA, config).optim.groups))
     return Composition(parameter_count(frozen), parameter_count(trainable), parameter_count(fresh))
 
 
