@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "model": read_model_json(arguments.base)["model"],
             "base": arguments.base,
             "data": {
-                "name": "folders",
+                "kind": "folders",
                 "folders": {"train": [{"path": str(dataset), "caption_prompt": "A picture of"}]},
                 "length": 32,
                 "overlong": "truncate",
