@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "optim": {
                 "learning_rate": 1e-3,
                 "clip_norm": 1.0,
-                "groups": {"language": "frozen", "encoder": "frozen", "prefix": "rest", "adapter": "rest"},
+                "groups": {"encoder": "frozen"},  # as the language model is anyway
             },
             "steps": arguments.steps,
             "batch_size": arguments.batch_size,
