@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "model": read_model_json(arguments.base)["model"],
             "base": arguments.base,
             "data": {
-                "name": "folders",
+                "kind": "folders",
                 "folders": {"train": [{"path": str(dataset), "caption_prompt": "A picture of"}]},
                 "length": 32,
                 "overlong": "truncate",
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "optim": {
                 "learning_rate": 1e-3,
                 "clip_norm": 1.0,
-                "groups": {"language": "frozen", "encoder": "frozen", "prefix": "rest", "adapter": "rest"},
+                "groups": {"encoder": "frozen"},  # as the language model is anyway
             },
             "steps": arguments.steps,
             "batch_size": arguments.batch_size,
