@@ -1,4 +1,4 @@
-"""MAGMA in JAX/Flax: a frozen language model that sees, through an image prefix and adapters."""
+"""MAGMA in JAX/Flax: a frozen language model with an image prefix and adapters."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageInput", "Magma", "MagmaConfig", "MagmaModel", "__version__"]
 
-# Imported when first asked for: commands that need neither a model nor JAX start in a fraction of a second.
+# Imported on first access, so that commands without a model do not wait for JAX.
 _HOMES = {
     "ImageInput": "magma_jax.data.images",
     "Magma": "magma_jax.families.magma.generator",

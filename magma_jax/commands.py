@@ -1,7 +1,7 @@
-"""How every command reads its arguments and ends.
+"""Argument parsing and exit statuses of all commands.
 
-Exit status: 0 done; 1 looked and found a difference, something that does not fit, or a loss that is no number;
-2 unusable input, one line on standard error; 130 interrupted by Ctrl-C. A bug is a traceback.
+Exit status: 0 success; 1 a check found a difference or a misfit, or the loss is not finite; 2 unusable input, with
+one line on standard error; 130 interrupted by Ctrl-C. A bug gives a traceback.
 """
 
 import argparse
@@ -13,14 +13,13 @@ from magma_jax.output import FailedError, error_line, printable
 
 FOUND, UNUSABLE, INTERRUPTED = 1, 2, 130
 
-# The package's own errors are ValueErrors, each of which says what is wrong with which value. FailedError is for what
-# the input is not to blame for, MemoryError for sizes that a file claims to have, FloatingPointError for a loss that is
-# no number.
+# Errors reported in one line instead of a traceback. ValueError: the package's own errors. FailedError: failures that
+# the input did not cause. MemoryError: sizes that a file claims. FloatingPointError: a loss that is not finite.
 ERRORS = (ValueError, OSError, MemoryError, FloatingPointError, FailedError)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others."""
+    """Argument parser with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
         name = self.prog.removeprefix("python -m ")
@@ -28,12 +27,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(name: str, work: Callable[[], int | None], *, resumable: bool = False) -> int:
-    """Does the work of a command; returns its exit status, which is 0 where ``work`` returns None.
+    """Runs a command and returns its exit status; 0 if ``work`` returns None.
 
     Args:
-        name: of the command, in front of its error.
-        work: what it does; errors that it may raise are ``ERRORS``.
-        resumable: whether the same command goes on after an interruption.
+        name: command name, the prefix of error messages.
+        work: body of the command; ``ERRORS`` that it raises are reported in one line.
+        resumable: whether rerunning the same command continues after an interruption.
     """
     try:
         return work() or 0

@@ -1,6 +1,6 @@
-"""Configs: an ``ml_collections.ConfigDict`` (or JSON) goes in, frozen dataclasses come out, unknown keys raise.
+"""Configs: converts an ``ml_collections.ConfigDict`` or JSON to frozen dataclasses; unknown keys raise.
 
-A field that may hold one of several dataclasses is told apart by their ``kind`` field.
+Unions of dataclasses are discriminated by their ``kind`` field.
 """
 
 import ast
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 
-# Fields by name, as a config file gives them; a ``ConfigDict`` is no ``Mapping``.
+# Fields by name, as in a config file; ``ConfigDict`` is not a ``Mapping``.
 Settings: TypeAlias = Mapping | ml_collections.ConfigDict
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
-# dtypes of a language model that stand for quantized matrices, see ``nn.quantized``.
+# Language model dtypes that mean quantized matrices, see ``nn.quantized``.
 QUANTIZED = ("int8", "int4")
 
 
@@ -36,13 +36,13 @@ class ConfigError(ValueError):
 
 
 def from_dict(cls: type[T], values: Settings, where: str = "config", types: Mapping[str, Any] | None = None) -> T:
-    """Builds the dataclass ``cls`` from nested mappings; keys that are absent keep their defaults.
+    """Builds the dataclass ``cls`` from nested mappings; absent keys keep their defaults.
 
     Args:
         cls: a frozen dataclass.
-        values: its fields.
-        where: what messages call it.
-        types: field to its type, where the class itself leaves it open.
+        values: field values by name.
+        where: name of the config in error messages.
+        types: types by field name, overriding the annotations of ``cls``.
 
     Raises:
         ConfigError: an unknown key, a missing required key or a wrong type; the message names its full path.
@@ -67,7 +67,7 @@ def from_dict(cls: type[T], values: Settings, where: str = "config", types: Mapp
 
 
 def from_union(classes: Sequence[type], values: Settings, where: str = "config") -> Any:
-    """The one of several dataclasses whose ``kind`` the values name, see ``from_dict``.
+    """Builds the dataclass whose ``kind`` equals ``values["kind"]``, see ``from_dict``.
 
     Raises:
         ConfigError: an unknown kind, or as ``from_dict``.
@@ -79,12 +79,12 @@ def from_union(classes: Sequence[type], values: Settings, where: str = "config")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The nested dict of plain JSON values that ``from_dict`` turns into the same config."""
+    """Nested dict of plain JSON values; the inverse of ``from_dict``."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def settings(config: Any) -> list[str]:
-    """Every setting of a config as the ``KEY=VALUE`` that ``apply_overrides`` takes."""
+    """All settings of a config as ``KEY=VALUE`` strings for ``apply_overrides``."""
 
     def lines(value: Any, name: str) -> Iterator[str]:
         if isinstance(value, dict) and value:
@@ -97,7 +97,7 @@ def settings(config: Any) -> list[str]:
 
 
 def check_sizes(config: Any, *names: str) -> None:
-    """Raises ValueError unless the fields of these names are whole numbers, or tuples of them, of a possible size."""
+    """Raises ValueError unless the named fields are integers in [1, 2**31), or tuples of them."""
     for name in names:
         value = getattr(config, name)
         for size in value if isinstance(value, tuple) else (value,):
@@ -106,7 +106,7 @@ def check_sizes(config: Any, *names: str) -> None:
 
 
 def check_dtype(name: str, dtype: str, others: Sequence[str] = ()) -> None:
-    """Raises ValueError unless ``dtype`` names a floating type that models compute with, or one of ``others``."""
+    """Raises ValueError unless ``dtype`` is one of ``FLOATS`` or ``others``."""
     if dtype not in (*FLOATS, *others):
         raise ValueError(f"{name} {shown(dtype)} is none of {', '.join((*FLOATS, *others))}")
 
@@ -141,7 +141,7 @@ def load_config_file(path: str | Path) -> ml_collections.ConfigDict:
 
 
 def config_name(path: str | Path) -> str:
-    """What a run of this config is called: ``magma_v1`` for configs/magma_v1.py, ``file-NAME`` for file.py:NAME."""
+    """Run name of a config: ``magma_v1`` for configs/magma_v1.py, ``file-NAME`` for file.py:NAME."""
     file, name = _split_name(path)
     return file.stem if name is None else f"{file.stem}-{name}"
 
@@ -152,10 +152,10 @@ def _split_name(path: str | Path) -> tuple[Path, str | None]:
 
 
 def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:
-    """Returns the config with ``KEY=VALUE`` strings applied; a key is dotted, a value is a Python literal or text.
+    """Returns the config with ``KEY=VALUE`` overrides; keys are dotted, values are Python literals or text.
 
     Raises:
-        ConfigError: no ``=``, or a key below something that is no mapping.
+        ConfigError: no ``=``, or a parent key that is not a mapping.
     """
     config = ml_collections.ConfigDict(config.to_dict())
     for override in overrides:
@@ -174,7 +174,7 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str])
             node = node[parent]
             if not isinstance(node, ml_collections.ConfigDict):
                 raise ConfigError(f"--set {override}: {parent} is not a mapping")
-        # Of a setting that is text; "{}" is a prompt then, and no mapping.
+        # A string setting stays a string: "{}" may be a prompt.
         if isinstance(node.get(name), str) and (isinstance(value, int | float | set) or value == {}):
             value = text
         with node.ignore_type():  # from_dict checks types and names the key

@@ -1,7 +1,7 @@
-"""A model family, as far as the rest of the house must know one: a record of plain functions.
+"""Interface of a model family: a record of plain functions.
 
-Training, inference and evaluation know no family by name; they are given its record. The records stand in
-``magma_jax.families``, the only package that may import all of these rooms.
+Training, inference and evaluation receive this record and know no family by name. The records are in
+``magma_jax.families``, the only package that may import all of these packages.
 """
 
 import dataclasses
@@ -9,42 +9,42 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-# A row of a sharding table, see ``runtime.sharding``: a pattern of paths, and an axis for each of the last dimensions.
+# Row of a sharding table (``runtime.sharding``): a path pattern, and a mesh axis for each trailing dimension.
 ShardingRow = tuple[str, tuple[Any, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """What the house asks of a family.
+    """Functions and config classes of a model family.
 
     Attributes:
-        name: in messages.
-        configs: dataclasses of its models, told apart by their ``kind``.
-        data: dataclasses of the data that it learns from, told apart by their ``kind``, see ``data.datasets``.
-        options: dataclass of the options of its loss, see ``training.step.options``.
+        name: name in messages.
+        configs: model config dataclasses, discriminated by ``kind``.
+        data: data config dataclasses, discriminated by ``kind``, see ``data.datasets``.
+        options: dataclass of the loss options, see ``training.step.options``.
         build: ``(config, rngs)`` to the model, an ``nnx.Module``.
-        roles: config to the roles of the model's parameters (``nn.modules``), and the group in which each learns where
-            a run names none, see ``training.step.optim``.
-        complete: run config to the run config with what follows from the model; ValueError where they do not fit.
-        loss: ``(model, batch, key, *, options)`` to the terms of the loss, see ``training.step.terms``; ``key=None``
-            means no dropout.
-        shardings: rows for its own parameters, beside those that all families share.
-        vocab_rows: config to the number of token ids that the model embeds.
+        roles: model config to the model's parameter roles (``nn.modules``), each with its default optimizer group, see
+            ``training.step.optim``.
+        complete: run config to the run config with fields derived from the model filled in; ValueError on a misfit.
+        loss: ``(model, batch, key, *, options)`` to the loss terms, see ``training.step.terms``; ``key=None`` disables
+            dropout.
+        shardings: sharding rows of the family's own parameters, in addition to the shared ones.
+        vocab_rows: model config to the number of token ids that the model embeds.
         batch_shapes: ``(program)`` to names, shapes and dtypes of the longest batch of a run.
-        count: ``(batch, pad_id)`` to the samples and tokens of a batch on the host.
+        count: ``(batch, pad_id)`` to the samples and tokens of a host batch.
         flops: ``(config, shapes, labels, batch)`` to the operations of a step (``training.step.flops.StepFlops``);
-            ``batch`` has the shape of every array of the whole batch.
-        prepare: ``(program, dataset, params)`` to a function that fits a batch of the dataset to the loss.
-        first_values: ``(program, dataset, params)`` to parameters that are computed from data before the first step.
-        fresh: pattern of the paths that published weights of a part do not hold, such as those of adapters.
-        base_may_differ: config of the model that a run starts from, as nested dicts, to the dotted names of the fields
-            that may be otherwise in the run's own.
-        parts: path prefix to what opens published weights for the parameters below it: ``(path, config)`` to a
-            context of their arrays by path and the files these are read from.
-        open: ``(path, *, dtype, mesh, ema)`` to a model that is ready for use (``inference.generator.Generator``).
-        decode_program: ``(program, rows, slots)`` to one step of decoding, jitted, and the shapes of its arguments, for
-            plans; ``slots=None`` for the context. None for a family that does not decode token by token.
-        panel: ``(run, writing)`` to what shows samples while the run learns; None where there is nothing to show.
+            ``batch`` holds the shape of every array of the global batch.
+        prepare: ``(program, dataset, params)`` to a function from a dataset's batch to the loss's batch.
+        first_values: ``(program, dataset, params)`` to parameters computed from data before the first step.
+        fresh: path pattern of parameters that published weights of a part lack, such as adapters.
+        base_may_differ: config of a run's starting model, as nested dicts, to the dotted names of the fields in which
+            the run's own config may differ.
+        parts: path prefix to a loader of published weights for the parameters below it: ``(path, config)`` to a
+            context of arrays by path and the files they are read from.
+        open: ``(path, *, dtype, mesh, ema)`` to a model ready for inference (``inference.generator.Generator``).
+        decode_program: ``(program, rows, slots)`` to a jitted decoding step and its argument shapes, for plans;
+            ``slots=None`` means the context length. None for a family that does not decode token by token.
+        panel: ``(run, writing)`` to the sample display of a training run, or None.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What somebody else wrote, read at a bounded cost: regular files only, of bounded size, depth and number of values."""
+"""Reads foreign files at a bounded cost: regular files only, with limits on size, depth and number of values."""
 
 import json
 import os
@@ -8,24 +8,24 @@ from typing import Any
 
 from magma_jax.output import printable
 
-# The largest small files that are published, vocabularies and indexes of shards, take some 20 MB.
+# The largest published vocabularies and shard indexes take about 20 MB.
 MAX_TEXT_NBYTES = 64 * 2**20
-# Values in a tree. An index of a model has a name and a file for each of some thousand tensors.
+# Values in a tree. A shard index holds a name and a file for each of a few thousand tensors.
 MAX_VALUES = 1_000_000
 MAX_DEPTH = 100
 
 
 class ForeignError(ValueError):
-    """What is wrong with foreign data, in one line that does not know the file's name."""
+    """Error in foreign data, in one line without the file's name."""
 
 
 def open_regular(path: str | os.PathLike) -> int:
-    """Descriptor of a regular file, or of a link to one, open for reading.
+    """Opens a regular file, or a link to one, for reading and returns its descriptor.
 
     Raises:
-        ForeignError: a folder, pipe, device or socket, which may never end or never answer. OSError: no such file.
+        ForeignError: a folder, pipe, device or socket, whose reads may block or never end. OSError: no such file.
     """
-    # Without O_NONBLOCK opening a pipe would wait for somebody to write into it.
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -34,10 +34,10 @@ def open_regular(path: str | os.PathLike) -> int:
 
 
 def read_text(path: str | os.PathLike, limit: int = MAX_TEXT_NBYTES) -> str:
-    """A file of UTF-8 text.
+    """Reads a UTF-8 text file.
 
     Raises:
-        ForeignError: no regular file, no text, or more than ``limit`` bytes. OSError: no such file.
+        ForeignError: not a regular file, not UTF-8, or more than ``limit`` bytes. OSError: no such file.
     """
     with open(open_regular(path), "rb") as file:
         content = file.read(limit + 1)
@@ -50,17 +50,17 @@ def read_text(path: str | os.PathLike, limit: int = MAX_TEXT_NBYTES) -> str:
 
 
 def read_json(path: str | os.PathLike, limit: int = MAX_TEXT_NBYTES) -> Any:
-    """The value in a JSON file. Raises as ``read_text`` and ``parse_json`` do."""
+    """Reads a JSON file. Raises as ``read_text`` and ``parse_json``."""
     return parse_json(read_text(path, limit))
 
 
 def parse_json(text: str) -> Any:
-    """The value that JSON text stands for.
+    """Parses JSON text.
 
     Raises:
-        ForeignError: no JSON, or more values or levels than ``check_tree`` allows.
+        ForeignError: not JSON, or more values or levels than ``check_tree`` allows.
     """
-    # Before parsing: a value takes up to a hundred times the memory of its text.
+    # Checked before parsing: a value takes up to a hundred times the memory of its text.
     if sum(map(text.count, ",[{")) > MAX_VALUES:
         raise ForeignError(f"holds more than {MAX_VALUES} values")
     try:
@@ -74,9 +74,9 @@ def parse_json(text: str) -> Any:
 
 
 def check_tree(tree: Any) -> None:
-    """Raises ForeignError if dicts, lists and tuples hold too much for anybody who walks through them.
+    """Raises ForeignError if nested dicts, lists and tuples hold too many values or levels to traverse.
 
-    A list that stands in two places counts twice: of one that holds another twice, forty times over, no walk ends.
+    A list referenced twice counts twice: forty nested lists, each holding the next one twice, have 2**40 leaves.
     """
     waiting = [(tree, 0)]
     seen = 0
@@ -97,6 +97,6 @@ def check_tree(tree: Any) -> None:
 
 
 def shown(value: object, length: int = 100) -> str:
-    """A value from a file for a message: no control characters, and no more of it than a line takes."""
+    """Formats a foreign value for an error message: no control characters, at most ``length`` characters."""
     text = repr(value if not isinstance(value, str | bytes) else value[: length + 1])
     return printable(text if len(text) <= length else f"{text[:length]}...").replace("\n", "\\n")

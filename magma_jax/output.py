@@ -1,4 +1,4 @@
-"""Output: files that appear under their final name only when they are whole, and text that a terminal may be given."""
+"""Output: atomic writes of files and folders, and text that is safe to print on a terminal."""
 
 import contextlib
 import errno
@@ -10,30 +10,30 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# A disk or a quota that is full, a file that is as large as it may get.
+# Full disk, full quota, maximum file size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutputError(ValueError):
-    """A place where nothing can be written; one line with the remedy."""
+    """Output that cannot be written, in one line with the remedy."""
 
 
 class FailedError(RuntimeError):
-    """Something that failed for another reason than its input; one line."""
+    """Failure that the input did not cause, in one line."""
 
 
-# What moves a terminal's cursor, changes its colours, its title or the direction of its text, or ends a line where none
-# does; and halves of characters, which cannot be written at all.
+# Terminal control characters, text direction marks, unusual line separators, and lone surrogates, which cannot be
+# encoded.
 _NOT_PRINTABLE = re.compile("[^\n\t -~\u00a0-\U0010ffff]|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Text of data, files or models as a terminal may be given it: control characters become JSON's escapes of them."""
+    """Escapes control characters, as JSON does, so that foreign text is safe to print."""
     return _NOT_PRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def error_line(error: BaseException) -> str:
-    """What an error says, in one printable line; of an error of the system, the file comes first."""
+    """Message of an error in one printable line; for an OSError the file comes first."""
     said = str(error)
     if isinstance(error, OSError) and isinstance(error.filename, str | bytes) and error.strerror:
         said = f"{os.fsdecode(error.filename)}: {error.strerror}"
@@ -42,18 +42,18 @@ def error_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
-    """Gives a name beside ``path`` to write a file or a folder under, and renames it when the block ends.
+    """Yields a temporary path beside ``path`` for a file or folder, and renames it when the block ends.
 
-    On an error what was written is removed. What a killed process left is removed by the next one that writes the
-    same ``path``; a lock keeps two living ones apart. A file at ``path`` is replaced, an empty folder filled.
+    An error removes the partial output. Leftovers of a killed process are removed by the next writer of the same
+    ``path``; a lock excludes concurrent writers. A file or an empty folder at ``path`` is replaced.
 
     Args:
-        path: where the output shall appear; its folder is made if needed.
-        nbytes: size of the output. If the disk has less room, nothing is begun.
+        path: final path of the output; parent folders are created.
+        nbytes: size of the output; checked against the free disk space before the block starts.
 
     Raises:
-        OutputError: no room at the start or later, another process is writing there, or a folder with something in it
-            stands there.
+        OutputError: the disk is or becomes full, another process is writing to ``path``, or ``path`` is a folder that
+            is not empty.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,17 +67,17 @@ def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
             yield partial
             os.rename(partial, path)
         except BaseException as error:
-            with contextlib.suppress(OSError):  # the first error is the one to tell
+            with contextlib.suppress(OSError):  # the first error is the one to report
                 _remove(partial)
             raise_if_full(path, error)
             raise
-        # Without this a power cut may forget the new name. Not every system can open a directory.
+        # Makes the rename survive a power cut. Not every system can open a directory.
         with contextlib.suppress(OSError):
             _sync(path.parent)
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
-    """Writes a file under a temporary name beside ``path``, then renames it: it is whole or it is not there.
+    """Writes a file atomically: under a temporary name beside ``path``, then renamed.
 
     Raises:
         OutputError: the disk is full. OSError: the file cannot be written for another reason.
@@ -100,14 +100,14 @@ def replace_file(path: str | Path, content: bytes) -> None:
 
 
 def full_disk(error: BaseException) -> int | None:
-    """The system's number for a full disk, if an error came of one; libraries in C++ say so in the text of theirs."""
+    """errno of a full disk if one caused the error, else None; C++ libraries report it only in the message text."""
     code = error.errno if isinstance(error, OSError) else None
     said = str(error) if isinstance(error, Exception) else ""
     return next((known for known in _FULL if known == code or os.strerror(known) in said), None)
 
 
 def raise_if_full(path: str | os.PathLike, error: BaseException) -> None:
-    """Raises OutputError if ``error`` came of a full disk."""
+    """Raises OutputError if a full disk caused ``error``."""
     full = full_disk(error)
     if full is not None:
         raise OutputError(
@@ -116,7 +116,7 @@ def raise_if_full(path: str | os.PathLike, error: BaseException) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """Where ``whole_output`` builds what shall appear at ``path``."""
+    """Temporary path that ``whole_output`` uses for ``path``."""
     return path.with_name(f".{path.name}.partial")
 
 
@@ -132,10 +132,10 @@ def check_room(folder: str | os.PathLike, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes from writing what shall appear at ``path``; the lock of a process that dies is free.
+    """Holds the write lock of ``path``; the system releases it if the process dies.
 
     Raises:
-        OutputError: another process holds it, or nothing can be written there.
+        OutputError: another process holds the lock, or the lock file cannot be written.
     """
     name = path.with_name(f".{path.name}.lock")
     while True:
@@ -145,7 +145,7 @@ def locked(path: Path) -> Iterator[None]:
             raise OutputError(f"{path}: cannot be written ({error.strerror}); repair that and try again") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one who held it may have removed this very file in between: then the lock locks nothing.
+            # The previous holder may have removed this file meanwhile; a lock on an unlinked file excludes nobody.
             if os.path.exists(name) and os.path.samestat(os.fstat(descriptor), os.stat(name)):
                 break
         except BlockingIOError:

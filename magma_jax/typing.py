@@ -1,8 +1,8 @@
 """Array types and shape letters.
 
-The same letters everywhere: B batch, S sequence (queries), T sequence (keys, the cache), P image positions,
+Shape letters: B batch, S sequence (queries), T sequence (keys, the cache), P image positions,
 D width, H heads, K head size, F feed-forward, V vocabulary, L layers, C channels. Annotations such as
-``Float[Array, "B S D"]`` are documentation in normal use and are checked at run time in the tests.
+``Float[Array, "B S D"]`` are documentation in normal use and checked at run time in the tests.
 """
 
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,7 +18,7 @@ PyTree: TypeAlias = object
 # Parameters by path, such as "lm/layers/attn/q_proj/weight"; see ``nn.modules``.
 Params: TypeAlias = dict[str, Any]
 
-# Label of positions that carry no loss (PyTorch's convention, which the original's labels follow).
+# Label of positions without loss (PyTorch's convention, which the original follows).
 IGNORED = -100
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # JAX is imported for those who ask for its arrays; scores of prediction files, for one, do without.
+    # JAX is imported on first access; scoring prediction files, for one, does not need it.
     if name not in ("Array", "PRNGKey"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import jax

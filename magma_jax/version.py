@@ -1,3 +1,3 @@
-"""The version, apart so that any module can import it."""
+"""Package version, in its own module so that any module can import it."""
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""Devices: what is asked of the compilers, several processes, meshes and where arrays lie."""
+"""Devices: compiler options, multi-process runs, meshes and shardings."""

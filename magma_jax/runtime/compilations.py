@@ -1,6 +1,6 @@
-"""Counts the programs that are made ready: a server that does so after its warm-up makes somebody wait.
+"""Counts compilations: one after a server's warm-up delays a request.
 
-A program is compiled, or read from the persistent cache, which is quicker but no less late.
+Reads from the persistent cache count too: they are faster, but delay a request as well.
 """
 
 import functools
@@ -11,12 +11,12 @@ from magma_jax.runtime.compile import CACHE_EVENT, COMPILATION_EVENT
 
 
 class Compilations:
-    """Programs made ready.
+    """Programs that were compiled or read from the persistent cache.
 
     Attributes:
-        count: how many.
-        cached: of these, how many were read from the persistent cache.
-        seconds: that all took.
+        count: number of programs.
+        cached: number of those read from the persistent cache.
+        seconds: total time.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class Compilations:
 
 @functools.cache
 def compilations_of_process() -> Compilations:
-    """Counts from the first call on."""
+    """Counter of this process, which starts with the first call."""
     counter = Compilations()
     jax.monitoring.register_event_duration_secs_listener(counter)
     return counter

@@ -1,4 +1,4 @@
-"""What is asked of XLA's compilers: their options, and the memory they leave behind."""
+"""XLA compiler options, the compilation cache, and memory that compilation leaves allocated."""
 
 import ctypes
 import functools
@@ -10,59 +10,59 @@ from typing import Any
 
 import jax
 
-# Recorded by JAX once for every program that is compiled or read from the persistent cache, and for the latter alone.
+# JAX's events: every program that is compiled or read from the persistent cache; every cache read.
 COMPILATION_EVENT = "/jax/core/compile/backend_compile_duration"
 CACHE_EVENT = "/jax/compilation_cache/cache_retrieval_time_sec"
 
 _OPTIONS = {
-    # The CPU computes in fp32. Its compiler would widen the weights of all layers before the loop over them, which
-    # takes three times the memory of a model in half precision; without this pass it widens one layer at a time.
+    # The CPU computes in fp32. This pass hoists the conversion of half-precision weights out of the layer loop, which
+    # takes three times the model's memory; without it one layer is converted at a time.
     "cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
-    # XLA would turn a matmul with a gathered weight into a loop over its pieces. Gathers of whole weights run beside
-    # the matmuls before them just as well, and the program compiles faster.
+    # Disables the windowed einsum, a loop over the shards of a gathered weight. All-gathers of whole weights overlap
+    # with the preceding matmuls just as well, and the program compiles faster.
     "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
 }
 
 
 def enable_compilation_cache(wanted: bool = True) -> None:
-    """From now on compiled programs are kept in a folder, and the next process reads them instead of compiling.
+    """Enables JAX's persistent compilation cache; disables it if not ``wanted``.
 
-    The folder is ``JAX_COMPILATION_CACHE_DIR``, or ``magma_jax/programs`` in the user's cache folder if that can be
-    written; it may be removed at any time. Not ``wanted``: nothing is kept or read.
+    The folder is ``JAX_COMPILATION_CACHE_DIR``, or ``magma_jax/programs`` in the user's cache folder if that is
+    writable; it may be removed at any time.
     """
     if not wanted:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    # JAX adds its options at run time.
+    # JAX defines its options at run time.
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magma_jax" / "programs"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError:  # a home that cannot be written is no reason not to run
+        except OSError:  # runs without a cache if the home folder is not writable
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    # JAX leaves out what compiles within a second; a small model has nothing else.
+    # JAX's default skips programs that compile within a second, which is all of a small model.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def compiler_options(platform: str) -> dict[str, str]:
-    """What the compiler of a platform (``cpu``, ``gpu``, ``tpu``) does better otherwise."""
+    """Compiler options of a platform (``cpu``, ``gpu`` or ``tpu``)."""
     return dict(_OPTIONS.get(platform, {}))
 
 
 @functools.cache
 def trim_after_compile() -> None:
-    """From now on memory that a compilation used goes back to the system as it ends.
+    """Returns memory to the system after every compilation from now on.
 
-    The C library would keep it for the process: 1 GB for the step of a mid-size model on a CPU, on top of what the
-    step needs. Only glibc can be told; elsewhere nothing changes.
+    glibc would keep it: 1 GB for the step of a mid-size model on a CPU, on top of what the step needs. No effect with
+    other C libraries.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is None:
         return
 
     def after_compilation(event: str, duration_secs: float, **details: str | int) -> None:
-        # What compiles in less time leaves little, and tests compile a thousand small programs.
+        # Shorter compilations leave little memory, and tests compile a thousand small programs.
         if event == COMPILATION_EVENT and duration_secs > 1:
             trim(0)
 
@@ -70,7 +70,7 @@ def trim_after_compile() -> None:
 
 
 class _Jitted:
-    """A jitted function whose options depend on the devices, which are not touched before the first call."""
+    """Jitted function whose options depend on the platform, which is not initialised before the first call."""
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]):
         functools.update_wrapper(self, function)
@@ -90,5 +90,5 @@ class _Jitted:
 
 
 def platform_jit(**options: Any) -> Callable[[Callable[..., Any]], _Jitted]:
-    """A decorator: ``jax.jit`` with its ``options`` and those of the default platform's compiler."""
+    """Decorator: ``jax.jit`` with ``options`` and the compiler options of the default platform."""
     return lambda function: _Jitted(function, options)

@@ -1,13 +1,13 @@
-"""Several processes as one run: they start together, speak with one voice and end together.
+"""Multi-process runs: initialisation, barriers, broadcasts, and a common end.
 
-Every process runs the same program on its own devices. JAX finds the others by itself on TPU pods, under SLURM, Open
-MPI and Kubernetes; elsewhere three environment variables say where they are:
+Every process runs the same program on its own devices. JAX discovers the others on TPU pods, under SLURM, Open MPI and
+Kubernetes; elsewhere three environment variables are needed:
 
     JAX_COORDINATOR_ADDRESS    host:port of process 0, reachable from all
-    JAX_NUM_PROCESSES          how many processes there are
-    JAX_PROCESS_ID             which of them this one is: 0, 1, ...
+    JAX_NUM_PROCESSES          number of processes
+    JAX_PROCESS_ID             index of this process: 0, 1, ...
 
-A process that fails takes the others down with it, since no step can be done without its devices.
+A process that fails ends the others too, since no step can run without its devices.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from tqdm import tqdm
 from magma_jax.config import ConfigError
 from magma_jax.output import printable
 
-# A process that has been silent for so long is taken for dead, and the others abort.
+# A process without a heartbeat for this long counts as dead, and the others abort.
 HEARTBEAT_TIMEOUT_S = 30
-# Ends and failures that all processes meet at about the same time.
+# Waits for ends and failures that reach all processes at about the same time.
 SHUTDOWN_TIMEOUT_S = 60
 COORDINATOR_GRACE_S = 2
-# Nobody waits that long for a process that is dead: see the heartbeat.
+# Long enough to write weights; a dead process is detected earlier, by its heartbeat.
 BARRIER_TIMEOUT_S = 12 * 3600
 
 RESTART = "start all processes again, and the run continues from its newest checkpoint"
@@ -46,39 +46,38 @@ T = TypeVar("T")
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes; with a single process it always is."""
+    """Whether this is process 0, the one that prints and writes."""
     return jax.process_index() == 0
 
 
 def log_main(message: str) -> None:
-    """One line for whoever watches the run, once for all processes, and above the progress bar if there is one."""
+    """Prints one line from process 0, above the progress bar if there is one."""
     if is_main():
         tqdm.write(printable(message), file=sys.stderr)
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come here; one may take hours longer than the others, writing weights."""
+    """Waits for all processes; one may take hours longer than the others to write weights."""
     if jax.process_count() > 1:
-        # JAX's public barrier is a collective, and those give up after 30 seconds on CPUs. Every barrier has a name
-        # of its own, also if it is passed twice.
+        # JAX's public barrier is a collective, which times out after 30 seconds on CPUs. Barrier names must be unique.
         name = f"magma_jax/{name}/{next(_barriers)}"
         client = distributed.global_state.client
-        assert client is not None  # there are several processes, so it was started
+        assert client is not None  # initialised, since there are several processes
         client.wait_at_barrier(name, timeout_in_ms=BARRIER_TIMEOUT_S * 1000)
 
 
 def broadcast_from_main(answer: bool) -> bool:
-    """The first process's answer, for all: what several processes see of a shared disk may differ for a moment."""
+    """Process 0's answer on all processes, whose views of a shared disk may briefly differ."""
     barrier("question")
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
 
 
 def json_from_main(ask: Callable[[], T]) -> T:
-    """The first process's answer, plain JSON values, for all: they must agree, and may see a disk differently."""
+    """Process 0's answer, plain JSON values, on all processes, whose views of a disk may differ."""
     if jax.process_count() == 1:
         return ask()
     text = json.dumps(ask()).encode() if is_main() else b""
-    # Reading a large checkpoint takes longer than a collective waits.
+    # Reading a large checkpoint takes longer than the timeout of a collective.
     barrier("checkpoint")
     size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text))))
     buffer = np.frombuffer(text.ljust(size), np.uint8)
@@ -87,14 +86,14 @@ def json_from_main(ask: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def distributed_run(wanted: bool = True) -> Iterator[None]:
-    """Runs its block as one of several processes; with ``wanted=False`` as the only one.
+    """Runs its block as one of several processes; with ``wanted=False`` as a single process.
 
-    To be entered before anything uses a device. If the block raises, this process says so in one line and exits with
-    status 1 at once, without waiting for the others; a process that is killed, or that JAX aborts because another is
-    gone, leaves a line too.
+    Must be entered before any use of a device. If the block raises, this process prints one line and exits with status
+    1 at once, without waiting for the others. A process that is killed, or that JAX aborts because another one ended,
+    leaves a line too.
 
     Raises:
-        ConfigError: the other processes cannot be found.
+        ConfigError: the other processes cannot be reached.
     """
     if not wanted:
         yield
@@ -115,9 +114,9 @@ def distributed_run(wanted: bool = True) -> Iterator[None]:
         else:
             return
     if is_main():
-        # The others abort as soon as process 0 is gone; they may have met the same error and want to say so.
+        # The others abort as soon as process 0 ends; this leaves them time to report the same error.
         time.sleep(COORDINATOR_GRACE_S)
-    # No orderly exit: it would wait for processes that are waiting for this one.
+    # A regular exit would wait for processes that wait for this one.
     os._exit(1)
 
 
@@ -158,14 +157,14 @@ def _report(name: str, error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _last_words(message: str) -> Iterator[None]:
-    """Prints ``message`` if this process dies within the block in a way that Python does not see.
+    """Prints ``message`` if this process dies within the block without a Python exception.
 
-    JAX aborts in C++, and nothing runs in a process that is killed; so a shell waits at the other end of a pipe.
+    JAX aborts in C++, and a killed process runs no handler, so a shell at the other end of a pipe prints it.
     """
     witness = subprocess.Popen(
         ["sh", "-c", 'read -r ended || echo "$0" >&2', message],
         stdin=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is for this process alone
+        start_new_session=True,  # keeps Ctrl-C from the shell
     )
     try:
         yield

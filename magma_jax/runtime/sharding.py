@@ -1,15 +1,15 @@
-"""Where every array of a run lies: a named mesh of devices, and one table from parameter path to its axes.
+"""Device mesh, and the sharding of every array of a run by a table from parameter path to mesh axes.
 
-The mesh has three axes. ``data`` splits the batch and nothing else. ``fsdp`` splits the batch too, and with it
-parameters and optimizer state, which are gathered one layer at a time where they are used. ``model`` splits the
-matrix products themselves: the first matrix of a pair by its outputs, the second by its inputs, so that a pair costs
-one all-reduce. For the MLP of one layer, on fsdp = 2, model = 2:
+The mesh has three axes. ``data`` splits the batch only. ``fsdp`` splits the batch, the parameters and the optimizer
+state; parameters are gathered one layer at a time where they are used. ``model`` splits the matrix products: the first
+matrix of a pair by its outputs, the second by its inputs, so that a pair costs one all-reduce. The MLP of one layer on
+fsdp = 2, model = 2:
 
     c_fc (F, D)      fsdp0  fsdp1        c_proj (D, F)     model0  model1
            model0      .      .                   fsdp0      .       .
            model1      .      .                   fsdp1      .       .
 
-Numbers do not depend on the mesh, except for the order of summation.
+Results do not depend on the mesh, except for the order of summation.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
 
-# Rows that all families share; a family adds its own (``Family.shardings``). The one row that matches a path names an
-# axis for each of the last dimensions; dimensions before them (the layers of a stack) are whole on every device.
-# Weights are (out, in), convolutions (out, in, height, width).
+# Rows shared by all families; a family adds its own (``Family.shardings``). At most one row matches a path; it names a
+# mesh axis for each trailing dimension. Leading dimensions (the layers of a stack) are not split. Weights are
+# (out, in), convolutions (out, in, height, width).
 SHARED: tuple[ShardingRow, ...] = (
     (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc|c_gate)/weight(_scale)?", ("model", "fsdp")),
     (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc|c_gate)/bias", ("model",)),
     (r"(lm/)?layers/.*(out_proj|c_proj)/weight(_scale)?", ("fsdp", "model")),
     (r"(lm/)?lm_head/weight(_scale)?", ("model", "fsdp")),
     (r"(lm/)?lm_head/bias", ("model",)),
-    # By width: vocabularies such as 50,258 rows divide by nothing.
+    # Split by width: row counts such as 50,258 rarely divide by the axis sizes.
     (r"(lm/)?w[tp]e/weight", (None, ("fsdp", "model"))),
     (r"(lm/)?layers/.*_adapter/down/weight", (None, "fsdp")),
     (r"(lm/)?layers/.*_adapter/up/weight", ("fsdp", None)),
@@ -51,14 +51,14 @@ SHARED: tuple[ShardingRow, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are arranged; the product of the three sizes is the number of devices.
+    """Mesh sizes; their product is the number of devices.
 
     Attributes:
-        data: devices along ``data``; -1 for all that the other axes leave.
+        data: devices along ``data``; -1 for all remaining devices.
         fsdp: devices along ``fsdp``.
         model: devices along ``model``; it should divide the number of attention heads.
-        frozen: whether frozen parameters are ``sharded`` over ``fsdp`` like all others, or ``replicated`` over it:
-            more memory, but nothing to gather in every layer. They are always split over ``model``.
+        frozen: whether frozen parameters are ``sharded`` over ``fsdp`` like all others, or ``replicated``, which takes
+            more memory but no all-gather in every layer. They are always split over ``model``.
     """
 
     data: int = -1
@@ -74,7 +74,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arranges ``devices`` (default: all of all processes) as the config says.
+    """Builds the mesh of a config from ``devices`` (default: the devices of all processes).
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
@@ -85,26 +85,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{name} {getattr(config, name)}" for name in AXES)
         raise ValueError(f"mesh {wanted} does not fit {len(devices)} devices")
-    # Auto is stated because JAX's default, Explicit, wants a sharding for the result of every product.
+    # JAX's default, Explicit, requires an output sharding for every product.
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def parameter_spec(
     path: str, shape: Sequence[int], mesh: Mesh, own: Sequence[ShardingRow], *, over_fsdp: bool = True
 ) -> PartitionSpec:
-    """How one parameter is split; an axis that does not divide its dimension leaves that dimension whole.
+    """Partition spec of one parameter; a dimension that its axis does not divide is not split.
 
     Args:
-        own: rows of the model's family, beside ``SHARED``.
+        own: rows of the model's family, in addition to ``SHARED``.
 
     Raises:
-        ValueError: a matrix that no row covers, or a parameter that two rows match.
+        ValueError: no row matches a matrix, or two rows match a parameter.
     """
     found = [(pattern, axes) for pattern, axes in (*own, *SHARED) if re.fullmatch(pattern, path)]
     if len(found) > 1:
         raise ValueError(f"parameter {path} matches two sharding rows, {found[0][0]} and {found[1][0]}; narrow one")
     if not found:
-        # Biases, norms and statistics are small; nothing else may be left whole by oversight.
+        # Biases, norms and statistics are small; a large parameter without a row is an oversight.
         if math.prod(shape) >= 2**20:
             raise ValueError(
                 f"parameter {path} of shape {tuple(shape)} is in no sharding row; add one to its family's shardings"
@@ -124,7 +124,7 @@ def parameter_spec(
 def parameter_shardings(
     params: Mapping[str, Any], mesh: Mesh, own: Sequence[ShardingRow], *, over_fsdp: bool = True
 ) -> dict[str, NamedSharding]:
-    """The sharding of every path of a flat dict of arrays or shapes; see ``parameter_spec``."""
+    """Shardings by path for a flat dict of arrays or shapes; see ``parameter_spec``."""
     return {
         path: NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh, own, over_fsdp=over_fsdp))
         for path, leaf in params.items()
@@ -132,9 +132,9 @@ def parameter_shardings(
 
 
 def tree_shardings(tree: Any, mesh: Mesh, own: Sequence[ShardingRow]) -> Any:
-    """Shardings of a pytree that holds parameters, such as a ``TrainState``: moments lie where their parameter lies.
+    """Shardings of a pytree with parameters, such as a ``TrainState``; moments are sharded like their parameter.
 
-    A leaf whose innermost dictionary key is a parameter's path follows the table; all others are replicated.
+    A leaf whose innermost dictionary key is a parameter path follows the table; all others are replicated.
     """
 
     def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -146,12 +146,12 @@ def tree_shardings(tree: Any, mesh: Mesh, own: Sequence[ShardingRow]) -> Any:
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
-    """``shapes`` as ``jax.ShapeDtypeStruct`` that carry ``shardings``, as readers and compilers want them."""
+    """``jax.ShapeDtypeStruct`` with shardings, for readers and ahead-of-time compilation."""
     return jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, shardings)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """Replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -161,14 +161,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def split_rows(x: jax.Array, *, features: str | None = None) -> jax.Array:
-    """Keeps the rows of an activation, and of its gradient, on the devices of their batch.
+    """Constrains an activation, and its gradient, to be split over the batch axes.
 
-    Left alone, the compiler may prefer to bring whole batches of activations to a slice of a weight over bringing the
-    weight to a slice of the batch, which costs many times the memory and traffic.
+    Without the constraint the compiler may gather whole batches of activations for a weight shard instead of gathering
+    the weight for a batch shard, which costs many times the memory and traffic.
 
     Args:
-        x: batch first; outside of ``on_mesh`` it comes back as it is.
-        features: mesh axis that splits the last dimension; by default it is whole.
+        x: activation, batch first; returned unchanged outside ``on_mesh``.
+        features: mesh axis that splits the last dimension; None for no split.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -176,7 +176,7 @@ def split_rows(x: jax.Array, *, features: str | None = None) -> jax.Array:
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """``function``, traced in such a way that ``split_rows`` knows the mesh and kernels know its kind of device."""
+    """Wraps ``function`` so that tracing sets the mesh for ``split_rows`` and the platform for kernels."""
 
     @functools.wraps(function)
     def traced(*arguments: Any) -> Any:
@@ -188,7 +188,7 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def traced_for(platform: str) -> Iterator[None]:
-    """What is traced inside is meant for devices of this platform, which need not be there."""
+    """Sets the target platform of programs traced inside; its devices need not exist."""
     token = _PLATFORM.set(platform)
     try:
         yield
@@ -197,27 +197,27 @@ def traced_for(platform: str) -> Iterator[None]:
 
 
 def target_platform() -> str:
-    """Platform that the program at hand is traced for, such as ``tpu``; by default that of this process."""
+    """Platform of the program being traced, such as ``tpu``; default: that of this process."""
     return _PLATFORM.get() or jax.default_backend()
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of parts that a batch is split into; it must divide the batch size."""
+    """Number of batch shards; it must divide the batch size."""
     return math.prod(mesh.shape[name] for name in BATCH_AXES)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """Rows of a global batch that the devices of this process hold, ascending; all of them with one process.
+    """Rows of a global batch held by this process's devices, in ascending order; all rows with one process.
 
-    Processes that share a part of ``model`` hold the same rows.
+    Processes that differ only along ``model`` hold the same rows.
     """
     parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    # JAX may give None for an index, but not for devices of this process.
+    # JAX's type allows None, which does not occur for devices of this process.
     return sorted({row for part in parts if part is not None for row in range(*part[0].indices(batch_size))})
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> Params:
-    """Puts the ``local_rows`` of a global batch, which ``batch`` holds in their order, on the devices."""
+    """Places a global batch on the devices; ``batch`` holds its ``local_rows`` in order."""
     sharding = batch_sharding(mesh)
     position = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
 

@@ -1,1 +1,1 @@
-"""Arrays on disk: readers and writers of foreign and own files, downloads, model folders, checksums."""
+"""Arrays on disk: weight file formats, downloads, model folders, checksums."""

@@ -1,9 +1,9 @@
-"""The arrays of a model folder on disk: what ``orbax.checkpoint`` loads, written and read layer by layer.
+"""Arrays of a model folder, in the format of ``orbax.checkpoint``, written and read layer by layer.
 
-Orbax saves whole arrays, and the stack of one projection of a 6 B model takes 3.8 GB. So Orbax saves a skeleton with
-one number for every parameter, which gives all of its own files, and each number is then replaced by the real array.
-In Orbax's plain layout, which a public option selects, an array is a folder of zarr format 2, and its shape stands
-there and nowhere else. TensorStore, with which Orbax itself reads and writes, takes the layers one at a time.
+Orbax saves only whole arrays, and the stack of one projection of a 6 B model takes 3.8 GB. So Orbax saves a skeleton
+with a scalar for every parameter, which creates its metadata files, and each scalar is then replaced by the real array.
+In Orbax's plain layout, which a public option selects, an array is a folder of zarr format 2 and its shape is stored
+only there. TensorStore, Orbax's own backend, writes the layers one at a time.
 
 Values are not compressed: weights in half precision shrink by a tenth and take several times as long.
 """
@@ -29,29 +29,29 @@ from magma_jax.runtime.distributed import is_main
 from magma_jax.storage.deferred import Deferred, read_array, read_row
 from magma_jax.typing import Params
 
-# Files of this size: few enough for a file system, small enough for a device that needs a part of an array.
+# Size of a chunk file: few files, but small enough for devices that read only a shard of an array.
 CHUNK_NBYTES = 32 * 2**20
-# Rows of a stack smaller than this share a file.
+# Smaller rows of a stack share a chunk.
 _ROW_NBYTES = 2**20
-# What may wait to be written, beside the tensor that is being read.
+# Bytes queued for writing, in addition to the tensor being read.
 _IN_FLIGHT_NBYTES = 512 * 2**20
-# Arrays are loaded largest first in groups of this size; see read_arrays.
+# Arrays are loaded largest first in groups of this size, see ``read_arrays``.
 _GROUP_NBYTES = 256 * 2**20
 
 
 def write_arrays(
     folder: Path, params: Mapping[str, Any], progress: Callable[[int], None] = lambda nbytes: None
 ) -> None:
-    """Writes parameters so that ``orbax.checkpoint.experimental.v1.load(folder)`` gives them as nested dicts.
+    """Writes parameters so that ``orbax.checkpoint.experimental.v1.load(folder)`` returns them as nested dicts.
 
     Args:
-        folder: absolute; must not exist.
-        params: flat dict of arrays of any library or ``Deferred``; a stack is asked for layer by layer, and what
-            comes from files in the order of the files.
-        progress: called with the number of bytes whenever some have been written.
+        folder: absolute path; must not exist.
+        params: flat dict of arrays of any library or ``Deferred``; stacks are read layer by layer, tensors from files
+            in file order.
+        progress: called with the number of bytes after each write.
 
     Raises:
-        ValueError: a deferred array is not as announced.
+        ValueError: the array read differs from a deferred tensor's shape or dtype.
     """
     context = ocp.Context()
     context.array.saving.use_ocdbt = False
@@ -59,7 +59,7 @@ def write_arrays(
     context.array.saving.use_compression = False
     with context, _without_warnings():
         ocp.save(str(folder), nest({path: np.zeros(1, np.dtype(leaf.dtype)) for path, leaf in params.items()}))
-    if not is_main():  # Orbax lets no process save alone; all the rest is the first one's
+    if not is_main():  # all processes must take part in Orbax's save; process 0 does the rest
         return
     places = _places(folder, params)
     stores = {path: _create(places[path], leaf) for path, leaf in params.items()}
@@ -80,36 +80,36 @@ def write_arrays(
         while waiting:
             _finish(waiting, progress)
     finally:
-        # After an error the folder will be removed, and nobody may write into it any more.
+        # After an error the folder is removed, so pending writes must end first.
         for write, _ in waiting:
             with contextlib.suppress(Exception):
                 write.result()
 
 
 def open_arrays(folder: Path) -> dict[str, Deferred]:
-    """Every array of a folder that Orbax or ``write_arrays`` wrote, unread; stacks can be read layer by layer.
+    """Lazy arrays of a folder written by Orbax or ``write_arrays``; stacks can be read layer by layer.
 
     Raises:
-        ValueError: an array whose parts cannot be read on this machine, or do not have the size that they should. And
-            whatever TensorStore met.
+        ValueError: an array's chunks exceed this machine's memory or have the wrong size. Also any error of
+            TensorStore.
     """
     (metadata,) = folder.glob("*/_METADATA")
     return open_item(metadata.parent)
 
 
 def open_item(folder: Path) -> dict[str, Deferred]:
-    """Every array of one of a checkpoint's items, as ``open_arrays``."""
+    """Lazy arrays of one item of a checkpoint, as ``open_arrays``."""
     layout = read_json(folder / "_METADATA")
     driver = "zarr3" if layout["use_zarr3"] else "zarr"
     base = {"driver": "file", "path": f"{folder}/"}
     stores = {}
     for entry in layout["tree_metadata"].values():
-        if entry.get("value_metadata", {}).get("skip_deserialize"):  # a branch without leaves
+        if entry.get("value_metadata", {}).get("skip_deserialize"):  # an empty subtree
             continue
         keys = [key["key"] for key in entry["key_metadata"]]
         name = ".".join(keys)
         kvstore = {"driver": "file", "path": f"{folder}/{name}/"}
-        if layout["use_ocdbt"]:  # one database of all arrays, as Orbax writes by default
+        if layout["use_ocdbt"]:  # a single database for all arrays, Orbax's default
             kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         stores["/".join(keys)] = ts.open({"driver": driver, "kvstore": kvstore}, read=True, open=True)
     arrays = {}
@@ -121,13 +121,13 @@ def open_item(folder: Path) -> dict[str, Deferred]:
 
 
 def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], stored: Mapping[str, Any]) -> Params:
-    """Loads arrays to the dtypes and shardings of ``wanted``; the other paths of ``stored`` stay on disk.
+    """Loads arrays into the dtypes and shardings of ``wanted``; other paths of ``stored`` are not read.
 
-    A copy of an array may exist while it moves to its devices. The largest come first, when least else is in
-    memory, and one group at a time, so that all together take hardly more than themselves.
+    Moving an array to its devices may take a second copy. Arrays are loaded largest first, in groups, so that peak
+    memory stays close to the total size.
 
     Raises:
-        ValueError: an array is larger than this machine's memory. And whatever Orbax met.
+        ValueError: an array is larger than this machine's memory. Also any error of Orbax.
     """
     for path, leaf in wanted.items():
         shard = leaf.sharding.shard_shape(tuple(leaf.shape)) if leaf.sharding else leaf.shape
@@ -142,7 +142,7 @@ def read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], stored
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with paths as keys; the inverse of ``nest``."""
+    """Flattens nested dicts to one dict by path; the inverse of ``nest``."""
     flat = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
@@ -153,7 +153,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _places(folder: Path, params: Mapping[str, Any]) -> dict[str, Path]:
-    """Path of a parameter to its folder of zarr format 2."""
+    """zarr folder of each parameter, by path."""
     found = {file.parent.name.replace(".", "/"): file.parent for file in folder.glob("*/*/.zarray")}
     if found.keys() != params.keys():
         raise RuntimeError(f"{folder}: this release of orbax-checkpoint lays arrays out in another way")
@@ -166,7 +166,7 @@ def _create(place: Path, leaf: Any) -> ts.Future:
             "driver": "zarr",
             "kvstore": {"driver": "file", "path": f"{place}/"},
             "metadata": {"compressor": None},
-            # Orbax takes an absent file for damage, not for zeros.
+            # Orbax treats a missing chunk as damage, not as zeros.
             "store_data_equal_to_fill_value": True,
         },
         dtype=ts.dtype(np.dtype(leaf.dtype)),
@@ -178,7 +178,7 @@ def _create(place: Path, leaf: Any) -> ts.Future:
 
 
 def _chunk_shape(leaf: Any) -> tuple[int, ...]:
-    """Parts of at most CHUNK_NBYTES, and never of two layers unless layers are small."""
+    """Chunk shape of at most CHUNK_NBYTES; only small layers share a chunk."""
     inner = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
     chunk = [max(1, size) for size in leaf.shape]
     for axis, size in enumerate(leaf.shape):
@@ -192,7 +192,7 @@ def _chunk_shape(leaf: Any) -> tuple[int, ...]:
 
 
 def _pieces(path: str, leaf: Any) -> Iterator[tuple[tuple[str, int], str, int | None]]:
-    """What is read and written at a time: position in the source, path, row (None: all)."""
+    """Units of reading and writing: position in the source, path, row (None for the whole array)."""
     if len(leaf.shape) > 1 and leaf.shape[0] > 1 and _chunk_shape(leaf)[0] == 1:
         rows = getattr(leaf, "rows", ()) or [leaf] * leaf.shape[0]
         for i, row in enumerate(rows):
@@ -209,7 +209,7 @@ def _finish(waiting: deque[tuple[Any, int]], progress: Callable[[int], None]) ->
 
 def _deferred(path: str, store: ts.TensorStore) -> Deferred:
     shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
-    # TensorStore takes the metadata's word for the size of a part, and ends the process where memory does.
+    # TensorStore trusts the chunk size in the metadata and aborts the process when memory runs out.
     for layout in (store.chunk_layout.read_chunk, store.chunk_layout.write_chunk):
         chunk = _chunk_of(layout)
         if any(part > max(1, size) for part, size in zip(chunk, shape, strict=True)):
@@ -230,12 +230,12 @@ def _deferred(path: str, store: ts.TensorStore) -> Deferred:
 
 
 def _chunk_of(layout: ts.ChunkLayout.Grid) -> tuple[int, ...]:
-    """Shape of the parts of an open array, whose every size is known; () for a single number."""
+    """Chunk shape of an open array of known sizes; () for a scalar."""
     return tuple(size or 0 for size in layout.shape or ())
 
 
 def _check_parts(place: Path, store: ts.TensorStore) -> None:
-    """Uncompressed parts are all of one size, also those at the edges. Orbax would leave a trail of warnings."""
+    """Checks the sizes of uncompressed chunk files, equal also at the edges; Orbax would only print warnings."""
     if store.spec().to_json()["metadata"]["compressor"] is not None:
         return
     chunk = _chunk_of(store.chunk_layout.read_chunk)
@@ -272,7 +272,7 @@ def _groups(sizes: Mapping[str, int]) -> Iterator[set[str]]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Orbax warns that the plain layout has no databases to merge."""
+    """Silences Orbax's warning that the plain layout has no databases to merge."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

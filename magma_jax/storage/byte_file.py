@@ -1,4 +1,4 @@
-"""Bytes of a file by position, without mapping it: a map's pages would count as the process's memory."""
+"""Random access to a file's bytes without mmap, whose pages would count as the process's memory."""
 
 import os
 from pathlib import Path
@@ -9,16 +9,16 @@ from magma_jax.foreign import ForeignError, open_regular
 
 
 class WeightFileError(ValueError):
-    """A weight file that cannot be read: which file, why, and what to do, in one line."""
+    """Weight file that cannot be read; one line with the file, the reason and the remedy."""
 
 
 class ByteFile:
-    """A file open for reading at any position; safe to use from several threads.
+    """File open for random access; thread-safe.
 
-    ``file[start:stop]`` gives bytes, at most as many as there are; ``len(file)`` is the size when it was opened.
+    ``file[start:stop]`` returns bytes up to the end of the file; ``len(file)`` is the size when it was opened.
 
     Raises:
-        WeightFileError: no regular file. OSError: no such file.
+        WeightFileError: not a regular file. OSError: no such file.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -38,10 +38,10 @@ class ByteFile:
         return self.read(start, max(0, stop - start)).tobytes()
 
     def read(self, start: int, nbytes: int) -> np.ndarray:
-        """``nbytes`` bytes from ``start`` on, as a new uint8 array.
+        """Reads ``nbytes`` bytes from offset ``start`` into a new uint8 array.
 
         Raises:
-            ValueError: the file was closed. WeightFileError: it has become shorter.
+            ValueError: the file is closed. WeightFileError: the file was truncated.
         """
         if self._descriptor is None:
             raise ValueError("this tensor's checkpoint was closed: read it inside the `with` block")

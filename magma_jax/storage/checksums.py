@@ -1,4 +1,4 @@
-"""SHA-256 sums of the files of a folder, in a file that ``sha256sum --check`` reads too."""
+"""SHA-256 sums of a folder's files, in the format of ``sha256sum --check``."""
 
 import contextlib
 import os
@@ -13,14 +13,14 @@ SUMS_FILE = "SHA256SUMS"
 
 
 class CheckpointError(ValueError):
-    """A folder that is missing, incomplete or not what it should be; one line with the remedy."""
+    """Folder that is missing, incomplete or of the wrong kind; one line with the remedy."""
 
 
 def write_checksums(folder: Path, leave_out: Collection[str] = (), below: Sequence[str] | None = None) -> None:
-    """Writes the sums of all files below ``folder`` but those named in ``leave_out``.
+    """Writes the sums of all files below ``folder`` except those named in ``leave_out``.
 
     Args:
-        below: files and folders that are listed; None for all.
+        below: files and folders to list; None for all.
     """
     roots = [folder] if below is None else [folder / name for name in below]
     names = [name for root in roots for name in regular_files(folder, root) if name not in (SUMS_FILE, *leave_out)]
@@ -30,10 +30,10 @@ def write_checksums(folder: Path, leave_out: Collection[str] = (), below: Sequen
 
 
 def read_checksums(folder: Path) -> dict[str, str] | None:
-    """The sums that a folder lists, by the files' paths in it; None if it lists none.
+    """Sums by relative path, from the folder's list; None if it has no list.
 
     Raises:
-        CheckpointError: the list cannot be read, or names something outside the folder.
+        CheckpointError: the list cannot be read, or names a path outside the folder.
     """
     file = folder / SUMS_FILE
     try:
@@ -51,10 +51,10 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
 
 
 def find_damage(folder: Path, below: Collection[str] | None = None) -> str | None:
-    """What is wrong with the files that have a sum, in a few words; None if nothing is.
+    """Short description of the first file that differs from its sum; None if all are intact.
 
     Args:
-        below: first parts of the paths that are looked at; None for all.
+        below: first path components to check; None for all.
     """
     try:
         sums = read_checksums(folder)
@@ -75,7 +75,7 @@ def find_damage(folder: Path, below: Collection[str] | None = None) -> str | Non
 
 @contextlib.contextmanager
 def comparing(folder: Path, sums: Mapping[str, str]) -> Iterator[Iterator[str]]:
-    """Hashes the files of ``sums`` while the block runs; gives what is wrong, file by file, waiting for it."""
+    """Hashes the files of ``sums`` while the block runs; yields an iterator over the damaged files' descriptions."""
     with hashing([folder / name for name in sums], THREADS) as digest_of:
 
         def damage(name: str, digest: str) -> str | None:
@@ -93,17 +93,17 @@ def comparing(folder: Path, sums: Mapping[str, str]) -> Iterator[Iterator[str]]:
 
 
 def regular_files(folder: Path, root: Path | None = None) -> list[str]:
-    """Paths, from ``folder`` on, of the files in ``root`` (default: ``folder``), or of ``root`` if it is a file.
+    """Files in ``root`` (default: ``folder``), or ``root`` itself if it is a file, as paths relative to ``folder``.
 
     Raises:
-        CheckpointError: a link, pipe or device is among them, which nobody writes there and reading may not survive.
+        CheckpointError: a link, pipe or device is among them; none is written there, and reading one may block.
     """
     names = []
     waiting = [root or folder]
     while waiting:
         path = waiting.pop()
         mode = path.lstat().st_mode
-        # The folder itself may be a link, to where there is room.
+        # The folder itself may be a link, for example to a larger disk.
         if stat.S_ISDIR(mode) or (path in (root, folder) and path.is_dir()):
             waiting += [path / name for name in os.listdir(path)]
         elif stat.S_ISREG(mode):

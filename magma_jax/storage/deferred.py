@@ -1,4 +1,4 @@
-"""An array that is promised but not yet in memory."""
+"""Lazy arrays: shape and dtype known, values read on demand."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ import numpy as np
 
 @runtime_checkable
 class Tensor(Protocol):
-    """What has a shape and a dtype: an array of any library, one that is promised, or ``jax.ShapeDtypeStruct``."""
+    """Anything with a shape and a dtype: an array of any library, ``Deferred``, or ``jax.ShapeDtypeStruct``."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -22,17 +22,17 @@ class Tensor(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Deferred:
-    """Shape and dtype now, the values when ``read()`` is called.
+    """Lazy array: shape and dtype are known, ``read()`` loads the values.
 
-    Readers give these, the key map turns them into others, and writers call ``read`` for one at a time, so a
-    checkpoint larger than memory passes through. The same object in two places is one tensor with two names.
+    Readers return these, the key map transforms them, and writers read them one at a time, so that a checkpoint may be
+    larger than memory. The same object under two names is one tied tensor.
 
     Attributes:
-        shape: of the array.
+        shape: shape of the array.
         dtype: NumPy dtype, ml_dtypes included.
-        read: gives the array.
-        rows: of a stack of layers, every layer by itself, so that nobody needs to read the whole stack; else empty.
-        position: file and byte where it begins, if it comes from a file: an order in which reading is quick.
+        read: loads the array.
+        rows: the layers of a stack, readable one at a time; empty for other arrays.
+        position: file and byte offset, if it comes from a file; reading in this order is sequential.
     """
 
     shape: tuple[int, ...]
@@ -43,25 +43,25 @@ class Deferred:
 
 
 def read_array(tensor: Any) -> np.ndarray:
-    """The values of anything with ``read()`` (a promised tensor), or of a plain array of any library."""
+    """NumPy values of a lazy tensor or of an array of any library."""
     return tensor.read() if hasattr(tensor, "read") else np.asarray(tensor)
 
 
 def read_row(tensor: Any, row: int) -> np.ndarray:
-    """One entry of the leading axis, without reading the others where that is possible."""
+    """One entry of the leading axis, read without the others where possible."""
     if rows := getattr(tensor, "rows", ()):
         return rows[row].read()
     return read_array(tensor)[row] if hasattr(tensor, "read") else np.asarray(tensor[row])
 
 
 def elements_ahead(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
-    """The elements of every tensor as bytes, in order; the next one is read while one is being written.
+    """Yields the bytes of every tensor, in order; the next tensor is read ahead while one is being written.
 
     Args:
         tensors: arrays, or anything with ``shape``, ``dtype`` and ``read()``.
 
     Raises:
-        ValueError: a tensor is not as announced.
+        ValueError: the array read differs from the tensor's shape or dtype.
     """
     waiting: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(max_workers=1) as reader:
@@ -78,10 +78,10 @@ def _elements(tensor: Tensor) -> np.ndarray:
     if array.shape != tuple(tensor.shape) or array.dtype != tensor.dtype:
         announced = f"{tuple(tensor.shape)} {tensor.dtype}"
         raise ValueError(f"a tensor announced as {announced} was read as {array.shape} {array.dtype}")
-    # As bytes, because Python's buffers do not know bfloat16.
+    # As bytes: Python's buffer protocol does not support bfloat16.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def alias_key(tensor: object) -> object:
-    """Equal for two tensors exactly when both are known to be the same bytes, without reading them."""
+    """Key that is equal for two tensors known to be the same bytes without reading them."""
     return getattr(tensor, "alias_key", id(tensor))

@@ -1,11 +1,11 @@
-"""One way to open weights, whatever kind of file they are in.
+"""Opens weight files of all formats.
 
     with open_tensors("gpt-j-6b") as weights:
         weights.tensors["transformer.wte.weight"].read()
 
-Known are PyTorch's ``.pt`` and ``.bin`` (zip and legacy), ``.safetensors``, and a folder or ``*.index.json`` of
-either in shards, as Hugging Face lays them out. Names and shapes are known at once; a tensor's bytes are read when
-asked for, so files larger than memory pass through.
+Formats: PyTorch's ``.pt`` and ``.bin`` (zip and legacy), ``.safetensors``, and a folder or ``*.index.json`` of sharded
+files in Hugging Face's layout. Opening reads names and shapes; tensors are read on demand, so that files may be larger
+than memory.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from magma_jax.storage.torch.storage import LazyTensor
 
 __all__ = ["WeightFileError", "Weights", "holds_weights", "open_tensors"]
 
-# What a folder is looked through for; the first that is there counts.
+# Weight files of a folder; the first one that exists is opened.
 FOLDER_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
@@ -38,11 +38,11 @@ class Weights:
     """Open weights.
 
     Attributes:
-        tensors: name to tensor with ``shape``, ``dtype``, ``read()`` (a NumPy array in the stored dtype),
-            ``alias_key`` (equal for two names of the same elements) and ``position`` (file and byte).
-        others: what stands beside the tensors: counters of a checkpoint, metadata of safetensors.
-        files: the files that hold them, in the order of reading.
-        metadata_is_text: ``others`` are the metadata of a safetensors file, not objects of a checkpoint.
+        tensors: tensors by name, with ``shape``, ``dtype``, ``read()`` (a NumPy array in the stored dtype),
+            ``alias_key`` (equal for tied tensors) and ``position`` (file and byte offset).
+        others: other values: counters of a checkpoint, metadata of safetensors.
+        files: the weight files, in the order of reading.
+        metadata_is_text: whether ``others`` is the metadata of a safetensors file, not objects of a checkpoint.
     """
 
     tensors: dict[str, LazyTensor]
@@ -55,11 +55,11 @@ class Weights:
 def open_tensors(path: str | os.PathLike) -> Iterator[Weights]:
     """Opens the weights at ``path``: a file, a folder of files, or the index of sharded files.
 
-    Arrays that were read stay valid after the block; unread tensors do not.
+    Arrays remain valid after the block; unread tensors do not.
 
     Raises:
-        WeightFileError: nothing known is there, a file is damaged, or index and shards disagree.
-        TorchFileError: a PyTorch file that is damaged or asks for more than tensors. OSError: no such file.
+        WeightFileError: no known format, a damaged file, or an index that disagrees with its shards.
+        TorchFileError: a PyTorch file that is damaged or contains more than tensors. OSError: no such file.
     """
     path = Path(path)
     if path.is_dir():
@@ -73,7 +73,7 @@ def open_tensors(path: str | os.PathLike) -> Iterator[Weights]:
 
 
 def holds_weights(path: Path) -> bool:
-    """Whether ``open_tensors`` finds something to open: a file, or a folder with weights in it."""
+    """Whether ``open_tensors`` can open the path: a file, or a folder with weight files."""
     return bool(_candidates(path)) if path.is_dir() else path.exists()
 
 
@@ -122,8 +122,8 @@ def _open_index(index: Path, stack: contextlib.ExitStack) -> Weights:
                 f"{file}: holds tensors of which {index.name} does not know, {len(surplus)} in all, such as "
                 f"{shown(surplus[:3])}; fetch both again"
             )
-        # Libraries leave out the second name of a tied tensor, whatever they wrote into the index. Whether it is one
-        # shows when the names are mapped: a tensor that is needed and missing is an error there.
+        # Libraries may list both names of a tied tensor in the index but store only one. Other missing tensors are
+        # reported by the key map.
         if absent := sorted(wanted - found.keys()):
             print(f"{file}: lacks {shown(absent[:3])}, which {index.name} lists; read as second names", file=sys.stderr)
         tensors |= found

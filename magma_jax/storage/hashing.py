@@ -1,4 +1,4 @@
-"""SHA-256 of files, computed beside the work that reads them."""
+"""SHA-256 of files, computed concurrently with other reads of the same files."""
 
 import contextlib
 import hashlib
@@ -11,16 +11,16 @@ from pathlib import Path
 from magma_jax.foreign import open_regular
 
 _BLOCK_NBYTES = 8 * 2**20
-# Threads for files in any order: hashing leaves the interpreter to others, so each has a core.
+# Threads for files in any order; hashing releases the GIL, so each thread uses one core.
 THREADS = max(1, min(8, os.cpu_count() or 1))
 
 
 @contextlib.contextmanager
 def hashing(files: Sequence[Path], threads: int = 1) -> Iterator[Callable[[Path], str]]:
-    """Hashes files while the block runs; the function it gives waits for a file's hex digest.
+    """Hashes files while the block runs; yields a function that waits for a file's hex digest.
 
-    Whoever reads the same files in the same order in the block shares the disk's reads through the system's cache.
-    Leaving the block early ends the threads. The function raises OSError, or ForeignError if it is no regular file.
+    Reading the same files in the same order within the block hits the page cache. Leaving the block early ends the
+    threads. The function raises OSError, or ForeignError if a file is not regular.
     """
     stop = threading.Event()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="sha256")

@@ -1,11 +1,11 @@
-"""Files of the Hugging Face hub, by names such as ``hf://EleutherAI/gpt-j-6b@float16/pytorch_model.bin``.
+"""Downloads from the Hugging Face hub, by addresses such as ``hf://EleutherAI/gpt-j-6b@float16/pytorch_model.bin``.
 
-    hf://OWNER/NAME[@REVISION][/FILE]      FILE may be left out where the repository holds one set of weights
+    hf://OWNER/NAME[@REVISION][/FILE]      FILE is optional if the repository holds one set of weights
 
-Downloads land in the hub's own cache (``HF_HOME``, ``HF_HUB_CACHE``), which other programs share. ``huggingface_hub``
-knows the protocol, but throws away what an interrupted program had fetched, and compares sizes only. Here a partial
-file is kept and continued, also by a later process, and a file enters the cache when its hash is the one that the
-server promised. ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_TOKEN`` and the proxy settings are honoured.
+Downloads go to the hub's own cache (``HF_HOME``, ``HF_HUB_CACHE``), shared with other programs. ``huggingface_hub``
+discards the partial file of an interrupted program and compares only sizes. Here a partial download is resumed, also by
+a later process, and a file enters the cache only if it has the hash that the server announced. ``HF_ENDPOINT``,
+``HF_HUB_OFFLINE``, ``HF_TOKEN`` and the proxy settings are honoured.
 """
 
 import hashlib
@@ -33,38 +33,38 @@ from magma_jax.foreign import read_json
 
 SCHEME = "hf://"
 
-# Names that libraries give to weights, in the order in which they are preferred where a repository has several. That
-# of open_clip is first: its repositories may hold the same model once more in names that are not read here.
+# Weight file names in order of preference. open_clip's come first: its repositories may also hold the same model under
+# tensor names that are not supported here.
 WEIGHTS = (
     *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
     *("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin"),
     "mp_rank_00_model_states.pt",
 )
-# Small files that tell what weights do not; fetched beside them where they exist.
+# Small settings files, fetched with the weights if they exist.
 SETTINGS = ("config.json", "tokenizer.json", "open_clip_config.json")
 
 _READ_NBYTES = 2**24
 
 
 class HubError(ValueError):
-    """A download that did not work: what was asked for, why not, and what to do, in one line."""
+    """Failed download; one line with the address, the reason and the remedy."""
 
 
 def local_path(source: str | Path) -> Path:
-    """The file or folder that a source names: downloaded if it is an ``hf://`` address, else the path itself.
+    """Local path of a source; an ``hf://`` address is downloaded, a path is returned unchanged.
 
     Raises:
-        HubError: the address is malformed, the file does not exist, cannot be fetched, or does not arrive whole.
+        HubError: the address is malformed, or the file does not exist, cannot be fetched or arrives incomplete.
     """
     source = str(source)
     return fetch(source) if source.startswith(SCHEME) else Path(source)
 
 
 def fetch(address: str) -> Path:
-    """Downloads a file, or the weights of a repository with the settings beside them, unless the cache has them.
+    """Downloads a file, or the weights and settings of a repository, unless they are cached.
 
     Returns:
-        The file in the cache; for weights in several files their index, whose folder holds all of them.
+        The file in the cache; for sharded weights their index, in the folder of all shards.
 
     Raises:
         HubError: see ``local_path``.
@@ -93,7 +93,7 @@ def fetch(address: str) -> Path:
 
 
 def _choose(where: str, names: Collection[str]) -> str:
-    """The one file to read of those in a repository."""
+    """Chooses the weight file among the files of a repository."""
     for name in WEIGHTS:
         if name in names:
             return name
@@ -116,7 +116,7 @@ def _shards(index: Path, names: Collection[str]) -> list[str]:
 
 
 def _list(repo: str, revision: str) -> list[str]:
-    """The files of a repository; those of them in the cache if the hub is out of reach."""
+    """Files of a repository; if the hub is unreachable, those in the cache."""
     try:
         return [sibling.rfilename for sibling in HfApi().model_info(repo, revision=revision).siblings or ()]
     except Exception as error:
@@ -134,7 +134,7 @@ def _cached_names(repo: str, revision: str) -> list[str]:
 
 
 def _fetch_file(repo: str, revision: str, name: str) -> Path:
-    """Puts one file into the cache and returns its path there."""
+    """Downloads one file to the cache and returns its path."""
     where = _address(repo, revision, name)
     try:
         metadata = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), headers=build_hf_headers())
@@ -150,11 +150,11 @@ def _fetch_file(repo: str, revision: str, name: str) -> Path:
             f"{where}: {constants.ENDPOINT} does not answer as a hub does (a login or proxy page?); "
             "check HF_ENDPOINT and the proxy settings"
         )
-    if re.fullmatch(r"[\w.-]+", metadata.etag) is None:  # it becomes a file name
+    if re.fullmatch(r"[\w.-]+", metadata.etag) is None:  # used as a file name
         raise HubError(f"{where}: the server names it {metadata.etag!r:.80}, which is no hash; check HF_ENDPOINT")
     blob = _repo_folder(repo) / "blobs" / metadata.etag
     try:
-        # Where links are not to be had, the cache holds files under their names only.
+        # On systems without symlinks the cache stores files under their names only.
         if not isinstance(try_to_load_from_cache(repo, name, revision=metadata.commit_hash), str):
             _download(where, hf_hub_url(repo, name, revision=metadata.commit_hash), metadata, blob)
         path = Path(hf_hub_download(repo, name, revision=revision))
@@ -162,13 +162,13 @@ def _fetch_file(repo: str, revision: str, name: str) -> Path:
         raise
     except Exception as error:
         raise _explain(where, error) from None
-    if path.resolve() != blob.resolve() and path.resolve().name != path.name:  # the latter: a cache without links
+    if path.resolve() != blob.resolve() and path.resolve().name != path.name:  # the latter: a cache without symlinks
         raise HubError(f"{where}: changed on the hub while it was fetched; run the command again")
     return path
 
 
 def _download(where: str, url: str, metadata: HfFileMetadata, blob: Path) -> None:
-    """Fetches ``url`` into ``blob``, which appears when it is whole and has the promised hash."""
+    """Downloads ``url`` to ``blob`` atomically, after a check of its size and hash."""
     blob.parent.mkdir(parents=True, exist_ok=True)
     lock = Path(constants.HF_HUB_CACHE) / ".locks" / blob.parent.parent.name / f"{blob.name}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def _incomplete(where: str, partial: Path, size: int | None, error: Exception) -
 
 
 def _check_hash(where: str, partial: Path, etag: str | None) -> None:
-    """The hub's etag is the sha256 of a large file, and git's sha1 of a small one."""
+    """Checks a download against the hub's etag: SHA-256 of a large file, git's SHA-1 of a small one."""
     if re.fullmatch("[0-9a-f]{64}", etag or ""):
         digest = hashlib.sha256()
     elif re.fullmatch("[0-9a-f]{40}", etag or ""):
@@ -255,7 +255,7 @@ def _repo_folder(repo: str) -> Path:
 
 
 def _unreachable(error: Exception) -> bool:
-    """Whether the hub could not be asked at all, so that the cache may answer in its place."""
+    """Whether the hub is unreachable, so that the cache may be used instead."""
     if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code >= 500
     return isinstance(error, errors.OfflineModeIsEnabled) or type(error).__module__.startswith("httpx")

@@ -1,13 +1,12 @@
 """Model folders: a model's config and all its parameters on disk.
 
     model.json    config, source, settings of a run
-    params/       every parameter, nested dicts as Orbax loads them
+    params/       all parameters, nested dicts for Orbax
     tokenizer/    the vocabulary
-    SHA256SUMS    of all these files
+    SHA256SUMS    checksums of all these files
 
-Files that have changed since are noticed when they are read. A folder may lack parameters and say in ``model.json``
-which folder has them, its base: so runs share one frozen language model. A folder appears under its final name only
-when it is whole.
+Reading detects files that have changed. A folder may omit parameters and name in ``model.json`` the folder that holds
+them, its base: this lets runs share one frozen language model. A folder is written atomically.
 """
 
 import functools
@@ -40,21 +39,21 @@ from magma_jax.typing import Params
 MODEL_FILE = "model.json"
 PARAMS = "params"
 BASE = "base"
-# What a conversion needs to write the same PyTorch file again.
+# Data from which a conversion reproduces the same PyTorch file.
 TORCH_FILE = "torch.json"
 BUFFER_FILE = "torch_buffers.npz"
-# All that a run does not add later.
+# Files of the checksum list; a run adds others later.
 LISTED = (MODEL_FILE, PARAMS, "tokenizer", TORCH_FILE, BUFFER_FILE)
-# Room on the disk for all that is not a parameter.
+# Disk space for everything except parameters.
 _OTHER_NBYTES = 32 * 2**20
 
 
-# What to do about a changed file.
+# Remedy for a changed file.
 _REMEDY = "put the old file back or write the folder again"
 
 
 class _Stored(NamedTuple):
-    """A folder's own parameters, unread, and by parameter the sums of the files that it is in."""
+    """Lazy parameters of a folder without its base, and the checksums of each parameter's files."""
 
     arrays: dict[str, Deferred]
     sums: dict[str, dict[str, str]]
@@ -67,22 +66,22 @@ def write_model_folder(
     write_extras: Callable[[Path], object] = lambda folder: None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Writes a model folder: builds it under another name beside ``path``, then renames it.
+    """Writes a model folder atomically: under another name beside ``path``, then renamed.
 
-    With several processes all must call this. The first one's parameters are written; the others may give shapes.
+    All processes must call this. Process 0's parameters are written; the others may pass shapes.
 
     Args:
-        metadata: goes to ``model.json``; holds at least ``model``, the config. A function is called last, when all
-            parameters have been read (it may hold a hash of what they were read from).
-        params: flat dict of all parameters: arrays, or ``Deferred`` that are read while they are written, stacks
-            layer by layer, so that a model larger than memory passes through.
+        metadata: content of ``model.json``, at least ``model``, the config. A function is called after all parameters
+            have been read, so that it can add a hash of their source.
+        params: flat dict of all parameters: arrays, or ``Deferred`` that are read during writing, stacks layer by
+            layer, so that a model may be larger than memory.
         write_extras: adds files such as the tokenizer.
-        progress: called with the number of bytes whenever some have been written.
+        progress: called with the number of bytes after each write.
 
     Raises:
-        CheckpointError: something already stands at ``path``, or the disk is too small.
+        CheckpointError: ``path`` already exists, or the disk is too small.
     """
-    path = Path(path).absolute()  # Orbax takes no other
+    path = Path(path).absolute()  # required by Orbax
     if not is_main():
         barrier("model folder begun")
         write_arrays(partial_name(path) / PARAMS, params)
@@ -105,12 +104,12 @@ def write_model_folder(
 
 
 def nbytes_of(params: Mapping[Any, Any]) -> int:
-    """Size in bytes of arrays or shapes."""
+    """Total size in bytes of arrays or shapes."""
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in params.values())
 
 
 def in_dtype(shapes: Mapping[str, Any], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes with another floating dtype; whole numbers and their scales (``nn.quantized``) stay."""
+    """Shapes with another floating dtype; quantized integers and their scales (``nn.quantized``) keep theirs."""
 
     def changes(path: str, leaf: Any) -> bool:
         return jnp.issubdtype(leaf.dtype, jnp.floating) and not path.endswith("/weight_scale")
@@ -124,15 +123,15 @@ def in_dtype(shapes: Mapping[str, Any], dtype: Any) -> dict[str, jax.ShapeDtypeS
 
 
 def is_whole(dtype: Any) -> bool:
-    """Whether numbers of a dtype are whole ones."""
+    """Whether a dtype is an integer type."""
     return np.issubdtype(np.dtype(dtype), np.integer)
 
 
 def read_model_json(path: str | Path) -> dict[str, Any]:
-    """The metadata of a model folder.
+    """Metadata of a model folder.
 
     Raises:
-        CheckpointError: the folder or its ``model.json`` is missing, unreadable, or not as it was written.
+        CheckpointError: the folder or its ``model.json`` is missing, unreadable, or has changed since it was written.
     """
     file = Path(path) / MODEL_FILE
     if not file.is_file():
@@ -152,15 +151,15 @@ def read_model_json(path: str | Path) -> dict[str, Any]:
 
 
 def base_reference(base: str | Path) -> dict[str, str]:
-    """What ``model.json`` says, under ``BASE``, of the folder that holds the parameters which its own lacks."""
+    """Entry ``BASE`` of ``model.json``: path and identity of the base folder."""
     return {"path": str(Path(base).absolute()), "sha256": _identity(base)}
 
 
 def base_folder(path: str | Path) -> Path | None:
-    """The base of a model folder, None if it holds every parameter itself.
+    """Base of a model folder; None if the folder holds every parameter.
 
     Raises:
-        CheckpointError: the base is not where it was, or is another model now.
+        CheckpointError: the base is missing, or was replaced by another model.
     """
     reference = read_model_json(path).get(BASE)
     if reference is None:
@@ -177,15 +176,14 @@ def base_folder(path: str | Path) -> Path | None:
 
 
 def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-    """Reads the parameters of a model folder, each straight to the dtype and sharding of ``shapes``.
+    """Reads the parameters of a model folder directly into the dtypes and shardings of ``shapes``.
 
-    Paths of the folder that ``shapes`` does not name are not read; those that it lacks come from its base.
-
-    Their files are compared with the sums in the folder while they are read; the first process does so for all.
+    Only the paths of ``shapes`` are read; those that the folder lacks come from its base. Process 0 compares the files
+    with their checksums during reading.
 
     Raises:
-        CheckpointError: a path is missing in the folder, or has another shape; a file has changed since it was
-            written; or the base is missing.
+        CheckpointError: a path is missing or has another shape, a file has changed since it was written, or the base
+            is missing.
     """
     stored, sums = _open_own_params(path)
     absent = {name: shape for name, shape in shapes.items() if name not in stored}
@@ -208,7 +206,7 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
     if problems:
         raise CheckpointError(f"{path}: does not fit the model: " + "; ".join(problems))
     folder = Path(path).absolute()
-    # In the order in which the arrays are read.
+    # Hashed in the order in which the arrays are read.
     order = sorted(shapes, key=lambda name: -math.prod(shapes[name].shape))
     files = {file: digest for name in order if is_main() for file, digest in sums.get(name, {}).items()}
     wanted = {name: with_sharding(shape) for name, shape in shapes.items()}
@@ -216,11 +214,11 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
 
 
 def open_params(path: str | Path) -> dict[str, Deferred]:
-    """Every parameter of a model folder and its base, unread; a stack's layers can be read one by one.
+    """Lazy parameters of a model folder and its base; the layers of a stack can be read one at a time.
 
     Raises:
-        CheckpointError: not a model folder, or a damaged one; also when a parameter is read whose files have changed
-            since they were written.
+        CheckpointError: not a model folder, or a damaged one. Reading a parameter raises it too if its files have
+            changed since they were written.
     """
     base, folder = base_folder(path), Path(path).absolute()
     stored, sums = _open_own_params(path)
@@ -232,11 +230,11 @@ def _open_own_params(path: str | Path) -> _Stored:
     folder = Path(path).absolute()
     if not (folder / PARAMS).is_dir():
         raise CheckpointError(f"{path}: not a model folder (no {PARAMS}/)")
-    # Also for what it finds where a file belongs.
+    # Also rejects links, pipes and devices.
     there, listed = regular_files(folder, folder / PARAMS), read_checksums(folder)
     try:
         stored = open_arrays(folder / PARAMS)
-    except Exception as error:  # TensorStore raises whatever it met
+    except Exception as error:  # TensorStore raises errors of many types
         if listed is not None:
             _compared(folder, {name: listed[name] for name in listed if name.startswith(f"{PARAMS}/")})
         raise damaged(folder / PARAMS, error) from error
@@ -249,7 +247,7 @@ def _open_own_params(path: str | Path) -> _Stored:
     sums: dict[str, dict[str, str]] = {name: {} for name in stored}
     others: dict[str, str] = {}
     for name, digest in listed.items():
-        # params/ITEM/NAME.OF.ARRAY/FILE; in another layout all arrays share their files.
+        # params/ITEM/NAME.OF.ARRAY/FILE; in other layouts all arrays share files.
         parts = name.split("/")
         array = parts[2].replace(".", "/") if parts[0] == PARAMS and len(parts) == 4 else ""
         sums.get(array, others)[name] = digest
@@ -263,15 +261,15 @@ def _compared(
     read: Callable[[], Any] = lambda: None,
     ask: Callable[[Callable[[], str | None]], str | None] = lambda first: first(),
 ) -> Any:
-    """What ``read`` gives, if the files of ``sums`` are as they were written; both are read at the same time."""
+    """Returns the result of ``read`` after comparing the files of ``sums``, which are hashed concurrently."""
     result: Any = None
     failed: Exception | None = None
     with comparing(folder, sums) as damages:
         try:
             result = read()
-        except Exception as error:  # Orbax and TensorStore raise whatever they met
+        except Exception as error:  # Orbax and TensorStore raise errors of many types
             failed = error
-        # What the sums say of a file is clearer.
+        # A checksum mismatch is a clearer message than the reader's error.
         first = functools.partial(next, damages, None)
         if (problem := first() if failed else ask(first)) is not None:
             raise CheckpointError(f"{folder}: {problem}; {_REMEDY}") from failed
@@ -281,7 +279,7 @@ def _compared(
 
 
 def _checked(folder: Path, tensor: Deferred, sums: Mapping[str, str]) -> Deferred:
-    """A tensor whose files are compared with their sums whenever it is read, a layer's by themselves."""
+    """Wraps a tensor so that each read, of the whole or of one layer, compares its files with their checksums."""
     rows = tuple(
         _checked(folder, row, {name: sums[name] for name in sums if _is_of_row(name, i)})
         for i, row in enumerate(tensor.rows)
@@ -299,7 +297,7 @@ def _say_unchecked(path: str | Path) -> None:
 
 
 def unchecked(path: str | Path) -> str:
-    """The line about a folder that lists no sums."""
+    """Notice for a folder without checksums."""
     return (
         f"{path}: has no {SUMS_FILE}, so damaged files would not be noticed; add it with "
         f"python -m magma_jax.convert add-checksums {path}"
@@ -307,18 +305,18 @@ def unchecked(path: str | Path) -> str:
 
 
 def _identity(folder: str | Path) -> str:
-    # The metadata tells the sources by their hashes, the seed and the config; the parameters follow from these.
+    # The metadata holds the hashes of the sources, the seed and the config, which determine the parameters.
     read_model_json(folder)
     return hashlib.sha256((Path(folder) / MODEL_FILE).read_bytes()).hexdigest()
 
 
 def damaged(folder: Path, error: Exception) -> CheckpointError:
-    """The error for whatever a storage layer raised on reading ``folder``, in one line."""
+    """One-line CheckpointError for any exception of a storage library while reading ``folder``."""
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     return CheckpointError(f"{folder}: cannot be read, probably damaged ({reason:.200}); write it again")
 
 
 def with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding (default: the first device) of an array or a shape."""
+    """``ShapeDtypeStruct`` of an array or a shape, with its sharding (default: the first device)."""
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

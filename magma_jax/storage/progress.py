@@ -1,4 +1,4 @@
-"""How far a conversion is: a line that says what will be written, and a bar where somebody watches."""
+"""Progress of a conversion: a line with the output's size, and a bar on a terminal."""
 
 import contextlib
 import shutil
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def writing(path: str | Path, nbytes: int) -> Iterator[Callable[[int], None]]:
-    """Says on standard error what goes where; gives a function to be called with bytes that are done."""
+    """Prints the output's path and size on standard error; yields a callback that takes the bytes written."""
     existing = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
     free = shutil.disk_usage(existing).free
     print(f"{path}: writing {nbytes / 1e9:.2f} GB, {free / 1e9:.1f} GB are free", file=sys.stderr)

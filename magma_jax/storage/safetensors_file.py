@@ -1,8 +1,8 @@
-"""Safetensors files, one or sharded: read tensor by tensor, written without holding more than one tensor.
+"""Safetensors files, read and written one tensor at a time.
 
-The library checks a file and its header. It also maps the whole file to read a tensor, and needs every tensor in
-memory to write one, so the bytes themselves go through here: eight bytes with the header's length, a JSON header
-(name -> dtype, shape, first and last byte), and the tensors' bytes.
+The safetensors library validates a file and its header here, but it maps the whole file for reading and needs all
+tensors in memory for writing, so this module reads and writes the bytes. The format: eight bytes with the header's
+length, a JSON header (name -> dtype, shape, start and end offset), and the tensors' bytes.
 """
 
 import json
@@ -18,7 +18,7 @@ from magma_jax.storage.byte_file import ByteFile, WeightFileError
 from magma_jax.storage.deferred import Tensor, elements_ahead
 from magma_jax.storage.torch.storage import DTYPES, MAX_AXES, LazyTensor, contiguous
 
-# The format's name -> PyTorch's.
+# Dtype names of the format -> PyTorch's.
 _NAMES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool"},
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
@@ -30,15 +30,16 @@ _ALIGNMENT = 8
 
 
 def open_safetensors(path: str | os.PathLike) -> tuple[ByteFile, dict[str, LazyTensor], dict[str, str]]:
-    """The open file (to be closed by the caller), its tensors in the file's order, and its metadata.
+    """Opens a file; returns it (the caller closes it), its tensors in file order, and its metadata.
 
     Raises:
-        WeightFileError: not a whole safetensors file, or a tensor that NumPy cannot hold. OSError: no such file.
+        WeightFileError: not a complete safetensors file, or a tensor that NumPy cannot represent. OSError: no such
+            file.
     """
     file = ByteFile(path)
     try:
         try:
-            with safe_open(file.path, framework="np"):  # every offset, size and overlap
+            with safe_open(file.path, framework="np"):  # validates offsets, sizes and overlaps
                 pass
         except SafetensorError as error:
             raise WeightFileError(f"{path}: cut short or no safetensors file ({error}); fetch it again") from None
@@ -65,21 +66,21 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Writes tensors one at a time; the file appears under its name only when it is complete.
+    """Writes a file atomically, one tensor at a time.
 
     Args:
-        tensors: arrays, or anything with ``shape``, ``dtype`` and ``read()``. Two names of one tensor become two
-            tensors, since the format has no sharing.
+        tensors: arrays, or anything with ``shape``, ``dtype`` and ``read()``. Tied tensors are written twice, since the
+            format has no sharing.
         metadata: text by name.
         progress: called with the number of bytes after each tensor.
 
     Raises:
-        ValueError: a tensor is not as announced.
+        ValueError: the array read differs from the tensor's shape or dtype.
         OutputError: an element type that the format lacks, or the disk is too small.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    # Wide elements first keeps every tensor aligned to its own element size.
+    # Widest elements first: every tensor is aligned to its element size.
     order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
     end = 0
     for name in order:

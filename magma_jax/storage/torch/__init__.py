@@ -1,1 +1,1 @@
-"""PyTorch checkpoints without PyTorch."""
+"""PyTorch checkpoints, read and written without PyTorch."""

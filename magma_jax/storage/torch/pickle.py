@@ -1,11 +1,11 @@
-"""Reads the pickle inside a PyTorch checkpoint without running it.
+"""Reads the pickle of a PyTorch checkpoint without executing it.
 
-A pickle is a program for a small stack machine. Python's own unpickler imports and calls what the program
-names. The machine below knows some forty instructions, imports nothing, calls nothing that the file
-names, and turns a tensor into an inert record of where its bytes lie.
+A pickle is a program for a small stack machine, and Python's unpickler imports and calls whatever the program names.
+This interpreter supports about forty instructions, imports nothing, calls nothing that the file names, and turns a
+tensor into an inert record of its location.
 
-Why not ``pickle.Unpickler`` with a strict ``find_class``? Its BUILD sets attributes on whatever that
-returned, and its memo and byte-array instructions allocate as much memory as the file claims to need.
+Why not ``pickle.Unpickler`` with a strict ``find_class``? Its BUILD sets attributes on the returned objects, and its
+memo and byte-array instructions allocate as much memory as the file claims to need.
 """
 
 import io
@@ -37,44 +37,44 @@ _FUNCTIONS = {
     "torch._utils._rebuild_parameter_with_state",
     "torch._tensor._rebuild_from_type_v2",
 }
-# How TorchScript writes lists and typed containers.
+# TorchScript's encoding of lists and typed containers.
 _SCRIPT_LISTS = {f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor")}
 _SCRIPT_FUNCTIONS = {*_SCRIPT_LISTS, "torch.jit._pickle.restore_type_tag"}
-# TorchScript gives every class that it compiled a name below this one; their code lies elsewhere in the archive.
+# Namespace of TorchScript's compiled classes; their code is elsewhere in the archive.
 _SCRIPT_CLASSES = "__torch__."
 
-# Values that calls may copy from others. The largest checkpoints have some thousand shapes of a few numbers, but a file
-# can have one list of a million copied a million times.
+# Limit on values copied by calls. The largest checkpoints have a few thousand shapes of a few numbers, but a hostile
+# file can copy a list of a million values a million times.
 _MAX_COPIED = 5_000_000
 _SCALARS = (str, int, float, bool, bytes, type(None))
 
 
 class BadPickle(ValueError):
-    """What is wrong with a checkpoint's pickle, in one line; it does not know the file's name."""
+    """Error in a checkpoint's pickle, in one line without the file's name."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """The name of something in PyTorch that a file mentions, and no more than the name."""
+    """Name of a PyTorch class or function in the file; only the name."""
 
     name: str
 
 
 class Attributes(dict):
-    """The attributes of a TorchScript object by name, and nothing of its class: it has no methods and runs nothing."""
+    """Attributes of a TorchScript object by name, without its class: no methods, nothing to run."""
 
 
 def unpickle(stream: io.BytesIO, storages: dict[str, Storage], max_nbytes: int = 0, *, script: bool = False) -> object:
     """Reads one pickle from ``stream``, up to and including its last instruction.
 
-    Every storage it mentions is added to ``storages``, not yet located. No tensor may be larger than
-    ``max_nbytes``. With ``script`` the objects of a TorchScript archive are read too, each as ``Attributes``. Raises
-    BadPickle for anything that a checkpoint of tensors and plain values does not need.
+    Every referenced storage is added to ``storages``, not yet located. No tensor may be larger than ``max_nbytes``.
+    With ``script``, objects of a TorchScript archive are read too, as ``Attributes``. Raises BadPickle for anything
+    that a checkpoint of tensors and plain values does not need.
     """
     machine = _Machine(storages, max_nbytes, script)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python's, for stray backslashes in names
+            warnings.simplefilter("ignore", DeprecationWarning)  # invalid backslash escapes in names
             for opcode, argument, _ in pickletools.genops(stream):
                 machine.step(opcode.name, argument)
     except BadPickle:
@@ -175,7 +175,7 @@ class _Machine:
         container = self.stack[-1]
         if type(container) is not kind:
             raise BadPickle(f"its pickle fills a {type(container).__name__} as if it were a {kind.__name__}")
-        # Tuples as keys could be nested so that hashing one never ends; checkpoints have names and numbers.
+        # Nested tuples as keys could take forever to hash; checkpoints use strings and numbers.
         keys = items[::2] if kind is dict else items if kind is set else []
         for key in keys:
             if not isinstance(key, _SCALARS):
@@ -198,7 +198,7 @@ class _Machine:
             if type(state) is not dict or not all(isinstance(name, str) for name in state):
                 raise BadPickle("an object in it has a state that is no dict of attributes, such as quantized weights")
             target.update(state)
-        # Otherwise only PyTorch's `_metadata` of a state dict comes this way; the weights do not depend on it.
+        # Otherwise BUILD only sets the `_metadata` of a state dict, on which the weights do not depend.
         elif type(target) is not dict:
             raise BadPickle("its pickle sets the attributes of an object that is no state dict")
 
@@ -235,7 +235,7 @@ class _Machine:
                 return kind
             case "torch.device", (str(kind), int(index)):
                 return f"{kind}:{index}"
-            case "_codecs.encode", (str(text), "latin1"):  # how protocol 2 spells bytes
+            case "_codecs.encode", (str(text), "latin1"):  # bytes in protocol 2
                 return text.encode("latin1")
             case (
                 "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2",
@@ -290,7 +290,7 @@ def _allowed(name: str) -> Global:
 
 
 def _count(value: object) -> int:
-    # Below 2**63 like PyTorch's own sizes; True and False are no sizes.
+    # Below 2**63 like PyTorch's own sizes; bool is rejected.
     if type(value) is not int or not 0 <= value < 2**63:
         raise BadPickle("a tensor's size, stride or offset is not a count")
     return value

@@ -1,11 +1,11 @@
-"""Opens PyTorch checkpoints without PyTorch, without running anything they contain, and without loading them.
+"""Opens PyTorch checkpoints without PyTorch, without executing their content, and without loading the tensors.
 
-Two formats exist. Since PyTorch 1.6 a checkpoint is a zip archive of stored entries: ``NAME/data.pkl``
-describes the objects, ``NAME/data/KEY`` holds the bytes of one storage. Before, it was a row of pickles (magic
-number, protocol version, machine, objects, storage keys), then each storage's element count and bytes.
+There are two formats. Since PyTorch 1.6 a checkpoint is a zip archive of uncompressed entries: ``NAME/data.pkl``
+describes the objects, ``NAME/data/KEY`` holds the bytes of one storage. The legacy format is a sequence of pickles
+(magic number, protocol version, machine, objects, storage keys), then each storage's element count and bytes.
 
-TorchScript archives, as OpenAI published CLIP in, are zip archives too, with compiled code beside the tensors. The
-code is not looked at: the parameters and buffers come back under the names that ``state_dict()`` gives them.
+TorchScript archives, such as OpenAI's CLIP, are zip archives too, with compiled code beside the tensors. The code is
+ignored; parameters and buffers are returned under their ``state_dict()`` names.
 """
 
 import io
@@ -20,14 +20,14 @@ from magma_jax.storage.torch.storage import LazyTensor, Storage
 
 __all__ = ["LazyTensor", "TorchFile", "TorchFileError", "open_torch_file", "state_dict"]
 
-# The pickle of the largest published MAGMA takes 0.5 MiB. A hostile one can make Python allocate some
-# hundred times its own size, so there is a limit.
+# The pickle of the largest published MAGMA takes 0.5 MiB. The limit is for hostile ones, which can make Python allocate
+# about a hundred times their size.
 MAX_PICKLE_NBYTES = 16 * 2**20
 
 # CLIP's largest file has 600 modules, nested seven deep.
 MAX_SCRIPT_MODULES, MAX_SCRIPT_DEPTH = 20_000, 32
 
-# The number 0x1950a86a20f9469cfc6c, pickled: with the pickle's header before it, how every legacy file starts.
+# The pickled number 0x1950a86a20f9469cfc6c; every legacy file starts with a pickle header and this.
 LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 LEGACY_PROTOCOL = 1001
 
@@ -35,21 +35,21 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
 class TorchFileError(WeightFileError):
-    """A file that cannot be read as a PyTorch checkpoint: which file, why, and what to do, in one line."""
+    """File that is not a readable PyTorch checkpoint; one line with the file, the reason and the remedy."""
 
 
 class TorchFile:
-    """An open checkpoint; use it in a ``with`` block.
+    """Open checkpoint, a context manager.
 
-    ``tree`` is what was saved, as plain dicts, lists, tuples, numbers and strings, with a ``LazyTensor`` for
-    each tensor or parameter. Arrays that were read stay valid after the file is closed; unread tensors do not.
+    ``tree`` is the saved object as plain dicts, lists, tuples, numbers and strings, with a ``LazyTensor`` for each
+    tensor or parameter. Arrays remain valid after the file is closed; unread tensors do not.
     """
 
     def __init__(self, tree: object, file: ByteFile):
         self.path, self.tree, self._file = file.path, tree, file
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         self._file.close()
 
     def __enter__(self) -> "TorchFile":
@@ -60,10 +60,10 @@ class TorchFile:
 
 
 def open_torch_file(path: str | os.PathLike) -> TorchFile:
-    """Opens a checkpoint that ``torch.save`` wrote, of either format.
+    """Opens a checkpoint of ``torch.save``, in either format.
 
-    Reads the description of the tensors; their bytes are read when asked for. Raises TorchFileError, or
-    OSError if there is no such file.
+    Reads only the description of the tensors; their bytes are read on demand. Raises TorchFileError, or OSError if
+    there is no such file.
     """
     storages: dict[str, Storage] = {}
     file = ByteFile(path)
@@ -88,11 +88,11 @@ def open_torch_file(path: str | os.PathLike) -> TorchFile:
 
 
 def state_dict(tree: object) -> tuple[dict[str, LazyTensor], dict]:
-    """Finds the weights in what a checkpoint holds.
+    """Finds the weights in the tree of a checkpoint.
 
-    Understands ``{"module": weights, ...}`` (DeepSpeed), ``{"state_dict": weights, ...}`` and bare weights.
-    Returns the weights, name -> tensor, and everything else that was beside them (step counters, settings).
-    Raises TorchFileError if there are none.
+    Supports ``{"module": weights, ...}`` (DeepSpeed), ``{"state_dict": weights, ...}`` and bare weights. Returns the
+    weights, name -> tensor, and the other entries (step counters, settings). Raises TorchFileError if there are no
+    weights.
     """
     if not isinstance(tree, dict):
         raise TorchFileError(f"the checkpoint holds a {type(tree).__name__}, not a dict of weights")
@@ -134,20 +134,20 @@ def _read_zip(file: ByteFile, storages: dict[str, Storage]) -> object:
         if name not in entries:
             raise BadPickle(f"its storage {name[:100]!r} is missing; the archive is incomplete")
         storage.start, nbytes = entries[name]
-        # A storage viewed under a wider dtype may end in a fraction of an element.
+        # A storage viewed as a wider dtype may end with a partial element.
         if not 0 <= nbytes - storage.nbytes < storage.dtype.itemsize:
             raise BadPickle(f"storage {name!r} should have {storage.nbytes} bytes but has {nbytes}")
     return _script_tensors(tree) if script else tree
 
 
 def _script_tensors(module: object) -> dict[str, LazyTensor]:
-    """The tensors of nested modules by dotted name."""
+    """Tensors of nested modules by dotted name."""
     tensors: dict[str, LazyTensor] = {}
     waiting, seen = [("", module)], 0
     while waiting:
         prefix, module = waiting.pop()
         seen += 1
-        # A pickle can make an object contain itself, or one object a thousand others many times over.
+        # A hostile pickle can contain cycles, or reference one object many times over.
         if seen > MAX_SCRIPT_MODULES or prefix.count(".") > MAX_SCRIPT_DEPTH:
             raise BadPickle("its modules contain each other without end; do not trust this file")
         if not isinstance(module, Attributes):
@@ -159,7 +159,7 @@ def _script_tensors(module: object) -> dict[str, LazyTensor]:
 
 
 def _zip_entries(file: ByteFile) -> dict[str, tuple[int, int]]:
-    """Name -> (position in the file, size), for an archive in which every byte has at most one owner."""
+    """Name -> (position in the file, size); entries must not overlap."""
     try:
         with zipfile.ZipFile(file.path) as archive:
             infos, directory_start = archive.infolist(), archive.start_dir
@@ -170,7 +170,7 @@ def _zip_entries(file: ByteFile) -> dict[str, tuple[int, int]]:
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         name = info.orig_filename
-        # The code of a TorchScript archive is compressed, and never read.
+        # A TorchScript archive's code is compressed; it is never read.
         is_code = name.split("/")[1:2] == ["code"]
         stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
         if not stored and not is_code:

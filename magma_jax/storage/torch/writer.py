@@ -1,7 +1,7 @@
 """Writes checkpoints that ``torch.load(path, weights_only=True)`` reads, without PyTorch.
 
-The zip format of PyTorch >= 1.6 (see torch_reader). Tensors are asked for one at a time while the
-file is written, so a checkpoint larger than memory passes through.
+The format is the zip archive of PyTorch >= 1.6, see ``storage.torch.reader``. Tensors are read one at a time during
+writing, so that a checkpoint may be larger than memory.
 """
 
 import math
@@ -17,9 +17,9 @@ from magma_jax.output import OutputError, whole_output
 from magma_jax.storage.deferred import Tensor, alias_key, elements_ahead
 from magma_jax.storage.torch.storage import DTYPES, STORAGES
 
-# PyTorch places every storage at a multiple of 64 bytes so that it can be mapped into memory.
+# PyTorch aligns every storage to 64 bytes so that it can be mapped into memory.
 ALIGNMENT = 64
-# Any directory would do; this is what PyTorch calls it when it writes to a stream.
+# Any directory name is valid; PyTorch uses this one when it writes to a stream.
 ROOT = "archive"
 _STORAGE_NAMES = {DTYPES[dtype]: storage for storage, dtype in STORAGES.items()}
 _LOCAL_HEADER_NBYTES = 30
@@ -31,19 +31,19 @@ _MAX_DEPTH = 100
 def write_torch_file(
     path: str | os.PathLike, tree: object, progress: Callable[[int], None] = lambda nbytes: None
 ) -> None:
-    """Writes ``tree`` so that ``torch.load(path, weights_only=True)`` gives it back.
+    """Writes ``tree`` so that ``torch.load(path, weights_only=True)`` returns it.
 
-    ``tree`` is made of dicts, lists, tuples, strings, numbers, booleans, None, and tensors: NumPy arrays
-    (ml_dtypes' bfloat16 included) or anything with ``shape``, ``dtype`` and ``read()``, such as ``Deferred``
-    or a ``LazyTensor`` of another file. The same object in two places becomes two tensors that share one
-    storage, as tied weights do in PyTorch; so do two LazyTensors over the same elements. ``progress`` is called
-    with the number of bytes after every storage.
+    ``tree`` consists of dicts, lists, tuples, strings, numbers, booleans, None, and tensors: NumPy arrays (ml_dtypes'
+    bfloat16 included) or anything with ``shape``, ``dtype`` and ``read()``, such as ``Deferred`` or a ``LazyTensor`` of
+    another file. The same object in two places becomes two tensors that share one storage, as tied weights do in
+    PyTorch; so do two LazyTensors over the same elements. ``progress`` is called with the number of bytes after every
+    storage.
 
-    The file appears under its name only when it is complete; on any error the previous file stays.
-    Raises TypeError for what no checkpoint is made of, ValueError if a deferred tensor is not as announced,
-    OutputError for an element type that the format lacks, or if the disk is too small.
+    The file is written atomically; an error leaves the previous file in place. Raises TypeError for objects that a
+    checkpoint cannot hold, ValueError if the array read differs from a deferred tensor's shape or dtype, OutputError
+    for an element type that the format lacks, or if the disk is too small.
     """
-    pickled = _Pickled(tree)  # before touching the disk: a wrong leaf is found at once
+    pickled = _Pickled(tree)  # before touching the disk, so that an invalid leaf is found at once
     nbytes = len(pickled.code) + sum(_nbytes(tensor) + 2 * ALIGNMENT for tensor in pickled.tensors)
     with whole_output(path, nbytes=nbytes) as partial, partial.open("xb") as file:
         with zipfile.ZipFile(file, "w") as archive:
@@ -62,7 +62,7 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def _write_entry(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
-    info = zipfile.ZipInfo(f"{ROOT}/{name}")  # its date stays at 1980: equal trees give equal files
+    info = zipfile.ZipInfo(f"{ROOT}/{name}")  # constant date, so that equal trees give equal files
     large = len(content) > zipfile.ZIP64_LIMIT
     header = _LOCAL_HEADER_NBYTES + len(info.filename) + large * _ZIP64_EXTRA_NBYTES + 4
     assert archive.fp is not None  # it is open
@@ -73,7 +73,7 @@ def _write_entry(archive: zipfile.ZipFile, name: str, content: bytes | memoryvie
 
 
 class _Pickled:
-    """``code``: the pickle (protocol 2, which ``weights_only`` wants); ``tensors[k]``: what storage k holds."""
+    """``code``: the pickle (protocol 2, required by ``weights_only``); ``tensors[k]``: content of storage k."""
 
     def __init__(self, tree: object):
         self.code, self.tensors, self._storage_of = bytearray(b"\x80\x02"), [], {}
