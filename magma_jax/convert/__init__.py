@@ -1,1 +1,1 @@
-"""Checkpoints of other libraries, in and out."""
+"""Checkpoint conversion from and to other libraries."""

@@ -10,8 +10,8 @@
     python -m magma_jax.convert verify FOLDER --checksums [--json]
     python -m magma_jax.convert add-checksums FOLDER
 
-Exit status: 0 done, 1 two sides differ or files have changed, 2 unusable input (one message on standard error). See
-docs/conversion.md and docs/sources.md.
+Exit status: 0 success, 1 the checkpoints differ or files have changed, 2 unusable input (one message on standard
+error). See docs/conversion.md and docs/sources.md.
 """
 
 import argparse

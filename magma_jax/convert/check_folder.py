@@ -1,4 +1,4 @@
-"""``verify --checksums`` and ``add-checksums``: whether the files of a folder are as they were written."""
+"""``verify --checksums`` and ``add-checksums``: checks a folder's files against their checksums."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from magma_jax.training.checkpoints.checkpoint import CHECKPOINTS
 
 @dataclasses.dataclass(frozen=True)
 class FolderCheck:
-    """By folder, the folder itself, its steps and its base, what is wrong with its files; nothing if all are whole."""
+    """Damaged files of a folder, of its checkpoint steps and of its base, by folder."""
 
     folders: dict[str, list[str]]
 
@@ -37,11 +37,11 @@ class FolderCheck:
         return not any(self.folders.values())
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, for machines."""
+        """Plain values for JSON output."""
         return {"ok": self.ok, "folders": self.folders}
 
     def as_table(self) -> str:
-        """A line for each folder that is whole, and for each file that is not."""
+        """One line per intact folder and per damaged file."""
         lines = []
         for folder, problems in self.folders.items():
             lines += [f"{folder}: DAMAGED: {problem}" for problem in problems]
@@ -50,17 +50,17 @@ class FolderCheck:
 
 
 def check_folder(path: str | Path) -> FolderCheck:
-    """Reads every file of a model folder or run folder, of the run's checkpoints and of the folder's base.
+    """Checks all files of a model or run folder, of the run's checkpoints and of the folder's base.
 
     Raises:
-        CheckpointError: not such a folder, or one without sums.
+        CheckpointError: not a model or run folder, or one without checksums.
     """
     found = {str(path): list(_damages(path))}
     steps = [step for step in Path(path).glob(f"{CHECKPOINTS}/*") if step.name.isdecimal()]
     for step in sorted(steps, key=lambda step: int(step.name)):
         problem = find_damage(step)
         found[str(step)] = [] if problem is None else [problem]
-    if not found[str(path)]:  # else the reference itself may be wrong
+    if not found[str(path)]:  # otherwise the base reference may be damaged
         try:
             base = base_folder(path)
         except CheckpointError as error:
@@ -71,10 +71,10 @@ def check_folder(path: str | Path) -> FolderCheck:
 
 
 def add_checksums(path: str | Path) -> None:
-    """Lists the sums of a model folder that was written before there were any, as its files are now.
+    """Writes the checksums of a model folder that was written without them, from its current files.
 
     Raises:
-        CheckpointError: not a model folder, or it has sums already.
+        CheckpointError: not a model folder, or it already has checksums.
     """
     read_model_json(path)
     folder = Path(path).absolute()
@@ -86,10 +86,10 @@ def add_checksums(path: str | Path) -> None:
 
 
 def _damages(path: str | Path) -> Iterator[str]:
-    """What is wrong with a folder's own files, one line each; all of them are read.
+    """Yields one line per damaged file of a folder without its base; all files are read.
 
     Raises:
-        CheckpointError: not a model folder, or it has no sums.
+        CheckpointError: not a model folder, or it has no checksums.
     """
     folder = Path(path).absolute()
     if not (folder / MODEL_FILE).exists():

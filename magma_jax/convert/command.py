@@ -1,4 +1,4 @@
-"""What ``python -m magma_jax.convert`` does once its arguments are read."""
+"""Subcommands of ``python -m magma_jax.convert``."""
 
 import argparse
 import functools
@@ -66,7 +66,7 @@ def _add_checksums(options: argparse.Namespace) -> int:
     return 0
 
 
-# Each returns the exit status.
+# Functions by subcommand; each returns the exit status.
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "from-torch": _from_torch,
     "to-torch": functools.partial(_export, to_torch),

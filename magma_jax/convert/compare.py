@@ -1,4 +1,4 @@
-"""Compares two checkpoints tensor by tensor, whatever their layouts, in bounded memory."""
+"""Compares two checkpoints of any layout tensor by tensor, in bounded memory."""
 
 import contextlib
 import dataclasses
@@ -17,20 +17,20 @@ from magma_jax.storage.deferred import alias_key, read_array, read_row
 from magma_jax.storage.files import WeightFileError, open_tensors
 from magma_jax.storage.model_folder import MODEL_FILE
 
-# Numbers that are widened to fp64 at a time.
+# Elements cast to fp64 at a time.
 _SLAB = 2**22
 
 
 @dataclasses.dataclass
 class Module:
-    """What the tensors of one module, over all layers, have in common.
+    """Comparison of the tensors of one module over all layers.
 
     Attributes:
-        tensors: tensors compared.
-        numbers: scalars compared.
-        difference: largest difference of two numbers; infinite where one is NaN and the other is not.
-        norms: Euclidean norm on either side.
-        unequal: tensors with unequal bits.
+        tensors: number of tensors compared.
+        numbers: number of elements compared.
+        difference: largest absolute difference; infinite if only one side is NaN.
+        norms: Euclidean norm of each side.
+        unequal: number of tensors that differ bitwise.
     """
 
     tensors: int = 0
@@ -42,12 +42,12 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointComparison:
-    """The result of ``compare_checkpoints``.
+    """Result of ``compare_checkpoints``.
 
     Attributes:
-        modules: by name, numbers in names (layers) replaced by ``*``.
-        problems: tensors that one side lacks, and other shapes, one line each.
-        not_compared: second names and recomputed buffers that only one side has.
+        modules: comparisons by module name, layer numbers replaced by ``*``.
+        problems: tensors missing on one side, and shape mismatches, one line each.
+        not_compared: aliases and recomputed buffers that only one side has.
         tolerance: largest difference that counts as equal.
     """
 
@@ -62,14 +62,14 @@ class CheckpointComparison:
         return not self.problems and all(module.difference <= self.tolerance for module in self.modules.values())
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, for machines; an infinite difference is None."""
+        """Plain values for JSON output; an infinite difference is None."""
         modules = {name: dataclasses.asdict(module) for name, module in self.modules.items()}
         for module in modules.values():
             module["difference"] = module["difference"] if math.isfinite(module["difference"]) else None
         return {"ok": self.ok, "modules": modules, "problems": self.problems, "not_compared": self.not_compared}
 
     def as_table(self) -> str:
-        """A line for each module, the problems, and a summary."""
+        """One line per module, the problems, and a summary."""
         width = max(map(len, ["module", *self.modules]))
         lines = [f"{'module':{width}}  tensors        numbers  difference      norm A      norm B"]
         for name, m in self.modules.items():
@@ -88,13 +88,13 @@ class CheckpointComparison:
 
 
 def compare_checkpoints(a: str | Path, b: str | Path, tolerance: float = 0.0) -> CheckpointComparison:
-    """Compares model folders, run folders and weight files of any kind that ``open_tensors`` knows.
+    """Compares model folders, run folders and weight files of any format that ``open_tensors`` supports.
 
-    A folder is compared with a file under the file's names. Numbers are compared, so an fp16 and an fp32 tensor of
-    the same numbers differ by nothing (though their bits do).
+    A folder and a file are compared under the file's names. Values are compared, so an fp16 and an fp32 tensor of the
+    same numbers have difference 0 (though unequal bits).
 
     Raises:
-        WeightFileError, CheckpointError: one of them cannot be read, or they have no name in common.
+        WeightFileError, CheckpointError: a checkpoint cannot be read, or they have no tensor name in common.
     """
     with _open(a, b) as (ours, theirs):
         common = [name for name in ours if name in theirs]
@@ -113,7 +113,7 @@ def compare_checkpoints(a: str | Path, b: str | Path, tolerance: float = 0.0) ->
                 problems.append(f"{name} has shape {list(first.shape)} in {a} and {list(second.shape)} in {b}")
                 continue
             pair = alias_key(first), alias_key(second)
-            if pair not in known:  # a second name need not be read again
+            if pair not in known:  # tied tensors are compared once
                 known[pair] = _compare(first, second)
             _add(modules.setdefault(_module_of(name), Module()), known[pair])
         return CheckpointComparison(modules, problems, one_sided, tolerance)
@@ -162,7 +162,7 @@ def _compare_arrays(first: np.ndarray, second: np.ndarray) -> Module:
 
 
 def _wide(array: np.ndarray) -> np.ndarray:
-    # fp32 holds half precision exactly, and takes half the time of fp64.
+    # fp32 represents half precision exactly and takes half the time of fp64.
     half = array.dtype.itemsize <= 2 and array.dtype.kind not in "iu"
     return array.astype(np.float32 if half else np.float64)
 

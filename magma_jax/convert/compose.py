@@ -1,8 +1,8 @@
-"""A MAGMA model that is ready to be trained, from a published language model and a published image encoder.
+"""Composes a trainable MAGMA model from a published language model and a published image encoder.
 
-Both are read tensor by tensor and never held whole. The language model is stored once, in the dtype of the config's
-``model.lm.dtype``: runs that start from the folder refer to it (``base`` in a run's config). Adapters, prefix and head
-are fresh, from the config's seed: the same that a run of that config would make for itself.
+Both are read one tensor at a time. The language model is stored once, in ``model.lm.dtype``; runs that start from the
+folder refer to it (``base`` in a run's config). Adapters, prefix and head are initialised from the config's seed, with
+the same values as in a run of that config.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from magma_jax.version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class Composition:
-    """How many parameters a composed model has, by what a run of its config does with them."""
+    """Parameter counts of a composed model, by how a run of its config treats them."""
 
     frozen: int
     trainable: int
@@ -43,20 +43,20 @@ def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Compos
     """Writes a model folder to start runs from.
 
     Args:
-        config: of the runs; its model and seed count here.
+        config: run config; only its model and seed are used.
         lm: a language model, see ``published.language_model_sources``: folder, file or ``hf://`` address.
         encoder: an image encoder, see ``published.encoder_sources``: file or ``hf://`` address, or a name in
             ``training.run.pretrained.SOURCES``.
-        out: the folder; must not exist.
+        out: the model folder; must not exist.
 
     Raises:
-        ConfigError: not the config of a MAGMA model, or sources that do not fit it. CheckpointError: something
-        already stands at ``out``, or the disk is too small. HubError, WeightFileError, TorchFileError, KeyMapError,
-        LanguageModelError: a source that cannot be read.
+        ConfigError: not the config of a MAGMA model, or sources that do not fit it. CheckpointError: ``out`` already
+        exists, or the disk is too small. HubError, WeightFileError, TorchFileError, KeyMapError, LanguageModelError: a
+        source that cannot be read.
     """
     if not isinstance(config.model, MagmaConfig):
         raise ConfigError(f"compose: the config's model is a {config.model.kind}, but a magma is composed")
-    if Path(out).exists():  # checked again before writing; here it saves fetching 12 GB for nothing
+    if Path(out).exists():  # checked again before writing; this check comes before downloading 12 GB
         raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
     lm_path = local_path(lm)
     tokenizer = read_tokenizer(lm_path, config.model.lm)
@@ -94,16 +94,16 @@ def _fresh(config: RunConfig, paths: list[str]) -> Params:
         params = split(create_model(MAGMA, config))[1]
         return {path: params[path] for path in paths}
 
-    # Under jit only what is returned is computed: the pretrained parts are not first filled with noise.
+    # Under jit only the returned parameters are computed; the pretrained parts are not initialised.
     return jax.jit(create)()
 
 
 def _name(file: Path, folder: Path) -> str:
-    """A file's name, within the folder if it lies in that."""
+    """File name, relative to the folder if the file is inside it."""
     return file.relative_to(folder).as_posix() if file.is_relative_to(folder) and file != folder else file.name
 
 
 def _commit(files: tuple[Path, ...]) -> dict[str, str]:
-    """The commit of files that lie in the hub's cache."""
+    """Commit of files in the hub's cache."""
     found = re.search(r"/snapshots/([0-9a-f]{40})/", files[0].as_posix()) if files else None
     return {"commit": found[1]} if found else {}

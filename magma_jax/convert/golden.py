@@ -1,8 +1,7 @@
-"""Golden files: arrays that the original computed, what each may differ by, and the comparison itself.
+"""Golden files: arrays computed by the original, their tolerances, and the comparison.
 
-A golden file is an ``.npz`` of named arrays in PyTorch's layout (images NCHW, parameters by their PyTorch keys).
-Everything that a name can hold is optional, apart from the inputs ``images`` and ``captions``; see ``golden_run`` for
-the names that are understood.
+A golden file is an ``.npz`` of named arrays in PyTorch's layout (images NCHW, parameters by their PyTorch keys). All
+arrays are optional, except the inputs ``images`` and ``captions``; see ``golden_run`` for the names.
 """
 
 import fnmatch
@@ -19,16 +18,16 @@ Measure = Literal["absolute", "relative", "each", "unequal"]
 
 
 class GoldenError(ValueError):
-    """A golden file that cannot be read, or does not fit the model; one line with the remedy."""
+    """Golden file that cannot be read or does not fit the model; one line with the remedy."""
 
 
 class Tolerance(NamedTuple):
     """Largest difference that counts as equal.
 
     Attributes:
-        limit: the largest allowed value of the measure.
+        limit: largest allowed value of the measure.
         measure: ``absolute``; ``relative`` to the array's largest entry; ``each`` entry relative to itself;
-            ``unequal``, the number of entries that are not the same.
+            ``unequal``, the number of unequal entries.
     """
 
     limit: float
@@ -37,7 +36,7 @@ class Tolerance(NamedTuple):
 
 # The first pattern that a name matches decides. The original in fp32 differs from itself in fp64 by up to 1.2e-5 in
 # logits and 2.3e-5 of a tensor's largest entry in gradients.
-# What NumPy raises on an archive that is damaged, or that claims more than there is.
+# NumPy's exceptions for an archive that is damaged or claims more bytes than it has.
 BAD_NPZ = (
     *(AttributeError, TypeError, ValueError, EOFError, KeyError, OverflowError, RecursionError, MemoryError),
     *(zipfile.BadZipFile, zlib.error, NotImplementedError),
@@ -53,19 +52,19 @@ TOLERANCES: dict[str, Tolerance] = {
     "*num_batches_tracked": Tolerance(0, "unequal"),
     "loss": Tolerance(2e-5),
     "train/loss": Tolerance(2e-5),
-    # A ReLU whose input is zero but for rounding tips over in one order of summation and not in another: 2.6e-6 as
-    # XLA compiles by default, 1.7e-3 of one norm as it compiles for the tests.
+    # A ReLU whose input is zero up to rounding flips with the order of summation: 2.6e-6 with XLA's default options,
+    # 1.7e-3 of one norm with those of the tests.
     "grad_norms_*": Tolerance(3e-3, "each"),
     "grad_*": Tolerance(1e-3, "relative"),
     "opt/losses": Tolerance(2e-3),
     "opt/eval_loss_after": Tolerance(2e-3),
-    # Adam divides by the gradient's own size, so where a gradient is rounding noise its whole step is, and a ReLU
-    # that tips over after such a step changes the next gradients by about a percent.
+    # Adam normalises by the gradient's size, so a gradient of rounding noise gives a step of noise, and a ReLU that
+    # flips after such a step changes the next gradients by about one percent.
     "opt/grad_norms_before_clip": Tolerance(1e-2, "each"),
     "opt/param_delta_norms": Tolerance(1e-2, "each"),
     "opt/param/*": Tolerance(1e-2, "relative"),
     "opt/bn/*": Tolerance(1e-3, "relative"),
-    # Half precision: about twice what the original's own half-precision run differs from its fp32 run.
+    # Half precision: about twice the difference between the original's half-precision and fp32 runs.
     "fp16/*": Tolerance(3e-2),
     "bf16/*": Tolerance(5e-1),
     "*": Tolerance(2e-4),
@@ -73,7 +72,7 @@ TOLERANCES: dict[str, Tolerance] = {
 
 
 class Comparison(NamedTuple):
-    """One quantity: its largest difference by ``tolerance.measure``, and the golden array's shape."""
+    """Comparison of one array: largest difference by ``tolerance.measure``, and the golden array's shape."""
 
     name: str
     difference: float
@@ -87,7 +86,7 @@ class Comparison(NamedTuple):
         return self.difference <= self.tolerance.limit
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; a difference that is no finite number is None."""
+        """Plain values; a difference that is not finite is None."""
         return {
             "name": self.name,
             "difference": self.difference if math.isfinite(self.difference) else None,
@@ -100,7 +99,7 @@ class Comparison(NamedTuple):
 
 
 def compare(name: str, computed: Any, golden: np.ndarray) -> Comparison:
-    """Compares a computed array with the golden one of that name; another shape is an infinite difference."""
+    """Compares a computed array with the golden one of the same name; a shape mismatch is an infinite difference."""
     tolerance = next(t for pattern, t in TOLERANCES.items() if fnmatch.fnmatchcase(name, pattern))
     computed = np.asarray(computed)
     if computed.shape != golden.shape:
@@ -119,7 +118,7 @@ def compare(name: str, computed: Any, golden: np.ndarray) -> Comparison:
 
 
 def read_golden(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads all arrays of a golden file; pickled objects in it are refused.
+    """Reads all arrays of a golden file; pickled objects are refused.
 
     Raises:
         GoldenError: not an ``.npz`` of plain arrays.
@@ -138,10 +137,10 @@ def read_golden(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def inputs_of(golden: Mapping[str, np.ndarray], name: str, shape: tuple[int | None, ...], kinds: str) -> np.ndarray:
-    """An input array, after a check of its shape (None: any length) and NumPy's kind of dtype.
+    """Returns an input array after checking its shape (None: any length) and NumPy dtype kind.
 
     Raises:
-        GoldenError: it is missing or of another shape or type.
+        GoldenError: it is missing, or has another shape or type.
     """
     if name not in golden:
         raise GoldenError(f"the golden file lacks the input {name!r}; it has: {', '.join(list(golden)[:10])}")

@@ -4,11 +4,11 @@
     gen2   [images[0], text_a[0], images[1], text_b[1]]    genb   [images[i], text_a[i]] for every row i
 
 Each has ``embeddings``, ``out`` (placeholders for the prompt, then the new tokens), ``new_tokens`` and
-``logits_cached`` from a cache, ``*_nocache`` from recomputing everything, and ``final_past_*_last_layer``. ``geneos``
-repeats ``genb`` with another id as end of text; there the original goes on until every row of a batch ends in the same
-step, so that ``out_batch`` is a run without any end, and ``kept_batch`` what is left of it.
+``logits_cached`` with a cache, ``*_nocache`` without one, and ``final_past_*_last_layer``. ``geneos`` repeats ``genb``
+with another end-of-text id; the original then continues until all rows of a batch end in the same step, so that
+``out_batch`` never ends and ``kept_batch`` is the part before each row's end.
 
-All prompts run as one ragged batch, so this also shows that a row gives what it gives alone.
+All prompts run as one ragged batch, which also checks that a row's result does not depend on the others.
 """
 
 import functools
@@ -26,12 +26,12 @@ from magma_jax.inference.decoding.sampling import mask_missing_ids, remove_after
 from magma_jax.nn.modules import merge
 from magma_jax.typing import Array
 
-# An id that is never drawn, so that one compiled program serves with and without an end.
+# Id that is never sampled: one compiled program serves runs with and without an end token.
 NO_END = -1
 
 
 def generations(subject: Subject) -> Quantities:
-    """Every generation that the golden file holds."""
+    """Generations of the golden file."""
     golden = subject.golden
     wanted = {match[1] for match in subject.names(r"(gen\w+)/.*")}
     if not wanted:
@@ -40,7 +40,7 @@ def generations(subject: Subject) -> Quantities:
     steps = _steps(subject, parts)
     batch = _Batch(subject, [row for rows in parts.values() for row in rows], max(steps.values()))
     run = batch.generate(NO_END)
-    assert run.logits is not None  # asked for
+    assert run.logits is not None  # requested
     start = 0
     for name, rows in parts.items():
         at, length, n = slice(start, start + len(rows)), len(rows[0]), steps[name]
@@ -88,7 +88,7 @@ def _prompts(subject: Subject, wanted: set[str]) -> dict[str, list[np.ndarray]]:
 
 
 def _steps(subject: Subject, parts: dict[str, list[np.ndarray]]) -> dict[str, int]:
-    """New tokens of each generation, as the golden file's arrays say."""
+    """Number of new tokens of each generation, from the shapes in the golden file."""
     golden, steps = subject.golden, {}
     for name, rows in parts.items():
         length = len(rows[0])
@@ -103,7 +103,7 @@ def _steps(subject: Subject, parts: dict[str, list[np.ndarray]]) -> dict[str, in
 
 
 def _ended(subject: Subject, tokens: np.ndarray, endless: np.ndarray, length: int) -> Quantities:
-    """Results of a run that ends at ``geneos/eos_token``, beside those of one that never ends."""
+    """Results of a run that ends at ``geneos/eos_token``, and of one that never ends."""
     eos, image = int(subject.golden["geneos/eos_token"]), _image_token(subject)
     kept = [remove_after_eos(row, eos, image) for row in tokens]
     through_eos = 1 + int(np.argmax(tokens[0] == eos)) if eos in tokens[0] else tokens.shape[1]
@@ -119,12 +119,12 @@ def _image_token(subject: Subject) -> int:
 
 
 def _with_placeholders(subject: Subject, tokens: np.ndarray, length: int) -> np.ndarray:
-    """The original returns its image token at every position of the prompt, text included."""
+    """Prepends the image token for every prompt position, text included, as the original does."""
     return np.pad(tokens, ((0, 0), (length, 0)), constant_values=_image_token(subject))
 
 
 class _Batch:
-    """Prompts of different lengths, padded on the right, and room for ``steps`` new tokens each."""
+    """Right-padded prompts of different lengths, with room for ``steps`` new tokens each."""
 
     def __init__(self, subject: Subject, rows: list[np.ndarray], steps: int):
         self.graphdef, self.params, self.steps = subject.graphdef, subject.params, steps
@@ -135,7 +135,7 @@ class _Batch:
         return _generate(self.graphdef, self.params, self.embeddings, self.lengths, eos_id, self.steps)
 
     def recompute(self, tokens: Any) -> Array:
-        """Logits that each of ``tokens`` (B, N) was chosen from, without a cache."""
+        """Logits from which ``tokens`` (B, N) were chosen, computed without a cache."""
         return _recompute(self.graphdef, self.params, self.embeddings, self.lengths, tokens)
 
 

@@ -1,10 +1,10 @@
-"""Computes, with a model of this library, the quantities that a golden file may hold.
+"""Computes the quantities of a golden file with a model of this library.
 
 Each function yields ``(name, array)`` pairs in PyTorch's layout. Names:
 
     enc_out, prefix_proj_out, prefix, input_embeddings, labels, hidden_states, logits, loss
     blockI/{ln_1,attn_inner,attn,mlp_inner,mlp,}_out, past_key_I, past_value_I    layer I
-    grad_eval/KEY, grad_norms_eval        gradient of the loss by the trainable parameters (grad_names names the norms)
+    grad_eval/KEY, grad_norms_eval        gradients of the trainable parameters (grad_names names the norms)
     train/{loss,prefix}, grad_train/KEY, grad_norms_train, bn_after_1_train_forward/KEY
                                           the same with BatchNorm's batch statistics and without dropout
     opt/{losses,grad_norms_before_clip,eval_loss_after}, opt/param/KEY, opt/bn/KEY, opt/param_delta_norms
@@ -40,7 +40,7 @@ from magma_jax.typing import IGNORED, Params
 
 Quantities = Iterator[tuple[str, Any]]
 
-# Of GPT-2's tokenizer; the .json beside a golden file may name another.
+# GPT-2's; the .json beside a golden file may override it.
 EOS_TOKEN = 50256
 BLOCK_FIELDS = {
     "ln_1_out": "ln_1",
@@ -54,7 +54,7 @@ BLOCK_FIELDS = {
 
 @dataclasses.dataclass
 class Subject:
-    """A model in fp32 and the inputs of a golden file, checked against each other."""
+    """Model in fp32 and the inputs of a golden file, checked against each other."""
 
     config: MagmaConfig
     params: Params
@@ -77,23 +77,23 @@ class Subject:
             raise GoldenError(f"golden input 'captions' must be longer than an image's {self.positions} positions")
 
     def batch(self, images: np.ndarray, captions: np.ndarray) -> dict[str, jax.Array]:
-        """A batch for the loss; as in the original, prefix and words together are as long as ``captions``."""
+        """Batch for the loss; as in the original, prefix plus text are as long as ``captions``."""
         tokens = jnp.asarray(captions[:, : captions.shape[1] - self.positions])
         return {"images": jnp.asarray(images), "tokens": tokens, "labels": caption_labels(tokens, self.eos_id)}
 
     def names(self, pattern: str) -> list[re.Match]:
-        """The golden names that match."""
+        """Matches of the golden names."""
         return [match for name in self.golden if (match := re.fullmatch(pattern, name))]
 
     def theirs(self, params: Params) -> dict[str, np.ndarray]:
-        """Parameters, gradients or statistics (any part of the model) by PyTorch key."""
+        """Renames parameters, gradients or statistics of any part of the model to PyTorch keys."""
         planned = keymap.to_theirs(magma_table(self.config), params)
         return {key: tensor.read() for key, tensor in planned.items()}
 
 
 def forward(subject: Subject) -> Quantities:
-    """The forward pass, its loss and gradients with frozen statistics."""
-    # Only what the file asks for: at full size a layer's results for a batch take gigabytes, and so do gradients.
+    """Forward pass, loss and gradients with frozen statistics."""
+    # Only the quantities in the file: at full size a layer's activations take gigabytes, and so do gradients.
     asked = {match[2] for match in subject.names(r"block(\d+)/(\w+)") if match[2] in BLOCK_FIELDS}
     asked = {BLOCK_FIELDS[name] for name in asked} | {match[1] for match in subject.names(r"past_(key|value)_\d+")}
     collect = tuple(sorted(asked | ({"out"} if "hidden_states" in subject.golden else set())))
@@ -117,7 +117,7 @@ def forward(subject: Subject) -> Quantities:
 
 
 def half_precision(subject: Subject) -> Quantities:
-    """The forward pass in fp16 and bf16, where the golden file has it."""
+    """Forward pass in fp16 and bf16, as far as the golden file has it."""
     for name, dtype in (("fp16", jnp.float16), ("bf16", jnp.bfloat16)):
         if not subject.names(f"{name}/.*"):
             continue
@@ -133,7 +133,7 @@ def half_precision(subject: Subject) -> Quantities:
 
 
 def training(subject: Subject) -> Quantities:
-    """The train-mode forward pass and gradients, and the optimizer's steps if there is a second batch."""
+    """Train-mode forward pass and gradients, and optimizer steps if there is a second batch."""
     if not subject.names(r"train/.*|grad_train/.*|grad_norms_train|bn_after_1_train_forward/.*|opt/.*"):
         return
     yield "train/prefix", _train_prefix(subject.graphdef, subject.params, subject.images)
@@ -174,7 +174,7 @@ def training(subject: Subject) -> Quantities:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Floating parameters in another dtype."""
+    """Casts the floating parameters to ``dtype``."""
     return {
         path: jnp.asarray(leaf, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else None)
         for path, leaf in params.items()
@@ -195,7 +195,7 @@ def _gradients(subject: Subject, grads: Params, mode: str) -> Quantities:
 
 
 def _by_name(subject: Subject, names: str, values: Mapping[str, Any]) -> np.ndarray:
-    """Values in the order of an array of names; NaN, which is never equal, for a name that the model lacks."""
+    """Values in the order of an array of names; NaN, which never compares equal, for unknown names."""
     wanted = inputs_of(subject.golden, names, (None,), "U")
     return np.array([values.get(str(name), np.nan) for name in wanted])
 
@@ -219,20 +219,20 @@ def _optimizer(subject: Subject) -> OptimConfig:
 
 
 def _keep_gradients() -> optax.GradientTransformation:
-    """Passes gradients on, and keeps them as its state."""
+    """Identity transformation that stores the gradients as its state."""
     return optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda updates, state, params=None: (updates, updates)
     )
 
 
 def _train_loss(model: MagmaModel, batch: Batch, key: Any) -> Terms:
-    """The library's loss with BatchNorm as in the original's training; its dropout was off in the golden runs."""
+    """Loss with the original's train-mode BatchNorm; the golden runs disable dropout."""
     del key
     return caption_loss(model, batch, None, options=LossOptions(batch_norm="batch"))
 
 
 def _run(model: MagmaModel, batch: Mapping[str, Any], collect: tuple[str, ...]) -> dict[str, Any]:
-    """The intermediate results of the forward pass over prefix and tokens."""
+    """Intermediate results of the forward pass over prefix and tokens."""
     features = model.encode_images(batch["images"])
     prefix = model.embed_features(features)
     embeddings = jnp.concatenate([prefix, model.embed_tokens(batch["tokens"])], axis=1)

@@ -1,4 +1,4 @@
-"""The language model of a MAGMA model as Hugging Face lays it out, without its adapters."""
+"""Exports the language model of a MAGMA model to Hugging Face's layout, without adapters."""
 
 import json
 import sys
@@ -20,14 +20,14 @@ from magma_jax.storage.safetensors_file import write_safetensors
 
 
 def to_hf(folder: str | Path, out: str | Path) -> None:
-    """Writes weights, settings and vocabulary, which ``AutoModelForCausalLM`` and ``AutoTokenizer`` read from ``out``.
+    """Writes weights, config and vocabulary for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
-    Adapters have no place there and are left out. Hugging Face has one size of vocabulary, so the word table gets
-    zeros for the rows that only the head has.
+    The layout has no adapters, so they are omitted. It has a single vocabulary size, so the embedding table is padded
+    with zeros to the rows of the head.
 
     Raises:
-        OutputError: something already stands at ``out``, the disk is too small, or the language model is no GPT-J.
-        CheckpointError: no model folder.
+        OutputError: ``out`` already exists, the disk is too small, or the language model is not a GPT-J.
+        CheckpointError: not a model folder.
     """
     if Path(out).exists():
         raise OutputError(f"{out}: already exists; choose another name or remove it first")
@@ -73,16 +73,16 @@ def _hf_config(config: GPTJConfig, dtype: str) -> dict[str, Any]:
 
 def _write_tokenizer(folder: Path, words: Tokenizer, config: GPTJConfig) -> None:
     content = json.loads(words.to_json())
-    # The place of an image has no row in most models, so its id would be out of their range.
+    # Most models have no row for the image token, so its id would be out of range.
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < config.head_rows]
     _write_json(folder / "tokenizer.json", content)
     settings = {
-        # Takes tokenizer.json as it is; the class of GPT-2's would build another one from parts of it.
+        # Uses tokenizer.json unchanged; GPT2TokenizerFast would rebuild it from its parts.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), words.eos),
         "model_max_length": config.context_length,
         "clean_up_tokenization_spaces": False,
-        "padding_side": "left",  # where generation wants it
+        "padding_side": "left",  # required for batched generation
     }
     _write_json(folder / "tokenizer_config.json", settings)
 

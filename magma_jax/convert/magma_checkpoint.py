@@ -1,4 +1,4 @@
-"""MAGMA checkpoints: the published PyTorch layout to a model folder, and back, bit for bit."""
+"""Converts MAGMA checkpoints between the published PyTorch layout and model folders, bit for bit."""
 
 import json
 import sys
@@ -27,14 +27,14 @@ from magma_jax.version import __version__
 
 
 def published_module(model: OpenMagma) -> dict[str, Any]:
-    """All tensors of a model under the published keys, second names and buffers included, in the source's order."""
+    """All tensors of a model under the published keys, aliases and buffers included, in the source's order."""
     buffers = attention_buffers(model.config, np.dtype(model.params["lm/wte/weight"].dtype))
     table = magma_table(model.config, buffers)
     module = keymap.to_theirs(table, model.params)
     for key, array in model.source.get("buffers", {}).items():
         module |= {name: array for name in (key, _second_name(key)) if name in module}
     if "keys" in model.source:
-        # A file may lack second names and buffers; it gets none that it did not have.
+        # Aliases and buffers that the source lacked are not added.
         order = {key: i for i, key in enumerate(model.source["keys"])}
         module = {key: tensor for key, tensor in module.items() if key in order or is_weight(key)}
         module = dict(sorted(module.items(), key=lambda item: order.get(item[0], len(order))))
@@ -47,22 +47,21 @@ def from_torch(
     model_config: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> MagmaConfig:
-    """Converts a checkpoint in the published layout to a model folder; nothing is written unless everything fits.
+    """Converts a checkpoint in the published layout to a model folder; a mismatch raises before anything is written.
 
-    Tensors pass through one at a time, in the order of the file, and stay in its dtypes.
+    Tensors are converted one at a time, in file order and in the file's dtypes.
 
     Args:
         checkpoint: see ``open_torch_magma``.
-        out: the folder; must not exist.
-        model_config: what the tensors cannot tell, see ``published.infer_config``.
-        tokenizer: the model's vocabulary; default: the file's own if it holds one, else GPT-2's, which the published
-            models have.
+        out: the model folder; must not exist.
+        model_config: values that cannot be inferred from tensors, see ``published.infer_config``.
+        tokenizer: the model's vocabulary; default: the file's own if it has one, else GPT-2's, as in the published
+            models.
 
     Raises:
-        CheckpointError: something already stands at ``out``, or the disk is too small. And whatever
-            ``open_torch_magma`` raises.
+        CheckpointError: ``out`` already exists, or the disk is too small. Also the errors of ``open_torch_magma``.
     """
-    if Path(out).exists():  # checked again before writing; here it saves reading 12 GB for nothing
+    if Path(out).exists():  # checked again before writing; this check comes before reading 12 GB
         raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
     with open_torch_magma(checkpoint, model_config) as model:
         source = model.source
@@ -97,8 +96,8 @@ def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
     """Writes a model folder as a PyTorch checkpoint in the published layout, layer by layer.
 
     Raises:
-        FileExistsError: something already stands at ``checkpoint``. CheckpointError: no model folder.
-        OutputError: the disk is too small.
+        FileExistsError: ``checkpoint`` already exists. CheckpointError: not a model folder. OutputError: the disk is
+            too small.
     """
     _absent(checkpoint)
     model = open_model_folder(folder)
@@ -114,11 +113,10 @@ def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
 
 
 def to_safetensors(folder: str | Path, out: str | Path) -> None:
-    """Writes a model folder as one safetensors file with the published keys, without buffers and second names.
+    """Writes a model folder as one safetensors file with the published keys, without buffers and aliases.
 
-    The config, and a vocabulary that is not GPT-2's, go into the file's metadata: ``open_torch_magma`` needs no other.
-
-    Raises: as ``to_torch``.
+    The file's metadata holds the config, and the vocabulary unless it is GPT-2's, so that ``open_torch_magma`` needs
+    no other file. Raises as ``to_torch``.
     """
     _absent(out)
     model = open_model_folder(folder)
@@ -137,7 +135,7 @@ def _absent(path: str | Path) -> None:
 
 
 def _is_json(value: object) -> bool:
-    """Whether a counter of a checkpoint can be kept; not one that nobody can walk through, or that is no Unicode."""
+    """Whether an extra value of a checkpoint can be stored as JSON: bounded, and valid Unicode."""
     try:
         check_tree(value)
         text = json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Opening model folders and trained runs; what a run has not trained is not read yet."""
+"""Opens model folders and trained runs; parameters that a run has not trained are lazy."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from magma_jax.published.open_magma import OpenMagma, abstract_model, load_token
 from magma_jax.storage.model_folder import BUFFER_FILE, TORCH_FILE, CheckpointError, open_params
 from magma_jax.training.checkpoints.checkpoint import read_what_was_trained
 
-# Masks of 28 layers and 2048 positions, if all of them were unusual, take 120 MB.
+# The masks of 28 layers and 2048 positions take 120 MB.
 _MAX_BUFFER_NBYTES = 2**30
 
 
 def open_model_folder(folder: str | Path) -> OpenMagma:
-    """Config and parameters of a model folder or a trained run, in the dtypes it stores.
+    """Opens a model folder or a trained run, in its stored dtypes.
 
-    The parameters of a model folder are read when asked for; what a run has trained is read at once.
+    Parameters of a model folder are lazy; the trained parameters of a run are read at once.
     """
     folder = Path(folder)
     config = read_magma_config(folder)

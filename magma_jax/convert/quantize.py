@@ -1,4 +1,4 @@
-"""A model folder with the matrices of its language model in 8 or 4 bits."""
+"""Quantizes the language model matrices of a model folder to 8 or 4 bits."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,13 +21,13 @@ _quantize = jax.jit(quantize, static_argnums=1)
 
 
 def quantize_folder(folder: str | Path, out: str | Path, dtype: str) -> None:
-    """Writes a model folder or a trained run again, with its language model's matrices in ``int8`` or ``int4``.
+    """Copies a model folder or a trained run with its language model's matrices in ``int8`` or ``int4``.
 
-    All else stays as it is; adapters are not quantized. Layers pass through one at a time.
+    Everything else is copied unchanged; adapters are not quantized. Layers are processed one at a time.
 
     Raises:
-        CheckpointError: something already stands at ``out``, the disk is too small, or ``folder`` is no model folder or
-            already quantized.
+        CheckpointError: ``out`` already exists, the disk is too small, or ``folder`` is not a model folder or already
+            quantized.
     """
     folder, out = Path(folder), Path(out)
     if out.exists():
@@ -46,7 +46,7 @@ def quantize_folder(folder: str | Path, out: str | Path, dtype: str) -> None:
             params[path] = _deferred(model.params[f"{name}/weight"], shape, dtype, 1)
         else:
             params[path] = model.params[path]
-    # Of a run also its data: it can be evaluated on its own split.
+    # A run's data config is kept, so that the copy can be evaluated on the same split.
     metadata = {name: value for name, value in read_model_json(folder).items() if name != BASE}
     metadata |= {"model": to_dict(config), "source": {"quantized": folder.name}, "magma_jax": __version__}
     if "run" in metadata:
@@ -56,7 +56,7 @@ def quantize_folder(folder: str | Path, out: str | Path, dtype: str) -> None:
 
 
 def _deferred(weight: Any, shape: jax.ShapeDtypeStruct, dtype: str, part: int) -> Deferred:
-    """Numbers (part 0) or scales (part 1) of a matrix or of a stack of them."""
+    """Integers (part 0) or scales (part 1) of a matrix or a stack of matrices."""
 
     def quantized(read: Callable[[], np.ndarray]) -> np.ndarray:
         return np.asarray(_quantize(read(), dtype)[part])

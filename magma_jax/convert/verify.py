@@ -1,4 +1,4 @@
-"""Proves a conversion: runs a checkpoint on a golden file's inputs and compares with what the original computed."""
+"""Verifies a conversion: runs a checkpoint on a golden file's inputs and compares with the original's results."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from magma_jax.families.magma.generator import Magma
 from magma_jax.foreign import ForeignError, read_json, shown
 from magma_jax.published.model_config_keys import MODEL_CONFIG_KEYS
 
-# What a golden file gives to the model; everything else in it is compared or listed as not compared.
+# Inputs of a golden file; everything else in it is compared or listed as not compared.
 INPUTS = {"images", "captions", "text_a", "text_b", "opt/images_1", "opt/captions_1", "geneos/eos_token"}
 INPUTS |= {"grad_names", "opt/param_names"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """All comparisons, and the arrays of the golden file that none of them used."""
+    """All comparisons, and the golden arrays that were not compared."""
 
     comparisons: list[Comparison]
     not_compared: list[str]
@@ -33,12 +33,12 @@ class Verification:
         return all(comparison.ok for comparison in self.comparisons)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, for machines."""
+        """Plain values for JSON output."""
         rows = [comparison.as_json() for comparison in self.comparisons]
         return {"ok": self.ok, "comparisons": rows, "not_compared": self.not_compared}
 
     def as_table(self) -> str:
-        """A line for each comparison, and a summary."""
+        """One line per comparison, and a summary."""
         width = max(len(comparison.name) for comparison in self.comparisons)
         lines = [f"{'quantity':{width}}  {'difference':>10}  {'tolerance':>9}  {'measure':8}"]
         for c in self.comparisons:
@@ -57,8 +57,8 @@ def verify(checkpoint: str | Path, golden: str | Path, model_config: Mapping[str
     Args:
         checkpoint: PyTorch file in the published layout, or a model or run folder.
         golden: file of named arrays, see ``golden_run``.
-        model_config: what tensors cannot tell (``published.infer_config``), and ``eos_token``, ``image_token`` and
-            ``opt_groups`` of the golden run; default: the ``.json`` beside the golden file, if there is one.
+        model_config: values that cannot be inferred from tensors (``published.infer_config``), and ``eos_token``,
+            ``image_token`` and ``opt_groups`` of the golden run; default: the ``.json`` beside the golden file, if any.
 
     Raises:
         GoldenError: the golden file is unreadable, does not fit the model or holds nothing to compare.

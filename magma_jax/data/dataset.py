@@ -1,4 +1,4 @@
-"""What a run is given to learn from, whatever kind of data it is; and the settings that kinds made of samples share."""
+"""Dataset interface of all kinds of data, and the settings shared by datasets of single samples."""
 
 import dataclasses
 import itertools
@@ -15,20 +15,19 @@ from magma_jax.data.batches.stored_images import StoredImages
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.typing import UInt8
 
-# What is counted of samples, by the name of the array of a batch that tells it for each.
+# Batch array with a value per sample -> name of its sum in the logs.
 TRUNCATED = {"truncated": "truncated_samples"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """How samples become batches; the part that data of single samples have in common.
+    """Batching settings shared by datasets of single samples.
 
     Attributes:
-        length: tokens of a sample at most; shorter ones are padded to it.
-        buckets: shorter lengths, ascending, that batches of shorter samples are padded to instead; every length in use
-            is compiled once.
-        pack: how many samples of ``length`` tokens in all may share a row, in place of padding; 1 for one a row.
-        overlong: samples of more tokens are an ``error``, or ``truncate`` cuts and counts them.
+        length: maximum number of tokens per sample; shorter samples are padded to it.
+        buckets: shorter padded lengths, ascending, for batches of short samples; each length in use is compiled once.
+        pack: maximum number of samples packed into a row of ``length`` tokens; 1 disables packing.
+        overlong: for samples with more tokens: ``error``, or ``truncate``, which cuts and counts them.
     """
 
     length: int = 32
@@ -47,25 +46,25 @@ class SamplesConfig:
 
     @property
     def counted(self) -> dict[str, str]:
-        """``Dataset.counted`` of such data."""
+        """Value of ``Dataset.counted``."""
         return TRUNCATED if self.overlong == "truncate" else {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A dataset ready to be drawn from.
+    """Open dataset.
 
     Attributes:
-        tokenizer: of its texts.
-        batches: ``(batch_size, seed, rows)`` to endless batches, of which this process wants ``rows``; see
+        tokenizer: tokenizer of its texts.
+        batches: ``(batch_size, seed, rows)`` to endless batches with this process's ``rows``, see
             ``data.batches.pipeline``.
-        images: every image, uint8 (N, size, size, 3), in memory or decoded when asked for; None for text alone.
-        learned: rows of the images that may be learned from; all by default.
-        evaluation: split to samples, in a fixed order, in memory or read when asked for; empty for text alone.
-        records: what is known of every image, in the order of ``images``.
-        validation_batches: ``(split, limit, batch_size, rows)`` to the batches of up to ``limit`` samples of a split,
-            always the same ones, of which this process wants ``rows``; None where there is nothing to validate on.
-        counted: names of arrays (B,) that batches hold to be summed up, and what their sums are called.
+        images: all images, uint8 (N, size, size, 3), in memory or decoded on access; None for text-only data.
+        learned: rows of the training images; default: all.
+        evaluation: samples by split, in a fixed order, in memory or read on access; empty for text-only data.
+        records: metadata of every image, in the order of ``images``.
+        validation_batches: ``(split, limit, batch_size, rows)`` to batches of up to ``limit`` samples of a split, the
+            same on every call, with this process's ``rows``; None without validation data.
+        counted: names of batch arrays (B,) to sum up -> names of their sums.
     """
 
     tokenizer: Tokenizer

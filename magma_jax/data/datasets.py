@@ -1,4 +1,4 @@
-"""The kinds of data that runs learn from, told apart by ``kind``: a dataclass, a function and a row here for each."""
+"""Registry of training datasets: a config dataclass and an open function per ``kind``."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -27,13 +27,13 @@ def load_dataset(config: DataConfig) -> Dataset:
     """Loads, builds or opens the dataset of a config.
 
     Raises:
-        ConfigError: a config that names no folders. DataError: folders that cannot be read.
+        ConfigError: a config without folders. DataError: folders that cannot be read.
     """
     return OPENERS[type(config)](config)
 
 
 def read_stored_config(values: Mapping[str, Any], where: str = "model.json: run.data") -> DataConfig:
-    """The config of a run's data as its folder keeps it.
+    """Reads a run's data config from its folder's metadata.
 
     Raises:
         ConfigError: an unknown kind or field.
@@ -42,9 +42,9 @@ def read_stored_config(values: Mapping[str, Any], where: str = "model.json: run.
 
 
 def current_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored fields under their names of today.
+    """Converts the fields of a stored config to their current names.
 
-    Runs of release 0.1 had one dataclass for all kinds, with ``name`` for ``kind`` and the fields of all.
+    Release 0.1 had one dataclass for all kinds, with ``name`` in place of ``kind`` and the fields of all kinds.
     """
     if "name" not in stored:
         return dict(stored)

@@ -1,11 +1,11 @@
-"""Processes that decode images and nothing else; ``data.decoders`` starts and watches them.
+"""Image decoding processes, started and supervised by ``data.decoders``.
 
-Run by its path, with its settings as JSON, so that nothing of the package is imported but ``pillow_steps``. The first
-process is ready to decode and never does: for every socket that it is sent it makes a copy of itself that does, within
-milliseconds, and it kills the copy whose number it is sent. It ends at the end of its input, and so do the copies.
+The file is run as a script, with its settings as JSON, so that it imports only ``pillow_steps`` of the package. The
+first process is a fork server: it forks a worker for every socket it receives, within milliseconds, and kills the
+worker whose pid it receives. It ends at the end of its input, and so do the workers.
 
-On their sockets come requests and go answers: four bytes with the length of a JSON object, eight with the length of
-what follows, the object, and that.
+Requests and answers on the workers' sockets have one format: four bytes with the length of a JSON object, eight with
+the length of the payload, the object, and the payload.
 """
 
 import errno
@@ -24,20 +24,20 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 LENGTHS = struct.Struct(">IQ")
-# Of a process beside what the pixels take: the encoded image, several times over.
+# Memory of a process in addition to the pixels: several copies of the encoded image.
 SPARE_MEMORY = 2**28
 
 
 def main() -> None:
-    """Makes processes and kills them, as it is told."""
+    """Forks and kills workers on request."""
     settings = json.loads(sys.argv[1])
     sys.path[:] = settings["path"]
-    # The parent says when to end: schedulers send SIGTERM to all processes of a job, which may want to finish.
+    # The parent decides when to end: schedulers send SIGTERM to all processes of a job.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     steps = _load_steps()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # What the C libraries have to say about damaged images is said in the answers too.
+    # Silences the C libraries' messages about damaged images; the answers report the damage.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     control, children = socket.socket(fileno=0), set()
     while True:
@@ -52,7 +52,7 @@ def main() -> None:
             os.close(sockets[0])
             children.add(answer)
         else:
-            # Numbers of processes are given again, but not before the process was waited for.
+            # The system does not reuse a child's pid before it was waited for.
             answer, child = -signal.SIGKILL, int(message)
             if child in children:
                 children.remove(child)
@@ -62,14 +62,14 @@ def main() -> None:
 
 
 def _serve(steps: ModuleType, connection: int, settings: dict[str, Any]) -> None:
-    """Answers requests until there are none, and ends."""
+    """Answers requests until the socket closes, then exits."""
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         steps.limit_memory(settings["max_pixels"], SPARE_MEMORY)
         steps.keep_freed_memory()
         requests, answers = open(connection, "rb"), open(connection, "wb", closefd=False)  # noqa: SIM115
         while (request := _receive(requests)) is not None:
-            # The kernel kills this process when it has taken so much processor time, whatever library it is in.
+            # The kernel kills this process after this CPU time, even inside a C library.
             signal.setitimer(signal.ITIMER_PROF, settings["seconds"])
             answer = _answer(steps, settings["max_pixels"], *request)
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -81,17 +81,17 @@ def _serve(steps: ModuleType, connection: int, settings: dict[str, Any]) -> None
 
 def _load_steps() -> ModuleType:
     spec = importlib.util.spec_from_file_location("pillow_steps", Path(__file__).with_name("pillow_steps.py"))
-    assert spec is not None and spec.loader is not None  # noqa: PT018  # a file beside this one
+    assert spec is not None and spec.loader is not None  # noqa: PT018  # a file in this folder
     steps = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(steps)
-    steps.Image.init()  # the plug-ins now: they would count as time of the first image
+    steps.Image.init()  # loads the plug-ins before the first image is timed
     return steps
 
 
 def _answer(
     steps: ModuleType, max_pixels: int, request: dict[str, Any], content: bytes
 ) -> tuple[dict[str, Any], bytes]:
-    """What an image becomes: a square of pixels where a size is wanted, or the whole image."""
+    """Decodes an image: to a square if the request has a size, else to the whole image."""
     name = request["name"]
     try:
         try:
@@ -107,12 +107,12 @@ def _answer(
             raise steps.damaged(name, error) from None
     except steps.ImageError as error:
         return {"error": str(error), "kind": error.kind}, b""
-    except OSError as error:  # of the file
+    except OSError as error:  # from opening the file
         return {"errno": error.errno, "error": error.strerror or str(error)}, b""
 
 
 def _opened(path: str) -> BinaryIO:
-    # A pipe without a writer would be waited for.
+    # Opening a pipe without a writer would block.
     kind = os.stat(path).st_mode
     if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
         raise OSError(errno.EINVAL, "not a file")

@@ -1,4 +1,4 @@
-"""Datasets of folders that ``python -m magma_jax.data`` wrote, mixed."""
+"""Mixtures of dataset folders written by ``python -m magma_jax.data``."""
 
 import dataclasses
 import functools
@@ -22,19 +22,20 @@ from magma_jax.data.workers import cores
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FoldersConfig(SamplesConfig):
-    """Dataset folders.
+    """Config of dataset folders.
 
     Attributes:
-        folders: split to the folders that are mixed in it: paths, or a ``SourceConfig`` each.
-        tokenizer: ``gpt2``, a ``tokenizer.json`` or the folder of one; None for that of the run's ``base``, or
+        folders: split to the folders mixed in it, each a path or a ``SourceConfig``.
+        tokenizer: ``gpt2``, a ``tokenizer.json`` or its folder; None for the tokenizer of the run's ``base``, or
             ``gpt2`` without one.
-        classes: names of classes, which the answers are then; the model has a head with as many.
-        image_size: pixels per side of an image; a run takes its encoder's.
-        augment: of images that are learned from; None for that of the original, which crops at random for an NF-ResNet
-            and does nothing for other encoders.
-        decode: pixels ``exact`` as the original's, or ``fast``, see ``data.batches.stored_images``.
-        workers: processes that decode images; None for one a core, 0 for none but the run's own.
-        max_skipped: share of the samples that may be left out because they cannot be used.
+        classes: class names for classification; every answer must be one of them, and the model has a head of this
+            size.
+        image_size: pixels per side of an image; a run uses its encoder's size.
+        augment: augmentation of training images; None for the original's: random crops for an NF-ResNet, none for other
+            encoders.
+        decode: ``exact`` for the original's pixels, or ``fast``, see ``data.batches.stored_images``.
+        workers: number of decoding processes; None for one per core, 0 to decode in this process.
+        max_skipped: largest fraction of samples that may be skipped as unusable.
     """
 
     folders: dict[str, tuple[SourceConfig | str, ...]] = dataclasses.field(default_factory=dict)
@@ -71,13 +72,13 @@ def open_folders(config: FoldersConfig) -> Dataset:
     """Opens the folders.
 
     Raises:
-        ConfigError: a config that names no folders. DataError: folders that cannot be read.
+        ConfigError: a config without folders. DataError: folders that cannot be read.
     """
     if not config.folders.get("train"):
         raise ConfigError("data.folders names no folders to train on; set data.folders.train")
     tokenizer = _tokenizer(config.tokenizer)
     padding = text_padding(tokenizer)
-    sources = {  # the config has made all of them such
+    sources = {  # the config converts paths to SourceConfig
         split: [source for source in members if isinstance(source, SourceConfig)]
         for split, members in config.folders.items()
     }
@@ -129,7 +130,7 @@ def _tokenizer(name: str | None) -> Tokenizer:
     if name in (None, "gpt2"):
         return gpt2_tokenizer()
     path = Path(name)
-    # A model folder keeps its vocabulary in a folder of its own.
+    # A model folder has its vocabulary in tokenizer/.
     path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     if not path.exists():
         raise ConfigError(f"data.tokenizer: {path} is not there; give gpt2, a tokenizer.json or its folder")

@@ -1,8 +1,8 @@
-"""From an encoded image to the pixels an encoder sees.
+"""Image preprocessing, from an encoded image to an encoder's input.
 
-Three steps, usable apart: ``load_image`` opens what a user hands over and refuses what is unsafe or broken,
-``to_uint8`` resizes and crops, ``normalize`` scales. Data pipelines store what ``to_uint8`` gives and
-normalise on the device. Images of strangers are for ``data.decoders``.
+Three steps: ``load_image`` decodes a user's image and refuses unsafe or broken ones, ``to_uint8`` resizes and crops,
+``normalize`` scales. Data pipelines store the output of ``to_uint8`` and normalise on the device. Untrusted images
+belong in ``data.decoders``.
 """
 
 import io
@@ -43,7 +43,7 @@ __all__ = [
     "to_uint8",
 ]
 
-# Per channel, in units of the full range, over CLIP's training images (released with Radford et al. 2021).
+# Channel statistics of CLIP's training images, in units of the full range (released with Radford et al. 2021).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -51,10 +51,10 @@ ImageSource: TypeAlias = str | os.PathLike | bytes | Image.Image
 
 
 class ImageInput:
-    """An image inside a multimodal prompt, as in ``["Describe:", ImageInput("cat.png")]``.
+    """Image in a multimodal prompt, as in ``["Describe:", ImageInput("cat.png")]``.
 
-    Holds the source (path, encoded bytes or PIL image) and decodes it when asked, so that a prompt can be
-    written before its files exist. Raises ``ImageError`` at once for a URL: nothing is ever fetched.
+    Holds the source (path, encoded bytes or PIL image) and decodes it on demand, so that a prompt can be written before
+    its files exist. Raises ``ImageError`` at once for a URL: nothing is ever downloaded.
     """
 
     def __init__(self, source: ImageSource):
@@ -62,11 +62,11 @@ class ImageInput:
         self.source = source
 
     def load(self, **options) -> Image.Image:
-        """The decoded image; ``options`` and errors are those of ``load_image``."""
+        """Decodes the image; options and errors as of ``load_image``."""
         return load_image(self.source, **options)
 
     def pixels(self, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-        """``to_uint8`` of the decoded image, with the errors of both."""
+        """``to_uint8`` of the decoded image; errors as of ``load_image`` and ``to_uint8``."""
         return to_uint8(self.load(), size)
 
     def __repr__(self) -> str:
@@ -78,28 +78,28 @@ def load_image(
 ) -> Image.Image:
     """Opens and fully decodes one image.
 
-    Accepts PNG, JPEG, WebP, GIF and BMP. Of an animation the first frame counts. An image has the mode of its file,
+    Accepts PNG, JPEG, WebP, GIF and BMP; an animation gives its first frame. The image keeps the mode of its file,
     because the resize in ``to_uint8`` depends on it, with these exceptions:
 
-    - 16 bits, grey: 8 bits, 65535 mapping to 255.
-    - ``I``, 32-bit integers, which arrays become: values from 0 to 255 are kept; otherwise values from 0 to 65535 are
-      those of 16 bits.
+    - 16-bit grey: scaled to 8 bits, 65535 to 255.
+    - ``I``, 32-bit integers, the mode of integer arrays: values from 0 to 255 are kept; otherwise values from 0 to
+      65535 are scaled as 16 bits.
     - ``F``, floating point: values from 0 to 1 are scaled by 255; otherwise values from 0 to 255 are rounded.
-    - ``La``, ``PA``, ``RGBa``, ``HSV``, which no file has: ``LA``, ``RGBA``, ``RGBA``, ``RGB``.
+    - ``La``, ``PA``, ``RGBa``, ``HSV``, which do not occur in files: converted to ``LA``, ``RGBA``, ``RGBA``, ``RGB``.
 
     Args:
-        source: path, encoded bytes, or an image opened by PIL (returned as it is if nothing has to change).
-        max_pixels: largest width times height, checked from the header before anything is decoded. PIL's own
-            limit (``PIL.Image.MAX_IMAGE_PIXELS``) holds besides.
-        exif_transpose: turn the image the way its EXIF orientation says, as viewers show it. The original
-            ignores the tag: pass False to see what it saw.
-        draft: a JPEG may be decoded at a half, quarter or eighth of its size, as long as no side falls below this;
-            0 for never. Several times faster for large images, and not quite the same pixels.
+        source: path, encoded bytes, or an image opened by PIL (returned unchanged if no conversion is needed).
+        max_pixels: largest width times height, checked from the header before decoding. PIL's own limit
+            (``PIL.Image.MAX_IMAGE_PIXELS``) applies too.
+        exif_transpose: apply the EXIF orientation, as viewers do. The original ignores it: pass False to reproduce
+            its input.
+        draft: smallest side to which a JPEG may be decoded at a half, quarter or eighth of its size; 0 for full size.
+            Several times faster for large images, with slightly different pixels.
 
     Raises:
-        ImageError: too large, empty, truncated, damaged, another format, a URL, or values in ``I`` or ``F`` that
-            have none of these ranges.
-        OSError: the file cannot be read at all.
+        ImageError: too large, empty, truncated, damaged, another format, a URL, or ``I`` or ``F`` values outside these
+            ranges.
+        OSError: the file cannot be read.
     """
     refuse_url(source)
     name = name_of(source)
@@ -113,30 +113,30 @@ def load_image(
 
 
 def open_header(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image with format and size known and nothing decoded; errors as ``load_image``."""
+    """Opens an image without decoding it; format and size are known. Errors as of ``load_image``."""
     return open_image(io.BytesIO(content), name_of(content), max_pixels)
 
 
 def to_uint8(image: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Resizes the shorter side to ``size``, crops the centre and converts to RGB, in this order.
 
-    Equal, bit for bit, to the original's CLIP transform before scaling: Pillow's bicubic filter, the longer
-    side truncated to a whole pixel. Because RGB comes last, palette and two-colour images are resized
-    without interpolation, and what alpha hides goes black.
+    Equal, bit for bit, to the original's CLIP transform before scaling: Pillow's bicubic filter, the longer side
+    truncated to whole pixels. Because RGB comes last, palette and two-colour images are resized without interpolation,
+    and transparent areas become black.
 
     Raises:
-        ImageError: the image is so long and thin that resizing it would exceed ``MAX_PIXELS``; a mode that
-            ``load_image`` refuses.
+        ImageError: an aspect ratio whose resized image would exceed ``MAX_PIXELS``, or a mode that ``load_image``
+            refuses.
     """
     return np.array(to_square(image, size))
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """A random square, enlarged a little at random, and of that a random square (Ramesh et al. 2021, section A.3).
+    """Random square crop, resized by a small random factor, then cropped again (Ramesh et al. 2021, section A.3).
 
-    The original's augmentation for encoders that are trained from scratch, without its mirroring, which would belie
-    captions that speak of left and right, and without cutting large images to their centre first (its padding does
-    so by mistake). An image smaller than ``size`` gets black margins.
+    The original's augmentation for encoders trained from scratch, without its horizontal flips, which would contradict
+    captions with left and right, and without its centre crop of large images, which its padding causes by mistake. An
+    image smaller than ``size`` gets black margins.
     """
     image = resizable(image, name_of(image)).convert("RGB")
     width, height = (max(side, size) for side in image.size)
@@ -159,12 +159,12 @@ def normalize(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> Float[Any, "*batch H W 3"]:
-    """``(pixels / 255 - mean) / std`` in fp32; a NumPy array gives a NumPy array, a JAX array a JAX array."""
+    """``(pixels / 255 - mean) / std`` in fp32; returns a NumPy array for NumPy input, a JAX array for JAX input."""
     of_channels = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     return (pixels.astype(np.float32) / np.float32(255) - of_channels[0]) / of_channels[1]
 
 
 def refuse_url(source: ImageSource) -> None:
-    """Raises ImageError for a URL: nothing is ever fetched."""
+    """Raises ImageError for a URL: nothing is ever downloaded."""
     if isinstance(source, str) and ("://" in source or source.startswith("data:")):
         raise ImageError(f"{source[:80]!r}: images by URL are not enabled; download the file and pass its path")

@@ -1,4 +1,4 @@
-"""Pools of worker processes that survive signals and do not outlive their parent."""
+"""Worker process pools that ignore signals and end with their parent."""
 
 import concurrent.futures
 import multiprocessing
@@ -14,26 +14,26 @@ from magma_jax.data.pillow_steps import keep_freed_memory
 def worker_pool(
     workers: int, start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
 ) -> concurrent.futures.ProcessPoolExecutor:
-    """A pool of fresh processes, each of which calls ``start(*arguments)`` first.
+    """Pool of new processes, each initialised by ``start(*arguments)``.
 
-    Ctrl-C and SIGTERM, which schedulers send to all processes of a job, are left to the parent: it may want to finish
-    what it has begun. When the parent is gone, however it ended, so are the workers.
+    Workers ignore Ctrl-C and SIGTERM, which schedulers send to all processes of a job, so that the parent can finish
+    its work. They end when the parent ends, for whatever reason.
     """
-    # Forked processes would inherit JAX's threads in an unknown state.
+    # Forked processes would inherit the locks of JAX's threads in an unknown state.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *([start.__module__] if start else [])])
     return concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (start, arguments))
 
 
 def finished(value: Any) -> concurrent.futures.Future:
-    """What was done on the spot, where there are no workers."""
+    """Completed future, for work done in this process."""
     future: concurrent.futures.Future = concurrent.futures.Future()
     future.set_result(value)
     return future
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,1 +1,1 @@
-"""Other people's checkpoints: the layouts they are published in."""
+"""Third-party checkpoints: published layouts and key tables."""

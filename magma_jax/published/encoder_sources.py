@@ -1,7 +1,7 @@
-"""Image encoders as others publish them, under the names that ``magma_table.encoder_table`` knows.
+"""Published image encoders, renamed to the keys of ``magma_keys.encoder_table``.
 
-Understood are OpenAI's CLIP (TorchScript archives or state dicts) and open_clip's (``visual.*`` beside a text tower),
-the same without the prefix, and timm's ``nf_resnet50``. What the file says of its sizes is compared with the config.
+Supported are OpenAI's CLIP (TorchScript archives or state dicts) and open_clip's (``visual.*`` beside a text tower),
+both also without the prefix, and timm's ``nf_resnet50``. The sizes in the file are compared with the config.
 """
 
 import contextlib
@@ -25,24 +25,24 @@ from magma_jax.published.magma_keys import encoder_table
 from magma_jax.storage.deferred import Deferred
 from magma_jax.storage.files import open_tensors
 
-# What beside the weights decides what an encoder computes, and what the file does not fix.
+# Config fields that the weight file does not determine.
 _FREE = {
     "clip_resnet": ("image_size", "embedding_width", "attention_pool"),
     "clip_vit": ("heads", "activation", "output", "embedding_width"),
     "nf_resnet": ("image_size", "alpha"),
 }
 
-# Settings that open_clip's files have beside them.
+# Settings file beside open_clip's weights.
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 @contextlib.contextmanager
 def open_encoder(path: str | Path, config: EncoderConfig) -> Iterator[tuple[dict[str, Deferred], tuple[Path, ...]]]:
-    """Opens an encoder's weights: for every parameter of ``config`` how to read it, and the files it is in.
+    """Opens an encoder's weights: a lazy tensor for every parameter of ``config``, and the files.
 
     Raises:
         ConfigError: the file holds an encoder of another kind or size; the message says which.
-        WeightFileError, TorchFileError: the file cannot be read. KeyMapError: its tensors do not fit together.
+        WeightFileError, TorchFileError: the file cannot be read. KeyMapError: its tensors do not match the encoder.
     """
     path = Path(path)
     with open_tensors(path) as weights:
@@ -63,8 +63,8 @@ def open_encoder(path: str | Path, config: EncoderConfig) -> Iterator[tuple[dict
 
 
 def _image_tower(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The encoder's tensors in CLIP's names, or in the original's for an NF-ResNet."""
-    # open_clip's training checkpoints, of a model that was wrapped to run on several devices.
+    """Tensors of the encoder under CLIP's names, or under the original's for an NF-ResNet."""
+    # open_clip's training checkpoints of a model wrapped for data parallelism.
     if all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     tower = {key.removeprefix("visual."): tensor for key, tensor in tensors.items() if key.startswith("visual.")}
@@ -84,7 +84,7 @@ def _compare(path: Path, tensors: Mapping[str, Any], config: EncoderConfig) -> N
     pooled = isinstance(config, CLIPViTConfig) and config.output == "pooled"
     try:
         found = encoder_config(tensors, known, features=config.channels if pooled else None)
-    # The latter: sizes that no encoder has.
+    # All but InferenceError: impossible sizes.
     except (InferenceError, ValueError, TypeError, IndexError, ArithmeticError) as error:
         names = ", ".join(map(shown, list(tensors)[:3]))
         raise ConfigError(f"{path}: no encoder that is known here, its tensors are {names} ... ({error})") from None

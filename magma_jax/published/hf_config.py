@@ -1,6 +1,6 @@
-"""What a Hugging Face ``config.json`` says about a language model, as our config.
+"""Converts a language model's Hugging Face ``config.json`` to our config.
 
-Settings that change the function and are not offered here are refused by name; those of training are not read.
+Unsupported settings that change the model's function are refused by name; training settings are ignored.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.models.language.gpt_neox import GPTNeoXConfig
 from magma_jax.models.language.gptj import GPTJConfig
 
-# Their names of activations, and ours.
+# Hugging Face's activation name -> ours.
 ACTIVATION_NAMES = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -29,14 +29,14 @@ ACTIVATION_NAMES = {
 
 
 class LanguageModelError(ValueError):
-    """A language model that has no place here: one line with the file and what does not fit."""
+    """Unsupported language model; one line with the file and the unsupported setting."""
 
 
 def read_config(path: str | os.PathLike) -> LanguageModelConfig:
-    """The config of a published folder (or of the folder that a file of weights lies in).
+    """Reads the config of a published folder, or of the folder that contains a weight file.
 
     Raises:
-        LanguageModelError: no readable ``config.json``, or one of a model that is not offered here.
+        LanguageModelError: no readable ``config.json``, or an unsupported model.
     """
     path = Path(path)
     file = (path if path.is_dir() else path.parent) / "config.json"
@@ -53,10 +53,10 @@ def read_config(path: str | os.PathLike) -> LanguageModelConfig:
 
 
 def from_hf_config(values: Any) -> LanguageModelConfig:
-    """The config that the values of a ``config.json`` describe.
+    """Converts the values of a ``config.json``.
 
     Raises:
-        LanguageModelError: a model, or a setting of one, that is not offered here.
+        LanguageModelError: an unsupported model or setting.
     """
     kind = values.get("model_type") if isinstance(values, Mapping) else None
     if kind not in list(CONFIGS):
@@ -68,7 +68,7 @@ def from_hf_config(values: Any) -> LanguageModelConfig:
         raise
     except KeyError as error:
         raise LanguageModelError(f"a {kind} config lacks {error.args[0]!r}") from None
-    # ConfigError, and what comes of computing with a value of another type or size.
+    # ConfigError, and errors from values of the wrong type or size.
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise LanguageModelError(f"not the config of a published model ({error})") from None
 
@@ -110,13 +110,13 @@ def _gpt2(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gpt_neo(hf: Mapping[str, Any]) -> dict[str, Any]:
     _require(hf, tie_word_embeddings=(True, True))
-    # No more than are needed: a file may ask for 10**12 of them.
+    # Bounded: a file may ask for 10**12 of them.
     repeated = (kind for pattern, times in hf["attention_types"] for _ in range(times) for kind in pattern)
     kinds = tuple(itertools.islice(repeated, MAX_LAYERS))
     if len(kinds) != hf["num_layers"] or set(kinds) - {"global", "local"}:
         types = shown(hf["attention_types"])
         raise LanguageModelError(f"attention_types {types} do not fit {shown(hf['num_layers'])} layers")
-    # The shortest pattern that, repeated, gives the same layers.
+    # Shortest pattern whose repetition gives the same layers.
     period = next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
     return {
         "layers": hf["num_layers"],
@@ -134,7 +134,7 @@ def _gpt_neo(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gpt_neox(hf: Mapping[str, Any]) -> dict[str, Any]:
     _require(hf, tie_word_embeddings=(False, False), rope_scaling=(None, None))
-    # transformers 5 gathers in one place what it kept under names of this model before.
+    # transformers 5 moved the rotary settings to one dict.
     rope = hf.get("rope_parameters") or {}
     _require(rope, rope_type=("default", "default"))
     head_size = hf["hidden_size"] // hf["num_attention_heads"]
@@ -155,7 +155,7 @@ def _gpt_neox(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# By ``model_type``, which is also the ``kind`` of our config: the config's class, and its fields from ``config.json``.
+# By ``model_type``, which equals our config's ``kind``: config class, and conversion of ``config.json`` to its fields.
 CONFIGS: dict[str, tuple[type[LanguageModelConfig], Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
     "gptj": (GPTJConfig, _gptj),
     "gpt2": (GPT2Config, _gpt2),
@@ -171,7 +171,7 @@ def _activation(name: str) -> str:
 
 
 def _require(hf: Mapping[str, Any], **settings: tuple[Any, Any]) -> None:
-    """Raises unless every setting (wanted value, value where the config does not say) is as wanted."""
+    """Raises LanguageModelError unless every setting, given as (required value, default), has its required value."""
     for name, (wanted, default) in settings.items():
         if (found := hf.get(name, default)) != wanted:
             raise LanguageModelError(f"{name} {shown(found)} is not offered here, only {wanted!r}")

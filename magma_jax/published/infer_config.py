@@ -1,8 +1,8 @@
-"""A model's config from the names and shapes of its tensors.
+"""Infers a model's config from the names and shapes of its tensors.
 
-Sizes, adapters and vocabularies are in the tensors; heads, rotary size and context are in the buffers that the
-original stores. What is in neither comes from a model config file, see ``model_config_keys``; or it is that of the
-published model that the sizes are those of, and then a line says what was taken.
+Sizes, adapters and vocabularies follow from the tensors; heads, rotary size and context length from the buffers that
+the original stores. Other values come from a model config file, see ``model_config_keys``, or from the published model
+of the same sizes; the latter are reported in one line.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ from magma_jax.nn.adapters import AdapterActivation, AdapterConfig
 
 
 class InferenceError(ValueError):
-    """Tensors that are not a MAGMA model, or whose sizes cannot be told from them."""
+    """Tensors that are not a MAGMA model, or from which its sizes cannot be inferred."""
 
 
 class Known:
-    """What a model config file tells, and the lines about what was taken without being told."""
+    """Values of a model config file, and notes on the values that were assumed."""
 
     def __init__(self, values: Mapping[str, Any]):
         self.values = values
         self.assumed: list[str] = []
 
     def get(self, part: str, name: str, default: Any, reason: str | None = None, choices: Collection[Any] = ()) -> Any:
-        """A value of the file; else the default, which is noted with ``reason`` where there is one."""
+        """Value from the file, else the default, which is noted as assumed if a ``reason`` is given."""
         if (value := (self.values.get(part) or {}).get(name)) is not None:
             if not isinstance(value, type(default)) or isinstance(value, bool):
                 raise InferenceError(f"{part}.{name} must be of type {type(default).__name__}, got {shown(value)}")
@@ -58,19 +58,18 @@ def infer_config(
 
     Args:
         tensors: keys of the published layout to tensors with ``shape`` and ``read()``.
-        model_config: what tensors cannot tell, see ``model_config_keys``; it wins over the buffers.
-        say: is given one line with all that neither the tensors nor ``model_config`` tell and that was taken as in
-            the published models.
+        model_config: values that cannot be inferred, see ``model_config_keys``; they override the buffers.
+        say: called with one line that lists the values assumed from the published models.
 
     Raises:
-        InferenceError: something needed is missing; the message names it.
+        InferenceError: a required value is missing; the message names it.
     """
     known = Known(model_config or {})
     try:
         config = _infer(tensors, known)
     except InferenceError:
         raise
-    # Sizes that no model has, from tensors that were made up.
+    # Impossible sizes, from corrupt or hostile tensors.
     except (ValueError, TypeError, IndexError, ArithmeticError) as error:
         raise InferenceError(f"its tensors do not describe a model ({error})") from None
     if known.assumed:
@@ -147,7 +146,7 @@ def _adapter(tensors: Mapping[str, Any], place: str, width: int, known: Known) -
     nested = f"{head}1.adapter." if f"{head}1.adapter.0.weight" in tensors else f"{head}adapter."
     if f"{nested}0.weight" not in tensors:
         return None
-    # A LayerNorm's weight is a vector; the bottleneck is then one place further.
+    # With a LayerNorm (its weight is a vector), the bottleneck's index is one higher.
     layernorm = len(tensors[f"{nested}0.weight"].shape) == 1
     bottleneck = _shape(tensors, f"{nested}{int(layernorm)}.weight")[0]
     parallel = any(key.startswith(f"{head}module.") for key in tensors)
@@ -163,12 +162,12 @@ def _adapter(tensors: Mapping[str, Any], place: str, width: int, known: Known) -
 def encoder_config(
     tensors: Mapping[str, Any], known: Known, root: str = "", features: int | None = None
 ) -> EncoderConfig:
-    """Infers the config of an encoder whose keys begin with ``root``, in CLIP's or the original's names.
+    """Infers the config of an encoder whose keys begin with ``root``, under CLIP's or the original's names.
 
-    ``features`` is the width that its user expects; it tells a vision transformer's pooled output from the grid.
+    ``features`` is the expected output width; it distinguishes a vision transformer's pooled output from the grid.
 
     Raises:
-        InferenceError: another encoder, or one of which something must be ``known``.
+        InferenceError: an unsupported encoder, or a required value that is not in ``known``.
     """
     if f"{root}layer1.0.conv1.weight" in tensors:
         counts = [_count(tensors, rf"{re.escape(root)}layer{i}\.(\d+)\.conv1\.weight") for i in range(1, 5)]
@@ -229,7 +228,7 @@ def _asked(known: Known, name: str, model: str, what: str, unit: str) -> int:
 
 
 def _prefix_hint(tensors: Mapping[str, Any]) -> str:
-    """Names what a wrapper has put before every key, else the first keys."""
+    """Hint with the prefix that a wrapper added to every key, else with the first keys."""
     wrapped = re.compile(r"((?:\w+\.)+)lm\.transformer\.h\.0\.ln_1\.weight")
     prefix = next((match[1] for key in tensors if (match := wrapped.fullmatch(key))), None)
     if prefix is not None:
@@ -241,7 +240,7 @@ def _prefix_hint(tensors: Mapping[str, Any]) -> str:
 
 
 def _count(tensors: Mapping[str, Any], pattern: str) -> int:
-    # Ten digits are more than enough, and Python refuses to read thousands.
+    # Ten digits suffice; Python refuses to convert thousands.
     found = [int(match[1][:10]) for key in tensors if (match := re.fullmatch(pattern, key))]
     count = max(found, default=-1) + 1
     if count > MAX_LAYERS:

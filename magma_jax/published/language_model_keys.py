@@ -1,6 +1,6 @@
-"""Keys of language models as Hugging Face publishes them, one table a kind, both ways and exactly.
+"""Key tables of Hugging Face's language models, one per kind, for exact conversion in both directions.
 
-All weights are (out, in) on both sides but GPT-2's, whose files hold (in, out).
+All weights are (out, in) on both sides, except in GPT-2's files, which hold (in, out).
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ Entry = Rule | Alias | Ignored
 
 
 def language_model_table(config: LanguageModelConfig, keys: Iterable[str] | None = None) -> list[Entry]:
-    """Keys to paths. ``keys`` are those of a file, which may lack the usual root; by default they have it."""
+    """Key table of a language model. ``keys`` are a file's keys, which may lack the usual root prefix."""
     table, root = TABLES[config.kind]
     has_root = keys is None or any(key.startswith(root) for key in keys)
     return table(root if has_root else "")
@@ -90,7 +90,7 @@ def _gpt_neox_table(root: str) -> list[Entry]:
     ]
 
 
-# The table of each kind, and the name that all keys but the head's stand under; files of GPT-2 may go without.
+# Table of each kind, and the root prefix of all keys except the head's; GPT-2 files may lack it.
 TABLES: dict[str, tuple[Callable[[str], list[Entry]], str]] = {
     "gptj": (_gptj_table, "transformer."),
     "gpt2": (_gpt2_table, "transformer."),
@@ -100,7 +100,7 @@ TABLES: dict[str, tuple[Callable[[str], list[Entry]], str]] = {
 
 
 def _tables_and_norms(root: str) -> list[Entry]:
-    """What GPT-2 and GPT-Neo have in common; their head is the embedding table."""
+    """Shared entries of GPT-2 and GPT-Neo; their head is tied to the embedding table."""
     return [
         Rule(f"{root}wte.weight", "wte/weight"),
         Alias("lm_head.weight", f"{root}wte.weight"),
@@ -117,5 +117,5 @@ def _pair(theirs: str, ours: str) -> list[Rule]:
 
 
 def _masks(attention: str) -> list[Ignored]:
-    """Causal masks, which older files hold in every layer."""
+    """Causal masks, stored in every layer of older files."""
     return [Ignored(f"{attention}bias"), Ignored(f"{attention}masked_bias")]

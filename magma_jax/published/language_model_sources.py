@@ -1,10 +1,10 @@
-"""A published language model as the frozen part of a model that a config describes.
+"""Published language models as the frozen part of a model.
 
-Sizes that tensors cannot tell (heads, rotary features, eps) are compared with the ``config.json`` beside the weights.
-The word table and the head may be cut to the rows that the config asks for: GPT-J's 50,400 rows are GPT-2's 50,257
-tokens and padding that was never trained, and MAGMA keeps one of those for ``<|image|>``, which makes 50,258. Rows are
-never added. MAGMA puts an image's vectors where ``<|image|>`` stands, so that token needs no row at all; and a new row
-in a table that is also the head would compete with trained ones for every next word.
+Sizes that tensors do not show (heads, rotary features, eps) are compared with the ``config.json`` beside the weights.
+The embedding table and the head may be cut to the config's rows: GPT-J's 50,400 rows are GPT-2's 50,257 tokens plus
+untrained padding, of which MAGMA keeps one row for ``<|image|>``, which makes 50,258. Rows are never added: MAGMA
+replaces ``<|image|>`` by the image's vectors, so the token needs no row, and a new row in a table tied to the head
+would compete with trained ones for every next token.
 """
 
 import contextlib
@@ -27,24 +27,25 @@ from magma_jax.published.mesh_transformer import is_mesh_transformer, mesh_trans
 from magma_jax.storage.deferred import Deferred
 from magma_jax.storage.files import open_tensors
 
-# Fields of a config that are this library's choice and not the published model's.
+# Config fields that this library chooses, not the published model.
 _FREE = ("vocab_rows", "head_rows", "context_length", "embedding_std", "dtype")
 _GPT2_VOCABULARY = ("gptj", "gpt2", "gpt_neo")
-# What a config's row count is the length of.
+# Parameters whose row count a config field gives.
 _TABLES = {"vocab_rows": ("wte/weight",), "head_rows": ("lm_head/weight", "lm_head/bias")}
 
 
 @contextlib.contextmanager
 def open_lm(path: str | Path, config: LanguageModelConfig) -> Iterator[tuple[dict[str, Deferred], tuple[Path, ...]]]:
-    """Opens a language model's weights: for every parameter of ``config`` how to read it, and the files it is in.
+    """Opens a language model's weights: a lazy tensor for every parameter of ``config``, and the files.
 
     Args:
-        path: a folder of Hugging Face's (or one of its files), or a slim checkpoint of mesh-transformer-jax.
-        config: the model to fill, with the dtype; it may have fewer rows than the file, see above.
+        path: a Hugging Face folder (or one of its files), or a slim checkpoint of mesh-transformer-jax.
+        config: config and dtype of the model; it may have fewer rows than the file, see above.
 
     Raises:
         ConfigError: the file holds a model of other sizes, or too few rows. LanguageModelError: no readable
-        ``config.json``. WeightFileError, TorchFileError: the weights cannot be read. KeyMapError: they do not fit.
+        ``config.json``. WeightFileError, TorchFileError: the weights cannot be read. KeyMapError: tensors that do not
+        match the model.
     """
     path = Path(path)
     with contextlib.ExitStack() as stack:
@@ -71,7 +72,7 @@ def open_lm(path: str | Path, config: LanguageModelConfig) -> Iterator[tuple[dic
 
 
 def read_tokenizer(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
-    """The vocabulary of a published language model: GPT-2's, or the ``tokenizer.json`` beside the weights.
+    """Vocabulary of a published language model: GPT-2's, or the ``tokenizer.json`` beside the weights.
 
     Raises:
         ConfigError: a model with a vocabulary of its own, and no readable ``tokenizer.json``.
@@ -99,7 +100,7 @@ def _compare(path: Path, found: LanguageModelConfig, config: LanguageModelConfig
 
 
 def _rows(config: LanguageModelConfig, table: list[Any], tensors: Mapping[str, Any]) -> dict[str, int]:
-    """The numbers of rows that the file has; both occur in files that do not agree with their own config."""
+    """Row counts of the file, which may differ from its own ``config.json``."""
     rows = {}
     fields = [field.name for field in dataclasses.fields(config)]
     for entry in table:

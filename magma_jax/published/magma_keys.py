@@ -1,13 +1,13 @@
-"""Keys of the published MAGMA checkpoints and of CLIP, one table for both directions.
+"""Key tables of the published MAGMA checkpoints and of CLIP, for both directions.
 
-DeepSpeed's ``module`` holds the language model under ``lm.``, its layers a second time under ``transformer.N``, the
-embedding table a second time as ``word_embedding``, the encoder under ``image_prefix.enc``, and the buffers that the
-original registered. Adapters change the keys of what they wrap:
+DeepSpeed's ``module`` holds the language model under ``lm.``, its layers again under ``transformer.N``, the embedding
+table again as ``word_embedding``, the encoder under ``image_prefix.enc``, and the original's registered buffers.
+Adapters change the keys of the modules they wrap:
 
     normal      mlp.0.* and mlp.1.adapter.*        attn.attn_block.attention.* and attn.adapter.*
     parallel    mlp.module.* and mlp.adapter.*     attn.module.attention.*     and attn.adapter.*
 
-An adapter is a sequence (LayerNorm,) linear, activation, linear; the indices count that sequence.
+An adapter is the sequence (LayerNorm,) linear, activation, linear; indices refer to this sequence.
 """
 
 import itertools
@@ -32,9 +32,9 @@ H = "lm.transformer.h.{layer}."
 
 
 def magma_table(config: MagmaConfig, buffers: Mapping[str, np.ndarray] | None = None) -> list[Entry]:
-    """The whole published layout of a MAGMA model.
+    """Complete key table of a MAGMA model in the published layout.
 
-    ``buffers`` gives the attention buffers to write, by the names of ``BUFFERS``; they are ignored on reading.
+    ``buffers`` are the attention buffers to write, by the names of ``BUFFERS``; they are ignored on reading.
     """
     _language_model(config)
     blocks = list(_blocks(config, buffers or {}))
@@ -60,7 +60,7 @@ def _language_model(config: MagmaConfig) -> GPTJConfig:
 
 
 def encoder_table(config: EncoderConfig, theirs: str = "", ours: str = "") -> list[Entry]:
-    """An encoder alone, or inside MAGMA under the given prefixes of both sides' names."""
+    """Key table of an encoder, alone or inside MAGMA with key prefixes ``theirs`` and ``ours``."""
     tables: dict[type, Callable[[Any, str, str], Iterator[Entry]]] = {
         CLIPResNetConfig: _clip_resnet,
         CLIPViTConfig: _clip_vit,
@@ -72,7 +72,7 @@ def encoder_table(config: EncoderConfig, theirs: str = "", ours: str = "") -> li
 
 
 def _rule(theirs: str, ours: str) -> Rule:
-    """A rule that stacks over ``{layer}`` from 0, or over ``{block}`` from 1 (block 0 is ``first``)."""
+    """Rule that stacks over ``{layer}`` from 0, or over ``{block}`` from 1 (block 0 is ``first``)."""
     if "{layer}" in theirs:
         return Rule(theirs, ours, stack="layer")
     return Rule(theirs, ours, stack="block", start=1) if "{block}" in theirs else Rule(theirs, ours)
@@ -101,7 +101,7 @@ def _blocks(config: MagmaConfig, buffers: Mapping[str, np.ndarray]) -> Iterator[
         nested = "mlp.1.adapter" if config.mlp_adapter.kind == "normal" else "mlp.adapter"
         yield from _adapter(config.mlp_adapter, H + nested, "lm/layers/mlp_adapter")
     for name in BUFFERS:
-        # Bound as a default, since the loop goes on before it is called.
+        # Bound as a default argument, since it is called after the loop.
         recompute = (lambda layer, array=buffers[name]: array) if name in buffers else None
         yield Ignored(attn + name, recompute, beside=attn + "q_proj.weight" if recompute else None)
 
@@ -154,7 +154,7 @@ def _batch_norm(theirs: str, ours: str) -> Iterator[Rule]:
 def _clip_vit(config: CLIPViTConfig, theirs: str, ours: str) -> Iterator[Rule | Ignored]:
     for name in ("class_embedding", "positional_embedding"):
         yield _rule(f"{theirs}{name}", f"{ours}{name}")
-    # CLIP's files hold the projection of the class token; the grid has no use for it.
+    # CLIP's files hold the projection of the class token, which the grid output does not use.
     yield _rule(f"{theirs}proj", f"{ours}proj") if config.output == "pooled" else Ignored(f"{theirs}proj")
     yield _rule(f"{theirs}conv1.weight", f"{ours}conv1/weight")
     for name in ("ln_pre", "ln_post"):
@@ -170,7 +170,7 @@ def _clip_vit(config: CLIPViTConfig, theirs: str, ours: str) -> Iterator[Rule | 
 
 
 def _nf_resnet(config: NFResNetConfig, theirs: str, ours: str) -> Iterator[Rule]:
-    """timm's ``nf_resnet50`` inside the original's two nested sequences: stem 0.0, stages 0.1."""
+    """timm's ``nf_resnet50`` in the original's two nested sequences: stem 0.0, stages 0.1."""
     parts = ("weight", "bias", "gain")
     yield from (_rule(f"{theirs}0.0.conv.{part}", f"{ours}stem_conv/{part}") for part in parts)
     for stage, blocks in enumerate(config.blocks):
@@ -182,24 +182,24 @@ def _nf_resnet(config: NFResNetConfig, theirs: str, ours: str) -> Iterator[Rule]
                     yield _rule(f"{theirs_block}downsample.conv.{part}", f"{ours_block}downsample/{part}")
 
 
-# Buffers of every attention layer. They hold no knowledge: masks, constants, and rotary tables that an fp16
-# checkpoint rounds (1.3e-3 in the logits), so they are recomputed.
+# Buffers of every attention layer: masks, constants, and rotary tables. They are recomputed, since an fp16 checkpoint
+# rounds the tables (1.3e-3 in the logits).
 BUFFERS = ("bias", "masked_bias", "scale_attn", "sin", "cos")
 
 
 def is_weight(key: str) -> bool:
-    """Whether a key of the published layout is more than a second name or a buffer that can be recomputed."""
+    """Whether a key of the published layout is neither an alias nor a recomputable buffer."""
     second_name = re.match(r"transformer\.\d+\.", key) or key == "word_embedding.weight"
     return not second_name and not (".attention." in key and key.rsplit(".", 1)[-1] in BUFFERS)
 
 
 def attention_buffers(config: MagmaConfig, dtype: np.dtype, names: Collection[str] = BUFFERS) -> dict[str, np.ndarray]:
-    """The buffers as the original registers them, floating ones in ``dtype``."""
+    """Attention buffers as registered by the original, floating ones in ``dtype``."""
     lm = _language_model(config)
     context = lm.context_length
     inverse = 1.0 / lm.rotary_base ** (np.arange(0, lm.rotary_dim, 2, dtype=np.float32) / np.float32(lm.rotary_dim))
     angles = np.arange(context, dtype=np.float32)[:, None] * inverse[None].astype(np.float32)
-    with np.errstate(over="ignore"):  # -1e9 is -inf in fp16, as it is in the published checkpoint
+    with np.errstate(over="ignore"):  # -1e9 becomes -inf in fp16, as in the published checkpoint
         make = {
             "bias": lambda: np.tril(np.ones((1, 1, context, context), bool)),
             "masked_bias": lambda: np.array(-1e9, np.float32).astype(dtype),

@@ -1,14 +1,14 @@
-"""GPT-J as its training code, mesh-transformer-jax, wrote it: "slim" checkpoints, a folder of NumPy archives.
+"""GPT-J "slim" checkpoints of its training code, mesh-transformer-jax: a folder of NumPy archives.
 
-The format, read from that repository's ``checkpoint.py``, ``slim_model.py`` and ``to_hf_weights.py``:
+The format, from that repository's ``checkpoint.py``, ``slim_model.py`` and ``to_hf_weights.py``:
 
     shard_0/0.npz ... shard_0/15.npz ... shard_7/15.npz
 
-Each of the (eight) shards holds its part of every array. The arrays are the leaves of the parameters' tree in JAX's
-order, that is by sorted names, and then one step counter, spread evenly over sixteen files. Names are not stored, so
-the order is the format. Matrices are (in, out). A shard has a slice of the heads, of the feed-forward width and of
-the vocabulary; biases behind a sum over shards are summed, and of LayerNorms only the first shard's was trained. The
-word table is a linear layer whose bias belongs to every row. bfloat16 is stored as two raw bytes.
+Each of the (eight) shards holds its slice of every array. The arrays are the leaves of the parameter tree in JAX's
+order (sorted names), followed by a step counter, spread evenly over sixteen files. Names are not stored, so arrays are
+identified by their order. Matrices are (in, out). A shard holds a slice of the heads, the feed-forward width and the
+vocabulary; biases after a sum over shards are summed, and only the first shard's LayerNorms were trained. The embedding
+table is a linear layer whose bias is added to every row. bfloat16 is stored as two raw bytes.
 """
 
 import math
@@ -27,7 +27,7 @@ from magma_jax.storage.deferred import Deferred
 
 FILES = 16
 
-# From the shards' arrays to one in (out, in) order.
+# Combines the arrays of all shards into one in (out, in) order.
 Combine = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
@@ -48,8 +48,8 @@ def _first(shards: Sequence[np.ndarray]) -> np.ndarray:
 
 
 class _Leaf(NamedTuple):
-    name: str  # in the training code, which gives the order
-    theirs: str  # as Hugging Face calls it
+    name: str  # in the training code; defines the order
+    theirs: str  # Hugging Face's name
     ndim: int
     combine: Combine
 
@@ -84,17 +84,17 @@ OTHERS = (
 
 
 def is_mesh_transformer(path: Path) -> bool:
-    """Whether a folder is a checkpoint of mesh-transformer-jax."""
+    """Whether a folder is a mesh-transformer-jax checkpoint."""
     return (path / "shard_0" / "0.npz").is_file()
 
 
 def mesh_transformer_files(folder: str | Path) -> tuple[Path, ...]:
-    """The files of a checkpoint."""
+    """Files of a checkpoint."""
     return tuple(sorted(Path(folder).glob("shard_*/*.npz")))
 
 
 def open_mesh_transformer(folder: str | Path) -> dict[str, Deferred]:
-    """The tensors of a slim checkpoint under the names of Hugging Face's GPT-J, each read when asked for.
+    """Lazy tensors of a slim checkpoint under Hugging Face's GPT-J names.
 
     Raises:
         WeightFileError: a file is missing or damaged, or the arrays are not those of a slim GPT-J.
@@ -106,7 +106,7 @@ def open_mesh_transformer(folder: str | Path) -> dict[str, Deferred]:
     if any(len(places) != len(shards[0]) for places in shards):
         raise WeightFileError(f"{folder}: its shards do not hold the same number of arrays; copy it again")
     tensors: dict[str, Deferred] = {}
-    for leaf, *places in zip(leaves, *shards, strict=False):  # behind the leaves: the step
+    for leaf, *places in zip(leaves, *shards, strict=False):  # after the leaves: the step
         if any(len(place.shape) != leaf.ndim or place.dtype.kind not in "fV" for place in places):
             raise WeightFileError(
                 f"{places[0].file}: {places[0].member} is {places[0].dtype}{list(places[0].shape)}, which is not "
@@ -130,7 +130,7 @@ def _leaves(folder: Path, arrays: int) -> list[_Leaf]:
             _Leaf(f"layer_{i}/~/{name}", f"transformer.h.{i}.{theirs}", ndim, combine)
             for name, theirs, ndim, combine in LAYER
         ]
-    # Modules are sorted by name, and then the parameters in them; layer_10 stands before layer_2.
+    # Sorted by module name, then by parameter name; layer_10 precedes layer_2.
     return sorted(leaves, key=lambda leaf: leaf.name.rsplit("/", 1))
 
 

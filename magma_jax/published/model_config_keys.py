@@ -1,6 +1,6 @@
-"""What the tensors of a checkpoint cannot tell."""
+"""Model config values that cannot be inferred from a checkpoint's tensors."""
 
-# What a model config file may hold, as in the .json beside a golden file; other keys are ignored there.
+# Keys of a model config file, such as the .json beside a golden file; other keys are ignored.
 MODEL_CONFIG_KEYS = {
     "lm": ("n_heads", "rotary_dim", "seq_len", "layernorm_eps"),
     "encoder": ("res", "heads", "activation"),

@@ -1,4 +1,4 @@
-"""Opening MAGMA checkpoints in the published layout; nothing is read yet."""
+"""Opens MAGMA checkpoints in the published layout, with lazy parameters."""
 
 import contextlib
 import functools
@@ -27,14 +27,14 @@ from magma_jax.storage.files import open_tensors
 from magma_jax.storage.model_folder import CheckpointError, in_dtype, read_model_json
 from magma_jax.typing import Params
 
-# Of a safetensors file's metadata: the config, as JSON.
+# Metadata key of a safetensors file: the config, as JSON.
 CONFIG_KEY = "magma_config"
-# And the vocabulary, unless it is GPT-2's.
+# Metadata key of the vocabulary, unless it is GPT-2's.
 TOKENIZER_KEY = "magma_tokenizer"
 
 
 def model_shapes(config: MagmaConfig) -> dict[str, Any]:
-    """Shape and dtype of every parameter, without memory."""
+    """Shape and dtype of every parameter, without allocating it."""
     return dict(abstract_model(config)[0])
 
 
@@ -46,15 +46,15 @@ def abstract_model(config: MagmaConfig) -> tuple[Params, dict[str, type[nnx.Vari
 
 @dataclass(frozen=True)
 class OpenMagma:
-    """A model whose parameters are not read yet.
+    """Model with lazy parameters.
 
     Attributes:
-        config: its sizes.
+        config: model config.
         params: path to ``Deferred``; valid inside the block that opened them.
-        source: what ``to_torch`` needs to write the same file again: the counters beside the weights, the order of
+        source: data with which ``to_torch`` reproduces the same file: the counters beside the weights, the order of
             the keys, and buffers that differ from the recomputed ones.
-        files: where the parameters come from.
-        tokenizer: GPT-2's for files that hold none.
+        files: files of the parameters.
+        tokenizer: the vocabulary; GPT-2's for files without one.
     """
 
     config: MagmaConfig
@@ -68,22 +68,22 @@ class OpenMagma:
 def open_torch_magma(
     path: str | Path, model_config: Mapping[str, Any] | None = None, dtype: str | None = None
 ) -> Iterator[OpenMagma]:
-    """Opens a checkpoint in the published layout of keys; needs no PyTorch and runs no code.
+    """Opens a checkpoint in the published key layout, without PyTorch and without executing code.
 
     Args:
         path: anything that ``open_tensors`` opens: a PyTorch file (DeepSpeed dict or bare state dict), safetensors,
             or a folder of shards.
-        model_config: what the tensors cannot tell, see ``published.infer_config``.
-        dtype: dtype of all floating parameters; default: as in the file.
+        model_config: values that cannot be inferred from tensors, see ``published.infer_config``.
+        dtype: dtype of all floating parameters; default: the file's.
 
     Raises:
-        WeightFileError, InferenceError, KeyMapError: with one message that names everything that does not fit.
+        WeightFileError, InferenceError, KeyMapError: one message that lists all mismatches.
     """
     with open_tensors(path) as weights:
         tensors = weights.tensors
         try:
             described = weights.others.get(CONFIG_KEY)
-            if isinstance(described, str):  # safetensors that this library wrote
+            if isinstance(described, str):  # safetensors written by this library
                 config = from_dict(MagmaConfig, parse_json(described), f"{CONFIG_KEY}: model")
             else:
                 config = infer_config(tensors, model_config, lambda line: print(f"{path}: {line}", file=sys.stderr))
@@ -113,10 +113,10 @@ def read_torch_magma(
     dtype: str | None = None,
     place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
 ) -> tuple[MagmaConfig, Params, Tokenizer]:
-    """Config, parameters and vocabulary of a checkpoint in the published layout, see ``open_torch_magma``.
+    """Reads config, parameters and vocabulary of a checkpoint in the published layout, see ``open_torch_magma``.
 
-    ``place(path, array)`` takes each array as soon as it is read, to move it to its devices. The largest come first,
-    so that an array and its copy meet when little else is in memory.
+    ``place(path, array)`` moves each array to its devices as soon as it is read. The largest arrays come first, so that
+    an array and its copy coexist while little else is in memory.
     """
     with open_torch_magma(path, model_config, dtype) as model:
         order = sorted(model.params, key=lambda name: -math.prod(model.params[name].shape))
@@ -126,10 +126,10 @@ def read_torch_magma(
 
 
 def read_magma_config(folder: str | Path) -> MagmaConfig:
-    """The config of a model folder or run.
+    """Reads the config of a model folder or run.
 
     Raises:
-        CheckpointError: no such folder, or one of another kind of model. ConfigError: a config that cannot be.
+        CheckpointError: no such folder, or a model of another kind. ConfigError: an invalid config.
     """
     model = read_model_json(folder)["model"]
     if isinstance(model, dict) and model.get("kind", "magma") != "magma":
@@ -138,7 +138,7 @@ def read_magma_config(folder: str | Path) -> MagmaConfig:
 
 
 def check_vocabulary(path: str | Path, tokenizer: Tokenizer, config: MagmaConfig) -> None:
-    """Says so where a model has fewer rows than its vocabulary has words, as one of another vocabulary has."""
+    """Warns if the model has fewer rows than the vocabulary has tokens, which suggests a wrong vocabulary."""
     if tokenizer.vocab_size > config.lm.vocab_rows:
         print(
             f"{path}: embeds {config.lm.vocab_rows} words, but its vocabulary (GPT-2's unless it holds another) has "
@@ -148,7 +148,7 @@ def check_vocabulary(path: str | Path, tokenizer: Tokenizer, config: MagmaConfig
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The vocabulary of a model folder.
+    """Loads the vocabulary of a model folder.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -166,7 +166,7 @@ def _tokenizer_in(others: Mapping[Any, Any]) -> Tokenizer:
 
 
 def _check_types(tensors: Mapping[str, Any]) -> None:
-    """Raises KeyMapError for 8-bit floats: without the scales that belong to them they are not the weights."""
+    """Raises KeyMapError for 8-bit floats, which are not usable without their scales."""
     if small := [key for key, tensor in tensors.items() if "float8" in tensor.dtype.name]:
         raise keymap.KeyMapError(
             f"{len(small)} tensors are in 8-bit floats, such as {small[0]} ({tensors[small[0]].dtype.name}), which are "
@@ -175,7 +175,7 @@ def _check_types(tensors: Mapping[str, Any]) -> None:
 
 
 def _in_stored_dtypes(shapes: Mapping[str, Any], table: Table, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """``shapes`` with the file's floating dtypes, which may differ between parameters."""
+    """``shapes`` in the file's floating dtypes, which may differ between parameters."""
     found: dict[str, dict[np.dtype, str]] = {}
     for key, tensor in tensors.items():
         for rule in table:
@@ -195,14 +195,14 @@ def _in_stored_dtypes(shapes: Mapping[str, Any], table: Table, tensors: Mapping[
 
 
 def _unusual_buffers(config: MagmaConfig, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Buffers whose bits recomputing does not give: sines differ in the last bit between math libraries."""
+    """Buffers that differ bitwise from the recomputed ones: sines differ in the last bit between math libraries."""
     unusual, usual = {}, {}
     for key, tensor in tensors.items():
         name = key.rsplit(".", 1)[-1]
         if not key.startswith("lm.") or ".attention." not in key or name not in BUFFERS:
             continue
         array = tensor.read()
-        # A mask of as many positions as the file claims to have is made only if it is as large.
+        # Avoids allocating a mask for the context length that the file claims, unless the stored mask has that size.
         if name == "bias" and array.shape != (1, 1, config.lm.context_length, config.lm.context_length):
             unusual[key] = np.array(array)
             continue

@@ -1,1 +1,1 @@
-"""The library's own datasets: records, their files, and folders of them."""
+"""The library's dataset format: records, shards and dataset folders."""

@@ -1,4 +1,4 @@
-"""Dataset folders that ``data.write.conversion`` wrote, opened for random access."""
+"""Random access to dataset folders written by ``data.write.conversion``."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ from magma_jax.typing import Int
 
 
 class StoredRecords:
-    """The records of a dataset folder, by row; a source for Grain. Processes may be sent it.
+    """Records of a dataset folder by row; a Grain data source, picklable.
 
     Attributes:
-        info: the content of ``info.json``.
-        texts: number of captions and of questions of every record, int32 (N, 2).
+        info: content of ``info.json``.
+        texts: numbers of captions and questions of every record, int32 (N, 2).
     """
 
     info: dict[str, Any]
@@ -39,13 +39,13 @@ class StoredRecords:
         missing = [name for name in [*files, *map(texts_name, files)] if not (folder / name).is_file()]
         if missing:
             raise DataError(f"{folder}: {missing[0]} is missing ({len(missing)} in all); copy or convert it again")
-        # Mapped, not read: tens of millions of records are some hundred megabytes, in every worker.
+        # Memory-mapped: tens of millions of records take a few hundred megabytes, in every worker.
         with _opening(folder / TEXTS_FILE):
             self.texts = np.load(folder / TEXTS_FILE, mmap_mode="r")
         self._folder = folder
         _allow_open_files(2 * len(files))
         with _opening(folder):
-            # Grain's annotations lack their length.
+            # Grain's annotations lack __len__.
             self._source: Any = grain.sources.ArrayRecordDataSource([str(folder / name) for name in files])
             self._texts: Any = grain.sources.ArrayRecordDataSource([str(folder / texts_name(name)) for name in files])
         for held in (len(self._source), len(self._texts), len(self.texts)):
@@ -59,7 +59,7 @@ class StoredRecords:
         return unpack(self._source[row])
 
     def text(self, row: int) -> Record:
-        """The record with its captions and questions alone; many times cheaper than the whole."""
+        """Record with only captions and questions; many times cheaper to read than the whole record."""
         return unpack(self._texts[row])
 
     def __repr__(self) -> str:
@@ -76,7 +76,7 @@ def _opening(path: Path) -> Iterator[None]:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises this process's limit: random access keeps every shard open."""
+    """Raises this process's limit of open files: random access keeps every shard open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)

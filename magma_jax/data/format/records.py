@@ -1,10 +1,10 @@
-"""The record: one image and everything that is said about it.
+"""Records: an image with all of its texts.
 
-Readers turn every dataset into records, the converter stores them, the pipeline draws samples from them. An image
-with five captions, or with a dozen questions, is one record, so its bytes are stored once.
+Readers convert every dataset to records, the converter stores them, the pipeline samples from them. An image with five
+captions, or with a dozen questions, is one record, so its bytes are stored once.
 
-Stored, a record is one MessagePack map with the keys of ``Record``; ``image`` holds the bytes of the image file as
-they were found, never decoded and encoded again. A sample is one text about one image.
+A stored record is a MessagePack map with the keys of ``Record``; ``image`` holds the original bytes of the image file,
+never re-encoded. A sample is one text about one image.
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ import msgpack
 
 
 class DataError(ValueError):
-    """Data that is missing, damaged or not in the format it should be; one line with file and remedy."""
+    """Data that is missing, damaged or in the wrong format; one line with file and remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FileSlice:
-    """Bytes of a file, or of a part of it such as a member of a tar archive."""
+    """Byte range of a file, such as a member of a tar archive."""
 
     path: str
     offset: int = 0
     nbytes: int | None = None
 
     def read(self) -> bytes:
-        """The bytes.
+        """Reads the bytes.
 
         Raises:
             DataError: the file ends before the slice does.
@@ -43,14 +43,14 @@ class FileSlice:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question or statement about an image.
+    """Question or statement about an image.
 
     Attributes:
-        id: as in the dataset, unique in its split.
+        id: id in the dataset, unique in its split.
         text: the question; for entailment the hypothesis.
-        answers: what annotators answered, one each, in the order of the file; a class name for classification;
-            empty where the split keeps its answers secret.
-        metadata: what else the dataset says, JSON values by its own names.
+        answers: the annotators' answers, one each, in file order; a class name for classification; empty in splits
+            with hidden answers.
+        metadata: other fields of the dataset, JSON values by their original names.
     """
 
     id: str
@@ -61,14 +61,14 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """An image with its captions and questions.
+    """Image with its captions and questions.
 
     Attributes:
         id: unique in its dataset and split.
-        image: encoded bytes, or where they lie.
-        captions: as in the dataset, without surrounding space.
+        image: encoded bytes, or their location.
+        captions: captions without surrounding whitespace.
         questions: see ``Question``.
-        metadata: what else the dataset says, JSON values by its own names.
+        metadata: other fields of the dataset, JSON values by their original names.
     """
 
     id: str
@@ -83,20 +83,20 @@ class Record:
 
     @property
     def samples(self) -> int:
-        """What training makes of it: a sample of its captions, and one of every question."""
+        """Number of training samples: one for the captions, and one per question."""
         return count_samples(len(self.captions), len(self.questions))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One text to learn or to ask.
+    """Prompt and target text for one image.
 
     Attributes:
         image: row of the image in its dataset.
-        prompt: what is given.
-        answer: what is to be produced, with its leading blank.
-        kind: ``caption``, or which kind of question.
-        learn_prompt: whether the loss counts the tokens of the prompt too.
+        prompt: the given text.
+        answer: the target text, with its leading space.
+        kind: ``caption``, or the kind of question.
+        learn_prompt: whether the loss includes the prompt tokens.
     """
 
     image: int
@@ -108,13 +108,13 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """What a reader found and cannot give as a record.
+    """Entry that a reader could not convert to a record.
 
     Attributes:
-        id: of the record, or of the question.
-        reason: in words that group well when counted.
-        samples: how many are lost with it, counted as ``Record.samples``.
-        detail: what helps to find out why; differs from entry to entry.
+        id: id of the record or the question.
+        reason: short reason, the same text for all entries with this problem, so that they can be counted.
+        samples: number of samples lost, counted as ``Record.samples``.
+        detail: details of this entry.
     """
 
     id: str
@@ -123,36 +123,36 @@ class Skipped:
     detail: str = dataclasses.field(default="", compare=False)
 
 
-# Reasons that are in the nature of data: left out and counted, but no sign that something is wrong.
+# Reasons that are normal in datasets: skipped and counted, but not a sign of an error.
 NOT_DOWNLOADED, DUPLICATE, HIDDEN = "image not downloaded", "duplicate", "hidden file"
 EXPECTED = frozenset({NOT_DOWNLOADED, DUPLICATE, HIDDEN})
 
 
 def count_samples(captions: int, questions: int) -> int:
-    """Samples of a record with so many texts; one without any counts as one."""
+    """Number of samples of a record; one without texts counts as one."""
     return (captions > 0) + questions or 1
 
 
 def pack(record: Record) -> bytes:
-    """A record as it is stored, its image read."""
+    """Serialises a record, reading its image."""
     fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     fields["questions"] = [dataclasses.asdict(question) for question in record.questions]
     packed = msgpack.packb(fields | {"image": record.image_bytes()})
-    assert packed is not None  # it is, where a map is packed
+    assert packed is not None  # packb returns bytes for a map
     return packed
 
 
 def pack_text(record: Record) -> bytes:
-    """The record without its image and what else is known of it."""
+    """Serialises a record without image and metadata."""
     questions = [dataclasses.replace(question, metadata={}) for question in record.questions]
     return pack(dataclasses.replace(record, image=b"", questions=tuple(questions), metadata={}))
 
 
 def unpack(content: bytes) -> Record:
-    """The inverse of ``pack``.
+    """Inverse of ``pack``.
 
     Raises:
-        DataError: the bytes are no stored record.
+        DataError: the bytes are not a stored record.
     """
     try:
         fields = msgpack.unpackb(content)

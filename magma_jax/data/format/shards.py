@@ -1,4 +1,4 @@
-"""The files of a dataset folder: what they are called, and a shard written whole or not at all."""
+"""File names of a dataset folder, and atomic writing of shards."""
 
 import contextlib
 import errno
@@ -11,42 +11,42 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from magma_jax.output import full_disk
 
 INFO_FILE, TEXTS_FILE, SKIPPED_FILE = "info.json", "texts.npy", "skipped.jsonl"
-# One record a group, for random access; images do not compress.
+# One record per group, for random access; images do not compress.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 def records_name(number: int) -> str:
-    """File of the records of a shard."""
+    """Name of a shard's records file."""
     return f"records-{number:05d}.array_record"
 
 
 def texts_name(records: str) -> str:
-    """File of the texts of a shard whose records are in the file ``records``."""
+    """Name of the texts file that belongs to the records file ``records``."""
     return records.replace("records-", "texts-", 1)
 
 
 class ShardWriter:
-    """Two open files for records and their texts."""
+    """Open records file and texts file of a shard."""
 
     def __init__(self, records: ArrayRecordWriter, texts: ArrayRecordWriter):
         self._records, self._texts = records, texts
 
     def write(self, content: bytes, text: bytes) -> None:
-        """Appends a record as ``records.pack`` and as ``records.pack_text`` give it."""
+        """Appends a record, serialised by ``records.pack`` and by ``records.pack_text``."""
         self._records.write(content)
         self._texts.write(text)
 
 
 @contextlib.contextmanager
 def shard_writer(records: Path, temporary_folder: Path) -> Iterator[ShardWriter]:
-    """Opens a shard for writing; its two files get their names when the block ends, and not if it raises.
+    """Opens a shard for writing; its two files are renamed to their final names when the block ends without an error.
 
     Args:
-        records: the file of the records to be.
-        temporary_folder: on the same disk; what a killed process leaves there is never taken for data.
+        records: final path of the records file.
+        temporary_folder: folder on the same disk, whose files are never read as data.
 
     Raises:
-        OSError: whatever the file library met (it raises RuntimeErrors itself), such as a full disk.
+        OSError: a failure of the file library, such as a full disk (the library itself raises RuntimeError).
     """
     names = {records.name: records, texts_name(records.name): records.with_name(texts_name(records.name))}
     temporary = {temporary_folder / f"{name}.{os.getpid()}.tmp": path for name, path in names.items()}

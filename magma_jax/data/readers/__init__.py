@@ -1,8 +1,7 @@
-"""Readers of public datasets in the formats they are released in, by name.
+"""Readers of public datasets in their released formats, by name.
 
-A reader is called as ``reader(source, images, **options)`` and gives ``Record`` or ``Skipped``, in an order that
-depends on the files alone. What makes a whole file unusable raises ``DataError``; ``read`` sees to it that nothing
-else is raised.
+``reader(source, images, **options)`` yields ``Record`` or ``Skipped``, in an order that depends only on the files. An
+unusable file raises ``DataError``; ``read`` converts other exceptions to it.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,12 +41,12 @@ READERS: dict[str, Reader] = {
     "openmoji": read_openmoji,
 }
 
-# These hold their images themselves, so no folder of images is given.
+# Formats that contain their images, so that no image folder is needed.
 SELF_CONTAINED = frozenset({"img2dataset", "tfds", "magma", "folder", "openmoji"})
 
 
 def read(name: str, source: Path, images: Path | None = None, **options: Any) -> Iterator[Record | Skipped]:
-    """The entries of a dataset in the format ``name``.
+    """Yields the entries of a dataset in the format ``name``.
 
     Raises:
         DataError: the files are missing, damaged or in another format; one line that names the file.

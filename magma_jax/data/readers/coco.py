@@ -1,4 +1,4 @@
-"""Captions in COCO's formats: the annotation files of 2014 and 2017, Karpathy's split, NoCaps."""
+"""COCO caption formats: the annotation files of 2014 and 2017, Karpathy's split, NoCaps."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ IMAGE_FIELDS = ("width", "height", "domain", "open_images_id", "coco_url", "lice
 
 
 def read_coco(source: Path, images: Path) -> Iterator[Record | Skipped]:
-    """``captions_val2014.json`` and the like, NoCaps included (its ``domain`` goes to the metadata).
+    """``captions_val2014.json`` and similar files, NoCaps included (its ``domain`` goes to the metadata).
 
-    One record an image, captions in the order of the file, joined by ``image_id``; 1 and "1" are one id.
+    One record per image, captions in file order, joined by ``image_id``; 1 and "1" are the same id.
     """
     content = read_json(source)
     image_files = ImageFolder(images)
@@ -38,7 +38,7 @@ def read_karpathy(source: Path, images: Path, *, split: str = "train") -> Iterat
     Args:
         source: the file.
         images: folder with ``train2014/`` and ``val2014/``.
-        split: ``train`` (with ``restval``, as everyone trains on it), ``train_only``, ``restval``, ``val``, ``test``.
+        split: ``train`` (with ``restval``, as is usual), ``train_only``, ``restval``, ``val``, ``test``.
     """
     splits = {"train": ("train", "restval"), "train_only": ("train",)}.get(split, (split,))
     image_files = ImageFolder(images)

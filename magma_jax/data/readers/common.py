@@ -1,4 +1,4 @@
-"""What all readers need: annotation files with errors for people, and images found by name."""
+"""Shared helpers of the readers: annotation files with clear errors, and image lookup by name."""
 
 import codecs
 import dataclasses
@@ -14,21 +14,21 @@ from magma_jax.data.format.records import HIDDEN, DataError, FileSlice, Record, 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
-# What JSON calls its values, for errors.
+# JSON's names of value types, for error messages.
 KINDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
-# Datasets number their images and questions, or name them.
+# Ids of images and questions are numbers or strings.
 ID = (int, str)
 
 
 def read_json(path: Path, kind: type = object) -> Any:
-    """The content of a JSON file.
+    """Reads a JSON file.
 
     Args:
         path: the file.
-        kind: what it must hold, ``dict`` or ``list``.
+        kind: required type of its value, ``dict`` or ``list``.
 
     Raises:
-        DataError: missing, cut short, not UTF-8, no JSON, a key twice in one object, or of another kind.
+        DataError: missing, truncated, not UTF-8, not JSON, a duplicate key in an object, or a value of another type.
     """
     text = read_text(path)
     try:
@@ -43,14 +43,14 @@ def read_json(path: Path, kind: type = object) -> Any:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):  # Python would keep the last one and say nothing
+    if len(found) < len(pairs):  # Python would silently keep the last one
         keys = [key for key, _ in pairs]
         raise DataError(f"an object has the key {next(k for k in found if keys.count(k) > 1)!r} twice; repair the file")
     return found
 
 
 def read_text(path: Path) -> str:
-    """The content of a UTF-8 text file; with the errors of ``read_json``."""
+    """Reads a UTF-8 text file; errors as of ``read_json``."""
     check_file(path, "give the annotation file")
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -59,25 +59,25 @@ def read_text(path: Path) -> str:
 
 
 def check_file(path: Path, instead: str = "give a file") -> None:
-    """Raises DataError unless a path is that of a regular file: a pipe or a device might never end."""
+    """Raises DataError unless a path is a regular file: reading a pipe or a device might never end."""
     if not path.is_file():
         other = "is no regular file" if path.exists() else "no such file"
         raise DataError(f"{path}: {f'is a folder; {instead}' if path.is_dir() else other}")
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text: LF, CR LF and CR end one. ``str.splitlines`` would also end one at U+2028 and the like."""
+    """Splits text at LF, CR LF and CR; ``str.splitlines`` would also split at U+2028 and others."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of every line that is not empty; reads ``.gz`` too, and one line at a time.
+    """Yields number (from 1) and bytes of every line that is not empty, also from ``.gz`` files.
 
-    LF, CR LF and CR end a line.
+    Lines end with LF, CR LF or CR.
     """
     check_file(path)
     opener = gzip.open if path.suffix == ".gz" else open
-    # As Latin-1 any byte is a character, and a text file knows the three line ends.
+    # Latin-1 decodes every byte, and text mode handles the three line endings.
     with opener(path, "rt", encoding="latin-1", newline=None) as file:
         try:
             for number, text in enumerate(file, start=1):
@@ -89,17 +89,17 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Number and object of every line of a JSON-lines file."""
+    """Yields number and object of every line of a JSON-lines file."""
     for number, line in read_lines(path):
         try:
             value = json.loads(line)
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
+        except (ValueError, RecursionError) as error:  # ValueError includes UnicodeDecodeError
             raise DataError(f"{path}: line {number} is no valid JSON ({error}); fetch the file again") from None
         yield number, checked(value, dict, f"{path}: line {number}")
 
 
 def checked(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
-    """``value`` if it is of a JSON type, or an error that says what it is instead."""
+    """Returns ``value`` if it has the JSON type ``kind``; else raises DataError with the type it has."""
     if not isinstance(value, kind):
         wanted = " or ".join(KINDS[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
         raise DataError(f"{where} is {_kind_of(value)}, not {wanted}; repair it, or give the right file for the format")
@@ -107,10 +107,10 @@ def checked(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
 
 
 def field(entry: Any, name: str, where: str, kind: type | tuple[type, ...] = object) -> Any:
-    """``entry[name]``, of a JSON type.
+    """Returns ``entry[name]`` if it has the JSON type ``kind``.
 
     Raises:
-        DataError: with ``where``, the field, and what there is instead.
+        DataError: names ``where``, the field, and the fields or type found instead.
     """
     if not isinstance(entry, Mapping) or name not in entry:
         has = ", ".join(list(entry)[:8]) if isinstance(entry, Mapping) else _kind_of(entry)
@@ -119,15 +119,15 @@ def field(entry: Any, name: str, where: str, kind: type | tuple[type, ...] = obj
 
 
 def text(entry: Any, name: str, where: str) -> str:
-    """``field`` that is text, without surrounding space."""
+    """Text ``field`` without surrounding whitespace."""
     return field(entry, name, where, str).strip()
 
 
 def claim(key: int | str, seen: set[str], where: str) -> str:
-    """An id as text, added to those seen; 1 and "1" are one.
+    """Adds an id to ``seen`` and returns it as text; 1 and "1" are the same id.
 
     Raises:
-        DataError: it was there before; which of two entries is meant cannot be told.
+        DataError: a duplicate id.
     """
     if str(key) in seen:
         raise DataError(f"{where}: two entries have the id {key!r}; ids must be unique, repair the file")
@@ -137,13 +137,13 @@ def claim(key: int | str, seen: set[str], where: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """An image that is not there, and the names that it was looked for by below a folder."""
+    """Missing image: the folder and the names that were searched."""
 
     names: tuple[str, ...] = ()
     root: str = ""
 
     def skipped(self, key: str, samples: int = 1) -> Skipped:
-        """What it takes along."""
+        """The entry of a record without its image."""
         looked = f"looked for {', '.join(self.names)} below {self.root}" if self.names else ""
         return Skipped(key, "image missing", samples, looked)
 
@@ -151,7 +151,7 @@ class Missing:
 def captioned(
     key: str, image: FileSlice | bytes | Missing, captions: Sequence[str], known: Mapping[str, Any] | None = None
 ) -> Record | Skipped:
-    """The record of an image and its captions, or why there is none; empty captions are left out."""
+    """Record of an image and its captions without empty ones, or ``Skipped`` if there is none."""
     said = tuple(caption for caption in captions if caption)
     if isinstance(image, Missing):
         return image.skipped(key)
@@ -161,15 +161,15 @@ def captioned(
 
 
 def metadata(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Those of ``names`` that the entry has."""
+    """The fields ``names`` that the entry has."""
     return {name: entry[name] for name in names if name in entry}
 
 
 class ImageFolder:
-    """Images anywhere below a folder, found by file name.
+    """Images below a folder, indexed by file name.
 
-    Datasets come unpacked in many ways (``val2014/`` beside or below ``images/``, ``VG_100K`` and ``VG_100K_2``), so
-    names are looked up, not paths built.
+    Unpacked datasets have many layouts (``val2014/`` beside or below ``images/``, ``VG_100K`` and ``VG_100K_2``), so
+    names are looked up instead of building paths.
     """
 
     def __init__(self, root: str | os.PathLike):
@@ -179,7 +179,7 @@ class ImageFolder:
         self._by_name: dict[str, str | None] | None = None
 
     def find(self, name: str, *alternatives: str) -> FileSlice | Missing:
-        """The image of one of these names, the first that exists; a name may lead with folders.
+        """The first image that exists under one of these names, which may contain folders.
 
         Raises:
             DataError: several images have that name, or it leads out of the folder.
@@ -208,7 +208,7 @@ class ImageFolder:
 
 
 def within(root: Path, name: str, where: str) -> Path:
-    """The path of a file that an annotation names; DataError if it leads out of its folder."""
+    """Path of a file named by an annotation; DataError if it is outside the folder."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
         raise DataError(f"{where} names the image {name!r}, which leads out of {root}; repair the annotation")
@@ -216,22 +216,22 @@ def within(root: Path, name: str, where: str) -> Path:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file, named relative to its dataset, is none of it: dot files and folders, and what macOS adds.
+    """Whether a path relative to its dataset is hidden: dot files and folders, and files that macOS adds.
 
-    AppleDouble twins (``._cat.jpg``) and ``.ipynb_checkpoints`` begin with a dot too.
+    AppleDouble files (``._cat.jpg``) and ``.ipynb_checkpoints`` begin with a dot too.
     """
     return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in name.split("/"))
 
 
 def files_below(root: Path, suffixes: tuple[str, ...], ignored: list[Skipped] | None = None) -> Iterator[str]:
-    """Files anywhere below a folder. Links to folders are followed, each folder is visited once.
+    """Yields the files below a folder; follows links to folders and visits each folder once.
 
-    Hidden files are left out; ``ignored`` is given one entry for each.
+    Hidden files are skipped; ``ignored`` gets one entry for each.
     """
 
     def fail(error: OSError) -> None:
         if not hidden(os.path.relpath(error.filename or root, root)):
-            raise error  # or the walk would leave out what it may not open
+            raise error  # os.walk would skip unreadable folders
 
     visited = set()
     for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
@@ -252,7 +252,7 @@ def files_below(root: Path, suffixes: tuple[str, ...], ignored: list[Skipped] | 
 
 
 def files_in(folder: Path, *patterns: str) -> list[Path]:
-    """The files of a folder with such names, in their order; hidden ones are left out."""
+    """Files of a folder that match the patterns, sorted, without hidden ones."""
     return sorted(path for pattern in patterns for path in folder.glob(pattern) if not hidden(path.name))
 
 

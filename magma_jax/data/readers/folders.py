@@ -1,4 +1,4 @@
-"""Folders: images with a text file each, the original's own layout, and datasets that TFDS has prepared."""
+"""Folder formats: images with text files, the original's layout, and datasets prepared by TFDS."""
 
 import json
 import sys
@@ -19,14 +19,14 @@ from magma_jax.data.readers.common import (
     within,
 )
 
-# Where tensorflow_datasets keeps its own types of features.
+# Package of tensorflow_datasets' own feature classes.
 _FEATURES = "tensorflow_datasets.core.features."
 
 
 def read_folder(source: Path, images: Path | None = None) -> Iterator[Record | Skipped]:
-    """Images anywhere below a folder, each with its captions in ``SAME_NAME.txt``, one a line.
+    """Images below a folder, each with captions in ``SAME_NAME.txt``, one per line.
 
-    Hidden files are left out and counted.
+    Hidden files are skipped and counted.
     """
     if not source.is_dir():
         raise DataError(f"{source}: no such folder")
@@ -41,7 +41,7 @@ def read_folder(source: Path, images: Path | None = None) -> Iterator[Record | S
         if not text.is_file():
             yield Skipped(key, "image without an annotation")
             continue
-        if path.exists() and not path.is_file():  # a pipe, which nobody may ever write to
+        if path.exists() and not path.is_file():  # reading a pipe might block
             yield Skipped(key, "image is no regular file")
             continue
         try:
@@ -53,9 +53,9 @@ def read_folder(source: Path, images: Path | None = None) -> Iterator[Record | S
 
 
 def read_magma(source: Path, images: Path | None = None) -> Iterator[Record | Skipped]:
-    """The original's folder: ``image_data/K/N.json`` with captions and metadata, ``images/K/X.jpg``.
+    """The original's layout: ``image_data/K/N.json`` with captions and metadata, ``images/K/X.jpg``.
 
-    Without ``image_path`` the image is ``images/K/N.jpg``.
+    The default of ``image_path`` is ``images/K/N.jpg``.
     """
     data = source / "image_data"
     files = sorted(map(Path, files_below(data, (".json",)))) if data.is_dir() else []
@@ -76,26 +76,26 @@ def read_magma(source: Path, images: Path | None = None) -> Iterator[Record | Sk
 def read_tfds(
     source: Path, images: Path | None = None, *, split: str = "train", image: str = "image", caption: str = ""
 ) -> Iterator[Record | Skipped]:
-    """A dataset that TFDS has prepared as array_record; reading needs no TensorFlow.
+    """Datasets prepared by TFDS as array_record, read without TensorFlow.
 
-    Only types of features that come with TFDS are read: for others it would run Python files of the dataset.
+    Only TFDS's own feature classes are allowed: for others it would run Python code of the dataset.
 
     Args:
         source: folder of the prepared dataset, ``DATA_DIR/NAME[/CONFIG]/VERSION``.
         images: not used.
-        split: of the dataset.
-        image: the feature that is the image; its encoded bytes are kept.
-        caption: the feature that holds the text or texts, nested ones by slashes (``captions/text``); by default the
-            first of ``captions/text``, ``caption``, ``captions``, ``text`` that there is.
+        split: split of the dataset.
+        image: image feature; its encoded bytes are kept.
+        caption: text feature, nested ones with slashes (``captions/text``); default: the first of ``captions/text``,
+            ``caption``, ``captions``, ``text`` that exists.
     """
     import tensorflow_datasets as tfds
 
-    source = source.expanduser()  # as TFDS does, which must read the file that was checked
+    source = source.expanduser()  # as in TFDS, so that it reads the file that was checked
     if (source / "features.json").is_file():
         _check_features(read_json(source / "features.json"), source / "features.json")
     try:
         builder = tfds.builder_from_directory(source)
-        # A decorator of TFDS hides the parameters.
+        # A decorator in TFDS hides the parameters from type checkers.
         decoders = {image: tfds.decode.SkipDecoding()}
         data = builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
     except (ValueError, KeyError, OSError, AssertionError, NotImplementedError) as error:
@@ -116,14 +116,14 @@ def read_tfds(
 
 
 def _check_features(value: Any, file: Path) -> None:
-    """Raises DataError if a description of features names a class that does not come with TFDS."""
+    """Raises DataError if a feature description names a class outside TFDS."""
     left = [value]
     while left:
         value = left.pop()
         if isinstance(value, Mapping):
             for key in ("type", "pythonClassName", "python_class_name"):
                 name = value.get(key)
-                # Importing the module of a class runs it; those of TFDS itself have been imported.
+                # TFDS imports the module of a class, which runs it; its own modules are already imported.
                 own = str(name).startswith(_FEATURES) and str(name).rpartition(".")[0] in sys.modules
                 if isinstance(name, str) and not own:
                     raise DataError(
@@ -135,7 +135,7 @@ def _check_features(value: Any, file: Path) -> None:
             left.extend(value)
         elif isinstance(value, str):
             try:
-                left.append(json.loads(value))  # descriptions may be JSON within JSON
+                left.append(json.loads(value))  # descriptions may be nested JSON strings
             except (ValueError, RecursionError):
                 continue
 

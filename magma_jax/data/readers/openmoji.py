@@ -1,4 +1,4 @@
-"""The drawings of the quick start, so that what works on dataset folders can be tried without fetching one."""
+"""The quick start's drawings as a reader, to try dataset folders without a download."""
 
 import io
 from collections import defaultdict
@@ -26,9 +26,9 @@ def read_openmoji(
     Args:
         source: the split: ``train``, ``validation`` or ``test``.
         images: not used.
-        kinds: of questions, separated by commas; by default all.
+        kinds: kinds of questions, separated by commas; default: all.
         size: pixels per side.
-        cache_dir: where drawings are kept.
+        cache_dir: cache folder of rasterised drawings.
     """
     if source.name not in SPLITS:
         raise DataError(f"--from openmoji takes a split in place of a file: {', '.join(SPLITS)}, not {source}")

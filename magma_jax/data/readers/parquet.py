@@ -1,4 +1,4 @@
-"""Parquet files, a row at a time, in JSON's values."""
+"""Parquet files, read row by row as JSON values."""
 
 import datetime
 import json
@@ -15,10 +15,10 @@ from magma_jax.output import error_line
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file; dates, times, durations and decimals become text.
+    """Yields the rows of a file; dates, times, durations and decimals become text.
 
     Raises:
-        DataError: not a whole parquet file, or two columns of one name.
+        DataError: not a complete parquet file, or duplicate column names.
     """
     check_file(path)
     try:
@@ -38,7 +38,7 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _values(array: pyarrow.Array) -> list[Any]:
-    """Python's values, in structs and lists too; text for what Python has no type for, such as nanoseconds."""
+    """Python values, nested ones included; text for types that Python lacks, such as nanoseconds."""
     kind = array.type
     if isinstance(array, pyarrow.ExtensionArray):
         return _values(array.storage)
@@ -59,7 +59,7 @@ def _values(array: pyarrow.Array) -> list[Any]:
     if pyarrow.types.is_duration(kind):
         return [None if count is None else _duration(count, kind.unit) for count in array.cast("int64").to_pylist()]
     if pyarrow.types.is_timestamp(kind) and kind.tz:
-        naive = array.cast(pyarrow.timestamp(kind.unit))  # UTC, whichever zones this machine knows
+        naive = array.cast(pyarrow.timestamp(kind.unit))  # UTC, independent of the machine's time zone data
         return [None if text is None else f"{text}Z" for text in _values(naive)]
     if pyarrow.types.is_temporal(kind) and not pyarrow.types.is_interval(kind):
         return array.cast("string").to_pylist()
@@ -67,7 +67,7 @@ def _values(array: pyarrow.Array) -> list[Any]:
 
 
 def _duration(count: int, unit: str) -> str:
-    """As Python writes a ``timedelta``, with nine places where it needs them."""
+    """Formats a duration like ``timedelta``, with nine decimals if needed."""
     billionths = count * {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}[unit]
     millionths, rest = divmod(billionths, 1000)
     try:

@@ -1,6 +1,6 @@
 """Questions and statements about images: VQAv2, OKVQA, GQA, VizWiz, SNLI-VE, Hateful Memes.
 
-Questions and answers are joined by id, never by position: shuffled files give the same records.
+Questions and answers are joined by id, not by position, so that shuffled files give the same records.
 """
 
 import re
@@ -26,17 +26,16 @@ from magma_jax.data.readers.common import (
 
 
 def read_vqa(source: Path, images: Path, *, annotations: str = "") -> Iterator[Record | Skipped]:
-    """VQAv2 and OKVQA: a file of questions and one of answers, joined by ``question_id``; 1 and "1" are one id.
+    """VQAv2 and OKVQA: questions file and answers file, joined by ``question_id``; 1 and "1" are the same id.
 
-    Images are found by the ``file_name`` of their entry in ``images``, where the file of questions has that list, as
-    COCO's files of captions do; otherwise by the names of COCO's releases.
+    Image file names come from ``file_name`` in the ``images`` list of the questions file, if it has one (as in COCO's
+    caption files), otherwise from the naming of COCO's releases.
 
     Args:
-        source: the questions, ``v2_OpenEnded_mscoco_val2014_questions.json`` or
+        source: questions file, ``v2_OpenEnded_mscoco_val2014_questions.json`` or
             ``OpenEnded_mscoco_val2014_questions.json``.
         images: folder with the images of COCO 2014 (for the test splits, 2015).
-        annotations: the answers; by default the file beside the questions that is named as in the release, and for
-            test splits none.
+        annotations: answers file; default: the release's file name beside the questions, and none for test splits.
     """
     content = read_json(source, dict)
     answers_file = Path(annotations) if annotations else _answers_beside(source)
@@ -60,7 +59,7 @@ def read_vqa(source: Path, images: Path, *, annotations: str = "") -> Iterator[R
     for image, questions in grouped.items():
         number = image.zfill(12)
         listed = [file_names[image]] if image in file_names else []
-        # test-dev2015 asks about images of test2015.
+        # test-dev2015 uses images of test2015.
         names = [f"COCO_{name}_{number}.jpg" for name in (subset.replace("-dev", ""), "val2014", "train2014")]
         yield from _record(image, image_files.find(*listed, *names, f"{number}.jpg"), questions)
     for key in answers:
@@ -72,7 +71,7 @@ def read_gqa(source: Path, images: Path, *, balanced: bool = True) -> Iterator[R
     """GQA: ``testdev_balanced_questions.json``, or a folder of chunks such as ``train_all_questions/``.
 
     Args:
-        source: a file, or a folder whose ``.json`` files are read in the order of their numbers.
+        source: a file, or a folder whose ``.json`` files are read in numeric order.
         images: folder with ``IMAGE_ID.jpg``.
         balanced: keep only questions with ``isBalanced``.
     """
@@ -91,10 +90,10 @@ def read_gqa(source: Path, images: Path, *, balanced: bool = True) -> Iterator[R
 
 
 def gqa_questions(source: Path) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """Every question of a GQA file, or of a folder of chunks: its id, what is said of it, and where it stands.
+    """Yields id, entry and location of every question of a GQA file or a folder of chunks.
 
     Raises:
-        DataError: another format, or an id that is there twice.
+        DataError: another format, or a duplicate id.
     """
     files = sorted(files_in(source, "*.json"), key=_natural) if source.is_dir() else [source]
     if not files:
@@ -108,7 +107,7 @@ def gqa_questions(source: Path) -> Iterator[tuple[str, Mapping[str, Any], str]]:
 
 
 def read_vizwiz(source: Path, images: Path) -> Iterator[Record | Skipped]:
-    """VizWiz ``val.json``: a list without ids; the image's name is the id of both."""
+    """VizWiz ``val.json``: a list without ids; the image's name is the id of the image and of the question."""
     image_files = ImageFolder(images)
     for entry in read_json(source, list):
         name = field(entry, "image", f"{source}: question", str)
@@ -121,8 +120,8 @@ def read_vizwiz(source: Path, images: Path) -> Iterator[Record | Skipped]:
 def read_snli_ve(source: Path, images: Path) -> Iterator[Record | Skipped]:
     """SNLI-VE, JSON lines: a Flickr30k image, a statement, and entailment, neutral or contradiction.
 
-    The image's id is ``Flickr30K_ID`` in files of the generator and ``Flikr30kID`` (with ``.jpg``) in the released
-    ones; both are read. Statements without a majority label (``-``) are skipped.
+    The image's id is ``Flickr30K_ID`` in files of the generator and ``Flikr30kID`` (with ``.jpg``) in released files;
+    both are supported. Statements without a majority label (``-``) are skipped.
     """
     grouped: dict[str, list[Question | Skipped]] = defaultdict(list)
     captions: dict[str, list[str]] = defaultdict(list)
@@ -148,7 +147,7 @@ def read_snli_ve(source: Path, images: Path) -> Iterator[Record | Skipped]:
 
 
 def read_hateful_memes(source: Path, images: Path) -> Iterator[Record | Skipped]:
-    """Hateful Memes, JSON lines: an image, the text on it, and label 0 or 1 (none in the test split)."""
+    """Hateful Memes, JSON lines: an image, its text, and label 0 or 1 (none in the test split)."""
     image_files = ImageFolder(images)
     for number, entry in read_json_lines(source):
         where = f"{source}: line {number}"
@@ -186,7 +185,7 @@ def _record(
 
 
 def _file_names(content: Mapping[str, Any], source: Path) -> dict[str, str]:
-    """Id to file of the images that a file lists; those without a file have the names of the release."""
+    """File names of the listed images by id; images without one are named as in the release."""
     listed: set[str] = set()
     names = {}
     for image in checked(content.get("images", []), list, f"{source}: 'images'"):

@@ -1,4 +1,4 @@
-"""Descriptions of parts of an image: Visual Genome regions, Localized Narratives."""
+"""Region descriptions: Visual Genome, Localized Narratives."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ BOX = ("region_id", "x", "y", "width", "height")
 
 
 def read_visual_genome(source: Path, images: Path) -> Iterator[Record | Skipped]:
-    """``region_descriptions.json``: every phrase is a caption; ``metadata["regions"]`` holds the boxes, in that order.
+    """``region_descriptions.json``: every phrase is a caption; ``metadata["regions"]`` has the boxes in the same order.
 
-    Boxes are in pixels and as in the file, where x and y may be negative.
+    Boxes are in pixels, unchanged; x and y may be negative.
     """
     image_files = ImageFolder(images)
     for entry in read_json(source, list):
@@ -36,14 +36,14 @@ def read_visual_genome(source: Path, images: Path) -> Iterator[Record | Skipped]
 
 
 def read_localized_narratives(source: Path, images: Path, *, traces: bool = False) -> Iterator[Record | Skipped]:
-    """Localized Narratives, JSON lines, one file or a folder of shards; one record a line.
+    """Localized Narratives: JSON lines, one file or a folder of shards, one record per line.
 
-    Its id is ``IMAGE/ANNOTATOR``, and ``IMAGE/ANNOTATOR/2`` where an annotator describes an image again.
+    The record id is ``IMAGE/ANNOTATOR``, and ``IMAGE/ANNOTATOR/2`` for an annotator's second description of an image.
 
     Args:
-        source: the file, or a folder whose ``.jsonl`` files are read in the order of their names.
-        images: folder of the images: of COCO, Flickr30k, ADE20k or Open Images.
-        traces: keep the mouse traces and the timed words in the metadata (they are large).
+        source: the file, or a folder whose ``.jsonl`` files are read in name order.
+        images: image folder of COCO, Flickr30k, ADE20k or Open Images.
+        traces: keep mouse traces and timed words in the metadata (large).
     """
     files = files_in(source, "*.jsonl") if source.is_dir() else [source]
     if not files:

@@ -1,7 +1,7 @@
-"""Tar archives of samples: the members of a sample stand together and share a key (WebDataset's rule).
+"""Tar archives in WebDataset's format: the members of a sample are consecutive and share a key.
 
-The key is the whole path up to the first dot of its last part, what follows is the suffix: ``cat/0001.seg.png`` is
-``.seg.png`` of the sample ``cat/0001``.
+The key is the path up to the first dot of the file name, the rest is the suffix: ``cat/0001.seg.png`` is ``.seg.png``
+of the sample ``cat/0001``.
 """
 
 import re
@@ -14,18 +14,18 @@ from typing import TypeAlias
 from magma_jax.data.format.records import HIDDEN, DataError, FileSlice, Skipped
 from magma_jax.data.readers.common import IMAGE_SUFFIXES, check_file, files_in, hidden
 
-# A member: where it lies, or of a compressed archive its bytes.
+# A member: its location, or its bytes if the archive is compressed.
 Content: TypeAlias = FileSlice | bytes
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
-# Bytes of a member that are read into memory, where an archive is compressed.
+# Largest member of a compressed archive, in bytes; it is read into memory.
 LARGEST_MEMBER = 1 << 28
-# Members whose name begins so describe the archive.
+# Names of members that describe the archive.
 _ABOUT_THE_ARCHIVE = re.compile("__[^/]*__($|/)")
 
 
 def tars_in(folder: Path) -> list[Path]:
-    """The archives of a folder, in the order of their names; of a file, itself."""
+    """Archives of a folder in name order; a file is returned as is."""
     tars = files_in(folder, *(f"*{suffix}" for suffix in SUFFIXES)) if folder.is_dir() else [folder]
     if not tars:
         raise DataError(f"{folder}: holds no {', '.join(SUFFIXES)} files; give the folder that img2dataset wrote")
@@ -33,15 +33,15 @@ def tars_in(folder: Path) -> list[Path]:
 
 
 def content_of(member: Content) -> bytes:
-    """Its bytes."""
+    """Bytes of a member."""
     return member if isinstance(member, bytes) else member.read()
 
 
 def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, Content]] | Skipped]:
-    """Key and members by suffix (in lower case, with the dot) of every sample; images that are none as ``Skipped``.
+    """Yields key and members by suffix (lower case, with the dot) of every sample; unusable members as ``Skipped``.
 
     Raises:
-        DataError: the archive is damaged, a member comes twice, or the members of a sample stand apart.
+        DataError: the archive is damaged, a member occurs twice, or the members of a sample are not consecutive.
     """
     check_file(path)
     try:
@@ -49,8 +49,8 @@ def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, Content]] | Skipped
             packed = file.read(2) == b"\x1f\x8b"
         with tarfile.open(path, "r:gz" if packed else "r:") as tar:
             yield from _samples(tar, path, packed)
-            # Python takes whatever is no header for the end; a whole archive ends with empty blocks.
-            assert tar.fileobj is not None  # it is open
+            # tarfile treats an invalid header as the end; a complete archive ends with zero blocks.
+            assert tar.fileobj is not None  # open
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"no end of the archive at byte {tar.offset}")
@@ -62,8 +62,8 @@ def _samples(tar: tarfile.TarFile, path: Path, packed: bool) -> Iterator[tuple[s
     key, members = None, {}
     seen: set[str] = set()
     for member in tar:
-        # Or the archive remembers every member it has passed.
-        tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it is there, and in no annotation
+        # Frees the members that tarfile would accumulate.
+        tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # missing in the type stubs
         named = _key_and_suffix(member.name)
         if _ABOUT_THE_ARCHIVE.match(member.name) or member.isdir():
             continue
@@ -90,7 +90,7 @@ def _samples(tar: tarfile.TarFile, path: Path, packed: bool) -> Iterator[tuple[s
             members[suffix] = FileSlice(str(path), member.offset_data, member.size)
         elif member.size <= LARGEST_MEMBER:
             content = tar.extractfile(member)
-            assert content is not None  # a regular file, as was looked
+            assert content is not None  # a regular file, as checked above
             members[suffix] = content.read()
         else:
             raise DataError(
@@ -101,7 +101,7 @@ def _samples(tar: tarfile.TarFile, path: Path, packed: bool) -> Iterator[tuple[s
 
 
 def _key_and_suffix(name: str) -> tuple[str, str] | None:
-    """Of a member; None where its last part has no suffix, or nothing else."""
+    """Key and suffix of a member name; None if the file name has no suffix or nothing else."""
     folder, slash, last = name.rpartition("/")
     stem, dot, suffix = last.partition(".")
     return (folder + slash + stem, f".{suffix.lower()}") if stem and dot else None

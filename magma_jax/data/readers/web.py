@@ -1,7 +1,7 @@
-"""Images gathered from the web: img2dataset's tar files, and the lists of addresses that they were gathered from.
+"""Web datasets: img2dataset's tar files, and the URL lists they were downloaded from.
 
-The lists (CC3M, CC12M, LAION, WIT) name images by URL alone, and what was downloaded lies in tar files that
-img2dataset wrote, each member beside a JSON that repeats its URL. So a list is joined with such a folder by URL.
+The lists (CC3M, CC12M, LAION, WIT) identify images by URL. Downloaded images are in img2dataset's tar files, each
+beside a JSON with its URL, so a list is joined with such a folder by URL.
 """
 
 import json
@@ -34,17 +34,17 @@ WIT_COLUMNS = (
     "context_page_description",
     "context_section_description",
 )
-# What img2dataset records of a download itself, of no use for training.
+# Fields in which img2dataset records the download; not kept as metadata.
 _DOWNLOAD_FIELDS = ("status", "error_message", "key", "caption", "exif")
-# Images of compressed tars are held in memory while a list is joined with them.
+# Limit on the images of compressed tars, which are held in memory while a list is joined with them.
 _MOST_HELD = 4 << 30
 
 
 def read_img2dataset(source: Path, images: Path | None = None) -> Iterator[Record | Skipped]:
     """A folder of ``00000.tar`` with ``KEY.jpg``, ``KEY.txt``, ``KEY.json``; keys may have gaps.
 
-    The caption is the ``.txt``, or ``caption`` of the ``.json`` where there is none. Columns of the ``.json`` and of
-    the ``.parquet`` beside the tar, joined by key, become metadata; its rows of failed downloads are skipped.
+    The caption is the ``.txt``, or else ``caption`` in the ``.json``. Columns of the ``.json`` and of the ``.parquet``
+    beside the tar, joined by key, become metadata; its rows of failed downloads are skipped.
     """
     for tar in tars_in(source):
         rows = _rows_beside(tar)
@@ -68,15 +68,16 @@ def read_img2dataset(source: Path, images: Path | None = None) -> Iterator[Recor
 
 
 def read_cc3m(source: Path, images: Path) -> Iterator[Record | Skipped]:
-    """Conceptual Captions 3M: lines of caption, tab, URL; ``images`` is a folder that img2dataset wrote.
+    """Conceptual Captions 3M: lines of caption, tab, URL; ``images`` is a folder written by img2dataset.
 
-    The first line may name the columns, ``caption`` and ``url``, as img2dataset wants it; then it decides.
+    An optional header line names the columns, ``caption`` and ``url``, as required by img2dataset, and sets their
+    order.
     """
     return _joined_lines(source, images, caption=0, url=1)
 
 
 def read_cc12m(source: Path, images: Path) -> Iterator[Record | Skipped]:
-    """Conceptual 12M: lines of URL, tab, caption, the other way round than CC3M."""
+    """Conceptual 12M: lines of URL, tab, caption, the reverse of CC3M."""
     return _joined_lines(source, images, caption=1, url=0)
 
 
@@ -84,10 +85,10 @@ def read_laion(source: Path, images: Path, *, url: str = "", caption: str = "") 
     """LAION's parquet lists, a file or a folder, joined with img2dataset's folder by URL.
 
     Args:
-        source: the file, or a folder whose ``.parquet`` files are read in the order of their names.
-        images: a folder that img2dataset wrote.
-        url: the column of addresses; by default ``url`` in any case.
-        caption: the column of captions; by default ``text`` (LAION) or else ``caption`` (ReLAION), in any case.
+        source: the file, or a folder whose ``.parquet`` files are read in name order.
+        images: a folder written by img2dataset.
+        url: URL column; default: ``url``, ignoring case.
+        caption: caption column; default: ``text`` (LAION) or else ``caption`` (ReLAION), ignoring case.
     """
     files = files_in(source, "*.parquet") if source.is_dir() else [source]
     if not files:
@@ -98,7 +99,7 @@ def read_laion(source: Path, images: Path, *, url: str = "", caption: str = "") 
         chosen = ()
         for values in parquet_rows(file):
             row += 1
-            # Of a file all rows have the same columns.
+            # All rows of a file have the same columns.
             addresses, captions = chosen = chosen or (
                 _column(list(values), [url] if url else ["url"], "url", file),
                 _column(list(values), [caption] if caption else ["text", "caption"], "caption", file),
@@ -109,7 +110,7 @@ def read_laion(source: Path, images: Path, *, url: str = "", caption: str = "") 
 
 
 def _column(columns: Sequence[str], names: Sequence[str], option: str, file: Path) -> str:
-    """The column that has the first of these names that there is: exactly, or in another case."""
+    """The first of these column names that exists, exactly or ignoring case."""
     for name in names:
         found = [name] if name in columns else [column for column in columns if column.lower() == name.lower()]
         if len(found) > 1:
@@ -127,8 +128,8 @@ def read_wit(source: Path, images: Path, *, language: str = "") -> Iterator[Reco
 
     Args:
         source: a file, or a folder of ``.tsv.gz`` files.
-        images: a folder that img2dataset wrote.
-        language: keep only this one, such as ``en``.
+        images: a folder written by img2dataset.
+        language: keep only this language, such as ``en``.
     """
     files = files_in(source, "*.tsv*") if source.is_dir() else [source]
     if not files:
@@ -143,7 +144,7 @@ def read_wit(source: Path, images: Path, *, language: str = "") -> Iterator[Reco
             except UnicodeDecodeError:
                 yield Skipped(key, "caption is not UTF-8")
                 continue
-            if values == WIT_COLUMNS:  # released files open with their header
+            if values == WIT_COLUMNS:  # the header line of released files
                 continue
             if len(values) != len(WIT_COLUMNS):
                 raise DataError(f"{file}: line {number} has {len(values)} columns, WIT has {len(WIT_COLUMNS)}")
@@ -183,7 +184,7 @@ def _joined(
 
 
 def _caption(value: Any, where: str) -> str:
-    """A caption without surrounding space; columns may be empty."""
+    """Caption without surrounding whitespace; "" for an empty column."""
     return "" if value is None else checked(value, str, where).strip()
 
 
@@ -225,6 +226,6 @@ def _json_of(members: Mapping[str, Content], tar: Path) -> dict[str, Any]:
 
 
 def _rows_beside(tar: Path) -> dict[str, dict[str, Any]]:
-    """The rows of the parquet file that img2dataset wrote beside a tar, by key."""
+    """Rows of img2dataset's parquet file beside a tar, by key."""
     path = tar.with_name(re.sub(r"\.(tar(\.gz)?|tgz)$", "", tar.name) + ".parquet")
     return {row["key"]: row for row in parquet_rows(path) if row.get("key")} if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Byte-pair encodings: GPT-2's, offline, and ones trained on the spot, behind one small class."""
+"""Byte-level BPE tokenizers: GPT-2's, from packaged merges, and newly trained ones."""
 
 import functools
 import os
@@ -13,21 +13,21 @@ from magma_jax.foreign import read_text
 EOS = "<|endoftext|>"
 IMAGE = "<|image|>"
 
-# What ``clean_up`` strips, in this order: the space before English marks and contractions (the original's
-# transformers 4.6 does so by default).
+# Replacements of ``clean_up``, in this order: the space before English punctuation and contractions is removed, as in
+# the original's transformers 4.6 by default.
 _CLEAN_UP = (" .", " ?", " !", " ,"), " ' ", (" n't", " 'm", " 's", " 've", " 're")
 
 
 class Tokenizer:
-    """Text to ids and back, with an end-of-text token (which also pads) and an image placeholder.
+    """Tokenizer with an end-of-text token (also used for padding) and an image placeholder.
 
-    Wraps a ``tokenizers.Tokenizer``; never changes once built, so threads may share it and processes be sent
-    it. ``<|image|>`` gets the next free id where the vocabulary lacks it, as in the original.
+    Wraps a ``tokenizers.Tokenizer``; immutable, so it is thread-safe and picklable. ``<|image|>`` gets the next free id
+    if the vocabulary lacks it, as in the original.
 
     Attributes:
-        eos: the end-of-text token, as it is spelled.
+        eos: text of the end-of-text token.
         longest: bytes of the longest token: a text of N bytes has at least N / ``longest`` tokens.
-        special_ids: tokens that ``decode`` leaves out: these two, and what else the vocabulary calls special.
+        special_ids: ids that ``decode`` skips: these two, and the other special tokens of the vocabulary.
 
     Raises:
         ValueError: the vocabulary has no ``eos`` token.
@@ -37,7 +37,7 @@ class Tokenizer:
         if backend.token_to_id(eos) is None:
             raise ValueError(f"the vocabulary has no end-of-text token {eos!r}; name its own with eos=...")
         self._names = eos, image
-        # Two copies, because whether special tokens are parsed is a switch on the object, not an argument.
+        # Two copies, because parsing of special tokens is a property of the object, not an argument.
         self._parsing = _without_padding(backend.to_str())
         self._parsing.add_special_tokens([eos, image])
         self._plain = _without_padding(self._parsing.to_str())
@@ -50,15 +50,15 @@ class Tokenizer:
         added = self._parsing.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
         self._rows = max(vocabulary.values()) + 1
-        # One character of a byte-level token stands for one byte.
+        # Each character of a byte-level token represents one byte.
         self.longest: int = max(map(len, vocabulary))
 
     def __reduce__(self):
-        # The switch that keeps spelled tokens plain does not survive the backend's own pickling.
+        # The backend's pickling loses the property that special tokens in text are not parsed.
         return _rebuild, (self._parsing.to_str(), *self._names)
 
     def __len__(self) -> int:
-        """Number of ids, ``<|image|>`` included: the rows an embedding table needs."""
+        """Number of ids, ``<|image|>`` included: the rows of an embedding table."""
         return self._rows
 
     @property
@@ -67,10 +67,10 @@ class Tokenizer:
         return len(self) - 1
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """Ids of ``text``, nothing added.
+        """Ids of ``text``, without added tokens.
 
-        By default text that spells a special token is text: a caption cannot end itself or plant an image.
-        With ``parse_special`` it becomes the token, which is what the original does.
+        By default the spelling of a special token is plain text, so that a caption cannot contain an end or an image
+        token. With ``parse_special`` it becomes the token, as in the original.
         """
         backend = self._parsing if parse_special else self._plain
         return backend.encode(text, add_special_tokens=False).ids
@@ -85,19 +85,19 @@ class Tokenizer:
         return _clean_up(text) if clean_up else text
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for, which may be part of a character; empty for special tokens and unknown ids.
+        """Bytes of a token, possibly part of a character; empty for special tokens and unknown ids.
 
-        Those of several tokens, one behind the other, are the UTF-8 of what ``decode`` gives.
+        The concatenated bytes of several tokens are the UTF-8 encoding of their ``decode``.
         """
         symbols = self._parsing.id_to_token(token)
         if symbols is None or token in self.special_ids:
             return b""
         known = _symbol_bytes()
-        # Tokens that were added to a vocabulary, such as runs of spaces, are plain text.
+        # Tokens added to a vocabulary, such as runs of spaces, are plain text.
         return bytes(known[symbol] for symbol in symbols) if known.keys() >= set(symbols) else symbols.encode()
 
     def to_json(self) -> str:
-        """The whole encoding as text, in the ``tokenizers`` format."""
+        """The tokenizer as JSON text, in the ``tokenizers`` format."""
         return self._parsing.to_str()
 
     def save(self, folder: str | os.PathLike) -> Path:
@@ -109,7 +109,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, eos: str = EOS, image: str = IMAGE) -> "Tokenizer":
-        """Reads what ``to_json`` gave.
+        """Inverse of ``to_json``.
 
         Raises:
             ValueError: not in the ``tokenizers`` format, or no ``eos`` in it.
@@ -137,10 +137,9 @@ class Tokenizer:
 
 @functools.cache
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's encoding as GPT-J and the original use it: eos = pad = 50256, ``<|image|>`` = 50257.
+    """GPT-2's tokenizer as in GPT-J and the original: eos = pad = 50256, ``<|image|>`` = 50257.
 
-    Built from the merges alone: the vocabulary is the 256 byte symbols, then what each merge makes, then
-    end-of-text.
+    Built from the merges only: the vocabulary is the 256 byte symbols, the results of the merges, and end-of-text.
     """
     file = Path(__file__).parent / "gpt2" / "merges.txt"
     lines = file.read_text(encoding="utf-8").splitlines()[1:]  # the first is "#version: 0.2"
@@ -151,11 +150,10 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learns a byte-level byte-pair encoding with GPT-2's word splitting.
+    """Trains a byte-level BPE tokenizer with GPT-2's word splitting.
 
-    The result depends on ``texts`` only, not on their order or the machine. End-of-text and ``<|image|>`` are
-    the last two ids; ``vocab_size`` counts them (it is what ``len`` returns). Fewer entries result when
-    ``texts`` have no more pairs to merge.
+    The result depends only on ``texts``, not on their order or the machine. End-of-text and ``<|image|>`` are the last
+    two ids; ``vocab_size`` includes them and equals ``len``, unless ``texts`` have fewer pairs to merge.
 
     Raises:
         ValueError: ``vocab_size`` below 258, the bytes and the two tokens.
@@ -177,14 +175,14 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def _byte_symbols() -> list[str]:
-    """One visible character a byte, in GPT-2's order: printable Latin-1, then the others as U+0100 on."""
+    """Printable symbol of each byte, in GPT-2's order: printable Latin-1, then the others from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 @functools.cache
 def _symbol_bytes() -> dict[str, int]:
-    """The byte that each symbol stands for."""
+    """Byte of each symbol."""
     symbols = _byte_symbols()
     printable = [ord(symbol) for symbol in symbols if ord(symbol) < 256]
     others = [byte for byte in range(256) if byte not in printable]

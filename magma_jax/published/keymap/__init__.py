@@ -1,1 +1,1 @@
-"""One table of rules renames tensors in both directions."""
+"""Key maps: rule tables that rename tensors in both directions."""

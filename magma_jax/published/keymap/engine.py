@@ -1,18 +1,18 @@
-"""One table of rules renames tensors in both directions: a foreign checkpoint's keys <-> our parameter paths.
+"""Renames tensors by a rule table, in both directions: a foreign checkpoint's keys <-> our parameter paths.
 
-A foreign key is dotted (``h.3.ln_1.weight``), a path of ours has slashes (``layers/ln_1/weight``). Patterns
-are literal text with placeholders: ``{layer}`` is a whole number, ``{rest...}`` is one or more names with
-their separators ("." on their side is "/" on ours). For example::
+Foreign keys are dotted (``h.3.ln_1.weight``), our paths have slashes (``layers/ln_1/weight``). Patterns are literal
+text with placeholders: ``{layer}`` is an integer, ``{rest...}`` is one or more names with their separators ("." in a
+foreign key is "/" in our path). For example::
 
     Rule("h.{layer}.ln_1.weight", "layers/ln_1/weight", stack="layer")
     Rule("wte.weight", "wte/weight")
     Alias("transformer.{layer}.{rest...}", "h.{layer}.{rest...}")
     Ignored("h.{layer}.attn.sin")
 
-``layer`` is missing on our side, so ``h.0.ln_1.weight``, ``h.1.ln_1.weight``, ... become one array with the
-layer as its leading axis. Nothing is loaded while names are matched: the results are ``Deferred``.
+Our path lacks ``layer``, so ``h.0.ln_1.weight``, ``h.1.ln_1.weight``, ... become one array with the layer as its
+leading axis. Matching loads nothing: the results are ``Deferred``.
 
-Reading and writing account for every key. What does not fit is collected, and one ``KeyMapError`` lists it.
+Reading and writing account for every key; one ``KeyMapError`` lists all mismatches.
 """
 
 import functools
@@ -36,13 +36,13 @@ __all__ = ["Alias", "Ignored", "KeyMapError", "Rule", "Table", "check_table", "t
 def to_ours(
     table: Table, foreign: Mapping[str, Tensor], target: Mapping[str, Tensor], *, allow_cast: bool = True
 ) -> dict[str, Deferred]:
-    """Plans reading: for every path of ``target``, how to make its array from ``foreign``.
+    """Maps foreign tensors to our paths; the arrays of all paths of ``target``, unread.
 
-    ``foreign``: key -> tensor with ``shape`` and ``dtype``, and ``read()`` unless it is an array. ``target``:
-    path -> anything with ``shape`` and ``dtype`` (``jax.ShapeDtypeStruct``). The arrays get the target's
-    dtype: with ``allow_cast`` floats are rounded to other floats and integers become others, but a value that
-    the new type cannot hold raises KeyMapError when it is read. Reads no tensor now, except aliases that do
-    not share their storage: those are compared. Raises KeyMapError.
+    ``foreign``: key -> tensor with ``shape`` and ``dtype``, and ``read()`` unless it is an array. ``target``: path ->
+    anything with ``shape`` and ``dtype`` (``jax.ShapeDtypeStruct``). Arrays get the target's dtype: ``allow_cast``
+    permits casts between floating types and between integer types, but a value that the new type cannot hold raises
+    KeyMapError when it is read. Nothing is read yet, except aliases that do not share their storage, which are
+    compared. Raises KeyMapError.
     """
     report = Report()
     found: dict[str, dict[int | None, tuple[Rule, str]]] = defaultdict(dict)  # path -> row -> (rule, key)
@@ -51,7 +51,7 @@ def to_ours(
         matches = _matches(table, key)
         if len(matches) == 1 and isinstance(matches[0][0], Alias):
             name = patterns.fill(matches[0][0].canonical, matches[0][1])
-            if name not in foreign:  # of two names of one tensor, libraries may keep either
+            if name not in foreign:  # libraries may keep either name of a tied tensor
                 matches = _matches(table, name)
         match matches:
             case []:
@@ -76,7 +76,7 @@ def to_ours(
         if path in found:
             planned[path] = _our_array(path, struct, found.pop(path), foreign, allow_cast, report)
         elif struct.shape[:1] == (0,) and any(rule.stack for rule in rules):
-            # A stack of no layers needs no tensors.
+            # A stack without layers needs no tensors.
             planned[path] = _our_array(path, struct, {}, foreign, allow_cast, report)
         else:
             wanted = " or ".join(rule.theirs for rule in rules) or "(no rule leads here)"
@@ -89,12 +89,12 @@ def to_ours(
 
 
 def to_theirs(table: Table, ours: Mapping[str, Tensor], *, dtype: np.dtype | type | None = None) -> dict[str, Deferred]:
-    """Plans writing: every foreign key, recomputed tensors and aliases included, and how to make its tensor.
+    """Maps our parameters to foreign tensors, recomputed tensors and aliases included, unread.
 
-    ``ours``: path -> array of any library, or tensor with ``shape``, ``dtype`` and ``read()``. Floating
-    tensors become ``dtype`` if it is given; a value that it cannot hold raises KeyMapError when it is read.
-    int32 becomes int64, PyTorch's integer (JAX has no int64 by default). Two names of one tensor get the same
-    ``Deferred``. Raises KeyMapError.
+    ``ours``: path -> array of any library, or tensor with ``shape``, ``dtype`` and ``read()``. Floating tensors are
+    cast to ``dtype`` if it is given; a value that it cannot hold raises KeyMapError when it is read. int32 becomes
+    int64, PyTorch's integer (JAX has no int64 by default). Both names of a tied tensor get the same ``Deferred``.
+    Raises KeyMapError.
     """
     report = Report()
     planned: dict[str, Deferred] = {}
@@ -145,7 +145,7 @@ def _matching(keys: Mapping[str, object], pattern: str) -> list[dict[str, str]]:
 
 
 def _check_alias(key: str, canonical: str, foreign: Mapping[str, Tensor], report: Report) -> None:
-    if canonical not in foreign:  # and is itself a second name
+    if canonical not in foreign:  # and is itself an alias
         report.add("aliases of nothing", f"{key} = {canonical}")
         return
     tensor, original = foreign[key], foreign[canonical]
@@ -158,7 +158,7 @@ def _check_alias(key: str, canonical: str, foreign: Mapping[str, Tensor], report
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    # As bytes: NaNs equal themselves, and 0.0 is not -0.0.
+    # Compared as bytes: NaN equals itself, and 0.0 differs from -0.0.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
@@ -217,7 +217,7 @@ def _position(foreign: Mapping[str, Tensor], rows: Mapping[int | None, tuple[Rul
 
 
 def _their_tensor(key: str, rule: Rule, array: Tensor, row: int | None, dtype: Any) -> Deferred | None:
-    """The tensor to write; None if the rule cannot transform the parameter."""
+    """Tensor to write; None if the rule cannot transform the parameter."""
     shape, stored = array.shape if row is None else array.shape[1:], np.dtype(array.dtype)
     if dtype is not None and _kind(stored) == "float":
         stored = np.dtype(dtype)
@@ -233,7 +233,7 @@ def _their_tensor(key: str, rule: Rule, array: Tensor, row: int | None, dtype: A
 
 
 def _recomputed(entry: Ignored, values: Mapping[str, str]) -> Deferred:
-    assert entry.recompute is not None  # there is a key that it stands beside
+    assert entry.recompute is not None  # required together with `beside`
     tensor = entry.recompute(**{name: int(v) if v.isdigit() else v for name, v in values.items()})
     if isinstance(tensor, Deferred):
         return tensor
@@ -241,7 +241,7 @@ def _recomputed(entry: Ignored, values: Mapping[str, str]) -> Deferred:
 
 
 def _shape_after(transform: Callable | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape after the transform, None if it fails; tried on a stand-in that needs no memory."""
+    """Shape after the transform, None if it fails; inferred from a dummy array without memory."""
     if transform is None:
         return tuple(shape)
     try:
@@ -251,7 +251,7 @@ def _shape_after(transform: Callable | None, shape: tuple[int, ...]) -> tuple[in
 
 
 def _kind(dtype: Any) -> str:
-    # By name: NumPy does not count bfloat16 and float8 among its floats.
+    # By name: bfloat16 and float8 are not NumPy floating types.
     name = np.dtype(dtype).name
     return "float" if "float" in name else "integer" if "int" in name else "other"
 
@@ -264,7 +264,7 @@ def _cast(array: np.ndarray, dtype: np.dtype, key: str) -> np.ndarray:
     if _kind(dtype) != "float":
         holds = np.array_equal(cast, array)
     elif ml_dtypes.finfo(dtype).max >= ml_dtypes.finfo(array.dtype).max:
-        holds = True  # a wider range: nothing can overflow
+        holds = True  # wider range: no overflow
     else:
         holds = np.array_equal(np.isfinite(cast), np.isfinite(array))
     if not holds:

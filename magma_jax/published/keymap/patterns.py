@@ -1,7 +1,7 @@
-"""Patterns of names: literal text with ``{number}`` and ``{dotted...}`` placeholders.
+"""Name patterns: literal text with ``{number}`` and ``{dotted...}`` placeholders.
 
-``{layer}`` matches a whole number without leading zeros, ``{rest...}`` one or more names and the separators
-between them. Values are kept as strings, dotted ones with "." whatever separator they were read with.
+``{layer}`` matches an integer without leading zeros, ``{rest...}`` one or more names with the separators between them.
+Values are strings; dotted ones use "." regardless of the separator in the name.
 """
 
 import itertools
@@ -27,23 +27,23 @@ def _compile(pattern: str) -> re.Pattern:
 
 
 def names(pattern: str) -> set[str]:
-    """The names of the placeholders."""
+    """Placeholder names of a pattern."""
     return set(_compile(pattern).groupindex)
 
 
 def match(pattern: str, name: str, separator: str = ".") -> dict[str, str] | None:
-    """The placeholders' values if ``name`` fits the pattern, else None."""
+    """Placeholder values if ``name`` matches the pattern, else None."""
     found = _compile(pattern).fullmatch(name)
     return found and {key: value.replace(separator, ".") for key, value in found.groupdict().items()}
 
 
 def fill(pattern: str, values: dict[str, str], separator: str = ".") -> str:
-    """The name that the pattern gives with these values."""
+    """Substitutes values for the placeholders."""
     return _PLACEHOLDER.sub(lambda found: values[found[1]].replace(".", separator), pattern)
 
 
 class Sampler:
-    """Makes up names that fit a pattern, using the numbers and words that the given patterns spell out."""
+    """Generates names that match a pattern, from the numbers and words in the given patterns."""
 
     def __init__(self, patterns: Iterable[str]):
         literals = _PLACEHOLDER.sub(" ", " ".join(patterns))
@@ -52,7 +52,7 @@ class Sampler:
         self._dotted = words + [f"sample.{word}" for word in words]
 
     def __call__(self, pattern: str, separator: str = ".") -> Iterable[str]:
-        """Names for every combination of values."""
+        """Yields a name for every combination of values."""
         placeholders = {name: self._dotted if dots else self._numbers for name, dots in _PLACEHOLDER.findall(pattern)}
         for values in itertools.product(*placeholders.values()):
             yield fill(pattern, dict(zip(placeholders, values, strict=True)), separator)

@@ -1,4 +1,4 @@
-"""Collects everything that does not fit, so that one error can list it all."""
+"""Collects all mismatches for a single error."""
 
 from collections import defaultdict
 
@@ -7,7 +7,7 @@ import numpy as np
 from magma_jax.output import printable
 from magma_jax.storage.deferred import Tensor
 
-# Of one kind, in a message; a model of another kind can differ in all of its thousands of names.
+# Lines per kind in a message; another model can differ in thousands of names.
 MAX_LINES = 500
 
 _HINTS = {
@@ -28,22 +28,22 @@ _HINTS = {
 
 
 class KeyMapError(ValueError):
-    """Everything that does not fit between a table, a checkpoint and a model: a line for each, by kind."""
+    """All mismatches between a table, a checkpoint and a model, one line each, grouped by kind."""
 
 
 class Report:
-    """Problems by kind; ``raise_if_any`` turns them into one KeyMapError."""
+    """Problems by kind; ``raise_if_any`` raises them as one KeyMapError."""
 
     def __init__(self):
         self._problems: dict[str, list[str]] = defaultdict(list)
 
     def add(self, kind: str, line: str) -> None:
-        """Notes one problem of a kind listed above."""
+        """Records one problem of a kind listed above."""
         assert kind in _HINTS, kind
         self._problems[kind].append(line)
 
     def raise_if_any(self) -> None:
-        """Raises KeyMapError if anything was noted."""
+        """Raises KeyMapError if there are any problems."""
         if self._problems:
             groups = ("\n  ".join(self._lines(kind)) for kind in self._problems)
             raise KeyMapError(printable("names and tensors do not fit:\n" + "\n".join(groups)))

@@ -1,4 +1,4 @@
-"""The entries of a key map's table, and which of them a name belongs to."""
+"""Entries of a key map table, and their matching to names."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from magma_jax.storage.deferred import Tensor
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors named ``theirs`` are our parameter ``ours``.
+    """Maps tensors named ``theirs`` to our parameter ``ours``.
 
-    ``stack`` names the placeholder that ``ours`` lacks: its values ``start``, ``start + 1``, ... are the rows
-    of our array. Keys with a smaller number are not this rule's (``start=1`` leaves block 0 to another rule).
-    ``to_ours`` and ``to_theirs`` change one tensor (one row) where the shapes differ; both or neither. They
-    are tried on a stand-in to learn the new shape, so they may only reshape and transpose.
+    ``stack`` names the placeholder that ``ours`` lacks: its values ``start``, ``start + 1``, ... become the rows of our
+    array. The rule does not match smaller numbers (``start=1`` leaves block 0 to another rule). ``to_ours`` and
+    ``to_theirs`` transform one tensor (one row) where the shapes differ; both or neither. They are applied to a dummy
+    array to infer the new shape, so they may only reshape and transpose.
     """
 
     theirs: str
@@ -37,9 +37,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Alias:
-    """A second name: ``theirs`` is the same tensor as ``canonical``, which another entry of the table covers.
+    """Alias: ``theirs`` is the same tensor as ``canonical``, which another entry of the table covers.
 
-    Checked on reading (same storage, or equal bits), written as a second name of the same storage.
+    Checked on reading (same storage, or equal bits) and written as a second name of the same storage.
     """
 
     theirs: str
@@ -52,10 +52,10 @@ class Alias:
 
 @dataclass(frozen=True)
 class Ignored:
-    """A tensor we do not keep (a mask, a counter, a table of angles): skipped by name on reading.
+    """Tensor without a parameter of ours (a mask, a counter, a rotary table), skipped on reading.
 
-    If ``recompute`` is given, it is written again: for every written key that matches ``beside``,
-    ``recompute(**values)`` gives the array (or ``Deferred``), ``values`` being those of the placeholders.
+    With ``recompute`` it is written again: for every written key that matches ``beside``, ``recompute(**values)``
+    returns the array (or ``Deferred``), where ``values`` are the placeholder values.
     """
 
     theirs: str
@@ -75,8 +75,8 @@ Table = Sequence[Rule | Alias | Ignored]
 def check_table(table: Table) -> None:
     """Raises KeyMapError if two entries match the same key, or two rules the same path.
 
-    Tried on names made up from the patterns with the numbers and words that occur in the table, so it finds the
-    likely mistakes before a checkpoint does; ``to_ours`` and ``to_theirs`` check every name they meet.
+    Tests names generated from the patterns with the numbers and words of the table, which finds likely mistakes
+    without a checkpoint; ``to_ours`` and ``to_theirs`` check every actual name.
     """
     report = Report()
     samples = patterns.Sampler(entry.theirs for entry in table)
@@ -97,7 +97,7 @@ def check_table(table: Table) -> None:
 
 
 def match_theirs(entry: Rule | Alias | Ignored, key: str) -> dict[str, str] | None:
-    """The placeholders' values if the foreign key is this entry's, else None."""
+    """Placeholder values if the entry matches the foreign key, else None."""
     values = patterns.match(entry.theirs, key)
     if values and isinstance(entry, Rule) and entry.stack and int(values[entry.stack]) < entry.start:
         return None
@@ -105,6 +105,6 @@ def match_theirs(entry: Rule | Alias | Ignored, key: str) -> dict[str, str] | No
 
 
 def rules_for(table: Table, path: str) -> list[tuple[Rule, dict[str, str]]]:
-    """The rules that lead to a path of ours, with the placeholders' values."""
+    """Rules that produce one of our paths, with the placeholder values."""
     rules = [entry for entry in table if isinstance(entry, Rule)]
     return [(rule, values) for rule in rules if (values := patterns.match(rule.ours, path, "/")) is not None]
