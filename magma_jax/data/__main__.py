@@ -1,4 +1,4 @@
-"""Datasets in their released formats, to the library's own.
+"""Converts datasets from their released formats to the library's own.
 
 python -m magma_jax.data convert --from coco captions_val2014.json data/coco_val --images val2014
 python -m magma_jax.data convert --from vqav2 v2_OpenEnded_mscoco_val2014_questions.json data/vqa --images val2014
@@ -19,7 +19,7 @@ from magma_jax.data.write.prepare import Check, Fingerprint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Reads the command line and converts or shows; returns the exit status, see ``commands``."""
+    """Runs the command and returns the exit status, see ``commands``."""
     parser = commands.ArgumentParser(prog="python -m magma_jax.data", description=str(__doc__).splitlines()[0])
     subparsers = parser.add_subparsers(dest="command", required=True)
     one = subparsers.add_parser("convert", help="write a dataset folder", description="Writes a dataset folder.")

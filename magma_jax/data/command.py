@@ -1,4 +1,4 @@
-"""What ``python -m magma_jax.data`` does once its arguments are read."""
+"""Subcommands of ``python -m magma_jax.data``."""
 
 import argparse
 import functools
@@ -16,10 +16,10 @@ from magma_jax.output import printable
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Converts, or shows what a folder holds.
+    """Converts a dataset, or shows the content of a folder.
 
     Raises:
-        ValueError, OSError: one line with what is wrong.
+        ValueError, OSError: one-line errors.
     """
     _convert(arguments) if arguments.command == "convert" else _show(arguments)
 
@@ -47,7 +47,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _options(name: str, pairs: list[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` strings as keyword arguments of the format's reader."""
+    """Parses ``KEY=VALUE`` strings into keyword arguments of the format's reader."""
     parameters = inspect.signature(READERS[name]).parameters.values()
     known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     options: dict[str, Any] = {}

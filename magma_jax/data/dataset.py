@@ -15,7 +15,7 @@ from magma_jax.data.batches.stored_images import StoredImages
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.typing import UInt8
 
-# Batch array with a value per sample -> name of its sum in the logs.
+# Batch array with a value per sample -> name of its sum.
 TRUNCATED = {"truncated": "truncated_samples"}
 
 

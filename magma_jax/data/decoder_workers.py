@@ -1,4 +1,4 @@
-"""The processes of ``data.decoders`` as seen from this one: starting them, asking them, killing them."""
+"""Parent side of the decoding processes of ``data.decoders``: starts, requests and kills."""
 
 import contextlib
 import json
@@ -16,27 +16,27 @@ from typing import Any
 from magma_jax.data.decoder_process import LENGTHS
 from magma_jax.output import FailedError
 
-# Of a process that is out of others' way.
+# Niceness of a process that yields to the others.
 NICENESS = 10
-# The first process starts in 0.2 s; so long only on a machine that has stopped.
+# The first process normally starts in 0.2 s; the timeout is for a stalled machine.
 START_SECONDS = 60.0
 
 _SCRIPT = str(Path(__file__).with_name("decoder_process.py"))
 
 
 class DecoderError(FailedError):
-    """No fault of an image: the decoders are closed or busy, or their processes cannot be started."""
+    """Failure that no image caused: the decoders are closed or busy, or their processes cannot be started."""
 
 
 class WorkerDied(Exception):
-    """A process ended in place of an answer."""
+    """The process ended without an answer."""
 
 
 class Starter:
-    """The process that the others are copies of, made within milliseconds; safe to use from many threads.
+    """Fork server of the decoding processes, which forks one within milliseconds; thread-safe.
 
     Args:
-        settings: ``seconds`` of processor time that an image may take, ``max_pixels`` that it may have.
+        settings: limits per image: ``seconds`` of CPU time, and ``max_pixels``.
     """
 
     def __init__(self, settings: dict[str, Any]):
@@ -47,9 +47,9 @@ class Starter:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", _SCRIPT, json.dumps(settings | {"path": sys.path})],
                 stdin=theirs.fileno(),
-                # NumPy's threads would only take memory, and are not copied.
+                # NumPy's threads would only take memory and do not survive a fork.
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is the parent's
+                start_new_session=True,  # keeps Ctrl-C from the process
             )
 
     @property
@@ -60,7 +60,7 @@ class Starter:
         return self._process.poll() is None
 
     def new_worker(self) -> "Worker":
-        """Another process.
+        """Starts another process.
 
         Raises:
             DecoderError: it cannot be started.
@@ -74,40 +74,40 @@ class Starter:
         return Worker(self, ours, pid)
 
     def kill(self, pid: int) -> int | None:
-        """Ends a process; returns the status it had or has, negative for a signal, None if that is not known."""
+        """Kills a process and returns its exit status, negative for a signal, None if unknown."""
         return self._tell(b"%d" % pid)
 
     def close(self) -> None:
-        """Ends this process."""
+        """Ends the fork server."""
         with self._lock:
             self._control.close()
             self._process.kill()
             self._process.wait()
 
     def _tell(self, message: bytes, *sockets: int) -> int | None:
-        """The answer to a message, None if the process has ended."""
+        """Sends a message and returns the answer, None if the process has ended."""
         with self._lock:
             try:
                 socket.send_fds(self._control, [message], sockets)
                 return int(self._control.recv(32))
-            except (OSError, ValueError):  # the latter of no answer
+            except (OSError, ValueError):  # ValueError: no answer
                 self._process.kill()
                 return None
 
 
 class Worker:
-    """A process that decodes one image after another."""
+    """Process that decodes one image at a time."""
 
     def __init__(self, starter: Starter, connection: socket.socket, pid: int):
         self.pid, self._starter, self._socket = pid, starter, connection
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
         self._before = 0.0
-        self.is_last = False  # image that the process decodes
+        self.is_last = False  # whether it yields to all other processes
 
     def is_ready(self) -> bool:
-        """Whether a process without a request is there, and can be killed."""
-        # What it has to say without being asked is that it has ended.
+        """Whether the process is alive, idle and can be killed."""
+        # Data without a request is the end of the stream.
         return self._starter.is_alive() and not self.has_answer(0.0)
 
     def ask(self, request: dict[str, Any], content: bytes, deadline: float | None) -> None:
@@ -122,34 +122,34 @@ class Worker:
             raise WorkerDied from None
 
     def step_back(self) -> None:
-        """Lets all other processes go first, from now on."""
-        self.is_last = True  # what it has given up a process cannot take back
+        """Lowers the process's priority below all others."""
+        self.is_last = True  # an unprivileged process cannot raise its priority again
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self.pid, NICENESS)
 
     def seconds(self) -> float:
-        """Processor time since the request."""
+        """CPU time since the request."""
         return _processor_time(self.pid) - self._before
 
     def has_answer(self, seconds: float) -> bool:
-        """Waits at most so long for an answer, or for the end of the process."""
+        """Waits up to ``seconds`` for an answer or the end of the process."""
         return bool(self._poll.poll(1000 * seconds))
 
     def answer(self, deadline: float | None) -> tuple[dict[str, Any], bytearray]:
-        """The answer to the request.
+        """Receives the answer to the request.
 
         Raises:
-            WorkerDied: instead. TimeoutError: past the deadline, of ``time.monotonic()``.
+            WorkerDied: the process ended. TimeoutError: past the deadline (``time.monotonic()``).
         """
         head, body = LENGTHS.unpack(self._received(LENGTHS.size, deadline))
         return json.loads(self._received(head, deadline)), self._received(body, deadline)
 
     def kill(self) -> int | None:
-        """Ends the process, see ``Starter.kill``."""
+        """Kills the process, see ``Starter.kill``."""
         return self._starter.kill(self.pid)
 
     def close(self) -> None:
-        """Closes the connection, upon which the process ends if it does nothing."""
+        """Closes the connection, which ends an idle process."""
         self._socket.close()
 
     def _received(self, size: int, deadline: float | None) -> bytearray:
@@ -168,10 +168,10 @@ class Worker:
 
 
 def seconds_left(deadline: float | None) -> float | None:
-    """Until a deadline of ``time.monotonic()``.
+    """Seconds until a deadline of ``time.monotonic()``; None without a deadline.
 
     Raises:
-        TimeoutError: past it.
+        TimeoutError: past the deadline.
     """
     if deadline is None:
         return None
@@ -182,9 +182,9 @@ def seconds_left(deadline: float | None) -> float | None:
 
 
 def _processor_time(pid: int) -> float:
-    """Seconds that a process has used; where the system does not tell, those that have passed."""
+    """CPU time of a process; wall-clock time on systems that do not provide it."""
     if sys.platform == "linux":
-        # The clock of a process, numbered as clock_getcpuclockid(3) does. There is none of a process that has ended.
+        # The clock id of a process, as in clock_getcpuclockid(3). OSError: the process has ended.
         with contextlib.suppress(OSError):
             return time.clock_gettime((~pid << 3) | 2)
         return -math.inf

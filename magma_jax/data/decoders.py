@@ -1,12 +1,12 @@
-"""Decoding images of strangers: in processes of their own, each image with a limit on processor time and memory.
+"""Decodes untrusted images in separate processes, each image with a CPU time and memory limit.
 
     with Decoders(2) as decoders:
         pixels = decoders.square(content, 384, deadline=time.monotonic() + 5)
 
-Pillow decodes some formats in Python, byte by byte, and some files make its C libraries work for minutes. What goes
-past its limits is killed with its process, and the next image gets another one.
+Pillow decodes some formats in Python, byte by byte, and some files keep its C libraries busy for minutes. A process
+that exceeds its limits is killed, and the next image gets a new one.
 
-Processes that only read images, where nobody waits for one, have ``data.time_limit`` instead.
+Offline processes, where no request waits for an image, use ``data.time_limit`` instead.
 """
 
 import collections
@@ -26,9 +26,9 @@ from magma_jax.data.decoder_workers import DecoderError, Starter, Worker, Worker
 from magma_jax.data.pillow_steps import MAX_PIXELS, ImageError, name_of, too_long
 from magma_jax.typing import UInt8
 
-# Processor time after which an image makes room for others that wait: a photograph of 5 megapixels takes as long.
+# CPU time in seconds after which an image yields to waiting ones; a photograph of 5 megapixels takes as long.
 SLICE = 0.05
-# Between two looks at whether somebody waits.
+# Seconds between checks for waiting images.
 LOOK = 0.02
 
 
@@ -37,17 +37,17 @@ class DecoderBusy(DecoderError):
 
 
 class Decoders:
-    """Some processes that decode; safe to use from many threads. Use it in a ``with`` block, or close it.
+    """Pool of decoding processes; thread-safe. A context manager, or call ``close``.
 
-    Images have their turn in the order they come. One that has taken ``SLICE`` of processor time while others wait
-    gets out of their way: it goes on beside them at a low priority, or if as many already do so, it is begun anew when
-    one of these has ended. So a few images that take as long as they may delay others by no more than a slice.
+    Images are decoded in order of arrival. An image that has used ``SLICE`` seconds of CPU time while others wait
+    yields: it continues concurrently at low priority, or, if the low-priority processes are all in use, it is restarted
+    when one of them ends. So a few slow images delay others by at most one slice.
 
     Args:
-        processes: images that are decoded at the same time, and as many beside them.
-        seconds: of processor time that an image may take.
-        max_pixels: width times height, checked before anything is decoded; memory is limited accordingly.
-        waiting: images that may wait at most, those included that are decoded.
+        processes: number of images decoded concurrently, and of additional low-priority ones.
+        seconds: CPU time limit per image.
+        max_pixels: limit on width times height, checked before decoding; also sets the memory limit.
+        waiting: maximum number of images waiting or being decoded.
     """
 
     def __init__(self, processes: int = 2, *, seconds: float = 1.5, max_pixels: int = MAX_PIXELS, waiting: int = 256):
@@ -64,7 +64,7 @@ class Decoders:
         self._closed = False
 
     def start(self) -> None:
-        """Starts the first process, which takes 0.2 s, ahead of the first image; does not wait for it."""
+        """Starts the first process, which takes 0.2 s, before the first image; does not wait for it."""
         self._living_starter()
 
     def square(self, content: bytes, size: int, deadline: float | None = None) -> UInt8[np.ndarray, "{size} {size} 3"]:
@@ -73,18 +73,18 @@ class Decoders:
         Args:
             content: encoded bytes.
             size: pixels per side.
-            deadline: of ``time.monotonic()``; then the process is killed.
+            deadline: in ``time.monotonic()``; the process is killed then.
 
         Raises:
-            ImageError: as of both; or the image takes too much time or memory, or the decoder breaks down on it.
-            TimeoutError: past the deadline. DecoderBusy: too many wait.
+            ImageError: as of both functions; or the image takes too much time or memory, or crashes the decoder.
+            TimeoutError: past the deadline. DecoderBusy: too many images wait.
             DecoderError: closed, or processes cannot be started.
         """
         _, pixels = self._ask({"name": name_of(content), "size": size}, content, deadline)
         return np.frombuffer(pixels, np.uint8).reshape(size, size, 3)
 
     def image(self, source: str | os.PathLike | bytes, deadline: float | None = None) -> Image.Image:
-        """``images.load_image`` of a path or encoded bytes, without what the file says beside the pixels.
+        """``images.load_image`` of a path or encoded bytes, without the file's metadata.
 
         Arguments and errors as of ``square``; OSError for a file that cannot be read.
         """
@@ -100,13 +100,13 @@ class Decoders:
         return image
 
     def process_ids(self) -> list[int]:
-        """Of all processes."""
+        """Process ids of all processes."""
         with self._lock:
             starter = [self._starter.pid] if self._starter else []
             return starter + [worker.pid for worker in self._all]
 
     def close(self) -> None:
-        """Kills the processes; who waits for an image gets a DecoderError."""
+        """Kills the processes; waiting callers get a DecoderError."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -142,7 +142,7 @@ class Decoders:
     def _decode(
         self, turns: "_Turns", request: dict[str, Any], content: bytes, deadline: float | None
     ) -> tuple[dict[str, Any], bytearray]:
-        """The answer to a request; its process is killed if there is none in time."""
+        """Answer to a request; its process is killed past the deadline."""
         turns.take(deadline)
         try:
             with self._worker(request["name"]) as worker:
@@ -163,7 +163,7 @@ class Decoders:
 
     @contextlib.contextmanager
     def _worker(self, name: str) -> Iterator[Worker]:
-        """A process that has nothing else to do; whatever goes wrong, it is killed."""
+        """Yields an idle process; it is killed on any error."""
         worker = self._idle_worker() or self._new_worker()
         try:
             yield worker
@@ -222,11 +222,11 @@ class Decoders:
 
 
 class _InTheWay(Exception):
-    """An image makes room for others."""
+    """The image yields to waiting ones."""
 
 
 class _Turns:
-    """So many at a time, in the order in which they ask."""
+    """Semaphore in first-come order."""
 
     def __init__(self, count: int):
         self._free = count
@@ -235,7 +235,7 @@ class _Turns:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether somebody waits."""
+        """Whether a caller waits."""
         return bool(self._waiting)
 
     def take(self, deadline: float | None) -> None:
@@ -249,12 +249,12 @@ class _Turns:
         if turn.wait(None if deadline is None else max(deadline - time.monotonic(), 0)):
             return
         with self._lock:
-            if not turn.is_set():  # it may have come at the last moment
+            if not turn.is_set():  # it may have arrived at the last moment
                 self._waiting.remove(turn)
                 raise TimeoutError("not decoded in time")
 
     def take_now(self) -> bool:
-        """Takes a turn if there is one."""
+        """Takes a turn if one is free."""
         with self._lock:
             if not self._free:
                 return False
@@ -262,7 +262,7 @@ class _Turns:
             return True
 
     def give_back(self) -> None:
-        """Lets the next one have its turn."""
+        """Passes the turn to the next caller."""
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().set()

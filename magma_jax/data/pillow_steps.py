@@ -1,7 +1,7 @@
-"""What Pillow does between the bytes of an image and a square of pixels.
+"""Pillow steps from an image's bytes to a square of pixels.
 
-Imports Pillow and NumPy alone, so that a process that only decodes (``data.decoder_process``) starts in a tenth of a
-second. The interface for users is ``data.images``.
+Imports only Pillow and NumPy, so that a decoding process (``data.decoder_process``) starts in a tenth of a second. The
+public interface is ``data.images``.
 """
 
 import contextlib
@@ -15,39 +15,37 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# TIFF, PSD, EPS and the rest stay shut: rare in captioned data, and their decoders have the most faults.
+# TIFF, PSD, EPS and others are excluded: rare in captioned data, and their decoders have the most bugs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
 
-# Memory of an image in bytes a pixel: 17 are the most that a decoder was seen to take (WebP with alpha), beside the
-# encoded bytes.
+# Decoding memory in bytes per pixel, in addition to the encoded bytes; the largest observed is 17 (WebP with alpha).
 BYTES_A_PIXEL = 24
-# Just below the largest that glibc keeps.
+# Just below glibc's maximum of the mmap threshold.
 LARGE = 31 << 20
 
-# A progressive JPEG has about ten scans, each as long to decode as the whole image, and libjpeg decodes a thousand of
-# them, in 64 kB, in one call. The marker cannot occur within the data of a scan.
+# A progressive JPEG has about ten scans, each of which takes as long to decode as the whole image; a hostile one can
+# hold a thousand scans in 64 kB, which libjpeg decodes in one call. The marker cannot occur within the data of a scan.
 MAX_SCANS = 100
 _SCAN = b"\xff\xda"
 
-# Modes in which Pillow resizes wrongly or not at all, and what they become first: hues do not interpolate, indices of
-# a palette neither, and premultiplied colours have no way to RGB, or pass alpha by.
+# Modes that Pillow resizes wrongly or not at all -> mode to convert to first. Hues and palette indices do not
+# interpolate; premultiplied colours cannot be converted to RGB, or lose alpha.
 _FIRST = {"HSV": "RGB", "La": "LA", "PA": "RGBA", "RGBa": "RGBA"}
-# In which a part that is resized alone may have the pixels of the whole.
+# Modes in which resizing only a box can equal resizing the whole image and cropping.
 _EXACT_MODES = ("RGB", "L")
 _ORIENTATION = 0x0112
 
 TOO_LONG = "image takes too long to decode"
 
-# A damaged tag each is a warning of its own: one image of 0.8 MB has 65,534 of them. What they tell of does not
-# concern pixels.
+# Pillow warns about every damaged tag, of which an image of 0.8 MB can have 65,534. Tags do not affect pixels.
 _QUIET = ("ignore", None, UserWarning, re.compile(r"PIL\."), 0)
 
 
 class ImageError(ValueError):
-    """An image that cannot or must not be decoded; one line that names the image and the remedy.
+    """Image that cannot or must not be decoded; one line with the image and the remedy.
 
-    ``kind`` says in a few words what is wrong, the same for all images with that fault.
+    ``kind`` is a short reason, the same text for all images with this problem.
     """
 
     def __init__(self, message: str, kind: str = "image damaged"):
@@ -56,10 +54,10 @@ class ImageError(ValueError):
 
 
 def open_image(file: io.BytesIO | io.BufferedReader, name: str, max_pixels: int) -> Image.Image:
-    """The image with format and size known and nothing decoded.
+    """Opens an image without decoding it; format and size are known.
 
     Raises:
-        ImageError: empty, damaged, another format, or too large; ``name`` stands in the message.
+        ImageError: empty, damaged, another format, or too large; the message contains ``name``.
     """
     if not file.read(1):
         raise ImageError(f"{name}: the file is empty; fetch or export it again", "image empty")
@@ -80,31 +78,32 @@ def open_image(file: io.BytesIO | io.BufferedReader, name: str, max_pixels: int)
 
 
 def check_size(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    """The image, if it has no more pixels than these."""
+    """Returns the image; raises ImageError if it has more than ``max_pixels``."""
     if image.width * image.height > max_pixels:
         raise _too_large(name, f"{image.width} x {image.height} pixels", max_pixels)
     return image
 
 
 def decode(image: Image.Image, name: str, exif_transpose: bool = True) -> Image.Image:
-    """The whole image, turned the way its EXIF orientation says, in a mode that can be resized."""
+    """Decodes the image, applies its EXIF orientation, and converts it to a resizable mode."""
     _silence_pillow()
     try:
         image.load()
-    except Exception as error:  # so may a decoder on damaged data
+    except Exception as error:  # a decoder may raise anything on damaged data
         raise damaged(name, error) from error
     if exif_transpose:
-        # EXIF that cannot be parsed states no orientation, and the pixels are sound all the same.
+        # EXIF that cannot be parsed is ignored; the pixels are valid.
         with contextlib.suppress(Exception):
             image = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
     return resizable(image, name)
 
 
 def to_square(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side resized to ``size`` by Pillow's bicubic filter, the centre cropped, RGB last.
+    """Resizes the shorter side to ``size`` with Pillow's bicubic filter, crops the centre, converts to RGB last.
 
     Raises:
-        ImageError: so long and thin that resizing would exceed ``MAX_PIXELS``, or a mode that has no way to RGB.
+        ImageError: an aspect ratio whose resized image would exceed ``MAX_PIXELS``, or a mode without a conversion to
+            RGB.
     """
     image = resizable(image, name_of(image))
     width, height = image.size
@@ -117,28 +116,28 @@ def to_square(image: Image.Image, size: int) -> Image.Image:
     edges = left * scale, (left + size) * scale
     try:
         if width > height and image.mode in _EXACT_MODES and _is_exact(scale, edges):
-            # What is cropped away need not be computed.
+            # Skips the area that would be cropped away.
             square = image.resize((size, size), Image.Resampling.BICUBIC, box=(edges[0], 0, edges[1], height))
         else:
             square = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-        # Pillow warns when a palette's transparency is dropped; RGB has no use for it.
+        # Avoids Pillow's warning about dropping a palette's transparency.
         square.info.pop("transparency", None)
         return square.convert("RGB")
-    except (ValueError, ImportError) as error:  # the latter without LittleCMS, for LAB
+    except (ValueError, ImportError) as error:  # ImportError: LAB without LittleCMS
         message = f"{name_of(image)}: this mode has no way to RGB ({error}); convert it first"
         raise ImageError(message, "image in an unknown mode") from None
 
 
 def too_long(name: str, seconds: float) -> ImageError:
-    """The error of an image that takes more processor time than it may."""
+    """Error for an image that exceeds the CPU time limit."""
     return ImageError(f"{name}: takes more than {seconds:g} s to decode; save it anew or smaller", TOO_LONG)
 
 
 def resizable(image: Image.Image, name: str) -> Image.Image:
-    """The image in a mode that Pillow resizes, by the rule of ``images.load_image``; itself if it has one already.
+    """Converts the image to a mode that Pillow can resize, as described in ``images.load_image``.
 
     Raises:
-        ImageError: values of 32 bits that the rule has no scale for.
+        ImageError: 32-bit values without a known scale.
     """
     if image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255; 65535 / 255 = 257.
@@ -149,19 +148,19 @@ def resizable(image: Image.Image, name: str) -> Image.Image:
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library use large blocks again.
+    """Makes glibc reuse large freed blocks.
 
-    It gives a block back to the system as soon as it is free, until it has seen one as large as this; and fetching
-    memory anew for every image costs a tenth of the time it takes to decode.
+    By default it returns large blocks to the system at once, until it has freed one of this size; allocating memory
+    anew for every image takes a tenth of the decoding time.
     """
     block = bytearray(LARGE)
     del block
 
 
 def limit_memory(max_pixels: int, spare: int) -> None:
-    """Lets this process have so much memory more as an image may need, and ``spare`` bytes for what else it does.
+    """Limits this process to its current memory plus that of one image plus ``spare`` bytes.
 
-    Decoding then fails as an ``ImageError``. Only where the system tells what the process has, which is on Linux.
+    Beyond it decoding raises ``ImageError``. Only on Linux, where the current memory is known.
     """
     statm = Path("/proc/self/statm")
     if statm.exists():
@@ -170,14 +169,14 @@ def limit_memory(max_pixels: int, spare: int) -> None:
 
 
 def name_of(source: str | os.PathLike | bytes | Image.Image) -> str:
-    """What a message calls an image."""
+    """Name of an image in messages."""
     if isinstance(source, Image.Image):
         return f"<{source.mode} image, {source.width} x {source.height}>"
     return f"<{len(source)} bytes>" if isinstance(source, bytes) else repr(os.fspath(source))
 
 
 def damaged(name: str, error: Exception) -> ImageError:
-    """The error of an image on which a decoder fails."""
+    """Error for an image that a decoder cannot decode."""
     if isinstance(error, MemoryError):
         return ImageError(f"{name}: takes too much memory to decode; save it anew or smaller", "image too large")
     reason = " ".join(str(error).split()) or type(error).__name__
@@ -185,7 +184,7 @@ def damaged(name: str, error: Exception) -> ImageError:
 
 
 def _scaled(values: np.ndarray, name: str) -> np.ndarray:
-    """Values of 32 bits as 8 bits."""
+    """Scales 32-bit values to 8 bits."""
     low, high = values.min(), values.max()
     floating = values.dtype.kind == "f"
     smaller, larger = (1, 255) if floating else (255, 65535)
@@ -193,16 +192,16 @@ def _scaled(values: np.ndarray, name: str) -> np.ndarray:
         return np.rint(values * 255).astype(np.uint8) if floating else values.astype(np.uint8)
     if low >= 0 and high <= larger:
         return np.rint(values).astype(np.uint8) if floating else ((values + 128) // 257).astype(np.uint8)
-    # Also of NaN.
+    # Also reached by NaN.
     message = f"{name}: values from {low:g} to {high:g} lie neither in 0 to {smaller} nor in 0 to {larger}; scale them"
     raise ImageError(message, "image without a known scale")
 
 
 def _is_exact(scale: float, edges: tuple[float, float]) -> bool:
-    """Whether resizing what lies between two edges gives the pixels of resizing all and cropping.
+    """Whether resizing only the box between two edges equals resizing the whole image and cropping.
 
-    Pillow then reckons without rounding; it holds edges in single precision. So it is for images of 4:3 at 384
-    pixels, which are 512 at length. Images that are higher than wide come out otherwise all the same.
+    It does if Pillow, which stores edges in single precision, does not round, as for 4:3 images at 384 pixels (512
+    wide). Images that are taller than wide differ even then.
     """
     return (1024 * scale).is_integer() and all(float(np.float32(edge)) == edge for edge in edges)
 
@@ -218,7 +217,7 @@ def _check_scans(file: io.BytesIO | io.BufferedReader, name: str) -> None:
 
 
 def _silence_pillow() -> None:
-    # Once in a process, as a rule; whoever resets the filters would have the flood back.
+    # Normally set once per process; set again if the filters were reset.
     if _QUIET not in warnings.filters:
         warnings.filterwarnings(_QUIET[0], category=_QUIET[2], module=_QUIET[3].pattern)
 

@@ -1,7 +1,7 @@
-"""A limit on the time of one image, within a process that reads many.
+"""CPU time limit for decoding one image in this process.
 
-``data.decoders`` kills what takes too long; here it is interrupted, which costs an image some microseconds and needs
-no second process.
+``data.decoders`` kills slow decodes in another process; this limit interrupts them, which costs a few microseconds per
+image and needs no second process.
 """
 
 import signal
@@ -12,28 +12,28 @@ from typing import Any
 
 from magma_jax.data.pillow_steps import too_long
 
-# What an image of one's own may take. A photograph of 60 megapixels takes one or two.
+# Limit for trusted images, in seconds. A photograph of 60 megapixels takes one or two.
 OWN_SECONDS = 10.0
 
-# Until the next look, where Pillow's code was not what the alarm met.
+# Seconds until the next check if the signal arrived outside Pillow's code.
 AGAIN = 0.001
 
-# Of the main thread's clock; None while there is no limit.
+# End of the limit on the main thread's CPU clock; None without a limit.
 _end: float | None = None
 
 
 class TimeLimit:
-    """Limits the processor time of a ``with`` block in the main thread; other threads have no limit.
+    """Limits the CPU time of a ``with`` block in the main thread; no effect in other threads.
 
-    Python handles signals in the main thread, between two calls of a C library; here only Pillow's code is interrupted.
-    What one call does with an image is bounded by its size.
+    Python handles signals in the main thread, between calls of C libraries; only Pillow's code is interrupted. The
+    image size bounds the time of a single call.
 
     Args:
-        name: of the image, for the message.
-        seconds: of processor time.
+        name: name of the image, for the message.
+        seconds: CPU time.
 
     Raises:
-        ImageError: it took longer.
+        ImageError: the limit was exceeded.
     """
 
     def __init__(self, name: str, seconds: float = OWN_SECONDS):
@@ -43,7 +43,7 @@ class TimeLimit:
     def __enter__(self) -> None:
         global _end
         if self._applies:
-            # For good: a late signal would end the process that has no handler.
+            # Never removed: without a handler a late signal would end the process.
             if signal.getsignal(signal.SIGPROF) is not _look:
                 signal.signal(signal.SIGPROF, _look)
             _end = time.thread_time() + self._seconds
@@ -59,15 +59,15 @@ class TimeLimit:
 
 
 class _TimeIsUp(BaseException):
-    """Of no kind that Pillow would take for damage."""
+    """Interrupts decoding; a BaseException, since Pillow treats Exceptions as damaged images."""
 
 
 def _look(_: int, frame: FrameType | None) -> None:
     if _end is None:
         return
-    # The alarm counts all threads of the process.
+    # The timer counts all threads of the process.
     left = _end - time.thread_time()
-    # Anywhere else, as in a callback of the garbage collector, the exception could be lost.
+    # Elsewhere, such as in a garbage collector callback, the exception could be lost.
     if left <= 0 and frame is not None and frame.f_globals.get("__name__", "").startswith("PIL."):
         raise _TimeIsUp
     signal.setitimer(signal.ITIMER_PROF, max(left, AGAIN))

@@ -1,1 +1,1 @@
-"""The server: the OpenAI chat-completions shape over continuous batching, and a page to try it."""
+"""OpenAI-compatible server with continuous batching, and a web page to try the model."""

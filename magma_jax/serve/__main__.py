@@ -3,7 +3,7 @@
     python -m magma_jax.serve --checkpoint runs/quickstart
     python -m magma_jax.serve --checkpoint runs/quickstart --host 0.0.0.0 --api-key-file key.txt
 
-OpenAI's shapes at /v1/chat/completions and /v1/completions, a page to try the model at /, /health and /metrics.
+OpenAI's API at /v1/chat/completions and /v1/completions, a web page to try the model at /, /health and /metrics.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from magma_jax.inference.batching.config import EngineConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Loads and serves until it is told to stop; returns the exit status, see ``commands``; 1: it could not start."""
+    """Serves until a signal stops it; returns the exit status, see ``commands``; 1 if the engine could not start."""
     started = time.perf_counter()
     arguments = _parser().parse_args(argv)
 

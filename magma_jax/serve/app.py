@@ -24,10 +24,10 @@ _READ = ["GET", "HEAD"]
 def create_app(
     engine: Engine, config: ServerConfig = ServerConfig(), begun: Callable[[Exception | None], None] = lambda _: None
 ) -> FastAPI:
-    """The application; the engine is warmed up beside it when it starts, and drained when it stops.
+    """Creates the application; it warms up the engine in a thread at startup and drains it at shutdown.
 
-    Until the engine is warm, ``/health`` says "starting" and the model's routes give a 503. Then ``begun`` is called
-    once, with None or with what went wrong.
+    Until the engine is warm, ``/health`` reports "starting" and the model's routes return 503. Then ``begun`` is called
+    once, with None or with the error.
     """
 
     @contextlib.asynccontextmanager
@@ -45,9 +45,9 @@ def create_app(
             try:
                 engine.warmup()
                 attention_warm_up(engine)
-            except Exception as raised:  # whatever the device raised, whoever waits must hear of it
+            except Exception as raised:  # any device error must be reported
                 error = raised
-            with contextlib.suppress(RuntimeError):  # the server has stopped meanwhile
+            with contextlib.suppress(RuntimeError):  # the event loop was closed meanwhile
                 loop.call_soon_threadsafe(tell, error)
 
         warming = threading.Thread(target=warm_up, name="warm-up", daemon=True)
@@ -55,22 +55,22 @@ def create_app(
         yield
         app.state.ready = False
         service.close()
-        if not warming.is_alive():  # else it holds the engine, and compiling cannot be interrupted
-            # Requests have ended or were given up: what the engine has left is what it does just now.
+        if not warming.is_alive():  # otherwise the engine is compiling, which cannot be interrupted
+            # All requests have ended or were cancelled, so the engine only finishes its current step.
             await asyncio.to_thread(engine.close, drain=True, timeout=1.0)
 
     app = FastAPI(title="magma_jax", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.ready, app.state.failure = False, None
 
     def stats() -> EngineStats:
-        # While it is warmed up the engine tells nothing.
+        # The engine has no stats during its warm-up.
         return engine.stats() if app.state.ready else EngineStats(*[0] * len(EngineStats._fields))
 
     service = Service(engine, config, stats)
     unlocked = {"/health", *(["/metrics"] if config.open_metrics else [])}
     app.add_middleware(Guard, config=config, metrics=service.metrics, unlocked=frozenset(unlocked))
     if config.origins:
-        # In front of the guard: a browser asks without a key whether it may ask.
+        # Outside the guard, since CORS preflight requests carry no key.
         allowed = {"allow_origins": config.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, **allowed)
 
@@ -152,7 +152,7 @@ def create_app(
 
 
 class _Below:
-    """Has routes found below a prefix too, so that a proxy may leave it on or take it off."""
+    """Serves the routes with and without the prefix, so that a proxy may strip it or not."""
 
     def __init__(self, app: ASGIApp, root_path: str):
         self._app, self._root_path = app, root_path

@@ -1,4 +1,4 @@
-"""Attention over the wire: where the words of an answer looked, for whoever shows it."""
+"""The attention route: attention maps of an answer's words over the images."""
 
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ from magma_jax.inference.prompts import WORD, PromptLayout
 from magma_jax.serve.errors import RequestError
 from magma_jax.serve.requests.schema import MessagesRequest, Token
 
-# In place of a layer's number: of no layer, where the rollout alone is wanted.
+# Layer number that stands for none: only the rollout is computed.
 _NO_LAYER = -1
 
 
@@ -31,17 +31,17 @@ class AttentionRequest(MessagesRequest):
 
 
 def attention(engine: Engine, prompt: PromptLayout, wanted: AttentionRequest) -> dict[str, Any]:
-    """The maps of every word, each image's cells row by row.
+    """Attention maps of every word, with each image's cells in row-major order.
 
     Raises:
-        RequestError: no image, no answer, no such layer or head, or more than the context holds.
+        RequestError: no image, no answer, no such layer or head, or more positions than the context.
     """
     model = engine.model
     try:
         check_head(model.lm_config.layers, model.lm_config.heads, wanted.layer, wanted.head)
     except ValueError as error:
         raise RequestError(str(error)) from None
-    if len(wanted.answer) > engine.context * model.tokenizer.longest:  # before it is split, which takes long
+    if len(wanted.answer) > engine.context * model.tokenizer.longest:  # before the slow tokenisation
         raise RequestError(f"the answer is longer than the context of {engine.context} tokens holds", param="answer")
     tokens = model.tokenizer.encode(wanted.answer) if isinstance(wanted.answer, str) else wanted.answer
     if any(token >= model.lm_config.vocab_rows for token in tokens):
@@ -79,7 +79,7 @@ def attention(engine: Engine, prompt: PromptLayout, wanted: AttentionRequest) ->
 
 
 def warm_up(engine: Engine) -> None:
-    """Compiles what ``attention`` runs, for every length that a prompt may have."""
+    """Compiles the programs of ``attention`` for all prompt lengths."""
     spec = engine.model.images
     key, pixels = bytes(16), np.zeros((spec.size, spec.size, 3), np.uint8)
     prompt = PromptLayout(

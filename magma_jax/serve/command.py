@@ -1,4 +1,4 @@
-"""What ``python -m magma_jax.serve`` does once its arguments are read."""
+"""Implementation of ``python -m magma_jax.serve``."""
 
 import argparse
 import contextlib
@@ -28,14 +28,14 @@ from magma_jax.storage.hub import local_path
 
 
 def run(arguments: argparse.Namespace, started: float) -> int:
-    """Serves until it is told to stop; returns 1 if the engine could not start.
+    """Serves until a signal stops it; returns 1 if the engine could not start.
 
     Args:
-        arguments: of the command line.
-        started: when the command began, by ``time.perf_counter``.
+        arguments: command line arguments.
+        started: start of the command, by ``time.perf_counter``.
 
     Raises:
-        ValueError, OSError: one line with what is wrong, before anything is served.
+        ValueError, OSError: one-line errors before the server starts.
     """
     enable_compilation_cache(not arguments.no_program_cache)
     key = arguments.api_key_file.read_text().strip() if arguments.api_key_file else None
@@ -86,7 +86,7 @@ def _serve(arguments: argparse.Namespace, key: str | None, sockets: list[socket.
         outcome.append(error)
         if error is None:
             gc.collect()
-            gc.freeze()  # what is there now stays; to walk through it takes the time of many requests
+            gc.freeze()  # excludes permanent objects from collections, which would take as long as many requests
             seconds, template = time.perf_counter() - started, config.templates.default
             says = f"serving {config.model} on {address}, template {template}; ready after {seconds:.0f} s"
         else:
@@ -98,22 +98,22 @@ def _serve(arguments: argparse.Namespace, key: str | None, sockets: list[socket.
     if arguments.log_requests:
         app.add_middleware(RequestLog)
     server = uvicorn.Server(settings(app, config))
-    with contextlib.suppress(KeyboardInterrupt):  # raised once more after everything has ended
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after shutdown
         server.run(sockets=sockets)
-    if not outcome:  # compiling cannot be interrupted, and to end would be to wait for it
+    if not outcome:  # a regular exit would wait for the compilation, which cannot be interrupted
         sys.stderr.flush()
         os._exit(0)
     return 0 if outcome[0] is None else 1
 
 
 def name_of(checkpoint: str) -> str:
-    """What a model is called by default: the last part of its path."""
+    """Default name of a model: the last component of its path."""
     if checkpoint.startswith("hf://"):
         return Path(checkpoint).name
     return Path(os.path.abspath(checkpoint)).name or "magma"
 
 
 def root_path_of(path: str) -> str:
-    """A prefix of routes as the application wants it: a slash in front and none behind; empty for none."""
+    """Normalises a route prefix: leading slash, no trailing slash; empty for none."""
     path = path.strip("/")
     return f"/{path}" if path else ""

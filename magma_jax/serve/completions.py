@@ -1,4 +1,4 @@
-"""The OpenAI shapes: what an answer looks like, to messages (chat) or to a text."""
+"""OpenAI response formats: chat completions and text completions."""
 
 import collections
 import math
@@ -12,12 +12,12 @@ from magma_jax.inference.batching.requests import Alternatives, Progress, Ticket
 
 
 class Shape(Protocol):
-    """How the choices of an answer are spelled.
+    """Format of the choices of a response.
 
     Attributes:
-        prefix: of the answer's id.
-        whole: what the standard calls an answer.
-        chunk: what it calls a piece of one.
+        prefix: prefix of the response id.
+        whole: object type of a complete response.
+        chunk: object type of a stream event.
     """
 
     prefix: str
@@ -25,19 +25,19 @@ class Shape(Protocol):
     chunk: str
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """What a choice has in the first event of a stream; None if there is no such event."""
+        """Content of a choice in the first event of a stream; None if there is no such event."""
 
     def piece(self, index: int, piece: Progress, text: str) -> dict[str, Any]:
-        """What it has in an event with new ``text``."""
+        """Content of a choice in an event with new ``text``."""
         ...
 
     def choice(self, index: int, pieces: Sequence[Progress], text: str) -> dict[str, Any]:
-        """What it has in an answer that is sent whole."""
+        """Content of a choice in a complete response."""
         ...
 
 
 class ChatShape:
-    """Choices hold messages, streams say what is new in them."""
+    """Chat format: choices hold messages, stream events hold deltas."""
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -66,7 +66,7 @@ class ChatShape:
             return None
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            # A token may be part of a character: the bytes of several join to what their texts cannot show.
+            # A token may be part of a character; clients join the bytes of several tokens.
             spelled = list(self._tokenizer.token_bytes(token))
             return {"token": self._tokenizer.decode([token]), "logprob": probability(logprob), "bytes": spelled}
 
@@ -78,19 +78,19 @@ class ChatShape:
 
 
 class TextShape:
-    """Choices hold texts, those of an answer that is sent whole and of a stream alike.
+    """Text format: choices hold texts, in complete responses and in stream events.
 
     Args:
-        tokenizer: of the model.
-        logprobs: whether they are asked for.
-        echo: what stands before the text of each choice; None for nothing.
+        tokenizer: tokenizer of the model.
+        logprobs: whether log-probabilities are requested.
+        echo: text to prepend to each choice; None for no echo.
     """
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, tokenizer: Tokenizer, *, logprobs: bool, echo: Sequence[str] | None = None):
         self._tokenizer, self._logprobs, self._echo = tokenizer, logprobs, echo
-        # Characters of each choice that have been told, where log-probabilities are.
+        # Characters of each choice already sent, for the text offsets of log-probabilities.
         self._told: dict[int, int] = collections.defaultdict(int)
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -129,13 +129,13 @@ class TextShape:
 
 
 def _sampled(pieces: Sequence[Progress]) -> Iterator[tuple[int, float, Alternatives]]:
-    """Every token with its log-probability and its alternatives."""
+    """Tokens with their log-probabilities and alternatives."""
     for piece in pieces:
         yield from zip(piece.tokens, piece.logprobs, piece.top or [()] * len(piece.tokens), strict=True)
 
 
 def head(shape: Shape, kind: str, model: str) -> dict[str, Any]:
-    """What every answer and every chunk of a stream begins with."""
+    """Common fields of a response or a stream event."""
     return {
         "id": f"{shape.prefix}-{uuid.uuid4().hex}",
         "object": kind,
@@ -145,7 +145,7 @@ def head(shape: Shape, kind: str, model: str) -> dict[str, Any]:
 
 
 def usage(answers: Sequence[Sequence[Ticket]]) -> dict[str, Any]:
-    """How many tokens a request took and got: ``answers`` to each of its prompts."""
+    """Token usage of a request; ``answers`` holds the tickets of each prompt."""
     prompt = sum(tickets[0].prompt_tokens for tickets in answers)
     cached = sum(tickets[0].reused_tokens for tickets in answers)
     new = sum(len(ticket.tokens) for tickets in answers for ticket in tickets)
@@ -154,5 +154,5 @@ def usage(answers: Sequence[Sequence[Ticket]]) -> dict[str, Any]:
 
 
 def probability(logprob: float) -> float:
-    """A log-probability as JSON can hold it: -inf has no place there."""
+    """Log-probability with a finite value, since JSON has no -inf."""
     return logprob if math.isfinite(logprob) else -9999.0

@@ -1,4 +1,4 @@
-"""How a server behaves."""
+"""Server config."""
 
 import dataclasses
 
@@ -8,29 +8,29 @@ from magma_jax.serve.prompts.templates import Templates
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    """How a server behaves.
+    """Config of a server.
 
     Attributes:
-        model: the name that requests call the model by.
-        api_key: asked for on every route but ``/health``, as a bearer token or as the password of basic
-            authentication; None for none.
-        open_metrics: whether ``/metrics`` answers without the key.
-        root_path: prefix of all routes, where a proxy puts the server below one.
-        templates: the wordings that messages are put into.
-        cut_max_tokens: answers get what the context has left where more is asked for, in place of an error.
-        max_body_bytes: of a request.
-        max_text_bytes: of a request beside its images.
-        timeout: seconds that a request may take, waiting included.
-        head_timeout: seconds until a connection's request must begin to arrive, line and headers.
-        body_timeout: seconds that a request may take to arrive.
-        send_timeout: seconds in which a client must read what waits for it.
-        grace: seconds that running requests are given when the server is told to stop.
-        connections: at a time.
-        max_held_bytes: of the bodies of requests together, from their arrival until their images are decoded.
-        decoders: images that are decoded at the same time.
-        hosts: names that the server goes by, beside addresses, ``localhost`` and the machine's own name; "*" for any.
+        model: name of the model in the API.
+        api_key: key required on every route but ``/health``, as a bearer token or as the password of basic
+            authentication; None for no key.
+        open_metrics: whether ``/metrics`` needs no key.
+        root_path: prefix of all routes behind a proxy.
+        templates: chat templates.
+        cut_max_tokens: reduce ``max_tokens`` to the rest of the context instead of refusing the request.
+        max_body_bytes: limit on a request body.
+        max_text_bytes: limit on a request body without its images.
+        timeout: seconds for a request, waiting included.
+        head_timeout: seconds for a new connection to send the request line and headers.
+        body_timeout: seconds for a request body to arrive.
+        send_timeout: seconds for a client to read pending data.
+        grace: seconds for running requests at shutdown.
+        connections: maximum number of connections.
+        max_held_bytes: limit on all request bodies together, from their arrival until their images are decoded.
+        decoders: number of images decoded concurrently.
+        hosts: allowed names in the Host header, besides addresses, ``localhost`` and the machine's name; "*" for any.
         origins: web origins, such as ``https://lab.example``, whose pages may use the server; "*" for any.
-        images: what images are taken.
+        images: rules for images.
     """
 
     model: str = "magma"

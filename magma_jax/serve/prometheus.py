@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""Prometheus metrics."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from magma_jax.inference.batching.engine import EngineStats
 from magma_jax.runtime.compilations import compilations_of_process
 
-# Seconds; answers take from hundredths on an accelerator to minutes on a CPU.
+# Seconds; answers take from hundredths of a second on an accelerator to minutes on a CPU.
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _ROUTES = frozenset(
     {"/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/attention"}
@@ -37,10 +37,10 @@ _SINCE_THE_START = {
 
 
 class ServerMetrics:
-    """Counters of one server, in a registry of its own.
+    """Metrics of one server, in a separate registry.
 
     Args:
-        stats: gives the engine's counters, asked when somebody looks.
+        stats: returns the engine's counters; called on every scrape.
     """
 
     def __init__(self, stats: Callable[[], EngineStats]):
@@ -55,16 +55,16 @@ class ServerMetrics:
         self._registry.register(_EngineCollector(stats))
 
     def count(self, path: str, status: int) -> None:
-        """Counts a request; routes that do not exist share one name, or anybody could fill the memory."""
+        """Counts a request; unknown routes share one label, so that clients cannot create any number of labels."""
         self._requests.labels(path if path in _ROUTES else "other", str(status)).inc()
 
     def expose(self) -> tuple[bytes, str]:
-        """The text for Prometheus and its content type."""
+        """Metrics in Prometheus's text format, and the content type."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
 
 class _EngineCollector(Collector):
-    """The engine's own counts: running totals as counters, whose names end in ``_total``, the rest as gauges."""
+    """The engine's metrics: running totals as counters named ``*_total``, the others as gauges."""
 
     def __init__(self, stats: Callable[[], EngineStats]):
         self._stats, self._programs = stats, compilations_of_process()

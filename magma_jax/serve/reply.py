@@ -1,4 +1,4 @@
-"""A reply on its way: from the tickets of the engine to a response, whole or as a stream of events."""
+"""Replies: converts engine tickets to a response, complete or as an event stream."""
 
 import asyncio
 import dataclasses
@@ -19,19 +19,19 @@ from magma_jax.serve.requests.schema import StreamOptions
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """Answers that are being sampled.
+    """Answers being sampled.
 
     Attributes:
-        shape: how it is spelled.
+        shape: response format.
         model: name of the model.
-        answers: tickets, of each prompt those of its answers.
-        metrics: told how long it takes.
-        started: when the request came, by ``time.perf_counter``.
-        timeout: seconds that it may take.
-        stream: whether it is sent as it comes.
-        count: whether events of the stream count tokens.
-        token_ids: whether the ids of its tokens are told.
-        strip: whether white space in front of it is left out.
+        answers: tickets of the answers to each prompt.
+        metrics: metrics that record the latency.
+        started: arrival of the request, by ``time.perf_counter``.
+        timeout: seconds for the request.
+        stream: whether to stream events.
+        count: whether stream events include token usage.
+        token_ids: whether to return token ids.
+        strip: whether to remove leading whitespace.
     """
 
     shape: Shape
@@ -46,10 +46,10 @@ class Reply:
     strip: bool = False
 
     async def response(self, request: Request) -> Response:
-        """The response to ``request``, whose client is watched: if it leaves, nothing more is sampled.
+        """Response to ``request``; sampling is cancelled if the client disconnects.
 
         Raises:
-            RequestError: too slow, or the engine failed; of an answer that is sent whole.
+            RequestError: timeout, or the engine failed; only for a complete response.
         """
         if self.stream:
             headers = {"Cache-Control": "no-store"}
@@ -83,7 +83,7 @@ class Reply:
                 used = {"usage": None}
             return f"data: {json.dumps(begin | {'choices': choices} | used, ensure_ascii=False)}\n\n"
 
-        # Whether a choice has shown anything but white space.
+        # Whether a choice has sent anything but whitespace.
         begun = [not self.strip] * len(self._tickets)
         try:
             for index in range(len(self._tickets)):
@@ -100,7 +100,7 @@ class Reply:
         except RequestError as error:
             yield f"data: {json.dumps(error_body(error))}\n\n"
         finally:
-            # Also when the client leaves: the generator is closed, and nobody wants the rest.
+            # Also reached when the client disconnects, which closes the generator.
             cancel(self.answers)
 
     @property
@@ -108,10 +108,10 @@ class Reply:
         return [ticket for tickets in self.answers for ticket in tickets]
 
     async def _progress(self, stop: asyncio.Task | None = None) -> AsyncIterator[tuple[int, Progress]]:
-        """Index and piece of all tickets as they come, until all have ended or ``stop`` is done.
+        """Yields index and progress of all tickets as they arrive, until all have ended or ``stop`` is done.
 
         Raises:
-            RequestError: too slow, or the engine failed.
+            RequestError: timeout, or the engine failed.
         """
         loop, news, tickets = asyncio.get_running_loop(), asyncio.Event(), self._tickets
         for ticket in tickets:
@@ -144,18 +144,18 @@ class Reply:
 
 
 def too_late(timeout: float) -> RequestError:
-    """The error of a request that takes longer than ``timeout`` seconds."""
+    """Error of a request that takes longer than ``timeout`` seconds."""
     return RequestError(f"not done within {timeout:g} s", 504, code="timeout")
 
 
 def cancel(answers: list[list[Ticket]]) -> None:
-    """Gives up whatever has not ended."""
+    """Cancels all unfinished tickets."""
     for tickets in answers:
         for ticket in tickets:
             ticket.cancel()
 
 
 async def _left(request: Request) -> None:
-    """Returns when the client has gone."""
+    """Returns when the client disconnects."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)

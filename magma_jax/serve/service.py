@@ -1,4 +1,4 @@
-"""What the routes do: a request becomes a prompt, the prompt tickets of the engine, and these an answer."""
+"""Request handling: from a request to a prompt, from the prompt to engine tickets, from tickets to a response."""
 
 import asyncio
 import contextlib
@@ -37,47 +37,47 @@ from magma_jax.serve.requests.schema import (
     TextRequest,
 )
 
-# Requests for attention at a time, those included that wait.
+# Maximum number of attention requests, waiting ones included.
 MAX_LOOKING = 8
 
 T = TypeVar("T")
 
 
 class Service:
-    """What the routes share."""
+    """Shared state and handlers of the routes."""
 
     def __init__(self, engine: Engine, config: ServerConfig, stats: Callable[[], EngineStats]):
         self.engine, self.config = engine, config
         self.created = int(time.time())
         self.metrics = ServerMetrics(stats)
         self._decoders = decoders_of(config.images, config.decoders, engine.config.queue)
-        # Prompts of text do not wait for images, which wait for hosts and for a decoder, a thread each.
+        # Separate pools: text prompts do not wait for images, each of which blocks a thread on downloads and decoding.
         self._texts = ThreadPoolExecutor(2, "texts")
         self._images = ThreadPoolExecutor(engine.config.queue, "images")
-        # One at a time beside the engine, which has the device's time first of all.
+        # One at a time, since the engine has priority on the device.
         self._looker = ThreadPoolExecutor(1, "attention")
-        self._compilers = ThreadPoolExecutor(1, "grammars")  # apart, so that images do not wait for grammars
+        self._compilers = ThreadPoolExecutor(1, "grammars")  # separate, so that images do not wait for grammars
         self._looking = self._arriving = self._held_bytes = 0
 
     def start(self) -> None:
-        """Starts what takes a moment to start, ahead of the first request."""
+        """Starts the decoders before the first request."""
         self._decoders.start()
 
     def close(self) -> None:
-        """Ends the threads and the decoders; who still waits for one is told."""
+        """Ends the threads and the decoders; waiting requests fail."""
         self._decoders.close()
         for threads in (self._texts, self._images, self._looker, self._compilers):
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def chat(self, request: Request) -> Response:
-        """An answer to messages."""
+        """Handles a chat completion."""
         return await (await self._begin_chat(request)).response(request)
 
     async def complete(self, request: Request) -> Response:
-        """The continuation of a text, or of several."""
+        """Handles a text completion with one or several prompts."""
         return await (await self._begin_text(request)).response(request)
 
-    # Apart from the above, so that bodies and prompts are gone while an answer is sampled.
+    # Separate functions, so that bodies and prompts are freed while an answer is sampled.
 
     async def _begin_chat(self, request: Request) -> Reply:
         started = time.perf_counter()
@@ -88,8 +88,8 @@ class Service:
             layouts = await self._layouts([await self._items(wanted, started)], wanted, started, "messages")
             tickets = self._submit(layouts, wanted, grammar)
         shape = ChatShape(self.engine.model.tokenizer, logprobs=wanted.logprobs)
-        # In a template's wording the space before an answer belongs to the wording, not to the answer. A form says
-        # itself what its answer begins with.
+        # With a template the space before an answer belongs to the template. A grammar determines how its answer
+        # begins.
         strip = not self.config.templates.is_raw(wanted) and grammar is None
         return self._reply(wanted, shape, tickets, started, strip=strip)
 
@@ -131,10 +131,10 @@ class Service:
 
     @contextlib.contextmanager
     def _arrival(self) -> Iterator[Callable[[int], None]]:
-        """A request on its way to the engine's queue, which counts like one in the queue; called with bytes it holds.
+        """Counts an arriving request towards the engine's queue; yields a callback that takes the bytes it holds.
 
         Raises:
-            RequestError: too many are on their way or waiting, or they hold too much.
+            RequestError: too many requests are arriving or waiting, or they hold too many bytes.
         """
         held = 0
 
@@ -155,10 +155,10 @@ class Service:
             self._held_bytes -= held
 
     async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T], started: float) -> T:
-        """Result of ``work``; a thread that takes longer than the request may keeps its place until it is done.
+        """Result of ``work`` in a thread; past the request's timeout the thread still runs to its end.
 
         Raises:
-            RequestError: not done in time.
+            RequestError: timeout.
         """
         left = started + self.config.timeout - time.perf_counter()
         try:
@@ -173,7 +173,7 @@ class Service:
             wanted = await read_body(request, AttentionRequest, self.config, hold)
             self.check_model(wanted.model)
             (layout,) = await self._layouts([await self._items(wanted, started)], wanted, started, "messages")
-            wanted.messages.clear()  # they may be large, and others may be first
+            wanted.messages.clear()  # frees large messages while the request waits
         if self._looking >= MAX_LOOKING:
             raise busy("too many requests for attention are waiting")
         self._looking += 1
@@ -184,22 +184,22 @@ class Service:
             self._looking -= 1
 
     def card(self) -> dict[str, Any]:
-        """What the standard says of a model."""
+        """The model's entry in ``/v1/models``."""
         return {"id": self.config.model, "object": "model", "created": self.created, "owned_by": "magma_jax"}
 
     def check_model(self, name: str | None) -> None:
-        """Raises a ``RequestError`` if a request wants another model."""
+        """Raises RequestError if a request names another model."""
         if name not in (None, self.config.model):
             raise RequestError(f"the model here is {self.config.model!r}", 404, "model", "model_not_found")
 
     async def _items(self, wanted: MessagesRequest, started: float) -> Items:
-        """Messages in their template's wording; texts of megabytes keep no one else waiting."""
+        """Applies the template to the messages, in a thread, since texts may have megabytes."""
         return await self._in_thread(self._texts, lambda: self.config.templates.items(wanted), started)
 
     async def _layouts(
         self, prompts: list[list[str | ImageURL] | list[int]], wanted: PromptRequest, started: float, param: str
     ) -> list[PromptLayout]:
-        """Prompts of texts and images, which are fetched and decoded, or of token ids."""
+        """Layouts of prompts of texts and images, which are fetched and decoded, or of token ids."""
         rules, salt = self.config.images, (wanted.cache_salt or "").encode()
         images = sum(isinstance(item, ImageURL) for items in prompts for item in items)
         if images > rules.max_images:
@@ -228,7 +228,7 @@ class Service:
             raise RequestError(str(error), param=param) from None
 
     async def _grammar(self, wanted: SamplingRequest, started: float) -> Grammar | None:
-        """What the answers of a request must look like, compiled; None for anything."""
+        """Compiled grammar of a request's answers; None without a constraint."""
         if not wanted.forms:
             return None
         return await self._in_thread(self._compilers, functools.partial(wanted.grammar, self.engine), started)
@@ -236,7 +236,7 @@ class Service:
     def _submit(
         self, prompts: list[PromptLayout], wanted: SamplingRequest, grammar: Grammar | None
     ) -> list[list[Ticket]]:
-        """The tickets of every answer to every prompt."""
+        """Submits all answers to all prompts; returns their tickets by prompt."""
         cut, context = self.config.cut_max_tokens, self.engine.context
         options = [wanted.options(context - len(prompt), cut=cut, grammar=grammar) for prompt in prompts]
         tickets: list[list[Ticket]] = [[] for _ in prompts]
@@ -253,7 +253,7 @@ class Service:
 
 @contextlib.contextmanager
 def _told_to_clients() -> Iterator[None]:
-    """What the engine raises becomes what a client is told."""
+    """Converts the engine's exceptions to RequestErrors."""
     try:
         yield
     except QueueFull as error:
@@ -265,7 +265,7 @@ def _told_to_clients() -> Iterator[None]:
 
 
 def _spelled(prompt: Any, tokenizer: Tokenizer) -> str:
-    """The text of a prompt, without its images."""
+    """Text of a prompt without its images."""
     if isinstance(prompt[0], int):
         return tokenizer.decode(prompt)
     return "".join(item for item in prompt if isinstance(item, str))

@@ -1,1 +1,1 @@
-"""From dataset folders and samples to batches."""
+"""Batches from dataset folders and samples."""

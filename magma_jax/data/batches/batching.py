@@ -1,13 +1,13 @@
-"""From single samples to batches of few shapes: padded to a bucket, or packed several to a row.
+"""Batches of few shapes from single samples: padded to a bucket, or packed several to a row.
 
-A sample is a dict of ``tokens`` and ``labels`` of its own length and of scalars such as ``images``, the row of its
-image. Every shape of a batch is a program to compile, so the lengths are declared.
+A sample is a dict of ``tokens`` and ``labels`` of its own length and scalars such as ``images``, the row of its image.
+Every batch shape compiles once, so the lengths are fixed in advance.
 
 A padded batch has (B, S) tokens and labels and (B,) scalars. In a packed batch a row holds up to K samples: (B, S)
 tokens and labels, (B, K) scalars, and for every token ``segments``, the number of its sample in the row (1, 2, ...; 0
-is padding), and ``positions``, its place in that sample (0, 1, ...).
+is padding), and ``positions``, its position in that sample (0, 1, ...).
 
-Batches depend on the order of the samples alone: every process forms the same ones and takes its own rows.
+Batches depend only on the order of the samples: every process forms the same batches and takes its own rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ import grain
 import numpy as np
 from grain.experimental import FirstFitPackIterDataset, ThreadPrefetchIterDataset
 
-# Batches that are formed together, out of samples sorted by their bucket. Of samples of 8 to 40 tokens, in buckets of
-# 16, 24, 32 and 40 and 64 a batch, padding is 40 % unsorted, 19 % with 4 batches, 15 % with 16, 14 % with 64.
+# Batches formed together from samples sorted by bucket. For samples of 8 to 40 tokens, buckets of 16, 24, 32 and 40,
+# and 64 samples per batch, padding is 40 % unsorted, 19 % with 4 batches, 15 % with 16, 14 % with 64.
 WINDOW = 16
 
 Sample = dict[str, Any]
@@ -26,16 +26,16 @@ Batch = dict[str, np.ndarray]
 
 
 class PaddedBatches(grain.MapDataset):
-    """Batches of ``batch_size`` samples, each as long as the smallest of ``buckets`` that holds all its samples.
+    """Batches of ``batch_size`` samples, padded to the smallest of ``buckets`` that holds all samples of the batch.
 
-    With one bucket, row r of batch b is sample b * batch_size + r. With several, samples of similar length must meet:
-    the samples of ``WINDOW`` batches are sorted by bucket, cut into batches, and these come in a random order. Every
-    sample comes exactly once either way, and the number of batches read is all there is to know about the position.
+    With one bucket, row r of batch b is sample b * batch_size + r. With several, samples of similar length are grouped:
+    the samples of ``WINDOW`` batches are sorted by bucket and cut into batches, which are then shuffled. Either way
+    every sample occurs exactly once, and the number of batches read is the complete position.
 
     Args:
         parent: samples, none longer than the last bucket.
-        rows: those of every batch that are wanted, in this order.
-        padding: what fills up the arrays of a sample, by name.
+        rows: rows to return of every batch, in this order.
+        padding: padding value of each array of a sample, by name.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class PaddedBatches(grain.MapDataset):
         return {name: self._stack(name, [sample[name] for sample in members], length) for name in members[0]}
 
     def _sorted(self, number: int) -> tuple[list[Sample], np.ndarray]:
-        """The samples of a window, and (WINDOW, batch_size) which of them make up each batch."""
+        """Samples of a window, and their indices (WINDOW, batch_size) for each batch."""
         window = self._window
         if window is None or window[0] != number:
             size = WINDOW * self._batch_size
             samples: list[Any] = [self._parent[i] for i in range(number * size, (number + 1) * size)]
-            # By bucket and not by length: within one the order stays random.
+            # Sorted by bucket, not by length: the order within a bucket stays random.
             buckets = np.searchsorted(self._buckets, [len(sample["tokens"]) for sample in samples])
             order = np.argsort(buckets, kind="stable").reshape(WINDOW, self._batch_size)
             order = np.random.default_rng((self._seed, number)).permutation(order)
@@ -99,8 +99,8 @@ def _padding_value(padding: Mapping[str, int], name: str) -> int:
 
 
 def padded_batches(samples: grain.MapDataset, **options: Any) -> grain.IterDataset:
-    """``PaddedBatches``, formed ahead of time by a thread of their own."""
-    # One thread: batches of one window share its samples.
+    """``PaddedBatches``, prefetched by a separate thread."""
+    # One thread, since the batches of a window share its samples.
     return PaddedBatches(samples, **options).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
 
 
@@ -113,8 +113,8 @@ def packed_batches(
     pack: int,
     padding: Mapping[str, int],
 ) -> grain.IterDataset:
-    """Batches of ``rows`` of ``batch_size`` rows; a sample goes to the first row with ``length`` tokens and ``pack``
-    samples not exceeded, and a batch ends with the first sample that fits nowhere.
+    """Packed batches of ``batch_size`` rows, of which ``rows`` are returned; a sample goes to the first row with room
+    within ``length`` tokens and ``pack`` samples, and a sample that fits in no row starts the next batch.
     """
     first: Any = samples[0]
     whole = {name for name, value in first.items() if np.ndim(value)}

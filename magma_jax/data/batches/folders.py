@@ -1,11 +1,11 @@
 """Training batches from dataset folders: mixed, shuffled, with images, and resumable to the exact sample.
 
-Texts are drawn, encoded and formed into batches by Grain in this process (``data.batches.batching``); their images
-are decoded by other processes while the batches before them are trained on (``data.batches.stored_images``). Batches
-depend on seed and folders alone, not on the number of processes.
+Grain samples, encodes and batches the texts in this process (``data.batches.batching``); other processes decode the
+images ahead of time (``data.batches.stored_images``). Batches depend only on seed and folders, not on the number of
+processes.
 
-A sample that cannot be used keeps its place, with a black image and without a loss: nothing else moves, and the mean
-over the tokens of a batch goes over those that are left. It is counted, and too many are an error.
+An unusable sample keeps its place, with a black image and no loss: the order does not change, and the loss is averaged
+over the remaining tokens of the batch. Such samples are counted, and too many raise an error.
 """
 
 import collections
@@ -21,9 +21,9 @@ from magma_jax.data.batches.stored_images import Pending, StoredImages
 from magma_jax.data.format.records import DataError, Sample
 from magma_jax.typing import IGNORED, Int
 
-# Batches whose images are decoded while one is trained on.
+# Batches whose images are decoded ahead.
 AHEAD = 3
-# The share of skipped samples is judged over at least so many.
+# Minimum number of samples for the check of the skipped fraction.
 JUDGED_SAMPLES = 1000
 
 # Sample to ``tokens``, ``labels`` and scalars.
@@ -31,13 +31,13 @@ Encode = Callable[[Sample], dict[str, Any]]
 
 
 def drawn_samples(source: FolderSamples, encode: Encode, seed: int, blank: dict[str, Any]) -> grain.MapDataset:
-    """The samples of a folder, shuffled anew each time they are used up, with caption, answer and crop drawn anew.
+    """Endless samples of a folder; every epoch has a new order and new random captions, answers and crops.
 
     Args:
         source: the folder.
         encode: called with each sample.
-        seed: of order and draws.
-        blank: what ``encode`` would give for a sample without a loss; takes the place of an unusable one.
+        seed: random seed of order and choices.
+        blank: encoded sample without a loss, which replaces unusable ones.
     """
 
     def encoded(index: int, number: int) -> dict[str, Any]:
@@ -57,9 +57,9 @@ class FolderBatches:
     """Endless batches; an iterable whose iterator is a ``FolderIterator``.
 
     Args:
-        texts: batches with ``image_rows``, ``draws`` and ``problems`` as ``drawn_samples`` gives them.
+        texts: batches with ``image_rows``, ``draws`` and ``problems`` from ``drawn_samples``.
         images: their images.
-        max_skipped: share of samples that may be left out.
+        max_skipped: largest fraction of skipped samples.
     """
 
     def __init__(self, texts: grain.IterDataset, images: StoredImages, max_skipped: float):
@@ -70,11 +70,11 @@ class FolderBatches:
 
 
 class FolderIterator:
-    """Batches with ``images`` (uint8) beside ``image_rows`` (-1 where one is black for want of it), decoded ahead.
+    """Batches with ``images`` (uint8), decoded ahead, and ``image_rows`` (-1 for a missing image, which is black).
 
     Attributes:
-        skipped: samples that were left out so far, former parts of the run included.
-        just_skipped: those of the batch returned last: ``folder``, ``row``, ``reason``.
+        skipped: number of samples skipped so far, earlier parts of a resumed run included.
+        just_skipped: skipped samples of the last batch: ``folder``, ``row``, ``reason``.
     """
 
     def __init__(self, texts: grain.DatasetIterator, images: StoredImages, max_skipped: float):
@@ -91,7 +91,7 @@ class FolderIterator:
         """The next batch.
 
         Raises:
-            DataError: more samples than ``max_skipped`` allows were left out, or a worker process died.
+            DataError: more samples were skipped than ``max_skipped`` allows, or a worker process died.
         """
         while len(self._ahead) < AHEAD:
             batch = next(self._texts)
@@ -110,17 +110,17 @@ class FolderIterator:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Position behind the batch returned last, plain JSON values."""
+        """Position after the last returned batch, as plain JSON values."""
         return {"texts": self._position, "seen": self._seen, "skipped": self.skipped}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on behind the batch that ``state`` was taken at."""
+        """Continues after the batch at which ``get_state`` returned ``state``."""
         self._forget()
         self._texts.set_state(state["texts"])
         self._position, self._seen, self.skipped = state["texts"], state["seen"], state["skipped"]
 
     def close(self) -> None:
-        """Ends the processes that decode."""
+        """Ends the decoding processes."""
         self._forget()
         self._texts.close()
         self._images.close()
@@ -131,9 +131,9 @@ class FolderIterator:
 
 
 def fill_images(batch: Batch, images: StoredImages) -> tuple[Batch, list[dict[str, Any]]]:
-    """Adds ``images`` to a batch, without augmentation; what cannot be decoded loses its labels.
+    """Adds ``images`` to a batch, without augmentation; samples with undecodable images lose their labels.
 
-    Returns the batch, and for each sample that was left out ``folder``, ``row`` and ``reason``.
+    Returns the batch, and ``folder``, ``row`` and ``reason`` of each skipped sample.
     """
     return _with_images(batch, images.load(_rows(batch)), images)
 
@@ -159,13 +159,13 @@ def _with_images(batch: Batch, pending: Pending, stored: StoredImages) -> tuple[
 
 
 def _used(batch: Batch) -> np.ndarray:
-    """Which places for an image a sample has: all, but for those that packing leaves empty."""
+    """Mask of image places in use; packing leaves some empty."""
     if "segments" not in batch:
         return np.ones(batch["image_rows"].shape, bool)
     return np.arange(batch["image_rows"].shape[1]) < batch["segments"].max(axis=1, keepdims=True)
 
 
 def _rows(batch: Batch) -> Int[np.ndarray, " N"]:
-    """Numbers of the images of a batch, -1 where there is none to decode."""
+    """Image numbers of a batch, -1 for places without an image to decode."""
     wanted = _used(batch) & (batch.get("problems", 0) == 0)
     return np.where(wanted, batch["image_rows"], -1).ravel()

@@ -1,4 +1,4 @@
-"""Batches of samples that a run does not learn from: always the same ones, in the same order."""
+"""Validation batches: the same held-out samples in the same order every time."""
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
@@ -20,18 +20,18 @@ def held_out_batches(
     length: int,
     padding: Mapping[str, int],
 ) -> Callable[[str, int, int, Sequence[int]], list[Batch]]:
-    """Makes the ``Dataset.validation_batches`` of samples in splits.
+    """Creates the ``Dataset.validation_batches`` of samples in splits.
 
     Args:
-        evaluation: split to samples.
-        encode: sample to ``tokens``, ``labels`` and others, as of ``data.batches.pipeline.encode_sample``.
-        length: of every batch.
+        evaluation: samples by split.
+        encode: sample to ``tokens``, ``labels`` and others, such as ``data.batches.pipeline.encode_sample``.
+        length: padded length of every batch.
         padding: see ``PaddedBatches``.
     """
 
     def batches(split: str, limit: int, batch_size: int, rows: Sequence[int]) -> list[Batch]:
         encoded = [encode(sample) for sample in spaced_samples(evaluation, split, limit)]
-        # The last batch is filled up with rows that count no token.
+        # The last batch is filled with rows without labels.
         filler = {**encoded[0], "labels": np.full_like(encoded[0]["labels"], IGNORED)}
         encoded += [filler] * (-len(encoded) % batch_size)
         padded = PaddedBatches(
@@ -50,7 +50,7 @@ def held_out_batches(
 def spaced_samples(evaluation: Mapping[str, Sequence[Any]], split: str, limit: int) -> list[Any]:
     """Up to ``limit`` samples of a split, evenly spaced in its order; the same ones every time.
 
-    What cannot be used is left out with a line: a validation is no place to end a run.
+    Unusable samples are skipped with a printed line, so that validation does not end a run.
 
     Raises:
         ConfigError: the dataset has no such split, or none of its samples can be used.

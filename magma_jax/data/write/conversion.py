@@ -1,15 +1,14 @@
-"""Records to sharded ArrayRecord files: in parallel, resumable, and whole or not there.
+"""Converts records to sharded ArrayRecord files: parallel, resumable and atomic.
 
-    OUT/info.json                     what it holds and where it came from; written last
-    OUT/records-00000.array_record    records as ``data.format.records.pack`` gives them
-    OUT/texts-00000.array_record      the same without images, ``data.format.records.pack_text``
-    OUT/texts.npy                     number of captions and questions of every record, int32 (N, 2)
-    OUT/skipped.jsonl                 what was left out, and why
+    OUT/info.json                     content and source; written last
+    OUT/records-00000.array_record    records, serialised by ``data.format.records.pack``
+    OUT/texts-00000.array_record      records without images, ``data.format.records.pack_text``
+    OUT/texts.npy                     numbers of captions and questions of every record, int32 (N, 2)
+    OUT/skipped.jsonl                 skipped entries, with reasons
 
-Until then everything lies in ``.OUT.partial/``. The input is cut into shards by position, so a shard depends on its
-records alone: an interrupted conversion is run again with the same command, keeps the shards whose records and image
-files are what they were, and ends with the same files as one that was never interrupted. Images are copied, never
-moved or changed.
+Files are written to ``.OUT.partial/`` first. The input is cut into shards by position, so a shard depends only on its
+records: rerunning the command after an interruption keeps the shards whose records and image files are unchanged, and
+gives the same files as an uninterrupted conversion. Images are copied, never moved or modified.
 """
 
 import collections
@@ -45,21 +44,21 @@ from magma_jax.data.write.resumable_shards import REPORT, remove_records, shard_
 from magma_jax.output import locked, partial_name, replace_file
 from magma_jax.version import __version__
 
-# Of a worker process beside the image it decodes: a shard's buffers, and the encoded image several times over.
+# Memory of a worker process in addition to the decoded image: a shard's buffers, and copies of the encoded image.
 WORKER_MEMORY = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertOptions:
-    """How a conversion runs.
+    """Options of a conversion.
 
     Attributes:
         prepare: how images are checked.
-        shard_records: records a file.
-        workers: processes; None for one a core, 0 for none but this one.
-        max_skipped: the largest share of the samples (``Record.samples``) that may be left out, for other reasons than
-            ``records.EXPECTED``; above it the conversion fails, with nothing lost: run again with a larger share, it
-            only has to finish.
+        shard_records: records per file.
+        workers: number of processes; None for one per core, 0 to run in this process.
+        max_skipped: largest fraction of samples (``Record.samples``) that may be skipped for reasons other than
+            ``records.EXPECTED``. Above it the conversion fails but keeps its shards, so that rerunning it with a larger
+            fraction only has to finish.
     """
 
     prepare: PrepareOptions = PrepareOptions()
@@ -84,19 +83,19 @@ def convert(
     source: Mapping[str, Any] | None = None,
     total: int | None = None,
 ) -> dict[str, Any]:
-    """Writes a dataset folder from any iterable of records and returns the content of its ``info.json``.
+    """Writes a dataset folder from an iterable of records and returns the content of its ``info.json``.
 
     Args:
-        records: gives the same records in the same order when an interrupted conversion is run again. Entries that
-            are ``Skipped`` go to the report.
-        out: the folder to be.
+        records: the records, the same ones in the same order when an interrupted conversion is rerun. ``Skipped``
+            entries go to the report.
+        out: the dataset folder to write.
         options: see ``ConvertOptions``.
-        source: kept in ``info.json``: where the records come from.
+        source: description of the records' source, stored in ``info.json``.
         total: number of records, for the progress bar.
 
     Raises:
-        DataError: ``out`` exists; two records have one id; too much was skipped; the conversion that was interrupted
-            had another source or other options; the disk is full.
+        DataError: ``out`` exists; a duplicate id; too many skipped samples; the interrupted conversion had another
+            source or other options; the disk is full.
         OutputError: another conversion to ``out`` is running.
     """
     return write_folder(
@@ -110,14 +109,13 @@ def write_folder(
     source: Mapping[str, Any],
     write_shards: Callable[[Path], list[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Makes a dataset folder of what ``write_shards`` writes; arguments and errors as of ``convert``.
+    """Writes a dataset folder from the shards of ``write_shards``; errors as of ``convert``.
 
     Args:
-        out: the folder to be.
+        out: the dataset folder to write.
         options: see ``ConvertOptions``.
-        source: kept in ``info.json``.
-        write_shards: brings every shard into being, in a folder of its own beside ``out``, and returns their reports
-            (``written_shard``) in order.
+        source: stored in ``info.json``.
+        write_shards: writes all shards to the given work folder and returns their reports (``written_shard``) in order.
     """
     if out.exists():
         raise DataError(f"{out}: already exists; choose another name or remove it first")
@@ -135,7 +133,7 @@ def write_folder(
                 info = _finish(work, reports, options, source)
                 os.rename(work / "data", out)
         finally:
-            # Of an interrupted conversion what it has finished is kept, if anything.
+            # Keeps the finished shards of an interrupted conversion.
             if out.exists() or not any((work / "state").glob(REPORT.format("*"))):
                 shutil.rmtree(work, ignore_errors=not work.exists())
     return info
@@ -144,7 +142,7 @@ def write_folder(
 def _write_shards(
     records: Iterable[Record | Skipped], work: Path, options: ConvertOptions, total: int | None
 ) -> list[dict[str, Any]]:
-    """Brings every shard into being, those apart that a former run finished; returns their reports in order."""
+    """Writes all shards that no earlier run finished; returns the reports of all in order."""
     workers = cores() if options.workers is None else options.workers
     reports: list[dict[str, Any]] = []
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
@@ -169,7 +167,7 @@ def _write_shards(
 
 @contextlib.contextmanager
 def _executor(workers: int, max_pixels: int) -> Iterator[Callable[..., concurrent.futures.Future]]:
-    """``submit`` of a pool of processes, or a call on the spot where there are none."""
+    """Yields ``submit`` of a process pool, or a function that runs the work in this process."""
     if not workers:
         yield lambda function, *arguments: finished(function(*arguments))
         return
@@ -183,7 +181,7 @@ def _executor(workers: int, max_pixels: int) -> Iterator[Callable[..., concurren
 
 
 def chunks(records: Iterable[Record | Skipped], size: int) -> Iterator[list[Record | Skipped]]:
-    """Cuts the input into shards; ids are checked on the way, as eight bytes each."""
+    """Cuts the input into shards and checks ids for duplicates, by hashes of eight bytes."""
     seen: set[bytes] = set()
     iterator = iter(records)
     while chunk := list(itertools.islice(iterator, size)):
@@ -199,12 +197,12 @@ def chunks(records: Iterable[Record | Skipped], size: int) -> Iterator[list[Reco
 def _finish(
     work: Path, reports: list[dict[str, Any]], options: ConvertOptions, source: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Checks the share of what was skipped, leaves out duplicates, and writes the files beside the shards."""
+    """Checks the fraction of skipped samples, removes duplicates, and writes the files beside the shards."""
     again = _duplicates(reports)
     reports = [_without(report, drop) for report, drop in zip(reports, again, strict=True)]
     skipped = [entry for report in reports for entry in report["skipped"]]
     texts = [row for report in reports for row in report["texts"]]
-    # Before they are judged: if they are too many, this is what tells why.
+    # Written before the check: if too many samples were skipped, the file shows why.
     lines = [to_json(_skipped_line(*entry)) + b"\n" for entry in skipped]
     replace_file(work / "data" / SKIPPED_FILE, b"".join(lines))
     try:
@@ -217,7 +215,7 @@ def _finish(
     files = {shard_path(work, n).name: len(report["ids"]) for n, report in enumerate(reports)}
     shards = {*files, *map(texts_name, files), SKIPPED_FILE}
     for path in (work / "data").iterdir():
-        if path.name not in shards:  # of a former run, when the source was longer
+        if path.name not in shards:  # from an earlier run with a longer source
             path.unlink()
     texts = np.array(texts, np.int32).reshape(-1, 2)
     np.save(work / "data" / TEXTS_FILE, texts)
@@ -231,7 +229,7 @@ def _finish(
         "skipped": reasons,
         "files": files,
     }
-    # Written in place: the folder gets its name when it is whole, and nothing may be left beside its files.
+    # Written in place: the folder itself is renamed when complete, and must not contain temporary files.
     (work / "data" / INFO_FILE).write_bytes(to_json(info, indent=2))
     return info
 
@@ -241,7 +239,7 @@ def _skipped_line(key: str, reason: str, samples: int, detail: str = "") -> dict
 
 
 def _checked_reasons(skipped: Sequence[Sequence[Any]], kept: int, max_skipped: float) -> dict[str, int]:
-    """How many samples are left out for which reason, the most frequent first; too many raise DataError."""
+    """Skipped samples by reason, the most frequent first; raises DataError if there are too many."""
     reasons: collections.Counter[str] = collections.Counter()
     details: dict[str, str] = {}
     for _, reason, samples, *detail in skipped:
@@ -262,7 +260,7 @@ def _checked_reasons(skipped: Sequence[Sequence[Any]], kept: int, max_skipped: f
 
 
 def _duplicates(reports: Sequence[dict[str, Any]]) -> list[set[str]]:
-    """For every shard the ids to leave out: those whose fingerprint an earlier record of any shard has."""
+    """Ids to remove from each shard: records whose fingerprint an earlier record of any shard has."""
     seen: set[str] = set()
     found: list[set[str]] = []
     for report in reports:
@@ -276,7 +274,7 @@ def _duplicates(reports: Sequence[dict[str, Any]]) -> list[set[str]]:
 
 
 def _without(report: dict[str, Any], drop: set[str]) -> dict[str, Any]:
-    """The report of a shard without the records in ``drop``, which are skipped as duplicates."""
+    """Report of a shard without the records in ``drop``, which are skipped as duplicates."""
     rows = list(zip(report["ids"], report["texts"], strict=True))
     gone = [[key, DUPLICATE, count_samples(*texts), ""] for key, texts in rows if key in drop]
     return report | {

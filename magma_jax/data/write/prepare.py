@@ -1,6 +1,6 @@
-"""What happens to one record on its way into storage: its image is read, checked, and fingerprinted.
+"""Preparation of one record for storage: its image is read, checked and fingerprinted.
 
-The same function serves the converter's worker processes and the Beam pipeline.
+The converter's worker processes and the Beam pipeline share this function.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from magma_jax.data.format.records import DataError, Record, Skipped, pack
 from magma_jax.data.images import MAX_PIXELS, ImageError, load_image, open_header
 from magma_jax.data.time_limit import TimeLimit
 
-# The one reason that may be gone when the same file is read again.
+# The only reason that may not recur when the file is read again.
 UNREADABLE = "image cannot be read"
 
 Check = Literal["decode", "header"]
@@ -23,14 +23,14 @@ Fingerprint = Literal["none", "content", "perceptual"]
 
 @dataclasses.dataclass(frozen=True)
 class PrepareOptions:
-    """How images are checked.
+    """Options of image checks.
 
     Attributes:
-        check: ``decode`` reads every image to its end, so that a truncated one is found now and not in training;
-            ``header`` looks at format and size alone.
-        max_pixels: images with more are skipped.
-        duplicates: leave out an image whose bytes (``content``) or whose difference hash (``perceptual``: equal for
-            the same image in other sizes and qualities, and for some that merely look alike) were there before.
+        check: ``decode`` decodes every image completely, so that truncated ones are found now and not in training;
+            ``header`` checks only format and size.
+        max_pixels: images with more pixels are skipped.
+        duplicates: skip images with the same bytes as an earlier one (``content``), or with the same difference hash
+            (``perceptual``: equal for the same image in other sizes and qualities, and for some similar images).
     """
 
     check: Check = "decode"
@@ -43,7 +43,7 @@ class PrepareOptions:
 
 
 def prepare(record: Record, options: PrepareOptions) -> tuple[bytes, str] | Skipped:
-    """The record as it is stored and its fingerprint ("" if none is wanted), or why it is left out."""
+    """Returns the serialised record and its fingerprint ("" if disabled), or ``Skipped`` with the reason."""
 
     def skipped(reason: str) -> Skipped:
         return Skipped(record.id, reason, record.samples)
@@ -65,7 +65,7 @@ def prepare(record: Record, options: PrepareOptions) -> tuple[bytes, str] | Skip
         return skipped("image cut short")
     try:
         stored = pack(dataclasses.replace(record, image=content))
-    except UnicodeEncodeError:  # JSON can name half of a character, which no text can hold
+    except UnicodeEncodeError:  # JSON may contain lone surrogates, which cannot be encoded
         return skipped("text is not Unicode")
     except (OverflowError, TypeError, ValueError) as error:
         return skipped(f"metadata cannot be stored ({error})")
@@ -73,7 +73,7 @@ def prepare(record: Record, options: PrepareOptions) -> tuple[bytes, str] | Skip
 
 
 def fingerprint(content: bytes, image: Image.Image, kind: Fingerprint) -> str:
-    """What two duplicates have in common."""
+    """Fingerprint that is equal for duplicates."""
     if kind == "none":
         return ""
     return hashlib.sha256(content).hexdigest() if kind == "content" else difference_hash(image)

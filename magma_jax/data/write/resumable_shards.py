@@ -1,9 +1,9 @@
-"""Where a conversion works until its folder is whole: shards, each with a report, that a later run may keep.
+"""Work folder of a conversion: shards, each with a report, that a resumed run may reuse.
 
-    WORK/data/     the shards, as in the folder to be
-    WORK/state/    their reports, and what is being written
+    WORK/data/     the shards, as in the final folder
+    WORK/state/    their reports, and temporary files
 
-A report is there only while its shard is what it says.
+A report exists only while it describes its shard.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ REPORT = "shard-{}.json"
 def written_shard(
     work: Path, number: int, chunk: Sequence[Record | Skipped], options: PrepareOptions
 ) -> dict[str, Any]:
-    """The report of a shard, which is written unless a former run has finished it."""
+    """Returns the report of a shard, writing the shard unless an earlier run finished it."""
     digest = _digest(chunk)
     return _finished(work, number, digest) or write_shard(work, number, chunk, options, digest)
 
@@ -37,7 +37,7 @@ def written_shard(
 def write_shard(
     work: Path, number: int, chunk: Sequence[Record | Skipped], options: PrepareOptions, digest: str
 ) -> dict[str, Any]:
-    """Writes one shard and its report, each under a temporary name first."""
+    """Writes one shard and its report, each atomically."""
     skipped, texts, ids, prints = [], [], [], []
     path = shard_path(work, number)
     with writing(path):
@@ -48,7 +48,7 @@ def write_shard(
                 if isinstance(result, Skipped):
                     skipped.append([result.id, result.reason, result.samples, result.detail])
                     continue
-                assert isinstance(entry, Record)  # it has content
+                assert isinstance(entry, Record)  # only records have content
                 content, fingerprint = result
                 writer.write(content, pack_text(entry))
                 ids.append(entry.id)
@@ -62,24 +62,24 @@ def write_shard(
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Gives an error of the disk a name; reading images raises none."""
+    """Converts errors of writing to a DataError with the path; errors of reading images do not reach it."""
     try:
         yield
     except (OSError, OutputError) as error:
         full = full_disk(error)
         what, remedy = ("the disk is full", "make room") if full else ("cannot be written", "repair that")
-        # What else the file library says of a full disk fills several lines of a terminal.
+        # The file library's message for a full disk takes several lines.
         reason = os.strerror(full) if full else error
         raise DataError(f"{path}: {what} ({reason}); {remedy} and run the same command again") from None
 
 
 def read_report(work: Path, number: int) -> dict[str, Any]:
-    """The report of a shard that is written."""
+    """Reads the report of a finished shard."""
     return json.loads(report_path(work, number).read_text())
 
 
 def remove_records(work: Path, number: int, drop: set[str]) -> None:
-    """Rewrites a shard without the records in ``drop``; its report goes."""
+    """Rewrites a shard without the records in ``drop`` and deletes its report."""
     report_path(work, number).unlink(missing_ok=True)
     path = shard_path(work, number)
     reader = ArrayRecordReader(str(path))
@@ -93,7 +93,7 @@ def remove_records(work: Path, number: int, drop: set[str]) -> None:
 
 
 def _finished(work: Path, number: int, digest: str) -> dict[str, Any] | None:
-    """The report of a shard that a former run finished, of the same records; None if there is none."""
+    """Report of a shard that an earlier run finished from the same records; None if there is none."""
     file = report_path(work, number)
     path = shard_path(work, number)
     if not all(part.is_file() for part in (file, path, path.with_name(texts_name(path.name)))):
@@ -104,9 +104,9 @@ def _finished(work: Path, number: int, digest: str) -> dict[str, Any] | None:
 
 
 def _digest(chunk: Sequence[Record | Skipped]) -> str:
-    """Of ids, texts and images; of images in files it takes place, size and time of the file."""
+    """Digest of ids, texts and images; for images in files, of the file's path, size and modification time."""
     described = hashlib.sha256()
-    state_of = functools.cache(_file_state)  # many images may lie in one archive
+    state_of = functools.cache(_file_state)  # an archive may hold many images
     for entry in chunk:
         state = None
         if isinstance(entry, Record) and isinstance(entry.image, bytes):
@@ -126,15 +126,15 @@ def _file_state(path: str) -> tuple[int, int] | None:
 
 
 def shard_path(work: Path, number: int) -> Path:
-    """Where the records of a shard are."""
+    """Path of a shard's records file."""
     return work / "data" / records_name(number)
 
 
 def report_path(work: Path, number: int) -> Path:
-    """Where the report of a shard is."""
+    """Path of a shard's report."""
     return work / "state" / REPORT.format(f"{number:05d}")
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
-    """JSON in UTF-8, and what UTF-8 cannot hold, half of a character, as JSON's own escape of it."""
+    """JSON in UTF-8; lone surrogates, which UTF-8 cannot encode, become JSON escapes."""
     return json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")

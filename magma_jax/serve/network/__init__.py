@@ -1,1 +1,1 @@
-"""Connections: who may ask, how bodies are read, what is logged."""
+"""Network layer: connection limits, access control, request bodies, request log."""

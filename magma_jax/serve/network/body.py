@@ -1,7 +1,7 @@
-"""The body of a request, from the network to checked fields, at a cost that its size bounds.
+"""Reads and validates request bodies at a bounded cost.
 
-Whoever reads JSON holds the interpreter until it is read, and a byte of it can become fifty. So long images are taken
-out of the text first, and what is left may have so many bytes and so many values: this is known before it is read.
+Parsing JSON holds the GIL, and one byte of it can take fifty bytes of objects. So long images are removed from the text
+first, and the rest is checked against limits on bytes and values before it is parsed.
 """
 
 import asyncio
@@ -19,28 +19,28 @@ from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import RequestError
 from magma_jax.serve.requests.schema import Asked, finite, parse
 
-# Commas, colons and opening brackets in a request: there are no more values and keys than these. A chat of as many
-# parts as are taken has half of it; base64 has none of these characters.
+# Limit on commas, colons and opening brackets, which bounds the number of values and keys. A chat with the maximum
+# number of parts has half as many; base64 contains none of these characters.
 MAX_MARKS = 200_000
 _MARKS = b",:[{"
-# Backslashes in a request: an image of the largest size has half as many where each of its slashes has one.
+# Limit on backslashes; an image of the largest size with escaped slashes has half as many.
 MAX_BACKSLASHES = 1_000_000
 
-# A string that holds a data: URI and names no field; some writers of JSON put a backslash before every slash.
+# A string with a data: URI that is not a key; some JSON encoders escape every slash.
 _DATA_URI = re.compile(rb'"(data:[ !#-\[\]-~]*+(?:\\/[ !#-\[\]-~]*+)*+)"(?!\s*+:)')
-# Shorter ones stay where they are.
+# Shorter data: URIs stay in the text.
 _LONG = 1_024
-# Stands in the text for an image that was taken out of it; nobody else knows it.
+# Placeholder prefix of removed images; secret, so that no request can contain it.
 _NAME = secrets.token_hex(16)
 
 
 async def read_body(request: Request, kind: type[Asked], config: ServerConfig, hold: Callable[[int], None]) -> Asked:
-    """The checked body of a request; ``hold`` is told of every chunk's bytes before it is kept.
+    """Reads and validates the body of a request; ``hold`` is called with the size of every chunk before it is kept.
 
     Raises:
-        RequestError: too large, too slow, no JSON, or not what ``kind`` takes.
+        RequestError: too large, too slow, not JSON, or not valid for ``kind``.
     """
-    # In another thread: a large one would keep everybody waiting.
+    # In a thread, since a large body would block the event loop.
     found = await anyio.to_thread.run_sync(_read, await _receive(request, config, hold), kind, config.max_text_bytes)
     if isinstance(found, RequestError):
         raise found
@@ -60,7 +60,7 @@ async def _receive(request: Request, config: ServerConfig, hold: Callable[[int],
                 body += chunk
         return body
     except ClientDisconnect:
-        body.clear()  # the error's traceback may keep it for long
+        body.clear()  # the error's traceback may keep it alive
         raise RequestError("the request broke off") from None
     except TimeoutError:
         body.clear()
@@ -75,9 +75,9 @@ def _too_large(limit: int) -> RequestError:
 
 
 def _read(body: bytearray, kind: type[Asked], max_text_bytes: int) -> Asked | RequestError:
-    """The checked fields of a body, or what is wrong with it.
+    """Validated fields of a body, or the error.
 
-    The error is returned, for what is raised keeps all that its frames hold until garbage is collected.
+    The error is returned, since the traceback of a raised one keeps its frames' objects alive until garbage collection.
     """
     try:
         return parse(read_json(body, max_text_bytes), kind)
@@ -86,10 +86,10 @@ def _read(body: bytearray, kind: type[Asked], max_text_bytes: int) -> Asked | Re
 
 
 def read_json(body: bytearray, max_text_bytes: int) -> Any:
-    """The values that a body spells.
+    """Parses a JSON body.
 
     Raises:
-        RequestError: no JSON, or more of it than is read.
+        RequestError: not JSON, or above a limit.
     """
     marks = sum(body.count(mark) for mark in _MARKS)
     if marks > MAX_MARKS:
@@ -99,23 +99,23 @@ def read_json(body: bytearray, max_text_bytes: int) -> Any:
     text, images = _take_out_images(body, max_text_bytes)
     try:
         content = json.loads(text.decode(), parse_constant=finite)
-        if b"\\u" in text:  # an escape may spell half a character, which is no text
+        if b"\\u" in text:  # an escape may encode a lone surrogate, which is not valid text
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise RequestError(f"the request is not UTF-8 ({error.reason})") from None
     except UnicodeEncodeError:
         raise RequestError("the request spells half a character (a lone surrogate)") from None
     except (ValueError, RecursionError) as error:
-        # Where something is wrong is told only if it stands there: not behind an image that was taken out.
+        # Error positions are wrong after a removed image, so they are omitted.
         reason = getattr(error, "msg", error) if images else error
         raise RequestError(f"the request is no JSON ({reason!s:.100})") from None
     return _put_back(content, images) if images else content
 
 
 def _take_out_images(body: bytearray, max_text_bytes: int) -> tuple[bytes, dict[str, str]]:
-    """The body with a name in place of every long data: URI, and what the names stand for."""
+    """Body with a placeholder for every long data: URI, and the images by placeholder."""
     spans = (found.span(1) for found in _DATA_URI.finditer(body))
-    # Behind a backslash it is no string that begins, but a quotation mark within one.
+    # After a backslash it is an escaped quotation mark within a string, not the start of one.
     spans = [(a, b) for a, b in spans if b - a >= _LONG and body[max(a - 2, 0)] != ord("\\")]
     size = len(body) - sum(stop - start for start, stop in spans)
     if size > max_text_bytes:
@@ -130,7 +130,7 @@ def _take_out_images(body: bytearray, max_text_bytes: int) -> tuple[bytes, dict[
 
 
 def _put_back(content: Any, images: dict[str, str]) -> Any:
-    """The content with images in place of their names."""
+    """Replaces the placeholders by their images."""
     whole = [content]
     waiting: list[Any] = [whole]
     while waiting:

@@ -1,7 +1,7 @@
-"""Connections that end: uvicorn's HTTP/1.1 with a bound on whatever a client may draw out.
+"""uvicorn's HTTP/1.1 protocol with timeouts against slow clients.
 
-A socket that says nothing, a head that comes a byte a minute, an answer that nobody reads: each would hold memory and a
-file descriptor for as long as its client likes.
+A silent socket, a request head sent a byte a minute, or an answer that is not read would otherwise hold memory and a
+file descriptor for as long as the client likes.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import RequestError, error_body
 
-# Of a request's line and headers.
+# Limit on a request's line and headers.
 _MAX_HEAD_BYTES = 64 * 1024
 # Seconds that a connection stays open for another request.
 KEEP_ALIVE = 10
-# Pieces that a body may come in whatever their size; more must have so many bytes on average. Each takes as long to
-# take in as some kilobytes.
+# Number of body chunks of any size; with more chunks their average size has this minimum. Processing a chunk takes as
+# long as a few kilobytes.
 _FREE_PIECES, _PIECE_BYTES = 4_000, 64
-# Connections that are taken in one go, before any of them is counted; and descriptors for files and images by URL.
+# Connections accepted at once before they are counted, and descriptors for files and image downloads.
 _BACKLOG, _OTHER_FILES = 128, 64
-# Seconds that a connection must have been idle to be closed in favour of a new one.
+# Minimum idle seconds before a connection may be closed in favour of a new one.
 _IDLE = 1.0
 
 
 def settings(app: FastAPI, config: ServerConfig, **options: Any) -> uvicorn.Config:
-    """How to serve the application; ``options`` are uvicorn's, such as host and port."""
+    """uvicorn config of the application; ``options`` are uvicorn's, such as host and port."""
     number = room_for_connections(config.connections)
     if number < config.connections:
         print(f"at most {number} connections: the limit of open files is low (ulimit -n)", file=sys.stderr)
@@ -42,26 +42,25 @@ def settings(app: FastAPI, config: ServerConfig, **options: Any) -> uvicorn.Conf
     protocol: Any = functools.partial(BoundedProtocol, shared=_Shared(bounds))
     return uvicorn.Config(
         app,
-        # h11 alone has a limit on headers.
+        # Only h11 limits the size of headers.
         http=protocol,
         ws="none",
         backlog=_BACKLOG,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=config.grace,  # pyright: ignore[reportArgumentType]  # a float does as well
+        timeout_graceful_shutdown=config.grace,  # pyright: ignore[reportArgumentType]  # a float works too
         **{"log_level": "error", **options},
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What connections may take.
+    """Limits on connections.
 
     Attributes:
-        connections: at a time; when there are so many, a new one takes the place of the one that has been idle longest.
-        head: seconds until the first request's head must be there; of a further one, after the time that a connection
-            is kept alive.
-        send: seconds in which a client must read what waits for it.
-        request: seconds from a request's head until its answer must have been read.
+        connections: maximum number; above it a new connection replaces the one that has been idle longest.
+        head: seconds for a request head to arrive; for further requests, in addition to the keep-alive time.
+        send: seconds for a client to read pending data.
+        request: seconds from a request's head until its answer was read.
     """
 
     connections: int
@@ -71,7 +70,7 @@ class Bounds:
 
 
 class _Shared:
-    """What the connections of a server have in common; ``idle``: since when each has no request, the longest first."""
+    """Shared state of a server's connections; ``idle``: start of each connection's idle time, longest idle first."""
 
     def __init__(self, bounds: Bounds):
         self.bounds = bounds
@@ -80,7 +79,7 @@ class _Shared:
 
 
 class _Connection(h11.Connection):
-    """Refuses bodies that come in a great many tiny pieces."""
+    """Refuses bodies in very many tiny chunks."""
 
     def __init__(self):
         super().__init__(h11.SERVER, _MAX_HEAD_BYTES)
@@ -99,7 +98,7 @@ class _Connection(h11.Connection):
 
 
 class BoundedProtocol(H11Protocol):
-    """One connection."""
+    """Protocol of one connection."""
 
     def __init__(self, *arguments: Any, shared: _Shared, **options: Any):
         super().__init__(*arguments, **options)
@@ -141,14 +140,14 @@ class BoundedProtocol(H11Protocol):
         self._refuse(400, f"this is no request of HTTP/1.1, or its head has more than {_MAX_HEAD_BYTES} bytes")
 
     def _note(self) -> None:
-        """Notes whether there is a request."""
+        """Updates the idle state."""
         busy = self.cycle is not None and not self.cycle.response_complete
         if busy and self._busy_since is None:
             self._busy_since = self.loop.time()
             self._shared.idle.pop(self, None)
 
     def _make_room(self) -> bool:
-        """Closes the connection that has been idle longest, unless that is not long."""
+        """Closes the connection that has been idle longest, if it was idle for ``_IDLE`` seconds."""
         longest, since = next(iter(self._shared.idle.items()))
         if self.loop.time() - since < _IDLE:
             return False
@@ -157,7 +156,7 @@ class BoundedProtocol(H11Protocol):
         return True
 
     def _refuse(self, status: int, why: str) -> None:
-        """Answers without the application and closes."""
+        """Sends an error response without the application and closes the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error_body(RequestError(why, status))).encode()
             headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
@@ -166,13 +165,13 @@ class BoundedProtocol(H11Protocol):
                 body = b""
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event))
-        if self.cycle is not None:  # the application may be about to answer, too late
+        if self.cycle is not None:  # keeps the application from answering too late
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
 
     def _look(self) -> None:
-        """Looks whether something takes too long, now and again."""
+        """Checks the timeouts, periodically."""
         self._timer = self.loop.call_later(self._shared.interval, self._look)
         idle_since = self._shared.idle.get(self)
         unread_since = idle_since if self.transport.get_write_buffer_size() else None
@@ -182,7 +181,7 @@ class BoundedProtocol(H11Protocol):
             or self._is_over(unread_since, self._bounds.send)
             or self._is_over(self._busy_since, self._bounds.request)
         ):
-            self.transport.abort()  # closing would wait for what nobody reads
+            self.transport.abort()  # close() would wait for the client to read
         elif self._is_over(idle_since, head):
             self.transport.close()
 
@@ -191,7 +190,7 @@ class BoundedProtocol(H11Protocol):
 
 
 def room_for_connections(wanted: int) -> int:
-    """How many connections the limit of open files leaves room for; raises that limit as far as it may."""
+    """Raises the limit of open files as far as allowed; returns the number of connections that it permits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     others = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else _OTHER_FILES
     others += _BACKLOG + _OTHER_FILES

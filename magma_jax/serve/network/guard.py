@@ -1,4 +1,4 @@
-"""What stands between the network and the routes: who may ask, and what is counted."""
+"""ASGI middleware between the network and the routes: access control and request counts."""
 
 import asyncio
 import base64
@@ -15,13 +15,13 @@ from magma_jax.serve.prometheus import ServerMetrics
 
 
 class Guard:
-    """Refuses other web pages, asks for the key, counts and adds headers, without standing in a stream's way.
+    """Checks origin and key, counts requests and adds headers, without buffering streams.
 
     Args:
-        app: what is behind it.
-        config: whose key, names and origins count.
-        metrics: what counts.
-        unlocked: routes that answer without the key.
+        app: the wrapped application.
+        config: config with key, host names and origins.
+        metrics: request counters.
+        unlocked: routes that need no key.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Guard:
         except RequestError as error:
             app = error_response(error)
             if error.status == 401:
-                # A browser then asks for the key, as a password.
+                # Makes a browser ask for the key as a password.
                 app.headers["WWW-Authenticate"] = 'Basic realm="magma_jax", charset="UTF-8"'
         try:
             await app(scope, receive, watched)
-        except asyncio.CancelledError:  # the server stops, and this took longer than it waits
+        except asyncio.CancelledError:  # the grace period of a shutdown is over
             if not started:
                 await error_response(RequestError("the server is shutting down", 503))(scope, receive, watched)
 
@@ -68,7 +68,7 @@ class Guard:
 
 
 def route_of(scope: Scope) -> str:
-    """The path of a request below the server's root path, whether or not a proxy has left that on."""
+    """Request path below the server's root path, whether or not the proxy strips that prefix."""
     path, root = scope["path"], scope.get("root_path", "")
     return path.removeprefix(root) if path.startswith(f"{root}/") else path
 

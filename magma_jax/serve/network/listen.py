@@ -1,14 +1,14 @@
-"""Sockets that a server listens on, taken before it loads its model: a port in use is found at once."""
+"""Listening sockets, bound before the model is loaded, so that a port in use is found at once."""
 
 import os
 import socket
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Listens on every address of ``host``; port 0 takes a free one.
+    """Listens on every address of ``host``; port 0 selects a free port.
 
     Raises:
-        OSError: no such host, or the port cannot be had.
+        OSError: no such host, or the port cannot be bound.
     """
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -19,7 +19,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
         for family, kind, protocol, _, address in dict.fromkeys(found):
             made = socket.socket(family, kind, protocol)
             sockets.append(made)
-            # A port is free again as soon as the server that had it has ended.
+            # Allows a restart on the same port without waiting.
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

@@ -1,8 +1,8 @@
-"""Keeps web pages of other sites from using a server that their visitor's browser can reach.
+"""Protects the server from web pages of other sites (CSRF and DNS rebinding).
 
-A page may send requests anywhere, and under a name of its own that suddenly leads to this machine (DNS rebinding) it
-may read the answers too; a browser adds the password that it remembers. So the name that a request calls the server by
-must be the server's, and a page that asks must come from the server itself.
+A page can send requests to any address that its visitor's browser reaches, with the browser's stored password; with DNS
+rebinding, where the page's own name resolves to this machine, it can also read the answers. So the Host header must be
+a name of the server, and a requesting page must have the server's origin.
 """
 
 import functools
@@ -19,16 +19,16 @@ _JSON = "application/json"
 
 
 def check_origin(method: str, path: str, headers: Mapping[str, str], config: ServerConfig) -> None:
-    """Lets through what does not come from another site's page.
+    """Rejects requests from pages of other sites.
 
     Args:
-        headers: names in lower case.
+        headers: headers by lower-case name.
 
     Raises:
-        RequestError: 403, with what to do if the page is one's own.
+        RequestError: 403, with the option that allows the page.
     """
     host = headers.get("host")
-    # A client of HTTP 1.0 names none; a browser always does.
+    # HTTP/1.0 clients may send no Host; browsers always do.
     if host is not None and not _is_own_name(_name(host), config):
         raise RequestError(
             f"this server is not called {host!r:.80}; if it should be, start it with --allow-host {_name(host)!r:.80}",
@@ -42,14 +42,14 @@ def check_origin(method: str, path: str, headers: Mapping[str, str], config: Ser
         return
     if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
         return
-    # Following a link to the page is no use of the server.
+    # Following a link to the page is allowed.
     opens = (method, path, headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest"))
     if opens != ("GET", "/", "navigate", "document"):
         raise RequestError("pages of other sites may not use this server", 403)
 
 
 def check_content_type(method: str, headers: Mapping[str, str]) -> None:
-    """Takes only what says that it is JSON, or says nothing: a page can send any other type without asking first.
+    """Accepts only JSON or no content type: pages can send other types without a CORS preflight.
 
     Raises:
         RequestError: 415.
@@ -64,7 +64,7 @@ def check_content_type(method: str, headers: Mapping[str, str]) -> None:
 
 
 def _is_own_name(name: str, config: ServerConfig) -> bool:
-    """Whether a server may be called so: by an address, which no other site can point here, or by a name of its own."""
+    """Whether a Host is allowed: an IP address, which cannot be rebound, or a name of the server."""
     if "*" in config.hosts or name in config.hosts:
         return True
     if name in ("localhost", own_name()) or name.endswith(".localhost"):
@@ -78,12 +78,12 @@ def _is_own_name(name: str, config: ServerConfig) -> bool:
 
 @functools.cache
 def own_name() -> str:
-    """What the machine calls itself."""
+    """Host name of the machine."""
     return socket.gethostname().lower()
 
 
 def _is_same(origin: str, host: str | None) -> bool:
-    """Whether a page at ``origin`` came from ``host``; its scheme may be that of a proxy in front."""
+    """Whether ``origin`` is at ``host``; the scheme is ignored, since a proxy may terminate TLS."""
     try:
         parts = urlsplit(origin)
         port = _PORTS[parts.scheme]
@@ -101,7 +101,7 @@ def _name_of(origin: str) -> str:
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without port and brackets, in lower case."""
+    """Lower-case host of a Host header, without port and brackets."""
     try:
         return (urlsplit(f"//{host}").hostname or "").rstrip(".")
     except ValueError:

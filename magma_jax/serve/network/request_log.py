@@ -1,4 +1,4 @@
-"""A line for every request: when, who, what, how it ended and how long it took. Never what was asked or said."""
+"""Request log: one line per request with time, client, route, status and duration; never prompts or answers."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class RequestLog:
-    """Writes a line when a request has ended."""
+    """Middleware that writes one line at the end of each request."""
 
     def __init__(self, app: ASGIApp, write: Callable[[str], None] = lambda line: print(line, file=sys.stderr)):
         self._app, self._write = app, write
@@ -30,7 +30,7 @@ class RequestLog:
             await self._app(scope, receive, watched)
         finally:
             client = scope["client"][0] if scope.get("client") else "-"
-            # A path is anybody's: no control character of it reaches a terminal.
+            # Paths are untrusted: control characters must not reach a terminal.
             path = scope["path"][:200].encode("unicode_escape").decode("ascii")
             seconds, moment = time.perf_counter() - started, time.strftime("%Y-%m-%d %H:%M:%S")
             broken = "" if ended else " broken off"

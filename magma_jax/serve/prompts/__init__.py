@@ -1,1 +1,1 @@
-"""From messages to a prompt: wordings, templates, and images from wherever they lie."""
+"""Prompts from messages: templates, prompt wording, and images from data URIs, files and URLs."""

@@ -1,10 +1,10 @@
-"""Which addresses belong to the public internet.
+"""Checks whether an address belongs to the public internet.
 
-The standard library's ``is_global`` differs between releases of Python, so the table is here. It has every block of the
-IANA IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890, RFC 8190; as of 2025), also those that are globally
-reachable, such as AS112's: nobody keeps images there. Of IPv6 only global unicast addresses (2000::/3) have been
-given out; what lies elsewhere is refused, and with it mapped, compatible and translated IPv4 addresses. 6to4, Teredo
-and ISATAP hide such addresses within 2000::/3.
+The table is here because the standard library's ``is_global`` differs between Python releases. It contains every block
+of the IANA IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890, RFC 8190; as of 2025), including globally
+reachable ones such as AS112's, which host no images. IPv6 addresses outside global unicast (2000::/3), the only
+allocated range, are refused, and with them mapped, compatible and translated IPv4 addresses. 6to4, Teredo and ISATAP
+embed IPv4 addresses within 2000::/3.
 """
 
 import ipaddress
@@ -30,7 +30,7 @@ _IPV4 = (
     "240.0.0.0/4",  # reserved, limited broadcast
 )
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-# Within that: the rest of the registry lies elsewhere.
+# Blocks within 2000::/3; the rest of the registry is outside it.
 _IPV6 = (
     "2001::/23",  # IETF protocol assignments: Teredo, benchmarking, AMT, ORCHID and others
     "2001:db8::/32",  # documentation
@@ -41,15 +41,15 @@ _IPV6 = (
 _IPV4_BLOCKS = tuple(map(ipaddress.IPv4Network, _IPV4))
 _IPV6_BLOCKS = tuple(map(ipaddress.IPv6Network, _IPV6))
 
-# Bits 64 to 95 of an address that ends in an IPv4 address, by RFC 5214; the second where that is globally unique.
+# Bits 64 to 95 of an address with an embedded IPv4 address (RFC 5214); the second for globally unique ones.
 _ISATAP = (0x00005EFE, 0x02005EFE)
 
 
 def is_public(address: str) -> bool:
-    """Whether an address belongs to the public internet and hides no other one inside.
+    """Whether an address belongs to the public internet and embeds no other address.
 
     Raises:
-        ValueError: no address.
+        ValueError: not an address.
     """
     ip = ipaddress.ip_address(address.split("%")[0])
     if ip.version == 4:

@@ -1,7 +1,7 @@
-"""Fetches an image by URL without being made to reach what the server can reach and its callers must not.
+"""Downloads images by URL, with protection against server-side request forgery (SSRF).
 
-Every hop is checked: scheme, domain, and the address that is then connected to, so that neither a redirect nor a name
-that resolves differently the second time leads inside. Time and size are bounded while the body comes in.
+Every hop is checked: scheme, domain, and the very address of the connection, so that neither a redirect nor a name that
+resolves differently the second time leads into the internal network. Time and size are limited during the download.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from magma_jax.serve.prompts.addresses import is_public
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CHUNK = 64 * 1024
 
-# Lookups that may hang at a time: nothing can stop one, so each keeps a thread.
+# Maximum number of concurrent lookups; a hanging one cannot be stopped and occupies a thread.
 _LOOKUPS = threading.BoundedSemaphore(32)
 
 Resolver = Callable[[str, int], Sequence[str]]
@@ -28,25 +28,25 @@ Connector = Callable[..., socket.socket]
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a host name."""
+    """Resolves a host name to all of its addresses."""
     return [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 class FetchError(ValueError):
-    """An image that was not fetched: one line that says why."""
+    """Failed download, with a one-line reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FetchRules:
-    """What may be fetched.
+    """Rules for downloads.
 
     Attributes:
-        domains: hosts, each with its subdomains, in any case; nothing else is ever contacted.
-        max_bytes: of the body.
-        timeout: seconds for everything, lookups and redirects included.
-        redirects: at most.
-        resolver: gives the addresses of a name, for tests.
-        connector: as ``socket.create_connection``, for tests.
+        domains: allowed hosts with their subdomains, case-insensitive; no other host is contacted.
+        max_bytes: limit on the body.
+        timeout: seconds in total, lookups and redirects included.
+        redirects: maximum number of redirects.
+        resolver: replacement of ``resolve``, for tests.
+        connector: replacement of ``socket.create_connection``, for tests.
     """
 
     domains: tuple[str, ...] = ()
@@ -64,10 +64,10 @@ class FetchRules:
 
 
 def fetch(url: str, rules: FetchRules) -> bytes:
-    """The body behind a URL.
+    """Downloads a URL.
 
     Raises:
-        FetchError: not allowed, not there, too large, too slow, or a redirect too many.
+        FetchError: not allowed, missing, too large, too slow, or too many redirects.
     """
     deadline = time.monotonic() + rules.timeout
     for _ in range(rules.redirects + 1):
@@ -87,7 +87,7 @@ def fetch(url: str, rules: FetchRules) -> bytes:
 
 
 def _checked(url: str, rules: FetchRules, deadline: float) -> tuple[str, int, str]:
-    """Host, port and the address to connect to."""
+    """Checks a URL and returns host, port and the address to connect to."""
     if not (url.isascii() and url.isprintable()):
         raise FetchError("a URL has ASCII characters alone, and no control characters; write others as %XX")
     try:
@@ -117,10 +117,10 @@ def _checked(url: str, rules: FetchRules, deadline: float) -> tuple[str, int, st
 
 
 def _look_up(resolver: Resolver, host: str, port: int, seconds: float) -> list[str]:
-    """What the resolver gives within some seconds. A lookup that hangs goes on in its thread, and nobody waits for it.
+    """Resolves a host name within ``seconds``; a hanging lookup is left in its thread.
 
     Raises:
-        queue.Empty: it took longer. OSError, UnicodeError: no such name, or too many lookups hang.
+        queue.Empty: timeout. OSError, UnicodeError: no such name, or too many lookups hang.
     """
     if not _LOOKUPS.acquire(blocking=False):
         raise OSError("too many lookups are under way")
@@ -144,7 +144,7 @@ def _look_up(resolver: Resolver, host: str, port: int, seconds: float) -> list[s
 def _connect(
     url: str, host: str, port: int, address: str, rules: FetchRules, deadline: float
 ) -> http.client.HTTPConnection:
-    """A connection to the address that was checked, in the name of the host."""
+    """Connects to the checked address, with the host's name for HTTP and TLS."""
     try:
         raw = rules.connector((address, port), timeout=_left(deadline, url))
         if urlsplit(url).scheme == "https":
@@ -161,7 +161,7 @@ def _connect(
 def _with_tls(raw: socket.socket, host: str, seconds: float) -> ssl.SSLSocket:
     context = ssl.create_default_context()
     wrapped = context.wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False)
-    # Timeouts of a socket are for single waits, and a handshake has many.
+    # A socket's timeout applies to each wait, and a handshake has many.
     alarm = threading.Timer(seconds, _hang_up, [wrapped])
     alarm.start()
     try:
@@ -179,7 +179,7 @@ def _get(
 ) -> tuple[http.client.HTTPResponse, bytes]:
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    # A host may send a byte a second for ever.
+    # Bounds the total time, since a host may send a byte a second forever.
     alarm = threading.Timer(_left(deadline, url), _hang_up, [connection.sock])
     alarm.start()
     stack = contextlib.ExitStack()
@@ -204,7 +204,7 @@ def _get(
             body += chunk
             if len(body) > rules.max_bytes:
                 raise _too_large(url, rules)
-        _left(deadline, url)  # a connection that was hung up looks like one that has ended
+        _left(deadline, url)  # a connection closed by the timer looks like a normal end
         if declared.isdigit() and len(body) < int(declared):
             raise FetchError(f"{_short(url)}: the host broke off")
         return response, bytes(body)

@@ -1,6 +1,6 @@
-"""Images of a request: data URIs, files below one folder, and URLs where these are allowed.
+"""Images of a request: data URIs, files below one folder, and URLs if these are allowed.
 
-They are strangers' images: other processes decode them, see ``data.decoders``.
+They are untrusted, so separate processes decode them, see ``data.decoders``.
 """
 
 import base64
@@ -22,15 +22,15 @@ from magma_jax.typing import UInt8
 
 @dataclasses.dataclass(frozen=True)
 class ImageRules:
-    """What images a server takes.
+    """Rules for the images of requests.
 
     Attributes:
-        max_images: in one request, counted before any is looked at.
-        max_bytes: of one encoded image.
-        max_pixels: width times height, checked before decoding.
-        seconds: of processor time that decoding one image may take.
-        folder: files below it may be named by ``file:`` URLs; None for none.
-        fetch: rules for http and https URLs; None for no such URLs.
+        max_images: maximum number per request, counted before any is opened.
+        max_bytes: limit on an encoded image.
+        max_pixels: limit on width times height, checked before decoding.
+        seconds: CPU time limit for decoding an image.
+        folder: folder whose files may be named by ``file:`` URLs; None to disable them.
+        fetch: rules for http and https URLs; None to disable them.
     """
 
     max_images: int = 16
@@ -42,37 +42,37 @@ class ImageRules:
 
 
 class RequestImage(ImageInput):
-    """A picture of a request, opened when the prompt is encoded: one after another, whatever a request has.
+    """Image of a request, opened when the prompt is encoded, so that a request's images are opened one at a time.
 
     Args:
-        url: where it is.
-        rules: what is taken.
-        decoders: of the server.
-        deadline: of the request, in ``time.monotonic()``.
+        url: URL of the image.
+        rules: rules for images.
+        decoders: decoders of the server.
+        deadline: deadline of the request, in ``time.monotonic()``.
     """
 
     def __init__(self, url: str, rules: ImageRules, decoders: Decoders, deadline: float):
         self.source, self._rules, self._decoders, self._deadline = url, rules, decoders, deadline
 
     def pixels(self, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-        """The square that an encoder sees, with the errors of ``read_image`` and ``Decoders.square``."""
+        """Square of pixels for the encoder; errors as of ``read_image`` and ``Decoders.square``."""
         return self._decoders.square(read_image(self.source, self._rules), size, self._deadline)
 
     def load(self, **options: Any) -> Image.Image:
-        """The whole image; ``options`` are the server's to choose."""
+        """The whole image; ``options`` are ignored."""
         return self._decoders.image(read_image(self.source, self._rules), self._deadline)
 
 
 def decoders_of(rules: ImageRules, processes: int, waiting: int) -> Decoders:
-    """The processes that decode images by these rules."""
+    """Decoders with the limits of these rules."""
     return Decoders(processes, seconds=rules.seconds, max_pixels=rules.max_pixels, waiting=waiting)
 
 
 def read_image(url: str, rules: ImageRules) -> bytes:
-    """The encoded image behind a URL of a request.
+    """Reads the encoded image at a URL of a request.
 
     Raises:
-        ImageError, FetchError: not allowed, not there, or too large; one line.
+        ImageError, FetchError: not allowed, missing, or too large; one line.
     """
     scheme = urlsplit(url[:64]).scheme.lower() if ":" in url[:64] else ""
     if scheme == "data":
@@ -97,7 +97,7 @@ def _data(url: str, rules: ImageRules) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise ImageError("data: URI without ;base64, in front of its content; encode the image in base64")
-    # Four characters hold three bytes: too long a text need not be decoded to be too long.
+    # Four base64 characters encode three bytes, so the size is known before decoding.
     if len(body) * 3 // 4 > rules.max_bytes + 2:
         raise ImageError(f"the image has more than {rules.max_bytes} bytes; send a smaller one")
     try:
@@ -116,8 +116,8 @@ def _file(url: str, rules: ImageRules) -> bytes:
             raise FileNotFoundError
         with path.open("rb") as file:
             content = file.read(rules.max_bytes + 1)
-    except (OSError, ValueError, RuntimeError):  # names too long, null bytes, not readable, a loop of links
-        # The same words whether it does not exist or lies elsewhere: what exists outside is nobody's business.
+    except (OSError, ValueError, RuntimeError):  # names too long, null bytes, not readable, a link loop
+        # The same message for missing and for outside files, so that it does not reveal which files exist.
         raise ImageError(f"{url[:80]!r}: no such image in the server's folder") from None
     if len(content) > rules.max_bytes:
         raise ImageError(f"the image has more than {rules.max_bytes} bytes; send a smaller one")

@@ -1,12 +1,12 @@
-"""Templates: from the messages of a chat to the wording that a model knows.
+"""Chat templates: convert messages to the prompt format of a model.
 
-A model that continues text and knows no roles answers ``Q: Is it a cat? A:`` and not ``Is it a cat?``, let alone what
-evaluation harnesses write. A template is ``raw`` (contents follow each other as they are), one of the Jinja files in
-the folder ``templates`` beside this file, or a Jinja file of the user.
+A completion model without roles answers ``Q: Is it a cat? A:`` but not ``Is it a cat?`` or the prompts of evaluation
+harnesses. A template is ``raw`` (contents concatenated unchanged), one of the Jinja files in the folder ``templates``
+beside this file, or a Jinja file of the user.
 
-A Jinja template sees ``messages``: each has ``role``, ``text`` (its texts, a line each), ``images``, and ``content``, a
-list of ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": ...}``. What it writes for an image stands
-where the image shall be. It runs in Jinja's sandbox.
+A Jinja template gets ``messages``, each with ``role``, ``text`` (its texts, one per line), ``images``, and ``content``,
+a list of ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": ...}``. Printing an image places it in the
+prompt. Templates run in Jinja's sandbox.
 """
 
 import dataclasses
@@ -29,29 +29,29 @@ from magma_jax.serve.requests.schema import ImagePart, ImageURL, Items, Message,
 from magma_jax.storage.model_folder import MODEL_FILE, read_model_json
 
 RAW = "raw"
-# In a model folder: its default.
+# Default template in a model folder.
 TEMPLATE_FILE = "template.jinja"
-# Of the quick start's drawings, whose questions and captions it knows.
+# Kind of the quick start's data, and its default template.
 OPENMOJI, OPENMOJI_TEMPLATE = "openmoji", "qa"
 MAX_TEMPLATE_BYTES = 64 * 2**10
-# Of what a template writes; far more than a prompt can hold.
+# Limit on a template's output in characters; far more than a prompt can hold.
 MAX_WRITTEN = 4 * 2**20
 
 
 class TemplateError(ValueError):
-    """A template that cannot be read or run; one line."""
+    """Template that cannot be read or run; one line."""
 
 
 class Template(Protocol):
-    """From messages to texts and images in the order of the prompt."""
+    """Function from messages to texts and images in prompt order."""
 
     def __call__(self, messages: Sequence[Message]) -> Items: ...
 
 
 def raw(messages: Sequence[Message]) -> Items:
-    """Contents as they are, one after another.
+    """Concatenates the contents unchanged.
 
-    An answer is set off by a space before and a line break behind, as between question and answer of a few-shot prompt.
+    An assistant's answer gets a space before and a line break after it, as in a few-shot prompt.
     """
     items: Items = []
     for i, message in enumerate(messages):
@@ -64,7 +64,7 @@ def raw(messages: Sequence[Message]) -> Items:
 
 
 class JinjaTemplate:
-    """A template in Jinja.
+    """Jinja template.
 
     Raises:
         TemplateError: not Jinja, or it fails on an image with a question.
@@ -83,7 +83,7 @@ class JinjaTemplate:
             raise TemplateError(f"{name}: {error}") from None
 
     def __call__(self, messages: Sequence[Message]) -> Items:
-        # Nobody else can write it, so no text of a client stands for an image.
+        # Secret, so that no client's text can imitate an image.
         mark = f"\ufffc{secrets.token_hex(8)}:"
         images: list[ImageURL] = []
         seen = [_shown(message, mark, images) for message in messages]
@@ -96,9 +96,9 @@ class JinjaTemplate:
                     raise RequestError(f"the template writes more than {MAX_WRITTEN} characters")
         except RequestError:
             raise
-        except Exception as error:  # a template can do anything that Python can do wrong
+        except Exception as error:  # a template may raise anything
             raise RequestError(f"the server's template cannot take these messages ({error!s:.200})") from None
-        # Texts and numbers of images in turns.
+        # Texts and image numbers alternate.
         parts = re.split(f"{mark}(\\d+)\ufffc", "".join(written))
         missing = set(range(len(images))) - {int(number) for number in parts[1::2]}
         if missing:
@@ -109,26 +109,26 @@ class JinjaTemplate:
 
 @dataclasses.dataclass(frozen=True)
 class Templates:
-    """The templates of a server: those that come with it, and its own.
+    """Templates of a server: built-in and additional ones.
 
     Attributes:
-        default: name of the one for requests that name none.
-        own: further ones by name.
+        default: name of the default template.
+        own: additional templates by name.
     """
 
     default: str = RAW
     own: Mapping[str, Template] = dataclasses.field(default_factory=dict)
 
     def items(self, wanted: MessagesRequest) -> Items:
-        """Texts and images of a request in the order of the prompt.
+        """Texts and images of a request in prompt order.
 
         Raises:
-            RequestError: no such template, or it cannot take the messages.
+            RequestError: no such template, or it fails on the messages.
         """
         return self._named(wanted.template or self.default)(wanted.messages)
 
     def is_raw(self, wanted: MessagesRequest) -> bool:
-        """Whether the answer continues what the client wrote."""
+        """Whether a request uses the template ``raw``."""
         return (wanted.template or self.default) == RAW
 
     def _named(self, name: str) -> Template:
@@ -143,13 +143,13 @@ class Templates:
 
 
 def templates_for(checkpoint: str | Path, wanted: str | None = None) -> Templates:
-    """The templates of a server of ``checkpoint``; ``wanted`` is a name or a file.
+    """Templates for serving ``checkpoint``; ``wanted`` is a name or a file.
 
-    Without it the default is the checkpoint's ``template.jinja``, ``qa`` for a run on the quick start's drawings, and
-    ``raw`` for all else.
+    The default is the checkpoint's ``template.jinja``, else ``qa`` for a run on the quick start's drawings, else
+    ``raw``.
 
     Raises:
-        TemplateError: no such template, or one that cannot be used.
+        TemplateError: no such template, or an unusable one.
     """
     if wanted in (RAW, *shipped()):
         return Templates(wanted)
@@ -161,7 +161,7 @@ def templates_for(checkpoint: str | Path, wanted: str | None = None) -> Template
     if (Path(checkpoint) / MODEL_FILE).is_file():
         run = read_model_json(checkpoint).get("run")
         data = run.get("data") if isinstance(run, dict) else None
-        # Runs of release 0.1 call it name.
+        # Release 0.1 stored it as name.
         if isinstance(data, dict) and OPENMOJI in (data.get("kind"), data.get("name")):
             return Templates(OPENMOJI_TEMPLATE)
     return Templates()
@@ -169,14 +169,14 @@ def templates_for(checkpoint: str | Path, wanted: str | None = None) -> Template
 
 @functools.cache
 def shipped() -> tuple[str, ...]:
-    """Names of the templates that come with the server, besides ``raw``."""
+    """Names of the built-in templates, without ``raw``."""
     files = (resources.files("magma_jax.serve.prompts") / "templates").iterdir()
     return tuple(sorted(file.name.removesuffix(".jinja") for file in files if file.name.endswith(".jinja")))
 
 
 @functools.cache
 def shipped_template(name: str) -> Template:
-    """One of them."""
+    """Loads a built-in template."""
     file = resources.files("magma_jax.serve.prompts") / "templates" / f"{name}.jinja"
     return JinjaTemplate(file.read_text(encoding="utf-8"), name)
 
@@ -194,12 +194,12 @@ def _read_template(file: Path) -> Template:
         raise TemplateError(f"{file}: not UTF-8 (byte {error.start})") from None
 
 
-# What templates written for transformers look for besides messages.
+# Other variables used by templates written for transformers.
 _ALSO_GIVEN = {"add_generation_prompt": True, "tools": None, "documents": None, "bos_token": "", "eos_token": ""}
 
 
 def _shown(message: Message, mark: str, images: list[ImageURL]) -> dict[str, Any]:
-    """A message as a template sees it; its images are added to ``images``."""
+    """Template variables of a message; its images are added to ``images``."""
     content, marks = [], []
     for item in contents(message.parts):
         if isinstance(item, ImageURL):
@@ -214,8 +214,8 @@ def _shown(message: Message, mark: str, images: list[ImageURL]) -> dict[str, Any
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    # As transformers runs the templates of models: no attribute of Python's own, no changing of what is passed in,
-    # bounded ranges, and nothing global but what is listed.
+    # Same restrictions as in transformers: no Python internals, immutable arguments, bounded ranges, and only the
+    # listed globals.
     made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], undefined=jinja2.StrictUndefined
     )
@@ -228,7 +228,7 @@ def _environment() -> jinja2.Environment:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's own takes names such as ``__class__``."""
+    """Namespace without dunder names such as ``__class__``, which Jinja's own accepts."""
 
     def __init__(*arguments: Any, **attributes: Any):
         for name in dict(*arguments[1:], **attributes):

@@ -1,16 +1,16 @@
-"""What a chat client asks for, told from its words: a caption or an answer, and the question without its wrapping.
+"""Classifies a chat message as a caption request or a question, and extracts the bare question.
 
-Chat clients and evaluation harnesses write to models that follow instructions ("Answer the question using a single
-word or phrase."). A model that only knows ``Q: ... A:`` is helped by the bare question.
+Chat clients and evaluation harnesses write for instruction-following models ("Answer the question using a single word
+or phrase."). A model that only knows ``Q: ... A:`` needs the bare question.
 """
 
 import re
 
-# Texts may be long and are anybody's: every pattern here takes time that grows no faster than the text.
+# Texts are untrusted and may be long, so every pattern here runs in linear time.
 _LABEL = re.compile(r"(?:question|q)\s*:", re.IGNORECASE)
 _ANSWER_LABEL = re.compile(r"\b(?:the (?:best )?answer is|answer|a) ?:$", re.IGNORECASE)
 _AFTER_A_SENTENCE = re.compile(r"(?<=[.!?])\s+")
-# How a sentence begins that tells how to answer.
+# Start of a sentence with instructions for the answer.
 _ABOUT_THE_ANSWER = re.compile(
     r"""\W*(?:(?:please|kindly|just|only|simply|directly|briefly|now|first|try\s+to|based\s+on\s+the\s+image,?)\s+)*
     (?:answer|respond|reply|select|choose|pick|give|provide|output|return|write|use|keep|limit|think|explain
@@ -22,16 +22,16 @@ _CAN_YOU = re.compile(r"(?:can|could|would|will)\s+you\s+(?:please\s+)?(?:descri
 
 
 def is_worded(text: str) -> bool:
-    """Whether a text is in the model's own wording: it begins "A picture of", or with "Q:" and ends with "A:"."""
+    """Whether a text already has the model's format: begins "A picture of", or begins with "Q:" and ends with "A:"."""
     text = text.strip()
     return text.startswith("A picture of") or (text.startswith("Q:") and text.endswith(" A:"))
 
 
 def asks_for_caption(text: str) -> bool:
-    """Whether a caption is wanted.
+    """Whether a text asks for a caption.
 
-    So it is where there is no text at all; where the words "describe", "description" or "caption" occur and there is no
-    question mark; and where the text begins "Can you describe" or the like.
+    True for an empty text; for a text with "describe", "description" or "caption" and no question mark; and for a text
+    that begins "Can you describe" or similar.
     """
     text = text.strip()
     if not text or _CAN_YOU.match(text):
@@ -40,10 +40,10 @@ def asks_for_caption(text: str) -> bool:
 
 
 def bare_question(text: str) -> str:
-    """The question on one line.
+    """Extracts the question, on one line.
 
-    Left out are the labels "Question:" in front and "Answer:" at the end, and sentences without a question mark that
-    tell how to answer ("Answer with yes or no.", "Please respond briefly."), unless nothing else is there.
+    Removes the labels "Question:" at the start and "Answer:" at the end, and sentences without a question mark that
+    give instructions for the answer ("Answer with yes or no.", "Please respond briefly."), unless nothing else is left.
     """
     text = text.strip()
     if label := _LABEL.match(text):

@@ -1,1 +1,1 @@
-"""What a client may ask: the fields of requests, and how they are read."""
+"""Request schemas and their validation."""

@@ -1,6 +1,6 @@
-"""The OpenAI shapes: what a request may hold, and what it asks of the engine."""
+"""OpenAI request schemas, and their conversion to engine options."""
 
-# Types of fields are made by a call, which pydantic reads and a checker of types cannot.
+# Field types are created by calls, which pydantic supports and type checkers do not.
 # pyright: reportInvalidTypeForm=false
 
 import secrets
@@ -17,25 +17,25 @@ from magma_jax.serve.requests.structured import StructuredFields
 from magma_jax.serve.requests.unserved import Name, Strict, UnservedOfAnswers, UnservedOfChat, unserved
 
 MAX_STOPS = 8
-# Characters of a stop text: every burst of tokens is searched for all of it.
+# Limit on a stop text in characters; every burst of tokens is searched for it.
 MAX_STOP_LENGTH = 256
-# Answers to one request.
+# Maximum number of answers to one request.
 MAX_CHOICES = 8
-# Far above what a prompt can hold; so much is looked through before the images among it are counted.
+# Far above what a prompt can hold; bounds the work before images are counted.
 MAX_MESSAGES = 2_000
 MAX_PARTS = 20_000
 MAX_TOKENS = 100_000
-# Fields of one object: each that nobody knows makes an error of its own.
+# Maximum number of fields of an object; every unknown field produces an error.
 MAX_FIELDS = 1_000
-# Of what an error quotes.
+# Maximum length of quotes in error messages.
 MAX_QUOTED = 200
-# Every list and string has a bound, and a list ends at its first error: each error is a kilobyte of objects. The texts
-# of a prompt and the URLs of its images have that of the body; what the model takes is far less.
+# Every list and string has a limit, and validation of a list stops at its first error, since each error takes a
+# kilobyte of objects. Prompt texts and image URLs are limited by the body size; the model takes far less.
 
-# What an answer that names no limit gets at most: in a chat, and to a text as the standard says.
+# Default maximum of tokens: for chat, and OpenAI's for text completions.
 CHAT_TOKENS, TEXT_TOKENS = 64, 16
 
-# Fields that are unions, and the names of their members, which pydantic puts into the place of an error.
+# Union fields and the tags of their members, which pydantic adds to error locations.
 _UNIONS = frozenset({"content", "prompt", "response_format", "stop", "answer"})
 _TAGS = frozenset({"text", "texts", "tokens", "token lists", "parts", "image_url", "json_object", "json_schema"})
 
@@ -47,12 +47,12 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
-    # Prompts are cached by themselves: a hint where to do so asks for nothing.
+    # Accepted without effect, since prompts are always cached.
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
 class ImageURL(Strict):
-    """Where an image is; ``detail`` is taken and ignored: there is one resolution."""
+    """URL of an image; ``detail`` is accepted and ignored, since there is one resolution."""
 
     url: str
     detail: Literal["auto", "low", "high", "original"] | None = None
@@ -66,7 +66,7 @@ class ImagePart(Strict):
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-# Texts and images in the order of a prompt.
+# Texts and images in prompt order.
 Items = list[str | ImageURL]
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
@@ -79,9 +79,9 @@ def _speaker(role: Any) -> Any:
 
 
 class Message(Strict):
-    """One turn; contents may mix images and text in any order.
+    """One message; contents may mix images and text in any order.
 
-    Whole answers of the SDKs are taken back: their further fields are empty, or say the content once more (``parsed``).
+    Complete SDK answers are accepted as history: their other fields are empty or repeat the content (``parsed``).
     """
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_speaker)]
@@ -112,14 +112,14 @@ class Message(Strict):
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
-        """Texts and images in their order; an assistant's message without content is an empty answer."""
+        """Texts and images in order; an assistant message without content is an empty answer."""
         if isinstance(self.content, list):
             return self.content
         return [TextPart(type="text", text=self.content or "")]
 
 
 class StreamOptions(Strict, frozen=True):
-    """Whether chunks of a stream count tokens: the last, or every one of them (as vLLM names it)."""
+    """Token usage in stream events: in the last one, or in all (vLLM's ``continuous_usage_stats``)."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -127,14 +127,14 @@ class StreamOptions(Strict, frozen=True):
 
 
 class PromptRequest(Strict):
-    """What every request with a prompt has."""
+    """Common fields of requests with a prompt."""
 
     model: Name | None = None
     cache_salt: Name | None = None
 
 
 class MessagesRequest(PromptRequest):
-    """A prompt of messages; ``template`` names the wording that they are put into, see ``serve.prompts.templates``."""
+    """Prompt of messages; ``template`` names their chat template, see ``serve.prompts.templates``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     template: Name | None = None
@@ -151,10 +151,10 @@ Stops = Annotated[
 
 
 class SamplingRequest(UnservedOfAnswers, StructuredFields):
-    """How an answer is sampled and sent, to a message or to a text.
+    """Sampling and output fields of chat and text completions.
 
-    ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos`` and ``return_token_ids`` are additions
-    to the standard, named as by vLLM.
+    ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos`` and ``return_token_ids`` are extensions
+    with vLLM's names.
     """
 
     max_tokens: Number | None = None
@@ -176,25 +176,25 @@ class SamplingRequest(UnservedOfAnswers, StructuredFields):
     @classmethod
     def _whole_numbers_are_numbers(cls, value: Any) -> Any:
         whole = isinstance(value, int) and not isinstance(value, bool)
-        return float(value) if whole and abs(value) < 2**63 else value  # larger ones may be no float
+        return float(value) if whole and abs(value) < 2**63 else value  # larger ones may overflow a float
 
     @property
     def default_tokens(self) -> int:
-        """What an answer gets at most where the request names no limit."""
+        """Default maximum of tokens."""
         raise NotImplementedError
 
     @property
     def alternatives(self) -> int:
-        """Likeliest tokens to report beside each token."""
+        """Number of most likely tokens to report for each token."""
         raise NotImplementedError
 
     def options(self, left: int, *, cut: bool, grammar: Grammar | None = None) -> list[RequestOptions]:
-        """One set of options for each of the ``n`` choices, of seeds ``seed``, ``seed + 1``, ...; random if none.
+        """Engine options of each of the ``n`` choices, with seeds ``seed``, ``seed + 1``, ..., or random seeds.
 
         Args:
-            left: positions of the context that the prompt leaves.
-            cut: draw so many at most, whatever is asked for.
-            grammar: what the answers must look like.
+            left: positions left in the context after the prompt.
+            cut: reduce ``max_tokens`` to ``left``.
+            grammar: constraint on the answers.
         """
         wanted, least = self.limit or max(1, self.min_tokens, min(self.default_tokens, left)), self.min_tokens
         if least > wanted:
@@ -202,7 +202,7 @@ class SamplingRequest(UnservedOfAnswers, StructuredFields):
         if cut:
             wanted = min(wanted, max(left, 1))
         least = wanted if self.ignore_eos else min(least, wanted)
-        top_k = max(self.top_k, 0)  # vLLM writes -1 for all
+        top_k = max(self.top_k, 0)  # -1 is vLLM's value for all
         sampling = SamplingConfig(self.temperature, top_k, self.top_p, self.min_p, self.repetition_penalty)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         seed = secrets.randbits(SEED_BITS) if self.seed is None else self.seed
@@ -213,7 +213,7 @@ class SamplingRequest(UnservedOfAnswers, StructuredFields):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens that the request asks for."""
+        """The request's maximum of tokens; None if not set."""
         return self.max_tokens
 
 
@@ -257,8 +257,8 @@ Several = Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)
 class TextRequest(PromptRequest, SamplingRequest):
     """Body of ``POST /v1/completions``.
 
-    The prompt is a text, several of them, the same as token ids, or, as an addition, parts as in a message's content.
-    ``logprobs`` is a number here: of alternatives to each token.
+    The prompt is one or several texts, or token ids, or, as an extension, parts as in a message's content. ``logprobs``
+    is the number of alternatives to each token.
     """
 
     prompt: Annotated[
@@ -283,8 +283,8 @@ class TextRequest(PromptRequest, SamplingRequest):
 
     @property
     def prompts(self) -> list[Items | list[int]]:
-        """Each prompt: texts and images in their order, or token ids."""
-        prompt: Any = self.prompt  # of the kind that its tag says
+        """The prompts, each as texts and images in order or as token ids."""
+        prompt: Any = self.prompt  # its type depends on the tag
         match _kind_of_prompt(prompt):
             case "text":
                 return [[prompt]]
@@ -306,15 +306,15 @@ class TextRequest(PromptRequest, SamplingRequest):
 
 
 def contents(parts: list[TextPart | ImagePart]) -> Items:
-    """What stands in the parts of a message."""
+    """Texts and image URLs of a message's parts."""
     return [part.text if isinstance(part, TextPart) else part.image_url for part in parts]
 
 
 def parse(content: Any, kind: type[Asked]) -> Asked:
-    """Checks a decoded body.
+    """Validates a parsed body.
 
     Raises:
-        RequestError: with the first thing that is wrong.
+        RequestError: names the first error.
     """
     _check_fields(content)
     try:
@@ -326,7 +326,7 @@ def parse(content: Any, kind: type[Asked]) -> Asked:
 
 
 def _where(places: Sequence[str | int]) -> str:
-    """Path to a value: without the names that unions give their members, which stand behind a number or a union."""
+    """Path of a value, without the union tags, which follow a list index or a union field."""
     named, before = [], None
     for place in places:
         if not (place in _TAGS and (isinstance(before, int) or before in _UNIONS)):
@@ -357,5 +357,5 @@ def _check_fields(content: Any) -> None:
 
 
 def finite(constant: str) -> Any:
-    """For ``json.loads(parse_constant=...)``: NaN and Infinity are no JSON."""
+    """For ``json.loads(parse_constant=...)``: rejects NaN and Infinity, which are not JSON."""
     raise ValueError(f"{constant} is not a number of JSON")

@@ -1,6 +1,6 @@
-"""Requests for answers of a given form: OpenAI's ``response_format``, and what vLLM has beside it."""
+"""Request fields for structured outputs: OpenAI's ``response_format`` and vLLM's fields."""
 
-# Types of fields are made by a call, which pydantic reads and a checker of types cannot.
+# Field types are created by calls, which pydantic supports and type checkers do not.
 # pyright: reportInvalidTypeForm=false
 
 from typing import Annotated, Any, Literal
@@ -13,24 +13,24 @@ from magma_jax.inference.structured.grammars import Grammar
 from magma_jax.serve.errors import RequestError
 from magma_jax.serve.requests.unserved import Name, Strict, unserved
 
-# Far above what the length of a constraint allows; so many are looked at before that is measured.
+# Far above what the length of a constraint allows; bounds the work before the length is checked.
 MAX_TEXTS = 20_000
 
 
 class TextFormat(Strict):
-    """Answers of any form."""
+    """Unconstrained text."""
 
     type: Literal["text"]
 
 
 class ObjectFormat(Strict):
-    """Some JSON object."""
+    """Any JSON object."""
 
     type: Literal["json_object"]
 
 
 class NamedSchema(Strict):
-    """A schema as OpenAI's clients send it; every one is kept to, ``strict`` or not."""
+    """Schema in OpenAI's format; enforced whether ``strict`` or not."""
 
     name: Name | None = None
     description: str | None = None
@@ -39,7 +39,7 @@ class NamedSchema(Strict):
 
 
 class SchemaFormat(Strict):
-    """A JSON text of a schema."""
+    """JSON that matches a schema."""
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
@@ -51,7 +51,7 @@ _Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS, fail_fas
 
 
 class StructuredOutputs(Strict):
-    """vLLM's newer way to say it; exactly one of the first four."""
+    """vLLM's newer format; exactly one of the first four fields."""
 
     json_: Annotated[Any, Field(alias="json")] = None
     json_object: bool | None = None
@@ -60,7 +60,7 @@ class StructuredOutputs(Strict):
     grammar: unserved(_FORMS) = None
     structural_tag: unserved(_FORMS) = None
     whitespace_pattern: unserved(_FORMS) = None
-    # Taken, for answers are so anyway, see ``inference.structured.constraints``.
+    # Accepted without effect, since answers always have these properties, see ``inference.structured.constraints``.
     disable_any_whitespace: bool | None = None
     disable_additional_properties: bool | None = None
     disable_fallback: bool | None = None
@@ -72,7 +72,7 @@ class StructuredOutputs(Strict):
         return self
 
     def constraint(self) -> Constraint:
-        """What the answer must look like; errors as those of ``Constraint``."""
+        """Constraint on the answer; errors as of ``Constraint``."""
         if self.choice is not None:
             return Constraint.choice(self.choice)
         if self.regex is not None:
@@ -81,7 +81,7 @@ class StructuredOutputs(Strict):
 
 
 class StructuredFields(Strict):
-    """The fields of a request that say what its answer must look like; at most one of them is set."""
+    """Structured output fields of a request, of which at most one is set."""
 
     response_format: _Format | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -94,15 +94,15 @@ class StructuredFields(Strict):
 
     @property
     def forms(self) -> list[str]:
-        """Fields that ask for a form."""
+        """Names of the fields that are set."""
         makers = [name for name in _MAKERS if getattr(self, name) is not None]
         return [name for name in makers if not isinstance(getattr(self, name), TextFormat)]
 
     def grammar(self, engine: Engine) -> Grammar:
-        """What the answer must look like, compiled, which takes a second at most. For requests that ask for a form.
+        """Compiles the constraint, within a second. Only for requests that have one.
 
         Raises:
-            RequestError: more than one form, or one that cannot be kept to; names the field.
+            RequestError: more than one constraint, or an unsupported one; names the field.
         """
         field, *more = self.forms
         if more:

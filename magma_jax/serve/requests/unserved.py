@@ -1,16 +1,16 @@
-"""Fields that clients send and this server does not serve: a value that asks for nothing is taken, any other refused.
+"""Unsupported request fields: values without effect are accepted, all others are refused.
 
-The names are those of the OpenAI SDKs' request types and of vLLM's additions.
+The names are those of the OpenAI SDKs' request types and of vLLM's extensions.
 """
 
-# Types of fields are made by a call, which pydantic reads and a checker of types cannot.
+# Field types are created by calls, which pydantic supports and type checkers do not.
 # pyright: reportInvalidTypeForm=false
 
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-# A text that is only passed along.
+# A text that is accepted and ignored.
 Name = Annotated[str, Field(max_length=512)]
 
 _NO_FUNCTIONS = "the model calls no functions"
@@ -20,7 +20,7 @@ _SAMPLING = "temperature, top_k, top_p, min_p and repetition_penalty are"
 
 
 class Strict(BaseModel):
-    """Takes known fields of the right types alone. Null means that a field is not set."""
+    """Model that accepts only known fields of the right types; null means that a field is not set."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -33,12 +33,12 @@ class Strict(BaseModel):
 
 
 def unserved(reason: str, *nothing: Any) -> Any:
-    """Type of a field that is refused for ``reason``, unless its value is one of ``nothing``."""
+    """Type of a field that is refused with ``reason``, unless its value is one of ``nothing``."""
 
     def check(value: Any) -> None:
         if isinstance(value, dict):
             value = {name: inner for name, inner in value.items() if inner is not None}
-        # 0 equals False in Python, but not to who sends it.
+        # 0 equals False in Python, but not in JSON.
         if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in nothing):
             raise ValueError(f"not supported: {reason}")
 
@@ -51,7 +51,7 @@ def _no_bias(value: Any) -> None:
 
 
 class UnservedOfAnswers(Strict):
-    """Of requests for an answer to a message or a text."""
+    """Unsupported fields of chat and text completions."""
 
     frequency_penalty: unserved("repetition_penalty is", 0) = None
     presence_penalty: unserved("repetition_penalty is", 0) = None
@@ -72,13 +72,13 @@ class UnservedOfAnswers(Strict):
     priority: unserved("first come, first served", 0) = None
     vllm_xargs: unserved("there are none", {}) = None
 
-    # Taken, for they ask for nothing that the answer would show.
+    # Accepted without effect on the answer.
     user: Name | None = None
     request_id: Name | None = None
 
 
 class UnservedOfChat(UnservedOfAnswers):
-    """Of chat completions."""
+    """Unsupported fields of chat completions."""
 
     tools: unserved(_NO_FUNCTIONS, []) = None
     tool_choice: unserved(_NO_FUNCTIONS, "none", "auto") = None
@@ -104,7 +104,7 @@ class UnservedOfChat(UnservedOfAnswers):
     add_special_tokens: unserved("the model's prompts have none", False) = None
     echo: unserved("/v1/completions has it", False) = None
 
-    # Taken, for they ask for nothing that the answer would show.
+    # Accepted without effect on the answer.
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     metadata: dict[str, Any] | None = None
