@@ -23,7 +23,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         name = self.prog.removeprefix("python -m ")
-        self.exit(UNUSABLE, f"{printable(' '.join(f'{name}: {message}'.split()))}; --help lists what it takes\n")
+        self.exit(UNUSABLE, f"{printable(' '.join(f'{name}: {message}'.split()))}; see --help\n")
 
 
 def run(name: str, work: Callable[[], int | None], *, resumable: bool = False) -> int:
@@ -41,5 +41,5 @@ def run(name: str, work: Callable[[], int | None], *, resumable: bool = False) -
         print(f"{name}: {said}", file=sys.stderr)
         return FOUND if isinstance(error, FloatingPointError) else UNUSABLE
     except KeyboardInterrupt:
-        print(f"{name}: interrupted{'; the same command goes on' if resumable else ''}", file=sys.stderr)
+        print(f"{name}: interrupted{'; run the same command again to continue' if resumable else ''}", file=sys.stderr)
         return INTERRUPTED

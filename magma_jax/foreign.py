@@ -29,7 +29,7 @@ def open_regular(path: str | os.PathLike) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ForeignError("is no regular file; give a file that holds data, or copy it here")
+        raise ForeignError("is not a regular file; give a file that holds data, or copy it here")
     return descriptor
 
 
@@ -46,7 +46,7 @@ def read_text(path: str | os.PathLike, limit: int = MAX_TEXT_NBYTES) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ForeignError(f"is no text in UTF-8 (byte {error.start})") from None
+        raise ForeignError(f"is not UTF-8 text (byte {error.start})") from None
 
 
 def read_json(path: str | os.PathLike, limit: int = MAX_TEXT_NBYTES) -> Any:

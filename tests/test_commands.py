@@ -121,7 +121,7 @@ def test_an_interruption_and_a_bug(capsys):
 
     assert commands.run("x", interrupted) == 130
     assert commands.run("x", interrupted, resumable=True) == 130
-    assert capsys.readouterr().err == "x: interrupted\nx: interrupted; the same command goes on\n"
+    assert capsys.readouterr().err == "x: interrupted\nx: interrupted; run the same command again to continue\n"
     with pytest.raises(KeyError):
         commands.run("x", lambda: {}["a bug"])
 

@@ -73,18 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run="compose")
 
     command = subparsers.add_parser(
-        "verify", help="compare two checkpoints tensor by tensor, or one with what the original computed"
+        "verify", help="compare two checkpoints tensor by tensor, or one with the original's results"
     )
     command.add_argument("checkpoint", help="weight file, folder of shards, hf:// address, model or run folder")
     command.add_argument("other", nargs="?", help="the checkpoint to compare with, of the same or another kind")
     command.add_argument("--tolerance", type=float, default=0.0, help="difference that counts as equal; default 0")
     command.add_argument("--golden", help="instead of another checkpoint: NPZ of inputs and the original's results")
-    command.add_argument("--checksums", action="store_true", help="whether all files of a folder are as written")
+    command.add_argument("--checksums", action="store_true", help="check a folder's files against its checksums")
     command.add_argument("--model-config", help=f"{config_help}; default: the .json beside the golden file")
     command.add_argument("--json", action="store_true", help="machine-readable result on standard output")
     command.set_defaults(run="verify")
 
-    command = subparsers.add_parser("add-checksums", help="list the sums of a folder that was written without them")
+    command = subparsers.add_parser("add-checksums", help="add checksums to a folder that was written without them")
     command.add_argument("folder", help="model folder or run folder")
     command.set_defaults(run="add-checksums")
     return parser

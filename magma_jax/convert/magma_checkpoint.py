@@ -104,7 +104,7 @@ def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
     module = published_module(model)
     if model.tokenizer.to_json() != gpt2_tokenizer().to_json():
         print(
-            f"{checkpoint}: has no place for the vocabulary of {folder}, which is not GPT-2's; from-torch takes it by "
+            f"{checkpoint}: cannot hold the vocabulary of {folder}, which is not GPT-2's; from-torch takes it by "
             f"--tokenizer {Path(folder) / 'tokenizer'}",
             file=sys.stderr,
         )

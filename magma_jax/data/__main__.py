@@ -26,21 +26,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("source", type=Path, help="annotation file, or the folder for formats that hold their images")
     one.add_argument("out", type=Path, help="folder to write")
     one.add_argument("--from", dest="format", required=True, choices=READERS, metavar="FORMAT", help=", ".join(READERS))
-    one.add_argument("--images", type=Path, help="folder below which the images lie")
+    one.add_argument("--images", type=Path, help="folder with the images, at any depth")
     one.add_argument("--option", nargs="*", default=[], metavar="KEY=VALUE", help="options of the format")
     one.add_argument("--shard-records", type=int, default=ConvertOptions.shard_records, help="default: %(default)s")
-    one.add_argument("--workers", type=int, help="processes, 0 for none beside this one; default: one a core")
+    one.add_argument("--workers", type=int, help="worker processes, 0 to run in this process; default: one per core")
     one.add_argument("--check", choices=get_args(Check), default="decode", help="default: %(default)s")
-    one.add_argument("--duplicates", choices=get_args(Fingerprint), default="none", help="leave out duplicates by")
+    one.add_argument(
+        "--duplicates",
+        choices=get_args(Fingerprint),
+        default="none",
+        help="skip duplicates by bytes (content) or difference hash (perceptual)",
+    )
     one.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="default: %(default)s")
     one.add_argument(
-        "--max-skipped", type=float, default=ConvertOptions.max_skipped, help="share; default: %(default)s"
+        "--max-skipped", type=float, default=ConvertOptions.max_skipped, help="largest fraction; default: %(default)s"
     )
     one.add_argument("--runner", choices=("local", "beam"), default="local", help="beam: as an Apache Beam pipeline")
     one.add_argument(
         "--beam", nargs="*", default=[], metavar="KEY=VALUE", help="options of Beam, as runner=FlinkRunner"
     )
-    two = subparsers.add_parser("show", help="print what a dataset folder holds")
+    two = subparsers.add_parser("show", help="print the content of a dataset folder")
     two.add_argument("folder", type=Path)
     two.add_argument("--limit", type=int, default=3, help="records to print; default: %(default)s")
     arguments = parser.parse_args(argv)

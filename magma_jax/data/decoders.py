@@ -173,7 +173,7 @@ class Decoders:
                 raise DecoderError("the decoders were closed") from None
             if status == -signal.SIGPROF:
                 raise too_long(name, self.seconds) from None
-            raise ImageError(f"{name}: the decoder breaks down on it (status {status}); save it anew") from None
+            raise ImageError(f"{name}: the decoder crashed on it (status {status}); save it anew") from None
         except BaseException:
             self._end(worker)
             raise

@@ -124,7 +124,7 @@ def to_square(image: Image.Image, size: int) -> Image.Image:
         square.info.pop("transparency", None)
         return square.convert("RGB")
     except (ValueError, ImportError) as error:  # ImportError: LAB without LittleCMS
-        message = f"{name_of(image)}: this mode has no way to RGB ({error}); convert it first"
+        message = f"{name_of(image)}: this mode cannot be converted to RGB ({error}); convert it first"
         raise ImageError(message, "image in an unknown mode") from None
 
 

@@ -154,7 +154,7 @@ def _adapter(tensors: Mapping[str, Any], place: str, width: int, known: Known) -
     kind = "scaled_parallel" if scaled else "parallel" if parallel else "normal"
     factor = width // max(bottleneck, 1)
     if not factor or width // factor != bottleneck:
-        raise InferenceError(f"{nested}: a bottleneck of {bottleneck} is no whole part of the width {width}")
+        raise InferenceError(f"{nested}: a bottleneck of {bottleneck} does not divide the width {width}")
     activation = known.get("adapter", "activation", AdapterConfig.activation, choices=get_args(AdapterActivation))
     return AdapterConfig(kind, factor, layernorm, activation)
 
@@ -185,7 +185,7 @@ def encoder_config(
         rows = _shape(tensors, f"{root}positional_embedding")[0] - 1
         layers = _count(tensors, rf"{re.escape(root)}transformer\.resblocks\.(\d+)\.ln_1\.weight")
         if (side := math.isqrt(max(rows, 0))) ** 2 != rows:
-            raise InferenceError(f"{root}positional_embedding has {rows + 1} rows, which is no square and one more")
+            raise InferenceError(f"{root}positional_embedding has {rows + 1} rows, which is not a square plus one")
         sizes = {(c.layers, c.width, c.patch): (name, c) for name, c in CLIP_VITS.items()}
         if (published := sizes.get((layers, width, patch))) is None:
             model = f"a vision transformer of {layers} layers, width {width} and patches of {patch}"

@@ -55,7 +55,7 @@ def magma_table(config: MagmaConfig, buffers: Mapping[str, np.ndarray] | None = 
 
 def _language_model(config: MagmaConfig) -> GPTJConfig:
     if not isinstance(config.lm, GPTJConfig):
-        raise ValueError(f"a language model of kind {config.lm.kind} has no place in the published layout of MAGMA")
+        raise ValueError(f"a language model of kind {config.lm.kind} does not exist in the published layout of MAGMA")
     return config.lm
 
 
@@ -67,7 +67,7 @@ def encoder_table(config: EncoderConfig, theirs: str = "", ours: str = "") -> li
         NFResNetConfig: _nf_resnet,
     }
     if type(config) not in tables:
-        raise ValueError(f"an encoder of kind {config.kind} has no place in the published layout of MAGMA")
+        raise ValueError(f"an encoder of kind {config.kind} does not exist in the published layout of MAGMA")
     return list(tables[type(config)](config, theirs, ours))
 
 

@@ -136,7 +136,7 @@ def _leaves(folder: Path, arrays: int) -> list[_Leaf]:
 
 def _number(name: str) -> int:
     if (found := re.fullmatch(r"arr_(\d+)\.npy", name)) is None:
-        raise ValueError(f"{name} is no array of a checkpoint")
+        raise ValueError(f"{name} is not an array of a checkpoint")
     return int(found[1])
 
 

@@ -92,7 +92,7 @@ def create_app(
 
     @app.exception_handler(404)
     async def nothing_here(request: Request, _: Exception) -> Response:
-        return error_response(RequestError(f"nothing at {request.method} {request.url.path[:80]}", 404))
+        return error_response(RequestError(f"no such route: {request.method} {request.url.path[:80]}", 404))
 
     @app.exception_handler(405)
     async def other_method(request: Request, error: HTTPException) -> Response:

@@ -45,7 +45,7 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
     sums = {}
     for digest, _, name in (line.partition("  ") for line in lines if line):
         if not name or PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\0" in name:
-            raise CheckpointError(f"{file}: lists {shown(name)}, which is no file of this folder; do not trust it")
+            raise CheckpointError(f"{file}: lists {shown(name)}, which is not a file of this folder; do not trust it")
         sums[name] = digest
     return sums
 

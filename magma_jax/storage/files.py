@@ -137,10 +137,10 @@ def _read_index(index: Path) -> Mapping[str, str]:
         raise WeightFileError(f"{index}: {error}; fetch it again") from None
     shard_of = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shard_of, dict) or not shard_of:
-        raise WeightFileError(f"{index}: has no weight_map; it is no index of sharded weights")
+        raise WeightFileError(f"{index}: has no weight_map; it is not an index of sharded weights")
     for name in shard_of.values():
         if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
             raise WeightFileError(
-                f"{index}: the shard {shown(name)} is no file name beside it; do not trust this index"
+                f"{index}: the shard {shown(name)} is not a file name beside it; do not trust this index"
             )
     return shard_of

@@ -151,7 +151,7 @@ def _fetch_file(repo: str, revision: str, name: str) -> Path:
             "check HF_ENDPOINT and the proxy settings"
         )
     if re.fullmatch(r"[\w.-]+", metadata.etag) is None:  # used as a file name
-        raise HubError(f"{where}: the server names it {metadata.etag!r:.80}, which is no hash; check HF_ENDPOINT")
+        raise HubError(f"{where}: the server names it {metadata.etag!r:.80}, which is not a hash; check HF_ENDPOINT")
     blob = _repo_folder(repo) / "blobs" / metadata.etag
     try:
         # On systems without symlinks the cache stores files under their names only.

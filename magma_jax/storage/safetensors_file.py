@@ -87,7 +87,7 @@ def write_safetensors(
         tensor = tensors[name]
         dtype = np.dtype(tensor.dtype)
         if dtype not in names:
-            raise OutputError(f"{name}: {dtype} has no place in a safetensors file; convert it first")
+            raise OutputError(f"{name}: {dtype} is not supported in a safetensors file; convert it first")
         start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
         header[name] = {"dtype": names[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -197,7 +197,7 @@ def test_processes_that_die_are_replaced():
         slow = threads.submit(pool.square, ENDLESS, 32)
         until(lambda: _seconds(pool.process_ids()[1]) > 0.1)
         os.kill(pool.process_ids()[1], signal.SIGSEGV)
-        with pytest.raises(ImageError, match=r"the decoder breaks down on it \(status -11\)"):
+        with pytest.raises(ImageError, match=r"the decoder crashed on it \(status -11\)"):
             slow.result()
         np.testing.assert_array_equal(pool.square(FILES["PNG RGB"], 32), expected)
 

@@ -270,5 +270,5 @@ def test_values_of_32_bits_without_a_known_scale_are_refused(values):
 def test_a_mode_without_a_way_to_rgb_is_an_image_error(monkeypatch):
     image = gradient()
     monkeypatch.setattr(image, "resize", lambda *_, **__: (_ for _ in ()).throw(ValueError("image has wrong mode")))
-    with pytest.raises(ImageError, match=r"this mode has no way to RGB \(image has wrong mode\)"):
+    with pytest.raises(ImageError, match=r"this mode cannot be converted to RGB \(image has wrong mode\)"):
         to_uint8(image, 8)

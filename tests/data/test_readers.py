@@ -628,10 +628,10 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "cat.png")
     (tmp_path / "cat.txt").write_text("A cat")
     os.mkfifo(tmp_path / "pipe.json")
-    assert read("folder", tmp_path, None)[1] == [("cat", "image is no regular file")]
+    assert read("folder", tmp_path, None)[1] == [("cat", "image is not a regular file")]
     pipe = tmp_path / "pipe.json"
     for name, images in [("coco", tmp_path), ("hateful_memes", tmp_path), ("img2dataset", None), ("laion", pipe)]:
-        with pytest.raises(DataError, match=r"pipe\.json: is no regular file"):
+        with pytest.raises(DataError, match=r"pipe\.json: is not a regular file"):
             read(name, pipe, images)
 
 

@@ -163,7 +163,7 @@ def test_failed_downloads_are_counted(tmp_path):
 
 def test_json_that_nests_without_end_is_refused(tmp_path):
     path = packed(tmp_path / "a.tar", ("0.jpg", RED), ("0.json", b"[" * 200_000))
-    with pytest.raises(DataError, match=r"a\.tar: a \.json member is no valid JSON"):
+    with pytest.raises(DataError, match=r"a\.tar: a \.json member is not valid JSON"):
         list(readers.read("img2dataset", path))
     (tmp_path / "coco.json").write_text(json.dumps({"images": []})[:-2] + "[" * 200_000)
     with pytest.raises(DataError, match=r"coco\.json: "):

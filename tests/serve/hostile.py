@@ -391,16 +391,16 @@ def _request_rows() -> dict[str, Row]:
         {"messages": [{"role": "assistant", "content": [content]}]}, 400, "holds text alone"
     )
     rows["another model"] = Row({"model": "gpt-9"}, 404, "the model here is")
-    rows["no JSON"] = Row(b"{", 400, "is no JSON")
+    rows["no JSON"] = Row(b"{", 400, "is not JSON")
     rows["not UTF-8"] = Row(b'{"messages": "\xff"}', 400, "is not UTF-8")
     rows["no object"] = Row(b"[1]", 400, "valid dictionary")
-    rows["nested lists"] = Row(b"[" * 200_000, 400, "is no JSON")
-    rows["nested objects"] = Row(b'{"a":' * 100_000, 400, "is no JSON")
+    rows["nested lists"] = Row(b"[" * 200_000, 400, "is not JSON")
+    rows["nested objects"] = Row(b'{"a":' * 100_000, 400, "is not JSON")
     rows["NaN"] = Row(
         b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', 400, "NaN is not a number"
     )
     rows["1e999"] = Row(b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', 400, "temperature")
-    rows["a number of 100,000 digits"] = Row(b'{"seed": ' + b"9" * 100_000 + b"}", 400, "is no JSON")
+    rows["a number of 100,000 digits"] = Row(b'{"seed": ' + b"9" * 100_000 + b"}", 400, "is not JSON")
     rows["60,000 fields"] = Row({str(i): 0 for i in range(60_000)}, 400, "an object of 60001 fields")
     rows["100,000 empty lists"] = Row(b"[" + b"[]," * 99_000 + b"[]]", 400, "valid dictionary")
     for name, piece in {"lists": b"[],", "objects": b"{},", "numbers": b"0,", "texts": b'"",'}.items():

@@ -78,7 +78,7 @@ def test_values_are_counted_before_they_are_read(piece, monkeypatch):
 def test_where_json_is_broken_is_told_if_it_stands_there():
     with pytest.raises(RequestError, match=r"Expecting value: line 1 column 7 \(char 6\)"):
         read(b'{"a": }')
-    with pytest.raises(RequestError, match=r"no JSON \(Expecting value\)"):
+    with pytest.raises(RequestError, match=r"not JSON \(Expecting value\)"):
         read(b'{"a": "%s", "b": }' % URI.encode())
 
 

@@ -179,7 +179,7 @@ def test_health_metrics_and_the_page(server):
     page = server.http.get("/")
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert server.http.get("/nothing").json()["error"]["message"] == "nothing at GET /nothing"
+    assert server.http.get("/nothing").json()["error"]["message"] == "no such route: GET /nothing"
 
 
 def test_a_client_that_leaves_frees_its_slot(server):

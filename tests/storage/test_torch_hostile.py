@@ -80,7 +80,7 @@ def test_runs_nothing(tmp_path, protocol, legacy):
         (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}(X\x01\0\0\0aK\x01ub.", "sets the attributes"),
         (b"\x80\x02ccollections\nOrderedDict\n}(X\x01\0\0\0aK\x01ub.", "sets the attributes"),
         (b"\x80\x02ccollections\nOrderedDict\n(K\x01tR.", "arguments that PyTorch does not write"),
-        (b"\x80\x02K\x01)R.", "no function"),
+        (b"\x80\x02K\x01)R.", "not a function"),
         (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "instruction NEWOBJ"),
         (b"\x80\x02\x82\x01.", "instruction EXT1"),
         (b"\x80\x02(ios\nsystem\n.", "instruction INST"),
@@ -96,7 +96,7 @@ def test_runs_nothing(tmp_path, protocol, legacy):
         (b"\x80\x02K\x01", "damaged"),
         (b"\x80\x02\xff.", "damaged"),
         (b"", "damaged"),
-        (b"\x80\x02K\x01Q.", "no tensor storage"),
+        (b"\x80\x02K\x01Q.", "not a tensor storage"),
     ],
 )
 def test_refuses_other_pickles(tmp_path, code, message):
@@ -121,7 +121,7 @@ def test_refuses_other_pickles(tmp_path, code, message):
         ({"shape": (2**62, 2**62)}, "reaches element"),
         ({"shape": (1,) * 65, "strides": (1,) * 65}, "strides"),
         ({"storage": "torch QInt8Storage"}, "QInt8Storage"),
-        ({"storage": "collections OrderedDict"}, "no tensor storage"),
+        ({"storage": "collections OrderedDict"}, "not a tensor storage"),
     ],
 )
 def test_refuses_false_claims_about_tensors(tmp_path, claims, message):

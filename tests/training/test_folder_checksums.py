@@ -108,7 +108,10 @@ def test_a_list_that_lacks_files(folder, tmp_path):
         with pytest.raises(CheckpointError, match=f"{SUMS_FILE} does not list params/"):
             read_params(folder, SHAPES)
         assert main(["verify", str(folder), "--checksums"]) == 1
-    for name, message in (("../../etc/passwd", "no file of this folder"), ("/etc/passwd", "no file of this folder")):
+    for name, message in (
+        ("../../etc/passwd", "not a file of this folder"),
+        ("/etc/passwd", "not a file of this folder"),
+    ):
         (folder / SUMS_FILE).write_text(f"{'0' * 64}  {name}\n")
         with pytest.raises(CheckpointError, match=message):
             read_params(folder, SHAPES)

@@ -36,7 +36,7 @@ def read_json(path: Path, kind: type = object) -> Any:
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
-        at_end = "the file ends too early; fetch it again" if _cut_short(text) else "it is no valid JSON"
+        at_end = "the file ends too early; fetch it again" if _cut_short(text) else "it is not valid JSON"
         raise DataError(f"{path}: {at_end} ({error})") from None
     return checked(content, kind, str(path))
 
@@ -61,7 +61,7 @@ def read_text(path: Path) -> str:
 def check_file(path: Path, instead: str = "give a file") -> None:
     """Raises DataError unless a path is a regular file: reading a pipe or a device might never end."""
     if not path.is_file():
-        other = "is no regular file" if path.exists() else "no such file"
+        other = "is not a regular file" if path.exists() else "no such file"
         raise DataError(f"{path}: {f'is a folder; {instead}' if path.is_dir() else other}")
 
 
@@ -94,7 +94,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:  # ValueError includes UnicodeDecodeError
-            raise DataError(f"{path}: line {number} is no valid JSON ({error}); fetch the file again") from None
+            raise DataError(f"{path}: line {number} is not valid JSON ({error}); fetch the file again") from None
         yield number, checked(value, dict, f"{path}: line {number}")
 
 

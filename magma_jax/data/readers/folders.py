@@ -42,7 +42,7 @@ def read_folder(source: Path, images: Path | None = None) -> Iterator[Record | S
             yield Skipped(key, "image without an annotation")
             continue
         if path.exists() and not path.is_file():  # reading a pipe might block
-            yield Skipped(key, "image is no regular file")
+            yield Skipped(key, "image is not a regular file")
             continue
         try:
             lines = lines_of(text.read_bytes().decode("utf-8-sig"))

@@ -221,7 +221,7 @@ def _json_of(members: Mapping[str, Content], tar: Path) -> dict[str, Any]:
     try:
         content = json.loads(content_of(members[".json"]))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{tar}: a .json member is no valid JSON ({error}); fetch the file again") from None
+        raise DataError(f"{tar}: a .json member is not valid JSON ({error}); fetch the file again") from None
     return checked(content, dict, f"{tar}: a .json member")
 
 

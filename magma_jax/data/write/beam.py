@@ -95,4 +95,4 @@ def _in_one_line(error: BaseException) -> DataError:
         cause = cause.__cause__ or cause.__context__
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # The last line of a worker's traceback is its error.
-    return DataError(f"the Beam pipeline failed ({lines[-1]:.300}); run the same command again to go on")
+    return DataError(f"the Beam pipeline failed ({lines[-1]:.300}); run the same command again to continue")

@@ -175,7 +175,7 @@ def _executor(workers: int, max_pixels: int) -> Iterator[Callable[..., concurren
     try:
         yield pool.submit
     except concurrent.futures.process.BrokenProcessPool:
-        raise DataError("a worker process died, perhaps for lack of memory; run again to go on") from None
+        raise DataError("a worker process died, perhaps for lack of memory; run again to continue") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

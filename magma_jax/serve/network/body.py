@@ -61,7 +61,7 @@ async def _receive(request: Request, config: ServerConfig, hold: Callable[[int],
         return body
     except ClientDisconnect:
         body.clear()  # the error's traceback may keep it alive
-        raise RequestError("the request broke off") from None
+        raise RequestError("the request was cut short") from None
     except TimeoutError:
         body.clear()
         raise RequestError(f"the request did not arrive within {seconds:g} s", 408) from None
@@ -108,7 +108,7 @@ def read_json(body: bytearray, max_text_bytes: int) -> Any:
     except (ValueError, RecursionError) as error:
         # Error positions are wrong after a removed image, so they are omitted.
         reason = getattr(error, "msg", error) if images else error
-        raise RequestError(f"the request is no JSON ({reason!s:.100})") from None
+        raise RequestError(f"the request is not JSON ({reason!s:.100})") from None
     return _put_back(content, images) if images else content
 
 

@@ -137,7 +137,7 @@ class BoundedProtocol(H11Protocol):
         self._paused_since = None
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, f"this is no request of HTTP/1.1, or its head has more than {_MAX_HEAD_BYTES} bytes")
+        self._refuse(400, f"this is not an HTTP/1.1 request, or its head has more than {_MAX_HEAD_BYTES} bytes")
 
     def _note(self) -> None:
         """Updates the idle state."""

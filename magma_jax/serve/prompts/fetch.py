@@ -59,7 +59,7 @@ class FetchRules:
     def __post_init__(self):
         for domain in self.domains:
             if not domain.strip(".") or any(mark in domain for mark in "/:@* "):
-                raise ValueError(f"{domain!r} is no domain; give the bare name of a host, such as example.org")
+                raise ValueError(f"{domain!r} is not a domain; give the bare name of a host, such as example.org")
         object.__setattr__(self, "domains", tuple(domain.strip(".").lower() for domain in self.domains))
 
 
@@ -206,14 +206,16 @@ def _get(
                 raise _too_large(url, rules)
         _left(deadline, url)  # a connection closed by the timer looks like a normal end
         if declared.isdigit() and len(body) < int(declared):
-            raise FetchError(f"{_short(url)}: the host broke off")
+            raise FetchError(f"{_short(url)}: the host closed the connection early")
         return response, bytes(body)
     except FetchError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:
         _left(deadline, url)
         reason = " ".join(str(error).split())
-        raise FetchError(f"{_short(url)}: the host broke off or does not speak HTTP ({reason:.80})") from None
+        raise FetchError(
+            f"{_short(url)}: the host closed the connection early or does not speak HTTP ({reason:.80})"
+        ) from None
     finally:
         stack.close()
 

@@ -196,18 +196,20 @@ class _Machine:
         target = self.stack[-1]
         if type(target) is Attributes:
             if type(state) is not dict or not all(isinstance(name, str) for name in state):
-                raise BadPickle("an object in it has a state that is no dict of attributes, such as quantized weights")
+                raise BadPickle(
+                    "an object in it has a state that is not a dict of attributes, such as quantized weights"
+                )
             target.update(state)
         # Otherwise BUILD only sets the `_metadata` of a state dict, on which the weights do not depend.
         elif type(target) is not dict:
-            raise BadPickle("its pickle sets the attributes of an object that is no state dict")
+            raise BadPickle("its pickle sets the attributes of an object that is not a state dict")
 
     def storage(self, pid: object) -> Storage:
         match pid:
             case ("storage", Global(name), str(key), str(), int(numel), *view) if name in _STORAGE_DTYPES:
                 pass
             case _:
-                raise BadPickle("its pickle refers to something outside itself that is no tensor storage")
+                raise BadPickle("its pickle refers to something outside itself that is not a tensor storage")
         if any(part is not None for part in view):
             raise BadPickle("it holds views of storages, as PyTorch 0.3 wrote them; save it again")
         dtype = _STORAGE_DTYPES[name]
@@ -218,7 +220,7 @@ class _Machine:
 
     def rebuild(self, function: object, args: object) -> object:
         if not isinstance(function, Global) or type(args) is not tuple:
-            raise BadPickle("its pickle calls something that is no function")
+            raise BadPickle("its pickle calls something that is not a function")
         self.copied += sum(len(item) for item in args if isinstance(item, str | list | tuple))
         if self.copied > _MAX_COPIED:
             raise BadPickle("its pickle copies the same values without end; do not trust this file")

@@ -102,7 +102,7 @@ def state_dict(tree: object) -> tuple[dict[str, LazyTensor], dict]:
             strange = [key for key, value in weights.items() if not isinstance(value, LazyTensor)]
             if strange:
                 raise TorchFileError(
-                    f"the checkpoint's {name!r} has entries that are no tensors: {shown(strange[:20])}"
+                    f"the checkpoint's {name!r} has entries that are not tensors: {shown(strange[:20])}"
                 )
             return weights, {key: value for key, value in tree.items() if key != name}
     weights = {key: value for key, value in tree.items() if isinstance(value, LazyTensor)}
@@ -238,4 +238,4 @@ def _what_else(head: bytes) -> str:
             return f"it is {kind}"
     if head[257:262] == b"ustar":
         return "it is a tar archive, as PyTorch wrote them until 0.1.9; unpack it or save it again"
-    return f"it is no PyTorch checkpoint: it starts with {head[:16]!r}; check where it came from"
+    return f"it is not a PyTorch checkpoint: it starts with {head[:16]!r}; check where it came from"

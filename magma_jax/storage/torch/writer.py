@@ -100,7 +100,7 @@ class _Pickled:
                 code += b"ccollections\nOrderedDict\n)R(" if isinstance(value, OrderedDict) else b"}("
                 for key, item in value.items():
                     if not isinstance(key, str | int):
-                        raise TypeError(f"{where or 'the top'}: the key {key!r} is no string and no integer")
+                        raise TypeError(f"{where or 'the top'}: the key {key!r} is neither a string nor an integer")
                     self._put(key, where, depth + 1)
                     self._put(item, f"{where}[{key!r}]", depth + 1)
                 code += b"u"
@@ -117,7 +117,9 @@ class _Pickled:
     def _put_tensor(self, tensor: Tensor, where: str) -> None:
         name = _STORAGE_NAMES.get(np.dtype(tensor.dtype))
         if name is None:
-            raise OutputError(f"{where or 'the top'}: {tensor.dtype} has no place in a PyTorch file; convert it first")
+            raise OutputError(
+                f"{where or 'the top'}: {tensor.dtype} is not supported in a PyTorch file; convert it first"
+            )
         key = self._storage_of.setdefault(alias_key(tensor), len(self.tensors))
         if key == len(self.tensors):
             self.tensors.append(tensor)
