@@ -119,7 +119,7 @@ MODEL_JSONS = {
     "deep in words": (lambda model: '{"model": ' + '{"lm": ' * 5000 + "1" + "}" * 5001, "nested more than 100 deep"),
     "many values": (lambda model: "[" + "[]," * MAX_VALUES + "[]]", "more than 1000000 values"),
     "large": (lambda model: " " * (64 * 2**20 + 1), "is larger than"),
-    "no text": (lambda model: b"\xff\xfe", "no text in UTF-8"),
+    "no text": (lambda model: b"\xff\xfe", "not UTF-8 text"),
     "a long number": (lambda model: "1" * 5000, "not valid JSON"),
 }
 

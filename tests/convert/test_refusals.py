@@ -113,7 +113,7 @@ REFUSALS = {
     "truncated safetensors": ("x.safetensors", _cut_safetensors, ["cut short"]),
     "web page": ("x.pt", content(lambda whole: b"<!DOCTYPE html><html>Sign in</html>"), ["web page"]),
     "empty file": ("x.pt", content(lambda whole: b""), ["empty"]),
-    "text": ("x.pt", content(lambda whole: b"hello"), ["no PyTorch checkpoint"]),
+    "text": ("x.pt", content(lambda whole: b"hello"), ["not a PyTorch checkpoint"]),
     "index that leads out": ("x", _lying_index, ["'../secret.bin'", "do not trust"]),
     "swapped tensors": ("x.pt", tensors(_swapped), ["image_prefix.proj.weight"]),
     "swapped layers": ("x.pt", tensors(_swapped_layers), ["aliases that differ", "h.0.attn.attention.q_proj.weight"]),

@@ -302,7 +302,7 @@ def _fetch_rows() -> dict[str, Row]:
         "an endless body": ("http://a.images.example/endless", "larger than the limit"),
         "a compressed body": ("http://a.images.example/gzip", "compressed body"),
         "a page": ("http://a.images.example/page", "no image in one of the formats"),
-        "no answer": ("http://a.images.example/silence", "broke off"),
+        "no answer": ("http://a.images.example/silence", "closed the connection early"),
         "a lookup that hangs": ("http://hanging.images.example/x", "took too long"),
         "a name of nobody": ("http://nowhere.images.example/x", "cannot be resolved"),
         "an answer that changes": ("http://changing.images.example/redirects", "not public"),

@@ -197,7 +197,7 @@ def test_the_environment_and_the_command_line(hub, tmp_path):
     command = [sys.executable, "-m", "magma_jax.convert", "from-torch", ADDRESS, str(tmp_path / "out")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "no PyTorch checkpoint" in result.stderr  # fetched, and read as what it is
+    assert "not a PyTorch checkpoint" in result.stderr  # fetched, and read as what it is
     assert hub.downloads("weights.pt")
     hub.requests.clear()
     command = [sys.executable, "-c", f"from magma_jax.storage.hub import fetch; print(fetch({ADDRESS!r}))"]

@@ -116,7 +116,7 @@ def test_a_list_that_lacks_files(folder, tmp_path):
         with pytest.raises(CheckpointError, match=message):
             read_params(folder, SHAPES)
     (folder / SUMS_FILE).write_bytes(b"\xff")
-    with pytest.raises(CheckpointError, match="no text"):
+    with pytest.raises(CheckpointError, match="not UTF-8 text"):
         read_params(folder, SHAPES)
 
 
