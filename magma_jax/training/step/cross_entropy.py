@@ -60,7 +60,7 @@ def cross_entropy(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed(project, hidden, labels, *weights):
+def _summed(project, hidden, labels, *weights) -> tuple[Array, Array]:
     """Loss and number of predicted labels, summed over stretches (N, B, S, D)."""
 
     def body(sums, inputs):
