@@ -17,10 +17,9 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import turns
 
@@ -43,7 +42,7 @@ def main() -> None:
     if arguments.worker:
         _work(arguments)
         return
-    results: dict[str, Any] = {"model": sys.modules[__name__].__doc__.split("\n\n")[2].replace("\n", " ")}
+    results: dict[str, Any] = {"model": (__doc__ or "").split("\n\n")[2].replace("\n", " ")}
     for remat in arguments.remat:
         names = [f"jax-{remat}"] + [f"torch-{remat}"] * arguments.torch
         results |= _take_turns(names, arguments)
@@ -74,7 +73,7 @@ def _take_turns(names: list[str], arguments: argparse.Namespace) -> dict[str, An
 
 def _work(arguments: argparse.Namespace) -> None:
     framework, remat = arguments.worker.split("-")
-    step: Callable[[], float] | None = None
+    step: Callable[[], float]  # prepare makes it
 
     def prepare() -> dict[str, Any]:
         nonlocal step
@@ -102,6 +101,7 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
     import numpy as np
     from flax import nnx
 
+    from magma_jax.config import from_dict
     from magma_jax.families.magma import MAGMA
     from magma_jax.families.magma.loss import caption_loss
     from magma_jax.models.language.gptj import GPTJConfig
@@ -123,7 +123,7 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
 
     lm = GPTJConfig(LAYERS, WIDTH, HEADS, WIDTH // HEADS, FEED_FORWARD, VOCAB_ROWS, HEAD_ROWS)
     config = MagmaConfig(lm, CLIP_RESNETS["RN50"], mlp_adapter=AdapterConfig(downsample_factor=4))
-    groups = {"encoder": Group(learning_rate=ENCODER_RATE)}
+    groups: dict[str, Group | Literal["frozen"]] = {"encoder": Group(learning_rate=ENCODER_RATE)}
     optim = OptimConfig(learning_rate=RATE, schedule="constant", b2=0.95, clip_norm=CLIP_NORM, groups=groups)
     optim = with_groups(optim, MAGMA.roles(config))
 
@@ -142,7 +142,7 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
     batch = {"tokens": tokens, "labels": tokens, "images": images}
     key = jax.random.key(0)
 
-    loss = functools.partial(caption_loss, options=LossOptions(batch_norm=batch_norm, remat=remat))
+    loss = functools.partial(caption_loss, options=from_dict(LossOptions, {"batch_norm": batch_norm, "remat": remat}))
     options = compiler_options(jax.default_backend())
     function = jax.jit(make_train_step(graphdef, loss, optimizer), donate_argnums=0, compiler_options=options)
     trim_after_compile()  # as the training loop does

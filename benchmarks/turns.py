@@ -16,11 +16,13 @@ def start(script: str, name: str, options: list[str]) -> subprocess.Popen:
 
 def ask(worker: subprocess.Popen, request: str) -> Any:
     """Sends a request and waits for its answer; ends the program if the worker has ended."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
     worker.stdin.write(request + "\n")
     worker.stdin.flush()
     answer = worker.stdout.readline()
     if not answer:
-        sys.exit(f"{' '.join(worker.args)} ended without an answer")
+        sys.exit(f"{worker.args} ended without an answer")
     return json.loads(answer)
 
 
