@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                      # without and with rematerialisation
     python benchmarks/train_step.py --torch              # beside the same step in PyTorch, taking turns
+    python benchmarks/train_step.py --against ../before  # beside another checkout of this repository
 
 The model: GPT-J with 6 layers of width 1024 and 16 heads (rotary over all 64 features of a head, feed-forward 4096, the
 published vocabulary of 50,258 and 50,400 rows), an RN50 encoder at 224 pixels (49 positions), adapters behind every
@@ -19,6 +20,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import turns
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--remat", nargs="*", default=["none", "full"], choices=["none", "dots", "full"])
     parser.add_argument("--batch-norm", default="batch", choices=["batch", "frozen"])
     parser.add_argument("--torch", action="store_true", help="also time PyTorch (needs torch and transformers)")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="also time that of another checkout")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="PyTorch's (default: all, as XLA uses)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -45,7 +48,11 @@ def main() -> None:
     results: dict[str, Any] = {"model": (__doc__ or "").split("\n\n")[2].replace("\n", " ")}
     for remat in arguments.remat:
         names = [f"jax-{remat}"] + [f"torch-{remat}"] * arguments.torch
+        names += [f"against-{remat}"] * (arguments.against is not None)
         results |= _take_turns(names, arguments)
+        if arguments.against:
+            now, then = (results[f"{who}-{remat}"]["seconds_min"] for who in ("jax", "against"))
+            results[f"ratio-against-{remat}"] = round(now / then, 3)
         if arguments.torch:
             ours, theirs = (results[name]["seconds_min"] for name in names)
             results[f"ratio-{remat}"] = round(ours / theirs, 3)
@@ -56,7 +63,8 @@ def _take_turns(names: list[str], arguments: argparse.Namespace) -> dict[str, An
     options = ["--batch-norm", arguments.batch_norm, "--threads", str(arguments.threads)]
     workers, results = {}, {}
     for name in names:  # one after the other: compile times are undisturbed
-        workers[name] = turns.start(__file__, name, options)
+        checkout = arguments.against if name.startswith("against") else None
+        workers[name] = turns.start(__file__, name.replace("against", "jax"), options, checkout)
         results[name] = turns.ask(workers[name], "prepare")
     steps = [{name: turns.ask(worker, "step") for name, worker in workers.items()} for _ in range(arguments.steps)]
     for name, worker in workers.items():
