@@ -1,26 +1,32 @@
 """Processes that take turns: what else the machine does slows them alike, and each peak memory is its own."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 
-def start(script: str, name: str, options: list[str]) -> subprocess.Popen:
-    """Starts ``script --worker NAME``, which is to call ``answer``."""
-    command = [sys.executable, script, "--worker", name, *options]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def start(script: str, name: str, options: list[str], checkout: Path | None = None) -> subprocess.Popen:
+    """Starts ``script --worker NAME``, which is to call ``answer``; of another checkout of the repository if given."""
+    root = checkout or Path(__file__).parent.parent
+    command = [sys.executable, str(root / "benchmarks" / Path(script).name), "--worker", name, *options]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def ask(worker: subprocess.Popen, request: str) -> Any:
     """Sends a request and waits for its answer; ends the program if the worker has ended."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
     worker.stdin.write(request + "\n")
     worker.stdin.flush()
     answer = worker.stdout.readline()
     if not answer:
-        sys.exit(f"{' '.join(worker.args)} ended without an answer")
+        sys.exit(f"{worker.args} ended without an answer")
     return json.loads(answer)
 
 

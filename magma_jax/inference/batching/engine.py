@@ -336,7 +336,7 @@ class Engine:
         self._reused += place.start
 
     def _deliver_sampled(
-        self, works: list[tuple[int, _Work | None]], sampled: SampledTokens, counts: Sequence[int]
+        self, works: Sequence[tuple[int, _Work | None]], sampled: SampledTokens, counts: Sequence[int]
     ) -> None:
         """Hands sampled tokens, ``counts`` of each row's, to those of the requests that have not ended since."""
         token, logprob, top = jax.device_get((sampled.token, sampled.logprob, sampled.top))

@@ -4,7 +4,7 @@ Every kind of language model is a config: ``trunk`` says of which blocks it is m
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -29,38 +29,36 @@ Activation = Literal["gelu", "gelu_tanh", "relu"]
 MAX_LAYERS = 10_000
 
 
-@runtime_checkable
-class DecoderConfig(Protocol):
-    """What every language model's config has, under these names."""
+class DecoderConfig:
+    """What every language model's config has, under these names; a kind is a frozen dataclass that inherits from it.
 
-    @property
-    def kind(self) -> str: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def feed_forward(self) -> int: ...
-    @property
-    def vocab_rows(self) -> int: ...  # rows of the embedding table
-    @property
-    def head_rows(self) -> int: ...  # rows of the head; ids that the table lacks are never sampled
-    @property
-    def context_length(self) -> int: ...  # positions the model was trained on, in tokens
-    @property
-    def layernorm_eps(self) -> float: ...
-    @property
-    def embedding_std(self) -> float: ...  # standard deviation of a fresh embedding table
-    @property
-    def dtype(self) -> str: ...  # that the weights are stored in; int8 and int4: the matrices, see nn.quantized
+    A class rather than a protocol: checking an argument against a protocol at run time reads every member.
 
+    Attributes:
+        kind: what a config names it by.
+        vocab_rows: rows of the embedding table.
+        head_rows: rows of the head; ids that the table lacks are never sampled.
+        context_length: positions the model was trained on, in tokens.
+        embedding_std: standard deviation of a fresh embedding table.
+        dtype: that the weights are stored in; int8 and int4: the matrices, see ``nn.quantized``.
+    """
+
+    kind: str
+    layers: int
+    width: int
+    heads: int
+    feed_forward: int
+    vocab_rows: int
+    head_rows: int
+    context_length: int
+    layernorm_eps: float
+    embedding_std: float
+    dtype: str
     head: ClassVar[Head]
 
     def trunk(self) -> TrunkConfig:
         """What stands between embeddings and final hidden states, without adapters."""
-        ...
+        raise NotImplementedError
 
 
 class Decoder(Trunk):

@@ -148,7 +148,10 @@ class RunCheckpoints:
         return ocp.training.Checkpointer(
             str(self._folder),
             context=context,
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self._kept]),
+            # Orbax's own policies do not fit the annotation of its protocol.
+            preservation_policy=policies.AnyPreservationPolicy(  # pyright: ignore[reportArgumentType]
+                [policies.LatestN(keep), self._kept]
+            ),
             # Half-written steps of a killed run; a reader must leave alone what a trainer is writing.
             cleanup_tmp_directories=writing,
         )
