@@ -62,7 +62,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _add_checksums(options: argparse.Namespace) -> int:
     add_checksums(options.folder)
-    print(f"{options.folder}: sums written, of its files as they are now")
+    print(f"{options.folder}: checksums of the current files written")
     return 0
 
 

@@ -82,7 +82,7 @@ class CheckpointComparison:
         tensors = sum(module.tensors for module in self.modules.values())
         unequal = sum(module.unequal for module in self.modules.values())
         bits = "all bits equal" if not unequal else f"{unequal} with unequal bits"
-        rest = f", {self.not_compared} second names and buffers on one side only" if self.not_compared else ""
+        rest = f", {self.not_compared} aliases and buffers on one side only" if self.not_compared else ""
         lines.append(f"{tensors} tensors compared, {bits}, {len(self.problems)} problems{rest}")
         return "\n".join(lines)
 

@@ -68,7 +68,7 @@ def from_torch(
         counters = {key: value for key, value in source["counters"].items() if _is_json(value)}
         dropped = sorted(set(source["counters"]) - set(counters), key=str)
         if dropped:
-            print(f"{checkpoint}: not kept, since no weights: {', '.join(map(shown, dropped[:20]))}", file=sys.stderr)
+            print(f"{checkpoint}: dropped, not weights: {', '.join(map(shown, dropped[:20]))}", file=sys.stderr)
 
         words = tokenizer or model.tokenizer
         check_vocabulary(checkpoint, words, model.config)

@@ -125,7 +125,7 @@ def _open_index(index: Path, stack: contextlib.ExitStack) -> Weights:
         # Libraries may list both names of a tied tensor in the index but store only one. Other missing tensors are
         # reported by the key map.
         if absent := sorted(wanted - found.keys()):
-            print(f"{file}: lacks {shown(absent[:3])}, which {index.name} lists; read as second names", file=sys.stderr)
+            print(f"{file}: lacks {shown(absent[:3])}, which {index.name} lists; treated as aliases", file=sys.stderr)
         tensors |= found
     return Weights(tensors, {}, files)
 

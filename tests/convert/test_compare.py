@@ -50,7 +50,7 @@ def test_differences_are_named_by_module(layouts, golden_checkpoint, tmp_path, c
     assert "0.5" in ln
     assert any("image_prefix.proj.bias has shape" in line for line in lines)
     assert any(f"lm.transformer.ln_f.bias is missing in {other}" in line for line in lines)
-    assert "3 with unequal bits, 2 problems, 1 second names" in lines[-1]
+    assert "3 with unequal bits, 2 problems, 1 aliases" in lines[-1]
     assert main(["verify", str(layouts["folder"]), str(other), "--json", "--tolerance", "9"]) == 1
     assert json.loads(capsys.readouterr().out)["modules"]["image_prefix.ln"]["difference"] == pytest.approx(0.5)
 

@@ -128,7 +128,7 @@ def test_what_is_no_weight_and_no_number_is_left_out_and_named(golden_checkpoint
     torch.save(tree, tmp_path / "with_set.pt")
     config = json.loads((golden / "none.json").read_text())
     from_torch(tmp_path / "with_set.pt", tmp_path / "out", config)
-    assert "not kept, since no weights: 'names'" in capsys.readouterr().err
+    assert "dropped, not weights: 'names'" in capsys.readouterr().err
     to_torch(tmp_path / "out", tmp_path / "back.pt")
 
 
