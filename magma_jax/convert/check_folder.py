@@ -79,9 +79,7 @@ def add_checksums(path: str | Path) -> None:
     read_model_json(path)
     folder = Path(path).absolute()
     if (folder / SUMS_FILE).exists():
-        raise CheckpointError(
-            f"{folder / SUMS_FILE}: already exists; to take the files as they are now for right, remove it first"
-        )
+        raise CheckpointError(f"{folder / SUMS_FILE}: already exists; to accept the current files, remove it first")
     write_checksums(folder, below=[name for name in LISTED if (folder / name).exists()])
 
 
