@@ -1,6 +1,6 @@
-"""A language model: a table of words, the trunk that its config describes, and a head.
+"""A language model: embedding table, trunk and head.
 
-Every kind of language model is a config: ``trunk`` says of which blocks it is made.
+Each kind of language model is a config whose ``trunk`` describes its blocks.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from magma_jax.nn.transformer.trunk import Trunk
 from magma_jax.runtime.sharding import split_rows
 from magma_jax.typing import Array, Float, Int
 
-# A matrix with or without bias, or the embedding table once more: one parameter with two uses.
+# A matrix with or without bias, or weight tying: the embedding table is also the head.
 Head = Literal["bias", "no_bias", "tied"]
 
-# What the MLPs of published models of these kinds have.
+# Activations in the MLPs of the published models.
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 
-# The deepest published one has 126.
+# The deepest published model has 126.
 MAX_LAYERS = 10_000
 
 
 @runtime_checkable
 class DecoderConfig(Protocol):
-    """What every language model's config has, under these names."""
+    """Fields that every language model's config has."""
 
     @property
     def kind(self) -> str: ...
@@ -46,7 +46,7 @@ class DecoderConfig(Protocol):
     @property
     def vocab_rows(self) -> int: ...  # rows of the embedding table
     @property
-    def head_rows(self) -> int: ...  # rows of the head; ids that the table lacks are never sampled
+    def head_rows(self) -> int: ...  # rows of the head; ids beyond the embedding table are never sampled
     @property
     def context_length(self) -> int: ...  # positions the model was trained on, in tokens
     @property
@@ -54,24 +54,24 @@ class DecoderConfig(Protocol):
     @property
     def embedding_std(self) -> float: ...  # standard deviation of a fresh embedding table
     @property
-    def dtype(self) -> str: ...  # that the weights are stored in; int8 and int4: the matrices, see nn.quantized
+    def dtype(self) -> str: ...  # dtype of the stored weights; int8 and int4 apply to matrices, see nn.quantized
 
     head: ClassVar[Head]
 
     def trunk(self) -> TrunkConfig:
-        """What stands between embeddings and final hidden states, without adapters."""
+        """Config of the layers between embeddings and final hidden states, without adapters."""
         ...
 
 
 class Decoder(Trunk):
     """A language model: ``embed`` before its layers, ``logits`` after them.
 
-    It has an embedding table ``wte``, what ``Trunk`` has, and ``lm_head`` unless the table is the head too.
+    Beside the members of ``Trunk`` it has an embedding table ``wte``, and ``lm_head`` unless the weights are tied.
 
     Args:
         config: one of ``models.language.catalog``.
-        mlp_adapter: adapter of every MLP.
-        attn_adapter: the same of attention.
+        mlp_adapter: adapter of every MLP; None for none.
+        attn_adapter: adapter of every attention; None for none.
     """
 
     lm_head: Linear | None = None
@@ -108,19 +108,19 @@ class Decoder(Trunk):
             )
 
     def embed(self, ids: Int[Array, "B S"], dtype: Any = jnp.float32) -> Float[Array, "B S D"]:
-        """Word embeddings; ids must be below ``vocab_rows`` (JAX clamps what is not)."""
-        # In two steps: the table is split by width, and its slices cannot become rows of whole vectors in one.
+        """Word embeddings; ids must be below ``vocab_rows`` (JAX clamps others)."""
+        # Two steps: the table is sharded by width, and one reshard cannot turn its slices into rows of whole vectors.
         return split_rows(split_rows(self.wte(ids, dtype), features="model"))
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """fp32 logits of the final hidden states, also where these are of lower precision."""
+        """fp32 logits of the final hidden states, whatever their dtype."""
         if self.lm_head is not None:
             return self.lm_head(hidden, jnp.float32)
         return product(hidden, self.wte.weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def block_config(config: DecoderConfig, **changes: Any) -> BlockConfig:
-    """A block of a config's sizes; ``changes`` are the fields in which its kind differs from ``BlockConfig``."""
+    """``BlockConfig`` with a config's sizes; ``changes`` override its defaults."""
     return BlockConfig(
         width=config.width,
         heads=config.heads,
@@ -132,7 +132,7 @@ def block_config(config: DecoderConfig, **changes: Any) -> BlockConfig:
 
 
 def check_heads(config: DecoderConfig) -> None:
-    """Raises ValueError for sizes that no model has, or heads that do not divide the width."""
+    """Raises ValueError if there are more than ``MAX_LAYERS`` layers, or the heads do not divide the width."""
     check_sizes(config, "layers", "width", "heads", "feed_forward", "vocab_rows", "head_rows", "context_length")
     check_dtype("language model: dtype", config.dtype, QUANTIZED)
     if config.layers > MAX_LAYERS:
