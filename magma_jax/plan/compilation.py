@@ -29,7 +29,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all parts."""
         return self.arguments + self.outputs + self.temporaries + self.code
 
 
