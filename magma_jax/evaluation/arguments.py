@@ -1,4 +1,4 @@
-"""The options of eval.py beside those of a run's own split; nothing here needs JAX."""
+"""Options of eval.py for tasks; this module does not import JAX."""
 
 import argparse
 from pathlib import Path
@@ -28,7 +28,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_other_options(parser: argparse.ArgumentParser) -> None:
-    """What eval.py does beside tasks."""
+    """The other options of eval.py."""
     group = parser.add_argument_group("other")
     group.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results, or folders of results")
     group.add_argument("--json", action="store_true", help="with --compare or --perplexity: print JSON")
