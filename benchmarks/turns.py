@@ -1,4 +1,4 @@
-"""Processes that take turns: what else the machine does slows them alike, and each peak memory is its own."""
+"""Worker processes that take turns: other load slows them equally, and peak memory is measured separately."""
 
 import json
 import resource
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def start(script: str, name: str, options: list[str]) -> subprocess.Popen:
-    """Starts ``script --worker NAME``, which is to call ``answer``."""
+    """Starts ``script --worker NAME``, which must call ``answer``."""
     command = [sys.executable, script, "--worker", name, *options]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -25,7 +25,7 @@ def ask(worker: subprocess.Popen, request: str) -> Any:
 
 
 def end(worker: subprocess.Popen) -> float:
-    """Ends a worker; returns the most memory it ever had, in gigabytes."""
+    """Ends a worker; returns its peak memory in gigabytes."""
     peak = ask(worker, "peak")
     worker.communicate()  # closes its input
     return peak

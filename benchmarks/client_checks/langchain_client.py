@@ -13,7 +13,7 @@ chat = ChatOpenAI(model=MODEL, base_url=URL, api_key="none", max_retries=0)
 
 
 class Seen(BaseModel):
-    """What an answer must look like."""
+    """Schema of an answer."""
 
     hand: bool
 

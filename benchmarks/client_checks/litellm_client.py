@@ -19,7 +19,7 @@ def stream():
 
 
 def history():
-    """Answers go back in, as objects and as plain values."""
+    """Answers are sent back as messages, as objects and as plain values."""
     turn = chat()
     return [chat(ASKED, form, ASKED).content for form in (turn, turn.model_dump())]
 

@@ -1,6 +1,6 @@
 """VLMEvalKit's class for OpenAI-compatible servers, on held-out questions in the wording of its datasets.
 
-The package imports every model and dataset that it knows; two empty packages in front keep to the class.
+The package imports all of its models and datasets; two empty packages in front of it restrict this to the class.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ for name, folder in {"vlmeval": PACKAGE, "vlmeval.api": PACKAGE / "api"}.items()
 
 from vlmeval.api.gpt import OpenAIWrapper  # noqa: E402
 
-# Asks for 2,048 tokens, its default.
+# Requests 2,048 tokens, its default.
 model = OpenAIWrapper(MODEL, api_base=f"{URL}/chat/completions", key="none", retry=1, wait=0)
 ROWS = questions()
 tell_answers(

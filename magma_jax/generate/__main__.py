@@ -59,11 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     add = whole.add_argument
     add("--beams", type=int, default=0, help="width of a beam search; 0 for none (default)")
     add("--length-penalty", type=float, default=1.0, help="beam search: 0 prefers short answers; default: %(default)s")
-    add("--choices", nargs="+", default=[], metavar="ANSWER", help="choose among these and print their shares")
-    add("--measure", choices=["sum", "mean"], default="sum", help="of choices: whole probability, or mean per token")
+    add("--choices", nargs="+", default=[], metavar="ANSWER", help="choose among these and print their probabilities")
+    add("--measure", choices=["sum", "mean"], default="sum", help="compare choices by total or mean log-probability")
     seen = parser.add_argument_group("attention")
     add = seen.add_argument
-    add("--attention", type=Path, metavar="OUT.png", help="draw where each word looked")
+    add("--attention", type=Path, metavar="OUT.png", help="draw an attention map for each word")
     add("--layer", type=int, help="one layer, from 0; default: rollout through all")
     add("--head", type=int, help="one head of that layer, from 0; default: their mean")
     add("--relative", action="store_true", help="relative to the mean over the answer's words")
