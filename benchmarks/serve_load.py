@@ -5,8 +5,8 @@
 Clients send streamed chat completions over loopback: a random image or none, a random prompt, sampled or greedy; one in
 ten disconnects in the middle of its answer. An answer has a random number of tokens, enforced with ``min_tokens``,
 since the model's own answers have the length of its training data. Both servers get the same load. Clients and server
-share the machine. ``memory_growth`` is the server's resident memory at the end divided by that after a quarter of the time;
-``programs`` counts those that were compiled, or read from the cache, after the start.
+share the machine. ``memory_growth`` is the server's resident memory at the end divided by that after a quarter of the
+time; ``programs`` counts those that were compiled, or read from the cache, after the start.
 """
 
 import argparse
