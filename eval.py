@@ -29,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     parser.add_argument("--split", default="test", help="default: %(default)s")
-    parser.add_argument("--limit", type=int, help="at most this many captions and this many questions; default: all")
+    parser.add_argument("--limit", type=int, help="maximum number of captions and of questions; default: all")
     parser.add_argument("--overview", type=Path, metavar="PNG", help="also draw twelve images with their texts")
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
-        help="take the moving averages of a run's weights, or the weights; default: what the run was validated with",
+        help="use the moving averages of a run's weights, or the weights; default: as the run was validated",
     )
     add_task_options(parser)
     add_other_options(parser)

@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --torch              # compared with the same step in PyTorch, taking turns
 
 The model: GPT-J with 6 layers of width 1024 and 16 heads (rotary over all 64 features of a head, feed-forward 4096, the
-published vocabulary of 50,258 and 50,400 rows), an RN50 encoder at 224 pixels (49 positions), adapters behind every
+published vocabulary of 50,258 and 50,400 rows), an RN50 encoder at 224 pixels (49 positions), adapters after every
 MLP with a quarter of the width, batch 4, 256 positions (49 of the image, 207 of text), fp32. The language model is
 frozen; encoder, prefix and adapters learn, with gradient clipping and Adam. All pixels and tokens are random.
 

@@ -1,4 +1,4 @@
-"""The model families. A new one is a package of its own and one row here."""
+"""The model families. A new one is a package below this one and one row here."""
 
 from pathlib import Path
 from typing import Any

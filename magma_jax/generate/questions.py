@@ -69,7 +69,7 @@ def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Questi
     folders = any(isinstance(part, ImageInput) and os.path.isdir(part.source) for part in parts)
     if together or not one_by_one:
         if folders:
-            raise ValueError("a folder stands for images that are asked one by one; put it first, one text behind it")
+            raise ValueError("a folder stands for separate prompts, one per image; put it first, followed by one text")
         return [Question(None, parts)]
     found = [file for part in images for file in (_images_in(part.source))]
     several = len(found) > 1 or folders

@@ -94,7 +94,7 @@ class ImageAttention:
                 such word or image.
         """
         if self.grid is None:
-            raise ValueError("this model's image positions are no places (pooled encoder); see weights and rollout")
+            raise ValueError("this model's image positions are not spatial (pooled encoder); see weights and rollout")
         weights = self._of(layer, head)[:, image]
         chosen = self.words[word]
         found = weights[chosen.start : chosen.stop].mean(0)
@@ -196,7 +196,7 @@ def attend(
     if not starts:
         raise ValueError("the prompt has no image to look at")
     if not answer:
-        raise ValueError("the answer is empty: there is no word that could have looked at anything")
+        raise ValueError("the answer is empty: give at least one token")
     # The last token is not run, since nothing was sampled from its position.
     before, total = len(prompt), len(prompt) + len(answer) - 1
     limit = length or model.lm_config.context_length

@@ -88,7 +88,7 @@ def kernel_for(
     kernel: Kernel = "blockwise"
     if platform == "tpu":
         if placed or extra or kind == "prefix" or window == "traced":
-            reason = "splash attention knows causal, full, windowed, segmented and padded rows alone"
+            reason = "splash attention supports only causal, full, windowed, segmented and padded rows"
         else:
             kernel, reason = "splash", f"{queries} x {keys} positions, heads of {size} in {dtype}"
     elif platform in ("gpu", "cuda"):

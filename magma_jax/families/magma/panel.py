@@ -72,7 +72,7 @@ class Sampler:
     def __call__(self, step: int, params: Params) -> UInt8[np.ndarray, "H W 3"]:
         """Generates answers with ``params`` and returns an image of them."""
         run = self._run
-        assert run.dataset.images is not None  # it draws images alone
+        assert run.dataset.images is not None  # only image datasets are sampled
         tokenizer, images = run.dataset.tokenizer, run.dataset.images[self._rows]
         features = self._features
         if features is None:
@@ -107,7 +107,7 @@ class Sampler:
         for sample, text in zip(self._samples, said, strict=True):
             lines[int(sample.image)].append(Line(text, sample.answer.strip(), question_of(sample)))
         shown = self._run.dataset.images
-        assert shown is not None  # it draws images alone
+        assert shown is not None  # only image datasets are sampled
         return [Card(shown[row], members) for row, members in lines.items()]
 
     def _write(self, step: int, image: UInt8[np.ndarray, "H W 3"], said: Sequence[str]) -> None:

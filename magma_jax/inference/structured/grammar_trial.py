@@ -215,7 +215,7 @@ def _try(vocabulary: Vocabulary, grammar: str) -> Verdict:
             break
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
         if matcher.is_error() and "NoExtension" in matcher.get_error():
-            return Verdict("it leads to where nothing may follow")
+            return Verdict("it reaches a state that allows no token")
         # The first allowed token from a random index on, or the first of all.
         place = chance.randrange(len(vocabulary.tokens))
         rest = mask >> place

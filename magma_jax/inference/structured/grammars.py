@@ -186,7 +186,7 @@ class Guide:
         self.complete = self._matcher.is_stopped() or np.array_equal(self.mask, self._end)
 
     def _error(self) -> GuideError:
-        return GuideError(f"the answer cannot go on as it has to look ({_one_line(self._matcher.get_error())})")
+        return GuideError(f"the answer cannot continue under its constraint ({_one_line(self._matcher.get_error())})")
 
 
 def _bit(token: int, words: int) -> UInt32[np.ndarray, "{words}"]:

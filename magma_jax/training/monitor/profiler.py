@@ -53,7 +53,7 @@ class Profiler:
         if steps and steps.last > end:
             raise ConfigError(f"--profile-steps {steps}: the run ends with step {end}")
         if steps and steps.first <= done:
-            raise ConfigError(f"--profile-steps {steps}: the run goes on after step {done}")
+            raise ConfigError(f"--profile-steps {steps}: the run resumes after step {done}")
         self._steps, self._folder, self._say = steps, folder, say
         self._tracing = False
 

@@ -76,9 +76,9 @@ def _schedule_note(config: RunConfig, workdir: Path) -> str:
     if not any(rates):
         raise ConfigError(
             f"{workdir}: the run's schedule ({optim.schedule}) has fallen to zero after {optim.steps} steps, so that "
-            f"more of them teach nothing; train {config.steps} steps in another --workdir"
+            f"further steps would change nothing; train {config.steps} steps in another --workdir"
         )
-    return f"{note}; behind them they stay at {' and '.join(f'{rate:.3g}' for rate in rates)}"
+    return f"{note}; after them they stay at {' and '.join(f'{rate:.3g}' for rate in rates)}"
 
 
 def _with_defaults(family: Family, stored: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -77,7 +77,7 @@ class OptimConfig:
         bounds = (self.warmup_steps, *self.restarts, *(() if self.steps is None else (self.steps,)))
         if self.restarts and any(earlier >= later for earlier, later in itertools.pairwise(bounds)):
             raise ValueError(
-                f"optim.restarts {self.restarts} must ascend, behind the {self.warmup_steps} steps of the warm-up and "
+                f"optim.restarts {self.restarts} must ascend, after the {self.warmup_steps} steps of the warm-up and "
                 f"before the schedule's end after {self.steps} steps"
             )
 
