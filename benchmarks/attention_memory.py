@@ -29,7 +29,7 @@ GIB = 2**30
 
 def main() -> int:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("--topology", action="append", help="may be repeated; default: v5p:1x1x1")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens of a sequence")
     parser.add_argument("--width", type=int, default=4096, help="default %(default)s")
@@ -62,7 +62,9 @@ def _temporaries(config: BlockConfig, length: int, device: Any, form: str) -> in
     with traced_for(device.platform), mock.patch.dict(attention.FROM_QUERIES, never if form == "plain" else {}):
         step = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=compiler_options(device.platform))
         compiled = step.lower(jax.tree.map(place, dict(shapes)), x).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def run(command: Sequence[Any], scratch: Path) -> dict[str, Any]:
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | settings
     )
+    assert process.stdout is not None
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -93,7 +94,7 @@ def make_lm(options: argparse.Namespace) -> dict[str, Any]:
     from magma_jax.storage.deferred import Deferred
     from magma_jax.storage.safetensors_file import write_safetensors
 
-    lm = from_dict(GPTJConfig, apply_overrides(load_config_file(CONFIG), sizes(options)).model.lm)
+    lm = from_dict(GPTJConfig, apply_overrides(load_config_file(CONFIG), sizes(options)).to_dict()["model"]["lm"])
     lm = dataclasses.replace(lm, vocab_rows=50400, head_rows=50400, dtype="float16")
     folder = options.scratch / "gpt-j"
     folder.mkdir()
@@ -181,7 +182,7 @@ def make_encoder(options: argparse.Namespace) -> dict[str, Any]:
             part.register_parameter(name, torch.nn.Parameter(value))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.trace(model, torch.zeros(1)).save(options.scratch / "RN50x16.pt")
+        torch.jit.save(torch.jit.trace(model, torch.zeros(1)), options.scratch / "RN50x16.pt")
     return {"numbers": count, "gb": round((options.scratch / "RN50x16.pt").stat().st_size / 1e9, 2)}
 
 
@@ -237,7 +238,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         if leaf.ndim
     }
     parts = ("_adapter/", "image_prefix/encoder/", "image_prefix/")
-    counts = dict.fromkeys(("adapters", "encoder", "prefix"), 0)
+    counts: dict[str, int] = dict.fromkeys(("adapters", "encoder", "prefix"), 0)
     for path in sorted(moments):
         name = next(n for part, n in zip(parts, counts, strict=True) if part in path)
         counts[name] += state.trainable[path].size

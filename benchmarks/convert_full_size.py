@@ -16,15 +16,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 STEPS = ("make", "cp", "from-torch", "to-torch", "verify", "load", "reference")
 
 
-def run(command: Sequence[str | Path]) -> dict[str, object]:
+def run(command: Sequence[str | Path]) -> dict[str, Any]:
     """Runs a command and waits for the disk (``sync``); raises SystemExit if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -41,7 +43,7 @@ def run(command: Sequence[str | Path]) -> dict[str, object]:
     }
 
 
-def main(options: argparse.Namespace) -> dict[str, object]:
+def main(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the steps in order."""
     scratch = options.scratch.absolute()
     scratch.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,7 @@ def main(options: argparse.Namespace) -> dict[str, object]:
         "load": [*worker, "--worker", "load", "--scratch", scratch],
         "reference": [*worker, "--worker", "reference", "--scratch", scratch],
     }
-    results: dict[str, object] = {}
+    results: dict[str, Any] = {}
     for step in options.steps:
         print(f"{step} ...", file=sys.stderr, flush=True)
         result = run(commands[step])
@@ -88,7 +90,7 @@ def main(options: argparse.Namespace) -> dict[str, object]:
     return results
 
 
-def load(folder: Path) -> dict[str, object]:
+def load(folder: Path) -> dict[str, Any]:
     """Loads the model in bf16, runs an image and a prompt, and generates three tokens."""
     import jax
     import numpy as np
@@ -130,7 +132,7 @@ def load(folder: Path) -> dict[str, object]:
     }
 
 
-def reference(folder: Path) -> dict[str, object]:
+def reference(folder: Path) -> dict[str, Any]:
     """fp32 logits of the language model's first two layers, here and in transformers' GPT-J with the same weights."""
     import dataclasses
 
@@ -142,6 +144,7 @@ def reference(folder: Path) -> dict[str, object]:
 
     from magma_jax.convert.open_folder import open_model_folder
     from magma_jax.models.language.decoder import Decoder
+    from magma_jax.models.language.gptj import GPTJConfig
     from magma_jax.nn.modules import abstract, merge
     from magma_jax.published.keymap.engine import to_theirs
     from magma_jax.published.language_model_keys import language_model_table
@@ -149,6 +152,7 @@ def reference(folder: Path) -> dict[str, object]:
 
     model = open_model_folder(folder)
     config = dataclasses.replace(model.config.lm, layers=2)
+    assert isinstance(config, GPTJConfig)
     definition, shapes, _ = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
     def stored(path: str) -> np.ndarray:
@@ -177,7 +181,7 @@ def reference(folder: Path) -> dict[str, object]:
             rotary_dim=config.rotary_dim,
             n_inner=config.feed_forward,
             tie_word_embeddings=False,
-            attn_implementation="eager",
+            attn_implementation="eager",  # pyright: ignore[reportCallIssue]  # in no signature, and of every config
         )
     ).eval()
     # Rows beyond MAGMA's vocabulary are never looked up.

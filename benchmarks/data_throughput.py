@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from magma_jax.data.batches.stored_images import Decode, StoredImages
 from magma_jax.data.decoders import Decoders
 from magma_jax.data.folder_dataset import FoldersConfig, open_folders
 from magma_jax.data.format.records import FileSlice, Record, pack, pack_text
@@ -71,15 +72,16 @@ def measure_batches(folder: Path, arguments: argparse.Namespace) -> dict[str, An
         named = ((i, files[i % len(files)]) for i in range(RECORDS))
         records = (Record(str(i), FileSlice(str(file)), (f"image {i}",)) for i, file in named)
         convert(records, folder / f"{name}.records", ConvertOptions(workers=0))
+        decodings: dict[str, Decode] = {"magma_jax": "exact", "magma_jax_fast": "fast"}
         with contextlib.ExitStack() as stack:
             contenders = {
                 "pillow": Pillow(files, arguments.size),
                 "torch": stack.enter_context(contextlib.closing(Torch(files, arguments.size, arguments.workers))),
                 **{
-                    f"magma_jax{suffix}": stack.enter_context(
+                    contender: stack.enter_context(
                         contextlib.closing(Ours(folder / f"{name}.records", arguments, decode))
                     )
-                    for suffix, decode in (("", "exact"), ("_fast", "fast"))
+                    for contender, decode in decodings.items()
                 },
             }
             rates: dict[str, list[float]] = {contender: [] for contender in contenders}
@@ -164,9 +166,13 @@ class Torch:
         # Otherwise each worker starts threads for all cores.
         torch.set_num_threads(1)
         loader = torch.utils.data.DataLoader(
-            Files(files, size), BATCH, shuffle=True, num_workers=workers, multiprocessing_context="forkserver"
+            Files(files, size),  # pyright: ignore[reportArgumentType]  # its base would import torch for every contender
+            BATCH,
+            shuffle=True,
+            num_workers=workers,
+            multiprocessing_context="forkserver",
         )
-        self._iterator = iter(loader)
+        self._iterator: Any = iter(loader)  # its workers are private
 
     def run(self, batches: int) -> int:
         for _ in range(batches):
@@ -183,7 +189,7 @@ class Torch:
 class Ours:
     """Training batches of a dataset folder."""
 
-    def __init__(self, folder: Path, arguments: argparse.Namespace, decode: str):
+    def __init__(self, folder: Path, arguments: argparse.Namespace, decode: Decode):
         config = FoldersConfig(
             folders={"train": (str(folder),)},
             image_size=arguments.size,
@@ -199,6 +205,7 @@ class Ours:
         return batches * BATCH
 
     def worker_ids(self) -> list[int]:
+        assert isinstance(self._dataset.images, StoredImages)
         return self._dataset.images.worker_ids()
 
     def close(self) -> None:

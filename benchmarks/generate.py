@@ -2,6 +2,7 @@
 
     python benchmarks/generate.py            # batch 1 and 8, compared with the machine's read bandwidth
     python benchmarks/generate.py --torch    # also compared with PyTorch, taking turns
+    python benchmarks/generate.py --against ../before  # compared with another checkout of this repository
 
 The model is that of ``train_step.py``: 6 layers of width 1024, RN50 at 224 pixels, fp32, random weights. A prompt is an
 image (49 positions) and 16 tokens; 64 tokens are generated greedily. ``first_token_seconds`` is the time from pixels to
@@ -17,6 +18,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import train_step as sizes
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--torch", action="store_true", help="also time PyTorch (needs torch and transformers)")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="also time that of another checkout")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="PyTorch's (default: all, as XLA uses)")
     parser.add_argument("--worker", help="for this script itself")
     arguments = parser.parse_args()
@@ -40,9 +43,14 @@ def main() -> None:
     results: dict[str, Any] = {}
     for batch in arguments.batch:
         results[f"batch {batch}"] = result = {}
-        names = ["jax"] + ["torch"] * arguments.torch
+        names = ["jax"] + ["torch"] * arguments.torch + ["against"] * (arguments.against is not None)
         options = ["--threads", str(arguments.threads)]
-        workers = {name: turns.start(__file__, f"{name}-{batch}", options) for name in names}
+        workers = {
+            name: turns.start(__file__, f"jax-{batch}", options, arguments.against)
+            if name == "against"
+            else turns.start(__file__, f"{name}-{batch}", options)
+            for name in names
+        }
         times: dict[str, list[dict[str, float]]] = {name: [turns.ask(workers[name], "prepare")] for name in names}
         for _ in range(arguments.rounds):
             for name in names:
@@ -52,12 +60,15 @@ def main() -> None:
             decode = best["all"] - best["first"]
             rate = batch * (NEW_TOKENS - 1) / decode
             result[name] = {"first_token_seconds": round(best["first"], 4), "tokens_per_second": round(rate, 1)}
-            if name == "jax":
+            if name != "torch":
                 gigabytes = times[name][0]["gigabytes"]
                 read, plain = gigabytes * (NEW_TOKENS - 1) / decode, gigabytes / best["matvec"]
                 result[name] |= {"weights_per_second": round(read, 1), "matvec_per_second": round(plain, 1)}
                 result[name] |= {"of_matvec": round(read / plain, 3), "compile_seconds": times[name][0]["compile"]}
             result[name]["peak_gigabytes"] = turns.end(workers[name])
+        if arguments.against:
+            now, then = result["jax"], result["against"]
+            result["ratio_against"] = round(now["tokens_per_second"] / then["tokens_per_second"], 3)
         if arguments.torch:
             ours, theirs = result["jax"], result["torch"]
             result["ratio_tokens"] = round(ours["tokens_per_second"] / theirs["tokens_per_second"], 2)
@@ -67,7 +78,7 @@ def main() -> None:
 
 def _work(name: str, threads: int) -> None:
     framework, batch = name.split("-")
-    draw: Callable[[int], Any] | None = None
+    draw: Callable[[int], Any]  # set by prepare
     read: Callable[[], Any] = int  # placeholder for PyTorch
 
     def prepare() -> dict[str, float]:
@@ -82,7 +93,8 @@ def _work(name: str, threads: int) -> None:
         start = time.perf_counter()
         tokens = draw(NEW_TOKENS)
         assert tokens.shape == (int(batch), NEW_TOKENS), tokens.shape
-        draw(1), read()
+        draw(1)
+        read()
         return {"compile": round(time.perf_counter() - start, 1), "gigabytes": gigabytes}
 
     def seconds(function: Callable[[], Any]) -> float:
@@ -137,8 +149,10 @@ def _jax_model(batch: int) -> tuple[Callable[[int], Any], Callable[[], Any], flo
         model_ = merge(model.graphdef, params)
         return jnp.concatenate([model_.embed_images(images), model_.lm.embed(prompt)], axis=1)
 
+    lengths = jnp.full(batch, sizes.IMAGE_POSITIONS + PROMPT, jnp.int32)
+
     def draw(count: int) -> Any:
-        prompts = PromptBatch(embed(params, images, prompt), np.full(batch, sizes.IMAGE_POSITIONS + PROMPT))
+        prompts = PromptBatch(embed(params, images, prompt), lengths)
         return np.asarray(model.generate_tokens(prompts, count, SamplingConfig(temperature=0)).tokens)
 
     rows = {leaf.shape[1]: jnp.asarray(rng.standard_normal((batch, leaf.shape[1]), np.float32)) for leaf in weights}

@@ -63,6 +63,7 @@ def _server(checkpoint: str, *, low: bool) -> Iterator[tuple[int, int]]:
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(checkpoint, low, theirs))
     process.start()
+    assert process.pid is not None
     theirs.close()
     try:
         yield ours.recv(), process.pid
@@ -125,7 +126,9 @@ def _health(port: int) -> str:
 
 def _memory(pid: int, name: str) -> float:
     """A line of the process's status, in MB."""
-    return int(re.search(rf"{name}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024 / 1e6
+    line = re.search(rf"{name}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert line is not None
+    return int(line[1]) * 1024 / 1e6
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -76,14 +76,14 @@ class Magma(nn.Module):
             n_head=sizes.HEADS,
             n_inner=sizes.FEED_FORWARD,
             rotary_dim=sizes.WIDTH // sizes.HEADS,
-            attn_implementation="eager",
+            attn_implementation="eager",  # pyright: ignore[reportCallIssue]  # in no signature, and of every config
         )
         self.wte = nn.Embedding(sizes.VOCAB_ROWS, sizes.WIDTH)
         self.layers = nn.ModuleList(GPTJBlock(config, layer_idx=i) for i in range(sizes.LAYERS))
         self.ln_f, self.head = nn.LayerNorm(sizes.WIDTH), nn.Linear(sizes.WIDTH, sizes.HEAD_ROWS)
         self.requires_grad_(False)
         for layer in self.layers:
-            layer.mlp = Adapted(layer.mlp)
+            layer.mlp = Adapted(layer.get_submodule("mlp"))
         self.encoder, self.proj, self.ln = resnet(), nn.Linear(2048, sizes.WIDTH), nn.LayerNorm(sizes.WIDTH)
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ class Magma(nn.Module):
         positions = torch.arange(length)[None].expand(len(x), -1)
         mask = torch.full((length, length), torch.finfo(x.dtype).min).triu(1)[None, None]
         for layer in self.layers:
-            options = {"attention_mask": mask, "position_ids": positions}
+            options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions}
             x = checkpoint(layer, x, use_reentrant=False, **options) if self.remat else layer(x, **options)
             x = x[0] if isinstance(x, tuple) else x
         logits = self.head(self.ln_f(x))

@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                      # without and with rematerialisation
     python benchmarks/train_step.py --torch              # compared with the same step in PyTorch, taking turns
+    python benchmarks/train_step.py --against ../before  # compared with another checkout of this repository
 
 The model: GPT-J with 6 layers of width 1024 and 16 heads (rotary over all 64 features of a head, feed-forward 4096, the
 published vocabulary of 50,258 and 50,400 rows), an RN50 encoder at 224 pixels (49 positions), adapters after every
@@ -17,10 +18,10 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import turns
 
@@ -37,16 +38,21 @@ def main() -> None:
     parser.add_argument("--remat", nargs="*", default=["none", "full"], choices=["none", "dots", "full"])
     parser.add_argument("--batch-norm", default="batch", choices=["batch", "frozen"])
     parser.add_argument("--torch", action="store_true", help="also time PyTorch (needs torch and transformers)")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="also time that of another checkout")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="PyTorch's (default: all, as XLA uses)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         _work(arguments)
         return
-    results: dict[str, Any] = {"model": sys.modules[__name__].__doc__.split("\n\n")[2].replace("\n", " ")}
+    results: dict[str, Any] = {"model": (__doc__ or "").split("\n\n")[2].replace("\n", " ")}
     for remat in arguments.remat:
         names = [f"jax-{remat}"] + [f"torch-{remat}"] * arguments.torch
+        names += [f"against-{remat}"] * (arguments.against is not None)
         results |= _take_turns(names, arguments)
+        if arguments.against:
+            now, then = (results[f"{who}-{remat}"]["seconds_min"] for who in ("jax", "against"))
+            results[f"ratio-against-{remat}"] = round(now / then, 3)
         if arguments.torch:
             ours, theirs = (results[name]["seconds_min"] for name in names)
             results[f"ratio-{remat}"] = round(ours / theirs, 3)
@@ -57,7 +63,8 @@ def _take_turns(names: list[str], arguments: argparse.Namespace) -> dict[str, An
     options = ["--batch-norm", arguments.batch_norm, "--threads", str(arguments.threads)]
     workers, results = {}, {}
     for name in names:  # sequentially, so that compile times are undisturbed
-        workers[name] = turns.start(__file__, name, options)
+        checkout = arguments.against if name.startswith("against") else None
+        workers[name] = turns.start(__file__, name.replace("against", "jax"), options, checkout)
         results[name] = turns.ask(workers[name], "prepare")
     steps = [{name: turns.ask(worker, "step") for name, worker in workers.items()} for _ in range(arguments.steps)]
     for name, worker in workers.items():
@@ -74,7 +81,7 @@ def _take_turns(names: list[str], arguments: argparse.Namespace) -> dict[str, An
 
 def _work(arguments: argparse.Namespace) -> None:
     framework, remat = arguments.worker.split("-")
-    step: Callable[[], float] | None = None
+    step: Callable[[], float]  # prepare makes it
 
     def prepare() -> dict[str, Any]:
         nonlocal step
@@ -102,6 +109,7 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
     import numpy as np
     from flax import nnx
 
+    from magma_jax.config import from_dict
     from magma_jax.families.magma import MAGMA
     from magma_jax.families.magma.loss import caption_loss
     from magma_jax.models.language.gptj import GPTJConfig
@@ -123,7 +131,7 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
 
     lm = GPTJConfig(LAYERS, WIDTH, HEADS, WIDTH // HEADS, FEED_FORWARD, VOCAB_ROWS, HEAD_ROWS)
     config = MagmaConfig(lm, CLIP_RESNETS["RN50"], mlp_adapter=AdapterConfig(downsample_factor=4))
-    groups = {"encoder": Group(learning_rate=ENCODER_RATE)}
+    groups: dict[str, Group | Literal["frozen"]] = {"encoder": Group(learning_rate=ENCODER_RATE)}
     optim = OptimConfig(learning_rate=RATE, schedule="constant", b2=0.95, clip_norm=CLIP_NORM, groups=groups)
     optim = with_groups(optim, MAGMA.roles(config))
 
@@ -142,7 +150,7 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
     batch = {"tokens": tokens, "labels": tokens, "images": images}
     key = jax.random.key(0)
 
-    loss = functools.partial(caption_loss, options=LossOptions(batch_norm=batch_norm, remat=remat))
+    loss = functools.partial(caption_loss, options=from_dict(LossOptions, {"batch_norm": batch_norm, "remat": remat}))
     options = compiler_options(jax.default_backend())
     function = jax.jit(make_train_step(graphdef, loss, optimizer), donate_argnums=0, compiler_options=options)
     trim_after_compile()  # as the training loop does

@@ -1,26 +1,32 @@
 """Worker processes that take turns: other load slows them equally, and peak memory is measured separately."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 
-def start(script: str, name: str, options: list[str]) -> subprocess.Popen:
-    """Starts ``script --worker NAME``, which must call ``answer``."""
-    command = [sys.executable, script, "--worker", name, *options]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def start(script: str, name: str, options: list[str], checkout: Path | None = None) -> subprocess.Popen:
+    """Starts ``script --worker NAME``, which must call ``answer``; from another checkout of the repository if given."""
+    root = checkout or Path(__file__).parent.parent
+    command = [sys.executable, str(root / "benchmarks" / Path(script).name), "--worker", name, *options]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def ask(worker: subprocess.Popen, request: str) -> Any:
     """Sends a request and waits for its answer; ends the program if the worker has ended."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
     worker.stdin.write(request + "\n")
     worker.stdin.flush()
     answer = worker.stdout.readline()
     if not answer:
-        sys.exit(f"{' '.join(worker.args)} ended without an answer")
+        sys.exit(f"{worker.args} ended without an answer")
     return json.loads(answer)
 
 

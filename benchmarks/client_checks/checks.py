@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 URL, MODEL, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -30,7 +31,7 @@ def data_uri(path: str) -> str:
     return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
 
 
-def content(row: dict) -> list[dict]:
+def content(row: dict) -> list[Any]:
     """A question and its image as the parts of a message."""
     return [
         {"type": "text", "text": worded(row)},

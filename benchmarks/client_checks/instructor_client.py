@@ -1,6 +1,6 @@
 """Instructor: answers as objects."""
 
-import instructor
+import instructor  # pyright: ignore[reportMissingImports]  # in an environment of its own
 import openai
 from checks import MODEL, URL, content, questions, run
 from pydantic import BaseModel

@@ -1,6 +1,6 @@
 """LiteLLM."""
 
-import litellm
+import litellm  # pyright: ignore[reportMissingImports]  # in an environment of its own
 from checks import MODEL, URL, content, questions, run
 
 ASKED = {"role": "user", "content": content(questions()[0])}

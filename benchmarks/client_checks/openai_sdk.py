@@ -4,11 +4,12 @@ import asyncio
 
 import openai
 from checks import MODEL, URL, content, questions, run
+from openai.types.chat import ChatCompletionUserMessageParam
 from pydantic import BaseModel
 
 client = openai.OpenAI(base_url=URL, api_key="none", max_retries=0)
 ROW = questions()[0]
-ASKED = {"role": "user", "content": content(ROW)}
+ASKED: ChatCompletionUserMessageParam = {"role": "user", "content": content(ROW)}
 
 
 class Seen(BaseModel):
@@ -25,15 +26,27 @@ def chat(*messages, **options):
 
 def stream():
     """Text of a streamed answer, and its tokens."""
-    options = {"stream": True, "stream_options": {"include_usage": True}}
-    chunks = list(client.chat.completions.create(model=MODEL, messages=[ASKED], **options))
-    return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices), chunks[-1].usage.completion_tokens
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL, messages=[ASKED], stream=True, stream_options={"include_usage": True}
+        )
+    )
+    usage = chunks[-1].usage
+    assert usage is not None
+    return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices), usage.completion_tokens
 
 
 def history():
     """Answers are sent back as messages, in every form that the SDK has."""
     turn = chat()
     return [chat(ASKED, form, ASKED).content for form in (turn, turn.model_dump(), turn.to_dict())]
+
+
+def parsed():
+    """An answer as an object."""
+    answer = client.chat.completions.parse(model=MODEL, messages=[ASKED], response_format=Seen)
+    seen = answer.choices[0].message.parsed
+    return seen and seen.model_dump_json()
 
 
 def refused():
@@ -87,10 +100,6 @@ run(
             chunk.choices[0].text
             for chunk in client.completions.create(model=MODEL, prompt="A picture of", max_tokens=8, stream=True)
         ),
-        "structured: parse": lambda: (
-            client.chat.completions.parse(model=MODEL, messages=[ASKED], response_format=Seen)
-            .choices[0]
-            .message.parsed.model_dump_json()
-        ),
+        "structured: parse": parsed,
     }
 )

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from checks import MODEL, URL, questions, tell_answers, worded
 
-PACKAGE = Path(next(iter(importlib.util.find_spec("vlmeval").submodule_search_locations)))
+found = importlib.util.find_spec("vlmeval")
+assert found is not None
+PACKAGE = Path(next(iter(found.submodule_search_locations or ())))
 for name, folder in {"vlmeval": PACKAGE, "vlmeval.api": PACKAGE / "api"}.items():
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [str(folder)]
 
-from vlmeval.api.gpt import OpenAIWrapper  # noqa: E402
+from vlmeval.api.gpt import OpenAIWrapper  # noqa: E402  # pyright: ignore[reportMissingImports]  # in an environment of its own
 
 # Requests 2,048 tokens, its default.
 model = OpenAIWrapper(MODEL, api_base=f"{URL}/chat/completions", key="none", retry=1, wait=0)

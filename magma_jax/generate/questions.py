@@ -29,13 +29,13 @@ class Question(NamedTuple):
         """The prompt with its images read."""
         deadline = time.monotonic() + READ_SECONDS
         return [
-            part if isinstance(part, str) else ImageInput(decoders.image(part.source, deadline)) for part in self.parts
+            part if isinstance(part, str) else ImageInput(decoders.image(_path(part), deadline)) for part in self.parts
         ]
 
     @property
     def images(self) -> list[str]:
         """Paths of its images."""
-        return [part.source for part in self.parts if isinstance(part, ImageInput)]
+        return [_path(part) for part in self.parts if isinstance(part, ImageInput)]
 
     @property
     def shown_name(self) -> str:
@@ -66,12 +66,12 @@ def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Questi
         parts.append(DEFAULT_PROMPT)
     *images, last = parts
     one_by_one = images and isinstance(last, str) and all(isinstance(part, ImageInput) for part in images)
-    folders = any(isinstance(part, ImageInput) and os.path.isdir(part.source) for part in parts)
+    folders = any(isinstance(part, ImageInput) and os.path.isdir(_path(part)) for part in parts)
     if together or not one_by_one:
         if folders:
             raise ValueError("a folder stands for separate prompts, one per image; put it first, followed by one text")
         return [Question(None, parts)]
-    found = [file for part in images for file in (_images_in(part.source))]
+    found = [file for part in images if isinstance(part, ImageInput) for file in _images_in(_path(part))]
     several = len(found) > 1 or folders
     return [Question(file if several else None, [ImageInput(file), last]) for file in found]
 
@@ -83,6 +83,12 @@ def _part(text: str) -> str | ImageInput:
     except ValueError:  # null bytes
         is_image = False
     return ImageInput(text) if text and is_image else text
+
+
+def _path(image: ImageInput) -> str:
+    """Where an image of a command line is; such a one is never given as pixels."""
+    assert isinstance(image.source, str)
+    return image.source
 
 
 def _images_in(path: str) -> list[str]:

@@ -123,7 +123,8 @@ class ImageAttention:
     def _of(self, layer: int | None, head: int | None) -> Float[np.ndarray, "N I P"]:
         if layer is None and head is None:
             return self.rollout
-        check_head(*self.weights.shape[:2], layer, head)
+        layers, heads = self.weights.shape[:2]
+        check_head(layers, heads, layer, head)
         return self.weights[layer].mean(0) if head is None else self.weights[layer, head]
 
 
@@ -154,7 +155,7 @@ def attention_maps(
     layout = model.layout(prompt)
     if answer is None:
         result = generate_tokens(model, model.preprocess_batch([prompt]).embeddings, max_steps)
-        answer = np.asarray(result.tokens[0, : int(result.lengths[0])]).tolist()
+        answer = list(np.asarray(result.tokens[0, : int(result.lengths[0])]).tolist())
     tokens = model.tokenizer.encode(answer) if isinstance(answer, str) else [int(token) for token in answer]
     layers, heads = model.lm_config.layers, model.lm_config.heads
     every = np.stack(np.meshgrid(np.arange(layers), np.arange(heads), indexing="ij"), -1).reshape(-1, 2)
@@ -280,6 +281,7 @@ def _attend(
 
 def _follow(state: tuple[Array, Array, Array], block: BlockOutput, *, queries, columns, heads):
     layer, rollout, kept = state
+    assert block.attentions is not None  # a reduction is given them
     attention = block.attentions[0]
     mean = attention.mean(0)
     # One gather of the selected weights: a copy of whole heads would be as large as their attention.

@@ -67,12 +67,13 @@ def _scaled(image: Image.Image, size: int) -> Image.Image:
     shorter = min(image.size)
     longest = 3 * shorter
     if max(image.size) > longest:
-        cut = [max(0, (side - longest) // 2) for side in image.size]
-        image = image.crop((*cut, *(cut[i] + min(side, longest) for i, side in enumerate(image.size))))
+        left, top = (max(0, (side - longest) // 2) for side in image.size)
+        width, height = (min(side, longest) for side in image.size)
+        image = image.crop((left, top, left + width, top + height))
     return image.resize([max(size, round(side * size / shorter)) for side in image.size], Image.Resampling.BICUBIC)
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     while len(text) > 1 and font.getlength(text) > width:
         text = text[:-2] + "\u2026"
     return text

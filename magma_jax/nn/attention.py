@@ -9,13 +9,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from magma_jax.nn.fused import choose_kernel, fused_attention
+from magma_jax.nn.fused import Kernel, choose_kernel, fused_attention
 from magma_jax.nn.layers import dropout
 from magma_jax.nn.masks import MASKED_SCORE, Mask
 from magma_jax.typing import Array, Float, PRNGKey
 
 # Fewest queries for which each kernel is used; a single query has few scores.
-FROM_QUERIES = {"cudnn": 2, "splash": 512, "blockwise": 1024}
+FROM_QUERIES: dict[Kernel, int] = {"cudnn": 2, "splash": 512, "blockwise": 1024}
 
 
 def dot_product_attention(
@@ -56,7 +56,7 @@ def dot_product_attention(
     return out, found if weights else None
 
 
-def _kernel(q: Array, k: Array, mask: Mask) -> str | None:
+def _kernel(q: Array, k: Array, mask: Mask) -> Kernel | None:
     if q.shape[1] < min(FROM_QUERIES.values()):
         return None
     kernel = choose_kernel(q, k, mask)

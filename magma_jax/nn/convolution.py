@@ -1,6 +1,6 @@
 """Convolution, pooling and BatchNorm on images of shape (B, height, width, channels)."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def average_pool(x: Float[Array, "B h w C"], size: int) -> Float[Array, "B h2 w2
     h, w = (side // size * size for side in x.shape[1:3])
     # A sum of slices: XLA:CPU of jax 0.12 gives NaN for bf16 when it fuses convolution, ReLU and a windowed mean.
     parts = [x[:, i:h:size, j:w:size].astype(jnp.float32) for i in range(size) for j in range(size)]
-    return (sum(parts) / size**2).astype(x.dtype)
+    return (cast(Array, sum(parts)) / size**2).astype(x.dtype)
 
 
 class BatchNorm(nnx.Module):

@@ -99,8 +99,8 @@ def make_plan(program: Program, topology: Topology, compiled: Compiled, what: st
     config = program.config
     flops = None
     if what == "train":
-        batch = {name: shape for name, (shape, _) in program.family.batch_shapes(program).items()}
-        flops = program.family.flops(config.model, program.params, program.labels, batch)
+        shapes = {name: shape for name, (shape, _) in program.family.batch_shapes(program).items()}
+        flops = program.family.flops(config.model, program.params, program.labels, shapes)
     gathers = frozen_gathers(program, costs)
     return Plan(topology, what, dict(program.mesh.shape), batch, compiled, costs, flops, gathers)
 

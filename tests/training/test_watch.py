@@ -15,6 +15,7 @@ from magma_jax.runtime.sharding import make_mesh
 from magma_jax.training import watch as watching
 from magma_jax.training.monitor.profiler import StepRange
 from magma_jax.training.monitor.writers import WatchConfig, read_lines
+from magma_jax.training.run.config import completed
 from magma_jax.training.run.program import build_program
 from magma_jax.training.run.setup import Run
 from magma_jax.training.step.optim import make_schedule
@@ -36,13 +37,15 @@ def toy_step(state, batch):
 
 @pytest.fixture(scope="module")
 def program():
-    return build_program(MAGMA, tiny.run_config(), make_mesh(tiny.run_config().mesh, jax.devices()[:1]))
+    return build_program(
+        MAGMA, completed(MAGMA, tiny.run_config()), make_mesh(tiny.run_config().mesh, jax.devices()[:1])
+    )
 
 
 @pytest.fixture
 def make_run(program, tmp_path):
     def make(after=0, **changes):
-        config = tiny.run_config(**{"steps": 10, "log_every": 2} | changes)
+        config = completed(MAGMA, tiny.run_config(**{"steps": 10, "log_every": 2} | changes))
         state = TrainState(jnp.int32(after), {}, {}, optax.ScaleByScheduleState(jnp.int32(after)))
         return Run(config, tmp_path, DATA, program, {}, state)
 

@@ -11,7 +11,7 @@ Batches depend on the order of the samples alone: every process forms the same o
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import grain
 import numpy as np
@@ -57,6 +57,10 @@ class PaddedBatches(grain.MapDataset):
         group = self._batch_size * (1 if len(self._buckets) == 1 else WINDOW)
         return len(self._parent) // group * (group // self._batch_size)
 
+    @overload
+    def __getitem__(self, index: slice) -> grain.MapDataset: ...
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)

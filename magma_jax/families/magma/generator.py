@@ -24,7 +24,7 @@ from magma_jax.families.magma.loading import LAYERS, load_magma
 from magma_jax.inference.answers import Answer, AnswerOptions
 from magma_jax.inference.asker import token_answers
 from magma_jax.inference.batched import generate_tokens
-from magma_jax.inference.decoding.config import SamplingConfig
+from magma_jax.inference.decoding.config import Compat, SamplingConfig
 from magma_jax.inference.decoding.decode import Generation
 from magma_jax.inference.generator import Makes
 from magma_jax.inference.prompts import (
@@ -38,7 +38,7 @@ from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.models.vision.catalog import normalize_for
 from magma_jax.nn.modules import Definition, abstract, merge
 from magma_jax.runtime.compile import platform_jit, trim_after_compile
-from magma_jax.typing import Array, Float, Params
+from magma_jax.typing import Array, Float, Int, Params
 
 
 class ForwardOutput(NamedTuple):
@@ -147,7 +147,7 @@ class Magma:
         top_p: float | int = 0.9,
         *,
         seed: int | Sequence[int] = 0,
-        compat: str | None = None,
+        compat: Compat = None,
     ) -> list[str]:
         """Continues prompts and returns the new text of each row, up to its end of text.
 
@@ -224,7 +224,7 @@ class Magma:
         """Word-like vectors of encoder features."""
         return _project(self.graphdef, self.params, features)
 
-    def embed_tokens(self, ids: Sequence[int]) -> Float[Array, "S D"]:
+    def embed_tokens(self, ids: Sequence[int] | Int[np.ndarray, " S"]) -> Float[Array, "S D"]:
         """Word embeddings of token ids; raises ValueError for ids without a row in the table."""
         rows = self.config.lm.vocab_rows
         bad = [i for i in ids if not 0 <= i < rows]

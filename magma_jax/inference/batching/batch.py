@@ -168,7 +168,7 @@ class SlotBatch:
         """Group sizes for prompts of a padded length."""
         return [size for size in GROUPS if size == 1 or (size <= self.count and size * bucket <= GROUP_POSITIONS)]
 
-    def _admission(self, entries: Sequence[Entry], bucket: int) -> slots.Admission:
+    def _admission(self, entries: Sequence[Entry], bucket: int) -> slots.Admission[np.ndarray]:
         tokens = np.zeros((len(entries), bucket), np.int32)
         places = np.full((len(entries), bucket), WORD, np.int32)
         seen = np.zeros((len(entries), self._vocabulary), bool)
@@ -233,10 +233,10 @@ class SlotBatch:
                 depends on the sampled token.
         """
         # More than the number of slots: never reached.
-        enough = np.int32(self.count + 1 if enough is None else enough)
+        ended = np.int32(self.count + 1 if enough is None else enough)
         allowed = None if guides is None else self._allowed(self.count, guides)
         options = {"steps": self.steps if allowed is None else 1, "top": self._top if top else 0}
-        self._rows, sampled, counts = self._run(slots.decode, enough, allowed, **options)
+        self._rows, sampled, counts = self._run(slots.decode, ended, allowed, **options)
         return sampled, counts
 
     def add_tokens(self, slot: int, tokens: Sequence[int]) -> None:

@@ -336,7 +336,7 @@ class Engine:
         self._reused += place.start
 
     def _deliver_sampled(
-        self, works: list[tuple[int, _Work | None]], sampled: SampledTokens, counts: Sequence[int]
+        self, works: Sequence[tuple[int, _Work | None]], sampled: SampledTokens, counts: Sequence[int]
     ) -> None:
         """Delivers sampled tokens, ``counts`` per row, to the requests that have not ended since."""
         token, logprob, top = jax.device_get((sampled.token, sampled.logprob, sampled.top))

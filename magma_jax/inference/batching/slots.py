@@ -4,7 +4,7 @@ All shapes are fixed: the slots and their cache, a table of encoded images, prom
 programs are therefore few, and all of them can be compiled before the first request.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,11 @@ from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8, UInt32
 
 T = TypeVar("T")
+# Arrays of the host before a program, of JAX inside.
+A = TypeVar("A", Array, np.ndarray)
 
 
-class Admission(NamedTuple):
+class Admission(NamedTuple, Generic[A]):
     """Inputs of A slots: the part of each prompt that the slot's cache does not hold yet, and the request's options.
 
     Attributes:
@@ -38,17 +40,17 @@ class Admission(NamedTuple):
         allowed: (A, W) mask of the allowed first tokens, one bit per id.
     """
 
-    slot: Array | np.ndarray
-    start: Array | np.ndarray
-    length: Array | np.ndarray
-    tokens: Array | np.ndarray
-    places: Array | np.ndarray
-    seen: Array | np.ndarray
-    seed: Array | np.ndarray
+    slot: A
+    start: A
+    length: A
+    tokens: A
+    places: A
+    seen: A
+    seed: A
     sampling: SamplingRows
-    limit: Array | np.ndarray
-    minimum: Array | np.ndarray
-    allowed: Array | np.ndarray
+    limit: A
+    minimum: A
+    allowed: A
 
 
 @platform_jit(static_argnames=("graphdef", "slots", "context", "images"))
@@ -78,7 +80,11 @@ def empty_slots(
     return rows, jnp.zeros((images, model.image_positions, model.lm.config.width), model.dtype)
 
 
-def commit_like(params: Params, arrays: T) -> T:
+@overload
+def commit_like(params: Params, arrays: np.ndarray) -> Array: ...
+@overload
+def commit_like(params: Params, arrays: T) -> T: ...
+def commit_like(params: Params, arrays: Any) -> Any:
     """Arrays committed to the devices of the weights.
 
     Committed and uncommitted inputs compile separately. Program outputs are committed, so without this the second call
@@ -110,7 +116,7 @@ def admit(
     params: Params,
     rows: DecodeState,
     table: Float[Array, "C P D"],
-    admission: Admission,
+    admission: Admission[Array],
     *,
     eos_id: int,
     top: int,

@@ -151,6 +151,7 @@ def run_prompts(
     positions = jnp.broadcast_to(start + jnp.arange(length), (batch, length))
     output = lm(embeddings, positions=positions, cache=cache)
     last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    assert output.cache is not None  # one was given
     return output.cache, lm.logits(last)
 
 

@@ -167,7 +167,8 @@ def _intersects(node: dict[str, Any]) -> bool:
 
 def _nodes(schema: dict[str, Any]) -> list[dict[str, Any]]:
     """All subschemas of a schema that are objects, itself included."""
-    found, waiting = [], [schema]
+    found: list[dict[str, Any]] = []
+    waiting: list[Any] = [schema]
     while waiting:
         node = waiting.pop()
         if isinstance(node, list):

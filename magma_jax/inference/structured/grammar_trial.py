@@ -59,7 +59,7 @@ class Vocabulary:
 
         self.tokens, self.special_token_ids, self.eos_token_id = tokens, special_ids, eos_id
         self._encode = encode
-        self.trie = llguidance.LLTokenizer(self)
+        self.trie = llguidance.LLTokenizer(self)  # pyright: ignore[reportArgumentType]  # is_tokenizer_wrapper is enough
 
     def __call__(self, text: str) -> list[int]:
         return self.trie.greedy_tokenize(text) if self._encode is None else self._encode(text)

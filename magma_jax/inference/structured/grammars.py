@@ -99,6 +99,8 @@ class Grammars:
         return [token for stretch in stretches for token in self._tokenizer.encode(stretch)]
 
     def _compiled(self, text: str, *, skips_space: bool = False) -> "Grammar":
+        assert self.trial is not None  # compile has loaded both
+        assert self._vocabulary is not None
         try:
             verdict = self._verdicts.pop(text, None) or self.trial(text)
         except TrialError as error:

@@ -4,7 +4,7 @@ Each kind of language model is a config whose ``trunk`` describes its blocks.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -29,38 +29,36 @@ Activation = Literal["gelu", "gelu_tanh", "relu"]
 MAX_LAYERS = 10_000
 
 
-@runtime_checkable
-class DecoderConfig(Protocol):
-    """Fields that every language model's config has."""
+class DecoderConfig:
+    """Fields of every language model's config; each kind is a frozen dataclass that inherits from this class.
 
-    @property
-    def kind(self) -> str: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def feed_forward(self) -> int: ...
-    @property
-    def vocab_rows(self) -> int: ...  # rows of the embedding table
-    @property
-    def head_rows(self) -> int: ...  # rows of the head; ids beyond the embedding table are never sampled
-    @property
-    def context_length(self) -> int: ...  # positions the model was trained on, in tokens
-    @property
-    def layernorm_eps(self) -> float: ...
-    @property
-    def embedding_std(self) -> float: ...  # standard deviation of a fresh embedding table
-    @property
-    def dtype(self) -> str: ...  # dtype of the stored weights; int8 and int4 apply to matrices, see nn.quantized
+    It is not a protocol, because checking an argument against a protocol at run time reads every member.
 
+    Attributes:
+        kind: name of the kind in configs.
+        vocab_rows: rows of the embedding table.
+        head_rows: rows of the head; ids beyond the embedding table are never sampled.
+        context_length: positions the model was trained on, in tokens.
+        embedding_std: standard deviation of a fresh embedding table.
+        dtype: dtype of the stored weights; int8 and int4 apply to matrices, see ``nn.quantized``.
+    """
+
+    kind: str
+    layers: int
+    width: int
+    heads: int
+    feed_forward: int
+    vocab_rows: int
+    head_rows: int
+    context_length: int
+    layernorm_eps: float
+    embedding_std: float
+    dtype: str
     head: ClassVar[Head]
 
     def trunk(self) -> TrunkConfig:
         """Config of the layers between embeddings and final hidden states, without adapters."""
-        ...
+        raise NotImplementedError
 
 
 class Decoder(Trunk):

@@ -3,12 +3,12 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-from magma_jax.models.language.decoder import Activation, Head, block_config, check_heads
+from magma_jax.models.language.decoder import Activation, DecoderConfig, Head, block_config, check_heads
 from magma_jax.nn.transformer.config import PositionTable, TrunkConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(DecoderConfig):
     """Sizes of a GPT-2 language model; the defaults are the smallest published one, ``gpt2``.
 
     Attributes:

@@ -4,12 +4,12 @@ import dataclasses
 import itertools
 from typing import ClassVar, Literal
 
-from magma_jax.models.language.decoder import Activation, Head, block_config, check_heads
+from magma_jax.models.language.decoder import Activation, DecoderConfig, Head, block_config, check_heads
 from magma_jax.nn.transformer.config import PositionTable, TrunkConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTNeoConfig:
+class GPTNeoConfig(DecoderConfig):
     """Sizes of a GPT-Neo language model; the defaults are ``EleutherAI/gpt-neo-125m``.
 
     Attributes:

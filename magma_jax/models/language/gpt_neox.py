@@ -4,13 +4,13 @@ al., 2022; Biderman et al., 2023)."""
 import dataclasses
 from typing import ClassVar, Literal
 
-from magma_jax.models.language.decoder import Activation, Head, block_config, check_heads
+from magma_jax.models.language.decoder import Activation, DecoderConfig, Head, block_config, check_heads
 from magma_jax.nn.rotary import RotaryConfig, check_rotary_dim
 from magma_jax.nn.transformer.config import PLACES, TrunkConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTNeoXConfig:
+class GPTNeoXConfig(DecoderConfig):
     """Sizes of a GPT-NeoX language model; the defaults are ``EleutherAI/pythia-70m``.
 
     Attributes:

@@ -7,13 +7,13 @@ have more rows than the table.
 import dataclasses
 from typing import ClassVar, Literal
 
-from magma_jax.models.language.decoder import Head, block_config, check_heads
+from magma_jax.models.language.decoder import DecoderConfig, Head, block_config, check_heads
 from magma_jax.nn.rotary import RotaryConfig, check_rotary_dim
 from magma_jax.nn.transformer.config import TrunkConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTJConfig:
+class GPTJConfig(DecoderConfig):
     """Sizes of a GPT-J language model; the defaults are GPT-J-6B with MAGMA's ``<|image|>`` row.
 
     Attributes:

@@ -15,7 +15,7 @@ from magma_jax.models.vision.clip_resnet import CLIP_RESNETS, CLIPResNet, CLIPRe
 from magma_jax.models.vision.clip_vit import CLIP_VITS, CLIPViT, CLIPViTConfig
 from magma_jax.models.vision.efficientnet_lite import LITE_MEAN, LITE_STD, EfficientNetLite, EfficientNetLiteConfig
 from magma_jax.models.vision.nf_resnet import NFResNet, NFResNetConfig
-from magma_jax.typing import Array, UInt8
+from magma_jax.typing import Array, Float, UInt8
 
 EncoderConfig: TypeAlias = CLIPResNetConfig | CLIPViTConfig | NFResNetConfig | EfficientNetLiteConfig
 
@@ -53,7 +53,9 @@ def build_encoder(config: EncoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     return module(config, rngs=rngs)
 
 
-def normalize_for(config: EncoderConfig, pixels: UInt8[Array | np.ndarray, "*batch H W 3"]) -> Array | np.ndarray:
+def normalize_for(
+    config: EncoderConfig, pixels: UInt8[Array | np.ndarray, "*batch H W 3"]
+) -> Float[Any, "*batch H W 3"]:
     """Pixels of 0 to 255 normalised for the encoder of a config, fp32; NumPy arrays stay NumPy arrays."""
     entry = ENCODERS[config.kind]
     return normalize(pixels, entry.mean, entry.std)

@@ -92,7 +92,7 @@ class Bottleneck(nnx.Module):
         y = jax.nn.relu(self.bn1(self.conv1(x), mode))
         y = jax.nn.relu(self.bn2(self.conv2(y), mode))
         y = self.bn3(self.conv3(average_pool(y, self.stride)), mode)
-        if self.downsample_conv is not None:
+        if self.downsample_conv is not None and self.downsample_bn is not None:
             x = self.downsample_bn(self.downsample_conv(average_pool(x, self.stride)), mode)
         return jax.nn.relu(x + y)
 

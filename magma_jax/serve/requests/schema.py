@@ -7,7 +7,16 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from magma_jax.inference.batching.requests import MAX_TOP_LOGPROBS, RequestOptions
 from magma_jax.inference.decoding.config import SEED_BITS, SamplingConfig
@@ -118,8 +127,10 @@ class Message(Strict):
         return [TextPart(type="text", text=self.content or "")]
 
 
-class StreamOptions(Strict, frozen=True):
+class StreamOptions(Strict):
     """Whether chunks of a stream count tokens: the last, or every one of them (as vLLM names it)."""
+
+    model_config = ConfigDict(frozen=True)
 
     include_usage: bool = False
     continuous_usage_stats: bool = False

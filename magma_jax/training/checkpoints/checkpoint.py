@@ -154,7 +154,10 @@ class RunCheckpoints:
         return ocp.training.Checkpointer(
             str(self._folder),
             context=context,
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self._kept]),
+            # Orbax's policies do not match its own protocol's annotation.
+            preservation_policy=policies.AnyPreservationPolicy(  # pyright: ignore[reportArgumentType]
+                [policies.LatestN(keep), self._kept]
+            ),
             # Removes half-written steps of a killed run; a reader must not touch what a trainer is writing.
             cleanup_tmp_directories=writing,
         )

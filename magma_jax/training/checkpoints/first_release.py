@@ -38,7 +38,7 @@ def read_optimizer(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     counts = {name: stored[name] for name in matches if name.endswith("/count")}
 
     def find(keys: tuple[Any, ...]) -> Any:
-        names = [getattr(key, "name", getattr(key, "key", None)) for key in keys]
+        names = [getattr(key, "name", getattr(key, "key", "")) for key in keys]
         if names[0] != "opt_state":
             return stored[names[0]]
         return next(iter(counts.values())) if names[-1] == "count" else moments[names[-2], names[-1]]

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,7 +22,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal: str | None = None
-        self._previous = {}
+        self._previous: dict[int, Any] = {}  # signal to who handled it before
 
     def reached(self, step: int) -> bool:
         """Whether the run stops after ``step``, equal in all processes; call it once per finished step."""

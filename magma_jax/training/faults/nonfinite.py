@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from magma_jax.output import replace_file
@@ -82,9 +83,11 @@ class NonfiniteGuard:
         path = self.folder / f"step_{step + 1:06d}{process}.npz"
         if len(list(self.folder.glob(f"*{process}.npz"))) >= MAX_DUMPS and not path.exists():
             return f"its batch is not written, {self.folder} holds {MAX_DUMPS} already"
-        key = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(self._key), step))
+        key = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(self._key)), step))
         # NumPy's file format has no bfloat16.
-        arrays = {name: np.asarray(a, np.float32) if a.dtype.kind == "V" else a for name, a in batch.items()}
+        arrays: dict[str, Any] = {
+            name: np.asarray(a, np.float32) if a.dtype.kind == "V" else a for name, a in batch.items()
+        }
         file = io.BytesIO()
         np.savez(file, **arrays, step=step, key=key)
         replace_file(path, file.getvalue())

@@ -8,7 +8,7 @@ plain form: the backward pass recomputes nothing.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,8 @@ def cross_entropy(
     padded = padded.reshape(batch, stretches, stretch).swapaxes(0, 1)
     converted: Any = jax.closure_convert(project, hidden[0])
     project, weights = converted
-    loss, predicted = _summed(project, hidden, padded, *weights)
+    # The decorator hides what the function returns.
+    loss, predicted = cast(tuple[Array, Array], _summed(project, hidden, padded, *weights))
     return loss, jnp.sum(labels != IGNORED), predicted
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -104,13 +104,13 @@ def make_train_step(
             if len(jax.eval_shape(count, first, keys[0])) > 1:
                 counts = _summed(lambda _, inputs: (None, count(*inputs)), None, (parts, keys))[1]
             statistics, (grads, terms) = _summed(
-                lambda statistics, inputs: part(statistics, *inputs, counts), state.statistics, (parts, keys)
+                lambda statistics, inputs: part(statistics, *inputs, counts=counts), state.statistics, (parts, keys)
             )
 
         divisor = jnp.maximum(next(iter(learned_counts(terms).values())), 1)
         grads = jax.tree.map(lambda g: g / divisor, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = cast(Params, optax.apply_updates(state.trainable, updates))
         metrics = term_means(terms) | {"grad_norm": optax.tree.norm(grads)}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["nonfinite"] = 1 - finite.astype(jnp.int32)
