@@ -181,7 +181,7 @@ def reference(folder: Path) -> dict[str, Any]:
             rotary_dim=config.rotary_dim,
             n_inner=config.feed_forward,
             tie_word_embeddings=False,
-            attn_implementation="eager",  # pyright: ignore[reportCallIssue]  # in no signature, and of every config
+            attn_implementation="eager",  # pyright: ignore[reportCallIssue]  # accepted by every config, but not in the signature
         )
     ).eval()
     # Rows beyond MAGMA's vocabulary are never looked up.

@@ -76,7 +76,7 @@ class Magma(nn.Module):
             n_head=sizes.HEADS,
             n_inner=sizes.FEED_FORWARD,
             rotary_dim=sizes.WIDTH // sizes.HEADS,
-            attn_implementation="eager",  # pyright: ignore[reportCallIssue]  # in no signature, and of every config
+            attn_implementation="eager",  # pyright: ignore[reportCallIssue]  # accepted by every config, but not in the signature
         )
         self.wte = nn.Embedding(sizes.VOCAB_ROWS, sizes.WIDTH)
         self.layers = nn.ModuleList(GPTJBlock(config, layer_idx=i) for i in range(sizes.LAYERS))

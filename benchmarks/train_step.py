@@ -81,7 +81,7 @@ def _take_turns(names: list[str], arguments: argparse.Namespace) -> dict[str, An
 
 def _work(arguments: argparse.Namespace) -> None:
     framework, remat = arguments.worker.split("-")
-    step: Callable[[], float]  # prepare makes it
+    step: Callable[[], float]  # set by prepare
 
     def prepare() -> dict[str, Any]:
         nonlocal step

@@ -1,6 +1,6 @@
 """Instructor: answers as objects."""
 
-import instructor  # pyright: ignore[reportMissingImports]  # in an environment of its own
+import instructor  # pyright: ignore[reportMissingImports]  # installed in its own environment
 import openai
 from checks import MODEL, URL, content, questions, run
 from pydantic import BaseModel

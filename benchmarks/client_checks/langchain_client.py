@@ -3,8 +3,8 @@
 import asyncio
 
 from checks import MODEL, URL, content, questions, run
-from langchain_core.messages import HumanMessage, SystemMessage  # pyright: ignore[reportMissingImports]  # in an environment of its own
-from langchain_openai import ChatOpenAI, OpenAI  # pyright: ignore[reportMissingImports]  # in an environment of its own
+from langchain_core.messages import HumanMessage, SystemMessage  # pyright: ignore[reportMissingImports]  # installed in its own environment
+from langchain_openai import ChatOpenAI, OpenAI  # pyright: ignore[reportMissingImports]  # installed in its own environment
 from pydantic import BaseModel
 
 ASKED = HumanMessage(content(questions()[0]))

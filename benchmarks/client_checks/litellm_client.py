@@ -1,6 +1,6 @@
 """LiteLLM."""
 
-import litellm  # pyright: ignore[reportMissingImports]  # in an environment of its own
+import litellm  # pyright: ignore[reportMissingImports]  # installed in its own environment
 from checks import MODEL, URL, content, questions, run
 
 ASKED = {"role": "user", "content": content(questions()[0])}

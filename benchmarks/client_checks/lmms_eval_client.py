@@ -1,8 +1,8 @@
 """lmms-eval's class for OpenAI-compatible servers, on held-out questions in the wording of its tasks."""
 
 from checks import MODEL, URL, questions, tell_answers, worded
-from lmms_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]  # in an environment of its own
-from lmms_eval.models.chat.openai import OpenAICompatible  # pyright: ignore[reportMissingImports]  # in an environment of its own
+from lmms_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]  # installed in its own environment
+from lmms_eval.models.chat.openai import OpenAICompatible  # pyright: ignore[reportMissingImports]  # installed in its own environment
 from PIL import Image
 
 ROWS = questions()

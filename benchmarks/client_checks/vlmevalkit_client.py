@@ -17,7 +17,7 @@ for name, folder in {"vlmeval": PACKAGE, "vlmeval.api": PACKAGE / "api"}.items()
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [str(folder)]
 
-from vlmeval.api.gpt import OpenAIWrapper  # noqa: E402  # pyright: ignore[reportMissingImports]  # in an environment of its own
+from vlmeval.api.gpt import OpenAIWrapper  # noqa: E402  # pyright: ignore[reportMissingImports]  # installed in its own environment
 
 # Requests 2,048 tokens, its default.
 model = OpenAIWrapper(MODEL, api_base=f"{URL}/chat/completions", key="none", retry=1, wait=0)

@@ -86,7 +86,7 @@ def _part(text: str) -> str | ImageInput:
 
 
 def _path(image: ImageInput) -> str:
-    """Where an image of a command line is; such a one is never given as pixels."""
+    """Path of an image from the command line, which is never given as pixels."""
     assert isinstance(image.source, str)
     return image.source
 

@@ -281,7 +281,7 @@ def _attend(
 
 def _follow(state: tuple[Array, Array, Array], block: BlockOutput, *, queries, columns, heads):
     layer, rollout, kept = state
-    assert block.attentions is not None  # a reduction is given them
+    assert block.attentions is not None  # always set for a reduction
     attention = block.attentions[0]
     mean = attention.mean(0)
     # One gather of the selected weights: a copy of whole heads would be as large as their attention.

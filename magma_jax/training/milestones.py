@@ -72,7 +72,7 @@ class Milestones:
     def _validate_now(self, step: int) -> bool:
         """Validates; returns whether this is the best step so far."""
         run, config = self._run, self._run.config.validation
-        assert self._validate is not None  # there is one where a validation can be due
+        assert self._validate is not None  # set if a validation can be due
         with self._pause():
             figures = self._validate()
         loss = figures["validation_loss"]

@@ -19,7 +19,7 @@ from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8, UInt32
 
 T = TypeVar("T")
-# Arrays of the host before a program, of JAX inside.
+# Type of the arrays: NumPy's outside a program, JAX's inside.
 A = TypeVar("A", Array, np.ndarray)
 
 

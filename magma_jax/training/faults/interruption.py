@@ -22,7 +22,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal: str | None = None
-        self._previous: dict[int, Any] = {}  # signal to who handled it before
+        self._previous: dict[int, Any] = {}  # signal to its previous handler
 
     def reached(self, step: int) -> bool:
         """Whether the run stops after ``step``, equal in all processes; call it once per finished step."""

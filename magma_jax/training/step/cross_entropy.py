@@ -55,7 +55,7 @@ def cross_entropy(
     padded = padded.reshape(batch, stretches, stretch).swapaxes(0, 1)
     converted: Any = jax.closure_convert(project, hidden[0])
     project, weights = converted
-    # The decorator hides what the function returns.
+    # The decorator hides the return type.
     loss, predicted = cast(tuple[Array, Array], _summed(project, hidden, padded, *weights))
     return loss, jnp.sum(labels != IGNORED), predicted
 
