@@ -1,4 +1,4 @@
-"""Evaluates a run that train.py made, on a split that it did not learn from, or any checkpoint on a task.
+"""Evaluates a run of train.py on a held-out split, or any checkpoint on a task.
 
     python eval.py
     python eval.py --workdir runs/quickstart --split validation --limit 50
@@ -8,7 +8,7 @@
     python eval.py --workdir runs/quickstart --perplexity text.txt
 
 Without --task it prints the table and writes results.json, predictions.jsonl and report.html into the run folder;
-another split than test, or a limit, is part of their names. docs/evaluation.md describes tasks and their files.
+a split other than test, or a limit, is part of their names. docs/evaluation.md describes tasks and their files.
 """
 
 import argparse
@@ -29,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     parser.add_argument("--split", default="test", help="default: %(default)s")
-    parser.add_argument("--limit", type=int, help="at most this many captions and this many questions; default: all")
+    parser.add_argument("--limit", type=int, help="maximum number of captions and of questions; default: all")
     parser.add_argument("--overview", type=Path, metavar="PNG", help="also draw twelve images with their texts")
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
-        help="take the moving averages of a run's weights, or the weights; default: what the run was validated with",
+        help="use the moving averages of a run's weights, or the weights; default: as the run was validated",
     )
     add_task_options(parser)
     add_other_options(parser)
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    # Here: JAX takes seconds to import, and --help does without.
+    # Imported here: JAX takes seconds to import, and --help does not need it.
     from magma_jax.evaluation.command import run_comparison, run_perplexity, run_tasks
     from magma_jax.evaluation.own_split import evaluate_run
     from magma_jax.families import open_token_generator

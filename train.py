@@ -1,10 +1,10 @@
-"""Trains what a config describes; by default the quick start.
+"""Trains a model from a config; by default the quick start.
 
     python train.py
     python train.py --config configs/quickstart_lm.py --workdir runs/quickstart_lm --set seed=1 optim.learning_rate=1e-3
     python train.py --show
 
-A run folder that already holds checkpoints of the same config is continued.
+A run folder with checkpoints of the same config is resumed.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains, and evaluates if the config says so; returns the exit status, see ``commands``."""
     parser = commands.ArgumentParser(
         prog="train.py",
-        description="Trains what a config describes; by default the quick start.",
+        description="Trains a model from a config; by default the quick start.",
         epilog="--show prints every setting and its value in the form that --set takes. RunConfig in "
         "magma_jax/training/run/config.py and the classes that it names say what each one means; docs/training.md "
         "explains the usual ones.",
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    # Here: JAX takes seconds to import, and --help does without.
+    # Imported here: JAX takes seconds to import, and --help does not need it.
     from magma_jax.config import apply_overrides, config_name, load_config_file, settings
     from magma_jax.evaluation.own_split import evaluate_run
     from magma_jax.families import family_of, open_token_generator, run_config

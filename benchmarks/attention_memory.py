@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/attention_memory.py --topology v5p:1x1x1 --topology v6e:1x1
 
-A block of CM3Leon-7B's width by default, one sequence, bf16, full recomputation, compiled for a device that need not
-be there. Plain attention stores (H, S, S) scores; the temporaries of the fused forms should grow linearly.
+By default a block of CM3Leon-7B's width, one sequence, bf16, full rematerialisation, compiled ahead of time without the
+device. Plain attention stores (H, S, S) scores; the temporaries of the fused forms should grow linearly.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def _temporaries(config: BlockConfig, length: int, device: Any, form: str) -> int:
-    """Bytes that a device needs for the gradient of one block beside its arguments and results."""
+    """Bytes of temporaries for the gradient of one block."""
     graphdef, shapes, _ = abstract(lambda: Trunk(TrunkConfig(block=config, layers=1), rngs=nnx.Rngs(0)))
     on_device = jax.sharding.SingleDeviceSharding(device)
 

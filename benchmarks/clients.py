@@ -1,10 +1,10 @@
-"""Drives a server with clients that others wrote, each in an environment of its own, and says which work.
+"""Tests a server with third-party clients, each in its own environment, and reports which work.
 
     python benchmarks/clients.py --checkpoint runs/quickstart --install --markdown docs/clients.md
 
-Starts a server of the quick start (or takes one at ``--url``), asks what ``client_checks`` has for each client, and
-prints a table. ``--install`` makes the environments (10 GB with guidellm and lmms-eval, which want PyTorch); clients
-without one are left out and named. The two evaluation harnesses ask 20 held-out questions in their own wording.
+Starts a server of the quick start (or uses one at ``--url``), runs each client's ``client_checks``, and prints a table.
+``--install`` creates the environments (10 GB with guidellm and lmms-eval, which need PyTorch); clients without one are
+skipped and listed. The two evaluation harnesses ask 20 held-out questions in their own wording.
 """
 
 import argparse
@@ -29,22 +29,22 @@ from magma_jax.data.openmoji import drawings as openmoji
 
 CHECKS = Path(__file__).parent / "client_checks"
 QUESTIONS = 20
-# Seconds of all checks of one client; the machine may be slow.
+# Timeout in seconds for all checks of one client, on a slow machine.
 LIMIT = 900
 
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    """Software that talks to servers of the OpenAI shape.
+    """A client of OpenAI-compatible servers.
 
     Attributes:
-        name: of it, and of its environment.
-        package: whose version is told.
-        command: what is run, with places for ``{python}``, ``{environment}``, ``{checks}``, ``{url}``, ``{root}``,
+        name: name of the client and of its environment.
+        package: package whose version is reported.
+        command: command to run, with placeholders ``{python}``, ``{environment}``, ``{checks}``, ``{url}``, ``{root}``,
             ``{model}``, ``{folder}`` and ``{tokenizer}``.
         needs: packages to install.
-        alone: of these, packages that are installed without their dependencies, which are many and unused.
-        check: for a program that prints no results itself: what its success means.
+        alone: packages to install without their many unused dependencies.
+        check: name of the check, for programs that print no results themselves.
     """
 
     name: str
@@ -178,7 +178,7 @@ def main() -> int:
 
 
 def install(client: Client, environment: Path) -> None:
-    """Makes the environment of a client; one that cannot be made is not left half done."""
+    """Creates the environment of a client, and removes it again if that fails."""
     print(f"installing {client.name}", file=sys.stderr, flush=True)
     try:
         if client.is_javascript:
@@ -200,7 +200,7 @@ def checked(client: Client, environment: Path, places: dict[str, str]) -> list[d
     """Results of the checks of a client."""
     if not environment.is_dir():
         return [{"check": "-", "ok": False, "says": "not installed; add --install"}]
-    if client.is_javascript:  # modules are looked for beside the file
+    if client.is_javascript:  # node resolves modules next to the file
         shutil.copy(CHECKS / "openai_sdk.mjs", environment)
     filled = {**places, "environment": str(environment), "python": str(environment / "bin/python")}
     command = [part.format(**filled) for part in client.command]
@@ -218,13 +218,13 @@ def checked(client: Client, environment: Path, places: dict[str, str]) -> list[d
 
 
 def last_line(done: subprocess.CompletedProcess) -> str:
-    """What a program said last."""
+    """The last line of a program's output."""
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
     return lines[-1][:300] if lines else f"ended with {done.returncode}"
 
 
 def failures(folder: Path, name: str) -> str:
-    """What the report of a load generator says of requests that were not answered; empty for none."""
+    """Unanswered requests according to a load generator's report; empty if there are none."""
     if name == "guidellm":
         report = json.loads((folder / "guidellm.json").read_text())
         totals = report["benchmarks"][0]["metrics"]["request_totals"]
@@ -236,7 +236,7 @@ def failures(folder: Path, name: str) -> str:
 
 
 def version(client: Client, environment: Path) -> str:
-    """Of the client's package."""
+    """Version of the client's package."""
     if client.is_javascript:
         file = environment / "node_modules" / client.package / "package.json"
         return json.loads(file.read_text())["version"] if file.is_file() else "-"
@@ -247,7 +247,7 @@ def version(client: Client, environment: Path) -> str:
 
 
 def table(results: list[tuple[Client, str, list[dict]]]) -> str:
-    """Markdown rows, a check each."""
+    """Markdown rows, one per check."""
     lines = []
     for client, number, rows in results:
         for i, row in enumerate(rows):
@@ -271,7 +271,7 @@ def write_page(file: Path, results: list[tuple[Client, str, list[dict]]]) -> Non
 
 
 def write_questions(folder: Path) -> None:
-    """Held-out questions and their images, ``checks.questions`` reads them."""
+    """Writes held-out questions and their images for ``checks.questions``."""
     images, pixels = openmoji.load(Path("~/.cache/magma_jax").expanduser())
     asked = openmoji.questions([image for image in images if image.split == "test"])
     chosen = [asked[i] for i in np.random.default_rng(0).choice(len(asked), QUESTIONS, replace=False)]
@@ -284,7 +284,7 @@ def write_questions(folder: Path) -> None:
 
 
 def write_tokenizer(source: Path, folder: Path) -> None:
-    """A checkpoint's tokenizer as transformers opens it; load generators count tokens."""
+    """Writes a checkpoint's tokenizer in transformers' format; load generators count tokens with it."""
     shutil.copytree(source, folder)
     if not (folder / "tokenizer_config.json").exists():
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

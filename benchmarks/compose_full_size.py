@@ -4,10 +4,10 @@ python benchmarks/compose_full_size.py --scratch /data/scratch    # 28 GB of dis
 python benchmarks/compose_full_size.py --scratch /data/scratch --image-size 192    # 0.5 GB of memory less
 python benchmarks/compose_full_size.py --scratch /tmp/small --layers 2 --width 256
 
-The files are a GPT-J-6B as Hugging Face's folders hold it (fp16, sharded safetensors, 50,400 rows) and a CLIP RN50x16
-as OpenAI's TorchScript archives do (fp16; made with PyTorch, read without). Every step is a process of its own: its
-wall time and the largest memory that was ever resident (``ru_maxrss``). ``--steps`` runs a part. The config is
-``configs/magma_v2.py``, with batch 1 and fp32 activations, in which a CPU computes faster; frozen weights are bf16.
+The files are a GPT-J-6B in Hugging Face's layout (fp16, sharded safetensors, 50,400 rows) and a CLIP RN50x16 as an
+OpenAI TorchScript archive (fp16; written with PyTorch, read without). Every step runs in its own process; its wall time
+and peak resident memory (``ru_maxrss``) are measured. ``--steps`` selects steps. The config is ``configs/magma_v2.py``
+with batch 1 and fp32 activations, which are faster on a CPU; frozen weights are bf16.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs/magma_v2.py"
 STEPS = ("make-lm", "make-encoder", "compose", "compile", "train")
 SHARDS = 4
-# Of text, behind the 144 positions of an image.
+# Text tokens after the 144 positions of an image.
 TOKENS = 16
 
 
@@ -49,8 +49,8 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(command: Sequence[Any], scratch: Path) -> dict[str, Any]:
-    """Runs a command to its end; its times, its peak memory and what it printed."""
-    # What is freed goes back to the system at once; and the compiler's memory is not that of the training step.
+    """Runs a command; returns its times, peak memory and output."""
+    # Freed memory is returned to the system at once, so that the compiler's does not count for the training step.
     settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     settings |= {"JAX_COMPILATION_CACHE_DIR": str(scratch / "programs")}
     start = time.perf_counter()
@@ -72,14 +72,14 @@ def run(command: Sequence[Any], scratch: Path) -> dict[str, Any]:
 
 
 def sizes(options: argparse.Namespace) -> list[str]:
-    """The config's language model in another size."""
+    """Overrides for another size of the config's language model."""
     values = {"layers": options.layers, "width": options.width, "feed_forward": 4 * options.width}
     values["rotary_dim"] = 64 * options.width // 4096
     return [f"model.lm.{name}={value}" for name, value in values.items()]
 
 
 def make_lm(options: argparse.Namespace) -> dict[str, Any]:
-    """Writes a random GPT-J as Hugging Face's folders hold it."""
+    """Writes a random GPT-J in Hugging Face's layout."""
     import dataclasses
 
     import numpy as np
@@ -110,7 +110,7 @@ def make_lm(options: argparse.Namespace) -> dict[str, Any]:
         return Deferred(shape, noise.dtype, lambda: np.resize(noise[start:], shape) + np.float16(mean))
 
     shapes = abstract(lambda: Decoder(lm, rngs=nnx.Rngs(0)))[1]
-    # Rows are made one by one, so that no stack is held.
+    # Rows are generated one by one, so that no whole stack is in memory.
     params = {
         path: Deferred(
             shape.shape,
@@ -134,7 +134,7 @@ def make_lm(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_encoder(options: argparse.Namespace) -> dict[str, Any]:
-    """Writes a random RN50x16 as a TorchScript archive: modules of CLIP's names around its tensors."""
+    """Writes a random RN50x16 as a TorchScript archive, with CLIP's module names."""
     import dataclasses
     import warnings
 
@@ -168,7 +168,7 @@ def make_encoder(options: argparse.Namespace) -> dict[str, Any]:
         fan_in = max(int(np.prod(tensor.shape[1:])), 1)
         array = generator.standard_normal(tensor.shape, np.float32)
         if len(tensor.shape) == 1:
-            # Each block adds little to what it is given, as in a trained network, so that no activation explodes.
+            # Each block adds little to its input, as in a trained network, so that activations do not explode.
             last = ".bn3." in key and "layer" in key
             centre = {"weight": 0.2 if last else 1.0, "running_var": 1.0}.get(name, 0.0)
             array = centre + 0.05 * array.clip(-3, 3)

@@ -3,8 +3,8 @@
 python benchmarks/convert_full_size.py --scratch /data/scratch         # 40 GB of disk, 20 GB of memory, some 20 minutes
 python benchmarks/convert_full_size.py --scratch /tmp/small --layers 2 --width 1024
 
-Every step is a process of its own: its wall time, its processor time and the largest memory that was ever resident
-(``ru_maxrss``, which counts mapped files). Times of writing include ``sync``. ``--steps`` runs a part.
+Every step runs in its own process, with wall time, processor time and peak resident memory (``ru_maxrss``, which
+includes mapped files). Write times include ``sync``. ``--steps`` selects steps.
 """
 
 import argparse
@@ -23,7 +23,7 @@ STEPS = ("make", "cp", "from-torch", "to-torch", "verify", "load", "reference")
 
 
 def run(command: Sequence[str | Path]) -> dict[str, Any]:
-    """Runs a command to its end and to that of the disk's work; raises SystemExit if it fails."""
+    """Runs a command and waits for the disk (``sync``); raises SystemExit if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
@@ -181,10 +181,10 @@ def reference(folder: Path) -> dict[str, Any]:
             rotary_dim=config.rotary_dim,
             n_inner=config.feed_forward,
             tie_word_embeddings=False,
-            attn_implementation="eager",  # pyright: ignore[reportCallIssue]  # in no signature, and of every config
+            attn_implementation="eager",  # pyright: ignore[reportCallIssue]  # accepted by every config, but not in the signature
         )
     ).eval()
-    # Rows that MAGMA's vocabulary lacks are never looked up.
+    # Rows beyond MAGMA's vocabulary are never looked up.
     table = np.zeros((config.head_rows, config.width), np.float32)
     table[: config.vocab_rows] = params["wte/weight"]
     params["wte/weight"] = table

@@ -1,4 +1,4 @@
-"""How fast images become batches, per core, beside Pillow alone and PyTorch's DataLoader; and how fast they convert.
+"""Throughput per core of image loading, compared with plain Pillow and PyTorch's DataLoader, and of conversion.
 
     python benchmarks/data_throughput.py
     python benchmarks/data_throughput.py --convert 10000
@@ -12,9 +12,9 @@ crops the centre:
     magma_jax       training batches of a dataset folder, texts included, with --workers processes
     magma_jax_fast  the same with data.decode=fast
 
-They take turns for --rounds rounds, and their figures are images a second of processor time over all their processes:
-what else runs on the machine then matters little. ``--decoders`` compares the processes that decode strangers' images
-with decoding in this one, by the processor time of both sides. Images are noise with the spectrum of photographs.
+They take turns for --rounds rounds. Figures are images per second of processor time over all processes of a contender,
+so other load on the machine matters little. ``--decoders`` compares decoding untrusted images in separate processes
+with decoding in this one, by the processor time of both. Images are noise with the spectrum of photographs.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from magma_jax.data.images import load_image, to_uint8
 from magma_jax.data.write.conversion import ConvertOptions, convert
 
 BATCH = 32
-# Grain's shuffle looks for its next number a little at random, which takes long among very few.
+# Grain's shuffle finds its next index by random probing, which is slow for very few records.
 RECORDS = 512
 SIZES = {"640x480": (640, 480), "480x640": (480, 640), "640x427": (640, 427), "1600x1200": (1600, 1200)}
 
@@ -85,7 +85,7 @@ def measure_batches(folder: Path, arguments: argparse.Namespace) -> dict[str, An
                 },
             }
             rates: dict[str, list[float]] = {contender: [] for contender in contenders}
-            # Workers go on ahead while others have their turn, so their time is counted from end to end of a turn.
+            # Workers prefetch during other contenders' turns, so their time is counted from end to end of a turn.
             marks: dict[str, float] = {}
             for turn in range(arguments.rounds + 1):
                 for contender, runner in contenders.items():
@@ -98,7 +98,7 @@ def measure_batches(folder: Path, arguments: argparse.Namespace) -> dict[str, An
         results[name] = {
             "bytes_a_image": round(statistics.mean(file.stat().st_size for file in files)),
             "images_per_core_second": {name: round(statistics.median(found), 1) for name, found in rates.items()},
-            # Of the same round: a slow moment of the machine then slows both.
+            # Ratios within a round, so that a slow moment of the machine affects both sides.
             "ratio_to_pillow": ratios(rates, "pillow"),
             "ratio_to_torch": ratios(rates, "torch"),
         }
@@ -142,7 +142,7 @@ class Pillow:
 
 
 class Files:
-    """The files as a dataset of PyTorch."""
+    """The files as a PyTorch dataset."""
 
     def __init__(self, files: list[Path], size: int):
         self._files, self._size = files, size
@@ -163,7 +163,7 @@ class Torch:
     def __init__(self, files: list[Path], size: int, workers: int):
         import torch
 
-        # Its workers must not each start threads for all cores.
+        # Otherwise each worker starts threads for all cores.
         torch.set_num_threads(1)
         loader = torch.utils.data.DataLoader(
             Files(files, size),  # pyright: ignore[reportArgumentType]  # its base would import torch for every contender
@@ -213,7 +213,7 @@ class Ours:
 
 
 def measure_conversion(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A conversion, and its parts alone: decoding, writing records that are ready, copying files."""
+    """A conversion, and its parts separately: decoding, writing finished records, copying files."""
     files = make_images(folder / "images", arguments.distinct, SIZES["640x480"])
     count = arguments.convert
 
@@ -258,7 +258,7 @@ def measure_conversion(folder: Path, arguments: argparse.Namespace) -> dict[str,
 
 
 def measure_decoders(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of processor time an image in this process, and how many times that with ``Decoders``."""
+    """Milliseconds of processor time per image in this process, and the ratio with ``Decoders``."""
     results: dict[str, Any] = {"size": arguments.size}
     with Decoders(1) as decoders:
         for name, size in (SIZES | {"4000x3000": (4000, 3000)}).items():

@@ -1,16 +1,16 @@
 """First-token time and tokens a second of a mid-size MAGMA, as JSON.
 
-    python benchmarks/generate.py            # batch 1 and 8, beside what this machine reads
-    python benchmarks/generate.py --torch    # and beside PyTorch, taking turns
-    python benchmarks/generate.py --against ../before  # beside another checkout of this repository
+    python benchmarks/generate.py            # batch 1 and 8, compared with the machine's read bandwidth
+    python benchmarks/generate.py --torch    # also compared with PyTorch, taking turns
+    python benchmarks/generate.py --against ../before  # compared with another checkout of this repository
 
 The model is that of ``train_step.py``: 6 layers of width 1024, RN50 at 224 pixels, fp32, random weights. A prompt is an
-image, which becomes 49 positions, and 16 tokens; 64 tokens are sampled, greedily. ``first_token_seconds`` is from
-pixels to the first token; ``tokens_per_second`` counts the other 63 of every row.
+image (49 positions) and 16 tokens; 64 tokens are generated greedily. ``first_token_seconds`` is the time from pixels to
+the first token; ``tokens_per_second`` counts the other 63 of every row.
 
-``weights_per_second`` are the gigabytes of weights that every step must read, over its time; ``matvec_per_second`` is
-what plain products of the same weights with as many rows reach in the same process, each weight an array of its own.
-Every figure is the best of several rounds.
+``weights_per_second`` is the size in gigabytes of the weights that every step must read, divided by its time;
+``matvec_per_second`` is the rate of plain matmuls of the same weights with as many rows in the same process, each
+weight in a separate array. Every figure is the best of several rounds.
 """
 
 import argparse
@@ -78,8 +78,8 @@ def main() -> None:
 
 def _work(name: str, threads: int) -> None:
     framework, batch = name.split("-")
-    draw: Callable[[int], Any]  # prepare makes it
-    read: Callable[[], Any] = int  # PyTorch has none
+    draw: Callable[[int], Any]  # set by prepare
+    read: Callable[[], Any] = int  # placeholder for PyTorch
 
     def prepare() -> dict[str, float]:
         nonlocal draw, read
@@ -110,7 +110,7 @@ def _work(name: str, threads: int) -> None:
 
 
 def _jax_model(batch: int) -> tuple[Callable[[int], Any], Callable[[], Any], float]:
-    """What draws tokens, what only multiplies with the weights, and the size of the weights in gigabytes."""
+    """A function that generates tokens, one that only multiplies by the weights, and their size in gigabytes."""
     import jax
     import jax.numpy as jnp
     import numpy as np

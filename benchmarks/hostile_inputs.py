@@ -1,12 +1,12 @@
-"""Sends the tables of hostile requests to a live server and prints what each got and what it cost, as JSON.
+"""Sends the tables of hostile requests to a live server and prints the response and cost of each, as JSON.
 
     PYTHONPATH=. python benchmarks/hostile_inputs.py --checkpoint runs/quickstart
 
-First the rows that are tests, at a server of low limits: each must get its 4xx within two seconds. Bodies that come too
-slowly, of requests and of fetched images, are given one second (the server's defaults are 20 and 5). Then bodies of
-32 MB, the most that a server takes by default. The server is a process of its own, and healthy after each row.
-``waited`` is how long another client waited for ``/health`` at most, meanwhile; ``memory`` what the process had at most
-beyond what it had before, in MB.
+First the rows of the tests, against a server with low limits: each must get its 4xx within two seconds. Slow bodies, of
+requests and of fetched images, time out after one second (the server's defaults are 20 and 5). Then bodies of 32 MB,
+the server's default limit. The server is a separate process and must be healthy after each row. ``waited`` is the
+longest time that another client waited for ``/health`` meanwhile; ``memory`` is the peak memory of the process minus
+its memory before, in MB.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.network.connections import settings
 from tests.serve.hostile import LARGE, ROWS, Row, ask, hostile_config, hostile_host
 
-# Seconds of a row, and of another client meanwhile.
+# Limits in seconds for a row, and for another client meanwhile.
 LIMIT, WAIT = 2.0, 0.5
-# Memory of a body of the largest size, in times its own.
+# Limit of memory for the largest body, in multiples of its size.
 MEMORY = 3
 
 
@@ -58,7 +58,7 @@ def main() -> int:
 
 @contextlib.contextmanager
 def _server(checkpoint: str, *, low: bool) -> Iterator[tuple[int, int]]:
-    """Port and process of a server with low limits, or with its own."""
+    """Port and process id of a server with low limits, or with the default ones."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(checkpoint, low, theirs))
@@ -92,7 +92,7 @@ def _serve(checkpoint: str, low: bool, pipe: Connection) -> None:
 
 
 def _send(port: int, pid: int, name: str, row: Row) -> dict[str, Any]:
-    Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets the peak memory
     before, waits, done = _memory(pid, "VmRSS"), [0.0], threading.Event()
 
     def other_client() -> None:

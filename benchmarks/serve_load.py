@@ -1,12 +1,12 @@
-"""Many clients on a server, beside the same clients on a server that takes one request at a time, as JSON.
+"""Load test: many clients on a batching server, and on a server that takes one request at a time, as JSON.
 
     python benchmarks/serve_load.py --checkpoint runs/quickstart --images FOLDER
 
 Clients send streamed chat completions over loopback: a random image or none, a random prompt, sampled or greedy; one in
-ten leaves in the middle of its answer. An answer has a random number of tokens, which ``min_tokens`` makes the server
-keep to: what a checkpoint would say by itself has the length of its training data. Both servers get the same load.
-Clients and server share the machine. ``memory_growth`` is the server's resident memory at the end over that after a
-quarter of the time; ``programs`` are those that were compiled, or read from the cache, after the start.
+ten disconnects in the middle of its answer. An answer has a random number of tokens, enforced with ``min_tokens``,
+since the model's own answers have the length of its training data. Both servers get the same load. Clients and server
+share the machine. ``memory_growth`` is the server's resident memory at the end divided by that after a quarter of the
+time; ``programs`` counts those that were compiled, or read from the cache, after the start.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# Tokens of an answer, at least and at most, all numbers between them equally often.
+# Minimum and maximum tokens of an answer, uniformly distributed.
 LENGTHS = (4, 48)
 
 WORDS = (
@@ -51,7 +51,7 @@ WORDS = (
 
 
 def main() -> int:
-    """Reads the command line; returns 1 if a request failed otherwise than with 429, or something compiled."""
+    """Reads the command line; returns 1 if a request failed with anything but 429, or a program was compiled."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--images", type=Path, help="folder of PNG files; default: sampled at random")
@@ -146,7 +146,7 @@ def _client(port: int, rng: random.Random, images: list[str], end: float, log: l
 
 
 def _ask(port: int, body: dict[str, Any], leaves: int | None) -> dict[str, Any]:
-    """One request; ``leaves`` after so many tokens."""
+    """One request; disconnects after ``leaves`` tokens unless that is None."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     start = time.monotonic()
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})

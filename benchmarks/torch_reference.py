@@ -76,7 +76,7 @@ class Magma(nn.Module):
             n_head=sizes.HEADS,
             n_inner=sizes.FEED_FORWARD,
             rotary_dim=sizes.WIDTH // sizes.HEADS,
-            attn_implementation="eager",  # pyright: ignore[reportCallIssue]  # in no signature, and of every config
+            attn_implementation="eager",  # pyright: ignore[reportCallIssue]  # accepted by every config, but not in the signature
         )
         self.wte = nn.Embedding(sizes.VOCAB_ROWS, sizes.WIDTH)
         self.layers = nn.ModuleList(GPTJBlock(config, layer_idx=i) for i in range(sizes.LAYERS))
@@ -101,12 +101,12 @@ class Magma(nn.Module):
             x = checkpoint(layer, x, use_reentrant=False, **options) if self.remat else layer(x, **options)
             x = x[0] if isinstance(x, tuple) else x
         logits = self.head(self.ln_f(x))
-        # The original computes the logits of all positions and leaves those of the image out of the loss.
+        # The original computes the logits of all positions and excludes those of the image from the loss.
         predicting = logits[:, prefix.shape[1] - 1 :]
         return functional.cross_entropy(predicting.flatten(0, 1), tokens.flatten())
 
     def next_tokens(self, x: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Most likely token behind embeddings (B, S, D) that follow what is in the cache."""
+        """Most likely token after embeddings (B, S, D), which continue the cache."""
         before, length = cache.get_seq_length(), x.shape[1]
         positions = torch.arange(before, before + length)[None].expand(len(x), -1)
         mask = torch.full((length, before + length), torch.finfo(x.dtype).min).triu(before + 1)[None, None]
@@ -117,7 +117,7 @@ class Magma(nn.Module):
 
 
 def make_generate(batch: int, threads: int) -> Callable[[int], Any]:
-    """Returns what draws a number of tokens behind an image and a prompt, greedily."""
+    """Returns a function that generates a number of tokens after an image and a prompt, greedily."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = Magma(remat=False).eval()
@@ -138,7 +138,7 @@ def make_generate(batch: int, threads: int) -> Callable[[int], Any]:
 
 
 def make_step(remat: str, batch_norm: str, threads: int) -> tuple[Callable[[], float], dict[str, Any]]:
-    """Returns the step, which gives its loss, and what there is to report before the first one."""
+    """Returns the step, which returns its loss, and values to report before the first one."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = Magma(remat != "none")

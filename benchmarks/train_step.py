@@ -1,17 +1,17 @@
 """Time, memory and compile time of one training step of a mid-size MAGMA, as JSON.
 
     python benchmarks/train_step.py                      # without and with rematerialisation
-    python benchmarks/train_step.py --torch              # beside the same step in PyTorch, taking turns
-    python benchmarks/train_step.py --against ../before  # beside another checkout of this repository
+    python benchmarks/train_step.py --torch              # compared with the same step in PyTorch, taking turns
+    python benchmarks/train_step.py --against ../before  # compared with another checkout of this repository
 
 The model: GPT-J with 6 layers of width 1024 and 16 heads (rotary over all 64 features of a head, feed-forward 4096, the
-published vocabulary of 50,258 and 50,400 rows), an RN50 encoder at 224 pixels (49 positions), adapters behind every
+published vocabulary of 50,258 and 50,400 rows), an RN50 encoder at 224 pixels (49 positions), adapters after every
 MLP with a quarter of the width, batch 4, 256 positions (49 of the image, 207 of text), fp32. The language model is
 frozen; encoder, prefix and adapters learn, with gradient clipping and Adam. All pixels and tokens are random.
 
-Every variant runs in a process of its own, so that its peak memory is its own. They take turns, one step each, so that
-whatever else the machine does slows them alike; the minimum is the figure least disturbed. ``cpu_seconds`` is the time
-of all threads. The first step after compilation is not counted.
+Every variant runs in its own process, so that peak memory is measured separately. They take turns, one step each, so
+that other load on the machine slows them equally; the minimum is the least disturbed figure. ``cpu_seconds`` is the
+time of all threads. The first step after compilation is not counted.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
 def _take_turns(names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     options = ["--batch-norm", arguments.batch_norm, "--threads", str(arguments.threads)]
     workers, results = {}, {}
-    for name in names:  # one after the other: compile times are undisturbed
+    for name in names:  # sequentially, so that compile times are undisturbed
         checkout = arguments.against if name.startswith("against") else None
         workers[name] = turns.start(__file__, name.replace("against", "jax"), options, checkout)
         results[name] = turns.ask(workers[name], "prepare")
@@ -81,7 +81,7 @@ def _take_turns(names: list[str], arguments: argparse.Namespace) -> dict[str, An
 
 def _work(arguments: argparse.Namespace) -> None:
     framework, remat = arguments.worker.split("-")
-    step: Callable[[], float]  # prepare makes it
+    step: Callable[[], float]  # set by prepare
 
     def prepare() -> dict[str, Any]:
         nonlocal step
@@ -140,7 +140,7 @@ def _jax_step(remat: str, batch_norm: str) -> tuple[Callable[[], float], dict[st
 
     graphdef, _, types = abstract(create)
     labels = label_parameters(types, optim.groups)
-    optimizer = make_optimizer(optim, labels)  # no weight decay, so nothing is spared from it
+    optimizer = make_optimizer(optim, labels)  # no weight decay, so no paths to exempt
     trainable, frozen, averages = partition(jax.jit(lambda: split(create())[1])(), labels)
     state = jax.jit(functools.partial(init_state, optimizer=optimizer))(trainable, averages)
     del trainable, averages  # the step donates the state, so nothing else may hold its arrays

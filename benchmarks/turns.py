@@ -1,4 +1,4 @@
-"""Processes that take turns: what else the machine does slows them alike, and each peak memory is its own."""
+"""Worker processes that take turns: other load slows them equally, and peak memory is measured separately."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def start(script: str, name: str, options: list[str], checkout: Path | None = None) -> subprocess.Popen:
-    """Starts ``script --worker NAME``, which is to call ``answer``; of another checkout of the repository if given."""
+    """Starts ``script --worker NAME``, which must call ``answer``; from another checkout of the repository if given."""
     root = checkout or Path(__file__).parent.parent
     command = [sys.executable, str(root / "benchmarks" / Path(script).name), "--worker", name, *options]
     environment = os.environ | {"PYTHONPATH": str(root)}
@@ -31,7 +31,7 @@ def ask(worker: subprocess.Popen, request: str) -> Any:
 
 
 def end(worker: subprocess.Popen) -> float:
-    """Ends a worker; returns the most memory it ever had, in gigabytes."""
+    """Ends a worker; returns its peak memory in gigabytes."""
     peak = ask(worker, "peak")
     worker.communicate()  # closes its input
     return peak

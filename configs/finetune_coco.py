@@ -14,7 +14,7 @@ from magma_jax.config import load_config_file
 
 def get_config() -> ConfigDict:
     config = load_config_file(Path(__file__).with_name("finetune_vqa.py"))
-    # The words that the paper asks for a caption with (section 4.1.2).
+    # The paper's prompt for captions (section 4.1.2).
     captions = {"texts": "captions", "caption_prompt": "A picture of"}
     config.data.folders = {
         split: ({"path": f"data/coco_{name}", **captions},)

@@ -2,7 +2,7 @@
 
     python train.py --config configs/finetune_nocaps.py --set mesh.fsdp=16
 
-NoCaps has no training images of its own; as its authors ask, captions of COCO are learned and NoCaps is evaluated.
+NoCaps has no training images; as its authors specify, the model trains on COCO captions and is evaluated on NoCaps.
 
 Starts from models/magma_long: the run of configs/magma_long.py, written out as a model folder.
 """

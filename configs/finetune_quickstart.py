@@ -1,4 +1,4 @@
-"""The quick start's model finetuned on questions that it was never asked, with a head for yes and no, ended early.
+"""The quick start's model finetuned on unseen questions, with a classification head for yes and no and early stopping.
 
     for split in train validation test; do
         python -m magma_jax.data convert --from openmoji $split data/openmoji_$split \\

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = load_config_file(Path(__file__).with_name("magma_long.py"))
     config.base = "models/magma_long"
     config.data.folders = {"train": ("data/vqa_train",), "validation": ("data/vqa_val",)}
-    # Appendix A: pretraining's settings at lower rates. How often to validate and how long to wait is ours.
+    # Appendix A: pretraining's settings at lower rates. The validation interval and the patience are our choice.
     config.optim.learning_rate = 7e-4
     config.optim.groups.encoder.learning_rate = 1.5e-6
     config.steps = 10_000

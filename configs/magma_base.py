@@ -5,8 +5,8 @@
     python train.py --config configs/magma_base.py --set mesh.fsdp=16
 
 The first command puts GPT-J, CLIP and fresh adapters together; magma_v2 and magma_long start from the same folder.
-Datasets come from `python -m magma_jax.data` (docs/data.md). mesh.fsdp is the number of chips that share the weights:
-`python -m magma_jax.plan --config configs/magma_base.py --topology v5e:4x4` tells what fits.
+Datasets come from `python -m magma_jax.data` (docs/data.md). mesh.fsdp is the number of chips to shard the weights
+over: `python -m magma_jax.plan --config configs/magma_base.py --topology v5e:4x4` reports what fits.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
         {
             "model": {
                 "kind": "magma",
-                # Frozen weights are kept in bf16, what learns in fp32; matmuls run in bf16.
+                # Frozen weights are bf16, trained ones fp32; matmuls run in bf16.
                 "lm": {"kind": "gptj", "dtype": "bfloat16"},
                 "encoder": {"kind": "clip_resnet", "blocks": (6, 8, 18, 8), "width": 96, "image_size": 384},
                 "prefix": {"mapping": "linear", "dropout": 0.1, "layernorm": True},
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
             },
             "data": {
                 "kind": "folders",
-                # Paper, section 3.3. It tells no shares: every sample has the same chance, as in the original.
+                # Paper, section 3.3. It states no mixing weights; samples are uniform, as in the original.
                 "folders": {
                     "train": (
                         "data/laion",
@@ -48,11 +48,11 @@ def get_config() -> ConfigDict:
                     ),
                     "validation": ("data/coco_val",),
                 },
-                # With 144 positions of the image, and the last token not run, 256 positions.
+                # 256 positions, with 144 of the image and the last token not run.
                 "length": 113,
                 "overlong": "truncate",
             },
-            # Appendix A; it names no betas, so these are Adam's own.
+            # Appendix A; it states no betas, so these are Adam's defaults.
             "optim": {
                 "learning_rate": 8e-4,
                 "schedule": "cosine",

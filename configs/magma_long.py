@@ -1,8 +1,8 @@
-"""MAGMA long (paper, section 4.3 and appendix A): as base, on 7.6 million samples.
+"""MAGMA long (paper, section 4.3 and appendix A): like MAGMA base, on 7.6 million samples.
 
     python train.py --config configs/magma_long.py --set mesh.fsdp=16
 
-configs/magma_base.py says how its weights and data are prepared.
+configs/magma_base.py describes how to prepare its weights and data.
 """
 
 from pathlib import Path

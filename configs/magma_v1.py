@@ -1,4 +1,4 @@
-"""The first published checkpoint's settings (MAGMA_v1.yml of the original): adapters behind the MLPs, CC3M.
+"""The first published checkpoint's settings (MAGMA_v1.yml of the original): adapters after the MLPs, CC3M.
 
     python -m magma_jax.convert compose --lm EleutherAI/gpt-j-6b --encoder RN50x16.pt \\
         --config configs/magma_v1.py models/magma_v1

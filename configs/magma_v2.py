@@ -1,9 +1,9 @@
-"""The second published checkpoint's settings (MAGMA_v2.yml of the original): adapters behind MLP and attention.
+"""The second published checkpoint's settings (MAGMA_v2.yml of the original): adapters after MLP and attention.
 
     python train.py --config configs/magma_v2.py --set mesh.fsdp=16
 
-It differs from the paper's models in its schedule: logarithmic warm-up, then linear to zero over 300,000 steps, of
-which half are run. configs/magma_base.py says how its weights and data are prepared.
+It differs from the paper's models in its schedule: logarithmic warm-up, then linear decay to zero over 300,000 steps,
+of which half are run. configs/magma_base.py describes how to prepare its weights and data.
 """
 
 from pathlib import Path

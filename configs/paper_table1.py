@@ -4,8 +4,8 @@
         --config configs/paper_table1.py:adapters-ff4 models/adapters-ff4
     python train.py --config configs/paper_table1.py:adapters-ff4 --set mesh.fsdp=16
 
-Rows are named after what they vary. The encoder of encoder-nf_resnet and of frozen starts fresh (section 3.2):
-compose leaves out --encoder. RN50x4 sees 288 pixels, 81 positions; the paper's 49 belong to 224 pixels.
+Rows are named after the setting they vary. The encoders of encoder-nf_resnet and frozen start from fresh weights
+(section 3.2), so compose takes no --encoder. RN50x4 has 288 pixels, 81 positions; the paper's 49 belong to 224 pixels.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ VIT_GRID = {"kind": "clip_vit", "output": "grid"}  # ViT-B/32: 7 x 7 positions
 RN50X4 = {"kind": "clip_resnet", "blocks": (4, 6, 10, 6), "width": 80, "image_size": 288}
 NF_RESNET = {"kind": "nf_resnet"}
 
-# Parts of the model that are not those of MAGMA base. Type s is sequential (normal), p parallel, t a trained scale.
+# Overrides of MAGMA base's model. Type s is sequential (normal), p parallel, t parallel with a trained scale.
 ROWS = {
     "adapters-none": {"mlp_adapter": None, "attn_adapter": None},
     "adapters-ff2": {"mlp_adapter": {"kind": "normal", "downsample_factor": 2}, "attn_adapter": None},
@@ -38,7 +38,7 @@ ROWS = {
     "encoder-vit": FF4 | {"encoder": VIT_GRID},
     "encoder-rn50x4": FF4 | {"encoder": RN50X4},
     "encoder-rn50x16": FF4,
-    # Tsimpoukelli et al. (2021): no LayerNorm behind the prefix.
+    # Tsimpoukelli et al. (2021): no LayerNorm after the prefix.
     "frozen": {
         "encoder": NF_RESNET,
         "prefix": {"image_positions": 2, "layernorm": False, "dropout": 0.0},
@@ -55,7 +55,7 @@ def get_config(row: str) -> ConfigDict:
     config.data.folders = {"train": ("data/cc12m",), "validation": ("data/coco_val",)}
     config.base = f"models/{row}"
     if row == "frozen":
-        # The paper keeps Frozen's own training: one constant rate for the encoder and its map to words.
+        # The paper keeps Frozen's own training settings: one constant rate for encoder and prefix.
         config.optim = {
             "learning_rate": 3e-4,
             "schedule": "constant",

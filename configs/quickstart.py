@@ -1,4 +1,4 @@
-"""The quick start: a frozen language model learns to describe drawings that it was never shown.
+"""The quick start: a frozen language model learns to describe unseen drawings.
 
 python train.py
 """
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
                 "encoder": {
                     "kind": "efficientnet_lite",
                     "image_size": 128,
-                    # The last layer knows things, early ones colours: skin tones need both.
+                    # The last layer encodes objects, early ones colours; skin tones need both.
                     "taps": (4, 10, "head"),
                     "statistics": ("stem", 0, 2),
                 },
@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
                 "steps": None,
                 "b2": 0.95,
                 "clip_norm": 1.0,
-                # The pretrained encoder stays as it is, so its features are computed once.
+                # The encoder is frozen, so its features are computed once.
                 "groups": {"encoder": "frozen"},
             },
             "weights": {"lm": "quickstart_lm", "image_prefix/encoder": "efficientnet_lite0"},

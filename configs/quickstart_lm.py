@@ -2,7 +2,7 @@
 
     python train.py --config configs/quickstart_lm.py --workdir runs/quickstart_lm
 
-The result is committed as magma_jax/assets/; scripts/export_quickstart_lm.py writes it there.
+The result is part of the package (magma_jax/assets/); scripts/export_quickstart_lm.py writes it there.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
                 "vocab_rows": 2049,
                 "head_rows": 2049,
                 "context_length": 128,
-                # The size of a prefix behind its LayerNorm, so that images and words speak equally loud.
+                # The scale of a prefix after its LayerNorm, so that image and word vectors have similar norms.
                 "embedding_std": 0.5,
             },
             "data": {"kind": "openmoji_text", "length": 64, "lines": 120_000, "vocab_size": 2048},

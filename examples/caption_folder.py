@@ -14,11 +14,11 @@ from magma_jax import ImageInput, Magma
 from magma_jax.data.images import ImageError
 
 PROMPT = "A picture of"
-BATCH = 8  # images that share a run of the model
+BATCH = 8  # images per batch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command line and captions."""
+    """Reads the command line and captions the images."""
     parser = argparse.ArgumentParser(description="Writes a caption for every image of a folder.")
     parser.add_argument("checkpoint")
     parser.add_argument("images", type=Path, help="folder")

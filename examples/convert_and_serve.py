@@ -2,7 +2,7 @@
 
     python examples/convert_and_serve.py mp_rank_00_model_states.pt models/magma image.png "A picture of"
 
-The server goes on until Ctrl-C; http://127.0.0.1:8000 is a page to try the model.
+The server runs until Ctrl-C; http://127.0.0.1:8000 is a page to try the model.
 """
 
 import argparse
@@ -48,15 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether the server has compiled its programs and takes questions."""
+    """Whether the server has compiled its programs and accepts requests."""
     try:
         return urllib.request.urlopen(f"{url}/health").status == 200
-    except OSError:  # not yet listening, or 503: starting
+    except OSError:  # not listening yet, or 503 while it starts
         return False
 
 
 def ask(url: str, image: Path, text: str) -> str:
-    """The answer to one message, in the shape of OpenAI's chat completions."""
+    """The answer to one message, through OpenAI's chat completions API."""
     uri = f"data:image/{image.suffix[1:].lower()};base64,{base64.b64encode(image.read_bytes()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": text}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 20, "temperature": 0}

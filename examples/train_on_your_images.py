@@ -1,10 +1,10 @@
-"""Teaches a trained model your own images and captions, and says what it makes of the first of them.
+"""Finetunes a trained model on your own images and captions, and prints its caption of the first image.
 
     python examples/train_on_your_images.py my_images runs/mine
 
-The folder holds images, each with its captions in a .txt of the same name, one a line. Prefix and adapters learn;
-language model and encoder stay as they are in the model that the run starts from (runs/quickstart by default, which
-`python train.py` makes). Started again, an interrupted run goes on where it stopped.
+The folder holds images, each with its captions in a .txt file of the same name, one per line. Prefix and adapters are
+trained; language model and encoder stay frozen. The run starts from runs/quickstart by default, which `python train.py`
+creates. Started again, an interrupted run resumes where it stopped.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     arguments = parser.parse_args(argv)
 
-    # Training reads one kind of folder: images and texts in a few large files.
+    # Training reads dataset folders: images and texts in a few large files.
     dataset = arguments.workdir.with_name(arguments.workdir.name + "_data")
     if not dataset.exists():
         convert(read("folder", arguments.images), dataset, ConvertOptions(workers=0))
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "folders": {"train": [{"path": str(dataset), "caption_prompt": "A picture of"}]},
                 "length": 32,
                 "overlong": "truncate",
-                "workers": 0,  # no processes beside this one: a small set needs none
+                "workers": 0,  # a small dataset needs no other processes
             },
             "optim": {
                 "learning_rate": 1e-3,

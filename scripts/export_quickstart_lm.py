@@ -23,7 +23,7 @@ ASSETS = Path(__file__).parent.parent / "magma_jax/assets"
 
 
 def main(run: Path) -> None:
-    """Rounds the weights to float16 (finer than bfloat16 at their size) and writes them beside the vocabulary."""
+    """Rounds the weights to float16 (finer than bfloat16 in their range) and writes them beside the vocabulary."""
     config = from_dict(GPTJConfig, read_model_json(run)["model"], "model.json: model")
     shapes = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))[1]
     with RunCheckpoints(run) as checkpoints:

@@ -1,9 +1,9 @@
-"""Random requests at a live server of a tiny model, as JSON: what was sent, what came back, what it cost.
+"""Fuzzes a live server of a tiny model with random requests, and prints requests, responses and costs as JSON.
 
     PYTHONPATH=. python scripts/fuzz_server.py --seconds 3600 --seed 0
 
-Fails if the server dies, answers with a 5xx, prints a traceback, grows in memory, or leaves a client waiting: one who
-sent such a request, or another who asks for a few words all the while. Request 17 of seed 0 is the same in every run:
+Fails if the server dies, answers with a 5xx, prints a traceback, grows in memory, or lets a client wait: the sender of
+such a request, or another client that keeps asking for a few words. Request 17 of seed 0 is the same in every run:
 ``--only 17`` sends it alone.
 """
 
@@ -28,10 +28,10 @@ from tests.serve.fuzz import case, send
 from tests.serve.hostile import CHAT
 from tests.serve.running import write_tiny_folder
 
-# Seconds that a client waits at most, on a machine that has other work too.
+# Timeout of a client in seconds, on a machine with other load.
 WAIT = 30.0
-# Memory may grow so much from the end of the first quarter on, for what malloc keeps varies. A leak of a kilobyte a
-# request is more in an hour.
+# Allowed growth of memory after the first quarter, since malloc's caches vary. A leak of a kilobyte per request exceeds
+# it in an hour.
 GROWTH = 256e6
 
 
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 class _Log:
-    """What was seen, by many threads."""
+    """Results of many threads."""
 
     def __init__(self):
         self.failures: list[str] = []
@@ -70,7 +70,7 @@ def _run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     command += ["--slots", "4", "--body-timeout", "1", "--head-timeout", "1", "--keep-images", "16"]
     log, printed = _Log(), folder / "printed"
     with printed.open("wb") as file:
-        # With an arena a thread glibc keeps ever more of what is free, which is no leak.
+        # With one arena per thread glibc caches ever more free memory, which is not a leak.
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
         server = subprocess.Popen(command, stderr=file, stdout=file, env=environment)
     try:
@@ -101,7 +101,7 @@ def _run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _send_all(server: subprocess.Popen, port: int, arguments: argparse.Namespace, log: _Log) -> dict[str, float]:
-    """Sends until the time is over; memory in MB at the start, after a quarter of the time and at the end."""
+    """Sends until the time is up; returns memory in MB at the start, after a quarter of the time and at the end."""
     numbers: queue.SimpleQueue = queue.SimpleQueue()
     end = time.monotonic() + arguments.seconds
     if arguments.only is not None:
@@ -174,7 +174,7 @@ def _wait_until_ready(server: subprocess.Popen, port: int, printed: Path) -> Non
 
 
 def _memory(pid: int) -> float:
-    """Resident, in MB."""
+    """Resident memory in MB."""
     found = re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     return round(int(found[0]) * 1024 / 1e6, 1)
 

@@ -11,10 +11,10 @@ from xml.sax.saxutils import escape
 import rooms
 
 ROOT = Path(__file__).parent.parent
-# Narrow, so that its words can still be read on a telephone.
+# Narrow, so that the text is legible on a phone.
 WIDTH, MARGIN, GAP = 400, 8, 6
 ROOF, LINE, PADDING = 74, 15, 8
-# Boxes bring their own ground and ink: the same picture stands on a light page and on a dark one.
+# Boxes have their own background and text colour, so that the picture works on light and dark pages.
 INK, ROOF_FILL, STROKE = "#16202c", "#f0c9a8", "#7c8aa0"
 FILLS = {"commands": "#f6dcc3", "middle": "#d5e3f3", "ground": "#d9e4d2"}
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"

@@ -25,7 +25,7 @@ from magma_jax.storage.model_folder import nbytes_of
 from magma_jax.storage.progress import writing
 from magma_jax.storage.torch.writer import write_torch_file
 
-# Noise that every tensor takes its values from, each at another place.
+# Noise that every tensor takes its values from, each at a different offset.
 NOISE_NUMBERS = 2**23
 
 
@@ -40,7 +40,7 @@ def main(path: Path, layers: int, width: int, seed: int) -> None:
 
     @functools.lru_cache(maxsize=16)  # few kinds of tensors take most of the file
     def noise(spread: float, mean: float) -> np.ndarray:
-        """Twice the same numbers, so that every place has enough behind it."""
+        """The same numbers twice, so that every offset has enough values after it."""
         return np.tile((normal * np.float32(spread) + np.float32(mean)).astype(np.float16), 2)
 
     shapes = model_shapes(config)
@@ -52,7 +52,7 @@ def main(path: Path, layers: int, width: int, seed: int) -> None:
 
 
 def _random(path: str, leaf: Tensor, noise: Callable[[float, float], np.ndarray], number: int) -> Deferred:
-    """One parameter, its layers at places of their own."""
+    """One parameter, with a different offset for each layer."""
     if np.issubdtype(leaf.dtype, np.integer):
         return Deferred(leaf.shape, np.dtype(leaf.dtype), lambda: np.full(leaf.shape, number, leaf.dtype))
     half = np.dtype(np.float16)
@@ -64,7 +64,7 @@ def _random(path: str, leaf: Tensor, noise: Callable[[float, float], np.ndarray]
     spread = min(0.02 if path.startswith("lm/") else 1.0, fan_in**-0.5) if fan_in else 0.01
 
     def values(row: int) -> np.ndarray:
-        # Odd factors: the places of a few thousand rows are all different.
+        # Odd factors give different offsets to a few thousand rows.
         start = (number * 7919 + row * 104729) % NOISE_NUMBERS
         scaled = noise(spread, float(is_scale))[start : start + NOISE_NUMBERS]
         return np.resize(scaled, inner)

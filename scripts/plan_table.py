@@ -22,7 +22,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One plan: overrides of the config, rows to decode if it is not about training, effort of the compiler (JAX's)."""
+    """One plan: config overrides, rows to decode (for plans of decoding), JAX's compiler effort."""
 
     topology: str
     values: tuple[str, ...] = ()
@@ -31,17 +31,17 @@ class Case:
 
     @property
     def options(self) -> list[str]:
-        """Of ``python -m magma_jax.plan``."""
+        """Options of ``python -m magma_jax.plan``."""
         generate = ["--what", "generate", "--slots", str(SLOTS), "--batch", str(self.rows)] if self.rows else []
         return ["--topology", self.topology, *generate, *(["--set", *self.values] if self.values else [])]
 
     @property
     def key(self) -> str:
-        """Its name in docs/plans.json."""
+        """Key in docs/plans.json."""
         return " ".join(self.options) + (f" (effort {self.effort:g})" if self.effort else "")
 
 
-SLOTS = 2048  # of a row's cache in the plans of decoding
+SLOTS = 2048  # cache slots per row in plans of decoding
 SHARDED, REPLICATED = "mesh.frozen=sharded", "mesh.frozen=replicated"
 TABLES = {
     "train": [
@@ -66,7 +66,7 @@ TABLES = {
 
 
 def main() -> None:
-    """Plans what is missing and writes the tables."""
+    """Computes missing plans and writes the tables."""
     parser = argparse.ArgumentParser(description="Plans the full-size model and writes the tables of docs/plans.md.")
     parser.add_argument("--render", action="store_true", help="only write the tables")
     parser.add_argument("--again", nargs="*", default=[], metavar="TOPOLOGY", help="plan these again")
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def train_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
-    """Training plans, one a row."""
+    """Training plans, one per row."""
     lines = [
         "| chips | frozen weights | remat | arguments | temporaries | total of HBM, GiB | frozen gathers in loops "
         "| received, GiB | compute / HBM / links, ms | bound by | MFU at most | compile, s (CPU s) |",
@@ -120,7 +120,7 @@ def train_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
 
 
 def generate_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
-    """Plans of decoding, one a row."""
+    """Decoding plans, one per row."""
     lines = [
         "| chips | matrices | rows | total of HBM, GiB | compute / HBM / links, ms | tokens a second at most |",
         "|---|---|---|---|---|---|",

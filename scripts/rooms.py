@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = "magma_jax"
 
-# From the ground up: a room imports those before it, never those behind it. Families stand above what they put
-# together, and below the commands.
+# Bottom up: a room may import those before it, not those after it. Families are above the parts they combine, and below
+# the commands.
 LAYERS = (
     ("typing", "config", "version", "output", "commands", "foreign", "family"),
     ("runtime",),
@@ -52,7 +52,7 @@ def imports(files: dict[str, Path]) -> dict[str, set[str]]:
 
 
 def layer(module: str) -> int:
-    """Number of a module's layer; the package itself, whose names are looked up when asked for, is above all.
+    """Index of a module's layer; the package itself, which imports lazily, is above all others.
 
     Raises:
         ValueError: a room that ``LAYERS`` does not name.
@@ -68,13 +68,13 @@ def layer(module: str) -> int:
 
 
 def room(module: str) -> str:
-    """The folder of a module, or the module itself where it lies in the package's own folder."""
+    """The folder of a module, or the module itself if it is directly in the package's folder."""
     parts = module.split(".")
     return ".".join(parts[1:3]) if len(parts) > 3 else ".".join(parts[1:])
 
 
 def main() -> None:
-    """Prints a line a folder."""
+    """Prints one line per folder."""
     files = modules()
     graph = imports(files)
     folders = collections.defaultdict(list)

@@ -1,4 +1,4 @@
-"""Asks a checkpoint about images by command line, Python, server and page, and compares the greedy answers.
+"""Compares the greedy answers of a checkpoint through command line, Python, server and web page.
 
     python scripts/same_text.py --checkpoint runs/quickstart image.png other.png
 
@@ -21,7 +21,7 @@ from magma_jax import ImageInput, Magma
 
 
 def by_command_line(checkpoint: str, images: list[str], prompt: str) -> list[str]:
-    """A run of the program for each image."""
+    """One run of the command per image."""
     command = [sys.executable, "-m", "magma_jax.generate", "--checkpoint", checkpoint]
     return [
         subprocess.run([*command, image, prompt], check=True, capture_output=True, text=True).stdout for image in images
@@ -50,7 +50,7 @@ def by_server(url: str, images: list[str], prompt: str) -> list[str]:
 
 
 def by_page(url: str, images: list[str], prompt: str) -> list[str]:
-    """A person's way, in a browser without a window."""
+    """Through the page, in a headless browser."""
     from selenium import webdriver
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
@@ -92,7 +92,7 @@ def main() -> int:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "magma_jax.serve", "--checkpoint", arguments.checkpoint, "--port", str(port)]
-    server = subprocess.Popen([*command, "--template", "raw"])  # the other ways know no other
+    server = subprocess.Popen([*command, "--template", "raw"])  # the other interfaces have no templates
     asked = (arguments.images, arguments.prompt)
     try:
         found = {

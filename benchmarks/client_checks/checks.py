@@ -1,6 +1,6 @@
-"""What the checks of all Python clients share; each prints a line of JSON, see ``benchmarks/clients.py``.
+"""Helpers of all Python clients' checks; each check prints a line of JSON, see ``benchmarks/clients.py``.
 
-A check's file is run with the base URL of a server, the name of its model and a folder of held-out questions.
+A check's script takes the base URL of a server, the name of its model and a folder of held-out questions.
 """
 
 import base64
@@ -22,7 +22,7 @@ def questions() -> list[dict]:
 
 
 def worded(row: dict) -> str:
-    """A question as VLMEvalKit and lmms-eval ask it."""
+    """A question in the wording of VLMEvalKit and lmms-eval."""
     return row["question"] + (YES_OR_NO if row["answer"] in ("yes", "no") else SHORT)
 
 
@@ -40,22 +40,22 @@ def content(row: dict) -> list[Any]:
 
 
 def run(checks: dict[str, Callable[[], object]]) -> None:
-    """Runs every check and prints how it ended; one fails by raising or by giving nothing."""
+    """Runs every check and prints its result; a check fails if it raises or returns nothing."""
     for name, check in checks.items():
         try:
             says = check()
             tell(name, bool(says), says)
-        except Exception as error:  # whatever a client raises is the result
+        except Exception as error:  # any error of a client is a result
             tell(name, False, f"{type(error).__name__}: {error}")
 
 
 def tell(name: str, ok: bool, says: object) -> None:
-    """Prints how a check ended."""
+    """Prints the result of a check."""
     print(json.dumps({"check": name, "ok": ok, "says": str(says)[:300]}), flush=True)
 
 
 def tell_answers(answers: list[str]) -> None:
-    """Prints how many answers to ``questions()`` are there, and right."""
+    """Prints how many of ``questions()`` were answered, and how many correctly."""
     rows = questions()
     right = sum(a.strip().rstrip(".").lower() == row["answer"].lower() for a, row in zip(answers, rows, strict=True))
     there = sum(bool(answer.strip()) for answer in answers)

@@ -3,8 +3,8 @@
 import asyncio
 
 from checks import MODEL, URL, content, questions, run
-from langchain_core.messages import HumanMessage, SystemMessage  # pyright: ignore[reportMissingImports]  # in an environment of its own
-from langchain_openai import ChatOpenAI, OpenAI  # pyright: ignore[reportMissingImports]  # in an environment of its own
+from langchain_core.messages import HumanMessage, SystemMessage  # pyright: ignore[reportMissingImports]  # installed in its own environment
+from langchain_openai import ChatOpenAI, OpenAI  # pyright: ignore[reportMissingImports]  # installed in its own environment
 from pydantic import BaseModel
 
 ASKED = HumanMessage(content(questions()[0]))
@@ -13,7 +13,7 @@ chat = ChatOpenAI(model=MODEL, base_url=URL, api_key="none", max_retries=0)
 
 
 class Seen(BaseModel):
-    """What an answer must look like."""
+    """Schema of an answer."""
 
     hand: bool
 

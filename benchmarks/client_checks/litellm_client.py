@@ -1,6 +1,6 @@
 """LiteLLM."""
 
-import litellm  # pyright: ignore[reportMissingImports]  # in an environment of its own
+import litellm  # pyright: ignore[reportMissingImports]  # installed in its own environment
 from checks import MODEL, URL, content, questions, run
 
 ASKED = {"role": "user", "content": content(questions()[0])}
@@ -19,7 +19,7 @@ def stream():
 
 
 def history():
-    """Answers go back in, as objects and as plain values."""
+    """Answers are sent back as messages, as objects and as plain values."""
     turn = chat()
     return [chat(ASKED, form, ASKED).content for form in (turn, turn.model_dump())]
 

@@ -1,15 +1,15 @@
 """lmms-eval's class for OpenAI-compatible servers, on held-out questions in the wording of its tasks."""
 
 from checks import MODEL, URL, questions, tell_answers, worded
-from lmms_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]  # in an environment of its own
-from lmms_eval.models.chat.openai import OpenAICompatible  # pyright: ignore[reportMissingImports]  # in an environment of its own
+from lmms_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]  # installed in its own environment
+from lmms_eval.models.chat.openai import OpenAICompatible  # pyright: ignore[reportMissingImports]  # installed in its own environment
 from PIL import Image
 
 ROWS = questions()
 
 
 def messages(row: dict) -> list[dict]:
-    """What a task's ``doc_to_messages`` gives."""
+    """Messages as from a task's ``doc_to_messages``."""
     image = Image.open(row["picture"]).convert("RGB")
     return [
         {
@@ -21,7 +21,7 @@ def messages(row: dict) -> list[dict]:
 
 model = OpenAICompatible(model_version=MODEL, base_url=URL, api_key="none", timeout=120, max_retries=1)
 model.task_dict = {"held_out": {"test": ROWS}}
-# Without max_new_tokens, as many tasks have it: the class then asks for 1,024.
+# Without max_new_tokens, like many tasks: the class then requests 1,024 tokens.
 requests = [
     Instance(
         request_type="generate_until",

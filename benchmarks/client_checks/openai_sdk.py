@@ -13,7 +13,7 @@ ASKED: ChatCompletionUserMessageParam = {"role": "user", "content": content(ROW)
 
 
 class Seen(BaseModel):
-    """What an answer must look like."""
+    """Schema of an answer."""
 
     hand: bool
 
@@ -37,7 +37,7 @@ def stream():
 
 
 def history():
-    """Answers go back in, in every form that the SDK has."""
+    """Answers are sent back as messages, in every form that the SDK has."""
     turn = chat()
     return [chat(ASKED, form, ASKED).content for form in (turn, turn.model_dump(), turn.to_dict())]
 
@@ -50,7 +50,7 @@ def parsed():
 
 
 def refused():
-    """What asks for something is refused by name."""
+    """Unsupported options are rejected by name."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     try:
         chat(tools=[tool])

@@ -1,6 +1,6 @@
 """VLMEvalKit's class for OpenAI-compatible servers, on held-out questions in the wording of its datasets.
 
-The package imports every model and dataset that it knows; two empty packages in front keep to the class.
+The package imports all of its models and datasets; two empty packages in front of it restrict this to the class.
 """
 
 import importlib.util
@@ -17,9 +17,9 @@ for name, folder in {"vlmeval": PACKAGE, "vlmeval.api": PACKAGE / "api"}.items()
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [str(folder)]
 
-from vlmeval.api.gpt import OpenAIWrapper  # noqa: E402  # pyright: ignore[reportMissingImports]  # in an environment of its own
+from vlmeval.api.gpt import OpenAIWrapper  # noqa: E402  # pyright: ignore[reportMissingImports]  # installed in its own environment
 
-# Asks for 2,048 tokens, its default.
+# Requests 2,048 tokens, its default.
 model = OpenAIWrapper(MODEL, api_base=f"{URL}/chat/completions", key="none", retry=1, wait=0)
 ROWS = questions()
 tell_answers(

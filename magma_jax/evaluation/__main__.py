@@ -25,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--references",
         required=True,
         type=Path,
-        help="the official file of annotations; of GQA also a folder of chunks",
+        help="the official annotation file; for GQA also a folder of chunks",
     )
     one.add_argument("--predictions", required=True, type=Path, help="list of predictions, .json or .jsonl")
     one.add_argument("--choices", type=Path, help="GQA's file of choices, for its validity and plausibility")
-    one.add_argument("--draws", type=int, default=DRAWS, help="of the bootstrap; default: %(default)s")
+    one.add_argument("--draws", type=int, default=DRAWS, help="bootstrap draws; default: %(default)s")
     one.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""The options of eval.py beside those of a run's own split; nothing here needs JAX."""
+"""Options of eval.py for tasks; this module does not import JAX."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--task", nargs="+", metavar="NAME", choices=TASKS, help=", ".join(TASKS))
     group.add_argument("--checkpoint", help="model folder, file or hf:// address; default: the run in --workdir")
     folder = {"nargs": "+", "default": [], "metavar": "[TASK=]FOLDER"}
-    group.add_argument("--data", **folder, help="dataset folder to ask about; default: the run's own data")
+    group.add_argument("--data", **folder, help="dataset folder; default: the run's own data")
     group.add_argument("--shot-data", **folder, help="dataset folder that shots come from")
     group.add_argument("--shots", type=int, nargs="+", metavar="N", help="default: 0")
     group.add_argument(
@@ -21,15 +21,15 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override settings of the tasks")
     group.add_argument("--output", type=Path, help="folder of the results; default: evaluation/ in --workdir")
     group.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    group.add_argument("--workers", type=int, help="processes that decode images; default: one a core")
-    group.add_argument("--dtype", help="of weights and activations, such as bfloat16; default: the checkpoint's")
-    group.add_argument("--mesh", nargs="*", metavar="KEY=VALUE", help="devices that share the work, as in data=-1")
+    group.add_argument("--workers", type=int, help="processes that decode images; default: one per core")
+    group.add_argument("--dtype", help="dtype of weights and activations, such as bfloat16; default: the checkpoint's")
+    group.add_argument("--mesh", nargs="*", metavar="KEY=VALUE", help="mesh of devices, as in data=-1")
     group.add_argument("--distributed", action="store_true", help="as one of several processes: docs/training.md")
 
 
 def add_other_options(parser: argparse.ArgumentParser) -> None:
-    """What eval.py does beside tasks."""
+    """The other options of eval.py."""
     group = parser.add_argument_group("other")
     group.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results, or folders of results")
     group.add_argument("--json", action="store_true", help="with --compare or --perplexity: print JSON")
-    group.add_argument("--perplexity", type=Path, metavar="FILE", help="of a text file, with adapters and without")
+    group.add_argument("--perplexity", type=Path, metavar="FILE", help="of a text file, with and without adapters")

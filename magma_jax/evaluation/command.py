@@ -1,4 +1,4 @@
-"""Tasks from the command line of eval.py: which checkpoint, which tasks, where results go."""
+"""Commands of eval.py: tasks, comparison, perplexity."""
 
 import argparse
 import dataclasses
@@ -31,12 +31,12 @@ from magma_jax.storage.hub import local_path
 from magma_jax.storage.model_folder import MODEL_FILE, read_model_json
 from magma_jax.training.checkpoints.checkpoint import CHECKPOINTS, RunCheckpoints
 
-# ``families.open_token_generator``, which stands above this package.
+# Type of ``families.open_token_generator``, which is in a higher layer.
 OpenModel: TypeAlias = Callable[..., TokenGenerator]
 
 
 def run_comparison(arguments: argparse.Namespace) -> None:
-    """``--compare``: which of two results is better, if one is."""
+    """``--compare``: tests whether one of two results is better."""
     first, second = arguments.compare
     found = comparison.compare_results(first, second)
     shown = json.dumps(comparison.to_json(found), indent=2) if arguments.json else None
@@ -44,7 +44,7 @@ def run_comparison(arguments: argparse.Namespace) -> None:
 
 
 def run_perplexity(open_model: OpenModel, arguments: argparse.Namespace) -> None:
-    """``--perplexity``: is the language model intact?"""
+    """``--perplexity``: checks that the language model is intact."""
     model = open_model(arguments.checkpoint or arguments.workdir, dtype=arguments.dtype, ema=arguments.ema)
     found = measure(model, arguments.perplexity)
     if arguments.json:
@@ -63,7 +63,7 @@ def run_tasks(open_model: OpenModel, arguments: argparse.Namespace) -> None:
     """Evaluates, writes the files and prints the card; ``open_model`` opens the checkpoint (``families``).
 
     Raises:
-        ValueError: one line with what is wrong; also for what the package raises.
+        ValueError: one line that says what is wrong. Errors of the package are subclasses.
     """
     tasks = [task for name in arguments.task for task in configure(name, arguments)]
     mesh = None
@@ -102,7 +102,7 @@ def run_tasks(open_model: OpenModel, arguments: argparse.Namespace) -> None:
         if is_main():
             drawings = task.data is None and isinstance(own, OpenmojiConfig)
             print(f"wrote {write_result(folder, result, OPENMOJI if drawings else '')}")
-        # The next task's collectives may not wait for long.
+        # Other processes must not wait too long in the next task's collectives.
         barrier("result written")
     for settings in {json.dumps(task.settings): task.settings for task in tasks}.values() if is_main() else ():
         card = write_card(folder, checkpoint, settings)
@@ -110,7 +110,7 @@ def run_tasks(open_model: OpenModel, arguments: argparse.Namespace) -> None:
 
 
 def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:
-    """A task with every number of shots that was asked for.
+    """Configs of a task, one per requested number of shots.
 
     Raises:
         ConfigError: an unknown setting, or a value out of range.
@@ -131,7 +131,7 @@ def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:
 
 
 def _folder_of(task: str, folders: Sequence[str]) -> str | None:
-    """The folder that is given for a task, or for all of them."""
+    """The folder given for a task, or for all tasks."""
     named = dict(entry.split("=", 1) for entry in folders if _names_task(entry))
     common = [entry for entry in folders if not _names_task(entry)]
     if len(common) > 1:
@@ -144,7 +144,7 @@ def _names_task(entry: str) -> bool:
 
 
 def with_classes_of(task: TaskConfig, path: Path) -> TaskConfig:
-    """A task of classes with the names, in their order, that a run was trained with."""
+    """A classification task with the class names and order of the run's training data."""
     if task.kind != "class" or not (path / MODEL_FILE).is_file():
         return task
     trained = tuple((read_model_json(path).get("run") or {}).get("data", {}).get("classes", ()))
@@ -154,7 +154,7 @@ def with_classes_of(task: TaskConfig, path: Path) -> TaskConfig:
 
 
 def identify(path: Path) -> dict[str, Any]:
-    """What tells a checkpoint from others, to be stored with results."""
+    """Identity of a checkpoint, to be stored with results."""
     if path.is_file():
         return {"name": path.name, "bytes": path.stat().st_size}
     if not (path / MODEL_FILE).is_file():
@@ -167,7 +167,7 @@ def identify(path: Path) -> dict[str, Any]:
 
 
 def own_data(path: Path) -> DataConfig:
-    """What a run learned from.
+    """The data config of a run.
 
     Raises:
         ConfigError: not a run.

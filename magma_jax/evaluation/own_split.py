@@ -1,12 +1,12 @@
-"""Evaluation on a split of a dataset: captions and questions, beside three baselines.
+"""Evaluation on a split of a dataset: captions and questions, with three baselines.
 
     model      the image and the prompt
-    blind      a black image and the prompt: what the words alone give away
-    shuffled   another sample's image: what the model says when it sees, but not this
+    blind      a black image and the prompt: the language prior
+    shuffled   another sample's image and the prompt
     constant   no model: the most frequent training answer to the same prompt
 
 Decoding is greedy and ends at the model's own end of text. Nothing is cut to the length of the true answer, and the
-limit on new tokens comes from the training split, so the truth that is scored against helps nowhere.
+limit on new tokens comes from the training split, so the ground truth never leaks into the answers.
 """
 
 from collections import Counter
@@ -35,7 +35,7 @@ from magma_jax.typing import UInt8
 
 __all__ = ["Evaluation", "EvaluationError", "evaluate", "evaluate_run", "table"]
 
-# Training samples that are looked at, evenly spaced, for frequent and long answers: all of the quick start's.
+# Maximum number of training samples, evenly spaced, to scan for frequent and long answers: all of the quick start's.
 LOOKED_AT = 50_000
 
 SCALES = {
@@ -48,7 +48,7 @@ SCALES = {
 
 
 class EvaluationError(ValueError):
-    """A split that cannot be evaluated; one line with the reason."""
+    """A split that cannot be evaluated; the message is one line with the reason."""
 
 
 def evaluate_run(
@@ -63,11 +63,11 @@ def evaluate_run(
     """Evaluates a run, prints the table and writes its files into the run folder.
 
     A run is evaluated at its best validated step, or at its newest if it was not validated; ``workdir`` may also be a
-    folder that was made of a run, such as a quantized one; ``open_model`` opens it (``families``). The files are
-    ``results.json``, ``predictions.jsonl`` and ``report.html``. Another split than ``test``, or a limit, is part of
-    their names (``results-split=validation-limit=50-1c9e2f0a.json``), so that it never passes for the full result.
-    ``overview`` names a PNG file that gets twelve images with their texts. ``ema`` chooses between the weights and
-    their moving averages, by default what the run was validated with.
+    folder derived from a run, such as a quantized one; ``open_model`` opens it (``families``). The files are
+    ``results.json``, ``predictions.jsonl`` and ``report.html``. A split other than ``test``, or a limit, is part of
+    their names (``results-split=validation-limit=50-1c9e2f0a.json``), so that it is not mistaken for the full result.
+    ``overview`` names a PNG file to write, with twelve images and their texts. ``ema`` chooses between the weights and
+    their moving averages; default: whichever the run was validated with.
 
     Raises:
         CheckpointError: the folder holds no run, or none with a checkpoint. ConfigError: a run of another kind of
@@ -76,7 +76,7 @@ def evaluate_run(
     workdir = Path(workdir)
     metadata, has_steps = read_model_json(workdir), (workdir / CHECKPOINTS).is_dir()
     run = metadata.get("run")
-    # What was made of a run names its source and holds all that was learned; a run without steps has learned nothing.
+    # A folder derived from a run names its source and holds all trained parameters; a run without steps has none.
     if run is None or not (has_steps or "source" in metadata):
         raise CheckpointError(f"{workdir}: holds no checkpoint of a run; give the --workdir that train.py trained in")
     model = open_model(workdir, ema=ema)
@@ -115,11 +115,11 @@ def evaluate(
     """Answers every prompt of a split under every condition and scores the answers.
 
     Args:
-        limit: at most this many captions and this many questions, evenly spaced; None for all.
-        seed: of the images that ``shuffled`` shows.
-        batch_size: prompts that are run together; changes speed, not results.
-        max_new_tokens: default: the tokens of the longest training answer, and the end of text.
-        stamp: joined to ``figures["protocol"]``, such as the checkpoint's step.
+        limit: maximum number of captions, and of questions, evenly spaced; None for all.
+        seed: seed of the images for ``shuffled``.
+        batch_size: prompts per batch; affects speed, not results.
+        max_new_tokens: default: the length of the longest training answer plus the end of text.
+        stamp: added to ``figures["protocol"]``, such as the checkpoint's step.
 
     Raises:
         EvaluationError: no such split, an empty one, no training split (``constant`` and the default of
@@ -146,7 +146,7 @@ def evaluate(
         condition: [(row, sample.prompt) for row, sample in zip(shown[condition], samples, strict=True)]
         for condition in shown
     }
-    # The same image and prompt get the same answer, so each pair is run once, whatever asks for it.
+    # Each pair of image and prompt is run once, even if several conditions need it.
     distinct = sorted({request for wanted in requests.values() for request in wanted})
     size = _image_size(model, dataset.images[images[:1]])
     answerer = Answerer(model, JoinedImages(dataset.images, BlackImages(1, size)), batch_size=batch_size)
@@ -183,10 +183,10 @@ def evaluate(
 
 
 def figures_of(samples: Sequence[Any], predictions: Sequence[str]) -> dict[str, Any]:
-    """The figures of one condition; None where there are no captions or no questions.
+    """The metrics of one condition; None if there are no captions or no questions.
 
-    A question here has one true answer, where the official VQA rule wants ten annotators. It counts as ten equal
-    ones, and the rule then gives 100 to an equal string and 0 to any other: exact match.
+    Questions here have one true answer, but the official VQA rule needs ten annotators. The answer counts as ten equal
+    ones, for which the rule reduces to exact match: 100 for an equal string, 0 for any other.
     """
     pairs = [(sample, text, [sample.answer.strip()]) for sample, text in zip(samples, predictions, strict=True)]
     captions = [pair for pair in pairs if pair[0].kind == CAPTION]

@@ -1,4 +1,4 @@
-"""The model families. A new one is a package of its own and one row here."""
+"""The model families. A new one is a package below this one and one row here."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def family_of(model: Any) -> Family:
 
 
 def run_config(values: Settings, where: str = "config") -> RunConfig:
-    """The config of a run, from nested mappings; its model may be of any family.
+    """The config of a run, from nested mappings, for a model of any family.
 
     Raises:
         ConfigError: an unknown kind of model, or as ``config.from_dict``.
@@ -47,14 +47,14 @@ def run_config(values: Settings, where: str = "config") -> RunConfig:
 
 
 def family_of_checkpoint(path: Path) -> Family:
-    """The family of a run folder, a model folder or a file of weights.
+    """The family of a run folder, model folder or weight file.
 
     Raises:
-        CheckpointError: no such folder, or a model that no family has.
+        CheckpointError: no such folder, or a model of no known family.
     """
     if not (path / MODEL_FILE).exists() and holds_weights(path):
         return MAGMA  # no other family has a published layout yet
-    # Folders of the first release may leave out the kind.
+    # Folders of the first release may lack the kind.
     model = read_model_json(path)["model"]
     kind = model.get("kind", MAGMA.name) if isinstance(model, dict) else model
     kinds = _families_by_kind()
@@ -66,16 +66,16 @@ def family_of_checkpoint(path: Path) -> Family:
 def open_generator(
     path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None, ema: bool | None = None
 ) -> Generator:
-    """Opens a checkpoint of any family for use.
+    """Opens a checkpoint of any family for inference.
 
     Args:
-        path: run folder, model folder, file of weights, or an ``hf://`` address.
-        dtype: of weights and activations; default: the checkpoint's.
-        mesh: devices to spread the weights over; default: one device.
-        ema: whether a run's moving averages of weights are taken; default: what the run was validated with.
+        path: run folder, model folder, weight file, or an ``hf://`` address.
+        dtype: dtype of weights and activations; default: the checkpoint's.
+        mesh: devices to shard the weights over; default: one device.
+        ema: whether to use a run's moving averages of weights; default: whichever the run was validated with.
 
     Raises:
-        CheckpointError: no checkpoint, or one of a family that cannot be opened; and what the family raises.
+        CheckpointError: no checkpoint, or one of a family that cannot be opened. Also the errors of the family.
     """
     path = local_path(path)
     return family_of_checkpoint(path).open(path, dtype=dtype, mesh=mesh, ema=ema)
@@ -84,7 +84,7 @@ def open_generator(
 def open_token_generator(
     path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None, ema: bool | None = None
 ) -> TokenGenerator:
-    """``open_generator`` of a model that writes text token by token; others are refused before weights are read."""
+    """``open_generator`` for autoregressive text models; others are rejected before weights are read."""
     path = local_path(path)
     family = family_of_checkpoint(path)
     if family.decode_program is None:

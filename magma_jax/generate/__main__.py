@@ -7,8 +7,8 @@
     python -m magma_jax.generate --checkpoint RUN image.png "Q: Who? A:" --choices "a man" "a woman"
     python -m magma_jax.generate --checkpoint RUN image.png --attention attention.png
 
-Inputs are images, folders of images, and texts. Images with at most one text behind them are asked one by one;
-in any other order the inputs are one prompt, as they follow each other.
+Inputs are images, folders of images, and texts. Images followed by at most one text are separate prompts with that
+text; inputs in any other order form a single prompt.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from magma_jax.generate import DEFAULT_PROMPT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the answers; returns the exit status, see ``commands``; 1: some images could not be answered for."""
+    """Prints the answers; returns the exit status, see ``commands``; 1 if some images could not be answered."""
     arguments = _parser().parse_args(argv)
 
     def work() -> int:
@@ -39,34 +39,34 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help=f"image, folder or text (no text: {DEFAULT_PROMPT!r})")
     add("--checkpoint", required=True, help="run folder, converted model folder or PyTorch checkpoint")
-    add("--dtype", help="of weights and activations, such as bfloat16")
-    add("--no-program-cache", action="store_true", help="compile anew, whatever earlier runs have kept")
-    add("--together", action="store_true", help="all inputs are one prompt, also several images and one text")
+    add("--dtype", help="dtype of weights and activations, such as bfloat16")
+    add("--no-program-cache", action="store_true", help="compile anew instead of using the compilation cache")
+    add("--together", action="store_true", help="all inputs form one prompt, even several images and one text")
     add("--max-new-tokens", type=int, default=32, help="default: %(default)s")
-    add("--stream", action="store_true", help="show the answer while it is drawn")
+    add("--stream", action="store_true", help="print the answer while it is generated")
     add("--output", type=Path, metavar="FILE.jsonl", help="one JSON line an image; an interrupted run is continued")
     drawing = parser.add_argument_group("drawing")
     add = drawing.add_argument
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 for all (default)")
-    add("--top-p", type=float, default=1.0, help="draw from likely tokens of this mass; 1 for all (default)")
+    add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0 for all (default)")
+    add("--top-p", type=float, default=1.0, help="sample from likely tokens of this mass; 1 for all (default)")
     add("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest; 0 for none (default)")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1: say less twice; default: %(default)s")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less; default: %(default)s")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be given several times")
-    add("--seed", type=int, default=0, help="of the first answer, the next ones have the next; default: %(default)s")
+    add("--seed", type=int, default=0, help="seed of the first answer, +1 for each further one; default: %(default)s")
     add("--n", type=int, default=1, help="answers to every prompt; default: %(default)s")
     whole = parser.add_argument_group("comparing whole answers")
     add = whole.add_argument
-    add("--beams", type=int, default=0, help="search the likeliest answer with so many beginnings")
-    add("--length-penalty", type=float, default=1.0, help="of beams: 0 prefers short answers; default: %(default)s")
-    add("--choices", nargs="+", default=[], metavar="ANSWER", help="choose among these and print their shares")
-    add("--measure", choices=["sum", "mean"], default="sum", help="of choices: whole probability, or mean per token")
+    add("--beams", type=int, default=0, help="width of a beam search; 0 for none (default)")
+    add("--length-penalty", type=float, default=1.0, help="beam search: 0 prefers short answers; default: %(default)s")
+    add("--choices", nargs="+", default=[], metavar="ANSWER", help="choose among these and print their probabilities")
+    add("--measure", choices=["sum", "mean"], default="sum", help="compare choices by total or mean log-probability")
     seen = parser.add_argument_group("attention")
     add = seen.add_argument
-    add("--attention", type=Path, metavar="OUT.png", help="draw where each word looked")
+    add("--attention", type=Path, metavar="OUT.png", help="draw an attention map for each word")
     add("--layer", type=int, help="one layer, from 0; default: rollout through all")
     add("--head", type=int, help="one head of that layer, from 0; default: their mean")
-    add("--relative", action="store_true", help="compared with the other words of the answer")
+    add("--relative", action="store_true", help="relative to the mean over the answer's words")
     return parser
 
 

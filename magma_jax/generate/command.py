@@ -1,4 +1,4 @@
-"""What ``python -m magma_jax.generate`` does once its arguments are read."""
+"""Implementation of ``python -m magma_jax.generate``."""
 
 import argparse
 import collections
@@ -29,10 +29,10 @@ from magma_jax.runtime.compile import enable_compilation_cache
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answers; returns 1 if some images could not be read.
+    """Prints or writes the answers; returns 1 if some images could not be read.
 
     Raises:
-        ValueError, OSError, FailedError: one line with what is wrong.
+        ValueError, OSError, FailedError: one line that says what is wrong.
     """
     enable_compilation_cache(not arguments.no_program_cache)
     options = _options(arguments)
@@ -45,12 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace, questions: list[Question]) -> None:
-    """Raises ValueError for options that do not go together, before the weights are read."""
+    """Raises ValueError for incompatible options, before weights are read."""
     one = len(questions) == 1 and arguments.n == 1
     if (arguments.stream or arguments.attention) and (not one or arguments.output):
         raise ValueError("--stream and --attention are for one prompt and one answer, without --output")
     if arguments.stream and (arguments.beams or arguments.choices):
-        raise ValueError("--stream shows an answer while it is drawn; leave out --beams and --choices")
+        raise ValueError("--stream shows an answer while it is sampled; leave out --beams and --choices")
     if arguments.head is not None and arguments.layer is None:
         raise ValueError(f"head {arguments.head} of which layer? give layer too")
     if (arguments.layer is not None or arguments.relative) and not arguments.attention:
@@ -70,7 +70,7 @@ def _check(arguments: argparse.Namespace, questions: list[Question]) -> None:
 
 
 def _print_answers(arguments: argparse.Namespace, questions: list[Question], options: AnswerOptions) -> None:
-    # Before the weights are read: a wrong image should not take so long to tell.
+    # Before the weights are read, so that a bad image is reported at once.
     with _decoders() as decoders:
         prompts = [question.prompt(decoders) for question in questions]
     if not (arguments.stream or arguments.attention):
@@ -113,13 +113,13 @@ def _decoders() -> Decoders:
 
 
 def _stream(asker: Asker, prompt: list[str | ImageInput]) -> tuple[int, ...]:
-    """Prints an answer while it is drawn; returns its tokens."""
+    """Prints an answer while it is generated; returns its tokens."""
     (ticket,) = asker.tickets(prompt)
     begun = False
     for piece in ticket:
         text = piece.text if begun else piece.text.lstrip()
         begun = begun or bool(text)
-        # As in a whole answer, any kind of space is one; but lines stay.
+        # As in a whole answer, white space is normalised, but line breaks are kept.
         print(printable(re.sub(r"[^\S\n]", " ", text)), end="", flush=True)
     print()
     return tuple(ticket.tokens)
@@ -132,7 +132,7 @@ def _to_file(arguments: argparse.Namespace, questions: list[Question], options: 
     with answer_file(arguments.output, settings | {"prompt": questions[0].text}) as file:
         left = [question for question in questions if question.shown_name not in file.done]
         progress = tqdm(total=len(questions), initial=len(questions) - len(left), unit="image", disable=None)
-        # Questions whose images were looked at and whose line is not written yet; with what was wrong, if anything.
+        # Questions whose images were read but whose line is not written yet, with their error, if any.
         begun: collections.deque[tuple[Question, str | None]] = collections.deque()
 
         def prompts(decoders: Decoders) -> Iterator[list[str | ImageInput]]:
@@ -201,7 +201,7 @@ def _options(arguments: argparse.Namespace) -> AnswerOptions:
         stop=tuple(arguments.stop),
         beams=arguments.beams,
         length_penalty=arguments.length_penalty,
-        # Set off from the prompt like any word.
+        # Separated from the prompt by a space, like any word.
         choices=tuple(f" {choice.strip()}" for choice in arguments.choices),
         measure=arguments.measure,
     )

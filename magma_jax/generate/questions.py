@@ -1,4 +1,4 @@
-"""What a command line of images, folders and texts asks."""
+"""Questions from a command line of images, folders and texts."""
 
 import os
 import sys
@@ -14,19 +14,19 @@ from magma_jax.data.readers.common import files_below
 from magma_jax.generate import DEFAULT_PROMPT
 from magma_jax.output import printable
 
-# For the images of a prompt, on a disk that may be far away.
+# Timeout for the images of a prompt, which may be on a network disk.
 READ_SECONDS = 120.0
 SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
 
 
 class Question(NamedTuple):
-    """A prompt, and the image it is named after if there are several."""
+    """A prompt, and the image it is named after if there are several prompts."""
 
     name: str | None
     parts: list[str | ImageInput]
 
     def prompt(self, decoders: Decoders) -> list[str | ImageInput]:
-        """With its images read."""
+        """The prompt with its images read."""
         deadline = time.monotonic() + READ_SECONDS
         return [
             part if isinstance(part, str) else ImageInput(decoders.image(_path(part), deadline)) for part in self.parts
@@ -34,26 +34,26 @@ class Question(NamedTuple):
 
     @property
     def images(self) -> list[str]:
-        """Files of its images."""
+        """Paths of its images."""
         return [_path(part) for part in self.parts if isinstance(part, ImageInput)]
 
     @property
     def shown_name(self) -> str:
-        r"""What it is called; bytes of a file name that are not UTF-8 become ``\xff``, which any terminal takes."""
+        r"""Printable name; bytes of a file name that are not UTF-8 are shown as ``\xff``."""
         return os.fsencode(self.name or " ".join(self.images)).decode(errors="backslashreplace")
 
     @property
     def text(self) -> str:
-        """Its texts."""
+        """The texts of the prompt, joined."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
 def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Question]:
-    """The questions that the inputs of a command line ask.
+    """The questions of a command line.
 
     Args:
         inputs: images, folders of images, texts.
-        together: one prompt whatever the order.
+        together: whether all inputs form one prompt.
 
     Raises:
         ValueError: an empty text, or a folder without images or among texts.
@@ -69,7 +69,7 @@ def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Questi
     folders = any(isinstance(part, ImageInput) and os.path.isdir(_path(part)) for part in parts)
     if together or not one_by_one:
         if folders:
-            raise ValueError("a folder stands for images that are asked one by one; put it first, one text behind it")
+            raise ValueError("a folder stands for separate prompts, one per image; put it first, followed by one text")
         return [Question(None, parts)]
     found = [file for part in images if isinstance(part, ImageInput) for file in _images_in(_path(part))]
     several = len(found) > 1 or folders
@@ -77,7 +77,7 @@ def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Questi
 
 
 def _part(text: str) -> str | ImageInput:
-    """An image (or a folder of them) if it is there, or is named like one; otherwise text."""
+    """An image (or folder of images) if the path exists or has an image's suffix; otherwise text."""
     try:
         is_image = text.lower().endswith(SUFFIXES) or os.path.exists(text)
     except ValueError:  # null bytes
@@ -86,13 +86,13 @@ def _part(text: str) -> str | ImageInput:
 
 
 def _path(image: ImageInput) -> str:
-    """Where an image of a command line is; such a one is never given as pixels."""
+    """Path of an image from the command line, which is never given as pixels."""
     assert isinstance(image.source, str)
     return image.source
 
 
 def _images_in(path: str) -> list[str]:
-    """The images below a folder, in order, without hidden files; of a file, itself."""
+    """The images below a folder in order, without hidden files; a file gives itself."""
     if not os.path.isdir(path):
         return [path]
     ignored: list[Skipped] = []

@@ -1,4 +1,4 @@
-"""Answers about many images, one JSON line each: whole at the end, and not begun anew after an interruption."""
+"""Answers for many images, one JSON line each, written atomically and resumed after an interruption."""
 
 import contextlib
 import json
@@ -11,30 +11,30 @@ from magma_jax.output import OutputError, locked, partial_name, replace_file
 
 
 class AnswerFile:
-    """A file of answers in the making.
+    """A file of answers in progress.
 
     Attributes:
-        done: names of the images that it has.
+        done: names of the images that it already contains.
     """
 
     def __init__(self, file: BinaryIO, done: frozenset[str]):
         self._file, self.done = file, done
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Adds an answer; it survives whatever comes after. ``record["picture"]`` is its name."""
+        """Appends an answer and flushes it to disk; ``record["picture"]`` is the image's name."""
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
 
 
 @contextlib.contextmanager
 def answer_file(path: str | os.PathLike, settings: Mapping[str, Any]) -> Iterator[AnswerFile]:
-    """A file that stands at ``path`` when the block ends.
+    """A file that appears at ``path`` when the block ends.
 
-    Until then its lines are in a hidden file beside it, and stay there if the block fails: the next run with the same
-    ``settings`` continues them.
+    Until then its lines are in a hidden file beside it. They remain there if the block fails, and the next run with the
+    same ``settings`` continues them.
 
     Raises:
-        OutputError: the file is there already, another process writes it, or an interrupted run had other settings.
+        OutputError: the file already exists, another process writes it, or an interrupted run had other settings.
     """
     path = Path(path).absolute()
     if path.exists():
@@ -59,7 +59,7 @@ def answer_file(path: str | os.PathLike, settings: Mapping[str, Any]) -> Iterato
 
 
 def _finished_lines(partial: Path) -> frozenset[str]:
-    """Names in a file of which the last line may be half there; that half is removed."""
+    """Names in a file whose last line may be incomplete; removes such a line."""
     names, end = [], 0
     with partial.open("rb+") as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""An answer, whatever it is made of, and what may be asked of it."""
+"""Answers of any family, and their options."""
 
 import dataclasses
 from typing import Literal, TypeAlias
@@ -7,25 +7,24 @@ from PIL.Image import Image
 
 from magma_jax.inference.decoding.config import SamplingConfig, check_seed
 
-# What given answers are compared by. sum: the probability of the answer; mean: per token, which does not favour short
-# answers.
+# How choices are compared. sum: log-probability of the answer; mean: per token, which does not favour short answers.
 Measure: TypeAlias = Literal["sum", "mean"]
 
 
 @dataclasses.dataclass(frozen=True)
 class AnswerOptions:
-    """What is wanted.
+    """Options of an answer.
 
     Attributes:
-        max_new_tokens: at most.
-        sampling: how tokens are sampled.
-        seed: of the first answer; the next ones have ``seed`` + 1, ...
-        n: answers to every prompt.
+        max_new_tokens: maximum number of new tokens.
+        sampling: sampling parameters.
+        seed: seed of the first answer; the next ones have ``seed`` + 1, ...
+        n: answers per prompt.
         stop: texts that end a sampled answer.
-        beams: width of a beam search; 0 to draw.
-        length_penalty: of the beam search.
-        choices: answers to choose among instead of writing one.
-        measure: what choices are compared by.
+        beams: width of a beam search; 0 for sampling.
+        length_penalty: length penalty of the beam search.
+        choices: answers to choose among instead of generating one.
+        measure: how choices are compared.
     """
 
     max_new_tokens: int = 32
@@ -51,14 +50,14 @@ class AnswerOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An answer and where it comes from.
+    """An answer.
 
     Attributes:
-        parts: texts and images, in their order; a text as it continues the prompt.
-        tokens: of its texts, without the end of text.
-        logprob: of the whole under the model.
-        finish: ``stop`` at an end of text or stop text, ``length`` without, ``choice`` for a given one.
-        probability: of a choice, among all of them.
+        parts: texts and images in order; texts continue the prompt verbatim.
+        tokens: tokens of its texts, without the end of text.
+        logprob: log-probability of the whole answer under the model.
+        finish: ``stop`` at an end of text or stop text, ``length`` without one, ``choice`` for a choice.
+        probability: probability of a choice among all choices.
     """
 
     parts: tuple[str | Image, ...]
@@ -69,5 +68,5 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """Its texts."""
+        """The texts of the answer, joined."""
         return "".join(part for part in self.parts if isinstance(part, str))

@@ -1,4 +1,4 @@
-"""Answers of models that write token by token, however they are found: sampled, by beams, or among given ones."""
+"""Answers of autoregressive text models: by sampling, beam search, or choice."""
 
 import collections
 import contextlib
@@ -17,7 +17,7 @@ from magma_jax.inference.search.choice import rank, score
 
 T = TypeVar("T")
 
-# Questions that are handed over before the answer of the first is asked for.
+# Prompts that are submitted before the first answer is awaited.
 AHEAD = 17
 
 
@@ -25,10 +25,10 @@ class Asker:
     """Answers prompts with the same options; use it in a ``with`` block.
 
     Args:
-        model: any that writes token by token.
-        options: what is wanted.
-        first: one of the prompts, to know what size they have; longer ones are an error later on.
-        prompts: how many there will be.
+        model: any autoregressive text model.
+        options: options of the answers.
+        first: a prompt that sets the context size; longer prompts are rejected.
+        prompts: number of prompts.
     """
 
     def __init__(self, model: TokenGenerator, options: AnswerOptions, first: Prompt, prompts: int = 1):
@@ -50,10 +50,10 @@ class Asker:
             self._engine.close()
 
     def ask(self, prompt: Prompt) -> Callable[[], list[Answer]]:
-        """Begins to answer; the function returned waits for the answers, best or first sampled first.
+        """Starts answering; the returned function waits for the answers, in order of score or seed.
 
         Raises:
-            ValueError: more than the context holds, or an option out of range. ImageError: a bad image.
+            ValueError: the context is too small, or an option is out of range. ImageError: a bad image.
         """
         options = self.options
         if self._engine is not None:
@@ -92,7 +92,7 @@ class Asker:
         return lambda: found
 
     def tickets(self, prompt: Prompt) -> list[Ticket]:
-        """Begins to draw the answers to a prompt; iterate over one to see it as it comes."""
+        """Starts sampling the answers to a prompt; iterate over a ticket to stream its answer."""
         options = self.options
         assert self._engine is not None  # answers are sampled
         engine = self._engine
@@ -112,7 +112,7 @@ class Asker:
 def token_answers(
     model: TokenGenerator, prompts: Iterable[Prompt], options: AnswerOptions, count: int | None = None
 ) -> Iterator[list[Answer]]:
-    """``Generator.answers`` of a model that writes token by token; all prompts have about the size of the first."""
+    """``Generator.answers`` of an autoregressive text model; all prompts have about the size of the first."""
 
     def begin(stack: contextlib.ExitStack) -> Iterator[Callable[[], list[Answer]]]:
         asker = None
@@ -126,7 +126,7 @@ def token_answers(
 
 
 def _ahead(items: Iterator[T], count: int = AHEAD - 1) -> Iterator[T]:
-    """The same items, of which some have been begun before they are wanted."""
+    """The same items, with ``count`` of them started ahead."""
     begun: collections.deque[T] = collections.deque()
     for item in items:
         begun.append(item)

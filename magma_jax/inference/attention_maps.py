@@ -1,18 +1,18 @@
-"""What an answer looked at: attention from each of its words to the positions of the prompt's images.
+"""Attention maps: attention from each word of an answer to the positions of the prompt's images.
 
     seen = attention_maps(model, [ImageInput("cat.png"), "A picture of"])
     print(seen.text, [word.text for word in seen.words])
     seen.map(0)                            # rollout of the first word, (rows, columns)
     seen.map(0, layer=3, head=5)           # one head
-    seen.sheet().save("attention.png")     # the image once for every word
+    seen.sheet().save("attention.png")     # one overlay per word
 
-Decoding keeps no attention. The finished sequence is run once more, and of every layer only the weights from the answer
-to the images are kept: L x H x N x P numbers instead of L x H x S x S.
+Decoding stores no attention weights. The finished sequence is run once more, and only the weights from the answer to
+the images are kept in every layer: L x H x N x P numbers instead of L x H x S x S.
 
-The attention of a token is that of the position it was sampled from, the one before it: this is where the model looked
-when it chose the token. Rollout (Abnar and Zuidema 2020) follows attention through all layers: with A the average over
-heads, half of what a layer gives comes through A and half past it, so the maps of the layers are multiplied as
-(A + I) / 2. Both say where information could come from, not why a word was chosen.
+The attention of a token is that of the position it was sampled from, the one before it. Rollout (Abnar and Zuidema
+2020) composes attention over all layers: with A the average over heads, and the residual connection weighted equally,
+the matrices (A + I) / 2 of the layers are multiplied. Both show where information could come from, not why a word was
+chosen.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ from magma_jax.nn.transformer.trunk import LayerReduction
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Float, Int, Params
 
-# In place of a head's number: the average over heads.
+# Head index that stands for the average over heads.
 ALL_HEADS = -1
 
 
 class Word(NamedTuple):
-    """A word of an answer, with the space before it: ``tokens[start:stop]``."""
+    """A word of an answer, including its leading space: ``tokens[start:stop]``."""
 
     text: str
     start: int
@@ -55,13 +55,13 @@ class ImageAttention:
     """Attention of an answer to the images of its prompt.
 
     Attributes:
-        tokens: of the answer, N.
-        words: that they make.
+        tokens: the answer's N tokens.
+        words: words of the answer.
         weights: (L, H, N, I, P) attention weights from each token to the P positions of the I images. All weights of
-            a head, those to words included, sum to 1.
-        rollout: (N, I, P) the same through all layers.
-        images: as they were given.
-        grid: what the positions mean; None where they are no places, as behind a pooled encoder.
+            a head, including those to words, sum to 1.
+        rollout: (N, I, P) rollout through all layers.
+        images: images of the prompt, as given.
+        grid: grid of the positions; None if they are not spatial, as with a pooled encoder.
     """
 
     tokens: tuple[int, ...]
@@ -73,28 +73,28 @@ class ImageAttention:
 
     @property
     def text(self) -> str:
-        """The answer."""
+        """The answer's text."""
         return "".join(word.text for word in self.words)
 
     def map(
         self, word: int, *, image: int = 0, layer: int | None = None, head: int | None = None, relative: bool = False
     ) -> Float[np.ndarray, "rows columns"]:
-        """Attention of a word, the mean over its tokens, to the cells of an image.
+        """Attention of a word (mean over its tokens) to the cells of an image.
 
         Args:
             word: index into ``words``.
             image: index into ``images``.
             layer: one layer; None for rollout.
             head: one head of that layer; None for the mean over its heads.
-            relative: divided by the mean over all words, 1 where the word looks as much as the others do. Language
-                models put much weight on the first positions of a sequence whatever they say; this takes it out.
+            relative: divide by the mean over all words, so that 1 is the average. Language models put much weight on
+                the first positions of a sequence regardless of the word; this removes it.
 
         Raises:
-            ValueError: no such layer or head, a head without a layer, or positions that are no places. IndexError: no
+            ValueError: no such layer or head, a head without a layer, or positions that are not spatial. IndexError: no
                 such word or image.
         """
         if self.grid is None:
-            raise ValueError("this model's image positions are no places (pooled encoder); see weights and rollout")
+            raise ValueError("this model's image positions are not spatial (pooled encoder); see weights and rollout")
         weights = self._of(layer, head)[:, image]
         chosen = self.words[word]
         found = weights[chosen.start : chosen.stop].mean(0)
@@ -103,16 +103,16 @@ class ImageAttention:
         return found.reshape(self.grid.rows, self.grid.columns)
 
     def share(self, word: int, *, layer: int | None = None, head: int | None = None) -> float:
-        """How much of a word's attention goes to images, 0 to 1."""
+        """Share of a word's attention that goes to images, 0 to 1."""
         chosen = self.words[word]
         return float(self._of(layer, head)[chosen.start : chosen.stop].mean(0).sum())
 
     def overlay(self, word: int, *, image: int = 0, **which) -> Image.Image:
-        """An image with the map of a word laid over it; ``which`` as for ``map``."""
+        """An image overlaid with the map of a word; ``which`` as for ``map``."""
         return overlay.overlay(self.images[image], self.map(word, image=image, **which))
 
     def sheet(self, *, image: int = 0, **which) -> Image.Image:
-        """One image with an overlay for every word, the word and its share of attention to images below."""
+        """One overlay per word, each captioned with the word and its share of attention to images."""
         share = {name: which.get(name) for name in ("layer", "head")}
         tiles = [
             (self.overlay(i, image=image, **which), f"{word.text.strip()}  {100 * self.share(i, **share):.0f} %")
@@ -129,7 +129,7 @@ class ImageAttention:
 
 
 def check_head(layers: int, heads: int, layer: int | None, head: int | None) -> None:
-    """Raises ValueError for a layer or head that a model with so many of each does not have, or a head of no layer."""
+    """Raises ValueError for a layer or head out of range, or a head without a layer."""
     for name, value, count in (("layer", layer, layers), ("head", head, heads)):
         if value is not None and not 0 <= value < count:
             raise ValueError(f"{name} {value}: the model has {count}, counted from 0")
@@ -143,13 +143,13 @@ def attention_maps(
     """Attention from an answer to the images of its prompt.
 
     Args:
-        model: any that writes token by token.
+        model: any autoregressive text model.
         prompt: images and text, with at least one image.
-        answer: text, or the very tokens that were sampled; default: the model's own, greedy, of at most ``max_steps``.
-        max_steps: new tokens at most.
+        answer: text, or sampled tokens; default: the model's greedy answer.
+        max_steps: maximum number of new tokens.
 
     Raises:
-        ValueError: no image, an empty answer, or more than the context holds. ImageError: a bad image.
+        ValueError: no image, an empty answer, or the context is too small. ImageError: a bad image.
     """
     images = tuple(item.load() for item in prompt if isinstance(item, ImageInput))
     layout = model.layout(prompt)
@@ -179,26 +179,26 @@ def attend(
     length: int | None = None,
     images: int | None = None,
 ) -> tuple[Float[np.ndarray, "N I P"], Float[np.ndarray, "K N I P"]]:
-    """Rollout, and weights of chosen heads, from N tokens of an answer to the P positions of I images.
+    """Rollout, and weights of selected heads, from N tokens of an answer to the P positions of I images.
 
     Args:
-        model: any that writes token by token.
-        prompt: with at least one image.
+        model: any autoregressive text model.
+        prompt: a layout with at least one image.
         answer: tokens, at least one.
-        heads: layer and head, or layer and ``ALL_HEADS``; a layer of -1 gives zeros.
-        length: pads everything to so many positions, so that one program serves all prompts that fit (a server's
-            way); default: to the next of the declared lengths, and answer and images for themselves.
-        images: room for so many different images; default: as many as there are.
+        heads: pairs of layer and head, or layer and ``ALL_HEADS``; a layer of -1 gives zeros.
+        length: number of positions that everything is padded to, so that one program serves all prompts that fit (used
+            by the server); default: the next declared length, separately for sequence, answer and images.
+        images: maximum number of different images; default: the number in the prompt.
 
     Raises:
-        ValueError: no image, an empty answer, or more than the context or ``length`` holds.
+        ValueError: no image, an empty answer, or more positions than the context or ``length``.
     """
     starts, size = prompt.image_starts, prompt.positions
     if not starts:
         raise ValueError("the prompt has no image to look at")
     if not answer:
-        raise ValueError("the answer is empty: there is no word that could have looked at anything")
-    # The last token is not run: nothing was sampled from its position.
+        raise ValueError("the answer is empty: give at least one token")
+    # The last token is not run, since nothing was sampled from its position.
     before, total = len(prompt), len(prompt) + len(answer) - 1
     limit = length or model.lm_config.context_length
     if total > limit:
@@ -227,13 +227,13 @@ def attend(
 
 
 def split_words(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Word]:
-    """Tokens grouped to words: one begins where the text of a token begins with white space."""
+    """Tokens grouped into words: a word begins at a token whose text begins with white space."""
     words: list[Word] = []
     shown = ""
     for i in range(len(tokens)):
         text = tokenizer.decode(tokens[: i + 1])
         if i + 1 < len(tokens):
-            text = text.rstrip("\ufffd")  # bytes that are not a whole character yet
+            text = text.rstrip("\ufffd")  # an incomplete character
         piece, shown = text[len(shown) :], text
         if words and not (piece[:1].isspace() and words[-1].text.strip()):
             words[-1] = Word(words[-1].text + piece, words[-1].start, i + 1)
@@ -245,7 +245,7 @@ def split_words(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Word]:
 def _image_table(
     model: TokenGenerator, prompt: PromptLayout, room: int | None
 ) -> tuple[Float[Array, "C P D"], dict[bytes, int]]:
-    """The prompt's images, encoded, and the row of each."""
+    """Table of the prompt's encoded images, and the row of each."""
     shape = (room or len(prompt.pixels), model.images.positions, model.lm_config.width)
     table = slots.commit_like(model.params, np.zeros(shape, jnp.dtype(model.dtype)))
     rows = {}
@@ -281,10 +281,10 @@ def _attend(
 
 def _follow(state: tuple[Array, Array, Array], block: BlockOutput, *, queries, columns, heads):
     layer, rollout, kept = state
-    assert block.attentions is not None  # a reduction is given them
+    assert block.attentions is not None  # always set for a reduction
     attention = block.attentions[0]
     mean = attention.mean(0)
-    # One gather of what is wanted: a copy of all heads would be as large as all their attention.
+    # One gather of the selected weights: a copy of whole heads would be as large as their attention.
     chosen = attention[heads[:, 1, None, None], queries[:, None], columns]
     chosen = jnp.where(heads[:, 1, None, None] == ALL_HEADS, mean[queries[:, None], columns], chosen)
     here = (heads[:, 0] == layer)[:, None, None]

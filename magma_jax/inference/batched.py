@@ -1,4 +1,4 @@
-"""Several prompts as one batch of embeddings, and its continuation by a model that writes token by token."""
+"""Batched generation: several prompts as one batch of embeddings, continued by an autoregressive text model."""
 
 from collections.abc import Sequence
 
@@ -17,20 +17,20 @@ from magma_jax.typing import Array, Float
 
 
 def as_batch(embeddings: Array | PromptBatch) -> PromptBatch:
-    """Prompts with their lengths; without them all are as long as the array."""
+    """Prompts with their lengths; for a plain array all lengths are its own."""
     if isinstance(embeddings, PromptBatch):
         return embeddings
     return PromptBatch(embeddings, jnp.full(embeddings.shape[0], embeddings.shape[1]))
 
 
 def pad_to_bucket(embeddings: Float[Array, "B S D"]) -> Float[Array, "B S2 D"]:
-    """Embeddings padded on the right to a declared length."""
+    """Embeddings right-padded to a declared length."""
     length = embeddings.shape[1]
     return jnp.pad(embeddings, ((0, 0), (0, SEQUENCES.fit(length) - length), (0, 0)))
 
 
 def check_room(model: TokenGenerator, batch: PromptBatch, max_steps: int) -> None:
-    """Raises ValueError where prompts and ``max_steps`` new tokens do not fit the context."""
+    """Raises ValueError if prompts and ``max_steps`` new tokens exceed the context."""
     longest, context = int(batch.lengths.max()), model.lm_config.context_length
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
@@ -51,19 +51,20 @@ def generate_tokens(
     return_logits: bool = False,
     top_logprobs: int = 0,
 ) -> Generation:
-    """Continues prompts, as token ids with lengths and log-probabilities.
+    """Continues prompts; returns token ids with lengths and log-probabilities.
 
     Args:
-        model: any that writes token by token.
-        embeddings: of the prompts, from ``model.preprocess_batch``; ``PromptBatch.repeat`` gives several samples.
-        max_steps: new tokens at most.
-        sampling: how they are sampled.
-        seed: one seed a row, each giving its row what it gives alone; or one number, from which row i draws its own.
+        model: any autoregressive text model.
+        embeddings: from ``model.preprocess_batch``; ``PromptBatch.repeat`` gives several samples of each prompt.
+        max_steps: maximum number of new tokens.
+        sampling: sampling parameters.
+        seed: one seed per row, which gives the row the same result as on its own; or one number, from which row i
+            derives its own.
         return_logits: also return all logits.
-        top_logprobs: also return so many of the likeliest tokens in place of each token.
+        top_logprobs: number of likeliest alternatives to return for each token.
 
     Raises:
-        ValueError: no room in the context, or a repetition penalty for prompts whose words are not known.
+        ValueError: no room in the context, or a repetition penalty for prompts whose words are unknown.
     """
     batch = as_batch(embeddings)
     penalizes = sampling.repetition_penalty != 1
@@ -78,7 +79,7 @@ def generate_tokens(
         padded,
         batch.lengths,
         _row_keys(seed, rows),
-        # One program for all numbers up to the next declared length; where to stop is data.
+        # One program serves all step counts up to the next declared length; the actual limit is data.
         max_new_tokens=SEQUENCES.fit(max_steps),
         limit=np.full(rows, max_steps, np.int32),
         sampling=sampling_rows([sampling] * rows),
@@ -102,5 +103,5 @@ def _row_keys(seed: int | Sequence[int], rows: int) -> Array:
         return row_keys(seed_key(int(seed)), rows)
     if len(seed) != rows:
         raise ValueError(f"{len(seed)} seeds for {rows} rows; give one a row, or a single number")
-    # As a batch of one draws with a single number.
+    # The same key as in a batch of one with a single number.
     return jnp.concatenate([row_keys(seed_key(one), 1) for one in seed])

@@ -1,4 +1,4 @@
-"""Lengths that sequences are padded to: few, so that few programs are compiled."""
+"""Declared sequence lengths to pad to, few of them, so that few programs are compiled."""
 
 import bisect
 import dataclasses
@@ -6,11 +6,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """Declared lengths, ascending, and multiples of a step beyond the last of them.
+    """Declared lengths, ascending, and multiples of a step beyond the last one.
 
     Attributes:
         sizes: the lengths.
-        step: default: the last length.
+        step: spacing beyond the last length; default: the last length.
     """
 
     sizes: tuple[int, ...]
@@ -29,9 +29,9 @@ class Buckets:
         return Buckets((*(size for size in self.sizes if size < limit), limit))
 
 
-# Of prompts, and of prompts with their answers.
+# Lengths of prompts, and of prompts with answers.
 SEQUENCES = Buckets((32, 48, 64, 72, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048))
-# Of given answers that are compared.
+# Lengths of choices.
 CHOICES = Buckets((4, 8, 16, 32, 64))
-# Of an evaluation's prompts: so many share a program that it may have more of them.
+# Lengths of evaluation prompts; finer, since many prompts share each program.
 EVALUATION = Buckets((*range(16, 128, 16), *range(128, 513, 32)), step=128)

@@ -1,7 +1,7 @@
-"""What a family gives for use: prompts in, answers out, whatever they are made of.
+"""Inference interfaces of a family: prompts in, answers out, of any modality.
 
-``Family.open`` returns a ``Generator``. A family that writes text token by token gives a ``TokenGenerator``, which the
-engine, beam search, choices, attention maps and evaluation work with.
+``Family.open`` returns a ``Generator``. A family of autoregressive text models returns a ``TokenGenerator``, which the
+engine, beam search, choices, attention maps and evaluation need.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,15 +14,15 @@ from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.nn.modules import Definition
 from magma_jax.typing import Params
 
-# edit: an image from an image and words that say what to change.
+# edit: an image from an image and an instruction.
 Makes: TypeAlias = Literal["text", "image", "edit"]
 
 
 class Generator(Protocol):
-    """A model that is ready for use.
+    """A model that is ready for inference.
 
     Attributes:
-        makes: what its answers may hold.
+        makes: modalities of its answers.
     """
 
     makes: frozenset[Makes]
@@ -30,29 +30,29 @@ class Generator(Protocol):
     def answers(
         self, prompts: Iterable[Prompt], options: AnswerOptions = AnswerOptions(), *, count: int | None = None
     ) -> Iterator[list[Answer]]:
-        """The answers to every prompt, in the order of the prompts, which are taken as they are needed.
+        """The answers to every prompt, in order; prompts are consumed lazily.
 
-        ``count`` says how many prompts there are, if that is known.
+        ``count`` is the number of prompts, if known.
 
         Raises:
-            ValueError: a prompt or options that the model cannot follow. ImageError: a bad image.
+            ValueError: a prompt or options that the model does not support. ImageError: a bad image.
         """
         ...
 
 
 @runtime_checkable
 class TokenGenerator(Generator, Protocol):
-    """A model that writes text token by token.
+    """An autoregressive text model.
 
     Attributes:
-        lm_config: sizes of its language model.
-        dtype: of activations.
-        images: how it takes images.
-        classes: of its classification head; 0 without one.
-        graphdef: with ``params`` a module that has ``lm``, ``embed_tokens``, ``embed_images``, ``encode_images``,
+        lm_config: config of its language model.
+        dtype: dtype of activations.
+        images: its image input.
+        classes: outputs of its classification head; 0 without one.
+        graphdef: definition of a module with ``lm``, ``embed_tokens``, ``embed_images``, ``encode_images``,
             ``embed_features`` and ``logits``.
         params: its weights, by path.
-        tokenizer: its vocabulary.
+        tokenizer: its tokenizer.
     """
 
     lm_config: LanguageModelConfig
@@ -72,5 +72,5 @@ class TokenGenerator(Generator, Protocol):
         ...
 
     def remove_adapters(self) -> "TokenGenerator":
-        """The same model without what was added to its language model."""
+        """The same model without the adapters in its language model."""
         ...

@@ -24,11 +24,11 @@ class Images(Protocol):
     """Images that need not be in memory; an array is the simplest case."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of images."""
         ...
 
     def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
-        """Those of these rows, uint8 (N, H, W, 3)."""
+        """The images of the given rows, uint8 (N, H, W, 3)."""
         ...
 
 
@@ -41,9 +41,9 @@ def encode_all(
     *,
     progress: bool = True,
 ) -> Float[np.ndarray, "N ..."]:
-    """Features of every image, with a progress bar; on a ``mesh`` all its devices, and processes, share the work."""
+    """Features of every image, with a progress bar; a ``mesh`` shares the work among its devices and processes."""
     encoder = {path: _on_devices(leaf) for path, leaf in params.items() if path.startswith(ENCODER)}
-    # Of the rest a module needs to know that it is there.
+    # The module needs only the shapes of the other parameters.
     rest = tuple((p, jax.ShapeDtypeStruct(x.shape, x.dtype)) for p, x in params.items() if not p.startswith(ENCODER))
     config = merge(graphdef, dict(rest), encoder).config.encoder
     if mesh is None:
@@ -54,7 +54,7 @@ def encode_all(
     parts = []
     quiet = None if progress and is_main() else True  # None: a bar on a terminal, nothing elsewhere
     for start in tqdm(range(0, len(images), batch_size), desc="encoding images", unit="batch", disable=quiet):
-        # The last batch is filled up with its last image, so that one program serves all.
+        # The last batch is padded with its last image, so that one program serves all batches.
         chosen = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
         pixels: dict[str, Any] = {"images": normalize_for(config, images[chosen[rows]])}
         if mesh is not None:

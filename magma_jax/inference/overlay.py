@@ -1,4 +1,4 @@
-"""Maps of attention drawn over images."""
+"""Attention maps drawn over images."""
 
 from collections.abc import Sequence
 
@@ -7,22 +7,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from magma_jax.typing import Float
 
-# From no attention to the most: nothing, yellow, red. Seen beside each other they differ in lightness too.
+# From low to high attention: yellow to dark red, with decreasing lightness.
 _COLOURS = np.array([(255, 237, 160), (254, 178, 76), (240, 59, 32), (189, 0, 38)], np.float32)
-_STRENGTH = 0.72  # opacity of the most
-_OUTSIDE = 0.35  # brightness of what the encoder does not see
+_STRENGTH = 0.72  # opacity of the greatest weight
+_OUTSIDE = 0.35  # brightness of the area that the encoder does not see
 
 
 def overlay(image: Image.Image, weights: Float[np.ndarray, "rows columns"], *, size: int = 384) -> Image.Image:
-    """An image with a grid of weights over the square in its middle, which is what the encoder sees.
+    """An image with a grid of weights over its central square, which is the encoder's input.
 
-    Cells are drawn as they are, without smoothing: there is nothing between them. Colours go from the grid's least
-    weight (the image as it is) to its greatest.
+    Cells are drawn without smoothing, since no values exist between them. Colours range from the grid's least weight
+    (transparent) to its greatest.
 
     Args:
-        image: any size and mode; it is scaled to ``size`` pixels at its shorter side.
-        weights: not negative.
-        size: of the square, in pixels.
+        image: any size and mode; its shorter side is scaled to ``size`` pixels.
+        weights: nonnegative weights of the cells.
+        size: side of the square in pixels.
     """
     image = _scaled(image, size)
     pixels = np.asarray(image, np.float32)
@@ -30,7 +30,7 @@ def overlay(image: Image.Image, weights: Float[np.ndarray, "rows columns"], *, s
     square = (slice(top, top + size), slice(left, left + size))
     shown = pixels * _OUTSIDE
     lowest, highest = weights.min(), weights.max()
-    # A map without differences has nothing to point at.
+    # A constant map is drawn as zeros.
     scale = (weights - lowest) / (highest - lowest) if highest > lowest else np.zeros_like(weights)
     rows, columns = (np.arange(size) * count // size for count in weights.shape)
     strength = scale[rows][:, columns][..., None]
@@ -43,7 +43,7 @@ def overlay(image: Image.Image, weights: Float[np.ndarray, "rows columns"], *, s
 
 
 def sheet(tiles: Sequence[tuple[Image.Image, str]], *, columns: int = 4, gap: int = 12) -> Image.Image:
-    """Images of one size beside each other, each with a line of text below it."""
+    """A grid of equally sized images, each with a line of text below it."""
     font = ImageFont.load_default(20)
     width, height = tiles[0][0].size
     line = 36
@@ -59,9 +59,9 @@ def sheet(tiles: Sequence[tuple[Image.Image, str]], *, columns: int = 4, gap: in
 
 
 def _scaled(image: Image.Image, size: int) -> Image.Image:
-    """The image as the model sees its colours, its shorter side ``size``; a very long one is cut at its ends."""
+    """The image in the model's colours, scaled to a shorter side of ``size``; very long images are cut at both ends."""
     image = image.copy()
-    # Pillow warns when a palette's transparency is dropped; RGB has no use for it.
+    # Pillow warns when a palette's transparency is dropped; RGB does not need it.
     image.info.pop("transparency", None)
     image = image.convert("RGB")
     shorter = min(image.size)

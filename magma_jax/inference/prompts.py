@@ -1,4 +1,4 @@
-"""A prompt before the model: what stands at every position of its sequence, and the pixels of its images."""
+"""Prompt layouts: the token or image position at every position of a prompt, and the pixels of its images."""
 
 import dataclasses
 import functools
@@ -17,23 +17,23 @@ from magma_jax.typing import Array, Bool, Float, Int
 
 Prompt: TypeAlias = Sequence[str | ImageInput]
 
-# What an image is known by: its row in a source of images (int), or a keyed hash of its pixels (bytes).
+# Identifier of an image: its row in a source of images (int), or a keyed hash of its pixels (bytes).
 ImageKey: TypeAlias = Any
 
-# A position of a prompt that is a word and no part of an image.
+# Marks a position that holds a word instead of an image position.
 WORD = -1
 
-# The key of this process's hashes: without it nobody can look for two images of one hash.
+# Secret key of this process's hashes, so that nobody can construct two images with the same hash.
 HASH_KEY = secrets.token_bytes(32)
 
 
 class ImageGrid(NamedTuple):
-    """What the positions of an image stand for.
+    """Spatial grid of an image's positions, row by row.
 
     Attributes:
-        rows: of the grid, top to bottom.
-        columns: left to right; positions go row by row.
-        note: what else is in a position, empty if nothing.
+        rows: number of rows, top to bottom.
+        columns: number of columns, left to right.
+        note: other information that a position carries; empty if none.
     """
 
     rows: int
@@ -43,12 +43,12 @@ class ImageGrid(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """How a model takes images.
+    """Image input of a model.
 
     Attributes:
-        size: pixels of a side.
-        positions: that one image takes in a sequence.
-        grid: of the positions, over the square that the encoder sees; None where they are no places.
+        size: pixels per side.
+        positions: positions per image in a sequence.
+        grid: grid of the positions over the encoder's input square; None if they are not spatial.
     """
 
     size: int
@@ -61,12 +61,12 @@ class PromptLayout:
     """A prompt of S positions.
 
     Attributes:
-        tokens: (S,) ids; 0 where an image stands.
-        places: (S,) number of the image in the prompt times ``positions`` plus the position in it, or ``WORD``.
-        images: what each image of the prompt is known by, in order.
-        positions: that one image takes.
-        pixels: images at the encoder's size, where they are known by their hash; one that occurs twice is there once.
-        salt: prompts of another share nothing with this one, neither positions nor images.
+        tokens: (S,) ids; 0 at image positions.
+        places: (S,) index of the image in the prompt times ``positions`` plus the position within it, or ``WORD``.
+        images: identifier of each image of the prompt, in order.
+        positions: positions per image.
+        pixels: pixels at the encoder's size by hash, for images identified by hash; duplicates are stored once.
+        salt: prompts with different salts share neither cached positions nor images.
     """
 
     tokens: Int[np.ndarray, " S"]
@@ -81,15 +81,15 @@ class PromptLayout:
 
     @property
     def image_starts(self) -> list[int]:
-        """Where each image begins, in the order of the prompt."""
+        """First position of each image, in order."""
         is_start = (self.places != WORD) & (self.places % self.positions == 0)
         return np.flatnonzero(is_start).tolist()
 
     @functools.cached_property
     def identity(self) -> Int[np.ndarray, "S 3"]:
-        """Rows that are equal where two prompts have the same thing at a position.
+        """One row per position; rows of two prompts are equal where their positions hold the same content.
 
-        Of a word the token's id and zeros, of an image -1 less the position in it and the two halves of its hash.
+        A word gives its token id and zeros; an image position p gives -1 - p and the two halves of the image's hash.
         """
         rows = np.zeros((len(self), 3), np.int64)
         rows[:, 0] = self.tokens
@@ -101,9 +101,9 @@ class PromptLayout:
         return rows
 
     def table_places(self, row_of: Callable[[ImageKey], int], start: int = 0) -> Int[np.ndarray, " N"]:
-        """Places from position ``start`` on, with the row of an image in a table instead of its number.
+        """Places from position ``start`` on, with an image's row in a table instead of its index.
 
-        ``row_of`` is asked for the images that stand there, in order.
+        ``row_of`` is called for the images that occur there, in order.
         """
         places = self.places[start:].copy()
         seen = places != WORD
@@ -116,14 +116,14 @@ class PromptLayout:
 
 
 class PromptBatch(NamedTuple):
-    """Embedded prompts of different lengths, padded on the right."""
+    """Embedded prompts of different lengths, right-padded."""
 
     embeddings: Float[Array, "B S D"]
     lengths: Int[Array, " B"]
-    seen: Bool[Array, "B V"] | None = None  # tokens that the prompts have, for a repetition penalty
+    seen: Bool[Array, "B V"] | None = None  # tokens of the prompts, for a repetition penalty
 
     def repeat(self, n: int) -> "PromptBatch":
-        """Every prompt ``n`` times, one after another: ``n`` samples of each with one call of ``generate``."""
+        """Every prompt repeated ``n`` times in a row, for ``n`` samples of each with one call of ``generate``."""
         return jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), self)
 
 
@@ -135,13 +135,13 @@ def lay_out(
     pixels: Mapping[bytes, np.ndarray] | None = None,
     salt: bytes = b"",
 ) -> PromptLayout:
-    """The layout of texts and images; each text is encoded for itself.
+    """The layout of texts and images; each text is tokenized separately.
 
     Args:
-        items: texts, and what images are known by.
-        tokenizer: of the texts.
-        positions: that one image takes.
-        pixels: of the images, where they are known by their hash.
+        items: texts and image identifiers.
+        tokenizer: tokenizer of the texts.
+        positions: positions per image.
+        pixels: pixels of images that are identified by hash.
         salt: see ``PromptLayout``.
     """
     tokens: list[int] = []
@@ -175,10 +175,10 @@ def lay_out_prompt(
     salt: bytes = b"",
     name: str = "the prompt",
 ) -> PromptLayout:
-    """The layout of a user's prompt, whose images are read and known by their hash.
+    """The layout of a user's prompt; its images are read and identified by hash.
 
     Raises:
-        ValueError: an empty prompt, an item that is neither text nor image, too many images. ImageError.
+        ValueError: an empty prompt, an item that is neither text nor image, too many images. ImageError: a bad image.
     """
     hash_key = hashlib.blake2b(salt, key=HASH_KEY, digest_size=32).digest()
     pixels: dict[bytes, np.ndarray] = {}
@@ -200,10 +200,10 @@ def lay_out_prompt(
 
 
 def lay_out_tokens(tokens: Sequence[int], vocab_rows: int, salt: bytes = b"") -> PromptLayout:
-    """The layout of tokens alone.
+    """The layout of a text-only prompt, given as tokens.
 
     Raises:
-        ValueError: none, or one that the vocabulary lacks.
+        ValueError: no tokens, or one outside the vocabulary.
     """
     if not len(tokens):
         raise ValueError("the prompt is empty: give at least one token")
@@ -226,7 +226,7 @@ def check_prompt(prompt: Prompt) -> list[str | ImageInput]:
     """The items of a prompt.
 
     Raises:
-        ValueError: no list, or an item that is neither text nor image.
+        ValueError: not a list, or an item that is neither text nor image.
     """
     if isinstance(prompt, str | ImageInput):
         raise ValueError("a prompt is a list, such as [ImageInput('x.png'), 'Describe:']")

@@ -1,1 +1,1 @@
-"""Models, one file each."""
+"""Models, one file per kind."""

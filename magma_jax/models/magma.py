@@ -1,7 +1,7 @@
 """MAGMA: a frozen language model that sees (Eichenberg et al., 2021).
 
-An image goes through encoder and prefix and becomes a row of word-like vectors; these and word embeddings form one
-sequence that the language model, with its adapters, continues. Training is next-token prediction on the words.
+Encoder and prefix turn an image into a sequence of word-like vectors; these and word embeddings form one sequence that
+the language model, with its adapters, continues. Training is next-token prediction on the words.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.nn.transformer.trunk import TrunkOutput
 from magma_jax.typing import Array, Float, Int, PRNGKey, UInt8
 
-# Of everything before the language model.
+# Shardings of encoder and prefix.
 SHARDINGS: tuple[ShardingRow, ...] = (
     (r"image_prefix/encoder/.*(conv\w*|downsample)/weight", ("fsdp", None, None, None)),
     (r"image_prefix/.*(proj|proj_in|qkv|c_fc)/weight", ("fsdp", None)),
@@ -40,8 +40,8 @@ class MagmaConfig:
     """A MAGMA model.
 
     Attributes:
-        mlp_adapter: adapter behind (or beside) every MLP; None for none.
-        attn_adapter: the same for attention.
+        mlp_adapter: adapter after (or parallel to) every MLP; None for none.
+        attn_adapter: adapter of every attention; None for none.
         classes: outputs of a classification head on the last text token (paper, 4.1.3); 0 for none.
         dtype: dtype of activations; LayerNorm, softmax, rotary angles, logits and loss are fp32 regardless.
     """
@@ -81,7 +81,7 @@ class MagmaModel(nnx.Module):
 
     @property
     def image_positions(self) -> int:
-        """Positions that one image takes in a sequence."""
+        """Positions of one image in a sequence."""
         return self.image_prefix.positions
 
     def encode_images(
@@ -93,7 +93,7 @@ class MagmaModel(nnx.Module):
     def encode_pixels(
         self, pixels: UInt8[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
     ) -> Float[Array, "B ..."]:
-        """Features of images as they are stored, pixels of 0 to 255; see ``encode_images``."""
+        """Features of stored images (pixels of 0 to 255); see ``encode_images``."""
         return self.encode_images(normalize_for(self.config.encoder, pixels), batch_norm=batch_norm, remat=remat)
 
     def embed_features(
@@ -103,7 +103,7 @@ class MagmaModel(nnx.Module):
         return self.image_prefix(features.astype(self.dtype), dropout_key=dropout_key)
 
     def embed_images(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B P D"]:
-        """Normalised images to word-like vectors, as for inference."""
+        """Normalised images to word-like vectors, in inference mode."""
         return self.embed_features(self.encode_images(images))
 
     def embed_tokens(self, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -135,13 +135,13 @@ class MagmaModel(nnx.Module):
         dropout_key: PRNGKey | None = None,
         remat: Remat = "none",
     ) -> Float[Array, "B S D"]:
-        """Final hidden states, from which ``logits`` predicts each of ``tokens`` by the image and what precedes it.
+        """Final hidden states, from which ``logits`` predicts each of ``tokens`` given the image and earlier tokens.
 
-        The first token is predicted from the last position of the image. Padding on the right changes nothing for
-        the tokens before it, so S is any length that holds the batch.
+        The first token is predicted from the last position of the image. Right padding does not affect the tokens
+        before it, so S is any length that holds the batch.
         """
         prefix = self.embed_features(features, dropout_key=dropout_key)
-        # The last token predicts nothing that is asked for, so it is not run.
+        # The last token's prediction is not needed, so it is not run.
         embeddings = jnp.concatenate([prefix, self.embed_tokens(tokens[:, :-1])], axis=1)
         hidden = self(embeddings, remat=remat).hidden
         return hidden[:, prefix.shape[1] - 1 :]
@@ -158,8 +158,8 @@ class MagmaModel(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """``caption_hidden`` of rows that hold up to N samples each, see ``data.batches.batching``.
 
-        A row is its N images, then its tokens. Each position sees those of its own sample, at or before itself; for
-        two samples of one image position p and two words w, and one word of padding:
+        A row holds its N images, then its tokens. Each position sees itself and the earlier ones of its own sample. For
+        two samples of one image position p and two words w each, and one padding token:
 
             p1 p2 w1 w1 w2 w2 --
              1  .  .  .  .  .  .
@@ -178,11 +178,11 @@ class MagmaModel(nnx.Module):
         slot, place = jnp.divmod(jnp.arange(slots * size), size)
         owner = _behind(slot + 1, segments)
         all_positions = _behind(place, size + positions)
-        # A sample's images stand before its words, so that what is before in the row is before in the sample.
+        # Images precede words, so the order within a row is also the order within each sample.
         mask = Mask("causal", segments=owner)
         hidden = self(embeddings, positions=all_positions, mask=mask, remat=remat).hidden
 
-        # A token is predicted from the one before it, the first of a sample from the end of its image.
+        # A token is predicted from the one before it, the first of a sample from the last position of its image.
         end_of_image = segments * size - 1
         before = slots * size - 1 + jnp.arange(tokens.shape[1])
         predictor = jnp.where((positions == 0) & (segments > 0), end_of_image, before)
@@ -201,10 +201,10 @@ class MagmaModel(nnx.Module):
         return self.class_head(hidden).astype(jnp.float32)
 
     def remove_adapters(self) -> None:
-        """Removes every adapter; the language model's own logits come back bit for bit."""
+        """Removes every adapter, which restores the logits of the unadapted language model bit for bit."""
         self.lm.remove_adapters()
 
 
 def _behind(images: Int[Array, " P"], words: Int[Array, "B S"]) -> Int[Array, "B T"]:
-    """What is the same in every row for its images, followed by what each row says of its words."""
+    """Joins values of the image positions, equal in every row, with per-row values of the words."""
     return jnp.concatenate([jnp.broadcast_to(images, (words.shape[0], images.shape[0])), words], axis=1)

@@ -1,8 +1,8 @@
 """Image prefix: an encoder's features become word-like vectors of the language model's width (paper, section 3.1).
 
-A grid encoder gives one vector a grid position; a pooled encoder's vector is mapped to ``image_positions`` of them.
-Behind the mapping come dropout and LayerNorm. The paper also tried an MLP and a small transformer in place of the
-linear map, without gain; all three are here.
+A grid encoder gives one vector per grid position; a pooled encoder's vector is mapped to ``image_positions`` vectors.
+Dropout and LayerNorm follow the mapping. The paper also tried an MLP and a small transformer in place of the linear
+map, without gain; all three are implemented.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ class PrefixConfig:
     Attributes:
         mapping: ``linear`` (MAGMA), ``mlp`` (GELU between two linear layers) or ``transformer`` (linear, then
             ``transformer_layers`` encoder layers over the positions).
-        image_positions: vectors an image becomes with a pooled encoder (Frozen uses 2); a grid fixes its own number.
-        layernorm: LayerNorm behind the dropout.
-        dropout: rate during training (paper: 0.1).
-        standardize: features are brought to zero mean and unit variance per channel, with statistics of training
-            images that the run fills in once (``families.magma.image_features``); for encoders whose channels differ in
-            scale.
+        image_positions: vectors per image with a pooled encoder (Frozen uses 2); with a grid, one per grid position.
+        layernorm: whether a LayerNorm follows the dropout.
+        dropout: dropout rate during training (paper: 0.1).
+        standardize: whether features are scaled to zero mean and unit variance per channel, with statistics of
+            training images that the run computes once (``families.magma.image_features``); for encoders whose channels
+            differ in scale.
     """
 
     mapping: Literal["linear", "mlp", "transformer"] = "linear"

@@ -23,7 +23,7 @@ AdapterActivation = Literal["relu", "gelu", "silu"]
 
 
 def _function(name: AdapterActivation) -> Callable[[Array], Array]:
-    # GELU is the tanh form here, as in every adapter that was trained with it.
+    # GELU is the tanh form here, as in all published adapters that use it.
     return ACTIVATIONS["gelu_tanh" if name == "gelu" else name].function
 
 
@@ -33,12 +33,11 @@ class AdapterConfig:
 
     Attributes:
         kind: where the adapter reads and how it is added, see the module's docstring.
-        downsample_factor: width of the model divided by the width of the bottleneck, which is rounded down.
-        layernorm: a LayerNorm before the bottleneck.
+        downsample_factor: model width divided by bottleneck width; the bottleneck width is rounded down.
+        layernorm: whether a LayerNorm precedes the bottleneck.
         activation: between the two linear layers; ``gelu`` is the tanh approximation. The original uses relu.
-        init: ``original`` fills both linear layers with N(0, 1e-3), clipped at two sigma; ``zero_up`` leaves the
-            second one zero and the first at full scale, which starts at the same function and learns in far fewer
-            steps.
+        init: ``original`` fills both linear layers with N(0, 1e-3), clipped at two sigma; ``zero_up`` sets the second
+            to zero and keeps the first at full scale, which starts at the same function and learns in far fewer steps.
     """
 
     kind: Literal["normal", "parallel", "scaled_parallel"] = "normal"
@@ -56,7 +55,7 @@ class Adapter(nnx.Module):
             raise ValueError(f"adapter downsample_factor {config.downsample_factor} leaves nothing of width {width}")
         self.config = config
         bottleneck = width // config.downsample_factor
-        # Either way the adapted model starts as the language model it adapts (nearly so in the original).
+        # With either init the adapted model starts as the unadapted one (approximately so in the original).
         small: dict[str, Any] = {"weight_init": clipped_normal(1e-3), "bias_init": clipped_normal(1e-3)}
         zero: dict[str, Any] = {"weight_init": zeros}
         down, up = (small, small) if config.init == "original" else ({}, zero)

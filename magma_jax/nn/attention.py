@@ -1,7 +1,7 @@
-"""Scaled dot-product attention: with all its scores, or by a kernel that stores none (``nn.fused``).
+"""Scaled dot-product attention: the plain form, or a kernel that stores no scores (``nn.fused``).
 
-A kernel is taken for long sequences alone: below, what it saves in memory it costs in time, and the plain form gives
-the weights too.
+Kernels are used for long sequences only: on short ones they save memory but cost time, and only the plain form returns
+the weights.
 """
 
 import math
@@ -14,7 +14,7 @@ from magma_jax.nn.layers import dropout
 from magma_jax.nn.masks import MASKED_SCORE, Mask
 from magma_jax.typing import Array, Float, PRNGKey
 
-# Queries from which on each kernel is taken; one query alone has few scores.
+# Fewest queries for which each kernel is used; a single query has few scores.
 FROM_QUERIES: dict[Kernel, int] = {"cudnn": 2, "splash": 512, "blockwise": 1024}
 
 
@@ -30,21 +30,21 @@ def dot_product_attention(
     dropout_key: PRNGKey | None = None,
     weights: bool = False,
 ) -> tuple[Float[Array, "B S H K"], Float[Array, "B H S T"] | None]:
-    """Returns the weighted values, and the attention weights if they are asked for; scores and softmax are fp32.
+    """Returns the weighted values, and the attention weights if ``weights``; scores and softmax are fp32.
 
-    Keys and values have their heads first, as a cache holds them: what a head reads lies together. H heads of queries
-    share G heads of keys and values, H / G each. Dropped weights and capped scores take the plain form.
+    Keys and values are head-first, as in the cache, so that the memory of one head is contiguous. H query heads share
+    G key/value heads, H / G each. Dropout and capped scores use the plain form.
 
     Args:
         q: queries.
         k: keys.
         v: values.
-        mask: which keys a query sees.
-        score_divisor: what scores are divided by; None for sqrt(K).
-        score_cap: scores are limited to it by ``cap * tanh(score / cap)``; None for no limit.
-        dropout_rate: of the weights.
+        mask: which keys each query sees.
+        score_divisor: divisor of the scores; None for sqrt(K).
+        score_cap: soft limit of the scores, ``cap * tanh(score / cap)``; None for no limit.
+        dropout_rate: dropout rate of the weights.
         dropout_key: None for no dropout.
-        weights: whether to return the weights, as they are before dropout.
+        weights: whether to return the weights (before dropout).
     """
     divisor = math.sqrt(q.shape[-1]) if score_divisor is None else score_divisor
     drops = dropout_key is not None and dropout_rate > 0
@@ -75,5 +75,5 @@ def _weights(q: Array, k: Array, mask: Mask, divisor: float, cap: float | None) 
 
 
 def _for_queries(x: Array, heads: int) -> Array:
-    """Keys or values once for each head of the queries."""
+    """Keys or values repeated for every query head."""
     return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)

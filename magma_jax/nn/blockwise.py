@@ -1,8 +1,8 @@
-"""Attention that never holds all scores: blocks of keys in turn, with running maxima and sums (Milakov and Gimelshein,
-2018; Rabe and Staats, 2021; Dao et al., 2022), in plain JAX for every device.
+"""Blockwise attention: the full score matrix is never held, in plain JAX for every device.
 
-The backward pass computes each block of scores again from the log of the softmax's sum, so that memory grows with the
-length of the sequence and not with its square.
+Blocks of keys are processed in turn, with running maxima and sums (Milakov and Gimelshein, 2018; Rabe and Staats, 2021;
+Dao et al., 2022). The backward pass recomputes each block of scores from the log-sum-exp, so memory is linear in the
+sequence length.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from magma_jax.nn.masks import MASKED_SCORE, Mask
 from magma_jax.typing import Array, Float
 
-# Keys of a block. Scores of 512 keys are as large as the heads of a model with 512 features each.
+# Keys per block. One block of scores is as large as queries with 512 features per head.
 BLOCK = 512
 
 
@@ -28,9 +28,9 @@ def blockwise_attention(
     scale: float,
     block: int = BLOCK,
 ) -> Float[Array, "B S H K"]:
-    """Weighted values; H heads of queries share G heads of keys and values, H / G each.
+    """Weighted values; H query heads share G key/value heads, H / G each.
 
-    Scores and softmax are fp32. ``block`` changes memory and rounding, nothing else.
+    Scores and softmax are fp32. ``block`` affects only memory and rounding.
     """
     batch, length, heads, size = q.shape
     groups = k.shape[1]
@@ -69,7 +69,7 @@ def _forward(q: Array, k: Array, v: Array, mask: Mask, scale: float, block: int)
 def _backward(scale: float, block: int, residuals: Any, gradient: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, mask, out, log_total = residuals
     gradient = gradient.astype(v.dtype)
-    # The same for all keys of a query: what the softmax's normalisation takes back.
+    # Gradient through the softmax's normalisation, the same for all keys of a query.
     offset = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def step(dq: Array, start: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -96,7 +96,7 @@ def _starts(k: Array, block: int) -> Array:
 
 
 def _block(k: Array, v: Array, mask: Mask, queries: int, start: Array, block: int) -> tuple[Array, Array, Array]:
-    """Keys, values and mask of one block; the last one may reach back into the one before, masked there."""
+    """Keys, values and mask of one block; places past the last key repeat it and are masked."""
     keys = start + jnp.arange(block)
     inside = keys < k.shape[2]
     keys = jnp.minimum(keys, k.shape[2] - 1)
@@ -110,6 +110,6 @@ def _scores(q: Array, k: Array, seen: Array, scale: float) -> Array:
 
 
 def _joined(parts: Array, shape: tuple[int, ...]) -> Array:
-    """Blocks (N, B, G, t, K) as (B, G, T, K); what the last one has of padding is zero and goes."""
+    """Blocks (N, B, G, t, K) as (B, G, T, K); the last block's padding is zero and is cut off."""
     batch, groups, length, size = shape
     return parts.transpose(1, 2, 0, 3, 4).reshape(batch, groups, -1, size)[:, :, :length]

@@ -43,7 +43,7 @@ class Conv2d(nnx.Module):
 def conv2d(
     x: Float[Array, "B h w i"], weight: Float[Array, "o i k k"], stride: int, padding: int
 ) -> Float[Array, "B h2 w2 o"]:
-    """Convolution with symmetric zero padding."""
+    """Convolution with symmetric zero padding of ``padding`` pixels."""
     x = split_rows(x)
     if weight.shape[2] == 1 and stride == 1 and padding == 0:
         y = jnp.einsum("bhwi,oi->bhwo", x, weight[:, :, 0, 0])
@@ -62,7 +62,7 @@ def _convolve(x: Array, weight: Array, stride: int, padding: int) -> Array:
 
 
 def _patches_product(x: Array, weight: Array) -> Array:
-    """Windows that do not overlap are a reshape: one product everywhere, where 32 x 32 slices take long to compile."""
+    """Convolution of non-overlapping windows as a reshape and one matmul; 32 x 32 slices would compile slowly."""
     size = weight.shape[2]
     batch, (rows, columns), channels = x.shape[0], (side // size for side in x.shape[1:3]), x.shape[3]
     x = x[:, : rows * size, : columns * size].reshape(batch, rows, size, columns, size, channels)
@@ -89,7 +89,7 @@ class BatchNorm(nnx.Module):
 
     def __init__(self, channels: int, *, param: type[nnx.Param], eps: float = 1e-5, momentum: float = 0.1):
         self.eps, self.momentum = eps, momentum
-        # The original's weight decay spares the weights of LayerNorms, but not these.
+        # The original exempts LayerNorm weights from weight decay, but not these.
         self.weight = param(jnp.ones((channels,)))
         self.bias = param(jnp.zeros((channels,)), decay=False)
         self.running_mean = Statistic(jnp.zeros((channels,)))

@@ -1,7 +1,6 @@
-"""Forms of products and convolutions that a CPU computes faster, put on the plain ones as decorators.
+"""Matmul and convolution forms that are faster on CPUs, applied to the plain ones as decorators.
 
-``TUNED`` is the one switch: False traces the plain forms for every device. Either way the numbers are the same, up to
-the order of summation.
+``TUNED`` is the only switch: False traces the plain forms for every device. Results are equal up to summation order.
 """
 
 import functools
@@ -16,13 +15,13 @@ from magma_jax.typing import Array
 
 TUNED = True
 
-# A CPU multiplies this many rows fastest with the weight on the left: it reads weights at 22 GB/s where it reached 11
-# with 8 rows on the left. From 64 rows on the products themselves take the time.
+# For this many rows a CPU is fastest with the weight on the left: it reads weights at 22 GB/s, against 11 GB/s with 8
+# rows on the left. From 64 rows on the matmul is compute-bound.
 FEW_ROWS = range(2, 33)
 
 
 def few_rows(plain: Callable[..., Array]) -> Callable[..., Array]:
-    """Tunes ``plain(x, weight, **options)``, ``x W^T`` with options of ``jnp.einsum``, for few rows of ``x``."""
+    """Decorates ``plain(x, weight, **options)``, which is ``x W^T`` with options of ``jnp.einsum``, for few rows."""
 
     @functools.wraps(plain)
     def product(x: Array, weight: Array, **options: Any) -> Array:
@@ -32,7 +31,7 @@ def few_rows(plain: Callable[..., Array]) -> Callable[..., Array]:
 
         def weight_on_the_left(x: Array, weight: Array) -> Array:
             y = jnp.einsum("oi,ri->or", weight, x.reshape(rows, -1), **options)
-            # XLA would move the transposition into the product, which is then the other one.
+            # Without the barrier XLA would fold the transpose into the matmul and undo the choice.
             return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
 
         return jax.lax.platform_dependent(
@@ -43,9 +42,9 @@ def few_rows(plain: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def pixels_side_by_side(plain: Callable[..., Array]) -> Callable[[Array, Array, int, int], Array]:
-    """Tunes ``plain(x, weight, stride, padding)``, a convolution: a matrix times the pixels under the kernel.
+    """Decorates the convolution ``plain(x, weight, stride, padding)`` with an im2col matmul for CPUs.
 
-    XLA:CPU runs convolutions inside of loops, and many gradients of convolutions, 10 to 100 times slower than that.
+    XLA:CPU runs convolutions inside loops, and many gradients of convolutions, 10 to 100 times slower than that.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -58,7 +57,7 @@ def pixels_side_by_side(plain: Callable[..., Array]) -> Callable[[Array, Array, 
         )
 
     def forward(x: Array, weight: Array, stride: int, padding: int) -> tuple[Array, tuple[Array, Array]]:
-        # Kept for the gradient is x, not the copies of its pixels, of which there are kernel x kernel.
+        # The residual is x itself, not its kernel x kernel shifted copies.
         return tuned(x, weight, stride, padding), (x, weight)
 
     def backward(stride: int, padding: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:

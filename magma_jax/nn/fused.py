@@ -1,7 +1,7 @@
-"""Attention whose scores are never stored, by the fastest kernel that the device and the mask allow.
+"""Attention that stores no scores, by the fastest kernel that the device and the mask allow.
 
-On TPUs Pallas' splash attention, on NVIDIA GPUs cuDNN's, elsewhere and for masks that these do not know
-``nn.blockwise``. Which one is taken, and why, is logged once for every kind of call.
+TPUs use Pallas' splash attention, NVIDIA GPUs cuDNN's; other devices, and masks that these do not support, use
+``nn.blockwise``. The choice and its reason are logged once per kind of call.
 """
 
 import functools
@@ -22,9 +22,9 @@ _log = logging.getLogger(__name__)
 
 Kernel = Literal["splash", "cudnn", "blockwise"]
 
-# Lanes of a TPU's vector registers: sequences and blocks of splash attention are multiples of it.
+# Lanes of a TPU vector register: sequences and blocks of splash attention are multiples of it.
 LANES = 128
-# Blocks of splash attention, the largest that divides a sequence: fewer, larger blocks reuse more of what they load.
+# Block sizes of splash attention; the largest that divides the sequence is used, since larger blocks reuse more data.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
 
 
@@ -37,15 +37,15 @@ def fused_attention(
     scale: float,
     kernel: Kernel | None = None,
 ) -> Float[Array, "B S H K"]:
-    """Weighted values; H heads of queries share G heads of keys and values.
+    """Weighted values; H query heads share G key/value heads.
 
     Args:
         q: queries.
-        k: keys, heads first as a cache holds them.
+        k: keys, head-first as in the cache.
         v: values, likewise.
-        mask: which keys a query sees.
-        scale: of the scores.
-        kernel: to compute with; by default the one that ``choose_kernel`` finds.
+        mask: which keys each query sees.
+        scale: factor of the scores.
+        kernel: kernel to use; default: the choice of ``choose_kernel``.
     """
     kernel = kernel or choose_kernel(q, k, mask)
     if kernel == "splash":
@@ -72,23 +72,23 @@ def choose_kernel(q: Array, k: Array, mask: Mask) -> Kernel:
 def kernel_for(
     platform: str, capability: str, dtype: str, queries: int, keys: int, size: int, rules: tuple[object, ...]
 ) -> Kernel:
-    """The kernel for a call of this kind.
+    """The kernel for one kind of call.
 
     Args:
-        platform: of the device.
+        platform: platform of the device, such as ``gpu``.
         capability: see ``cudnn_refusal``.
-        dtype: of queries and keys.
-        queries: S.
-        keys: T.
-        size: K.
-        rules: of the mask: its kind; ``static``, ``traced`` or no window; whether it has ``extra``, ``queries`` and
+        dtype: dtype of queries and keys.
+        queries: number of queries, S.
+        keys: number of keys, T.
+        size: features per head, K.
+        rules: the mask's kind; ``static``, ``traced`` or no window; whether it has ``extra``, ``queries`` and
             ``segments``.
     """
     kind, window, extra, placed, _ = rules
     kernel: Kernel = "blockwise"
     if platform == "tpu":
         if placed or extra or kind == "prefix" or window == "traced":
-            reason = "splash attention knows causal, full, windowed, segmented and padded rows alone"
+            reason = "splash attention supports only causal, full, windowed, segmented and padded rows"
         else:
             kernel, reason = "splash", f"{queries} x {keys} positions, heads of {size} in {dtype}"
     elif platform in ("gpu", "cuda"):
@@ -102,16 +102,15 @@ def kernel_for(
 
 
 def cudnn_refusal(platform: str, capability: str, dtype: str, head_size: int) -> str | None:
-    """Why cuDNN's fused attention does not serve; None if it does.
+    """The reason why cuDNN's fused attention cannot be used; None if it can.
 
-    The conditions are those that JAX checks before it calls cuDNN; that it would raise in place of falling back is why
-    they stand here.
+    The conditions repeat JAX's own checks, because JAX raises instead of falling back.
 
     Args:
-        platform: of the device, such as ``gpu``.
-        capability: of an NVIDIA device, such as ``9.0``; empty elsewhere.
-        dtype: of queries, keys and values.
-        head_size: K.
+        platform: platform of the device, such as ``gpu``.
+        capability: compute capability of an NVIDIA device, such as ``9.0``; empty elsewhere.
+        dtype: dtype of queries, keys and values.
+        head_size: features per head, K.
     """
     version = re.fullmatch(r"(\d+)\.(\d+)", capability)
     generation = tuple(map(int, version.groups())) if version else (0, 0)
@@ -147,7 +146,7 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Mask, scale: float) -> Array:
 def splash_attention(q: Array, k: Array, v: Array, mask: Mask, scale: float, *, interpret: bool = False) -> Array:
     """``fused_attention`` by Pallas' kernel; ``interpret`` runs it without a TPU.
 
-    Each device runs it on its rows and heads: the compiler cannot split what is inside.
+    It runs per device on local rows and heads, because the compiler cannot partition a Pallas kernel.
     """
     mesh = jax.sharding.get_abstract_mesh()
     segments = _segments(mask, q.shape[0], q.shape[1], k.shape[2])
@@ -162,7 +161,7 @@ def splash_attention(q: Array, k: Array, v: Array, mask: Mask, scale: float, *, 
 
 
 def _segments(mask: Mask, batch: int, queries: int, keys: int) -> tuple[Array, Array] | None:
-    """Numbers of queries and keys (B, S) and (B, T) of which equal ones see each other, where that says something."""
+    """Segment ids of queries (B, S) and keys (B, T); equal ids see each other. None if the mask needs none."""
     if mask.segments is None and mask.lengths is None:
         return None
     q = jnp.ones((batch, queries), jnp.int32) if mask.segments is None else mask.segments
@@ -175,14 +174,14 @@ def _segments(mask: Mask, batch: int, queries: int, keys: int) -> tuple[Array, A
 def _splash_local(
     q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None, *, mask: Mask, scale: float, interpret: bool
 ) -> Array:
-    # Loaded here, for Pallas takes half a second to import and serves TPUs alone.
+    # Imported here: Pallas takes half a second to import and is needed on TPUs only.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     length, heads = q.shape[1:3]
     queries, keys = (-(-size // LANES) * LANES for size in (length, k.shape[2]))
     if keys > k.shape[2] and mask.kind == "full" and segments is None:
-        # What the sequence is padded with must not be seen; a causal mask hides it anyway.
+        # Padding must not be seen; a causal mask hides it anyway.
         segments = _segments(Mask("full", lengths=jnp.full(q.shape[0], k.shape[2])), q.shape[0], length, k.shape[2])
     q = jnp.pad(q * scale, ((0, 0), (0, queries - length), (0, 0), (0, 0))).swapaxes(1, 2)
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, keys - x.shape[2]), (0, 0))) for x in (k, v))

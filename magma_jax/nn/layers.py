@@ -2,7 +2,7 @@
 
 Weights are stored output-major, ``(out, in)``, as PyTorch stores them: conversion is then a copy without a
 transpose, and the matrix-vector products of decoding read memory in order (on a CPU three times as fast as the
-``(in, out)`` layout). Trained weights are fp32, frozen ones what the config says; each is cast to the dtype of the
+``(in, out)`` layout). Trained weights are fp32, frozen ones have the config's dtype; each is cast to the dtype of the
 activations where it is used.
 """
 
@@ -28,7 +28,7 @@ def normal(std: float) -> Initializer:
 
 
 def truncated_normal(std: float, limit: float) -> Initializer:
-    """Normal distribution of standard deviation ``std`` before values beyond ``limit`` of them are redrawn."""
+    """Normal distribution of standard deviation ``std``; values beyond ``limit`` standard deviations are redrawn."""
     return lambda key, shape, dtype: (std * jax.random.truncated_normal(key, -limit, limit, shape)).astype(dtype)
 
 
@@ -88,7 +88,7 @@ class Linear(nnx.Module):
         if self.weight_scale is None:
             y = product(x, weight.astype(x.dtype), **options)
         elif weight.dtype == jnp.int8:
-            # One scale an output, so it may wait until after the product.
+            # There is one scale per output, so it can be applied after the product.
             y = product(x, weight.astype(x.dtype), **options) * self.weight_scale[...][:, 0]
             y = y.astype(preferred_element_type or x.dtype)
         else:
@@ -166,7 +166,7 @@ class RMSNorm(nnx.Module):
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKey | None) -> Float[Array, "*shape"]:
-    """Inverted dropout; ``key=None`` means deterministic: the input comes back unchanged."""
+    """Inverted dropout; with ``key=None`` the input is returned unchanged."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)

@@ -1,6 +1,6 @@
-"""Masks of attention as rules, so that a kernel can be told "causal" where an array would hide it.
+"""Attention masks as rules instead of arrays, so that a kernel can be told "causal".
 
-Over a sequence of two prefix positions p and two words w, a query (row) sees these keys (columns):
+In a sequence of two prefix positions p and two words w, a query (row) sees these keys (columns):
 
     causal     prefix     full       window 2   segments 1 1 2 2
     p p w w    p p w w    p p w w    p p w w    p p w w
@@ -21,24 +21,24 @@ from magma_jax.typing import Array, Bool, Int
 # Finite, so that a row without any visible key gives finite (unused) numbers instead of NaN.
 MASKED_SCORE = -1e30
 
-# causal: keys at or before the query. prefix: these, and a prefix of the row. full: all keys.
+# causal: keys at or before the query. prefix: causal, plus a prefix of the row. full: all keys.
 Kind = Literal["causal", "prefix", "full"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """What a query sees: all rules hold at once. Positions are places in the sequence, from 0.
+    """Which keys a query sees: those that every rule allows. Positions are indices into the sequence, from 0.
 
     Attributes:
         kind: see ``Kind``.
-        prefix: (B,) length of the prefix of each row, for ``kind`` prefix.
-        lengths: (B,) of the rows; keys behind them are padding that nobody sees.
-        segments: (B, S) numbers of samples that share a row; a query sees its own sample alone.
-        window: positions that a query sees, itself included; a number, or an array if it differs between layers.
-        positions: (B, S) what the window counts in, where these are not places in the sequence.
-        extra: (B or 1, S or 1, T) further restriction.
-        queries: (B, S) places of the queries among the keys, as with a cache; None for 0, 1, ...
+        prefix: (B,) prefix length of each row, for ``kind`` prefix.
+        lengths: (B,) row lengths; keys past them are padding and are never seen.
+        segments: (B, S) segment ids of packed samples; a query sees only its own segment.
+        window: number of positions that a query sees, itself included; an array if it differs between layers.
+        positions: (B, S) positions that the window is measured in, if they differ from the indices.
+        extra: (B or 1, S or 1, T) additional mask.
+        queries: (B, S) indices of the queries among the keys, as with a cache; None for 0, 1, ...
     """
 
     kind: Kind = dataclasses.field(default="causal", metadata={"static": True})
@@ -55,7 +55,7 @@ class Mask:
             raise ValueError("a mask of kind prefix needs the lengths of the prefixes")
 
     def visible(self, queries: Int[Array, " s"], keys: Int[Array, " t"]) -> Bool[Array, "#B s t"]:
-        """True where a query sees a key; ``queries`` and ``keys`` are places of the sequence."""
+        """True where a query sees a key; ``queries`` and ``keys`` are indices into the sequence."""
         places = queries[None] if self.queries is None else self.queries[:, queries]
         q, k = places[:, :, None], keys[None, None, :]
         seen = jnp.ones((1, len(queries), len(keys)), bool) if self.kind == "full" else k <= q
@@ -77,7 +77,7 @@ class Mask:
 
     @property
     def hides(self) -> bool:
-        """Whether anything may be hidden from a query."""
+        """Whether any key may be hidden from a query."""
         rules = (self.lengths, self.segments, self.window, self.extra)
         return self.kind != "full" or any(rule is not None for rule in rules)
 
@@ -86,5 +86,5 @@ class Mask:
         return self.visible(jnp.arange(queries), jnp.arange(keys))
 
     def with_window(self, window: Any) -> "Mask":
-        """The same with a window; None for none."""
+        """The same mask with another window; None for no window."""
         return dataclasses.replace(self, window=window)

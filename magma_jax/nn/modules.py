@@ -1,15 +1,15 @@
 """Modules as plain data: the types of variables, and a module as (definition, flat dict of arrays).
 
 The type of a parameter names its ``role``, which decides how it learns (``training.step.optim``). A family with
-parameters of another role gives them a type of its own. Weight decay leaves out variables that are created with
-``decay=False``, as layers create biases and the weights of norms.
+parameters of another role defines its own type for them. Weight decay skips variables created with ``decay=False``,
+such as biases and norm weights.
 
 Everything outside ``nn`` and ``models`` handles parameters as one flat dict ``{path: array}`` with paths such as
-``"lm/layers/attn/q_proj/weight"``. Such a dict is an ordinary pytree (it goes through ``jax.grad``, ``optax`` and
-Orbax as it is), and its keys are what the tables of sharding, optimizer and conversion match on.
+``"lm/layers/attn/q_proj/weight"``. Such a dict is an ordinary pytree for ``jax.grad``, ``optax`` and Orbax, and the
+tables of sharding, optimizer and conversion match on its keys.
 
-``merge`` builds a module again, inside or outside of a trace. Modules are never mutated across a trace: whoever wants
-the running averages that a forward pass updated splits the merged module again (see ``training.step.train_step``).
+``merge`` rebuilds a module, inside or outside a trace. Modules are never mutated across a trace: to read running
+averages that a forward pass updated, split the merged module again (see ``training.step.train_step``).
 """
 
 import functools
@@ -59,7 +59,7 @@ class Statistic(nnx.BatchStat):
 class Definition:
     """A module without its arrays, as a static argument of ``jax.jit``.
 
-    Its hash is computed once: that of ``nnx.GraphDef`` is computed at every call, which takes milliseconds.
+    The hash is cached; ``nnx.GraphDef`` computes its own at every call, which takes milliseconds.
     """
 
     def __init__(self, graphdef: nnx.GraphDef):
@@ -81,14 +81,14 @@ class Definition:
 def split(module: nnx.Module) -> tuple[Definition, Params]:
     """Splits a module into its definition and a flat dict of its arrays.
 
-    Also takes modules made under ``nnx.eval_shape``; the leaves are then ``jax.ShapeDtypeStruct``.
+    Also accepts modules created under ``nnx.eval_shape``; the leaves are then ``jax.ShapeDtypeStruct``.
     """
     graphdef, state = nnx.split(module)
     return Definition(graphdef), {path: variable.get_value() for path, variable in _variables(state)}
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat dict with paths as keys, as nested dicts."""
+    """Nested dicts from a flat dict keyed by path."""
     nested: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -100,7 +100,7 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(definition: Definition, *params: Mapping[str, Any]) -> Any:
-    """Rebuilds the module of ``split`` from one or several flat dicts that together hold every path."""
+    """Rebuilds a module that was ``split``, from flat dicts that together hold every path."""
     return nnx.merge(definition.graphdef, nest({path: value for part in params for path, value in part.items()}))
 
 
@@ -117,14 +117,14 @@ def roles_of(kind: type) -> set[str]:
 
 
 def spared_by_decay(module: nnx.Module) -> frozenset[str]:
-    """Paths of the variables that weight decay leaves out."""
+    """Paths of the variables that weight decay skips."""
     return frozenset(
         path for path, variable in _variables(nnx.state(module)) if not variable.get_metadata("decay", True)
     )
 
 
 def abstract(create: Callable[[], nnx.Module]) -> tuple[Definition, Params, dict[str, type[nnx.Variable]]]:
-    """Builds a module without memory: its definition, shapes and dtypes by path, and variable types by path."""
+    """Definition, shapes and dtypes by path, and variable types by path of a module; allocates no arrays."""
     module = nnx.eval_shape(create)
     definition, shapes = split(module)
     return definition, shapes, variable_types(module)

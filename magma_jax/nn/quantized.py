@@ -1,7 +1,7 @@
 """Weights of a frozen language model in 8 or 4 bits, quantized by qwix: symmetric, rounded to nearest.
 
-``int8``: one scale for each output of a matrix. ``int4``: one for every ``GROUP`` inputs of an output, and two numbers
-in a byte. Only weights are quantized; activations are what they were. Scales are fp32.
+``int8``: one scale per output of a matrix. ``int4``: one scale per ``GROUP`` inputs of an output, two numbers per byte.
+Only weights are quantized, not activations. Scales are fp32.
 """
 
 from typing import Any
@@ -12,17 +12,17 @@ import jax.numpy as jnp
 from magma_jax.config import QUANTIZED
 from magma_jax.typing import Array, Float
 
-# Inputs that share a scale in 4 bits. Of a matrix with a number of inputs that it does not divide, all share one.
+# Inputs that share a scale in 4 bits. If it does not divide a matrix's number of inputs, all of them share one scale.
 GROUP = 128
 
 
 def float_dtype(dtype: str) -> str:
-    """The dtype in which what is not quantized is made; a model that is loaded has it in that of its activations."""
+    """Dtype in which unquantized weights are created; loading casts them to the dtype of the activations."""
     return "bfloat16" if dtype in QUANTIZED else dtype
 
 
 def quantize(weight: Float[Array, "... out in"], dtype: str) -> tuple[Array, Array]:
-    """Stored numbers, int8 (..., out, in) or uint8 (..., out, in / 2), and scales (..., out, groups)."""
+    """Quantized values, int8 (..., out, in) or uint8 (..., out, in / 2), and scales (..., out, groups)."""
     import qwix  # here: it takes a second, and few models need it
 
     weight = weight.astype(jnp.float32)
@@ -40,7 +40,7 @@ def quantize(weight: Float[Array, "... out in"], dtype: str) -> tuple[Array, Arr
 
 
 def dequantize(stored: Array, scale: Float[Array, "... out groups"], dtype: Any) -> Float[Array, "... out in"]:
-    """The weights again."""
+    """The dequantized weights."""
     import qwix
 
     if stored.dtype == jnp.uint8:

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., 2021).
 
-The first ``features`` of each head are pairs, and pair i is turned by the angle ``position / base**(2i / features)``.
+The first ``features`` of each head form pairs, and pair i is rotated by the angle ``position / base**(2i / features)``.
 Pairs are neighbours, (0,1), (2,3), ... (GPT-J), or a feature of the first half and its counterpart in the second
 (GPT-NeoX, Llama). Angles, sines and cosines are fp32: bf16 cannot represent position 257.
 """
@@ -15,16 +15,16 @@ from magma_jax.typing import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotaryScaling:
-    """Llama 3's change of frequencies for contexts longer than it was pretrained on.
+    """Llama 3's frequency scaling for contexts longer than the pretraining context.
 
-    Waves longer than ``context / low`` are slowed by ``factor``, those shorter than ``context / high`` stay, and
-    between them the two are mixed.
+    Frequencies whose wavelength exceeds ``context / low`` are divided by ``factor``, those whose wavelength is below
+    ``context / high`` are unchanged, and those between are interpolated.
 
     Attributes:
-        factor: how much slower.
-        low: waves in the pretraining context at and below which a frequency is slowed wholly.
-        high: waves from which on it stays.
-        context: positions of pretraining.
+        factor: divisor of the low frequencies.
+        low: periods within ``context`` at and below which a frequency is divided by the whole ``factor``.
+        high: periods within ``context`` from which on a frequency is unchanged.
+        context: pretraining context in positions.
     """
 
     factor: float
@@ -35,13 +35,13 @@ class RotaryScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotaryConfig:
-    """How positions turn queries and keys.
+    """Rotary embedding of queries and keys.
 
     Attributes:
-        features: of each head that are turned, even; the rest stay.
-        base: the slowest pair turns once in nearly 2 pi times as many positions.
-        interleaved: whether neighbours are pairs, or counterparts in two halves.
-        scaling: of the frequencies; None for none.
+        features: rotated features per head, an even number; the rest pass unchanged.
+        base: the slowest pair has a period of nearly ``2 pi base`` positions.
+        interleaved: whether pairs are neighbours, or counterparts in two halves.
+        scaling: frequency scaling; None for none.
     """
 
     features: int
@@ -74,7 +74,7 @@ def rotary_table(
 def apply_rotary(
     x: Float[Array, "B S H K"], sin: Float[Array, "B S R"], cos: Float[Array, "B S R"], *, interleaved: bool = True
 ) -> Float[Array, "B S H K"]:
-    """Turns the first 2R features of each head, neighbours if ``interleaved``; the rest pass unchanged."""
+    """Rotates the first 2R features of each head, in neighbouring pairs if ``interleaved``; the rest are unchanged."""
     rotary_dim = 2 * sin.shape[-1]
     turned, rest = x[..., :rotary_dim].astype(jnp.float32), x[..., rotary_dim:]
     if interleaved:
@@ -89,6 +89,6 @@ def apply_rotary(
 
 
 def check_rotary_dim(rotary_dim: int, head_size: int) -> None:
-    """Raises ValueError where heads of ``head_size`` have no ``rotary_dim`` features to turn in pairs."""
+    """Raises ValueError if ``rotary_dim`` is odd or exceeds ``head_size``."""
     if rotary_dim % 2 or not 2 <= rotary_dim <= head_size:
         raise ValueError(f"language model: rotary_dim {rotary_dim} must be even and fit in one head")

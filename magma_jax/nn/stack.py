@@ -1,7 +1,7 @@
-"""Identical layers as one: created with ``vmap``, run with ``lax.scan``, so that 28 layers compile like one.
+"""Stacks of identical layers: created with ``vmap``, run with ``lax.scan``, so that 28 layers compile as fast as one.
 
-Layers may also be unstacked, each with arrays of its own: a CPU copies a layer out of its stack before it multiplies
-with it, which makes decoding half as fast.
+Layers may also be unstacked into separate arrays: a CPU copies each layer out of its stack before it is used, which
+halves the speed of decoding.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from magma_jax.nn.modules import Statistic, abstract, merge, split
 
 Remat = Literal["none", "dots", "full"]
 
-# none: keep every activation; dots: keep the results of weight matmuls, recompute the rest; full: recompute all.
+# none: keep all activations; dots: keep the results of weight matmuls, recompute the rest; full: recompute all.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -24,14 +24,14 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 
 
 def stack(create: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs) -> Any:
-    """Creates ``length`` layers as one module whose every array has a leading axis of that length."""
+    """Creates ``length`` layers as one module whose arrays have a leading axis of that length."""
     definition, _, _ = abstract(lambda: create(nnx.Rngs(0)))
     keys = jax.random.split(rngs.params(), length)
     return merge(definition, jax.vmap(lambda key: split(create(nnx.Rngs(key)))[1])(keys))
 
 
 def unstack(layers: Any, length: int) -> Any:
-    """The ``length`` layers of a stack as a list, each with arrays of its own, at ``0/...``, ``1/...`` and so on."""
+    """The ``length`` layers of a stack as a list of layers with separate arrays, at ``0/...``, ``1/...`` and so on."""
     definition, params = split(layers)
     return nnx.List([merge(definition, {path: leaf[i] for path, leaf in params.items()}) for i in range(length)])
 
@@ -41,8 +41,8 @@ def scan(
 ) -> tuple[Any, Any]:
     """Runs ``carry, y = body(layer, carry, x)`` over layers; returns the last carry and the stacked ys.
 
-    Running statistics that stacked layers update are written back to ``layers``. Unstacked layers are for inference:
-    ``remat`` is nothing to them.
+    Running statistics that stacked layers update are written back to ``layers``. Unstacked layers are for inference
+    and ignore ``remat``.
     """
     if isinstance(layers, nnx.List):
         ys = []
@@ -59,7 +59,7 @@ def scan(
         return carry, (y, _statistics(layer))
 
     if remat != "none":
-        # The loop itself keeps XLA from merging the recomputation with the forward pass.
+        # The loop already keeps XLA from merging the recomputation with the forward pass.
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
     carry, (ys, statistics) = jax.lax.scan(step, carry, (params, xs))
     _write_back(layers, statistics)
@@ -67,7 +67,7 @@ def scan(
 
 
 def remat_call(layer: Any, body: Callable[[Any, Any], Any], x: Any, *, remat: Remat) -> Any:
-    """``body(layer, x)`` of a layer that is not stacked, under a remat policy; running statistics are written back."""
+    """Runs ``body(layer, x)`` of a single layer under a remat policy; running statistics are written back."""
     definition, params = split(layer)
 
     def step(params, x):

@@ -1,4 +1,4 @@
-"""Compiles a run's step for TPUs that are not there, and tells whether it fits and what bounds it.
+"""Compiles a run's step for a TPU topology, without TPUs, and reports whether it fits and what bounds its speed.
 
     python -m magma_jax.plan --config configs/magma_v2.py --topology v5e:4x4 --set mesh.fsdp=16
     python -m magma_jax.plan --config configs/magma_v2.py --topology v6e:2x2 --what generate --batch 64

@@ -1,4 +1,4 @@
-"""What a TPU can do at best, and topologies of TPUs that are not there."""
+"""Peak rates of TPU chips, and compile-only topologies."""
 
 import dataclasses
 import importlib.metadata
@@ -16,16 +16,16 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Limits of one JAX device of a kind of chip: a whole chip, except where a chip shows several devices.
+    """Limits of one JAX device: a whole chip, unless ``devices_per_chip`` is larger.
 
     Attributes:
-        name: as topologies call it.
+        name: name in topologies.
         kind: JAX's ``device_kind``.
-        hbm_bytes: memory of a device.
-        hbm_bandwidth: bytes a second between memory and device.
-        ici_bandwidth: bytes a second that a device receives from its neighbours over all of its links together.
-        devices_per_chip: devices that JAX shows for each chip of a topology.
-        options: what ``get_topology_desc`` must be told beside the topology's name.
+        hbm_bytes: HBM per device, in bytes.
+        hbm_bandwidth: HBM bandwidth, in bytes per second.
+        ici_bandwidth: bytes per second that a device receives from its neighbours, over all links together.
+        devices_per_chip: JAX devices per chip of a topology.
+        options: further options of ``get_topology_desc``.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Chip:
 
     @property
     def peak_flops(self) -> float:
-        """Dense bf16 operations a second."""
+        """Peak dense bf16 FLOP/s."""
         return PEAK_FLOPS[self.kind]
 
 
@@ -48,7 +48,7 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        # The default shows the two cores of a v4 chip as devices of half the memory.
+        # By default the two cores of a v4 chip are separate devices with half the memory.
         Chip(
             "v4",
             "TPU v4",
@@ -68,11 +68,11 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices that only the compiler sees.
+    """Compile-only devices.
 
     Attributes:
         name: chip and shape, such as ``v5e:4x4``.
-        devices: as ``make_mesh`` takes them.
+        devices: devices for ``make_mesh``.
     """
 
     name: str
@@ -84,7 +84,7 @@ def open_topology(name: str) -> Topology:
     """The devices of a topology, from XLA's TPU compiler.
 
     Raises:
-        ConfigError: an unknown chip, a shape the compiler refuses, or no libtpu.
+        ConfigError: an unknown chip, a shape that the compiler rejects, or libtpu is missing.
     """
     chip_name, _, shape = name.partition(":")
     if chip_name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
@@ -93,16 +93,16 @@ def open_topology(name: str) -> Topology:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(f"XLA's TPU compiler is not installed: pip install '{_libtpu_requirement()}'")
-    # Without these libtpu asks a metadata server where it is, complains, and refuses to load beside another process.
+    # Without these libtpu queries a metadata server, logs warnings, and refuses to load beside another process.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies  # loads nothing, but belongs behind the environment
+    from jax.experimental import topologies  # after the environment is set
 
     chip = CHIPS[chip_name]
     sides = tuple(map(int, shape.split("x")))
-    # The compiler thinks of hosts with 2x2 chips; a smaller slice is one host.
+    # The compiler assumes hosts of 2x2 chips; a smaller slice is one host.
     one_host = {"chips_per_host_bounds": (*sides, 1, 1)[:3]} if all(side <= 2 for side in sides[:2]) else {}
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **(chip.options | one_host)).devices
@@ -114,6 +114,6 @@ def open_topology(name: str) -> Topology:
 
 
 def _libtpu_requirement() -> str:
-    """The version of libtpu that the installed jax names."""
+    """The libtpu requirement of the installed jax."""
     named = (re.match(r"libtpu\s*([^;]*)", line) for line in importlib.metadata.requires("jax") or ())
     return next((f"libtpu{match[1].strip()}" for match in named if match and match[1].strip()), "libtpu")

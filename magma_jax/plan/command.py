@@ -1,4 +1,4 @@
-"""What ``python -m magma_jax.plan`` does once its arguments are read."""
+"""Implementation of ``python -m magma_jax.plan``."""
 
 import argparse
 import dataclasses
@@ -21,9 +21,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Plans and prints; returns 1 if the program does not fit.
 
     Raises:
-        ValueError, OSError: one line with what is wrong.
+        ValueError, OSError: one line that says what is wrong.
     """
-    # The devices of the plan are no devices of this process, and it needs none but the CPU.
+    # The planned devices are compile-only; this process needs only the CPU.
     jax.config.update("jax_platforms", "cpu")
     config = run_config(apply_overrides(load_config_file(arguments.config), arguments.set))
     result = plan(config, arguments.topology, arguments.what, arguments.batch, arguments.slots)
@@ -32,10 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def plan(config: RunConfig, topology_name: str, what: str, batch: int | None = None, slots: int | None = None) -> Plan:
-    """Compiles and reads one program; ``batch`` replaces the config's.
+    """Compiles and analyses one program; ``batch`` replaces the config's.
 
     Raises:
-        ValueError: a topology, mesh or batch that cannot be.
+        ValueError: an invalid topology, mesh or batch.
     """
     topology = open_topology(topology_name)
     if batch is not None:

@@ -1,4 +1,4 @@
-"""The real programs of a run, compiled for devices that are not there: shapes go in, no array is made."""
+"""Ahead-of-time compilation of a run's actual programs, from shapes, without allocating arrays."""
 
 import dataclasses
 import time
@@ -16,9 +16,9 @@ class Memory:
     """Bytes on each device.
 
     Attributes:
-        arguments: what the program is given.
-        outputs: what it returns, less what takes the place of arguments.
-        temporaries: what it needs while it runs.
+        arguments: arguments of the program.
+        outputs: its outputs, without those that reuse donated arguments.
+        temporaries: its temporaries.
         code: the program itself.
     """
 
@@ -29,7 +29,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all parts."""
         return self.arguments + self.outputs + self.temporaries + self.code
 
 
@@ -38,9 +38,9 @@ class Compiled:
     """A compiled program.
 
     Attributes:
-        memory: None if the compiler found no room for it.
-        refusal: what the compiler said in that case.
-        text: the program, empty in that case.
+        memory: its memory; None if it does not fit.
+        refusal: the compiler's message if it does not fit.
+        text: HLO text of the program; empty if it does not fit.
         seconds: wall time of tracing, lowering and compiling.
         cpu_seconds: time of all threads.
     """
@@ -60,10 +60,10 @@ def compile_step(program: Program) -> Compiled:
 
 
 def compile_decode(program: Program, rows: int, slots: int | None = None) -> Compiled:
-    """Compiles one decoding step of ``rows`` rows with ``slots`` places in the cache each (None: the context).
+    """Compiles one decoding step of ``rows`` rows with ``slots`` cache slots each (None: the context).
 
     Raises:
-        ConfigError: a family that does not decode token by token.
+        ConfigError: the family is not autoregressive.
     """
     family = program.family
     if family.decode_program is None:
@@ -73,7 +73,7 @@ def compile_decode(program: Program, rows: int, slots: int | None = None) -> Com
 
 
 def batch_structs(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """The longest batch of a run, on its devices."""
+    """Shapes and shardings of a run's longest batch."""
     sharding = batch_sharding(program.mesh)
     shapes = program.family.batch_shapes(program)
     return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}

@@ -1,7 +1,7 @@
-"""What a compiled program does, read from its text: operations, memory traffic and collectives, loops unrolled.
+"""Cost analysis of a compiled program from its HLO text: operations, memory traffic and collectives.
 
-XLA's own ``cost_analysis`` counts the body of a loop once. Here every computation counts as often as it is run: the
-trip count of a ``while`` is the constant that its condition compares with.
+XLA's own ``cost_analysis`` counts a loop body once. Here every computation counts as often as it runs: the trip count
+of a ``while`` is the constant in its condition.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-# Names for values, and the ends of what began elsewhere: nothing is moved.
+# Opcodes without memory traffic.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all")
 
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
@@ -23,7 +23,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array of a program; ``in_hbm`` is false for what the compiler keeps in on-chip memory."""
+    """One array of a program; ``in_hbm`` is false for arrays in on-chip memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -32,7 +32,7 @@ class Shape:
     @property
     def bytes(self) -> float:
         """Size without padding."""
-        digits = re.search(r"\d+", self.dtype)  # of bf16, s4, f8e4m3fn, ...; pred is a byte, tokens are nothing
+        digits = re.search(r"\d+", self.dtype)  # as in bf16, s4, f8e4m3fn; pred is a byte, tokens have no size
         bits = int(digits[0]) if digits else 8 * (self.dtype == "pred")
         return math.prod(self.dims) * bits / 8
 
@@ -50,7 +50,7 @@ class Instruction:
     is_root: bool
 
     def called(self, role: str) -> str | None:
-        """The computation that an attribute such as ``body=`` names."""
+        """The computation named by an attribute such as ``body=``."""
         match = re.search(rf"\b{role}=%?([\w.\-]+)", self.attributes)
         return match and match[1]
 
@@ -63,12 +63,12 @@ class Collective:
     """A collective operation.
 
     Attributes:
-        kind: of ``COLLECTIVES``.
+        kind: one of ``COLLECTIVES``.
         dims: shapes of its results.
-        group: devices that take part in one.
-        received: bytes that a device receives in one.
-        count: how often it is run.
-        loop: whether that is inside of a loop.
+        group: number of participating devices.
+        received: bytes that a device receives per execution.
+        count: number of executions.
+        loop: whether it is inside a loop.
     """
 
     kind: str
@@ -81,13 +81,13 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What one device does in one run of a program.
+    """Costs of one execution of a program on one device.
 
     Attributes:
-        flops: of matmuls and convolutions.
-        hbm_bytes: read from and written to memory.
-        collectives: all of them.
-        unknown_loops: loops whose trip count could not be read and that are counted once.
+        flops: operations of matmuls and convolutions.
+        hbm_bytes: bytes read from and written to HBM.
+        collectives: all collectives.
+        unknown_loops: number of loops with unknown trip count, which count once.
     """
 
     flops: float
@@ -97,7 +97,7 @@ class Costs:
 
 
 def program_costs(text: str, devices: int) -> Costs:
-    """Costs of a compiled program, given as the text of its only module, for ``devices`` devices in all."""
+    """Costs of a compiled program, from the text of its only module, for ``devices`` devices in total."""
     computations, entry = parse(text)
     flops, traffic, unknown = 0.0, 0.0, 0
     collectives: dict[tuple[str, str, str], Collective] = {}
@@ -127,8 +127,8 @@ def program_costs(text: str, devices: int) -> Costs:
             flops += times * sum(map(flops_of, _fused(instruction, computations)))
             traffic += times * _traffic(instruction, computation, computations)
             for collective, inside in _collectives(instruction, computation, computations):
-                # One that runs beside several fusions, even through an inner loop, appears in each of them under one
-                # channel; it counts where it starts.
+                # An asynchronous collective appears in every fusion that it overlaps, even in an inner loop, under the
+                # same channel; it counts where it starts.
                 channel = _channel(collective)
                 if channel in started and not _starts(inside):
                     continue
@@ -138,7 +138,7 @@ def program_costs(text: str, devices: int) -> Costs:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a module by name, and the name of the one it begins with."""
+    """The computations of a module by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     current: Computation | None = None
     entry = ""
@@ -196,7 +196,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _runs(computations: dict[str, Computation], entry: str) -> Iterator[tuple[str, int | None, str]]:
-    """Every computation that is run, how often, and the loop it is in ("" for none); None for an unknown loop."""
+    """Every executed computation, its number of executions (None if unknown), and its loop ("" for none)."""
     waiting = [(entry, 1, "")]
     while waiting:
         name, times, place = waiting.pop()
@@ -263,15 +263,15 @@ def _matmul_flops(instruction: Instruction, computation: Computation) -> float:
         )
         low = int(window["pad"][int(axis)].split("_")[0]) if "pad" in window else 0
         position = np.arange(out[axis])[:, None] * stride - low + np.arange(kernel[axis]) * right_dilation
-        # Padding, and the zeros between the elements of a dilated side, are no work. The TPU compiler writes batched
-        # matmuls as convolutions in which they are nearly everything.
+        # Padding and the zeros of a dilated side do not count. The TPU compiler writes batched matmuls as convolutions
+        # that consist almost entirely of them.
         inside = (position >= 0) & (position <= (left[axis] - 1) * left_dilation) & (position % left_dilation == 0)
         operations *= inside.sum()
     return float(operations)
 
 
 def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
-    """Bytes that an instruction outside of fusions reads from memory and writes to it."""
+    """Bytes that an instruction outside fusions reads from and writes to memory."""
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith("-done"):
         return 0.0
@@ -288,7 +288,7 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
 
 
 def _results(instruction: Instruction) -> tuple[Shape, ...]:
-    """What an instruction makes, or what the one will have made that it starts."""
+    """Results of an instruction, or of the asynchronous operation that it starts."""
     if instruction.opcode == "copy-start":  # (destination, source, context)
         return instruction.shapes[:1]
     if instruction.opcode.endswith("-start"):  # (operands, results, contexts)
@@ -303,10 +303,10 @@ def _fusion_traffic(
     fused: Computation,
     computations: dict[str, Computation],
 ) -> float:
-    """As ``_traffic``; of an operand that is only sliced the slices count, of one updated in place the update.
+    """``_traffic`` of a fusion; an operand that is only sliced counts its slices, one updated in place its update.
 
-    A collective that runs beside several fusions hands its buffers from one to the next, in place. What it reads and
-    writes counts where it starts.
+    A collective that overlaps several fusions passes its buffers from one to the next in place. Its reads and writes
+    count where it starts.
     """
     total = 0.0
     passed = _passed_on(instruction, fused)
@@ -330,7 +330,7 @@ def _fusion_traffic(
 
 
 def _passed_on(instruction: Instruction, fused: Computation) -> set[int]:
-    """Results of a fusion beside a collective that are the memory of an operand."""
+    """Results of a fusion that alias an operand's buffer, because a collective overlaps it."""
     if not any(map(_is_collective, fused.values())):
         return set()
     return {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(\d+, \{\}\)", instruction.attributes)}
@@ -346,12 +346,12 @@ def _parameter(fused: Computation, index: int) -> Instruction | None:
 
 
 def _source(name: str, fused: Computation) -> Instruction:
-    """What a name stands for, bitcasts looked through."""
+    """The instruction of a name, skipping bitcasts."""
     return _source(fused[name].operands[0], fused) if fused[name].opcode == "bitcast" else fused[name]
 
 
 def _read(parameter: Instruction, fused: Computation, computations: dict[str, Computation]) -> float:
-    """Bytes of a parameter that a fusion, and those inside of it, read."""
+    """Bytes of a parameter that a fusion and its nested fusions read."""
     total = 0.0
     for user in fused.values():
         at = [i for i, name in enumerate(user.operands) if name in fused and _source(name, fused) is parameter]
@@ -359,7 +359,7 @@ def _read(parameter: Instruction, fused: Computation, computations: dict[str, Co
         if not at or user.opcode in ("bitcast", "tuple") or (_is_collective(user) and not _starts(fused)):
             continue
         if _only_rewrites(user, computations):
-            # Computed where it is needed: as many elements as are read of its result, in this parameter's dtype.
+            # Computed on demand: reads as many elements as its users read of its result, in this parameter's dtype.
             read = _read(user, fused, computations)
             total += read * parameter.shapes[0].bytes / user.shapes[0].bytes
             continue
@@ -371,12 +371,12 @@ def _read(parameter: Instruction, fused: Computation, computations: dict[str, Co
             parameters = (_parameter(computations[inner[0]], i) for i in at)
             total += sum(_read(one, computations[inner[0]], computations) for one in parameters if one is not None)
         else:
-            return math.inf  # all of it
+            return math.inf  # the whole parameter
     return total
 
 
 def _only_rewrites(instruction: Instruction, computations: dict[str, Computation]) -> bool:
-    """Whether an instruction, or a fusion, does nothing but change dtype or layout of its only operand."""
+    """Whether an instruction or fusion only changes dtype or layout of its single operand."""
     if len(instruction.operands) != 1:
         return False
     if instruction.opcode in ("convert", "copy"):
@@ -398,7 +398,7 @@ def _kind(opcode: str) -> str | None:
 def _collectives(
     instruction: Instruction, computation: Computation, computations: dict[str, Computation]
 ) -> Iterator[tuple[Instruction, Computation]]:
-    """The collectives that an instruction is or holds, each with its computation."""
+    """The collectives in an instruction, itself included, each with its computation."""
     if _kind(instruction.opcode):
         yield instruction, computation
     for name in _fused(instruction, computations):

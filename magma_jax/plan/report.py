@@ -1,4 +1,4 @@
-"""From a compiled program to what a person wants to know: does it fit, how long may a step take, what bounds it."""
+"""Report of a compiled program: memory, roofline and the limiting resource."""
 
 import dataclasses
 from collections import defaultdict
@@ -30,13 +30,13 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a program on a topology; numbers are of one device and one step unless they say otherwise.
+    """Analysis of a program on a topology; values are per device and step unless stated otherwise.
 
     Attributes:
-        seconds: the longest term of the roofline: the step can take no less.
-        terms: seconds of compute, memory and links, each as if the others took no time.
+        seconds: the longest term of the roofline, a lower bound of the step time.
+        terms: seconds of compute, memory and links, each taken alone.
         mfu: model FLOPs (frozen count) / (devices x peak x seconds); None for decoding.
-        gathers_of_frozen: all-gathers of frozen weights inside of loops, each time they run.
+        gathers_of_frozen: number of all-gathers of frozen weights inside loops, counted per execution.
     """
 
     topology: Topology
@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the program fits into the memory of a chip."""
+        """Whether the program fits in a device's memory."""
         memory = self.compiled.memory
         return memory is not None and memory.total <= self.topology.chip.hbm_bytes
 
@@ -94,7 +94,7 @@ class Plan:
 
 
 def make_plan(program: Program, topology: Topology, compiled: Compiled, what: str, batch: int) -> Plan:
-    """Reads the costs of a compiled program and puts them beside the limits of the chip."""
+    """Computes the costs of a compiled program and relates them to the limits of the chip."""
     costs = program_costs(compiled.text, len(topology.devices)) if compiled.text else None
     config = program.config
     flops = None
@@ -131,7 +131,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def to_text(plan: Plan) -> str:
-    """The plan for people."""
+    """The plan as text."""
     chip, memory = plan.topology.chip, plan.compiled.memory
     devices = len(plan.topology.devices)
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())

@@ -1,4 +1,4 @@
-"""The training loop: batches, steps, progress, checkpoints. It knows no model family and no dataset by name."""
+"""The training loop: batches, steps, progress, checkpoints. It is independent of model families and datasets."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -35,17 +35,17 @@ def train(
     resume: bool = True,
     profile: StepRange | None = None,
 ) -> Run:
-    """Trains, on all devices or those given, or goes on where the run folder's newest checkpoint ends.
+    """Trains a run, or resumes it from the run folder's newest checkpoint.
 
-    SIGTERM, or Ctrl-C once, ends it after the step at hand, with a checkpoint; see ``Run.interrupted``.
+    SIGTERM, or Ctrl-C once, ends it after the current step, with a checkpoint; see ``Run.interrupted``.
 
     Args:
-        family: of the config's model, see ``magma_jax.families``.
-        config: what is trained on what, and how.
+        family: family of the config's model, see ``magma_jax.families``.
+        config: config of the run.
         workdir: run folder.
-        devices: that share the work.
-        resume: whether a run that is in the folder is continued; if not, it is an error.
-        profile: steps that are traced into the run folder.
+        devices: devices to train on; None for all.
+        resume: whether to continue a run in the folder; if False, an existing run is an error.
+        profile: steps to trace into the run folder.
 
     Raises:
         ConfigError: the folder holds a run that may not be continued, or the config does not fit the devices, the data
@@ -55,7 +55,7 @@ def train(
     run = prepare_run(family, config, workdir, devices, resume=resume)
     config, mesh = run.config, run.program.mesh
     batches = iter(run.dataset.batches(config.batch_size, config.seed, local_rows(mesh, config.batch_size)))
-    # Made on the mesh: with several processes no other array may go into the step.
+    # Created on the mesh: with several processes the step takes no other arrays.
     key = jax.jit(jax.random.key, static_argnums=0, out_shardings=replicated(mesh))(config.seed)
     with (
         contextlib.closing(batches),
@@ -89,7 +89,7 @@ def train(
 
 def _steps(
     run: Run,
-    batches: Any,  # an iterator of Grain, which knows its position
+    batches: Any,  # Grain iterator, which can report its position
     key: PRNGKey,
     prepare: Callable[[Batch], Batch],
     validate: Callable[[], dict[str, float]] | None,

@@ -1,4 +1,4 @@
-"""What happens between two steps of a run: validation, checkpoints, and the decision to stop."""
+"""Actions between steps: validation, checkpoints, and the decision to stop."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -12,16 +12,18 @@ from magma_jax.typing import PRNGKey
 
 
 class Milestones:
-    """Asked after every step, in every process.
+    """Validates, saves and decides whether to stop; called after every step in every process.
 
     Args:
-        run: its ``state`` is validated and saved; its ``best`` and ``interrupted`` are kept here.
+        run: its ``state`` is validated and saved; its ``best`` and ``interrupted`` are updated.
         key: root random key.
-        position: gives the position of the data iterator.
-        validate: gives ``validation_loss`` and other figures of ``run.state``; None without validation.
-        record: takes a step and its figures.
-        pause: makes a context for what is not training, so that it counts for no step.
-        settle: raises if the steps so far are not to be kept; called before each save.
+        position: returns the position of the data iterator.
+        checkpoints: checkpoints of the run folder.
+        stop: stop request, polled after every step.
+        validate: returns ``validation_loss`` and other metrics of ``run.state``; None without validation.
+        record: called with a step and its metrics.
+        pause: returns a context whose time is excluded from step times.
+        settle: raises if the steps so far must not be kept; called before each save.
     """
 
     def __init__(
@@ -41,19 +43,19 @@ class Milestones:
         self._record, self._pause, self._settle = record, pause, settle
 
     def begin(self, step: int) -> bool:
-        """Whether a run that has done ``step`` steps goes on."""
-        # A run that was interrupted where a validation was due has not done it.
+        """Whether a run continues after ``step`` finished steps."""
+        # A run interrupted when a validation was due has not run it.
         if step and self._validation_is_due(step):
             self._validate_now(step)
         return step < self._run.config.steps and not self._run_dry()
 
     def after(self, step: int) -> bool:
-        """Does what is due after ``step``; returns whether the run goes on."""
+        """Validates and saves if due after ``step``; returns whether the run continues."""
         run, config = self._run, self._run.config
         self._checkpoints.check()
         last = step == config.steps
         run.interrupted = self._stop.reached(step) and not last
-        # Whoever interrupts gives little time, so the validation waits for the next start.
+        # Schedulers allow little time after a signal, so the validation is left to the next start.
         due = self._validation_is_due(step) and not run.interrupted
         improved = due and self._validate_now(step)
         goes_on = not (last or run.interrupted or self._run_dry())
@@ -70,7 +72,7 @@ class Milestones:
     def _validate_now(self, step: int) -> bool:
         """Validates; returns whether this is the best step so far."""
         run, config = self._run, self._run.config.validation
-        assert self._validate is not None  # there is one where a validation can be due
+        assert self._validate is not None  # set if a validation can be due
         with self._pause():
             figures = self._validate()
         loss = figures["validation_loss"]

@@ -1,4 +1,4 @@
-"""The loss on samples that the run does not learn from: always the same ones, in the same order, without dropout."""
+"""Validation loss: on the same held-out samples every time, in the same order, without dropout."""
 
 import functools
 from collections.abc import Callable
@@ -18,20 +18,21 @@ Batch = dict[str, np.ndarray]
 
 
 def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[], dict[str, float]]:
-    """Builds the function that returns ``validation_loss`` and the other terms of the run's present state.
+    """Builds the function that returns ``validation_loss`` and the other terms for the run's current state.
 
-    They are the terms of training, such as ``validation_accuracy``, summed over all samples and divided by what they
-    count, so that batches of different lengths and mesh shapes do not matter. BatchNorm uses its running statistics.
-    With ``validation.ema`` the weights are their moving averages, where these are kept.
+    They are the training terms, such as ``validation_accuracy``, summed over all samples and divided by their counts,
+    so that batch lengths and mesh shapes do not matter. BatchNorm uses its running statistics. With ``validation.ema``
+    averaged weights are replaced by their moving averages.
 
     Args:
-        prepare: fits a batch to the loss, see ``Family.prepare``.
+        run: the run whose ``state`` is validated.
+        prepare: prepares a batch for the loss, see ``Family.prepare``.
 
     Raises:
         ConfigError: the dataset has no such split, or nothing to validate on.
     """
     config, mesh = run.config, run.program.mesh
-    # A part of a batch, as the step runs it at once, fits in memory and divides by the devices.
+    # The size of one accumulated part, which fits in memory and divides evenly over the devices.
     size = config.batch_size // config.accumulate
     if run.dataset.validation_batches is None:
         raise ConfigError(
@@ -50,7 +51,7 @@ def make_validation(run: Run, prepare: Callable[[Batch], Batch]) -> Callable[[],
 
     def validate() -> dict[str, float]:
         sums = [loss_terms(run.state, run.frozen, place_batch(prepare(batch), mesh, size)) for batch in batches]
-        # In float64: fp32 would lose the smaller digits of many batches.
+        # In float64, since fp32 sums over many batches lose precision.
         terms = jax.tree.map(lambda *parts: np.sum(parts, dtype=np.float64), *jax.device_get(sums))
         return {f"validation_{name}": float(mean) for name, mean in term_means(terms).items()}
 

@@ -1,7 +1,7 @@
-"""What can be seen of a run while it trains: figures, a progress bar or lines, samples, profiles, a summary.
+"""Monitoring of a run: metrics, a progress bar or log lines, samples, profiles, a summary.
 
-Steps run asynchronously, and watching must not make the device wait. So the figures of a step are read after the next
-step has been handed to the device: the read blocks until the step they belong to is done, which gives its time too.
+Steps run asynchronously, and monitoring must not make the device wait. The metrics of a step are therefore read after
+the next step has been dispatched; the read blocks until their own step is done, which also gives its time.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ Metrics = Mapping[str, Any]
 
 
 class Watch:
-    """Watches the steps of a run, from where its state stands to the config's last step.
+    """Monitors the steps of a run, from its current state to the config's last step.
 
-        with Watch(run) as watch:  # time runs from here
+        with Watch(run) as watch:  # starts the clock
             for step in ...:
                 with watch.waiting():
                     batch = ...
@@ -38,12 +38,12 @@ class Watch:
                 run.state, metrics = ...
                 watch.end(step, metrics)
 
-    ``counts`` may be set to a function that gives further numbers whenever figures are written.
+    ``counts`` may be set to a function that returns further metrics whenever metrics are written.
 
-    Only the first process writes and prints; all of them ask the model for samples, since all hold parts of it.
+    Only the first process writes and prints; all of them run the model for samples, since each holds part of it.
 
     Raises:
-        ConfigError: samples or profile that the run cannot give, or a missing package.
+        ConfigError: samples or a profile that the run does not support, or a missing package.
     """
 
     def __init__(self, run: Run, profile: StepRange | None = None):
@@ -71,19 +71,19 @@ class Watch:
         self._pending: tuple[int, Metrics, Window] | None = None
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """For the time in which the loop waits for a batch."""
+        """Context in which the loop waits for a batch."""
         return self._meter.waiting()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is not training, such as saving; all steps are done when it begins."""
+        """Context for work other than training, such as saving; it first waits for all steps."""
         self.flush()
         jax.block_until_ready(self._last)
         with self._meter.paused():
             yield
 
     def begin(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
-        """Before ``step`` is handed to the device; ``batch`` holds the rows of this process."""
+        """Call before ``step`` is dispatched; ``batch`` holds the rows of this process."""
         self._batch = batch
         if self._profiler.starts(step):
             with self.paused():
@@ -96,7 +96,7 @@ class Watch:
             self._compile_started = self._meter.elapsed
 
     def end(self, step: int, metrics: Metrics) -> None:
-        """After it has been handed over; ``metrics`` are arrays that the device has yet to fill."""
+        """Call after ``step`` was dispatched; ``metrics`` are arrays that may not be computed yet."""
         config = self._run.config
         self._last = metrics
         self._bar.update()
@@ -104,7 +104,7 @@ class Watch:
             samples, tokens, flops = self._size()
             self._meter.count(samples, tokens, flops)
         else:
-            # A step that is compiled says nothing about speed: it is measured apart.
+            # A step that includes compilation is timed separately.
             jax.block_until_ready(metrics)
             seconds = self._meter.elapsed - self._compile_started
             self._meter.skip(seconds)
@@ -127,11 +127,11 @@ class Watch:
                 self._writers.image(step, "samples", image)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Records further figures of a step, such as a validation loss."""
+        """Records further metrics of a step, such as a validation loss."""
         self._writers.scalars(step, values)
 
     def flush(self) -> None:
-        """Reads and writes the figures that are due; waits until their step is done."""
+        """Reads and writes pending metrics; waits until their step is done."""
         if self._pending is None:
             return
         (step, metrics, window), self._pending = self._pending, None
@@ -146,7 +146,7 @@ class Watch:
         self._show(step, values)
 
     def __enter__(self) -> "Watch":
-        # disable=None: a bar on a terminal, nothing elsewhere, where lines tell instead.
+        # disable=None: a bar on terminals only; elsewhere log lines replace it.
         self._bar = tqdm(
             total=self._run.config.steps,
             initial=self._first,
@@ -169,7 +169,7 @@ class Watch:
             self._summary()
 
     def _size(self) -> tuple[int, int, int]:
-        """Samples, tokens and operations of the batch; what other processes hold is reckoned from the rows here."""
+        """Samples, tokens and operations of the global batch, extrapolated from the rows of this process."""
         config, program = self._run.config, self._run.program
         whole = {name: (config.batch_size, *array.shape[1:]) for name, array in self._batch.items()}
         shapes = tuple(sorted(whole.items()))
@@ -218,7 +218,7 @@ def _make_panel(run: Run, *, writing: bool) -> Any:
 
 
 def _open_writers(run: Run) -> tuple[Writers, float]:
-    """The writers of a run, and the seconds that its earlier parts took."""
+    """The writers of a run, and the seconds it took before it was resumed."""
     watch, step, folder = run.config.watch, int(run.state.step), Path(run.workdir)
     lines = JsonLines(folder / METRICS_FILE, step)
     writers: list[Writer] = [lines]
@@ -230,9 +230,9 @@ def _open_writers(run: Run) -> tuple[Writers, float]:
 
 
 def _learning_rates(run: Run) -> Any:
-    """State of the optimizer to the rates of its last update, for the groups that learn.
+    """Builds the function from optimizer state to the learning rates of its last update, one per trained group.
 
-    They are arrays to be fetched later. The optimizer counts its own updates: a step that was left out is none.
+    The rates are device arrays. The optimizer counts its own updates, so skipped steps do not count.
     """
     optim = run.config.optim
     schedules = {name: make_schedule(optim, peak) for name, peak in peak_rates(optim).items()}
@@ -246,7 +246,7 @@ def _learning_rates(run: Run) -> Any:
 
 
 def duration(seconds: float | int) -> str:
-    """Seconds for people: ``52 s``, ``5 min 12 s``, ``3 h 20 min``."""
+    """Human-readable duration: ``52 s``, ``5 min 12 s``, ``3 h 20 min``."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     seconds = round(seconds)
@@ -258,7 +258,7 @@ def duration(seconds: float | int) -> str:
 
 
 def scaled(value: float | int) -> tuple[float | int, str]:
-    """A number below 1000 and the letter of its thousands: ``(12.3, "k")``."""
+    """A number below 1000 and its metric prefix: ``(12.3, "k")``."""
     for letter in ("", "k", "M", "G", "T"):
         if abs(value) < 999.5:
             return value, letter

@@ -39,7 +39,7 @@ def test_a_kind_that_no_family_has_is_named(kind, tmp_path):
 def test_a_language_model_alone_is_refused(tmp_path):
     run = folder(tmp_path, {"kind": "gptj"})
     for opens in (open_generator, open_token_generator):
-        with pytest.raises(CheckpointError, match=r"a language model alone, which is not asked or served; give the"):
+        with pytest.raises(CheckpointError, match=r"a plain language model, which cannot be prompted or served"):
             opens(run)
     with pytest.raises(CheckpointError, match=r"holds a model of kind 'gptj', but a magma is wanted here"):
         Magma.from_checkpoint(run)

@@ -145,7 +145,7 @@ def test_what_the_positions_of_a_image_mean():
 
 def test_pooled_positions_are_no_places(seen):
     pooled = dataclasses.replace(seen, grid=None)
-    with pytest.raises(ValueError, match="are no places"):
+    with pytest.raises(ValueError, match="are not spatial"):
         pooled.map(0)
 
 

@@ -102,8 +102,8 @@ def test_queries_that_stand_elsewhere_see_as_far_as_their_place(arrays):
     [
         ("tpu", "causal", "splash", "37 x 37 positions, heads of 8 in float32"),
         ("tpu", "segments", "splash", "37 x 37 positions"),
-        ("tpu", "traced window", "blockwise", "splash attention knows causal, full"),
-        ("tpu", "prefix", "blockwise", "splash attention knows causal, full"),
+        ("tpu", "traced window", "blockwise", "splash attention supports only causal, full"),
+        ("tpu", "prefix", "blockwise", "splash attention supports only causal, full"),
         ("cpu", "causal", "blockwise", "no kernel for cpu"),
     ],
 )

@@ -175,7 +175,7 @@ def test_others_are_answered_while_a_schema_is_compiled(running, monkeypatch):
 
 def test_a_grammar_that_grows_too_large_is_the_clients_fault(running, monkeypatch):
     def fail(ticket, start=0):
-        raise UnfinishedError("the answer cannot go on as it has to look (too many states)")
+        raise UnfinishedError("the answer cannot continue under its constraint (too many states)")
 
     monkeypatch.setattr("magma_jax.inference.batching.requests.Ticket.pieces", fail)
     response = running.chat(guided_choice=CHOICES)

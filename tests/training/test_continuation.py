@@ -98,7 +98,7 @@ def test_more_steps_keep_the_schedule_and_say_so(folder):
     config, notes = continued_config(MAGMA, _of_length(8), workdir)
     assert (config.steps, config.optim.steps) == (8, 4)
     note = "the schedule of the learning rates keeps the 4 steps that the run started with"
-    assert notes == [f"{note}; behind them they stay at 0.001 and 0.0001"]
+    assert notes == [f"{note}; after them they stay at 0.001 and 0.0001"]
     config, notes = continued_config(MAGMA, _of_length(2), workdir)
     assert (config.steps, config.optim.steps, notes) == (2, 4, [note])
 

@@ -202,7 +202,7 @@ def test_ranges_that_the_run_does_not_take(make_run):
     assert StepRange.parse("3:3") == (3, 3)
     with pytest.raises(ConfigError, match="--profile-steps 5:11: the run ends with step 10"):
         Watch(make_run(), StepRange(5, 11))
-    with pytest.raises(ConfigError, match="--profile-steps 4:6: the run goes on after step 4"):
+    with pytest.raises(ConfigError, match="--profile-steps 4:6: the run resumes after step 4"):
         Watch(make_run(after=4), StepRange(4, 6))
 
 

@@ -1,4 +1,4 @@
-"""What can be answered without the right image: another image, and the most frequent answers."""
+"""Baselines without the right image: shuffled images, and the most frequent answers."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ import numpy as np
 
 
 def shuffle_images(samples: Sequence[Any], seed: int) -> list[int]:
-    """For every sample the image of another sample of its kind, never its own image.
+    """For every sample, the image of another sample of its kind, never its own image.
 
-    Where one image makes up more than half of a kind (a single question, say) the others come from the whole split.
+    If one image makes up more than half of a kind (a single question, say), images come from the whole split.
 
     Raises:
         ValueError: all samples show the same image.
@@ -29,7 +29,7 @@ def shuffle_images(samples: Sequence[Any], seed: int) -> list[int]:
         own = [int(samples[i].image) for i in group]
         most = max(Counter(own).values())
         if 2 * most <= len(group):
-            # Equal images stand side by side, so a rotation by the longest such run replaces every one.
+            # Equal images are adjacent, so a rotation by the longest run of them replaces every one.
             others = own[most:] + own[:most]
         else:
             others = [int(rng.choice([other for other in everything if other != image])) for image in own]
@@ -39,10 +39,9 @@ def shuffle_images(samples: Sequence[Any], seed: int) -> list[int]:
 
 
 def most_frequent_answers(samples: Sequence[Any], training: Sequence[Any]) -> list[str]:
-    """The most frequent training answer to the same prompt, or else to the same kind, or else to anything.
+    """The most frequent training answer to the same prompt, else to the same kind, else to anything.
 
-    Among equally frequent answers the first in alphabetical order counts: where all training captions differ, the
-    constant caption is merely the first of them.
+    Ties are broken alphabetically: if all training captions differ, the constant caption is simply the first of them.
     """
     counts: dict[tuple, Counter] = defaultdict(Counter)
     for sample in training:

@@ -1,4 +1,4 @@
-"""How far a score can be trusted: bootstrap intervals, and paired comparison of two systems on the same samples."""
+"""Bootstrap intervals of scores, and paired comparison of two systems on the same samples."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -24,9 +24,9 @@ def intervals(
 
     Args:
         score: scores by name of the samples at the given rows.
-        samples: N.
-        draws: how many sets are drawn.
-        seed: of the draws.
+        samples: number of samples, N.
+        draws: number of bootstrap sets.
+        seed: random seed.
     """
     rng = np.random.default_rng(seed)
     found = [score(rng.integers(0, samples, samples)) for _ in range(draws)]
@@ -37,7 +37,7 @@ def intervals(
 
 
 def rarity_note(metrics: Iterable[str]) -> list[str]:
-    """What is to be said beside intervals of these metrics."""
+    """Notes to show next to intervals of these metrics."""
     note = "CIDEr weighs words by their rarity in the whole set, in every draw of the bootstrap too."
     return [note] if "CIDEr" in metrics else []
 
@@ -46,7 +46,7 @@ class Comparison(NamedTuple):
     """Two systems on the same samples.
 
     Attributes:
-        difference: score of the second less that of the first.
+        difference: score of the second minus that of the first.
         interval: 95 % interval of the difference.
         p: two-sided bootstrap probability of a difference this far from zero if there were none.
     """
@@ -64,7 +64,7 @@ def compare(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, Comparison]:
-    """Paired bootstrap: both systems are scored on the same draws, so what is hard for both cancels out."""
+    """Paired bootstrap: both systems are scored on the same draws, so the samples' difficulty cancels out."""
     rng = np.random.default_rng(seed)
 
     def differences(rows: Int[np.ndarray, " N"]) -> dict[str, float]:
@@ -76,7 +76,7 @@ def compare(
     for name, difference in differences(np.arange(samples)).items():
         values = np.array([draw[name] for draw in found])
         low, high = (float(q) for q in np.quantile(values, [0.025, 0.975]))
-        # One draw is added to each side: a probability from a finite number of draws is never zero.
+        # One draw is added to each side, so that p from finitely many draws is never zero.
         tail = 1 + min(int((values <= 0).sum()), int((values >= 0).sum()))
         compared[name] = Comparison(difference, Interval(low, high), min(1.0, 2 * tail / (draws + 1)))
     return compared

@@ -1,8 +1,8 @@
-"""Every metric under the name of its protocol: a score means nothing without one.
+"""Metrics by protocol name.
 
-``METRICS[name](predictions, references)`` takes one prediction and one list of references a sample and returns
+``METRICS[name](predictions, references)`` takes one prediction and one list of references per sample and returns
 ``Scores``. The same captions reach CIDEr 0.95 under one protocol and 0.73 under another, so results are stored and
-shown with the name.
+shown with the protocol's name.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ class Scores:
     Attributes:
         total: score of the whole set by name. BLEU and ROUGE-L run from 0 to 1, CIDEr from 0 to 10, accuracies from
             0 to 100.
-        per_sample: the samples' own scores by name, where their mean is the total. Corpus BLEU has none.
-        counts: what each sample adds to a score of the whole set that is no mean, such as corpus BLEU; None where
-            all are means.
-        of_counts: such scores by name, of summed counts.
+        per_sample: per-sample scores by name, if their mean is the total. Corpus BLEU has none.
+        counts: per-sample counts for scores of the whole set that are not means, such as corpus BLEU; None if all
+            scores are means.
+        of_counts: such scores by name, from summed counts.
     """
 
     total: dict[str, float]
@@ -38,19 +38,19 @@ class Scores:
     of_counts: Callable[[np.ndarray], dict[str, float]] | None = None
 
     def resampled(self, rows: Int[np.ndarray, " N"]) -> dict[str, float]:
-        """The totals of another draw of the samples. Rarities of CIDEr stay those of the whole set."""
+        """The totals of a bootstrap draw of the samples. CIDEr keeps the document frequencies of the whole set."""
         totals = {name: float(values[rows].mean()) for name, values in self.per_sample.items()}
         if self.counts is not None and self.of_counts is not None:
             totals |= self.of_counts(self.counts[rows].sum(0))
         return {name: totals[name] for name in self.total}
 
     def by_group(self, groups: Sequence[Hashable]) -> dict[Hashable, dict[str, float]]:
-        """Means of the per-sample scores for each value of ``groups`` (one a sample), such as question types.
+        """Means of the per-sample scores for each value of ``groups`` (one per sample), such as question types.
 
-        Not the way to score a subset on its own: CIDEr weighs words by the set it is given.
+        This does not equal scoring a subset on its own, since CIDEr weights words by the whole set.
 
         Raises:
-            ValueError: not one group a sample.
+            ValueError: not one group per sample.
         """
         samples = len(next(iter(self.per_sample.values())))
         if len(groups) != samples:
@@ -74,7 +74,7 @@ def coco(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sco
 
 
 def nlgeval(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """The same scores on the captions as they are: case, punctuation and all (nlg-eval, used for MAGMA's table)."""
+    """The same scores on unprocessed captions, with case and punctuation (nlg-eval, used for MAGMA's table)."""
     _check(predictions, references)
     counts = bleu_counts(predictions, references)
     per_sample = {"CIDEr": cider_d(predictions, references), "ROUGE-L": rouge_l(predictions, references)}
@@ -85,7 +85,7 @@ def nlgeval(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
     """METEOR 1.5 on the tokens of ``coco``, 0 to 1; needs Java and ``pycocoevalcap``.
 
-    The set's score is that of its summed counts, not the mean of its images' scores.
+    The set's score is computed from summed counts; it is not the mean of the images' scores.
     """
     _check(predictions, references)
     counts = java_metrics.meteor_counts(*_tokenized(predictions, references))
@@ -105,12 +105,12 @@ def spice(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sc
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """Percentage of predictions equal to one of their references, character by character (GQA's rule)."""
+    """Percentage of predictions that equal one of their references exactly (GQA's rule)."""
     return _accuracy(lambda prediction, answers: 100.0 * (prediction in answers), predictions, references)
 
 
 def exact_match_relaxed(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """``exact_match`` without surrounding space, case and final full stops, on both sides."""
+    """``exact_match`` that ignores surrounding space, case and final full stops, on both sides."""
 
     def relax(text: str) -> str:
         return text.strip().rstrip(".").lower()
@@ -150,7 +150,7 @@ def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> N
             raise ValueError(f"sample {i}: references must be a list of at least one string, got {alternatives!r}")
 
 
-# VizWiz under its sensible reading is the official rule: one annotator is left out by position.
+# For VizWiz the sensible reading is the official rule, which leaves one annotator out by position.
 METRICS: MappingProxyType[str, Metric] = MappingProxyType(
     {
         "coco": coco,

@@ -1,7 +1,7 @@
 """Caption scores over a whole set: BLEU, CIDEr-D and ROUGE-L as coco-caption computes them.
 
-Inputs are token strings, tokens parted by spaces: ``hypotheses[i]`` is judged against ``references[i]``, any number of
-them per image. Which tokens is the protocol's business (``magma_jax.evaluation.metrics.by_protocol``).
+Inputs are strings of space-separated tokens: ``hypotheses[i]`` is scored against ``references[i]``, any number per
+image. Tokenization is up to the protocol (``magma_jax.evaluation.metrics.by_protocol``).
 """
 
 import math
@@ -18,7 +18,7 @@ Ngrams = Counter[tuple[str, ...]]
 def bleu_counts(
     hypotheses: Sequence[str], references: Sequence[Sequence[str]], max_order: int = 4
 ) -> Int[np.ndarray, "N columns"]:
-    """What each image adds to corpus BLEU: matched n-grams by order, possible ones by order, the two lengths."""
+    """Per-image counts for corpus BLEU: matched n-grams by order, possible ones by order, the two lengths."""
     rows = np.zeros((len(hypotheses), 2 * max_order + 2), np.int64)
     for row, hypothesis, alternatives in zip(rows, hypotheses, references, strict=True):
         words = hypothesis.split()
@@ -34,14 +34,14 @@ def bleu_counts(
 
 
 def bleu_of_counts(counts: Int[np.ndarray, " columns"]) -> Float[np.ndarray, " orders"]:
-    """Corpus BLEU-1, BLEU-2, ..., 0 to 1, of the summed rows of ``bleu_counts`` (Papineni et al. 2002).
+    """Corpus BLEU-1, BLEU-2, ..., 0 to 1, from the summed rows of ``bleu_counts`` (Papineni et al. 2002).
 
     The brevity penalty sums, over the images, the reference length closest to the hypothesis (the shorter of two
     equally close).
     """
     orders = (len(counts) - 2) // 2
     matched, possible, (length, reference_length) = counts[:orders], counts[orders : 2 * orders], counts[-2:]
-    # The two small numbers are coco-caption's: no division by zero, and a score for what matches nothing.
+    # coco-caption's two constants, which avoid division by zero and zero precision.
     precision = (matched + 1e-15) / (possible + 1e-9)
     scores = np.cumprod(precision) ** (1 / np.arange(1, orders + 1))
     ratio = (length + 1e-15) / (reference_length + 1e-9)
@@ -51,8 +51,8 @@ def bleu_of_counts(counts: Int[np.ndarray, " columns"]) -> Float[np.ndarray, " o
 def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " N"]:
     """CIDEr-D of each image, 0 to 10; the set's score is the mean (Vedantam et al. 2015).
 
-    How rare an n-gram is, is counted over the references given: the same captions score differently inside another
-    set, and a set of one image scores 0.
+    Document frequencies come from the given references: the same captions score differently in another set, and a set
+    of one image scores 0.
     """
     counted = [[_ngrams(reference) for reference in alternatives] for alternatives in references]
     images_with = Counter(ngram for alternatives in counted for ngram in set().union(*alternatives))
@@ -64,7 +64,7 @@ def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> F
             rarity = log_images - math.log(max(1, images_with[ngram]))
             vectors[len(ngram) - 1][ngram] = count * rarity
         norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in vectors]
-        # The length that the Gaussian penalty compares is the number of bigrams, as in the reference program.
+        # As in the reference program, the Gaussian penalty compares numbers of bigrams.
         return vectors, norms, sum(count for ngram, count in ngrams.items() if len(ngram) == 2)
 
     scores = np.zeros(len(hypotheses))
@@ -84,8 +84,8 @@ def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> F
 def rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " N"]:
     """ROUGE-L of each image, 0 to 1; the set's score is the mean (Lin 2004, beta 1.2).
 
-    Best precision and best recall may come from different references. Splits at every single space, so that an
-    empty caption is one empty word and equals an empty reference, as in the reference program.
+    Best precision and best recall may come from different references. As in the reference program, text is split at
+    every single space, so an empty caption is one empty word and equals an empty reference.
     """
     scores = np.zeros(len(hypotheses))
     for i, (hypothesis, alternatives) in enumerate(zip(hypotheses, references, strict=True)):

@@ -1,6 +1,6 @@
-"""GQA's measures beside accuracy, as its official program computes them (Hudson and Manning 2019, section 4.4).
+"""GQA's measures other than accuracy, as its official program computes them (Hudson and Manning 2019, section 4.4).
 
-Grounding is not among them: it compares a model's attention with boxes of scene graphs.
+Grounding is not implemented: it compares a model's attention with boxes of scene graphs.
 """
 
 from collections import Counter, defaultdict
@@ -47,17 +47,17 @@ def gqa_measures(
     predictions: Mapping[str, str],
     choices: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, float]:
-    """Measures of the balanced questions that the inputs allow.
+    """The measures of the balanced questions that can be computed from the inputs.
 
     Args:
-        questions: of ``read_questions``, all of them.
-        predictions: for the balanced questions at least.
-        choices: of ``read_choices``; validity and plausibility need it.
+        questions: all questions, from ``read_questions``.
+        predictions: predictions for at least the balanced questions.
+        choices: from ``read_choices``; needed for validity and plausibility.
 
     Returns:
-        ``consistency``, percent: of the questions that follow from one that was answered rightly, those that were
-        too; only if all of these are predicted. ``validity`` and ``plausibility``, percent: answers of the right kind,
-        and answers that ever occur with what is asked about. ``distribution``: chi-square between true and predicted
+        ``consistency``, percent: share of correct answers among questions entailed by a correctly answered one; only if
+        all of these are predicted. ``validity`` and ``plausibility``, percent: answers of the right kind, and answers
+        that ever occur with the subject of the question. ``distribution``: chi-square between true and predicted
         answers within groups of questions, divided by 100; lower is better.
 
     Raises:
@@ -81,7 +81,7 @@ def gqa_measures(
             if key not in choices:
                 raise DataError(f"question {key} has no choices; give the file of choices of the same split")
             for name, kind in (("validity", "valid"), ("plausibility", "plausible")):
-                # Questions of what two things have in common: the program takes these three for all of them.
+                # For questions about what two objects have in common, the official program uses these three.
                 common = "Common" in str((question.get("types") or {}).get("detailed"))
                 valid[name].append(prediction in (("color", "material", "shape") if common else choices[key][kind]))
         group = (question.get("groups") or {}).get("global")
@@ -97,7 +97,7 @@ def gqa_measures(
 
 
 def _chi_square(gold: Mapping[str, Counter], said: Mapping[str, Counter]) -> float:
-    """Mean over the groups, weighed by their questions; answers that are never true do not count."""
+    """Mean over groups, weighted by their number of questions; answers that are never true are ignored."""
     total = sum(
         sum((said[group][answer] - count) ** 2 / count for answer, count in counts.items()) * counts.total()
         for group, counts in gold.items()

@@ -1,4 +1,4 @@
-"""METEOR and SPICE: programs in Java that the package ``pycocoevalcap`` brings along (extra ``java-metrics``).
+"""METEOR and SPICE: Java programs that come with the package ``pycocoevalcap`` (extra ``java-metrics``).
 
 Captions are tokenised as for the coco protocol. Both score an image from 0 to 1.
 """
@@ -16,7 +16,7 @@ from magma_jax.typing import Float
 
 PACKAGE = "pycocoevalcap"
 METEOR_JAR = "meteor-1.5.jar"
-# Which SPICE parses captions with; the package fetches them when it is first used.
+# SPICE's parser models; the package downloads them at first use.
 CORENLP_JAR = "stanford-corenlp-3.6.0-models.jar"
 
 # METEOR's parameters for English, tuned on human rankings: the paper, table 1.
@@ -25,10 +25,10 @@ _KINDS = (1.0, 0.6, 0.8, 0.6)
 
 
 def meteor_counts(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, "N 23"]:
-    """What METEOR 1.5 counts of each image, against the reference it finds closest; see ``meteor_of_counts``.
+    """METEOR 1.5's counts for each image against its closest reference; see ``meteor_of_counts``.
 
     Raises:
-        DataError: no Java, or no ``pycocoevalcap``; or the program ends early.
+        DataError: Java or ``pycocoevalcap`` is missing, or the program ends early.
     """
     folder = _folder("METEOR") / "meteor"
     command = ["java", "-jar", "-Xmx2G", METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
@@ -43,14 +43,14 @@ def meteor_counts(hypotheses: Sequence[str], references: Sequence[Sequence[str]]
         reason = next(iter(done.stderr.splitlines()), "no output")
         raise DataError(f"{METEOR_JAR} in {folder} failed ({reason:.200})")
     rows = np.array(counts, np.float64).reshape(-1, 23)
-    # One chunk that is the whole of both texts is no fragment: METEOR takes it for none, also in sums.
+    # METEOR counts a single chunk that covers both texts as zero fragments, also in sums.
     whole = (rows[:, 20] == 1) & (rows[:, 21:] == rows[:, :2]).all(1)
     rows[whole, 20] = 0
     return rows
 
 
 def meteor_of_counts(counts: Float[np.ndarray, " 23"]) -> float:
-    """METEOR 1.5 for English, 0 to 1, of one row of counts or of the sum of several (Denkowski and Lavie 2014).
+    """METEOR 1.5 for English, 0 to 1, from one row of counts or the sum of several (Denkowski and Lavie 2014).
 
     The counts: length of hypothesis and reference, function words in each; for each of four kinds of match (exact,
     stem, synonym, paraphrase) content words and then function words matched, in hypothesis and reference; chunks, and
@@ -71,7 +71,7 @@ def spice(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Flo
     """SPICE of each image; the set's score is the mean (Anderson et al. 2016).
 
     Raises:
-        DataError: no Java, no ``pycocoevalcap``, or no Stanford models; or the program fails.
+        DataError: Java, ``pycocoevalcap`` or the Stanford models are missing, or the program fails.
     """
     folder = _folder("SPICE") / "spice"
     if not (folder / "lib" / CORENLP_JAR).is_file():
@@ -92,7 +92,7 @@ def spice(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Flo
 
 
 def _folder(metric: str) -> Path:
-    """Where the package keeps its programs."""
+    """The package's folder of a metric's program."""
     if shutil.which("java") is None:
         raise DataError(f"{metric} is a program in Java, and there is no `java` on this machine; install a runtime")
     found = importlib.util.find_spec(PACKAGE)
@@ -102,5 +102,5 @@ def _folder(metric: str) -> Path:
 
 
 def _clean(caption: str) -> str:
-    """A caption that the line protocol does not take for several."""
+    """A caption without characters that separate entries in the line protocol."""
     return " ".join(caption.replace("|||", "").split())

@@ -1,4 +1,4 @@
-"""Perplexity of a language model on a text file, with its adapters and without: is the language model intact?"""
+"""Perplexity of a language model on a text file, with and without its adapters, to check that it is intact."""
 
 import math
 from pathlib import Path
@@ -18,12 +18,12 @@ from magma_jax.typing import IGNORED, Array, Float, Int, Params
 
 
 class Perplexity(NamedTuple):
-    """How well a text is predicted.
+    """Perplexity of a text.
 
     Attributes:
-        perplexity: per token.
-        bits_per_byte: of UTF-8; comparable between vocabularies.
-        tokens: that were predicted: all but the first.
+        perplexity: perplexity per token.
+        bits_per_byte: bits per UTF-8 byte; comparable between vocabularies.
+        tokens: number of predicted tokens, all but the first.
     """
 
     perplexity: float
@@ -34,8 +34,8 @@ class Perplexity(NamedTuple):
 def perplexity(model: TokenGenerator, text: str, *, batch_size: int = 4) -> Perplexity:
     """Perplexity of ``text``.
 
-    The text is run in windows as long as the context, each begun half a window after the one before it, and every
-    token is predicted once: by the window in which it has at least half a context before it.
+    The text is run in windows of the context length with a stride of half a window, and every token is predicted once,
+    by the window in which it has at least half a context before it.
 
     Raises:
         DataError: fewer than two tokens.
@@ -51,7 +51,7 @@ def perplexity(model: TokenGenerator, text: str, *, batch_size: int = 4) -> Perp
     for row, start in enumerate(starts):
         piece = ids[start : start + window + 1]
         tokens[row, : len(piece)] = piece
-        # Label i is token i + 1 of the window; those that an earlier window predicted are left out.
+        # Label i is token i + 1 of the window; tokens predicted by an earlier window are masked.
         labels[row, done - start - 1 : len(piece) - 1] = piece[done - start :]
         done = start + len(piece)
     total = 0.0
@@ -66,7 +66,7 @@ def perplexity(model: TokenGenerator, text: str, *, batch_size: int = 4) -> Perp
 
 
 def measure(model: TokenGenerator, path: str | Path) -> dict[str, Any]:
-    """Perplexity on a file with the model's adapters, and without them where it has any."""
+    """Perplexity on a file with the model's adapters, and without them if it has any."""
     text = read_text(Path(path))
     found = {"file": Path(path).name, "model": perplexity(model, text)._asdict()}
     if any("_adapter/" in name for name in model.params):

@@ -1,12 +1,12 @@
-"""Penn Treebank tokenisation of captions, as the coco protocol has it done by Stanford's tokenizer.
+"""Penn Treebank tokenisation of captions, as done by Stanford's tokenizer in the coco protocol.
 
-Captions are scored on these tokens, so the scores of the literature depend on what that program does: it splits
-``isn't`` into ``is n't``, keeps ``p.m.`` whole, writes ``(`` as ``-lrb-``, leaves ``dog.A`` alone. Its behaviour is
-restated here from observation of version 3.4.1 with ``-preserveLines -lowerCase``; ``ptb_rules`` has the rules.
+Captions are scored on these tokens, so published scores depend on that program's behaviour: it splits ``isn't`` into
+``is n't``, keeps ``p.m.`` whole, writes ``(`` as ``-lrb-``, leaves ``dog.A`` alone. It is reimplemented here from
+observation of version 3.4.1 with ``-preserveLines -lowerCase``; ``ptb_rules`` has the rules.
 
-Not restated: the program looks at the next caption of its file where one ends in a single letter or ``no.`` with a
-period, and takes one with U+2028, U+0085 or a form feed for several; some letters of scripts other than Latin, Greek
-and Cyrillic; soft hyphens within file names.
+Known differences: if a caption ends in a single letter or ``no.`` with a period, the program looks at the next caption
+of its file; it splits captions at U+2028, U+0085 and form feeds; some letters of scripts other than Latin, Greek and
+Cyrillic; soft hyphens within file names.
 """
 
 import re
@@ -17,7 +17,7 @@ _ENTITIES = {"&amp;": "&", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
 _ENTITY = re.compile("|".join(_ENTITIES))
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-# Tokens that are written otherwise. The treebank knows dollars, cents and "#"; it spells fractions.
+# Tokens that are rewritten. The treebank has dollars, cents and "#", and spells out fractions.
 _WRITTEN = {
     **_BRACKETS,
     **dict.fromkeys("\u0080\u00a4\u20a0\u20ac", "$"),
@@ -26,7 +26,7 @@ _WRITTEN = {
     **dict.fromkeys(["\u0096", "\u0097", "\u2013", "\u2014", "\u2015", "&MD;", "&mdash;", "&ndash;"], "--"),
     **{"&lt;": "<", "&gt;": ">"},
 }
-# Quotation marks, in tokens that consist of them: opening and closing ones are told apart.
+# Quotation marks, for tokens that consist of them: opening and closing ones differ.
 _QUOTES = str.maketrans(
     dict.fromkeys("\u0091\u2018\u201b\u2039", "`")
     | dict.fromkeys("\u0092\u2019\u203a", "'")
@@ -37,7 +37,7 @@ _ONLY_QUOTES = re.compile("['`\u0091-\u0094\u2018\u2019\u201b-\u201d\u2039\u203a
 _CONTRACTION = re.compile("(?i)['\u0092\u2019](?:[msd]|re|ve|ll)|n['`\u0091\u0092\u2018\u2019\u201b]t")
 _DOTS = re.compile(r"\.(?:[ \u00a0]?\.){2,4}")
 
-# What the protocol drops. Its list has the brackets in upper case, so the lower-cased ones stay.
+# Tokens that the protocol drops. Its list has brackets in upper case, so the lower-cased ones are kept.
 _DROPPED = frozenset([*"'\"`.?!,:;-", "''", "``", "...", "--", ""])
 
 
@@ -51,16 +51,16 @@ def ptb_tokenize(caption: str) -> str:
 
 
 def _split(caption: str) -> list[str]:
-    """The tokens as they stand in the caption: at every position that of the rule which sees furthest ahead.
+    """The unmodified tokens of a caption: at every position the longest match of any rule, lookahead included.
 
-    What no rule takes the program leaves out.
+    Characters that no rule matches are dropped.
     """
     text = _ENTITY.sub(lambda match: _ENTITIES[match[0]], caption)
-    # Several rules ask what follows, if only the end of the line. Any kind of line end is a space here.
+    # Several rules look ahead, at least for the end of the line. Line ends within the caption become spaces.
     text = " ".join(text.splitlines()) + "\n"
     tokens, position = [], 0
     while position < len(text):
-        match = PLAIN.match(text, position)  # most words, for which the rules need not be asked
+        match = PLAIN.match(text, position)  # fast path for most words
         if match is None:
             match = max(filter(None, (rule.match(text, position) for rule in RULES)), key=re.Match.end, default=None)
         if match is None:

@@ -1,13 +1,13 @@
-"""The rules of ``ptb``: what may be a token, and what must follow it to be one.
+"""The rules of ``ptb``: patterns of tokens, each with a required lookahead.
 
-Stanford's program takes at every position the rule that matches most, what must follow included, and among equals the
-first. Found by asking it about all abbreviations of up to five letters, every character of the basic plane, and some
-hundred thousand random strings.
+At every position Stanford's program takes the rule with the longest match, lookahead included, and the first of equals.
+The rules were found by running it on all abbreviations of up to five letters, every character of the basic plane, and
+some hundred thousand random strings.
 """
 
 import re
 
-# Letters and digits of the basic plane: accents may be characters of their own, numerals such as one half are neither.
+# Letters and digits of the basic plane: accents may be separate characters, numerals such as one half are neither.
 _OTHERS = (
     "\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089\u2150-\u2189\u2460-\u249b\u24ea-\u24ff\u2776-\u2793"
     "\U00010000-\U0010ffff"
@@ -41,8 +41,8 @@ _SITE = (
     r"|(?:[^ \t\n\"`'|!$(){},-_]+\.)+(?i:com|net|org|edu))"
 )
 
-# Abbreviations that keep their period wherever they stand, found by trying all words of up to five letters: those that
-# stand before a name, and those that may end a sentence, which two more characters count for.
+# Abbreviations that always keep their period, found by trying all words of up to five letters: those before names, and
+# those that may end a sentence, whose match counts two more characters.
 _TITLES = (
     "adj|adm|adv|alex|assoc|asst|atty|attys|ave|brig|capt|cf|cie|cmdr|col|comdr|cpl|dept|det|dr|"
     "drs|elec|ens|ft|gen|gov|govs|hon|insp|invt|jos|lieut|lt|maj|messrs|mlle|mme|mr|mrs|ms|msgr|"
@@ -65,8 +65,7 @@ _BEGINNINGS = (
     "Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|What|When|While|Yet|You"
 )
 
-# What is a token by itself. Other characters that are no letters are left out: so does the program, which has never
-# heard of them.
+# Single-character tokens. Like the program, the rules drop all other characters that are not letters.
 _SYMBOLS = (
     "!-~\u0080\u0091-\u0094\u0096\u0097\u00a1-\u00a9\u00ab\u00ac\u00ae-\u00b4\u00b6-\u00b9\u00bb-\u00bf\u00d7\u00f7"
     "\u037e\u0387\u0589\u05be\u05c0\u05c3\u05c6\u05f3\u05f4\u0600-\u0603\u0606-\u060c\u0614\u061b\u061e\u061f\u066a\u066d"
@@ -79,9 +78,9 @@ _SYMBOLS = (
 _EYES = r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]"
 SMILEY = re.compile(_EYES)
 
-# Token, and what follows it where that matters.
+# Token, and its lookahead if any.
 _RULES = (
-    # Contractions. Of those without an apostrophe only the first half is taken; the second is then a word.
+    # Contractions. Of those without an apostrophe only the first half is matched; the second is then a word.
     (r"(?i:can)", "(?i:not)"),
     (r"(?i:gon|wan)", "(?i:na)"),
     (r"(?i:got)", "(?i:ta)"),
@@ -158,5 +157,5 @@ _RULES = (
     (f"{_SPACE}+", ""),
 )
 RULES = tuple(re.compile(f"({token})(?:{follows})") for token, follows in _RULES)
-# The words that no rule divides, when a space follows.
+# Words followed by a space that no rule splits.
 PLAIN = re.compile(r"(?!(?i:cannot|gonna|wanna|gotta|lemme|gimme)\s)([A-Za-z]+)(?=[ \n])")

@@ -1,7 +1,7 @@
-"""VQA accuracy as the official evaluation computes it, and the variants that published numbers also used.
+"""VQA accuracy as the official evaluation computes it, and other variants behind published numbers.
 
-A question has several annotators' answers (ten, as a rule). Agreement with three of the others is worth full marks.
-All results are percentages, 0 to 100; the official program prints them with two decimals.
+A question has several annotators' answers (usually ten). Agreement with three of the others scores 100. All results are
+percentages, 0 to 100; the official program prints them with two decimals.
 """
 
 import re
@@ -38,7 +38,7 @@ y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 
 
 def _without_one_apostrophe() -> dict[str, str]:
-    table = {"somebody'd": "somebodyd"}  # as it stands in the official table
+    table = {"somebody'd": "somebodyd"}  # as in the official table
     for word in _CONTRACTIONS.split():
         for i, character in enumerate(word):
             if character == "'":
@@ -50,10 +50,10 @@ _RESTORED = _without_one_apostrophe()
 
 
 def strip_punctuation(text: str) -> str:
-    """The official first step: most marks go, or become a space between letters; full stops go.
+    """The official first step: removes full stops, and removes most other marks or replaces them by a space.
 
-    A mark disappears if it touches a space anywhere in ``text``, or if ``text`` has a comma between digits; otherwise
-    it becomes a space. A full stop stays before a digit, and of more than 32 the rest stay (both by oversight).
+    A mark is removed if it touches a space anywhere in ``text``, or if ``text`` has a comma between digits; otherwise
+    it becomes a space. Full stops before a digit, and those after the first 32, are kept (both bugs of the original).
     """
     result = text
     grouped = re.search(r"\d,\d", text) is not None
@@ -72,8 +72,8 @@ def normalize_words(text: str) -> str:
 def vqa_official(prediction: str, answers: Sequence[str]) -> float:
     """Accuracy under the evaluation code of March 2021 and later.
 
-    Where all answers are equal nothing is normalised: ``Yes.`` scores 0 against ten times ``yes``. Otherwise both
-    sides are. Each annotator's answer is left out once, and the rest are counted.
+    If all answers are equal nothing is normalised: ``Yes.`` scores 0 against ten times ``yes``. Otherwise both sides
+    are normalised. Each annotator's answer is left out once, and matches with the rest are counted.
     """
     return _agreement(*_official_text(prediction, answers))
 
@@ -86,7 +86,7 @@ def vqa_always_normalised(prediction: str, answers: Sequence[str]) -> float:
 def vqa_before_2021(prediction: str, answers: Sequence[str]) -> float:
     """The evaluation code before March 2021: predictions are always normalised.
 
-    The answers lose their punctuation where they differ, and keep case, articles and number words.
+    Answers that are not all equal lose their punctuation; case, articles and number words are kept.
     """
     answers = [_clean(answer) for answer in answers]
     if len(set(answers)) > 1:
@@ -95,10 +95,10 @@ def vqa_before_2021(prediction: str, answers: Sequence[str]) -> float:
 
 
 def vizwiz_by_value(prediction: str, answers: Sequence[str]) -> float:
-    """What the official program gives for answers without ids and with equal confidences, as in VizWiz.
+    """The official program's result for answers without ids and with equal confidences, as in VizWiz.
 
-    Leaving one annotator out then leaves out everyone who said the same, so that a unanimous answer scores 0. To
-    compare with such numbers only: ``vqa_official``, which leaves out by position, is the sensible reading.
+    Leaving one annotator out then leaves out everyone with the same answer, so a unanimous answer scores 0. Use it only
+    to compare with such numbers: ``vqa_official``, which leaves out by position, is the sensible reading.
     """
     prediction, answers = _official_text(prediction, answers)
     others = ([other for other in answers if other != answer] for answer in answers)

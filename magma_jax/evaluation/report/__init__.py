@@ -1,1 +1,1 @@
-"""Results for people: tables, cards and pages."""
+"""Human-readable results: tables, cards and pages."""

@@ -1,4 +1,4 @@
-"""Images with what a model says of them, as one image: a grid of cards, right texts green and wrong ones red."""
+"""A grid of images with the model's texts as one image; right texts are green, wrong ones red."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,16 +9,16 @@ from PIL import Image, ImageDraw, ImageFont
 from magma_jax.typing import UInt8
 
 COLUMNS = 4
-# Pixels: width of a card, space around it, side of an image.
+# In pixels: width of a card, margin around it, side of an image.
 CARD, MARGIN, IMAGE = 300, 14, 104
 SOFT, LINE, RIGHT, WRONG = "#5b646d", "#dfe3e7", "#1a7f47", "#b3352b"
-# Drawn at twice the size and shrunk: smooth edges and letters.
+# Cards are drawn at twice the size and downsampled for smooth edges and letters.
 SCALE = 2
 FIRST_SIZE, NEXT_SIZE = 15, 13
 
 
 class Line(NamedTuple):
-    """What a model said, the truth, and the question, which a caption does not have."""
+    """The model's text, the truth, and the question (empty for a caption)."""
 
     said: str
     truth: str
@@ -35,8 +35,8 @@ class Card(NamedTuple):
 def draw_cards(cards: Sequence[Card]) -> UInt8[np.ndarray, "H W 3"]:
     """The grid, 1200 pixels wide.
 
-    The letters come from the font inside Pillow, so the image is the same on every machine. The font has ASCII
-    letters only; for others stands a question mark.
+    The font is Pillow's own, so the image is the same on every machine. It has only ASCII letters; others are drawn as
+    question marks.
     """
     drawn = [_draw(card) for card in cards]
     rows = [drawn[start : start + COLUMNS] for start in range(0, len(drawn), COLUMNS)]
@@ -55,11 +55,11 @@ def draw_cards(cards: Sequence[Card]) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _draw(card: Card) -> tuple[Image.Image, int]:
-    """An image with its texts, and the height that they take."""
+    """An image with its texts, and their total height."""
     width, side = (CARD - 2 * MARGIN) * SCALE, IMAGE * SCALE
     texts = [_words(line) for line in card.lines]
     sizes = [FIRST_SIZE, *[NEXT_SIZE] * len(texts)]
-    # A line of text takes one height a word at most.
+    # Upper bound: one line per word.
     room = sum((len(words) + 1) * round(size * 1.3) * SCALE for words, size in zip(texts, sizes, strict=False))
     image = Image.new("RGB", (width, side + 8 * SCALE + room), "white")
     draw = ImageDraw.Draw(image)
@@ -73,7 +73,7 @@ def _draw(card: Card) -> tuple[Image.Image, int]:
 
 
 def _words(line: Line) -> list[tuple[str, str]]:
-    """Words with their colours: question, what was said, and the truth if that is something else."""
+    """Words with their colours: question, the model's text, and the truth if it differs."""
     right = line.said == line.truth
     parts = [(line.question, SOFT), (line.said or "(nothing)", RIGHT if right else WRONG)]
     parts += [] if right else [(f"(truth: {line.truth})", SOFT)]
@@ -83,7 +83,7 @@ def _words(line: Line) -> list[tuple[str, str]]:
 def _write(
     draw: ImageDraw.ImageDraw, left: int, y: int, right: int, words: Sequence[tuple[str, str]], size: int
 ) -> int:
-    """Writes coloured words into lines between ``left`` and ``right``; returns where the next line begins."""
+    """Writes coloured words into lines between ``left`` and ``right``; returns the y of the next line."""
     font = ImageFont.load_default(size * SCALE)
     line_height = round(size * 1.3) * SCALE
     x = left

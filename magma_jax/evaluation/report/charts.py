@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, coloured by the style sheet of the page they stand in."""
+"""Line charts as inline SVG, coloured by the style sheet of the enclosing page."""
 
 import math
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 20, 12, 44
 
 
 def line_chart(x: Sequence[float | int], y: Sequence[float | int], x_label: str, y_label: str) -> str:
-    """One curve over labelled axes that start at zero; units belong into the labels.
+    """One curve over labelled axes that start at zero; units belong in the labels.
 
     Raises:
-        ValueError: no points, or coordinates of different number.
+        ValueError: no points, or different numbers of x and y values.
     """
     if not x or len(x) != len(y):
         raise ValueError(f"a chart needs points: got {len(x)} x and {len(y)} y values")
     x_ticks, y_ticks = ticks(max(x)), ticks(max(y))
-    # The steps of a run end where they end; upwards there is room to the next round number.
+    # The x axis ends at the last step, the y axis at the next round number.
     x_end, y_end = max(x) or 1.0, y_ticks[-1]
 
     def across(value: float | int) -> float:

@@ -1,4 +1,4 @@
-"""Two results on the same examples: is one better, or was it chance?"""
+"""Significance test of two results on the same examples."""
 
 from collections import Counter
 from pathlib import Path
@@ -16,19 +16,19 @@ from magma_jax.evaluation.tables import text_table
 def compare_results(
     first: str | Path, second: str | Path, *, draws: int = DRAWS
 ) -> dict[str, dict[str, dict[str, Comparison]]]:
-    """Paired bootstrap of two results, or of all results of two folders that have task, shots and settings in common.
+    """Paired bootstrap of two results, or of all results in two folders with the same task, shots and settings.
 
     Returns:
-        Result to protocol to metric to comparison, the second less the first.
+        Result to protocol to metric to comparison, the second minus the first.
 
     Raises:
-        DataError: nothing to compare, other examples, or other true answers.
+        DataError: nothing to compare, different examples, or different true answers.
     """
     return {name: _compare(*pair, draws) for name, pair in _pairs(Path(first), Path(second)).items()}
 
 
 def table(first: str | Path, second: str | Path, found: dict[str, dict[str, dict[str, Comparison]]]) -> str:
-    """For a terminal."""
+    """The comparison as a table for a terminal."""
     rows = [["", "protocol", "metric", "B less A", "95 % interval", "p"]]
     rows += [
         [
@@ -72,7 +72,7 @@ def _pairs(first: Path, second: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def _results(folder: Path) -> dict[str, Path]:
-    # A run folder keeps its results one folder deeper.
+    # A run folder has its results in a subfolder.
     inner = folder / "evaluation"
     paths = sorted((inner if inner.is_dir() else folder).glob(f"*{RESULTS}"))
     titles = list(map(_title, paths))

@@ -1,4 +1,4 @@
-"""One HTML page of a task: images, questions, what the model said, what is true; it needs nothing else."""
+"""Gallery of a task as one self-contained HTML page: images, questions, answers, true answers."""
 
 import base64
 import collections
@@ -19,12 +19,11 @@ from magma_jax.evaluation.tasks.shots import Shot
 from magma_jax.output import replace_file
 from magma_jax.typing import UInt8
 
-# More would make a page that no browser likes: an image is about 6 kB.
+# Maximum number of examples: an image is about 6 kB, and larger pages are slow in browsers.
 SHOWN = 1000
-# Pixels per side, for screens with two pixels a point.
+# Pixels per side, for screens with two pixels per point.
 IMAGE_SIZE = 256
-# CIDEr (0 to 10) from which one of many possible captions counts as right, and below which any counts as wrong: it has
-# no natural threshold.
+# CIDEr (0 to 10) from which a caption counts as right, and below which as wrong; there is no natural threshold.
 GOOD_CAPTION, BAD_CAPTION = 1.0, 0.3
 _SEPARATOR = "\u001f"
 
@@ -33,7 +32,9 @@ def write_gallery(path: str | Path, result: TaskResult, *, shown: int = SHOWN, a
     """Writes the page.
 
     Args:
-        shown: examples on it at most, evenly spaced.
+        path: the HTML file.
+        result: result of the task.
+        shown: maximum number of examples, evenly spaced.
         attribution: HTML of the footer, which names the images' source and licence.
     """
     numbers = list(spaced(len(result.examples), shown))
@@ -60,7 +61,7 @@ def write_gallery(path: str | Path, result: TaskResult, *, shown: int = SHOWN, a
 
 
 def _mark(result: TaskResult, scores: dict[str, float] | None, i: int) -> tuple[str, float]:
-    """Right, partly or wrong, and the score behind it."""
+    """The mark (right, partly right or wrong), and its score."""
     if scores is None:
         return "", 0.0
     if "accuracy" in scores:

@@ -1,4 +1,4 @@
-"""One image that shows what a model says: a grid of drawings with caption and one question each."""
+"""Overview image: a grid of drawings with a caption and one question each."""
 
 import io
 from collections import defaultdict
@@ -16,12 +16,12 @@ IMAGES = 12
 
 
 def overview_image(path: str | Path, evaluation: Evaluation, dataset: Dataset, seed: int = 0) -> None:
-    """Writes a PNG, 1200 pixels wide: twelve images drawn at random, none chosen for its answer.
+    """Writes a PNG, 1200 pixels wide, with twelve randomly sampled images.
 
-    Images whose texts are not ASCII are passed over: the font has no letters for them.
+    Images whose texts are not ASCII are skipped, since the font lacks their letters.
 
     Raises:
-        ValueError: the evaluation has no captions, or none that the font can write.
+        ValueError: the evaluation has no captions, or none in ASCII.
     """
     chosen = _choose(evaluation, seed)
     if not chosen:
@@ -41,7 +41,7 @@ def overview_image(path: str | Path, evaluation: Evaluation, dataset: Dataset, s
 
 
 def _choose(evaluation: Evaluation, seed: int) -> list[list[int]]:
-    """Samples by number, a caption and a question of the same image, each drawn at random."""
+    """Indices of samples: a caption and a question of the same image, each chosen at random."""
     rng = np.random.default_rng(seed)
     captions: dict[int, int] = {}
     questions: dict[int, list[int]] = defaultdict(list)

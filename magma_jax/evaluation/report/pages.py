@@ -1,4 +1,4 @@
-"""Pages in one file each: a common head and style around what a page shows."""
+"""Self-contained HTML pages with a common head and style."""
 
 from html import escape
 from importlib import resources
@@ -9,8 +9,9 @@ def fill_page(name: str, title: str, **parts: str) -> str:
     """The page ``name``.html of this package.
 
     Args:
-        title: text.
-        parts: HTML that takes the place of the page's ``$parts``.
+        name: name of the template.
+        title: title as plain text.
+        parts: HTML for the template's ``$`` placeholders.
     """
     title = escape(title)
     body = _template(f"{name}.html").substitute(parts, title=title)

@@ -1,7 +1,7 @@
-"""The figures of the paper's Tables 1 and 2, to stand beside one's own.
+"""The figures of the paper's Tables 1 and 2, for comparison.
 
 Questions in percent; CIDEr and BLEU-4 times 100, captions not tokenised (nlg-eval). Rows of Table 1 name the adapters:
-sequential or parallel, and the downsampling of those at attention and at the MLP.
+sequential or parallel, and their downsampling factors at attention and MLP.
 """
 
 import itertools
@@ -45,7 +45,7 @@ CLIP RN50x4                 47.7 43.6 48.1 50.2  9.3 6.7 9.2 8.7     41.9 13.1
 CLIP RN50x16                39.3 56.2 44.0 45.8  6.3 6.7 7.7 7.3     39.6 11.2
 """
 
-# Table 2: one task a model, no shots. "Best known" is the best published result of December 2021.
+# Table 2: one model per task, no shots. "Best known" is the best published result as of December 2021.
 _FINETUNED = """
 finetuned (Table 2)         68.0 49.2 54.5 35.4  79.0  93.6 27.8  91.2 31.4
 best known (Table 2)        75.5 48.0 72.1 54.7  86.3  112.2 33.1  143.3 41.7

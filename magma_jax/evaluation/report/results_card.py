@@ -1,6 +1,6 @@
-"""The results card of a checkpoint: its figures in the shape of the paper's tables, and how each was taken.
+"""The results card of a checkpoint: its scores in the layout of the paper's tables, with their provenance.
 
-Every evaluation leaves a JSON file in a folder; the card puts together those that belong to one checkpoint.
+Every evaluation writes a JSON file to a folder; the card combines those of one checkpoint.
 """
 
 import json
@@ -19,13 +19,13 @@ from magma_jax.output import replace_file
 
 
 def write_card(folder: str | Path, checkpoint: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Path:
-    """Writes ``card-HASH.json`` and ``card-HASH.txt`` of the results in ``folder`` that belong to a checkpoint.
+    """Writes ``card-HASH.json`` and ``card-HASH.txt`` for a checkpoint's results in ``folder``.
 
-    Only results with the same ``settings`` stand in one card, and settings other than the tasks' own in its name. Of
-    results that one task has with other data the newest counts.
+    A card has only results with the same ``settings``; non-default settings are part of its name. If a task has results
+    on different data, the newest is used.
 
     Returns:
-        The path of the second.
+        The path of ``card-HASH.txt``.
     """
     which = {"checkpoint": dict(checkpoint), "settings": dict(settings or {})}
     found = [r for r in read_results(folder) if which == {name: r.get(name) for name in which}]
@@ -46,7 +46,7 @@ def write_card(folder: str | Path, checkpoint: Mapping[str, Any], settings: Mapp
 
 
 def read_results(folder: str | Path) -> list[dict[str, Any]]:
-    """Results of tasks, in the order of the paper's tables and of their age.
+    """Results of tasks, in the order of the paper's tables, then by age.
 
     Raises:
         DataError: a result that cannot be read.
@@ -80,11 +80,11 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[Column, floa
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """For people."""
+    """The card's table as text."""
     rows = rows_of(results)
     columns = list(rows.get("this model", {}))
     intervals = {c: _interval(result, c) for result in results for c in columns_of(result)}
-    # All questions in one table, captions in one a task: they have several columns each.
+    # One table for all question tasks, and one per caption task, which has several columns.
     tables: dict[str, list[Column]] = {}
     for column in columns:
         tables.setdefault("" if column.metric == "accuracy" else column.task, []).append(column)

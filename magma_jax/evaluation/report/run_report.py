@@ -1,4 +1,4 @@
-"""The report of a run as one HTML file that needs nothing else: figures, curves, and every image with its texts."""
+"""The report of a run as one self-contained HTML file: metrics, curves, and every image with its texts."""
 
 import base64
 import io
@@ -27,10 +27,10 @@ from magma_jax.training.monitor.writers import read_lines
 from magma_jax.typing import UInt8
 
 IMAGE_SIZE = 96
-# Flat drawings look the same in 64 colours and take half the bytes.
+# Flat drawings look the same in 64 colours at half the size.
 IMAGE_COLOURS = 64
 
-# Figures of metrics.jsonl that are drawn where a run has them.
+# Metrics of metrics.jsonl to plot, if the run has them.
 CURVES = {
     "loss": "loss (nats a token)",
     "validation_loss": "validation loss (nats a token)",
@@ -53,7 +53,7 @@ def write_report(
     metrics_file: str | Path,
     attribution: str = OPENMOJI,
 ) -> None:
-    """Writes the report, first under a temporary name.
+    """Writes the report atomically.
 
     Args:
         metrics_file: the run's ``metrics.jsonl``; without one, or with an empty one, the report says so.
@@ -115,7 +115,7 @@ def _charts(metrics_file: Path) -> str:
 
 
 def _cards(evaluation: Evaluation, dataset: Dataset) -> list[str]:
-    """One card an image, its captions first."""
+    """One card per image, captions first."""
     by_image: dict[int, list[int]] = defaultdict(list)
     for i, sample in enumerate(evaluation.samples):
         by_image[int(sample.image)].append(i)

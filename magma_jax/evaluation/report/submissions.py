@@ -1,4 +1,4 @@
-"""Predictions in the formats that the benchmarks' own servers and programs take."""
+"""Predictions in the benchmarks' own submission formats."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ def _numbered(key: str, value: str) -> Entry:
     return lambda name, answer: {key: int(name), value: answer}
 
 
-# Ids are numbers in COCO's family. GQA's are text; VizWiz has none but the image's name.
+# Ids are numbers in COCO-style formats and text in GQA's; VizWiz has only the image's name.
 SUBMISSIONS: MappingProxyType[str, Entry] = MappingProxyType(
     {
         "vqav2": _numbered("question_id", "answer"),
@@ -31,10 +31,10 @@ SUBMISSIONS: MappingProxyType[str, Entry] = MappingProxyType(
 
 
 def write_submission(path: str | Path, task: str, examples: Sequence[Example], answers: Sequence[str]) -> None:
-    """Writes one JSON list with an entry an example.
+    """Writes one JSON list with an entry per example.
 
     Raises:
-        DataError: ids that the format cannot hold.
+        DataError: ids that the format does not allow.
     """
     try:
         entries = [SUBMISSIONS[task](example.id, answer) for example, answer in zip(examples, answers, strict=True)]

@@ -1,4 +1,4 @@
-"""The files that a task leaves: its result, every prediction, a page of images."""
+"""The output files of a task: its result, all predictions, a gallery page."""
 
 import dataclasses
 import json
@@ -16,16 +16,16 @@ from magma_jax.evaluation.tasks.few_shot import TaskResult
 from magma_jax.output import replace_file
 from magma_jax.runtime.distributed import log_main
 
-# Endings of the names: a run folder calls its own results.json, predictions.jsonl and report.html.
+# Suffixes, different from a run folder's own results.json, predictions.jsonl and report.html.
 RESULTS, PREDICTIONS, REPORT, SUBMISSION = ".results.json", ".predictions.jsonl", ".report.html", ".submission.json"
 
 
 def write_result(folder: str | Path, result: TaskResult, attribution: str = "") -> Path:
     """Writes ``NAME.results.json``, ``NAME.predictions.jsonl`` and ``NAME.report.html``; returns the first.
 
-    ``NAME`` is task, shots and settings, and a hash of these, of the data and of the checkpoint: only the same
-    evaluation done again replaces files. Where the benchmark has a format of its own for predictions,
-    ``NAME.submission.json`` follows it, if the ids are the benchmark's. ``attribution`` stands at the end of the page.
+    ``NAME`` is task, shots and settings, and a hash of these, the data and the checkpoint, so only a repetition of the
+    same evaluation replaces files. If the benchmark has its own prediction format and the ids are the benchmark's,
+    ``NAME.submission.json`` is written too. ``attribution`` is the footer of the page.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def write_result(folder: str | Path, result: TaskResult, attribution: str = "") 
         except DataError as error:
             log_main(f"no submission: {error}")
     write_gallery(folder / f"{name}{REPORT}", result, attribution=attribution)
-    # Last: where it stands the others do, too.
+    # Written last, so that its presence implies the others.
     replace_file(path, (json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
     return path
 
@@ -59,12 +59,12 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def predictions_file(result: Path) -> Path:
-    """The file of predictions beside a result."""
+    """The predictions file that belongs to a result."""
     return result.with_name(result.name.removesuffix(RESULTS) + PREDICTIONS)
 
 
 def read_answers(result: Path) -> tuple[list[Example], list[str]]:
-    """Examples and answers that a task left.
+    """Examples and answers from a task's files.
 
     Raises:
         DataError: the file is missing or of another kind.

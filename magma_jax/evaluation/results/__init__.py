@@ -1,1 +1,1 @@
-"""What an evaluation found, and the files that keep it."""
+"""Results of evaluations, and their files."""

@@ -1,4 +1,4 @@
-"""How a result was taken, in words: a figure means little without."""
+"""Provenance of results, as text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ def counted(shots: int) -> str:
 
 
 def stamp(result: Mapping[str, Any]) -> str:
-    """Everything that a figure depends on, in a few lines."""
+    """Everything that a score depends on, in a few lines."""
     task, shots = result["task"], result["shots"]
     drawn = "none"
     if shots:

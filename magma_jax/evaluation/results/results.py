@@ -1,4 +1,4 @@
-"""What an evaluation found: figures, predictions, the table for terminals, and the files of a run folder."""
+"""Results of an evaluation: metrics, predictions, the table for terminals, and the files of a run folder."""
 
 import dataclasses
 import json
@@ -9,11 +9,11 @@ from typing import Any
 from magma_jax.evaluation.tables import text_table
 from magma_jax.output import replace_file
 
-# The model as it is, and three baselines that know less.
+# The model, and three baselines.
 CONDITIONS = ("model", "blind", "shuffled", "constant")
 CAPTION = "caption"
 
-# Figure, heading, decimals.
+# Metric, heading, decimals.
 COLUMNS = (
     ("caption_exact", "caption exact %", 1),
     ("bleu4", "BLEU-4", 3),
@@ -25,14 +25,14 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Figures and the predictions behind them.
+    """Metrics, and their predictions.
 
     Attributes:
-        figures: as in ``results.json``: the model's figures by name, the same under ``blind``, ``shuffled`` and
-            ``constant``, and ``protocol``, which says how all of them were taken.
-        samples: what was asked, in a fixed order.
-        predictions: condition to one text a sample, without surrounding space.
-        shuffled_images: the row of the image that each sample was shown under ``shuffled``.
+        figures: as in ``results.json``: the model's metrics by name, the same under ``blind``, ``shuffled`` and
+            ``constant``, and ``protocol``, which describes how they were computed.
+        samples: evaluated samples, in a fixed order.
+        predictions: condition to one text per sample, without surrounding space.
+        shuffled_images: row of the image of each sample under ``shuffled``.
     """
 
     figures: dict[str, Any]
@@ -51,17 +51,17 @@ class Evaluation:
 
 
 def question_of(sample: Any) -> str:
-    """The question of a sample without the letters around it; empty for a caption."""
+    """The question of a sample without its prompt format; empty for a caption."""
     return "" if sample.kind == CAPTION else sample.prompt.strip().removeprefix("Q:").removesuffix("A:").strip()
 
 
 def figures_of(figures: Mapping[str, Any], condition: str) -> Mapping[str, Any]:
-    """One condition's figures out of the whole."""
+    """The metrics of one condition."""
     return figures if condition == "model" else figures[condition]
 
 
 def cells(figures: Mapping[str, Any]) -> list[list[str]]:
-    """The table as text: a heading, then a row a condition; "-" where a split has no such samples."""
+    """Cells of the table: a heading, then one row per condition; "-" if a split has no such samples."""
 
     def cell(value: float | None, decimals: int) -> str:
         return "-" if value is None else f"{value:.{decimals}f}"
@@ -74,12 +74,12 @@ def cells(figures: Mapping[str, Any]) -> list[list[str]]:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """The figures for a terminal: a row a condition, a column a metric, and what they were measured on."""
+    """The metrics as text: one row per condition, one column per metric, under a summary of the samples."""
     return f"{summary(figures)}:\n\n{text_table(cells(figures))}"
 
 
 def summary(figures: Mapping[str, Any]) -> str:
-    """Split, sizes and step in a few words."""
+    """Split, sample counts and step, in one line."""
     protocol = figures["protocol"]
     words = f"{protocol['split']} split, {protocol['captions']} captions, {protocol['questions']} questions"
     step = protocol.get("checkpoint_step")
@@ -87,12 +87,12 @@ def summary(figures: Mapping[str, Any]) -> str:
 
 
 def write_results(path: str | Path, evaluation: Evaluation) -> None:
-    """Writes the figures as JSON."""
+    """Writes the metrics as JSON."""
     replace_file(path, (json.dumps(evaluation.figures, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_predictions(path: str | Path, evaluation: Evaluation) -> None:
-    """Writes one JSON object a line: the sample, and what was predicted under each condition."""
+    """Writes one JSON object per line: the sample, and its prediction under each condition."""
     lines = [
         {
             "picture": int(sample.image),

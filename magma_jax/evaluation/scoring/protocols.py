@@ -1,8 +1,8 @@
-"""Protocols for prediction files in the official formats: which file holds what, and which metric judges it.
+"""Protocols for prediction files in the official formats: their file formats and metrics.
 
-A protocol's name stands for every choice that changes the number. ``evaluation.metrics.by_protocol`` has the
-arithmetic; here are the files: references and predictions are joined by id, and a prediction that is missing, foreign
-or there twice is an error, for a score over part of a set looks like one over the whole.
+A protocol's name stands for every choice that affects the score. ``evaluation.metrics.by_protocol`` has the metrics;
+this module reads the files. References and predictions are joined by id, and a missing, unknown or duplicate prediction
+is an error, because a score over part of a set looks like one over the whole.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from magma_jax.evaluation.metrics.gqa import read_questions
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What one prediction is judged against: alternatives, and the groups it is also counted in, by their kind."""
+    """Alternatives that a prediction is scored against, and its groups by kind."""
 
     answers: tuple[str, ...]
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-# By id; None for what the file has, but nobody is scored on.
+# References by id; None for entries that are not scored.
 References: TypeAlias = dict[str, Reference | None]
 
 
@@ -39,12 +39,13 @@ class Protocol:
 
     Attributes:
         metric: name in ``METRICS``.
-        references: reads the official file of annotations.
-        keys: names that the id may have in an entry of a prediction file.
-        values: names that the predicted text may have.
-        numbers: whether a prediction may also be a whole number, as classes are.
-        transform: applied to predictions before they are judged.
-        per_group: groups are scored as sets of their own, as NoCaps does with its domains; else means over the whole.
+        references: reader of the official annotation file.
+        keys: field names of the id in a prediction file.
+        values: field names of the predicted text.
+        numbers: whether a prediction may also be an integer, such as a class.
+        transform: applied to predictions before scoring.
+        per_group: whether groups are scored as separate sets, as NoCaps does with its domains, or as means of the
+            whole set's scores.
     """
 
     metric: str
@@ -57,7 +58,7 @@ class Protocol:
 
     @property
     def judge(self) -> Metric:
-        """The metric itself."""
+        """The metric function."""
         return METRICS[self.metric]
 
 
@@ -65,7 +66,7 @@ def read_predictions(path: Path, protocol: Protocol) -> dict[str, str]:
     """Reads ``[{id: ..., text: ...}, ...]``, or the same as JSON lines; id to text.
 
     Raises:
-        DataError: another format, or an id that is there twice.
+        DataError: another format, or a duplicate id.
     """
     lines = path.suffix == ".jsonl"
     entries = read_json_lines(path) if lines else enumerate(read_json(path, list), start=1)
@@ -84,7 +85,7 @@ def join(references: References, predictions: Mapping[str, str], where: str) -> 
     """Predictions and references in the order of the references, without those that are not scored.
 
     Raises:
-        DataError: the ids are not the same on both sides; what is not scored need not be predicted.
+        DataError: the ids differ; entries that are not scored need no prediction.
     """
     scored = {key: reference for key, reference in references.items() if reference is not None}
     missing = [key for key in scored if key not in predictions]
@@ -96,7 +97,7 @@ def join(references: References, predictions: Mapping[str, str], where: str) -> 
 
 
 def stem(text: str) -> str:
-    """Every word's Porter stem, as the authors of OK-VQA merged the forms of an answer."""
+    """The Porter stem of every word, which OK-VQA's authors used to merge forms of an answer."""
     return " ".join(_stemmer().stemWords(text.lower().split()))
 
 
@@ -135,10 +136,10 @@ def _gqa(path: Path) -> References:
 
 
 def gqa_groups(types: Mapping[str, str]) -> dict[str, str]:
-    """What GQA says of a question's type, as groups."""
+    """The question types of GQA, as groups."""
     groups = _groups(types, ("structural", "semantic"))
     if "structural" in groups:
-        # The official table's two columns: yes, no and choices against everything else.
+        # The two columns of the official table: yes, no and choices, against everything else.
         groups["form"] = "open" if groups["structural"] == "query" else "binary"
     return groups
 
@@ -162,7 +163,7 @@ def _captions(path: Path, *, domains: bool = False) -> References:
 def _labels(path: Path) -> References:
     def read_one(entry: Any, where: str) -> tuple[str, Reference | None]:
         key, label = (str(_one_of(entry, names, where, ID)) for names in (("pairID", "id"), ("gold_label", "label")))
-        # SNLI-VE: "-" where the annotators have no majority. Such statements are customarily left out.
+        # SNLI-VE: "-" means that the annotators have no majority. Such statements are customarily excluded.
         return key, None if label == "-" else Reference((label,), {"label": label})
 
     return _collect(path, (entry for _, entry in read_json_lines(path)), read_one)
@@ -191,7 +192,7 @@ def _groups(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
 
 
 def _one_of(entry: Any, names: Sequence[str], where: str, kind: type | tuple[type, ...]) -> Any:
-    """The first of these fields that an entry has."""
+    """Value of the first of these fields that an entry has."""
     entry = checked(entry, dict, where)
     return field(entry, next((name for name in names if name in entry), names[0]), where, kind)
 
@@ -226,6 +227,6 @@ PROTOCOLS: MappingProxyType[str, Protocol] = MappingProxyType(
 
 
 def commonest_answer(references: Sequence[Reference]) -> str:
-    """The answer that most references share, the first in alphabetical order among equals."""
+    """The answer that most references share; ties are broken alphabetically."""
     counts = Counter(answer for reference in references for answer in set(reference.answers))
     return min(counts, key=lambda answer: (-counts[answer], answer))

@@ -1,4 +1,4 @@
-"""Scores of prediction files that any system made, in the official formats and under a protocol's name."""
+"""Scoring of any system's prediction files, in the official formats and by protocol name."""
 
 import dataclasses
 from collections import defaultdict
@@ -26,14 +26,14 @@ class Score:
     """The scores of one set of predictions.
 
     Attributes:
-        protocol: its name.
-        samples: how many were scored.
+        protocol: name of the protocol.
+        samples: number of scored samples.
         scores: score by name.
         intervals: 95 % bootstrap interval by name.
         groups: kind of group to group to its number of samples and scores.
-        constant: what always giving the most frequent true answer scores, and that answer.
-        measures: of GQA, see ``gqa.gqa_measures``.
-        left_out: entries of the references that are not scored: no label, or (GQA) not balanced.
+        constant: the most frequent true answer, and its scores as a constant prediction.
+        measures: GQA's measures, see ``gqa.gqa_measures``.
+        left_out: number of references that are not scored: no label, or (GQA) not balanced.
     """
 
     protocol: str
@@ -50,7 +50,7 @@ class Score:
         return dataclasses.asdict(self)
 
     def table(self) -> str:
-        """For a terminal: scores with intervals and the constant baseline, then every group."""
+        """Text table: scores with intervals and the constant baseline, then every group."""
         without = f", {self.left_out} left out (no label, or not balanced)" if self.left_out else ""
         rows = [["", "score", "95 % interval", "constant"]]
         for name, value in self.scores.items():
@@ -82,8 +82,11 @@ def score_files(
     """Scores a file of predictions against the official file of annotations.
 
     Args:
-        references: of GQA also a folder of such files.
-        choices: of GQA, for its validity and plausibility.
+        protocol: name of the protocol.
+        references: the official annotation file; for GQA also a folder of chunks.
+        predictions: the prediction file.
+        choices: GQA's file of choices, for validity and plausibility.
+        draws: bootstrap sets.
 
     Raises:
         DataError: a file is damaged or in another format, or the ids differ.
@@ -99,7 +102,7 @@ def score_files(
         raise DataError(f"{references}: nothing to score: none of its {len(truths)} entries has an answer that counts")
     measures: dict[str, float] = {}
     if is_gqa:
-        # Those that are not balanced count here: they follow from others.
+        # Includes unbalanced questions, which are entailed by others.
         questions = gqa.read_questions(references)
         measures = gqa.gqa_measures(questions, said, None if choices is None else gqa.read_choices(Path(choices)))
     found = score(protocol, texts, judged, draws=draws)
@@ -123,7 +126,7 @@ def score(protocol: str, predictions: Sequence[str], references: Sequence[Refere
 
 
 def judge(protocol: Protocol, predictions: Sequence[str], references: Sequence[Reference]) -> Scores:
-    """The scores alone."""
+    """The scores without intervals and baselines."""
     return protocol.judge(
         [protocol.transform(text) for text in predictions], [list(reference.answers) for reference in references]
     )

@@ -1,1 +1,1 @@
-"""Tasks: what a model is asked, and how it is answered."""
+"""Evaluation tasks: examples, prompts, answers, scores."""

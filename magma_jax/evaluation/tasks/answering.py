@@ -1,8 +1,8 @@
 """Answers to many prompts of images and words, in batches of few shapes, over all devices and processes.
 
-A prompt is a sequence of words and rows of an image source. Prompts are sorted by length, so that a batch pads little;
-every image is encoded once while it is kept. What all prompts begin with (the shots of a whole run) is run once and
-its keys and values are shared. The answer to a prompt depends neither on its batch nor on the mesh.
+A prompt is a sequence of texts and rows of an image source. Prompts are sorted by length to minimise padding, and image
+features are cached. A common prefix of all prompts (the shots of a whole run) is run once and its keys and values are
+shared. The answer to a prompt depends neither on its batch nor on the mesh.
 """
 
 import collections
@@ -24,20 +24,20 @@ from magma_jax.runtime.distributed import is_main
 from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch
 from magma_jax.typing import Array, Int
 
-# Features that are kept, in bytes: 600 images of CLIP RN50x16, all of the quick start.
+# Size of the feature cache in bytes: 600 images of CLIP RN50x16, or the whole quick start.
 KEPT_NBYTES = 2**30
-# Images that are encoded together.
+# Images per encoder batch.
 ENCODED = 32
 
-Parts: TypeAlias = Sequence[str | int]  # words, or the row of an image
+Parts: TypeAlias = Sequence[str | int]  # text, or the row of an image
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be run; one line with the reason."""
+    """A prompt that cannot be run; the message is one line with the reason."""
 
 
 def join_texts(parts: Parts) -> list[str | int]:
-    """The same parts, where texts that meet are one text: what is encoded together may take fewer tokens."""
+    """The same parts with adjacent texts joined, since joint tokenization may take fewer tokens."""
     joined: list[str | int] = []
     for part in parts:
         if isinstance(part, str) and joined and isinstance(joined[-1], str):
@@ -48,18 +48,18 @@ def join_texts(parts: Parts) -> list[str | int]:
 
 
 def lay_out_parts(parts: Parts, model: TokenGenerator) -> PromptLayout:
-    """The layout of a prompt of images of a source."""
+    """The layout of a prompt whose images are rows of a source."""
     return lay_out(join_texts(parts), model.tokenizer, model.images.positions)
 
 
 class Answerer:
-    """A model, a source of images and the devices: prompts in, text out.
+    """Answers prompts about the images of a source, on one or more devices.
 
     Args:
-        model: with its weights on ``mesh``.
+        model: model whose weights are on ``mesh``.
         images: uint8, at the encoder's size.
-        batch_size: prompts that are run together; changes speed, not answers.
-        mesh: devices that share the batches; None for one device.
+        batch_size: prompts per batch; affects speed, not answers.
+        mesh: devices to shard batches over; None for one device.
     """
 
     def __init__(self, model: TokenGenerator, images: Images, *, batch_size: int = 32, mesh: Mesh | None = None):
@@ -70,7 +70,7 @@ class Answerer:
         self._features: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
 
     def length(self, parts: Parts) -> int:
-        """Positions of a prompt."""
+        """Number of positions of a prompt."""
         return len(lay_out_parts(parts, self.model))
 
     def __call__(
@@ -83,14 +83,14 @@ class Answerer:
         common: Parts = (),
         extrapolate: bool = False,
     ) -> list[str]:
-        """What the model says to every prompt, up to its end of text.
+        """The model's answer to every prompt, up to its end of text.
 
         Args:
             prompts: at least one part each.
-            max_new_tokens: at most.
-            sampling: for all.
-            seed: with a prompt's place among the prompts it decides what is drawn.
-            common: what stands before every prompt and ends with an image or whole word.
+            max_new_tokens: maximum number of new tokens.
+            sampling: sampling parameters.
+            seed: random seed; the key of a prompt is derived from it and the prompt's index.
+            common: common prefix of all prompts; it must end with an image or a whole word.
             extrapolate: whether prompts may exceed the context, which needs rotary positions.
 
         Raises:
@@ -135,7 +135,7 @@ class Answerer:
         return classes
 
     def _lay_out(self, prompts: Sequence[Parts], more: int, extrapolate: bool) -> list[PromptLayout]:
-        """The prompts, which with ``more`` positions each must fit the context."""
+        """Layouts of the prompts; each must fit the context together with ``more`` positions."""
         laid = [lay_out_parts(prompt, self.model) for prompt in prompts]
         if any(not len(prompt) for prompt in laid):
             raise PromptError("a prompt is empty: give at least one image or one word")
@@ -151,7 +151,7 @@ class Answerer:
         return laid
 
     def _batches(self, laid: Sequence[PromptLayout]) -> Iterator[tuple[list[int], dict[str, np.ndarray | Array]]]:
-        """Numbers of the prompts of every batch, and the batch on the devices."""
+        """Indices of the prompts of every batch, and the batch on the devices."""
         most = max((len(prompt.images) for prompt in laid), default=0) or 1
         by_bucket: dict[int, list[int]] = collections.defaultdict(list)
         for number, prompt in enumerate(laid):
@@ -161,7 +161,7 @@ class Answerer:
             for bucket, members in sorted(by_bucket.items()):
                 for start in range(0, len(members), self._batch_size):
                     batch = members[start : start + self._batch_size]
-                    # The last batch is filled up, so that one program serves all of a bucket.
+                    # The last batch is padded, so that one program serves all batches of a bucket.
                     filled = batch + batch[-1:] * (self._batch_size - len(batch))
                     yield filled, self._arrays([laid[i] for i in filled], np.array(filled), bucket, most)
                     bar.update(len(batch))
@@ -169,8 +169,8 @@ class Answerer:
     def _arrays(
         self, prompts: Sequence[PromptLayout], numbers: Int[np.ndarray, " B"], bucket: int, images: int
     ) -> dict[str, np.ndarray | Array]:
-        """A batch on the devices; of several processes each encodes and places its own rows."""
-        # A prompt with fewer images than another has some image in the free places, where nothing points to.
+        """A batch on the devices; each process encodes and places its own rows."""
+        # Prompts with fewer images are padded with an image that no position refers to.
         shown = [[*p.images, *(p.images[-1:] or (0,)) * (images - len(p.images))] for p in prompts]
         self._encode({int(image) for row in shown for image in row})
         arrays = {
@@ -181,7 +181,7 @@ class Answerer:
         return arrays if self._mesh is None else place_batch(arrays, self._mesh, self._batch_size)
 
     def _encode(self, wanted: set[int]) -> None:
-        """Sees to it that the features of these images are there; those used longest ago make room."""
+        """Ensures that the features of these images are cached; evicts the least recently used ones."""
         missing = sorted(wanted - self._features.keys())
         for image in wanted & self._features.keys():
             self._features.move_to_end(image)
@@ -213,7 +213,7 @@ class Answerer:
 
 
 class _Chosen:
-    """Some of the images of a source, as a source."""
+    """A subset of a source's images, as a source."""
 
     def __init__(self, images: Images, rows: Int[np.ndarray, " N"]):
         self._images, self._rows = images, rows

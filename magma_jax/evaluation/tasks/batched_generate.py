@@ -1,4 +1,4 @@
-"""The programs behind ``answering``: prompts of images and words, embedded, continued or classified."""
+"""The jitted programs of ``answering``: prompts of images and words, embedded, continued or classified."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def answer_batch(
     eos_id: int,
     mesh: Mesh | None,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-    """Tokens and lengths of the answers, whole on every device; ``batch`` is what ``Answerer`` lays out."""
+    """Tokens and lengths of the answers, replicated; ``batch`` comes from ``Answerer``."""
 
     def run() -> tuple[Array, Array]:
         model = merge(graphdef, params)
@@ -57,7 +57,7 @@ def answer_batch(
 def classify_batch(
     graphdef: Definition, params: Params, batch: dict[str, Any], *, mesh: Mesh | None
 ) -> Int[Array, " B"]:
-    """Likeliest classes, whole on every device."""
+    """Likeliest classes, replicated."""
 
     def run() -> Array:
         model = merge(graphdef, params)
@@ -79,7 +79,7 @@ def run_common(
     *,
     mesh: Mesh | None,
 ) -> KVCache:
-    """Keys and values of what all prompts begin with, whole on every device."""
+    """Keys and values of the prompts' common prefix, replicated."""
     model = merge(graphdef, params)
     embeddings = _embed(model, features, tokens, places)
     cache = model.lm(embeddings, cache=model.lm.init_cache(1, tokens.shape[1], model.dtype)).cache

@@ -1,4 +1,4 @@
-"""Examples of a task, from a dataset folder or from a run's own split: asked as queries, or shown as shots."""
+"""Examples of a task, from a dataset folder or a run's own split, for use as queries or shots."""
 
 import collections
 import dataclasses
@@ -19,20 +19,20 @@ from magma_jax.evaluation.tasks.task import Kind
 from magma_jax.inference.image_features import Images
 from magma_jax.typing import Int, UInt8
 
-# Annotators that the official VQA rule expects; a single true answer counts as all of them.
+# Number of annotators in the official VQA rule; a single true answer counts as all of them.
 ANNOTATORS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """An image, what is asked about it, and what is true.
+    """An image with a question or caption task, and its true answers.
 
     Attributes:
-        id: of the question, or of the image where captions are wanted; as in the dataset's own files.
-        image: its row in the images of its source.
+        id: id of the question, or of the image for captions, as in the dataset's own files.
+        image: row of the image in its source.
         text: the question; empty for captions.
-        answers: annotators' answers or true captions; empty where the split keeps them secret.
-        raw_answers: as annotators wrote them, where ``answers`` holds something made of it (OK-VQA).
+        answers: annotators' answers or true captions; empty if the split keeps them secret.
+        raw_answers: annotators' original answers, if ``answers`` holds processed ones (OK-VQA).
         groups: kind of group to group, such as ``{"answer_type": "number"}``.
     """
 
@@ -45,15 +45,15 @@ class Example:
 
     @property
     def shown(self) -> str:
-        """The answer that a completed example shows: the most frequent one, among equals the first."""
+        """The answer shown in a completed example: the most frequent one, or the first of equals."""
         counts = collections.Counter(self.answers)
         return max(counts, key=lambda answer: counts[answer])
 
     def reference(self, protocol: str) -> Reference:
-        """What an answer is judged against under a protocol.
+        """The reference that an answer is scored against under a protocol.
 
         Raises:
-            DataError: the dataset does not have what the protocol compares with.
+            DataError: the dataset lacks the data that the protocol needs.
         """
         answers = self.answers
         if protocol in ("okvqa_raw_answer", "okvqa_stemmed"):
@@ -92,7 +92,7 @@ class OwnExamples(Sequence[Example]):
         return self._examples[index]
 
     def shot(self, index: int) -> Example:
-        """An example to be shown."""
+        """An example for use as a shot."""
         return self._examples[index]
 
     def image(self, index: int) -> int:
@@ -101,9 +101,9 @@ class OwnExamples(Sequence[Example]):
 
 
 class StoredExamples(Sequence[Example]):
-    """A dataset folder; records are read when they are asked for.
+    """Examples of a dataset folder; records are read lazily.
 
-    ``images`` gives their images at the encoder's size, decoded by ``workers`` processes.
+    ``images`` are their images at the encoder's size, decoded by ``workers`` processes.
     """
 
     def __init__(self, folder: str | Path, kind: Kind, image_size: int, workers: int = 0):
@@ -125,7 +125,7 @@ class StoredExamples(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:
         row, number = self._locate(index)
         if self._last is None or self._last[0] != row:
-            # Questions of one image stand together: it is read once.
+            # Questions of an image are adjacent, so its record is read once.
             self._last = row, read_record(self._records.__getitem__, row, self.name)
         record = self._last[1]
         if self._kind == CAPTION:
@@ -138,7 +138,7 @@ class StoredExamples(Sequence[Example]):
         return Example(question.id, row, question.text, question.answers, raw, groups)
 
     def shot(self, index: int) -> Example:
-        """An example without its groups and raw answers, which is read many times faster."""
+        """An example without its groups and raw answers, which is much faster to read."""
         row, number = self._locate(index)
         record = read_record(self._records.text, row, self.name)
         if self._kind == CAPTION:
@@ -147,7 +147,7 @@ class StoredExamples(Sequence[Example]):
         return Example(question.id, row, question.text, question.answers)
 
     def image(self, index: int) -> int:
-        """Row of an example's image, found without reading it."""
+        """Row of an example's image, without reading the image."""
         return self._locate(index)[0]
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -168,18 +168,18 @@ def read_record(read: Callable[[int], Record], row: int, name: str) -> Record:
     """
     try:
         return read(row)
-    except (DataError, OSError, RuntimeError) as error:  # the last from the file library
+    except (DataError, OSError, RuntimeError) as error:  # RuntimeError comes from the file library
         raise DataError(f"{name}: record {row} cannot be read ({error}); convert the dataset again") from None
 
 
 def image_marks(images: Images, row: int, *, stored: bool) -> frozenset[str]:
-    """What tells an image from others: of two sources, those with a mark in common are the same image.
+    """Identifiers of an image across sources: two images with a common mark are the same.
 
     Args:
-        images: its source.
-        row: of the image.
+        images: source of the image.
+        row: row of the image.
         stored: whether both sources are stored images. Marks are then the record's id and a hash of the file, which
-            need no decoding; else a hash of the pixels.
+            need no decoding; otherwise a hash of the pixels.
     """
     if not stored:
         return frozenset({_hash(np.ascontiguousarray(images[np.array([row])]).tobytes())})
@@ -195,7 +195,7 @@ def _hash(content: bytes) -> str:
 
 
 class JoinedImages:
-    """Two sources of images as one: rows of the second follow those of the first."""
+    """Two sources of images, concatenated."""
 
     def __init__(self, first: Images, second: Images):
         self.sources = first, second
@@ -216,14 +216,14 @@ class JoinedImages:
 
 
 def close(images: Any) -> None:
-    """Ends the processes that decode, which start again when more images are asked for."""
+    """Ends the decoding processes; they start again at the next access."""
     for source in images.sources if isinstance(images, JoinedImages) else (images,):
         if isinstance(source, StoredImages):
             source.close()
 
 
 class BlackImages:
-    """So many black images."""
+    """A source of ``count`` black images."""
 
     def __init__(self, count: int, size: int):
         self._count, self._size = count, size
@@ -236,7 +236,7 @@ class BlackImages:
 
 
 def spaced(count: int, limit: int | None) -> range | list[int]:
-    """Up to ``limit`` of ``count`` numbers, evenly spaced."""
+    """Up to ``limit`` of ``count`` indices, evenly spaced."""
     return range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
 
 

@@ -1,4 +1,4 @@
-"""Runs a task: completed examples before each query, answers, scores, and everything they depend on."""
+"""Runs a task: few-shot prompts, answers, scores, and their provenance."""
 
 import dataclasses
 import functools
@@ -34,19 +34,19 @@ from magma_jax.inference.generator import TokenGenerator
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """What a task found.
+    """Result of a task.
 
     Attributes:
-        task: how it was run.
-        examples: what was asked, in the order of the data.
-        shots: the examples that stood before each query, with their rows; one list for all where they are shared.
-        outputs: what the model said, whole.
-        answers: what was kept of it and judged.
-        scores: protocol to score; empty where the true answers are secret.
-        first_line: the same for the first line of every output, where no truth can help; empty if nothing else was
-            judged anyway.
-        images: of the examples, by ``Example.image``.
-        stamp: what else the result depends on: data, sizes, checkpoint.
+        task: config of the task.
+        examples: queries, in the order of the data.
+        shots: the shots of each query, with their rows; a single list if they are shared.
+        outputs: complete outputs of the model.
+        answers: truncated outputs, which are scored.
+        scores: protocol to score; empty if the true answers are secret.
+        first_line: scores of the first line of every output, a truncation independent of the truth; empty if the
+            answers are the first lines already.
+        images: images of the examples, by ``Example.image``.
+        stamp: everything else that the result depends on: data, sizes, checkpoint.
     """
 
     task: TaskConfig
@@ -60,14 +60,14 @@ class TaskResult:
     stamp: Mapping[str, Any]
 
     def per_sample(self) -> Scores | None:
-        """Scores of every answer under the first protocol; None where the true answers are secret."""
+        """Scores of every answer under the first protocol; None if the true answers are secret."""
         if not self.scores:
             return None
         name = self.task.protocols[0]
         return judge(PROTOCOLS[name], self.answers, [example.reference(name) for example in self.examples])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; predictions go to a file of their own."""
+        """Plain JSON values, without predictions, which have a separate file."""
         return {
             "task": to_dict(self.task),
             "settings": self.task.settings,
@@ -79,12 +79,12 @@ class TaskResult:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A task before the model: who is asked what.
+    """The prompts of a task.
 
     Attributes:
-        prompts: of every example, without what all have in common.
-        common: what stands before all of them.
-        dropped: shots that did not fit.
+        prompts: prompt of every example, without the common prefix.
+        common: common prefix of all prompts.
+        dropped: number of shots that did not fit.
     """
 
     prompts: list[Parts]
@@ -105,15 +105,16 @@ def evaluate_task(
     """Answers every query of a task and scores the answers.
 
     Args:
-        model: with its weights on ``mesh``.
-        dataset: the run's own data, for tasks that take it.
-        batch_size: prompts that are run together; changes speed, not results.
-        mesh: devices that share the work, of one process or several; changes speed, not results.
-        workers: processes that decode images of dataset folders; 0 for none but this one.
-        stamp: joined to the result's, such as the checkpoint.
+        model: model whose weights are on ``mesh``.
+        task: config of the task.
+        dataset: the run's own data, for tasks that use it.
+        batch_size: prompts per batch; affects speed, not results.
+        mesh: devices to shard the work over, of one process or several; affects speed, not results.
+        workers: processes that decode images of dataset folders; 0 to decode in this process.
+        stamp: added to the result's stamp, such as the checkpoint.
 
     Raises:
-        DataError: data that is missing or has not what the task wants. PromptError: prompts that exceed the context.
+        DataError: data that is missing or does not fit the task. PromptError: prompts that exceed the context.
     """
     queries, pool = open_examples(task, model, dataset, workers)
     numbers = spaced(len(queries), task.limit)
@@ -162,10 +163,10 @@ def finish(
     images: Any,
     stamp: Mapping[str, Any],
 ) -> TaskResult:
-    """Truncates and scores outputs that a task got.
+    """Truncates and scores the outputs of a task.
 
     Raises:
-        DataError: some examples have true answers and others have none; or not those that a protocol compares with.
+        DataError: only some examples have true answers, or the dataset lacks data that a protocol needs.
     """
 
     def kept(how: Truncation) -> list[str]:
@@ -189,7 +190,7 @@ def finish(
 def open_examples(
     task: TaskConfig, model: TokenGenerator, dataset: Dataset | None, workers: int = 0
 ) -> tuple[Examples, Examples]:
-    """Examples to ask, and to draw shots from; the same object where these are the same data.
+    """Examples for queries and for shots; the same object if both use the same data.
 
     Raises:
         DataError: no data.
@@ -218,7 +219,7 @@ def ask(
     answerer: Answerer,
     room: int,
 ) -> Asked:
-    """Prompts of a task; ``offset``: the row of the shots' first image; ``room``: positions a prompt may take."""
+    """Prompts of a task; ``offset`` is the row of the shots' first image, ``room`` the maximum length of a prompt."""
     completed = [[(offset + shot.image, task.complete(shot.text, shot.shown)) for _, shot in row] for row in shots]
     prompts: list[Parts] = [(example.image, task.ask(example.text)) for example in examples]
     lengths = [answerer.length(prompt) for prompt in prompts]

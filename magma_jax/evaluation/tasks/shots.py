@@ -1,4 +1,4 @@
-"""Which completed examples stand before which question: drawn at random, from a seed that is stored."""
+"""Random selection of the shots of every query, from a stored seed."""
 
 import functools
 import hashlib
@@ -14,24 +14,25 @@ from magma_jax.evaluation.tasks.task import TaskConfig
 
 
 class Shot(NamedTuple):
-    """A completed example, and its row in the data that it was drawn from."""
+    """A completed example, and its row in the pool."""
 
     row: int
     example: Example
 
 
 def choose_shots(task: TaskConfig, queries: Examples, pool: Examples, examples: Sequence[Example]) -> list[list[Shot]]:
-    """The shots of every query; one list for all where they are shared.
+    """The shots of every query; a single list if they are shared.
 
     No query sees its own image, nor the same image under another name or in another folder.
 
     Args:
-        queries: what ``examples`` are of.
-        pool: what shots are drawn from.
-        examples: the queries themselves.
+        task: config of the task.
+        queries: source of ``examples``.
+        pool: source of the shots.
+        examples: the queries.
 
     Raises:
-        DataError: too few examples to draw from, or one without an answer.
+        DataError: the pool is too small, or has an example without an answer.
     """
     shared = task.shot_policy == "run"
     if not task.shots:
@@ -64,17 +65,17 @@ def draw_shots(
     queries: Sequence[str] | None,
     allowed: Callable[[int, int], bool] = lambda query, shot: True,
 ) -> list[list[int]]:
-    """Rows of the shots of every query, all different, the one next to the question last.
+    """Rows of the shots of every query, without repetition; the shot next to the question is last.
 
-    The draw depends on the seed and the query's id alone: fewer queries, or in another order, have the same shots.
-    Fewer shots are the last ones of more, so that numbers of shots can be compared in pairs.
+    The selection depends only on the seed and the query's id, so a subset or another order of queries has the same
+    shots. Fewer shots are the last ones of more, so that numbers of shots can be compared in pairs.
 
     Args:
-        pool: how many examples there are to draw from.
-        shots: how many each query gets.
-        seed: of the draw.
-        queries: ids of the queries; None for one draw that serves all.
-        allowed: whether a query (by position, 0 for the draw that serves all) may see an example (by row).
+        pool: size of the pool.
+        shots: shots per query.
+        seed: random seed.
+        queries: ids of the queries; None for one selection shared by all.
+        allowed: whether a query (by position, 0 if shared) may see an example (by row).
 
     Raises:
         ValueError: the pool is too small.

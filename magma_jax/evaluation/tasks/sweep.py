@@ -1,4 +1,4 @@
-"""One task under many settings: how much does a score depend on what nobody wrote down?"""
+"""Sweeps: one task under many settings, to measure how much a score depends on unpublished details."""
 
 import dataclasses
 import itertools
@@ -19,15 +19,15 @@ from magma_jax.evaluation.tasks.few_shot import TaskResult, finish
 from magma_jax.evaluation.tasks.task import TaskConfig
 from magma_jax.output import replace_file
 
-# What only judges: the same outputs serve.
+# Settings that affect only scoring, so that outputs can be reused.
 _JUDGING = ("truncation", "protocols")
 
 
 def combinations(task: TaskConfig, choices: Mapping[str, Sequence[str]]) -> list[TaskConfig]:
-    """The task with every combination of settings, the last setting changing fastest; values as for ``--set``.
+    """The task with every combination of settings, the last setting varying fastest; values as for ``--set``.
 
     Raises:
-        ConfigError: no such setting, or a value that it may not have.
+        ConfigError: an unknown setting, or an invalid value.
     """
     for name, texts in choices.items():
         if not texts:
@@ -45,7 +45,7 @@ def combinations(task: TaskConfig, choices: Mapping[str, Sequence[str]]) -> list
 def run_sweep(
     tasks: Sequence[TaskConfig], evaluate: Callable[[TaskConfig], TaskResult], tokenizer: Tokenizer
 ) -> list[TaskResult]:
-    """Results in the order of ``tasks``; the model is asked once for all that differ only in how it is judged."""
+    """Results in the order of ``tasks``; tasks that differ only in scoring share one run of the model."""
     asked: dict[TaskConfig, TaskResult] = {}
     results = []
     for task in tasks:
@@ -59,7 +59,7 @@ def run_sweep(
 
 
 def sweep_table(results: Sequence[TaskResult], swept: Sequence[str]) -> str:
-    """For people: a row a combination, with the score under each task's first protocol."""
+    """Text table: one row per combination, with the score under the task's first protocol."""
     rows = [[*swept, "metric", "score", "95 % interval", "first line", "constant"]]
     for result in results:
         values = result.to_dict()

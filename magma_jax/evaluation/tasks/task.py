@@ -1,8 +1,8 @@
-"""Tasks: what a model is asked, how a prompt is written, what is kept of its answer, and how that is judged.
+"""Configs of tasks: data, prompt format, truncation of answers, and scoring.
 
-Everything that changes a number is a field of ``TaskConfig`` and is stored with the result. The defaults are the
-paper's settings where it states them (section 4.1): "Q: " and "A: ", "A picture of", shots as in Frozen, answers cut
-to the length of the longest true one. What it does not state has the value that seems likeliest, and can be swept.
+Everything that affects a score is a field of ``TaskConfig`` and is stored with the result. The defaults are the paper's
+settings where it states them (section 4.1): "Q: " and "A: ", "A picture of", shots as in Frozen, answers cut to the
+length of the longest true one. Unstated settings have the likeliest value, and can be swept.
 """
 
 import dataclasses
@@ -22,32 +22,32 @@ class TaskConfig:
     """One evaluation.
 
     Attributes:
-        name: of its results; those of ``TASKS`` are columns of the paper's tables.
-        kind: questions with answers, captions, or statements that a classification head puts into classes.
-        protocols: how answers are judged; the first one is what the task is known by.
-        data: dataset folder that ``python -m magma_jax.data convert`` wrote; None for the run's own data.
-        split: of the run's own data.
-        shot_data: the folder that shots come from; None for the run's own data, or ``data`` where that is given.
-        shot_split: of the run's own data.
-        limit: at most so many examples, evenly spaced; None for all.
+        name: name of the results; those of ``TASKS`` are columns of the paper's tables.
+        kind: questions with answers, captions, or statements for a classification head.
+        protocols: scoring protocols; the first one is the task's main protocol.
+        data: dataset folder written by ``python -m magma_jax.data convert``; None for the run's own data.
+        split: split of the run's own data.
+        shot_data: dataset folder of the shots; None for ``data`` if given, else the run's own data.
+        shot_split: split of the run's own data for shots.
+        limit: maximum number of examples, evenly spaced; None for all.
         shots: completed examples before each question.
-        shot_policy: every ``query`` draws its own shots, or one draw serves the whole ``run``, whose keys and values
-            are then computed once.
-        seed: of the shots, and of sampling.
-        prompt: text behind the image; a question takes the place of ``{}``.
-        before_answer: between the prompt and the answer of a shot. The prompt itself ends without it: a byte-pair
-            encoding takes the space into the next word.
-        after_answer: between a shot's answer and the next image.
-        truncation: what an answer is cut to: the first line (``newline``), or as many ``words``, ``tokens`` or
-            ``characters`` as its longest true answer has. The last three look at the truth, as the paper does; scores
-            are therefore also given for the first line.
-        max_new_tokens: after which an answer ends in any case.
-        sampling: how tokens are chosen; greedy by default.
+        shot_policy: ``query`` selects shots per query; ``run`` shares one selection, whose keys and values are then
+            computed once.
+        seed: seed of shots and sampling.
+        prompt: text after the image; ``{}`` is replaced by the question.
+        before_answer: separator between the prompt and a shot's answer. The query's prompt ends without it, because a
+            byte-pair encoding merges the space into the next word.
+        after_answer: separator between a shot's answer and the next image.
+        truncation: truncation of answers: the first line (``newline``), or as many ``words``, ``tokens`` or
+            ``characters`` as the longest true answer has. The last three use the truth, as the paper does; scores of
+            the first line are therefore also given.
+        max_new_tokens: maximum number of new tokens.
+        sampling: sampling parameters; greedy by default.
         overlong: a prompt that exceeds the model's context is an ``error``; or it loses its first shots, which is
-            counted (``drop_shots``); or it is run all the same, at positions that the model never saw
-            (``extrapolate``, for language models without a table of positions).
-        blind: shows black images: what the words alone give away.
-        classes: names of the head's outputs, in their order.
+            counted (``drop_shots``); or it runs at positions that the model was not trained on (``extrapolate``, for
+            language models without a position table).
+        blind: whether to replace images by black ones, to measure the language prior.
+        classes: names of the head's outputs, in order.
     """
 
     name: str
@@ -91,21 +91,21 @@ class TaskConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting that is not the task's own, as in ``{"limit": 100}``; plain JSON values."""
+        """Settings that differ from the task's defaults, as in ``{"limit": 100}``; plain JSON values."""
         usual = to_dict(TASKS.get(self.name, self))
         return {name: value for name, value in to_dict(self).items() if name not in _PLACES and value != usual[name]}
 
     def ask(self, text: str) -> str:
-        """The words behind an image; ``text`` is the question, which captions do not have."""
-        # No str.format: a question may hold braces.
+        """The prompt text after an image; ``text`` is the question, empty for captions."""
+        # Not str.format, because a question may contain braces.
         return self.prompt.replace("{}", text)
 
     def complete(self, text: str, answer: str) -> str:
-        """The same as a completed example, up to the next image."""
+        """The text of a completed example, up to the next image."""
         return f"{self.ask(text)}{self.before_answer}{answer}{self.after_answer}"
 
 
-# Where data lies and how many shots there are is no change of settings.
+# Data paths and the number of shots do not count as changed settings.
 _PLACES = ("name", "data", "shot_data", "shots")
 
 
@@ -114,12 +114,12 @@ def _questions(name: str, *protocols: str, **options) -> TaskConfig:
 
 
 def _captions(name: str, *protocols: str, **options) -> TaskConfig:
-    # 64 tokens hold all but a few of COCO's captions. Nothing is cut: the paper cuts answers, not captions.
+    # 64 tokens hold all but a few of COCO's captions. No truncation: the paper cuts answers, not captions.
     options = {"prompt": "A picture of", "truncation": "none", "max_new_tokens": 64} | options
     return TaskConfig(name, "caption", protocols, **options)
 
 
-# The quick start has learned no newline, and ends its texts itself. Its context of 128 holds three shots.
+# The quick start never saw a newline and ends its texts itself. Its context of 128 holds three shots.
 _OWN = {"after_answer": "", "truncation": "none", "overlong": "extrapolate"}
 
 TASKS: MappingProxyType[str, TaskConfig] = MappingProxyType(
@@ -130,10 +130,10 @@ TASKS: MappingProxyType[str, TaskConfig] = MappingProxyType(
             _questions("okvqa", "okvqa_answer", "okvqa_raw_answer", "okvqa_stemmed"),
             _questions("gqa", "gqa_exact", "gqa_relaxed"),
             _questions("vizwiz", "vizwiz_by_index", "vizwiz_by_value"),
-            # The paper's captions were scored by nlg-eval, which does not tokenise.
+            # The paper scored captions with nlg-eval, which does not tokenise.
             _captions("coco", "coco_nlgeval", "coco"),
             _captions("nocaps", "nocaps_nlgeval", "nocaps"),
-            # Question and class: as in configs/finetune_snli_ve.py, whose run says which output is which class.
+            # Question and class as in configs/finetune_snli_ve.py; the run defines the order of the classes.
             TaskConfig(
                 "snli_ve",
                 "class",

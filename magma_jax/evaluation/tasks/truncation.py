@@ -1,4 +1,4 @@
-"""What is kept of an answer: language models go on where people stop."""
+"""Truncation of answers, since language models often continue past the answer."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from magma_jax.evaluation.tasks.task import Truncation
 
 
 def truncate(output: str, answers: Sequence[str], how: Truncation, tokenizer: Tokenizer) -> str:
-    """``output`` without surrounding space, cut as ``TaskConfig.truncation`` says.
+    """``output`` without surrounding space, truncated as in ``TaskConfig.truncation``.
 
-    "Length of the longest ground-truth answer" (paper, section 4.1.1) may mean words, tokens or characters. Where
-    the true answers are secret nothing can be cut to their length, and the first line is kept.
+    "Length of the longest ground-truth answer" (paper, section 4.1.1) may mean words, tokens or characters. If the true
+    answers are secret, the first line is kept.
     """
     text = output.strip()
     if how == "none":
@@ -21,6 +21,6 @@ def truncate(output: str, answers: Sequence[str], how: Truncation, tokenizer: To
         return " ".join(text.split()[: max(len(answer.split()) for answer in answers)])
     if how == "characters":
         return text[: max(map(len, answers))].strip()
-    # As in a prompt: the answer follows a space.
+    # As in a prompt, the answer follows a space.
     longest = max(len(tokenizer.encode(f" {answer}")) for answer in answers)
     return tokenizer.decode(tokenizer.encode(f" {text}")[:longest]).strip()

@@ -42,8 +42,8 @@ def _flops(config: LanguageModelConfig, shapes: Any, labels: Any, batch: Any) ->
 
 def _open(path: str | Path, **_: Any) -> Any:
     raise CheckpointError(
-        f"{path}: a language model alone, which is not asked or served; give the folder of a model that sees, such "
-        "as a run of configs/quickstart.py"
+        f"{path}: a plain language model, which cannot be prompted or served; give the folder of a model with images, "
+        "such as a run of configs/quickstart.py"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run of MAGMA takes from its model: who learns, settings of its data, the shapes of its batches."""
+"""Parts of a run that follow from a MAGMA model: groups of parameters, data settings, batch shapes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from magma_jax.training.step.optim import Group
 
 
 def roles(model: MagmaConfig) -> dict[str, Literal["frozen"] | Group]:
-    """Roles of the model's parameters, with the groups of the paper's pretraining (appendix A)."""
+    """Roles of the model's parameters and their groups in the paper's pretraining (appendix A)."""
     groups: dict[str, Literal["frozen"] | Group] = {
         LanguageParam.role: "frozen",
         PrefixParam.role: Group(),
@@ -30,16 +30,16 @@ def roles(model: MagmaConfig) -> dict[str, Literal["frozen"] | Group]:
 
 
 def base_may_differ(base: Mapping[str, Any]) -> tuple[str, ...]:
-    """How a model is run and stored, and how fresh parts would begin; a base without a head may be given one."""
+    """Fields in which a base may differ: how the model is run, stored and initialised, and an added class head."""
     names = ("dtype", "lm.dtype", "lm.embedding_std", "prefix.dropout", "mlp_adapter.init", "attn_adapter.init")
     return names if base.get("classes") else (*names, "classes")
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """The config with settings of its data that follow from the model, unless they are given.
+    """The config with unset data settings filled in from the model.
 
     Raises:
-        ValueError: data that do not fit the model.
+        ValueError: the data settings do not fit the model.
     """
     data, model = config.data, config.model
     if data.pack > 1 and config.loss.batch_norm == "batch":
@@ -58,7 +58,7 @@ def complete(config: RunConfig) -> RunConfig:
 
 
 def batch_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """The longest batch of a run, as ``data.batches`` and ``families.magma.image_features`` make it."""
+    """Shapes and dtypes of a run's longest batch, as ``data.batches`` and ``families.magma.image_features`` make it."""
     config, encoder = program.config, program.config.model.encoder
     rows, length = config.batch_size, config.data.length
     shapes: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(("tokens", "labels"), ((rows, length), jnp.int32))

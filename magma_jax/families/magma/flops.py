@@ -1,6 +1,6 @@
-"""Operations of a training step of MAGMA, see ``training.step.flops``.
+"""Operations of a MAGMA training step, see ``training.step.flops``.
 
-The encoder costs three forward passes if it learns, one if it is frozen, nothing if the batch brings its features.
+The encoder costs three forward passes if it learns, one if it is frozen, none if the batch holds its features.
 """
 
 import functools
@@ -25,7 +25,7 @@ from magma_jax.training.step.flops import (
     matrix_flops,
 )
 
-# What multiplies the weights of a path, in vectors a row. Encoders are counted by tracing them.
+# Vectors per row that a path's weights multiply. Encoders are counted by tracing instead.
 INPUTS = (
     (re.compile(r"image_prefix/encoder/.*|image_prefix/(.*/)?ln(_\w+)?/weight"), None),
     (re.compile(r"image_prefix/transformer/.*weight"), "image"),
@@ -41,7 +41,7 @@ def step_flops(
     """Counts the operations of one optimizer step; ``batch`` has the shapes of the whole batch.
 
     Raises:
-        ValueError: a matrix whose number of inputs a row no rule tells.
+        ValueError: a matrix that no rule matches.
     """
     rows, length = batch["tokens"]
     packed, cached = "segments" in batch, "features" in batch
@@ -49,7 +49,7 @@ def step_flops(
     grid = config.encoder.positions
     image = grid or config.prefix.image_positions
     vectors = {
-        # The last token predicts nothing; in a row that is not packed it is not run.
+        # The last token predicts nothing; in unpacked rows it is not run.
         "positions": pack * image + length - (0 if packed else 1),
         "predicted": length,  # the image's last position predicts the first token
         "image": pack * image,
@@ -57,7 +57,7 @@ def step_flops(
         "row": 1,
     }
     encoder_learns = any(path.startswith(ENCODER) for path in learning_paths(labels))
-    # Below the map from features only an encoder that learns asks for a gradient.
+    # Only a trained encoder needs a gradient with respect to the features.
     frozen, trained = matrix_flops(shapes, labels, INPUTS, vectors, first=() if encoder_learns else ("features",))
     attention = attention_flops(config.lm.width, config.lm.layers, vectors["positions"])
     if config.prefix.mapping == "transformer":

@@ -4,7 +4,7 @@
     embeddings = model.preprocess_inputs([ImageInput("cat.png"), "A picture of"])
     print(model.generate(embeddings, max_steps=20)[0])
 
-Names follow the original. Nothing here has state that a call could change: the same call gives the same answer.
+Names follow the original. Calls change no state, so the same call gives the same answer.
 """
 
 import dataclasses
@@ -45,9 +45,9 @@ class ForwardOutput(NamedTuple):
     """What ``Magma.__call__`` computes.
 
     Attributes:
-        logits: (B, S, V), fp32; ids from ``vocab_rows`` on have no embedding and mean nothing.
+        logits: (B, S, V), fp32; ids from ``vocab_rows`` on have no embedding and are meaningless.
         hidden_states: (L + 1, B, S, D): input of every block, and the output of the final LayerNorm.
-        attentions: (L, B, H, S, S).
+        attentions: (L, B, H, S, S) attention weights.
     """
 
     logits: Array
@@ -58,7 +58,7 @@ class ForwardOutput(NamedTuple):
 class Magma:
     """A MAGMA model with its weights, tokenizer and image preprocessing.
 
-    The language model's layers may be stacked in ``params``, or apart (``lm/layers/0/...``), see ``nn.stack``.
+    The language model's layers in ``params`` are stacked or unstacked (``lm/layers/0/...``), see ``nn.stack``.
     """
 
     makes: frozenset[Makes] = frozenset({"text"})
@@ -84,22 +84,23 @@ class Magma:
         model_config: Mapping[str, Any] | None = None,
         ema: bool | None = None,
     ) -> "Magma":
-        """Loads a run folder of ``train.py``, a converted model folder, or whatever checkpoint ``from-torch`` opens.
+        """Loads a run folder of ``train.py``, a converted model folder, or any checkpoint that ``from-torch`` opens.
 
-        Every tensor goes straight to its dtype and devices: loading takes hardly more memory than the model.
+        Every tensor is read directly in its dtype and onto its devices, so loading takes little more memory than the
+        model.
 
         Args:
-            path: folder, file, or ``hf://OWNER/NAME[@REVISION][/FILE]`` for a file that is fetched first.
+            path: folder, file, or ``hf://OWNER/NAME[@REVISION][/FILE]`` for a file that is downloaded first.
             dtype: dtype of weights and activations, such as ``bfloat16``; default: the config's, which is
                 ``float32`` for a checkpoint file.
-            mesh: devices to spread the weights over, by the table of ``magma_jax.runtime.sharding``; default: one
+            mesh: devices to shard the weights over, by the table of ``magma_jax.runtime.sharding``; default: one
                 device.
-            model_config: what the tensors of a checkpoint file cannot tell, see ``published.infer_config``.
-            ema: whether a run's moving averages of weights are taken, or its weights; default: what the run was
+            model_config: values that the tensors of a checkpoint file do not reveal, see ``published.infer_config``.
+            ema: whether to use a run's moving averages instead of its weights; default: whichever the run was
                 validated with.
 
         Raises:
-            CheckpointError: not such a folder, or ``ema`` of one that keeps no averages. HubError: not fetched.
+            CheckpointError: not such a folder, or ``ema`` for one that keeps no averages. HubError: a failed download.
             WeightFileError, InferenceError, KeyMapError: a file that cannot be read, or whose keys do not fit a MAGMA
             model.
         """
@@ -112,13 +113,13 @@ class Magma:
         return token_answers(self, prompts, options, count)
 
     def layout(self, prompt: Prompt, *, max_images: int | None = None, salt: bytes = b"") -> PromptLayout:
-        """What stands at every position of a prompt, see ``inference.prompts.lay_out_prompt``."""
+        """The layout of a prompt, see ``inference.prompts.lay_out_prompt``."""
         return self._lay_out(prompt, max_images=max_images, salt=salt)
 
     def preprocess_inputs(self, inputs: Prompt) -> Float[Array, "1 S D"]:
         """Turns one prompt, any sequence of ``ImageInput`` and text, into embeddings; ``inputs`` is not changed.
 
-        Text that spells a special token is text.
+        Special tokens spelled out in text are encoded as plain text.
 
         Raises:
             ValueError: an empty prompt, or an item that is neither text nor image. ImageError: a bad image.
@@ -152,12 +153,12 @@ class Magma:
 
         Args:
             embeddings: from ``preprocess_inputs`` or ``preprocess_batch``.
-            max_steps: new tokens at most.
-            temperature: 0 for greedy. Order: temperature, top_k, top_p.
-            top_k: 0 for all.
-            top_p: smallest set of tokens with at least this mass.
-            seed: one seed a row, each giving its row what it gives alone; or one number, from which row i draws
-                its own (so equal prompts differ).
+            max_steps: maximum number of new tokens.
+            temperature: 0 for greedy decoding. Filters apply in the order temperature, top_k, top_p.
+            top_k: number of likeliest tokens to keep; 0 for all.
+            top_p: keeps the smallest set of tokens with at least this mass.
+            seed: one seed per row, which gives the row the same result as on its own; or one number, from which row i
+                derives its own (so equal prompts differ).
             compat: ``upstream`` for the original's top_p rule and order.
 
         Raises:
@@ -178,18 +179,18 @@ class Magma:
         return_logits: bool = False,
         top_logprobs: int = 0,
     ) -> Generation:
-        """Like ``generate``, as token ids with lengths and log-probabilities.
+        """Like ``generate``, but returns token ids with lengths and log-probabilities.
 
         Args:
             embeddings: as for ``generate``; ``PromptBatch.repeat`` gives several samples of each prompt.
-            max_steps: new tokens at most.
-            sampling: how they are sampled.
+            max_steps: maximum number of new tokens.
+            sampling: sampling parameters.
             seed: as for ``generate``.
             return_logits: also return all logits.
-            top_logprobs: also return so many of the likeliest tokens in place of each token.
+            top_logprobs: number of likeliest alternatives to return for each token.
 
         Raises:
-            ValueError: no room in the context, or a repetition penalty for prompts whose words are not known.
+            ValueError: no room in the context, or a repetition penalty for prompts whose words are unknown.
         """
         options = {"seed": seed, "return_logits": return_logits, "top_logprobs": top_logprobs}
         return generate_tokens(self, embeddings, max_steps, sampling, **options)
@@ -224,7 +225,7 @@ class Magma:
         return _project(self.graphdef, self.params, features)
 
     def embed_tokens(self, ids: Sequence[int] | Int[np.ndarray, " S"]) -> Float[Array, "S D"]:
-        """Word embeddings of token ids; ids without a row in the table are an error."""
+        """Word embeddings of token ids; raises ValueError for ids without a row in the table."""
         rows = self.config.lm.vocab_rows
         bad = [i for i in ids if not 0 <= i < rows]
         if bad:
@@ -232,7 +233,7 @@ class Magma:
         return merge(self.graphdef, self.params).embed_tokens(jnp.asarray(ids, jnp.int32)[None])[0]
 
     def remove_adapters(self) -> "Magma":
-        """The same model without adapters: its text logits are those of the language model, bit for bit."""
+        """The same model without adapters; its text logits equal the language model's bit for bit."""
         config = dataclasses.replace(self.config, mlp_adapter=None, attn_adapter=None)
         params = {path: leaf for path, leaf in self.params.items() if "_adapter/" not in path}
         return Magma(config, params, self.tokenizer)
@@ -253,7 +254,7 @@ class Magma:
 
 @functools.cache
 def magma_graphdef(config: MagmaConfig, apart: bool = False) -> Definition:
-    """The structure of a model; ``apart``: with the language model's layers one by one."""
+    """The structure of a model; with ``apart`` the language model's layers are unstacked."""
 
     def create() -> MagmaModel:
         model = MagmaModel(config, rngs=nnx.Rngs(0))
@@ -266,7 +267,7 @@ def magma_graphdef(config: MagmaConfig, apart: bool = False) -> Definition:
 
 @platform_jit(static_argnames=("graphdef", "outputs"))
 def forward_program(graphdef, params, embeddings, outputs) -> ForwardOutput:
-    """The program of ``Magma.__call__``; ``outputs``: whether hidden states and attentions are wanted."""
+    """The program of ``Magma.__call__``; ``outputs``: whether to return hidden states and attentions."""
     model = merge(graphdef, params)
     collect = tuple(name for name, wanted in zip(("out", "attentions"), outputs, strict=True) if wanted)
     output = model(embeddings, collect=collect)

@@ -1,4 +1,4 @@
-"""From the image rows of a batch to what the loss wants: pixels, or features computed once."""
+"""Image inputs of the loss from the image rows of a batch: pixels, or cached features."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from magma_jax.typing import Params, UInt8
 
 Batch = dict[str, np.ndarray]
 
-# Of features of stored images, in the host's memory.
+# Limit of cached features of stored images, in host memory.
 KEPT_FEATURE_BYTES = 2 * 2**30
 
 
@@ -25,18 +25,18 @@ def image_loader(
     """Builds the function that replaces ``image_rows`` in a batch by ``features`` or ``images`` (uint8).
 
     If every parameter of the encoder is frozen and its BatchNorms keep their statistics, its features never change.
-    Those of images in memory are then computed here, once for all; those of stored images when they first come, and
-    kept as long as there is room.
+    Features of images in memory are then computed here, once; those of stored images at first use, and cached while
+    there is room.
     """
     if images is None:
         return lambda batch: batch
     if isinstance(images, StoredImages):
-        # One process: the features of another one's rows are not computed here.
+        # One process only: the features of another process's rows are not computed here.
         keep = features_are_fixed(program) and images.are_fixed and jax.process_count() == 1
         features_of = KeptFeatures(program, params) if keep else _without
 
         def prepare(batch: Batch) -> Batch:
-            # Batches of training bring their images with them.
+            # Training batches already hold their images.
             return features_of(batch if "images" in batch else fill_images(batch, images)[0])
 
         return prepare
@@ -47,14 +47,14 @@ def image_loader(
 
 
 class KeptFeatures:
-    """Replaces ``image_rows`` and ``images`` in a batch by ``features``, which are computed once for every image.
+    """Replaces ``image_rows`` and ``images`` in a batch by ``features``, which are computed once per image.
 
-    When ``nbytes`` are full, batches with further images keep their images.
+    Once ``nbytes`` are used, batches with further images keep their images.
     """
 
     def __init__(self, program: Program, params: Params, nbytes: int = KEPT_FEATURE_BYTES):
         self._program, self._nbytes = program, nbytes
-        # Statistics are part of the state, whose arrays each step takes the place of.
+        # Copied, because statistics are part of the state, which each step donates.
         self._params = {
             path: leaf.copy() if path.startswith(ENCODER) and program.labels[path] == STATISTIC else leaf
             for path, leaf in params.items()
@@ -83,7 +83,7 @@ class KeptFeatures:
 
 
 def features_are_fixed(program: Program) -> bool:
-    """Whether training changes nothing that the features of an image depend on."""
+    """Whether the features of an image stay the same throughout training."""
     encoder = [label for path, label in program.labels.items() if path.startswith(ENCODER)]
     updates = program.config.loss.batch_norm == "batch" and STATISTIC in encoder
     return not updates and not any(map(learns, encoder))
@@ -92,16 +92,16 @@ def features_are_fixed(program: Program) -> bool:
 def feature_statistics(
     images: UInt8[np.ndarray, "N H W 3"] | StoredImages, graphdef: Definition, params: Params, count: int = 512
 ) -> Params:
-    """Mean and standard deviation per channel of the features of ``count`` images, evenly spaced.
+    """Mean and standard deviation per channel of the features of ``count`` evenly spaced images.
 
-    For a prefix that standardizes its features; empty for others.
+    Empty unless the prefix standardizes its features.
     """
     if "image_prefix/feature_mean" not in params:
         return {}
     chosen = np.unique(np.linspace(0, len(images) - 1, count).astype(int))
     features = encode_all(images[chosen], graphdef, params)
     axes = tuple(range(features.ndim - 1))
-    # A channel that never varies is left at its own scale.
+    # The floor keeps constant channels from being blown up.
     std = np.maximum(features.std(axes), 1e-3)
     return {"image_prefix/feature_mean": features.mean(axes), "image_prefix/feature_std": std}
 

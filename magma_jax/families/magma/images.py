@@ -1,11 +1,11 @@
-"""How MAGMA takes images, as far as those who use it must know."""
+"""MAGMA's image input, as described to users of the model."""
 
 from magma_jax.inference.prompts import ImageGrid, ImageSpec
 from magma_jax.models.magma import MagmaConfig
 
 
 def image_spec(config: MagmaConfig) -> ImageSpec:
-    """How a model takes images."""
+    """The image input of a model."""
     return ImageSpec(
         size=config.encoder.image_size,
         positions=config.encoder.positions or config.prefix.image_positions,
@@ -14,9 +14,9 @@ def image_spec(config: MagmaConfig) -> ImageSpec:
 
 
 def image_grid(config: MagmaConfig) -> ImageGrid | None:
-    """The grid of an image's positions, over the square that the encoder sees; None where positions are no places.
+    """The grid of an image's positions over the encoder's input square; None if positions are not spatial.
 
-    A position's features come from its cell and, by the encoder's receptive field, from what is around it.
+    A position's features come from its cell and, by the encoder's receptive field, from its surroundings.
     """
     positions = config.encoder.positions
     if positions is None:

@@ -1,4 +1,4 @@
-"""Opening a MAGMA checkpoint of any kind: run folder, model folder, or a file in the published layout."""
+"""Loading a MAGMA checkpoint: run folder, model folder, or a file in the published layout."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from magma_jax.storage.model_folder import MODEL_FILE, in_dtype
 from magma_jax.training.checkpoints.checkpoint import read_trained_params
 from magma_jax.typing import Array, Params
 
-# Of the stacked layers: smaller ones stay in the caches of a CPU, and copying them costs little.
+# Size of the layer stack from which it is unstacked: smaller ones stay in CPU caches, where copying costs little.
 _APART_NBYTES = 128 * 2**20
 
 LAYERS = "lm/layers/"
@@ -35,7 +35,7 @@ def load_magma(
     model_config: Mapping[str, Any] | None = None,
     ema: bool | None = None,
 ) -> tuple[MagmaConfig, Params, Tokenizer]:
-    """Config, weights on their devices, and vocabulary; arguments and errors as of ``Magma.from_checkpoint``."""
+    """Config, weights on their devices, and tokenizer; arguments and errors as for ``Magma.from_checkpoint``."""
     path = local_path(path)
     if not (path / MODEL_FILE).exists() and holds_weights(path):
 
@@ -57,7 +57,7 @@ def load_magma(
 
 
 def layers_apart(params: Params) -> Params:
-    """Takes stacked layers of the language model apart; stacks are removed from ``params`` one by one meanwhile."""
+    """Unstacks the layers of the language model; removes each stack from ``params`` as it goes, to save memory."""
     stacks = {path: params.pop(path) for path in list(params) if path.startswith(LAYERS)}
     apart: Params = {}
     while stacks:
@@ -68,8 +68,10 @@ def layers_apart(params: Params) -> Params:
 
 
 def _for_device(params: Params, config: MagmaConfig) -> Params:
-    """Layers of large models apart on one CPU. In half precision they stay: a CPU is slow with it for other reasons,
-    and so loading takes no memory beside the model."""
+    """Unstacks the layers of large models on a single CPU device.
+
+    Half-precision layers stay stacked: they are slow on a CPU for other reasons, and loading needs no extra memory.
+    """
     layers = [leaf for path, leaf in params.items() if path.startswith(LAYERS)]
     on_cpu = {device.platform for leaf in layers for device in leaf.sharding.device_set} == {"cpu"}
     one = all(len(leaf.sharding.device_set) == 1 for leaf in layers)

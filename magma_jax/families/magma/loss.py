@@ -1,4 +1,4 @@
-"""The loss of MAGMA: the words behind an image, or the class of an image and a statement."""
+"""The loss of MAGMA: next-token loss of the text after an image, or classification of an image and a statement."""
 
 import jax.numpy as jnp
 
@@ -11,22 +11,21 @@ from magma_jax.typing import IGNORED, Array, Int, PRNGKey
 
 
 def caption_labels(tokens: Int[Array, "B S"], eos_id: int) -> Int[Array, "B S"]:
-    """Labels of captions: the tokens up to and including the first eos, ``IGNORED`` behind it (original)."""
+    """Labels of captions: the tokens up to and including the first eos, ``IGNORED`` after it (as in the original)."""
     ends = jnp.cumsum(tokens == eos_id, axis=1)
     behind_first_eos = (ends - (tokens == eos_id)) > 0
     return jnp.where(behind_first_eos, IGNORED, tokens)
 
 
 def caption_loss(model: MagmaModel, batch: Batch, key: PRNGKey | None, *, options: LossOptions) -> Terms:
-    """Next-token loss of the words behind an image (paper, equation 3), or the loss of a classification head.
+    """Next-token loss of the text after an image (paper, equation 3), or the loss of a classification head.
 
-    With a head (paper, section 4.1.3) a label is a class and stands at the end of text behind a statement, for which
-    the embedding of the last token of the statement is asked.
+    With a head (paper, section 4.1.3) the label is a class at the position of the end of text after a statement, and it
+    is predicted from the embedding of the statement's last token.
 
     ``batch`` holds ``tokens`` and ``labels`` (B, S), and either ``images`` (uint8, or normalised images) or
-    ``features`` (what a frozen encoder made of them, computed once). ``key=None`` means no dropout. If rows hold
-    several samples, ``segments`` and ``positions`` (B, S) say which, and images and features have a second axis, see
-    ``data.batches.batching``.
+    ``features`` (cached outputs of a frozen encoder). ``key=None`` means no dropout. Packed rows also have ``segments``
+    and ``positions`` (B, S), and their images and features have a second axis, see ``data.batches.batching``.
     """
     if "features" in batch:
         features = batch["features"]

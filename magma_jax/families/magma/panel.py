@@ -1,4 +1,4 @@
-"""What the model says while it learns: the same images every time, with a caption and a question each."""
+"""Samples during training: the model's captions and answers for a fixed set of images."""
 
 import io
 from collections import defaultdict
@@ -29,12 +29,13 @@ LOOKED_THROUGH = 4096
 
 
 class Sampler:
-    """Answers the chosen samples of a run, draws them, and keeps image and texts in the run folder.
+    """Generates answers for fixed samples of a run, and writes them to the run folder as an image and as text.
 
-    ``samples/000200.png`` shows the answers after step 200, and ``samples.jsonl`` has a line for each of them:
-    ``step``, ``image`` (its row), ``kind``, ``prompt``, ``truth``, ``said``.
+    ``samples/000200.png`` shows the answers after step 200, and ``samples.jsonl`` has one line per answer: ``step``,
+    ``image`` (its row), ``kind``, ``prompt``, ``truth``, ``said``.
 
     Args:
+        run: the run that is sampled from.
         writing: whether this process writes the files.
 
     Raises:
@@ -55,7 +56,7 @@ class Sampler:
         self._samples = choose(samples, watch.samples)
         self._rows = sorted({int(sample.image) for sample in self._samples})
         positions = image_spec(model).positions
-        # The devices share the rows, so the last one is repeated where these do not come out even.
+        # The rows are sharded over devices, so the last one is repeated until they divide evenly.
         self._asked = self._samples + self._samples[-1:] * (-len(self._samples) % batch_shards(run.program.mesh))
         prompts = [lay_out((int(s.image), s.prompt), dataset.tokenizer, positions) for s in self._asked]
         longest = max(len(prompt) for prompt in prompts)
@@ -69,13 +70,13 @@ class Sampler:
             cut_after(run.workdir / SAMPLES_FILE, int(run.state.step))
 
     def __call__(self, step: int, params: Params) -> UInt8[np.ndarray, "H W 3"]:
-        """Asks the model with ``params``, and returns the image of its answers."""
+        """Generates answers with ``params`` and returns an image of them."""
         run = self._run
-        assert run.dataset.images is not None  # it draws images alone
+        assert run.dataset.images is not None  # only image datasets are sampled
         tokenizer, images = run.dataset.tokenizer, run.dataset.images[self._rows]
         features = self._features
         if features is None:
-            # The features of a frozen encoder come from the program that has encoded the training images.
+            # A frozen encoder's features come from the program that encoded the training images.
             fixed = features_are_fixed(run.program)
             sizes = {} if fixed else {"batch_size": len(images)}
             features = encode_all(images, run.program.graphdef, params, run.program.mesh, **sizes, progress=False)
@@ -85,7 +86,7 @@ class Sampler:
             run.program.graphdef,
             params,
             self._prompts | {"features": shown[:, None]},
-            np.uint32(0),  # of no effect on greedy decoding
+            np.uint32(0),  # seed; unused by greedy decoding
             None,
             sampling=SamplingConfig(),
             max_new_tokens=run.config.watch.samples_tokens,
@@ -106,7 +107,7 @@ class Sampler:
         for sample, text in zip(self._samples, said, strict=True):
             lines[int(sample.image)].append(Line(text, sample.answer.strip(), question_of(sample)))
         shown = self._run.dataset.images
-        assert shown is not None  # it draws images alone
+        assert shown is not None  # only image datasets are sampled
         return [Card(shown[row], members) for row, members in lines.items()]
 
     def _write(self, step: int, image: UInt8[np.ndarray, "H W 3"], said: Sequence[str]) -> None:
@@ -121,13 +122,13 @@ class Sampler:
 
 
 def choose(samples: Sequence[Any], images: int) -> list[Any]:
-    """Samples of up to ``images`` images, evenly spaced in their order: a caption and a question of each.
+    """A caption and a question for up to ``images`` evenly spaced images.
 
-    Which of several questions an image gets goes round, so that all kinds are seen.
+    Questions of an image are taken in rotation, so that all kinds occur.
     """
     captions: dict[int, Any] = {}
     questions: dict[int, list[Any]] = defaultdict(list)
-    # Of a large split some thousands serve as well: a look at what the model says should not read all of it.
+    # A large split is subsampled to some thousands: choosing samples should not read all of it.
     step = max(1, len(samples) // LOOKED_THROUGH)
     for sample in (samples[row] for row in range(0, len(samples), step)):
         if sample.image is None:

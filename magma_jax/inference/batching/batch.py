@@ -1,7 +1,7 @@
-"""The running batch of an engine: its slots on the device, what their caches hold, and the images encoded so far.
+"""The running batch of an engine: slots on the device, the contents of their caches, and encoded images.
 
-What a slot's cache still holds of an earlier prompt is not computed again: the same image with another question, or
-the same few-shot examples before another image.
+Prompt prefixes that a slot's cache still holds are reused: the same image with another question, or the same few-shot
+examples before another image.
 """
 
 import collections
@@ -24,21 +24,21 @@ from magma_jax.inference.structured.constraints import installed
 from magma_jax.inference.structured.grammars import Guide, everything
 from magma_jax.typing import Array, Int, UInt32
 
-# Below this many common positions a prompt is run anew: looking back costs a program of its own.
+# Fewest common positions to reuse: continuing from a cached prefix takes a separate program.
 MIN_REUSED = 16
 
-# Prompts that are run together: so many, largest first, as long as they have no more positions than this. From there on
-# the products take the time, not the weights that are read for them.
+# Sizes of groups of prompts that are run together, and the most positions of a group: beyond these the matmuls are
+# compute-bound, and grouping saves nothing.
 GROUPS = (8, 4, 1)
 GROUP_POSITIONS = 256
 
 
 class Place(NamedTuple):
-    """Where a request goes.
+    """The slot of a request.
 
     Attributes:
-        slot: which.
-        start: positions of its prompt that the slot's cache holds already.
+        slot: index of the slot.
+        start: number of prompt positions that the slot's cache already holds.
     """
 
     slot: int
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A request on its way to its slot."""
+    """A request that is being admitted to its slot."""
 
     place: Place
     prompt: PromptLayout
@@ -55,12 +55,12 @@ class Entry(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Positions that have to be run."""
+        """Number of positions to run."""
         return len(self.prompt) - self.place.start
 
 
 class _Held:
-    """What a slot's cache holds: the first ``length`` rows of ``PromptLayout.identity``, and their salt."""
+    """Contents of a slot's cache: the first ``length`` rows of ``PromptLayout.identity``, and their salt."""
 
     def __init__(self, context: int):
         self.rows, self.length, self.salt = np.zeros((context, 3), np.int64), 0, b""
@@ -76,7 +76,7 @@ class _Held:
         self.length = end
 
     def common(self, prompt: PromptLayout, length: int) -> int:
-        """How many of the first ``length`` positions are those of a prompt."""
+        """Length of the common prefix with a prompt, within the first ``length`` positions."""
         if prompt.salt != self.salt:
             return 0
         size = min(length, len(prompt))
@@ -85,23 +85,23 @@ class _Held:
 
 
 class SlotBatch:
-    """Slots, each of which one request has for a while, on one device or mesh. For a single thread.
+    """Slots on one device or mesh, each assigned to one request at a time. Not thread-safe.
 
-    Nothing here waits for the device: what it gives are arrays in the making.
+    Calls do not wait for the device: the returned arrays are asynchronous.
 
     Args:
-        model: any that writes token by token.
-        count: slots.
-        context: positions of each.
-        images: images that are kept encoded; one prompt may have as many.
-        steps: tokens of a burst of decoding.
-        reuse: whether prompts that begin like an earlier one share its cache.
+        model: any autoregressive text model.
+        count: number of slots.
+        context: positions per slot.
+        images: size of the table of encoded images; also the maximum per prompt.
+        steps: tokens per decoding burst.
+        reuse: whether prompts reuse the cache of an earlier one with a common prefix.
     """
 
     def __init__(self, model: TokenGenerator, *, count: int, context: int, images: int, steps: int, reuse: bool):
         self.model, self.count, self.images, self.steps, self.reuse = model, count, images, steps, reuse
         self.buckets = SEQUENCES.up_to(context)
-        self.encoded = 0  # images, since the start
+        self.encoded = 0  # images encoded since the start
         self._context = context
         self._fixed = (model.graphdef, model.params)
         self._eos_id, self._vocabulary = model.tokenizer.eos_id, model.lm_config.head_rows
@@ -109,16 +109,16 @@ class SlotBatch:
         self.reset()
 
     def reset(self) -> None:
-        """Fresh device state: at the start, and after a failure that may have taken the old one with it."""
+        """Creates fresh device state, at the start and after a failure that may have destroyed the old one."""
         empty = slots.empty_slots(*self._fixed, self.count, self._context, self.images)
         self._rows, self._table = slots.commit_like(self.model.params, empty)
         self._row_of: collections.OrderedDict[bytes, int] = collections.OrderedDict()
         self._held = [_Held(self._context) for _ in range(self.count)]
 
     def place(self, prompt: PromptLayout, free: Set[int], just_placed: Sequence[Entry]) -> Place | None:
-        """A slot for a prompt; the slot's cache then is the prompt's.
+        """Assigns a slot, and its cache, to a prompt.
 
-        None if the prompt begins like one that is placed but not admitted yet: admit those first.
+        Returns None if the prompt shares a prefix with one that is placed but not admitted yet: admit those first.
         """
         slot, start, source = self._choose(prompt, free)
         if source is not None:
@@ -129,13 +129,13 @@ class SlotBatch:
         return Place(slot, start)
 
     def _choose(self, prompt: PromptLayout, free: Set[int]) -> tuple[int, int, int | None]:
-        """The slot, how much of the prompt its cache will hold, and the slot to copy that from, if another."""
+        """The slot, the number of reused positions, and the slot to copy them from, if another."""
         emptiest = min(free, key=lambda slot: self._held[slot].length)  # has the least to lose
         if not self.reuse:
             return emptiest, 0, None
-        # The newest token of a running request was sampled but not run yet: the cache does not hold it.
+        # The newest token of a running request has not been run yet, so the cache does not hold it.
         lengths = [held.length if slot in free else held.length - 1 for slot, held in enumerate(self._held)]
-        # At least one position has to be run: the first token is sampled from its logits.
+        # At least one position must be run, since the first token is sampled from its logits.
         most = len(prompt) - 1
         common = [min(held.common(prompt, size), most) for held, size in zip(self._held, lengths, strict=True)]
         best = max(range(self.count), key=lambda slot: (common[slot], slot in free))
@@ -144,9 +144,9 @@ class SlotBatch:
         return (best, common[best], None) if best in free else (emptiest, common[best], best)
 
     def admit(self, entries: Sequence[Entry]) -> list[tuple[list[Entry], SampledTokens]]:
-        """Runs prompts in the slots they were placed in, together where that is quicker, and draws the first tokens.
+        """Runs prompts in their slots, in groups where that is faster, and samples the first tokens.
 
-        Returns what was run together, each with its first tokens, a row an entry.
+        Returns the groups, each with its first tokens, one row per entry.
         """
         waiting = sorted(entries, key=lambda entry: -entry.length)
         done = []
@@ -160,12 +160,12 @@ class SlotBatch:
         return done
 
     def _fit(self, entries: Sequence[Entry], size: int) -> bool:
-        """Whether there are so many, and room for the images of all of them at once."""
+        """Whether there are ``size`` entries whose images fit in the table together."""
         images = sum(len(entry.prompt.pixels) for entry in entries[:size])
         return len(entries) >= size and images <= self.images
 
     def _groups(self, bucket: int) -> list[int]:
-        """How many prompts of a padded length are run together."""
+        """Group sizes for prompts of a padded length."""
         return [size for size in GROUPS if size == 1 or (size <= self.count and size * bucket <= GROUP_POSITIONS)]
 
     def _admission(self, entries: Sequence[Entry], bucket: int) -> slots.Admission[np.ndarray]:
@@ -197,7 +197,7 @@ class SlotBatch:
         )
 
     def _allowed(self, rows: int, guides: Mapping[int, Guide | None]) -> UInt32[np.ndarray, "{rows} W"]:
-        """What may come next in each row: all, where nothing guides it."""
+        """Masks of the allowed next tokens, one row each; unconstrained rows allow all."""
         allowed = everything(rows, self._vocabulary)
         for row, guide in guides.items():
             if guide is not None:
@@ -205,7 +205,7 @@ class SlotBatch:
         return allowed
 
     def _image_row(self, prompt: PromptLayout, key: bytes) -> int:
-        """Where an image stands in the table; it is encoded if it is not there, in place of the least used one."""
+        """Row of an image in the table; a missing image is encoded and replaces the least used one."""
         if key in self._row_of:
             self._row_of.move_to_end(key)
             return self._row_of[key]
@@ -224,15 +224,15 @@ class SlotBatch:
     def decode(
         self, *, top: bool, enough: int | None = None, guides: Mapping[int, Guide] | None = None
     ) -> tuple[SampledTokens, Int[Array, " B"]]:
-        """A burst of decoding: what was sampled, a row a slot and a column a step, and how much of it counts.
+        """Runs a decoding burst; returns the sampled tokens (slots x steps) and the number of valid ones per slot.
 
         Args:
-            top: whether somebody wants the likeliest tokens too, which takes another program.
-            enough: the burst ends when so many requests have.
-            guides: of slots whose answers are constrained. The burst then has one step: what may come after it depends
-                on what it draws.
+            top: whether to return the likeliest tokens too, which takes another program.
+            enough: the burst ends when this many requests have finished.
+            guides: guides of slots with constrained answers. The burst then has a single step, since the next mask
+                depends on the sampled token.
         """
-        # More than there are slots never end.
+        # More than the number of slots: never reached.
         ended = np.int32(self.count + 1 if enough is None else enough)
         allowed = None if guides is None else self._allowed(self.count, guides)
         options = {"steps": self.steps if allowed is None else 1, "top": self._top if top else 0}
@@ -240,21 +240,21 @@ class SlotBatch:
         return sampled, counts
 
     def add_tokens(self, slot: int, tokens: Sequence[int]) -> None:
-        """Notes what a slot's request has sampled."""
+        """Records the tokens that a slot's request has sampled."""
         self._held[slot].add(tokens)
 
     def end(self, slot: int) -> None:
-        """A request has left: its newest token was sampled but never run, so the cache does not hold it."""
+        """Marks a request as finished; its newest token was never run, so the cache does not hold it."""
         self._held[slot].length = max(self._held[slot].length - 1, 0)
 
     def release(self, which: Sequence[int]) -> None:
-        """The device goes on with a row until it hears that nobody wants it."""
+        """Makes slots idle on the device, which otherwise continues to decode them."""
         mask = np.zeros(self.count, bool)
         mask[list(which)] = True
         self._rows = slots.release(self._rows, mask)
 
     def warm_up(self) -> None:
-        """Compiles every program, by running each for no slot at all. Nothing may be running."""
+        """Compiles every program by running it without a slot. No request may be running."""
         size = self.model.images.size
         self._add_image(np.zeros((size, size, 3), np.uint8), 0)
         nowhere = Place(self.count, 0)
@@ -269,7 +269,7 @@ class SlotBatch:
             for top in (False, True):
                 self.decode(top=top, guides=guides)
         jax.block_until_ready(self._rows)
-        self._row_of.clear()  # the table's first row has changed
+        self._row_of.clear()  # the first row of the table was overwritten
 
     def _run(self, program, *arguments, **options):
         return program(*self._fixed, self._rows, *arguments, eos_id=self._eos_id, **options)

@@ -5,16 +5,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of an engine; all memory is taken at the start.
+    """Sizes of an engine; all memory is allocated at the start.
 
     Attributes:
         slots: requests that decode together.
-        context: positions of one request, prompt and answer; None for the model's context.
-        images: images that are kept encoded; also the most that one prompt may have.
-        steps: tokens that are decoded between two looks at the queue.
-        queue: requests that may wait.
-        queue_bytes: what the images, at the encoder's size, and grammars of those that wait may take together.
-        reuse: whether prompts that begin like an earlier one share its cache, and equal images are encoded once.
+        context: positions per request, prompt and answer; None for the model's context.
+        images: size of the table of encoded images; also the maximum per prompt.
+        steps: tokens decoded between two checks of the queue.
+        queue: maximum number of waiting requests.
+        queue_bytes: maximum size of the images (at the encoder's size) and grammars of waiting requests.
+        reuse: whether prompts reuse the cache of a common prefix, and equal images are encoded once.
     """
 
     slots: int = 8

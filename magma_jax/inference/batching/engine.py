@@ -1,8 +1,8 @@
-"""Continuous batching: requests join and leave a running batch, each giving what it gives alone.
+"""Continuous batching: requests join and leave a running batch, with the same results as on their own.
 
-One thread owns the device. Between two short bursts of decoding it looks at the queue: waiting requests take free
-slots (their images are encoded, their prompts are run), requests that have ended or were cancelled leave theirs. What
-a prompt has in common with an earlier one is not computed again (``inference.batching.batch``).
+One thread owns the device. Between two short decoding bursts it checks the queue: waiting requests take free slots
+(their images are encoded, their prompts are run), finished or cancelled requests leave theirs. Common prefixes with
+earlier prompts are reused (``inference.batching.batch``).
 
     with Engine(Magma.from_checkpoint("runs/quickstart")) as engine:
         ticket = engine.submit([ImageInput("cat.png"), "A picture of"])
@@ -42,7 +42,7 @@ from magma_jax.inference.structured.grammars import Grammar, Grammars, Guide, Gu
 
 _log = logging.getLogger(__name__)
 
-# While others wait, a burst of decoding ends when so many requests have: one prompt alone is run no quicker than these.
+# While requests wait, a burst ends when this many have finished: running one prompt takes as long as running these.
 ENOUGH = 4
 
 
@@ -51,7 +51,7 @@ class QueueFull(EngineError):
 
 
 class EngineStats(NamedTuple):
-    """Counters since the start, and what is going on now."""
+    """Counters since the start, and the current state."""
 
     waiting: int
     running: int
@@ -78,7 +78,7 @@ class _Work:
 
 
 class _New(NamedTuple):
-    """What a burst drew for one request."""
+    """Tokens that a burst sampled for one request."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -86,15 +86,15 @@ class _New(NamedTuple):
 
 
 class Engine:
-    """Runs requests of many callers on one model; safe to use from many threads. Use it in a ``with`` block.
+    """Runs requests of many callers on one model; thread-safe. Use it in a ``with`` block.
 
     Attributes:
-        context: positions of one request.
+        context: positions per request.
         buckets: lengths that prompts are padded to.
-        failure: why the engine has stopped for good; None while it works.
+        failure: reason why the engine has stopped for good; None while it works.
 
     Raises:
-        ValueError: more context than the model has.
+        ValueError: the config's context exceeds the model's.
     """
 
     def __init__(self, model: TokenGenerator, config: EngineConfig = EngineConfig()):
@@ -130,7 +130,7 @@ class Engine:
         self.close()
 
     def close(self, *, drain: bool = False, timeout: float | None = None) -> None:
-        """Stops; with ``drain`` after what is waiting and running has ended, without it that fails."""
+        """Stops the engine; with ``drain`` pending requests are finished first, otherwise they fail."""
         with self._changed:
             self._draining = True
             if drain:
@@ -141,35 +141,35 @@ class Engine:
         self._grammars.close()
 
     def compile(self, constraint: Constraint) -> Grammar:
-        """A constraint, ready for ``RequestOptions``; may run in any thread, and takes a second at most.
+        """Compiles a constraint for ``RequestOptions``; thread-safe, takes a second at most.
 
         Raises:
-            ConstraintError: what is not supported or takes too much.
+            ConstraintError: an unsupported constraint, or one that takes too much time or memory.
         """
         return self._grammars.compile(constraint)
 
     def layout(self, prompt: Prompt, salt: bytes = b"") -> PromptLayout:
-        """The layout of a prompt; may run in any thread, before ``submit``.
+        """The layout of a prompt; thread-safe, for use before ``submit``.
 
-        Prompts of another ``salt`` share no work with this one, so that nobody can tell from the time or the counts of
-        an answer what they are.
+        Prompts with different ``salt`` never share caches, so that timings and token counts reveal nothing about
+        other callers' prompts.
 
         Raises:
             ValueError: an empty prompt, an item that is neither text nor image, too many images, or more text than
-                the context can hold. ImageError.
+                the context can hold. ImageError: a bad image.
         """
         size = sum(len(item) for item in prompt if isinstance(item, str))
-        if size > self.context * self.model.tokenizer.longest:  # before it is split, which takes long
+        if size > self.context * self.model.tokenizer.longest:  # checked before tokenization, which is slow
             raise ValueError(f"the prompt has {size} characters, more than the context of {self.context} tokens holds")
         salt = salt if self.config.reuse else secrets.token_bytes(16)
         return self.model.layout(prompt, max_images=self.config.images, salt=salt)
 
     def submit(self, prompt: Prompt | PromptLayout, options: RequestOptions = RequestOptions()) -> Ticket:
-        """Takes a request and returns at once.
+        """Queues a request and returns immediately.
 
         Raises:
-            QueueFull: as many as may wait are waiting, or their images take as much as they may.
-            ValueError: prompt and answer do not fit the context; and what ``layout`` and ``compile`` raise.
+            QueueFull: ``queue`` requests are waiting, or their images and grammars take ``queue_bytes``.
+            ValueError: prompt and answer exceed the context. Also the errors of ``layout`` and ``compile``.
             EngineError: the engine is shutting down, or has failed.
         """
         layout = prompt if isinstance(prompt, PromptLayout) else self.layout(prompt)
@@ -201,7 +201,7 @@ class Engine:
         return ticket
 
     def stats(self) -> EngineStats:
-        """Counters for whoever watches."""
+        """Counters for monitoring."""
         with self._changed:
             return EngineStats(
                 waiting=len(self._waiting),
@@ -215,7 +215,7 @@ class Engine:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Nobody is let in while the block runs: what is submitted in it waits and then begins together."""
+        """Context in which no request is admitted: those submitted meanwhile wait and then start together."""
         self._paused = True
         try:
             yield
@@ -225,14 +225,14 @@ class Engine:
                 self._changed.notify_all()
 
     def warmup(self) -> float:
-        """Compiles every program now instead of at the first requests that need it; returns the seconds it took."""
+        """Compiles every program now instead of at first use; returns the seconds it took."""
         started = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: not (self._waiting or self._running))
             self._batch.warm_up()
         return time.perf_counter() - started
 
-    # What follows runs in the engine's thread alone.
+    # The methods below run in the engine's thread only.
 
     def _run(self) -> None:
         try:
@@ -250,19 +250,19 @@ class Engine:
                 if self._stopping:
                     return
                 if self._paused and not self._running:
-                    self._changed.wait(0.01)  # who gives up meanwhile is let go
+                    self._changed.wait(0.01)  # cancelled requests are dropped meanwhile
             try:
                 self._drop_cancelled()
                 self._step()
-            except Exception as error:  # whatever the device raised, the callers must hear of it
+            except Exception as error:  # callers must be told of any device error
                 self._fail_all(EngineError(f"generation failed ({type(error).__name__}: {error!s:.300})"))
                 self._batch.reset()
 
     def _step(self) -> None:
-        """Lets waiting requests in and decodes a burst.
+        """Admits waiting requests and decodes a burst.
 
-        The device has all of it before any result is waited for, unless an answer is constrained: what its second token
-        may be depends on the first.
+        All programs are dispatched before any result is awaited, unless an answer is constrained: its second mask
+        depends on the first token.
         """
         admitted = self._admit_waiting()
         if any(work.guide is not None for work in self._running.values()):
@@ -300,7 +300,7 @@ class Engine:
             gone = [work for work in self._waiting if work.ticket.cancelled]
             for work in gone:
                 self._waiting.remove(work)
-            self._changed.notify_all()  # whoever drains may have waited for these alone
+            self._changed.notify_all()  # a draining ``close`` may wait for these only
             left = [slot for slot, work in self._running.items() if work.ticket.cancelled]
         for work in gone:
             self._finished += 1
@@ -311,7 +311,7 @@ class Engine:
             self._batch.release(left)
 
     def _admit_waiting(self) -> list[tuple[list[Entry], SampledTokens]]:
-        """Gives free slots to those who wait, each at most once: others must have their turn of decoding."""
+        """Assigns each free slot to a waiting request at most once, so that running requests get to decode."""
         admitted: list[tuple[list[Entry], SampledTokens]] = []
         placed: list[Entry] = []
         free = set(range(self.config.slots)) - self._running.keys()
@@ -338,7 +338,7 @@ class Engine:
     def _deliver_sampled(
         self, works: Sequence[tuple[int, _Work | None]], sampled: SampledTokens, counts: Sequence[int]
     ) -> None:
-        """Hands sampled tokens, ``counts`` of each row's, to those of the requests that have not ended since."""
+        """Delivers sampled tokens, ``counts`` per row, to the requests that have not ended since."""
         token, logprob, top = jax.device_get((sampled.token, sampled.logprob, sampled.top))
         stopped = []
         for row, ((slot, work), count) in enumerate(zip(works, counts, strict=True)):
@@ -352,7 +352,7 @@ class Engine:
             self._batch.release(stopped)
 
     def _deliver(self, slot: int, work: _Work, new: _New) -> list[int]:
-        """Gives a request its new tokens, and ends it if it is through; the slot, if the device does not know that."""
+        """Delivers new tokens to a request and ends it if finished; returns its slot if the device must release it."""
         eos_id = self.model.tokenizer.eos_id
         ended = eos_id in new.tokens
         tokens = new.tokens[: new.tokens.index(eos_id)] if ended else new.tokens
@@ -402,7 +402,7 @@ class Engine:
 
 
 def _as_column(sampled: SampledTokens) -> SampledTokens:
-    """What one step drew as a burst of one step."""
+    """Tokens of one step, in the shape of a one-step burst."""
     return jax.tree.map(lambda array: np.asarray(array)[:, None], sampled._replace(logits=None))
 
 

@@ -1,4 +1,4 @@
-"""A request on its way through the engine: what was asked, what has come so far, and who is waiting for it."""
+"""Requests of the engine: options, progress, and the ticket that callers wait on."""
 
 import codecs
 import dataclasses
@@ -12,30 +12,30 @@ from magma_jax.inference.structured.constraints import Constraint
 from magma_jax.inference.structured.grammars import Grammar
 from magma_jax.output import FailedError
 
-# Why a request ended: its end of text or a stop string, its limit, or because nobody wanted it any more.
+# Why a request ended: an end of text or stop text, its limit, or cancellation.
 FinishReason = Literal["stop", "length", "cancelled"]
 
-# The most alternatives of a token that can be asked for, as in OpenAI's interface.
+# Maximum number of alternatives per token, as in OpenAI's API.
 MAX_TOP_LOGPROBS = 20
 
-# The likeliest tokens in place of one, with their log-probabilities.
+# The likeliest tokens at one position, with their log-probabilities.
 Alternatives = tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestOptions:
-    """What is wanted besides the prompt.
+    """Options of a request.
 
     Attributes:
-        max_new_tokens: at most.
-        sampling: how tokens are sampled; ``compat`` is not served.
-        seed: the answer is that of ``batched.generate_tokens(..., seed=[seed])``.
-        stop: texts that end the answer and are no part of it.
-        top_logprobs: likeliest tokens to report beside each token.
-        min_new_tokens: the end of text is not sampled before so many; a stop text ends the answer all the same, and so
-            does a constraint that allows nothing but the end.
-        constraint: what the answer must look like, unless ``max_new_tokens`` or a stop text ends it before; a
-            ``Constraint``, or one that ``Engine.compile`` has compiled.
+        max_new_tokens: maximum number of new tokens.
+        sampling: sampling parameters; ``compat`` is not supported.
+        seed: gives the same answer as ``batched.generate_tokens(..., seed=[seed])``.
+        stop: texts that end the answer and are not part of it.
+        top_logprobs: number of likeliest alternatives to report for each token.
+        min_new_tokens: number of tokens before which the end of text is not sampled; a stop text, or a constraint that
+            allows only the end, still ends the answer.
+        constraint: constraint on the answer, a ``Constraint`` or the result of ``Engine.compile``. The answer may be
+            cut short by ``max_new_tokens`` or a stop text.
     """
 
     max_new_tokens: int = 64
@@ -65,14 +65,14 @@ class RequestOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """A piece of an answer: new text, and the tokens it comes from.
+    """A piece of an answer: new text, and its tokens.
 
     Attributes:
-        text: new.
-        tokens: new.
-        logprobs: of the tokens.
-        top: alternatives of each token, if any were asked for.
-        finish: on the last piece.
+        text: new text.
+        tokens: new tokens.
+        logprobs: log-probabilities of the tokens.
+        top: alternatives for each token, if requested.
+        finish: why the answer ended, on the last piece only.
     """
 
     text: str
@@ -83,19 +83,19 @@ class Progress:
 
 
 class EngineError(FailedError):
-    """A request that the engine could not take or finish; one line for whoever made it."""
+    """A request that the engine could not accept or finish; the message is one line for the caller."""
 
 
 class UnfinishedError(EngineError):
-    """A request whose constraint cannot be kept to any further: the fault of the request, not of the engine."""
+    """A request whose constraint cannot be satisfied any further: an error of the request, not of the engine."""
 
 
 class Ticket:
-    """A request that was taken. Iterate over it for ``Progress`` as it comes, or wait for ``text()``.
+    """An accepted request. Iterate over it to stream ``Progress``, or wait for ``text()``.
 
     Attributes:
         prompt_tokens: positions of the prompt, images included.
-        reused_tokens: of these, positions that an earlier prompt had left in the cache.
+        reused_tokens: positions of these that were reused from an earlier prompt's cache.
     """
 
     def __init__(self, prompt_tokens: int, options: RequestOptions):
@@ -108,17 +108,17 @@ class Ticket:
         self._listeners: list[Callable[[], object]] = []
 
     def cancel(self) -> None:
-        """Gives up the request; its slot becomes free."""
+        """Cancels the request and frees its slot."""
         self.cancelled = True
 
     def on_progress(self, listener: Callable[[], object]) -> None:
-        """Calls ``listener`` (from the engine's thread) whenever there is something new, and once now."""
+        """Calls ``listener`` now, and from the engine's thread whenever there is progress."""
         with self._changed:
             self._listeners.append(listener)
         listener()
 
     def pieces(self, start: int = 0) -> list[Progress]:
-        """What has come from piece ``start`` on, without waiting.
+        """The pieces so far from index ``start`` on, without waiting.
 
         Raises:
             EngineError: the request failed.
@@ -136,7 +136,7 @@ class Ticket:
                 yield piece
 
     def text(self) -> str:
-        """Waits for the whole answer."""
+        """Waits for the answer and returns its whole text."""
         return "".join(piece.text for piece in self)
 
     @property
@@ -146,7 +146,7 @@ class Ticket:
 
     @property
     def finish(self) -> FinishReason | None:
-        """Why it ended; None while it runs."""
+        """Why the request ended; None while it runs."""
         pieces = self.pieces()
         return pieces[-1].finish if pieces else None
 
@@ -156,7 +156,7 @@ class Ticket:
         return self.pieces(seen)
 
     def put(self, piece: Progress) -> None:
-        """For the engine: the next piece."""
+        """Appends a piece; called by the engine."""
         with self._changed:
             self._pieces.append(piece)
             self._changed.notify_all()
@@ -165,7 +165,7 @@ class Ticket:
             listener()
 
     def fail(self, error: EngineError) -> None:
-        """For the engine: there will be no more."""
+        """Ends the request with an error; called by the engine."""
         with self._changed:
             self._error = error
             self._changed.notify_all()
@@ -175,29 +175,28 @@ class Ticket:
 
 
 class TextAssembler:
-    """Turns sampled tokens into text that can be shown: whole characters, up to a stop text.
+    """Incremental detokenizer: complete characters only, up to a stop text.
 
-    Every token is decoded once, and only what has not been shown yet is searched: an answer of any length takes the
-    same time a token.
+    Every token is decoded once and only unshown text is searched, so the time per token does not grow with the answer.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
-        # Keeps the bytes of a character until it is whole.
+        # Buffers the bytes of an incomplete character.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held = ""  # may begin a stop text
+        self.held = ""  # possible beginning of a stop text
 
     def add(self, tokens: Sequence[int], *, last: bool) -> tuple[str, int | None]:
-        """New text, and how many of ``tokens`` it took until a stop text ended the answer (None: none did).
+        """New text, and the number of ``tokens`` until a stop text ended the answer (None if none did).
 
-        What may become a whole character or a stop text with the next tokens is held back, unless these are the last.
+        Incomplete characters and possible beginnings of a stop text are held back, unless these tokens are the last.
         """
         text, self.held = self.held, ""
         for count, token in enumerate(tokens, start=1):
             new = self._decoder.decode(self._tokenizer.token_bytes(token))
             text += new
-            # A stop text ends within what is new.
+            # A stop text can only end within the new text.
             begin = max(len(text) - len(new) - self._longest + 1, 0)
             found = min((at for stop in self._stop if (at := text.find(stop, begin)) >= 0), default=None)
             if new and found is not None:

@@ -1,7 +1,7 @@
-"""The programs of continuous batching: a fixed number of slots, each a row that one request has for a while.
+"""The jitted programs of continuous batching over a fixed number of slots; a slot is a row, assigned to one request.
 
-Everything has a declared shape: the slots and their cache, a table of encoded images, prompts padded to one of a few
-lengths. So the programs are few, all are compiled before the first request, and none after it.
+All shapes are fixed: the slots and their cache, a table of encoded images, prompts padded to one of a few lengths. The
+programs are therefore few, and all of them can be compiled before the first request.
 """
 
 from typing import Any, Generic, NamedTuple, TypeVar, overload
@@ -19,25 +19,25 @@ from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Bool, Float, Int, Params, PRNGKey, UInt8, UInt32
 
 T = TypeVar("T")
-# Arrays of the host before a program, of JAX inside.
+# Type of the arrays: NumPy's outside a program, JAX's inside.
 A = TypeVar("A", Array, np.ndarray)
 
 
 class Admission(NamedTuple, Generic[A]):
-    """What A slots are given: of each prompt the part that the slot's cache does not hold yet, and what is wanted.
+    """Inputs of A slots: the part of each prompt that the slot's cache does not hold yet, and the request's options.
 
     Attributes:
-        slot: (A,) which; where there is no such slot nothing happens.
+        slot: (A,) slot indices; entries with a nonexistent slot are ignored.
         start: (A,) positions that the slot's cache already holds.
-        length: (A,) positions that are new, padding not counted.
-        tokens: (A, S) ids, padded; anything where an image stands.
-        places: (A, S) as in ``PromptLayout``, with the row of the image table in place of the image's number.
+        length: (A,) new positions, without padding.
+        tokens: (A, S) ids, padded; arbitrary at image positions.
+        places: (A, S) as in ``PromptLayout``, with the row in the image table instead of the image's index.
         seen: (A, V) tokens of the whole prompts.
         seed: (A, 2) ``seed_words`` of the requests, uint32.
-        sampling: their numbers.
-        limit: (A,) tokens wanted at most.
-        minimum: (A,) tokens wanted at least.
-        allowed: (A, W) what the first token may be, a bit an id.
+        sampling: sampling parameters of the requests.
+        limit: (A,) maximum number of tokens.
+        minimum: (A,) minimum number of tokens.
+        allowed: (A, W) mask of the allowed first tokens, one bit per id.
     """
 
     slot: A
@@ -57,7 +57,7 @@ class Admission(NamedTuple, Generic[A]):
 def empty_slots(
     graphdef: Definition, params: Params, slots: int, context: int, images: int
 ) -> tuple[DecodeState, Float[Array, "C P D"]]:
-    """Idle rows with room for ``context`` positions each, and an empty table of images."""
+    """Idle rows of ``context`` positions each, and an empty table of images."""
     model = merge(graphdef, params)
     zeros = jnp.zeros(slots, jnp.int32)
     ones = jnp.ones(slots, jnp.float32)
@@ -85,10 +85,10 @@ def commit_like(params: Params, arrays: np.ndarray) -> Array: ...
 @overload
 def commit_like(params: Params, arrays: T) -> T: ...
 def commit_like(params: Params, arrays: Any) -> Any:
-    """Arrays placed where the weights are.
+    """Arrays committed to the devices of the weights.
 
-    What a program gives has a place, and with such arguments it is another program than with arrays that may be
-    anywhere: without this the second call would compile again.
+    Committed and uncommitted inputs compile separately. Program outputs are committed, so without this the second call
+    would compile again.
     """
     sharding = next(iter(params.values())).sharding
     if isinstance(sharding, NamedSharding):
@@ -121,7 +121,7 @@ def admit(
     eos_id: int,
     top: int,
 ) -> tuple[DecodeState, SampledTokens]:
-    """Runs prompts, images and words in one program, in the caches of their slots, and draws the first tokens."""
+    """Runs prompts (images and words) in the caches of their slots, and samples the first tokens."""
     model = merge(graphdef, params)
     slot, start, length = admission.slot, admission.start, admission.length
     embeddings = embed(model, table, admission.tokens, admission.places)
@@ -151,7 +151,7 @@ def admit(
 def embed(
     model: Any, table: Float[Array, "C P D"], tokens: Int[Array, "A S"], places: Int[Array, "A S"]
 ) -> Float[Array, "A S D"]:
-    """Embeddings of sequences of words and positions of images, as in ``Admission``."""
+    """Embeddings of sequences of words and image positions, as in ``Admission``."""
     words = model.embed_tokens(tokens)
     positions = table.reshape(-1, table.shape[-1])[jnp.maximum(places, 0)]
     return jnp.where((places == WORD)[:, :, None], words, positions)
@@ -169,7 +169,7 @@ def decode(
     eos_id: int,
     top: int,
 ) -> tuple[DecodeState, SampledTokens, Int[Array, " B"]]:
-    """Up to ``steps`` tokens for every slot, see ``inference.decoding.decode.run``, and how many each has got."""
+    """Decodes up to ``steps`` tokens per slot, see ``inference.decoding.decode.run``; also returns their number."""
     lm = merge(graphdef, params).lm
     after, sampled = run(lm, rows, steps, eos_id=eos_id, top=top, enough=enough, allowed=allowed)
     return after, sampled, after.count - rows.count
@@ -177,20 +177,20 @@ def decode(
 
 @platform_jit(donate_argnames=("rows",))
 def release(rows: DecodeState, which: Bool[Array, " B"]) -> DecodeState:
-    """Makes slots idle, whatever they were doing."""
+    """Makes slots idle."""
     return rows._replace(done=rows.done | which)
 
 
 @platform_jit(donate_argnames=("rows",))
 def copy_prompt(rows: DecodeState, source: Int[Array, ""], target: Int[Array, ""]) -> DecodeState:
-    """Copies the cache of one slot to another, where two prompts begin alike."""
+    """Copies the cache of one slot to another, for prompts with a common prefix."""
     return rows._replace(
         cache=jax.tree.map(lambda all_: all_.at[..., target, :, :, :].set(all_[..., source, :, :, :]), rows.cache)
     )
 
 
 def request_key(words: Array) -> PRNGKey:
-    """The key that ``generate_tokens`` gives a row with a seed of its own; ``words`` (2,), see ``seed_words``."""
+    """The key that ``generate_tokens`` gives a row with its own seed; ``words`` (2,), see ``seed_words``."""
     key = jax.random.key(words[0])
     key = jnp.where(words[1] == 0, key, jax.random.fold_in(key, words[1]))
     return jax.random.fold_in(key, 0)

@@ -1,1 +1,1 @@
-"""From logits to tokens, step by step on the device."""
+"""Decoding loop and sampling, on the device."""

@@ -1,11 +1,11 @@
-"""What a request asks of sampling; nothing here needs JAX, so that commands can check it before they begin."""
+"""Sampling parameters; this module does not import JAX, so that commands can check them before they load it."""
 
 import dataclasses
 import math
 import numbers
 from typing import Literal, TypeAlias
 
-# Seeds are whole numbers of so many bits, with a sign or without: -1 is 2**64 - 1.
+# Seeds are signed or unsigned integers of this many bits: -1 is 2**64 - 1.
 SEED_BITS = 64
 
 Compat: TypeAlias = Literal["upstream"] | None
@@ -18,12 +18,12 @@ class SamplingConfig:
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token (the lowest id among equals) and ignores
             the filters.
-        top_k: how many of the likeliest tokens stay; 0 keeps all.
-        top_p: the smallest set of likeliest tokens with at least this mass stays; 1 (or 0, as in the
-            original) keeps all.
-        min_p: tokens with less than this share of the likeliest token's probability go; 0 keeps all.
-        repetition_penalty: divides the positive and multiplies the negative logits of tokens that the prompt or the
-            answer already has (Keskar et al. 2019); 1 for none.
+        top_k: keeps this many of the likeliest tokens; 0 keeps all.
+        top_p: keeps the smallest set of likeliest tokens with at least this mass; 1 (or 0, as in the original) keeps
+            all.
+        min_p: drops tokens with less than this share of the likeliest token's probability; 0 keeps all.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that already occur in
+            prompt or answer (Keskar et al. 2019); 1 for none.
         compat: None, or "upstream" for the original's rules and order.
 
     Raises:
@@ -38,7 +38,7 @@ class SamplingConfig:
     compat: Compat = None
 
     def __post_init__(self):
-        # NaN fails every comparison, so each condition states what is allowed.
+        # NaN fails every comparison, so each condition states the valid range.
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or positive and finite, got {self.temperature}")
         if not (isinstance(self.top_k, int) and 0 <= self.top_k < 2**31):
@@ -54,7 +54,7 @@ class SamplingConfig:
 
 
 def check_seed(seed: int) -> int:
-    """The seed, if it is one; raises ValueError for what is no whole number from -2**63 to 2**64 - 1."""
+    """Returns the seed; raises ValueError unless it is an integer from -2**63 to 2**64 - 1."""
     if not (isinstance(seed, numbers.Integral) and -(2 ** (SEED_BITS - 1)) <= seed < 2**SEED_BITS):
         raise ValueError(f"seed must be a whole number from -2**63 to 2**64 - 1, got {seed!s:.40}")
     return int(seed)

@@ -1,9 +1,9 @@
-"""Generation on the device: a prefill, then steps that stay there until every row has ended.
+"""Generation on the device: a prefill, then a decoding loop on the device until every row has ended.
 
-The unit is ``DecodeState``: a batch in which every row is at its own place. Each row writes its new keys and values
-at its own next position and sees only slots up to it, has its own sampling numbers, key and limit, and so gives what
-it gives alone, whoever its neighbours are. ``generate`` makes rows of a batch of prompts and runs them to their ends;
-the engine (``inference.batching.engine``) keeps rows alive and lets requests join and leave.
+``DecodeState`` is a batch in which every row has its own position. Each row writes its new keys and values at its own
+next position, sees only slots up to it, and has its own sampling parameters, key and limit, so its result does not
+depend on the other rows. ``generate`` runs a batch of prompts to their ends; the engine
+(``inference.batching.engine``) keeps rows alive and lets requests join and leave.
 """
 
 from typing import NamedTuple
@@ -19,19 +19,19 @@ from magma_jax.typing import Array, Bool, Float, Int, Key, UInt32
 
 
 class DecodeState(NamedTuple):
-    """A batch in the middle of decoding.
+    """State of a batch during decoding.
 
     Attributes:
-        cache: keys and values of everything before ``token``.
+        cache: keys and values of all positions before ``token``.
         token: (B,) the newest token of each row, not yet run through the model.
         position: (B,) position of ``token``.
         count: (B,) tokens sampled so far, ``token`` included.
-        limit: (B,) tokens wanted at most.
-        done: (B,) rows that have sampled the end of text or their limit, and idle ones.
+        limit: (B,) maximum number of tokens.
+        done: (B,) whether a row has reached the end of text or its limit, or is idle.
         keys: (B,) random key of each row; token i is sampled with ``fold_in(key, i)``.
-        sampling: numbers of each row.
-        seen: (B, V) tokens that prompt and answer have, for the repetition penalty; None where no row has one.
-        minimum: (B,) tokens before which the end of text is not sampled; None where no row has such a number.
+        sampling: sampling parameters of each row.
+        seen: (B, V) tokens that occur in prompt or answer, for the repetition penalty; None if no row has one.
+        minimum: (B,) number of tokens before which the end of text is not sampled; None if no row has a minimum.
     """
 
     cache: KVCache
@@ -54,13 +54,13 @@ class TopTokens(NamedTuple):
 
 
 class SampledTokens(NamedTuple):
-    """What one step drew.
+    """Tokens sampled in one step.
 
     Attributes:
-        token: (B,).
-        logprob: (B,) under the model, whatever the sampling made of it.
-        logits: (B, V), None where nobody wants them.
-        top: what could have been sampled, None where nobody asks.
+        token: (B,) token ids.
+        logprob: (B,) log-probabilities under the model, before sampling filters.
+        logits: (B, V); None unless requested.
+        top: the likeliest alternatives; None unless requested.
     """
 
     token: Array
@@ -73,11 +73,11 @@ class Generation(NamedTuple):
     """New tokens of every row.
 
     Attributes:
-        tokens: (B, N); behind the end of a row every entry is the eos.
+        tokens: (B, N) token ids; all entries after the end of a row are the eos.
         lengths: (B,) number of tokens before the eos, at most N.
-        logprobs: (B, N) log-probability of each token under the model, whatever the sampling made of it.
-        logits: (B, N, V) that each token was chosen from, zeros behind the end; None unless asked for.
-        top: (B, N, K) the likeliest tokens in place of each; None unless asked for.
+        logprobs: (B, N) log-probability of each token under the model, before sampling filters.
+        logits: (B, N, V) logits that each token was sampled from, zeros after the end; None unless requested.
+        top: (B, N, K) the likeliest alternatives to each token; None unless requested.
         cache: keys and values of prompts and all but the last of the new tokens.
     """
 
@@ -89,7 +89,7 @@ class Generation(NamedTuple):
     cache: KVCache
 
     def shortened(self, steps: int) -> "Generation":
-        """With the first ``steps`` of the N new tokens."""
+        """The generation cut to the first ``steps`` of the N new tokens."""
         if steps == self.tokens.shape[1]:
             return self
         per_token = self._replace(lengths=None, cache=None)
@@ -112,10 +112,10 @@ def prefill(
     compat: Compat = None,
     top: int = 0,
 ) -> tuple[DecodeState, SampledTokens]:
-    """Runs prompts of any lengths, padded on the right, and draws the first token of each.
+    """Runs right-padded prompts of any lengths and samples the first token of each.
 
-    ``slots`` is the size of the cache: what the rows may grow to, prompt included. ``prefix`` holds, as a batch of
-    one without free slots, what stands before every prompt and has been run already.
+    ``slots`` is the size of the cache: the maximum length of a row, prompt included. ``prefix`` is the cache of a
+    prefix common to all prompts, as a batch of one without free slots.
     """
     cache, logits = run_prompts(lm, embeddings, lengths, slots=slots, prefix=prefix)
     start = 0 if prefix is None else prefix.slots
@@ -142,7 +142,7 @@ def run_prompts(
     slots: int,
     prefix: KVCache | None = None,
 ) -> tuple[KVCache, Float[Array, "B V"]]:
-    """The cache of prompts, with ``slots`` slots, and the logits of what follows them; ``prefix`` as in ``prefill``."""
+    """The cache of prompts, with ``slots`` slots, and their next-token logits; ``prefix`` as in ``prefill``."""
     batch, length, _ = embeddings.shape
     cache, start = lm.init_cache(batch, slots, embeddings.dtype), 0
     if prefix is not None:
@@ -164,7 +164,7 @@ def advance(
     top: int = 0,
     allowed: UInt32[Array, "B W"] | None = None,
 ) -> tuple[DecodeState, SampledTokens]:
-    """Runs the newest token of every row and draws the next. Rows that are done compute, and stay what they are."""
+    """Runs the newest token of every row and samples the next; finished rows are computed but stay unchanged."""
     embedded = lm.embed(rows.token[:, None], rows.cache.dtype)
     output = lm(embedded, positions=rows.position[:, None], cache=rows.cache)
     return sample_tokens(
@@ -184,13 +184,13 @@ def run(
     enough: Int[Array, ""] | None = None,
     allowed: UInt32[Array, "B W"] | None = None,
 ) -> tuple[DecodeState, SampledTokens]:
-    """Up to ``steps`` steps, fewer if all rows end, or ``enough`` of those that had not ended before.
+    """Runs up to ``steps`` steps; stops early once all rows, or ``enough`` of the unfinished ones, have ended.
 
-    ``allowed`` as in ``draw``: for one step, as what may come next depends on what came.
+    ``allowed`` as in ``sample_tokens``; it requires a single step, since the next mask depends on the sampled token.
 
-    Returns the rows, and what was sampled with a column a step, (B, N), (B, N, V) and (B, N, K); logits are None unless
-    kept, ``top`` is the number K of likeliest tokens. The
-    first ``count`` (after) - ``count`` (before) columns of a row are its new tokens; behind them stands the eos.
+    Returns the rows and the sampled tokens, one column per step: (B, N), (B, N, V) and (B, N, K). Logits are None
+    unless ``keep_logits``; K is ``top``. The first ``count`` (after) - ``count`` (before) columns of a row are its new
+    tokens; the eos fills the rest.
     """
     batch = rows.token.shape[0]
     sampled = SampledTokens(
@@ -239,19 +239,19 @@ def generate(
     """Continues every prompt by up to ``max_new_tokens`` tokens.
 
     Args:
-        lm: a language model, with adapters or without.
-        embeddings: prompts, padded on the right to S.
-        lengths: true length of each prompt, at least 1.
-        keys: one random key a row; token i of a row is sampled with ``fold_in(key, i)``.
+        lm: a language model, with or without adapters.
+        embeddings: prompts, right-padded to S.
+        lengths: unpadded length of each prompt, at least 1.
+        keys: one random key per row; token i of a row is sampled with ``fold_in(key, i)``.
         max_new_tokens: N; the caller has checked that it fits the context (``inference.batched``).
-        sampling: how each row's tokens are sampled.
+        sampling: sampling parameters of each row.
         eos_id: id that ends a row, may be traced; None to never end early.
-        limit: tokens wanted of each row, where that is fewer than N.
+        limit: per-row maximum number of tokens, if below N.
         return_logits: also return all logits (B, N, V).
-        seen: tokens that the prompts have, where a row has a repetition penalty.
-        prefix: keys and values of what all prompts begin with, see ``prefill``; its positions come before theirs.
+        seen: tokens of the prompts, required if a row has a repetition penalty.
+        prefix: cache of a common prefix of all prompts, see ``prefill``; its positions precede theirs.
         compat: static, see ``SamplingConfig``.
-        top: static, how many of the likeliest tokens to return beside each token.
+        top: static, number of likeliest alternatives to return for each token.
     """
     batch, length, _ = embeddings.shape
     limit = jnp.full(batch, max_new_tokens) if limit is None else limit
@@ -265,7 +265,7 @@ def generate(
     sampled = jax.tree.map(lambda one, others: jnp.concatenate([one[:, None], others], axis=1), first, rest)
     counts = rows.count
     if eos_id is not None:
-        # The eos itself is no part of the answer.
+        # The eos is not part of the answer.
         counts = jnp.minimum(counts, jnp.sum(jnp.cumsum(sampled.token == eos_id, axis=1) == 0, axis=1))
     return Generation(
         tokens=sampled.token,
@@ -286,10 +286,10 @@ def sample_tokens(
     top: int = 0,
     allowed: UInt32[Array, "B W"] | None = None,
 ) -> tuple[DecodeState, SampledTokens]:
-    """Draws the next token of every row from its logits, and moves on the rows that are not done.
+    """Samples the next token of every row from its logits and advances the unfinished rows.
 
-    ``allowed`` has a bit a token, lowest first: only such tokens are sampled. Log-probabilities are the model's,
-    whatever is allowed.
+    ``allowed`` has one bit per token, lowest first; only allowed tokens are sampled. Log-probabilities are the model's,
+    before masking.
     """
     keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.count)
     table = lm.config.vocab_rows
@@ -312,7 +312,7 @@ def sample_tokens(
     seen = rows.seen
     if seen is not None:
         seen = seen.at[jnp.arange(len(token)), token].max(alive)
-    # A row that is done keeps its position: what it goes on to compute is written where nothing is read.
+    # A finished row keeps its position, so its further writes go to a slot that is never read.
     rows = rows._replace(token=token, position=rows.position + alive, count=count, done=done, seen=seen)
     return rows, SampledTokens(token, logprob, logits, likeliest)
 

@@ -1,4 +1,4 @@
-"""One step of decoding as a plan compiles it: shapes go in, no array is made."""
+"""One decoding step for ahead-of-time plans: built from shapes, without allocating arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,22 +18,22 @@ from magma_jax.training.run.program import Program
 def decode_program(
     language_model: Callable[[Any], Any], program: Program, rows: int, slots: int | None
 ) -> tuple[Any, tuple[Any, ...]]:
-    """A step of ``rows`` rows with ``slots`` places in the cache each, and the shapes of its arguments.
+    """A decoding step of ``rows`` rows with ``slots`` cache slots each, and the shapes of its arguments.
 
-    Rows lie over ``data`` and ``fsdp``, the cache's heads over ``model``.
+    Rows are sharded over ``data`` and ``fsdp``, the cache's heads over ``model``.
 
     Args:
-        language_model: the part of a model that decodes; of its config, the config of that part.
-        program: of a run.
-        rows: over all devices.
-        slots: positions in the cache; None for the context.
+        language_model: maps a model to its language model, and a model's config to the config of that part.
+        program: program of a run.
+        rows: number of rows over all devices.
+        slots: cache slots per row; None for the context.
     """
     config, mesh = program.config.model, program.mesh
     lm, dtype = language_model(config), jnp.dtype(config.dtype)
     by_rows = batch_sharding(mesh)
     by_heads = jax.NamedSharding(mesh, jax.P(None, BATCH_AXES, "model"))
 
-    def row(dtype: Any) -> Any:  # shapes stand where arrays will be
+    def row(dtype: Any) -> Any:  # shapes in place of arrays
         return jax.ShapeDtypeStruct((rows,), dtype, sharding=by_rows)
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
@@ -59,5 +59,5 @@ def decode_program(
         return advance(language_model(model), rows, eos_id=lm.vocab_rows - 1)[0]
 
     out_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    params = in_dtype(program.params, dtype)  # as models are loaded for use
+    params = in_dtype(program.params, dtype)  # as models are loaded for inference
     return jax.jit(decode, donate_argnums=1, out_shardings=out_shardings), (params, state)

@@ -1,13 +1,13 @@
-"""From logits to the next token: pure functions on fp32 logits, all jittable.
+"""Sampling of the next token: pure, jittable functions on fp32 logits.
 
-The order is the common one: repetition penalty, temperature, top-k, top-p, min-p, draw. Each filter sees what the one
-before it left, so top-p counts its mass on the tempered, top-k-filtered distribution. Dropped tokens get the finite
-``MASKED``, never -inf, and have probability zero.
+The order is the usual one: repetition penalty, temperature, top-k, top-p, min-p, sampling. Each filter sees the output
+of the one before, so top-p measures its mass on the tempered, top-k-filtered distribution. Dropped tokens get the
+finite ``MASKED``, never -inf, and have probability zero.
 
-What a request asks for is a ``SamplingConfig``; what a compiled program takes is ``SamplingRows``, the same numbers as
-arrays, one a row: other numbers need no other program, and rows of one batch may ask for different things.
+A request has a ``SamplingConfig``; a compiled program takes ``SamplingRows``, the same parameters as arrays with one
+entry per row. Other values therefore need no recompilation, and rows of one batch may have different parameters.
 
-``compat="upstream"`` draws as the original does: top-k, its top-p rule, temperature last.
+``compat="upstream"`` samples as the original does: top-k, its top-p rule, temperature last.
 """
 
 import functools
@@ -26,7 +26,7 @@ MASKED = -1e30
 
 
 class SamplingRows(NamedTuple):
-    """The numbers of one ``SamplingConfig`` a row, (B,) each."""
+    """Parameters of one ``SamplingConfig`` per row, (B,) each."""
 
     temperature: Array
     top_k: Array
@@ -36,7 +36,7 @@ class SamplingRows(NamedTuple):
 
 
 def sampling_rows(configs: Sequence[SamplingConfig]) -> SamplingRows:
-    """Puts the numbers of one config a row into arrays; ``compat`` is left to the caller."""
+    """Arrays of the parameters of one config per row; ``compat`` is left to the caller."""
     kinds = {"top_k": np.int32}
     return SamplingRows(
         **{
@@ -49,7 +49,7 @@ def sampling_rows(configs: Sequence[SamplingConfig]) -> SamplingRows:
 def seed_key(seed: int) -> PRNGKey:
     """The random key of a seed; errors as ``check_seed``.
 
-    A key is made of the lower 32 bits; the upper ones, unless they are zero, are folded in.
+    The key is made from the lower 32 bits; the upper ones, unless zero, are folded in.
     """
     low, high = (np.uint32(word) for word in seed_words(seed))
     key = jax.random.key(low)
@@ -58,7 +58,7 @@ def seed_key(seed: int) -> PRNGKey:
 
 @functools.partial(jax.jit, static_argnames="rows")
 def row_keys(key: PRNGKey, rows: int) -> Key[Array, "{rows}"]:
-    """One key a row, ``fold_in(key, row)``: the same for row 3 whether the batch has 4 rows or 400."""
+    """One key per row, ``fold_in(key, row)``, independent of the batch size."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
@@ -71,14 +71,14 @@ def sample(
     seen: Bool[Array, "B V"] | None = None,
     compat: Compat = None,
 ) -> Int[Array, " B"]:
-    """Draws one token a row. A row's draw depends on its own logits, numbers and key, not on its neighbours.
+    """Samples one token per row, which depends only on the row's own logits, parameters and key.
 
     Args:
         logits: any float dtype; everything is computed in fp32.
-        keys: one key a row (``row_keys``); of no effect on rows of temperature 0.
-        rows: what each row asks for.
+        keys: one key per row (``row_keys``); no effect on rows of temperature 0.
+        rows: sampling parameters of each row.
         table_rows: ids from here on have no embedding and are never sampled.
-        seen: tokens that each row's prompt and answer already have, for the repetition penalty.
+        seen: tokens that already occur in each row's prompt or answer, for the repetition penalty.
         compat: static; see ``SamplingConfig``.
     """
     logits = logits.astype(jnp.float32)
@@ -92,14 +92,14 @@ def sample(
         sampled = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, rows, compat=compat))
         return jnp.where(rows.temperature == 0, likeliest, sampled)
 
-    # Sorting a vocabulary takes as long as a small model's step, so a batch of greedy rows does without.
+    # Sorting a vocabulary takes as long as a small model's step, so it is skipped if all rows are greedy.
     return jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: likeliest)
 
 
 def filter_logits(logits: Float[Array, "B V"], rows: SamplingRows, *, compat: Compat = None) -> Float[Array, "B V"]:
-    """The logits that ``sample`` draws from: tempered and filtered, in the order of this module.
+    """The logits that ``sample`` samples from: tempered and filtered, in the order of this module.
 
-    ``softmax`` of the result is the distribution. Rows of temperature 0, which draw nothing, come back unchanged.
+    ``softmax`` of the result is the distribution. Rows of temperature 0, which are greedy, are returned unchanged.
     """
     if compat == "upstream":
         kept = jnp.where((rows.top_k > 0)[:, None], top_k(logits, rows.top_k, ties="last"), logits)
@@ -113,9 +113,9 @@ def filter_logits(logits: Float[Array, "B V"], rows: SamplingRows, *, compat: Co
 def apply_temperature(
     logits: Float[Array, "B V"], temperature: float | int | Float[Array, " B"]
 ) -> Float[Array, "B V"]:
-    """``logits / temperature``, where dropped tokens stay dropped; rows of temperature 0 are left as they are.
+    """``logits / temperature``; dropped tokens stay dropped, and rows of temperature 0 are unchanged.
 
-    Temperatures below 1e-6 count as that: smaller ones would lower logits below those of dropped tokens.
+    Temperatures are at least 1e-6: smaller ones would push logits below those of dropped tokens.
     """
     divisor = jnp.asarray(temperature, jnp.float32)
     divisor = jnp.where(divisor > 0, jnp.maximum(divisor, 1e-6), 1.0)
@@ -135,10 +135,10 @@ def penalize_repetition(
 def top_k(
     logits: Float[Array, "B V"], k: int | Int[Array, " B"], ties: Literal["first", "last"] = "first"
 ) -> Float[Array, "B V"]:
-    """Keeps exactly ``k`` tokens a row (all, if there are fewer) and masks the rest.
+    """Keeps exactly ``k`` tokens per row (all, if there are fewer) and masks the rest.
 
-    Among equal logits the lowest ids stay, as in argmax. The original's choice among equals follows no rule
-    (its sort is not stable); ``ties="last"``, the highest ids, is what it did in the recorded case.
+    Among equal logits the lowest ids are kept, as in argmax. The original's choice is undefined (its sort is not
+    stable); ``ties="last"``, the highest ids, reproduces the recorded case.
     """
     ordered = logits[:, ::-1] if ties == "last" else logits
     rank = _rank(jnp.argsort(ordered, axis=-1, descending=True, stable=True))
@@ -149,7 +149,7 @@ def top_k(
 def top_p(logits: Float[Array, "B V"], p: float | int | Float[Array, " B"]) -> Float[Array, "B V"]:
     """Keeps the smallest set of likeliest tokens whose mass is at least ``p`` (Holtzman et al. 2020).
 
-    At least one token stays. Among equal logits the lowest ids stay. The original's first release equals
+    At least one token is kept. Among equal logits the lowest ids are kept. The original's first release equals
     ``top_p(logits, 1 - p)``. At p = 1 fp32 rounding may drop a tail of mass below 1e-6.
     """
     order, before = _mass_before(logits)
@@ -159,16 +159,16 @@ def top_p(logits: Float[Array, "B V"], p: float | int | Float[Array, " B"]) -> F
 def top_p_upstream(logits: Float[Array, "B V"], p: float | int | Float[Array, " B"]) -> Float[Array, "B V"]:
     """The original's rule, for comparison: keeps the likeliest token and the unlikely tail.
 
-    Dropped are the likely tokens after the first, as long as the mass before them is below ``1 - p``.
+    It drops the likely tokens after the first, as long as the mass before them is below ``1 - p``.
     """
     order, before = _mass_before(logits)
     return _keep(logits, _unsort((before >= 1 - _column(p)).at[:, 0].set(True), order))
 
 
 def mask_missing_ids(logits: Float[Array, "B V"], table_rows: int) -> Float[Array, "B V"]:
-    """Masks the ids that the embedding table lacks: a head may have more rows than the table.
+    """Masks ids beyond the embedding table: a head may have more rows than the table.
 
-    JAX would clamp such an id to the table's last row without a word.
+    JAX would silently clamp such an id to the table's last row.
     """
     return _keep(logits, jnp.arange(logits.shape[-1]) < table_rows)
 
@@ -181,8 +181,8 @@ def remove_after_eos(
 ) -> list[int]:
     """The tokens before the first ``eos``, without image placeholders.
 
-    The original overlooks an ``eos`` in first place if it is the only one: ``[eos, a, b]`` gives ``[a, b]``.
-    Here it gives ``[]``, unless ``compat="upstream"``.
+    The original ignores an ``eos`` at index 0 if it is the only one: ``[eos, a, b]`` gives ``[a, b]``. Here it gives
+    ``[]``, unless ``compat="upstream"``.
     """
     tokens = [int(token) for token in sequence]
     ends = [i for i, token in enumerate(tokens) if token == eos]
@@ -200,7 +200,7 @@ def _column(value: float | int | Float[Array, " B"]) -> Float[Array, "..."]:
 
 
 def _likeliest_prefix(logits: Float[Array, "B V"], rows: SamplingRows) -> Float[Array, "B V"]:
-    """Top-k, top-p and min-p with one sort: each keeps the first so many of the likeliest tokens."""
+    """Top-k, top-p and min-p with one sort: each keeps a prefix of the tokens in order of likelihood."""
     vocabulary = logits.shape[-1]
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
     ordered = jnp.take_along_axis(logits, order, axis=-1)
@@ -220,14 +220,14 @@ def _rank(order: Int[Array, "B V"]) -> Int[Array, "B V"]:
 
 
 def _mass_before(logits: Float[Array, "B V"]) -> tuple[Int[Array, "B V"], Float[Array, "B V"]]:
-    """Ids from likely to unlikely (equals by id), and for each the probability of all before it."""
+    """Ids by descending probability (ties by id), and for each the total probability of those before it."""
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     return order, _before(probabilities)
 
 
 def _before(probabilities: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """The sum of all entries before each."""
+    """Exclusive cumulative sum."""
     return jnp.pad(jnp.cumsum(probabilities[:, :-1], axis=-1), ((0, 0), (1, 0)))
 
 

@@ -1,1 +1,1 @@
-"""The likeliest answers: beam search, and choice among given ones."""
+"""Beam search, and choice among given answers."""

@@ -1,12 +1,12 @@
 """Beam search: the likeliest whole answers instead of the likeliest next tokens.
 
-Of every prompt ``beams`` beginnings are kept. A step continues each by every token and keeps the best; those that drew
-the end of text leave for the list of finished ones, of which again the best are kept. A hypothesis is measured by
+Every prompt has ``beams`` live hypotheses. A step extends each by every token and keeps the best; those that end in the
+end of text move to the list of finished ones, which also keeps the best. A hypothesis has the score
 
     log-probability / length ** length_penalty
 
 with the end of text counted in both, so 0 prefers short answers and 1 compares means. The search of a prompt ends when
-no living beginning can become better than the finished ones.
+no live hypothesis can exceed the finished ones.
 """
 
 from typing import NamedTuple
@@ -29,14 +29,14 @@ from magma_jax.typing import Array, Bool, Float, Int, Params
 
 
 class Hypothesis(NamedTuple):
-    """An answer that a search found.
+    """An answer found by beam search.
 
     Attributes:
-        text: up to the end of text.
-        tokens: the same, without the end of text.
-        logprob: of all tokens, the end of text included if ``finished``.
-        score: what it was compared by.
-        finished: whether the end of text was sampled, or there was no room for more.
+        text: text up to the end of text.
+        tokens: tokens without the end of text.
+        logprob: log-probability of all tokens, including the end of text if ``finished``.
+        score: log-probability with length penalty.
+        finished: whether it has an end of text, as opposed to having reached the limit.
     """
 
     text: str
@@ -47,16 +47,16 @@ class Hypothesis(NamedTuple):
 
 
 class _Beams(NamedTuple):
-    """W beginnings of each of B prompts, and W finished hypotheses, best first."""
+    """W live hypotheses for each of B prompts, and W finished ones, best first."""
 
     cache: KVCache  # of B x W rows
     tokens: Array  # (B, W, T)
     logprob: Array  # (B, W)
-    done: Array  # (B, W, T) finished ones, the end of text behind them
+    done: Array  # (B, W, T) finished hypotheses, padded with the end of text
     done_logprob: Array  # (B, W)
-    done_score: Array  # (B, W), MASKED where there is none
-    done_length: Array  # (B, W), with the end of text
-    over: Array  # (B,) nothing can change any more
+    done_score: Array  # (B, W), MASKED for empty entries
+    done_length: Array  # (B, W), including the end of text
+    over: Array  # (B,) whether the search of a prompt has ended
 
 
 def beam_search(
@@ -71,12 +71,12 @@ def beam_search(
     """The ``n`` best answers to every prompt, best first.
 
     Args:
-        model: any.
+        model: any autoregressive text model.
         embeddings: from ``preprocess_inputs`` or ``preprocess_batch``.
-        max_steps: new tokens at most.
-        beams: beginnings that are kept, at least ``n``.
-        n: answers wanted.
-        length_penalty: 0 or more, see the module.
+        max_steps: maximum number of new tokens.
+        beams: number of live hypotheses, at least ``n``.
+        n: number of answers.
+        length_penalty: 0 or more, see the module docstring.
 
     Raises:
         ValueError: prompt and new tokens exceed the context, or a number out of range.
@@ -94,7 +94,7 @@ def beam_search(
         batch.lengths,
         jnp.float32(length_penalty),
         jnp.int32(max_steps),
-        # One program for all numbers up to the next declared length; where to stop is data.
+        # One program serves all step counts up to the next declared length; the actual limit is data.
         steps=SEQUENCES.fit(max_steps),
         beams=beams,
         eos_id=model.tokenizer.eos_id,
@@ -147,7 +147,7 @@ def _search(
     state = _Beams(
         cache=cache.rows(owners),
         tokens=empty,
-        # All beams begin alike, so that one alone counts.
+        # All beams start equal, so only the first one counts.
         logprob=none.at[:, 0].set(0),
         done=empty,
         done_logprob=none,
@@ -170,7 +170,7 @@ def _search(
         return step + 1, _extend(lm, state, lm.logits(output.hidden[:, 0]), step, penalty, limit, eos_id)
 
     step, state = jax.lax.while_loop(unfinished, body, (jnp.int32(1), state))
-    # What is alive at the end has no room for more, and competes as it is.
+    # Hypotheses still live at the limit compete with the finished ones.
     alive = jnp.where(state.over[:, None], MASKED, state.logprob)
     return _finish(state, state.tokens, alive, step, alive > MASKED, penalty)
 
@@ -184,12 +184,12 @@ def _extend(
     limit: Int[Array, ""],
     eos_id: int,
 ) -> _Beams:
-    """Continues every beginning by every token: finished ones join the finished, the best others live on."""
+    """Extends every live hypothesis by every token, and moves those that end to the finished ones."""
     batch, beams, _ = state.tokens.shape
     logprobs = jax.nn.log_softmax(mask_missing_ids(logits, lm.config.vocab_rows))
     vocabulary = logprobs.shape[-1]
     total = jnp.maximum(state.logprob[:, :, None] + logprobs.reshape(batch, beams, vocabulary), MASKED)
-    # Twice as many as beams: even if half of them end, enough live on.
+    # Twice the number of beams: even if half of them end, enough stay live.
     best, places = jax.lax.top_k(total.reshape(batch, -1), 2 * beams)
     parents, sampled = places // vocabulary, places % vocabulary
     tokens = jnp.take_along_axis(state.tokens, parents[:, :, None], axis=1).at[:, :, step].set(sampled)
@@ -198,7 +198,7 @@ def _extend(
     logprob, kept = jax.lax.top_k(jnp.where(ended, MASKED, best), beams)
     parents = jnp.take_along_axis(parents, kept, axis=1)
     rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
-    # The measure of a beginning that drew certain tokens only from now on, at the best length for it.
+    # Upper bound of a live hypothesis's score: tokens of probability 1 from now on, at the most favourable length.
     bound = logprob[:, 0] / limit.astype(jnp.float32) ** penalty
     over = state.over | (bound <= state.done_score[:, -1]) | (logprob[:, 0] <= MASKED)
     return state._replace(
@@ -217,7 +217,7 @@ def _finish(
     which: Bool[Array, "B N"],
     penalty: Float[Array, ""],
 ) -> _Beams:
-    """Lets some of N hypotheses of one length join the finished, of which the best stay."""
+    """Adds the hypotheses ``which`` of N, all of one length, to the finished ones and keeps the best."""
     score = jnp.where(which & ~state.over[:, None], logprob / jnp.float32(length) ** penalty, MASKED)
     scores = jnp.concatenate([state.done_score, score], axis=1)
     lengths = jnp.concatenate([state.done_length, jnp.full(score.shape, length, jnp.int32)], axis=1)

@@ -1,10 +1,10 @@
-"""Choosing among given answers by their probability: multiple choice, and questions with a closed list of answers.
+"""Choice among given answers by probability: multiple choice, and questions with a closed list of answers.
 
     batch = model.preprocess_batch([[ImageInput("cat.png"), "Q: Is it a cat or a dog? A:"]])
     best = rank(score(model, batch, [[" a cat", " a dog"]])[0])[0]
     print(best.text, best.probability)
 
-A prompt is run once, whatever the number of its answers; these continue from its cache, many at a time.
+A prompt is run once; its answers continue from its cache, many at a time.
 """
 
 import functools
@@ -27,17 +27,17 @@ from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Float, Int, Params
 
-# Answers that are run together.
+# Answers per batch.
 ROWS = 16
 
 
 class ScoredAnswer(NamedTuple):
-    """A given answer and what the model makes of it.
+    """A given answer with its log-probabilities.
 
     Attributes:
         text: the answer.
-        logprobs: of each of its tokens after those before it, and of the end of text last, if that was counted.
-        probability: share among the answers of the same question, by the measure of ``rank``; they sum to 1.
+        logprobs: log-probability of each token given the earlier ones; the end of text is last, if counted.
+        probability: share among the answers to the same question, by the measure of ``rank``; they sum to 1.
     """
 
     text: str
@@ -50,7 +50,7 @@ class ScoredAnswer(NamedTuple):
         return math.fsum(self.logprobs)
 
     def measured(self, measure: Measure) -> float:
-        """What answers are compared by."""
+        """The value that answers are compared by."""
         return self.logprob / (len(self.logprobs) if measure == "mean" else 1)
 
 
@@ -64,13 +64,13 @@ def score(
     """Log-probabilities of given answers.
 
     Args:
-        model: any.
+        model: any autoregressive text model.
         embeddings: from ``preprocess_inputs`` or ``preprocess_batch``.
-        answers: for each prompt its own, as they continue it: mostly with a space in front.
-        end: count the end of text too. Without it " red" is at least as likely as " red square".
+        answers: answers to each prompt, as they continue it: usually with a leading space.
+        end: whether to count the end of text. Without it " red" is at least as likely as " red square".
 
     Raises:
-        ValueError: no or an empty answer, or prompt and answer exceed the context.
+        ValueError: no answers, an empty answer, or prompt and answer exceed the context.
     """
     batch = as_batch(embeddings)
     if len(answers) != batch.embeddings.shape[0]:
@@ -102,7 +102,7 @@ def score(
 
 
 def rank(answers: Sequence[ScoredAnswer], measure: Measure = "sum") -> list[ScoredAnswer]:
-    """The answers of one question, likeliest first, with their ``probability``; equals keep their order."""
+    """The answers to one question, likeliest first, with their ``probability``; ties keep their order."""
     values = np.array([answer.measured(measure) for answer in answers])
     shares = np.exp(values - values.max())
     shares /= shares.sum()
@@ -121,7 +121,7 @@ def _tokens(model: TokenGenerator, text: str, end: bool) -> list[int]:
 def _prefill(
     graphdef: Definition, params: Params, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"], *, slots: int
 ) -> tuple[KVCache, Float[Array, "B V"]]:
-    """The cache of the prompts, with room for answers, and the logits of what follows them."""
+    """The cache of the prompts, with room for answers, and their next-token logits."""
     return run_prompts(merge(graphdef, params).lm, embeddings, lengths, slots=slots)
 
 
@@ -135,7 +135,7 @@ def _continue(
     owners: Int[Array, " R"],
     tokens: Int[Array, "R T"],
 ) -> Float[Array, "R T"]:
-    """Log-probability of every token of R answers, each behind the prompt that it belongs to."""
+    """Log-probability of every token of R answers, each continuing its own prompt."""
     lm = merge(graphdef, params).lm
     positions = lengths[owners][:, None] + jnp.arange(tokens.shape[1] - 1)
     embedded = lm.embed(tokens[:, :-1], cache.dtype)
@@ -146,5 +146,5 @@ def _continue(
 
 
 def _logprob(logits: Float[Array, "N V"], tokens: Int[Array, " N"], *, table: int) -> Float[Array, " N"]:
-    """Under the model, as for sampled tokens: ids that have no embedding do not count."""
+    """Log-probabilities as for sampled tokens: ids without an embedding are excluded."""
     return jnp.take_along_axis(jax.nn.log_softmax(logits[:, :table]), tokens[:, None], axis=1)[:, 0]

@@ -1,1 +1,1 @@
-"""Answers of a given form: constraints, and the grammars that hold tokens to them."""
+"""Structured output: constraints, and the grammars that enforce them."""

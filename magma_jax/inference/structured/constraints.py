@@ -1,7 +1,7 @@
-"""What an answer must look like: a JSON text of a schema, one of several texts, or a match of a regular expression.
+"""Constraints on answers: JSON of a schema, one of several texts, or a match of a regular expression.
 
-A constraint is compiled for a tokenizer (``inference.structured.grammars``) and then says before every token which ones
-may come.
+A constraint is compiled for a tokenizer (``inference.structured.grammars``) and then gives the allowed tokens at every
+step.
 """
 
 import dataclasses
@@ -10,37 +10,37 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-# Of a constraint, in characters: published schemas of this size compile within tens of milliseconds.
+# Maximum length of a constraint in characters: published schemas of this size compile within tens of milliseconds.
 MAX_LENGTH = 64 * 1024
 
-# JSON is written on one line, with a space behind commas and colons or without: what else JSON allows between its
-# parts a model may repeat until its limit.
+# JSON is written on one line, with or without a space after commas and colons: with arbitrary white space a model may
+# repeat it until its limit.
 _JSON_STYLE = {"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
 
-# Keywords that put schemas together: beside each other, or beside those of keys, both sides have to match.
+# Keywords that combine schemas: next to each other, or to keywords about keys, both sides must match.
 _COMBINING = frozenset({"$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas"})
 _OF_KEYS = frozenset({"properties", "patternProperties", "additionalProperties", "required", "minProperties"})
 
-# Keywords whose values are schemas by name; the names themselves are no keywords.
+# Keywords whose values are schemas by name; the names themselves are not keywords.
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 
-# Keywords whose values are data, whatever they look like.
+# Keywords whose values are data, even if they look like schemas.
 _DATA = frozenset({"const", "enum", "default", "example", "examples"})
 
 
 class ConstraintError(ValueError):
-    """A constraint that cannot be kept to; one line for whoever asked for it."""
+    """A constraint that cannot be enforced; the message is one line for the caller."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """What an answer must look like; made by ``json_schema``, ``json_object``, ``choice`` or ``regex``.
+    """A constraint on an answer; created by ``json_schema``, ``json_object``, ``choice`` or ``regex``.
 
-    The answer may begin with a space that is no part of it: a prompt that ends in ``A:`` is naturally continued by
-    ``" red"``. That space is not shown. Where the texts or the expression themselves begin with one, none is added.
+    The generated text may begin with an extra space, since a prompt that ends in ``A:`` is naturally continued by
+    ``" red"``. That space is removed from the answer. It is not added if the texts or the expression begin with one.
 
     Attributes:
-        kind: of the constraint.
+        kind: kind of the constraint.
         source: the schema or the texts as JSON, or the expression.
     """
 
@@ -49,15 +49,15 @@ class Constraint:
 
     @classmethod
     def json_schema(cls, schema: dict[str, Any] | str | bool) -> "Constraint":
-        """A JSON text that matches a schema (draft 2020-12), keys in the schema's order.
+        """JSON that matches a schema (draft 2020-12), with keys in the schema's order.
 
-        An object that names its keys has no others, unless the schema says so or puts it together from parts (allOf).
+        An object that lists its properties has no others, unless the schema allows them or combines parts (allOf).
 
         Args:
             schema: parsed, or as JSON.
 
         Raises:
-            ConstraintError: no schema, or one that is too large.
+            ConstraintError: not a schema, or one that is too large.
         """
         if isinstance(schema, str):
             try:
@@ -81,7 +81,7 @@ class Constraint:
 
     @classmethod
     def choice(cls, texts: Sequence[str]) -> "Constraint":
-        """One of these texts, as it stands.
+        """One of these texts, verbatim.
 
         Raises:
             ConstraintError: no texts, an empty one, or too many.
@@ -92,9 +92,9 @@ class Constraint:
 
     @classmethod
     def regex(cls, pattern: str) -> "Constraint":
-        r"""A text that a regular expression matches as a whole, in the syntax of Rust's regex library.
+        r"""A text that fully matches a regular expression, in the syntax of Rust's regex library.
 
-        That is Python's without look-around, back references and ``\b``.
+        That is Python's syntax without look-around, back references and ``\b``.
 
         Raises:
             ConstraintError: too long.
@@ -103,16 +103,16 @@ class Constraint:
 
     @property
     def begins_with_space(self) -> bool | None:
-        """Whether an answer may begin with a space of its own; None where only the compiled expression tells."""
+        """Whether an answer itself may begin with a space; None if only the compiled expression can tell."""
         if self.kind == "regex":
             return None
         return self.kind == "choice" and any(text.startswith(" ") for text in json.loads(self.source))
 
     def grammar(self, *, space: bool) -> str:
-        """In llguidance's notation.
+        """The constraint in llguidance's notation.
 
         Args:
-            space: whether a further space may stand before the answer.
+            space: whether an extra space may precede the answer.
         """
         start = 'start: " "? body\n' if space else "start: body\n"
         if self.kind == "choice":
@@ -128,7 +128,7 @@ class Constraint:
 
 
 def installed() -> bool:
-    """Whether the library that keeps answers to constraints is there."""
+    """Whether llguidance, which enforces constraints, is installed."""
     return importlib.util.find_spec("llguidance") is not None
 
 
@@ -139,10 +139,10 @@ def _bounded(source: str) -> str:
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema, changed: ``additionalProperties: false`` where an object names its keys and does not say otherwise.
+    """Sets ``additionalProperties: false`` in objects that list their properties and do not set it; returns the schema.
 
-    What matches it matches the schema; a model would go on with keys of its own. A schema in which two parts have to
-    match the same object is left as it is: one part would forbid the other's keys.
+    Matches of the result also match the original; without it a model would keep inventing keys. A schema in which two
+    parts must match the same object is unchanged, since one part would forbid the other's keys.
     """
     nodes = _nodes(schema)
     if any(_intersects(node) for node in nodes):
@@ -152,7 +152,7 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(named, dict) or {"additionalProperties", "patternProperties"} & node.keys():
             continue
         required, least = node.get("required", []), node.get("minProperties", 0)
-        # A key that is required but not described, or more keys than are described, must come from elsewhere.
+        # Keys that are required but not described, or more keys than are described, must be additional ones.
         if isinstance(required, list) and set(map(str, required)) <= named.keys() and least in range(len(named) + 1):
             node["additionalProperties"] = False
     return schema
@@ -166,7 +166,7 @@ def _intersects(node: dict[str, Any]) -> bool:
 
 
 def _nodes(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every object of a schema that is a schema itself."""
+    """All subschemas of a schema that are objects, itself included."""
     found: list[dict[str, Any]] = []
     waiting: list[Any] = [schema]
     while waiting:

@@ -1,10 +1,10 @@
-"""Tries grammars in a process of its own, under limits: what takes too long, too much memory, or the process with it.
+"""Trial of grammars in a separate process under limits of time, memory and stack.
 
-The library bounds most of what a grammar may cost, but not all: a few hundred bytes of schema can take minutes, and a
-long chain of references overflows the stack, which would take the server along. So each is compiled and used for some
-steps in a child first, which the system ends at its limits.
+llguidance bounds most costs of a grammar, but not all: a few hundred bytes of schema can take minutes, and a long chain
+of references overflows the stack, which would crash the server. Each grammar is therefore first compiled and used for
+some steps in a child process, which the system kills at its limits.
 
-Run as a program, this file is the process the children come from: it has nothing but llguidance and the vocabulary.
+Run as a program, this file is the process that forks the children: it loads only llguidance and the vocabulary.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ import sys
 import threading
 from typing import Any, NamedTuple
 
-# Of processor time. A schema of 60 kB takes less than half of it, an ordinary one a hundredth.
+# Limit of processor time. A schema of 60 kB takes less than half of it, an ordinary one a hundredth.
 SECONDS = 1.0
-# Beyond what the process has: an ordinary grammar takes less than one megabyte.
+# Limit of memory beyond what the process already uses: an ordinary grammar takes less than one megabyte.
 MEMORY = 96 * 2**20
-# Threads of the engine's process have eight times that by default.
+# Limit of the stack; threads of the engine's process have eight times as much by default.
 STACK = 2**20
-# Steps of random text: enough for states to pile up where they do.
+# Steps of random text, enough for parser states to accumulate in grammars prone to it.
 STEPS = 48
-# Of waiting, on a machine that is busy with other things.
+# Timeout in seconds, for a machine that is busy with other work.
 PATIENCE = 30.0
 
-# What one grammar may cost, and one step under it: some ten milliseconds.
+# llguidance's own limits for a grammar and for one step: some ten milliseconds.
 LIMITS = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,
@@ -42,13 +42,13 @@ LIMITS = {
 
 
 class Vocabulary:
-    """The tokenizer as llguidance asks for it.
+    """The tokenizer in llguidance's interface.
 
     Args:
-        tokens: bytes of each id; empty where there is no such token.
-        special_ids: ids that are no text.
+        tokens: bytes of each id; empty for unused ids.
+        special_ids: ids that are not text.
         eos_id: end of text.
-        encode: how text is split that has to come word for word; None for the longest tokens.
+        encode: tokenization of forced text; None for greedy longest match.
     """
 
     is_tokenizer_wrapper = True
@@ -65,7 +65,7 @@ class Vocabulary:
         return self.trie.greedy_tokenize(text) if self._encode is None else self._encode(text)
 
     def matcher(self, grammar: str) -> Any:
-        """The compiled grammar; never raises, ``get_error`` says what is wrong with it."""
+        """The compiled grammar; never raises, but reports problems through ``get_error``."""
         import llguidance
 
         limits = llguidance.LLParserLimits(**LIMITS)
@@ -73,11 +73,11 @@ class Vocabulary:
 
 
 class Verdict(NamedTuple):
-    """What a trial has shown.
+    """Result of a trial.
 
     Attributes:
-        error: what is wrong, None for nothing.
-        nbytes: that the grammar takes.
+        error: what is wrong; None if nothing is.
+        nbytes: memory of the grammar.
     """
 
     error: str | None
@@ -85,18 +85,18 @@ class Verdict(NamedTuple):
 
 
 class TrialError(RuntimeError):
-    """A trial that came to no end; says nothing about its grammar."""
+    """A trial without a result, which says nothing about the grammar."""
 
 
 class Trial:
-    """A process that grammars are tried in, one at a time: ``process``. The first starts it; ``close`` ends it."""
+    """A process that tries grammars one at a time, ``process``; started by the first trial, ended by ``close``."""
 
     def __init__(self, tokens: list[bytes], special_ids: list[int], eos_id: int):
         self._vocabulary = (tokens, special_ids, eos_id)
         self.process: subprocess.Popen | None = None
 
     def __call__(self, grammar: str) -> Verdict:
-        """What is wrong with a grammar, and what it takes.
+        """Tries a grammar.
 
         Raises:
             TrialError: the process did not answer.
@@ -118,7 +118,7 @@ class Trial:
             timer.cancel()
 
     def _start(self) -> None:
-        # -P: the folder of this file is no place to import from. Its own session: Ctrl-C is for the parent to handle.
+        # -P keeps this file's folder out of the import path; a new session leaves Ctrl-C to the parent.
         self.process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
@@ -157,7 +157,7 @@ def _serve() -> None:
     while True:
         try:
             grammar = pickle.load(sys.stdin.buffer)
-        except EOFError:  # nobody asks any more
+        except EOFError:  # the parent has closed the pipe
             return
         pickle.dump(tuple(_in_child(vocabulary, grammar)), sys.stdout.buffer)
         sys.stdout.buffer.flush()
@@ -188,13 +188,13 @@ def _limit() -> None:
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_STACK, (STACK, resource.getrlimit(resource.RLIMIT_STACK)[1]))
-    with contextlib.suppress(OSError):  # elsewhere than on Linux memory is not limited
+    with contextlib.suppress(OSError):  # memory is limited on Linux only
         size, _ = _memory()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes of address space, and of data in it."""
+    """Sizes of the address space and of its data segment, in bytes."""
     with open("/proc/self/statm") as file:
         size, _, _, _, _, data, _ = map(int, file.read().split())
     return size * resource.getpagesize(), data * resource.getpagesize()
@@ -208,15 +208,15 @@ def _try(vocabulary: Vocabulary, grammar: str) -> Verdict:
     matcher = vocabulary.matcher(grammar)
     if matcher.is_error():
         return Verdict(matcher.get_error())
-    # The same for every trial of a grammar.
+    # A fixed seed makes trials of a grammar reproducible.
     chance = random.Random(0)
     for _ in range(STEPS):
         if matcher.is_stopped():
             break
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
         if matcher.is_error() and "NoExtension" in matcher.get_error():
-            return Verdict("it leads to where nothing may follow")
-        # Some bit from a random place on, or the first one.
+            return Verdict("it reaches a state that allows no token")
+        # The first allowed token from a random index on, or the first of all.
         place = chance.randrange(len(vocabulary.tokens))
         rest = mask >> place
         token = place + (rest & -rest).bit_length() - 1 if rest else (mask & -mask).bit_length() - 1

@@ -1,4 +1,4 @@
-"""Constraints at work: compiled for a tokenizer by llguidance, they say before every token which ones may come."""
+"""Grammars: constraints compiled for a tokenizer by llguidance, which give the allowed tokens at every step."""
 
 import collections
 import re
@@ -13,22 +13,22 @@ from magma_jax.inference.structured.constraints import Constraint, ConstraintErr
 from magma_jax.inference.structured.grammar_trial import Trial, TrialError, Verdict, Vocabulary
 from magma_jax.typing import UInt32
 
-# Bits of a word of a mask.
+# Bits per mask word.
 BITS = 32
-# Grammars whose trial is remembered.
+# Grammars whose trial result is cached.
 REMEMBERED = 256
-# Characters that are split into tokens at once where a text is fixed: one long word takes time that grows faster.
+# Characters of forced text that are tokenized at once: tokenizing one long word takes superlinear time.
 STRETCH = 512
-# Of what is wrong with a grammar, for whoever sent it.
+# Maximum length of an error message about a grammar.
 MAX_REASON = 300
 
 
 class GuideError(RuntimeError):
-    """An answer that cannot go on as its constraint wants it; one line."""
+    """An answer that cannot continue under its constraint; the message is one line."""
 
 
 def mask_words(ids: int) -> int:
-    """Words of a mask over so many token ids."""
+    """Number of mask words for ``ids`` token ids."""
     return -(-ids // BITS)
 
 
@@ -38,17 +38,17 @@ def everything(rows: int, ids: int) -> UInt32[np.ndarray, "{rows} W"]:
 
 
 class Grammars:
-    """Compiles constraints for one tokenizer; safe to use from many threads, which wait for each other.
+    """Compiles constraints for one tokenizer; thread-safe, one at a time.
 
-    Nothing is loaded before the first constraint. ``close`` ends the process that grammars are tried in.
+    Nothing is loaded before the first constraint. ``close`` ends the trial process.
 
     Args:
-        tokenizer: any byte-level one.
+        tokenizer: any byte-level tokenizer.
         table_rows: ids from here on are never sampled.
-        ids: of the model's logits, at least ``table_rows``.
+        ids: number of the model's logits, at least ``table_rows``.
 
     Attributes:
-        trial: the process that grammars are tried in; None before the first one.
+        trial: the trial process; None before the first constraint.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, table_rows: int, ids: int):
@@ -59,11 +59,11 @@ class Grammars:
         self._verdicts: collections.OrderedDict[str, Verdict] = collections.OrderedDict()
 
     def compile(self, constraint: Constraint) -> "Grammar":
-        """The constraint, ready to use; takes some milliseconds, and a second at most.
+        """Compiles a constraint; takes some milliseconds, and a second at most.
 
         Raises:
-            ConstraintError: what the library does not support, what takes too much time or memory to compile, a
-                tokenizer that does not spell bytes, or no library.
+            ConstraintError: a constraint that llguidance does not support or that takes too much time or memory, a
+                tokenizer that is not byte-level, or llguidance is not installed.
         """
         with self._lock:
             if self._vocabulary is None:
@@ -76,7 +76,7 @@ class Grammars:
             return self._compiled(constraint.grammar(space=not space), skips_space=not space)
 
     def close(self) -> None:
-        """Ends the process that grammars are tried in; a further constraint starts another."""
+        """Ends the trial process; a further constraint starts another."""
         with self._lock:
             if self.trial is not None:
                 self.trial.close()
@@ -126,10 +126,10 @@ class Grammars:
 
 
 class Grammar:
-    """A compiled constraint; every request that keeps to it gets a ``Guide`` of its own.
+    """A compiled constraint; every request has its own ``Guide``.
 
     Attributes:
-        nbytes: that it takes, about.
+        nbytes: approximate memory use.
     """
 
     def __init__(self, matcher: Any, ids: int, eos_id: int, *, nbytes: int, skips_space: bool):
@@ -137,30 +137,30 @@ class Grammar:
         self.nbytes = nbytes
 
     def start(self) -> "Guide":
-        """From the beginning of an answer."""
+        """A guide at the beginning of an answer."""
         return Guide(self._matcher.deep_copy(), self._ids, self._eos_id, skips_space=self._skips_space)
 
 
 class Guide:
-    """Where one answer is in its grammar. For a single thread.
+    """Position of one answer in its grammar. Not thread-safe.
 
     Attributes:
-        mask: (W,) a bit an id, lowest first: what may come next.
-        complete: whether the answer is, and nothing but its end may come.
+        mask: (W,) mask of the allowed next tokens, one bit per id, lowest first.
+        complete: whether the answer is complete and only the end of text is allowed.
     """
 
     def __init__(self, matcher: Any, ids: int, eos_id: int, *, skips_space: bool):
         self._matcher, self._words, self._at_space = matcher, mask_words(ids), skips_space
         self._end = _bit(eos_id, self._words)
-        # Tokens that have to come, split as the tokenizer splits the text that they spell.
+        # Forced tokens, as the tokenizer splits their text.
         self._fixed: collections.deque[int] = collections.deque()
         self._look()
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """The answer goes on with these tokens, the end of text not among them.
+        """Advances by these tokens, which do not include the end of text.
 
         Raises:
-            GuideError: one that was not allowed, or a grammar that takes too much from here on.
+            GuideError: a token that was not allowed, or a grammar that becomes too expensive from here on.
         """
         for token in tokens:
             if not self._matcher.consume_token(token):
@@ -170,7 +170,7 @@ class Guide:
         self._look()
 
     def shown(self, text: str) -> str:
-        """New text of the answer, without the space that may stand before it."""
+        """New text of the answer, without the extra space that may precede it."""
         if not (self._at_space and text):
             return text
         self._at_space = False
@@ -188,7 +188,7 @@ class Guide:
         self.complete = self._matcher.is_stopped() or np.array_equal(self.mask, self._end)
 
     def _error(self) -> GuideError:
-        return GuideError(f"the answer cannot go on as it has to look ({_one_line(self._matcher.get_error())})")
+        return GuideError(f"the answer cannot continue under its constraint ({_one_line(self._matcher.get_error())})")
 
 
 def _bit(token: int, words: int) -> UInt32[np.ndarray, "{words}"]:
@@ -199,7 +199,7 @@ def _bit(token: int, words: int) -> UInt32[np.ndarray, "{words}"]:
 
 
 def _one_line(reason: str) -> str:
-    """What the library says, without its advice and its excerpts of its own notation."""
+    """llguidance's error message in one line, without its advice and excerpts of its notation."""
     lines = [line.strip() for line in reason.splitlines()]
     kept = [line for line in lines if line and not line.startswith(("|", "^", "<")) and not line[0].isdigit()]
     text = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", " ".join(kept))

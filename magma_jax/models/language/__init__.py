@@ -1,1 +1,1 @@
-"""Language models, one file a kind."""
+"""Language models, one file per kind."""

@@ -1,6 +1,6 @@
-"""The language models that a config can name by ``kind``: ``models.language.decoder.Decoder`` builds each.
+"""Language models by ``kind``, all built by ``models.language.decoder.Decoder``.
 
-A new one is one import and one member of ``LanguageModelConfig``.
+A new kind takes one import and one member of ``LanguageModelConfig``.
 """
 
 from typing import TypeAlias
@@ -12,7 +12,7 @@ from magma_jax.models.language.gptj import GPTJConfig
 
 LanguageModelConfig: TypeAlias = GPTJConfig | GPT2Config | GPTNeoConfig | GPTNeoXConfig
 
-# Published sizes by the names of the Hugging Face hub.
+# Published sizes by their names on the Hugging Face hub.
 PUBLISHED_LANGUAGE_MODELS: dict[str, LanguageModelConfig] = {
     "EleutherAI/gpt-j-6b": GPTJConfig(vocab_rows=50400),
     **GPT2_SIZES,

@@ -1,6 +1,6 @@
-"""A language model: a table of words, the trunk that its config describes, and a head.
+"""A language model: embedding table, trunk and head.
 
-Every kind of language model is a config: ``trunk`` says of which blocks it is made.
+Each kind of language model is a config whose ``trunk`` describes its blocks.
 """
 
 import dataclasses
@@ -19,28 +19,28 @@ from magma_jax.nn.transformer.trunk import Trunk
 from magma_jax.runtime.sharding import split_rows
 from magma_jax.typing import Array, Float, Int
 
-# A matrix with or without bias, or the embedding table once more: one parameter with two uses.
+# A matrix with or without bias, or weight tying: the embedding table is also the head.
 Head = Literal["bias", "no_bias", "tied"]
 
-# What the MLPs of published models of these kinds have.
+# Activations in the MLPs of the published models.
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 
-# The deepest published one has 126.
+# The deepest published model has 126.
 MAX_LAYERS = 10_000
 
 
 class DecoderConfig:
-    """What every language model's config has, under these names; a kind is a frozen dataclass that inherits from it.
+    """Fields of every language model's config; each kind is a frozen dataclass that inherits from this class.
 
-    A class rather than a protocol: checking an argument against a protocol at run time reads every member.
+    It is not a protocol, because checking an argument against a protocol at run time reads every member.
 
     Attributes:
-        kind: what a config names it by.
+        kind: name of the kind in configs.
         vocab_rows: rows of the embedding table.
-        head_rows: rows of the head; ids that the table lacks are never sampled.
+        head_rows: rows of the head; ids beyond the embedding table are never sampled.
         context_length: positions the model was trained on, in tokens.
         embedding_std: standard deviation of a fresh embedding table.
-        dtype: that the weights are stored in; int8 and int4: the matrices, see ``nn.quantized``.
+        dtype: dtype of the stored weights; int8 and int4 apply to matrices, see ``nn.quantized``.
     """
 
     kind: str
@@ -57,19 +57,19 @@ class DecoderConfig:
     head: ClassVar[Head]
 
     def trunk(self) -> TrunkConfig:
-        """What stands between embeddings and final hidden states, without adapters."""
+        """Config of the layers between embeddings and final hidden states, without adapters."""
         raise NotImplementedError
 
 
 class Decoder(Trunk):
     """A language model: ``embed`` before its layers, ``logits`` after them.
 
-    It has an embedding table ``wte``, what ``Trunk`` has, and ``lm_head`` unless the table is the head too.
+    Beside the members of ``Trunk`` it has an embedding table ``wte``, and ``lm_head`` unless the weights are tied.
 
     Args:
         config: one of ``models.language.catalog``.
-        mlp_adapter: adapter of every MLP.
-        attn_adapter: the same of attention.
+        mlp_adapter: adapter of every MLP; None for none.
+        attn_adapter: adapter of every attention; None for none.
     """
 
     lm_head: Linear | None = None
@@ -106,19 +106,19 @@ class Decoder(Trunk):
             )
 
     def embed(self, ids: Int[Array, "B S"], dtype: Any = jnp.float32) -> Float[Array, "B S D"]:
-        """Word embeddings; ids must be below ``vocab_rows`` (JAX clamps what is not)."""
-        # In two steps: the table is split by width, and its slices cannot become rows of whole vectors in one.
+        """Word embeddings; ids must be below ``vocab_rows`` (JAX clamps others)."""
+        # Two steps: the table is sharded by width, and one reshard cannot turn its slices into rows of whole vectors.
         return split_rows(split_rows(self.wte(ids, dtype), features="model"))
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """fp32 logits of the final hidden states, also where these are of lower precision."""
+        """fp32 logits of the final hidden states, whatever their dtype."""
         if self.lm_head is not None:
             return self.lm_head(hidden, jnp.float32)
         return product(hidden, self.wte.weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def block_config(config: DecoderConfig, **changes: Any) -> BlockConfig:
-    """A block of a config's sizes; ``changes`` are the fields in which its kind differs from ``BlockConfig``."""
+    """``BlockConfig`` with a config's sizes; ``changes`` override its defaults."""
     return BlockConfig(
         width=config.width,
         heads=config.heads,
@@ -130,7 +130,7 @@ def block_config(config: DecoderConfig, **changes: Any) -> BlockConfig:
 
 
 def check_heads(config: DecoderConfig) -> None:
-    """Raises ValueError for sizes that no model has, or heads that do not divide the width."""
+    """Raises ValueError if there are more than ``MAX_LAYERS`` layers, or the heads do not divide the width."""
     check_sizes(config, "layers", "width", "heads", "feed_forward", "vocab_rows", "head_rows", "context_length")
     check_dtype("language model: dtype", config.dtype, QUANTIZED)
     if config.layers > MAX_LAYERS:

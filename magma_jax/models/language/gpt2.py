@@ -1,5 +1,4 @@
-"""GPT-2: learned positions, attention and MLP one after the other, the embedding table as head (Radford et al.,
-2019)."""
+"""GPT-2: learned positions, sequential attention and MLP, tied head (Radford et al., 2019)."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -13,9 +12,9 @@ class GPT2Config(DecoderConfig):
     """Sizes of a GPT-2 language model; the defaults are the smallest published one, ``gpt2``.
 
     Attributes:
-        vocab_rows: rows of the embedding table, which is the head too.
-        context_length: rows of the table of positions; a longer sequence is an error.
-        activation: between the MLP's layers.
+        vocab_rows: rows of the embedding table, which is also the head.
+        context_length: rows of the position table; a longer sequence is an error.
+        activation: activation of the MLP.
         embedding_std: standard deviation of a fresh embedding table.
         dtype: dtype the weights are stored in.
     """
@@ -38,11 +37,11 @@ class GPT2Config(DecoderConfig):
 
     @property
     def head_rows(self) -> int:
-        """Rows of the head: those of the table."""
+        """Rows of the head, which is the embedding table."""
         return self.vocab_rows
 
     def trunk(self) -> TrunkConfig:
-        """One projection to queries, keys and values; learned positions."""
+        """Joint projection of queries, keys and values; learned positions."""
         block = block_config(self, projections="joint", activation=self.activation)
         return TrunkConfig(block=block, layers=self.layers, positions=PositionTable(length=self.context_length))
 

@@ -1,5 +1,4 @@
-"""GPT-Neo: as GPT-2, but every other layer sees only the last 256 positions, and scores are not scaled
-(Black et al., 2021)."""
+"""GPT-Neo: GPT-2 with local attention (256 positions) in every other layer and unscaled scores (Black et al., 2021)."""
 
 import dataclasses
 import itertools
@@ -14,11 +13,11 @@ class GPTNeoConfig(DecoderConfig):
     """Sizes of a GPT-Neo language model; the defaults are ``EleutherAI/gpt-neo-125m``.
 
     Attributes:
-        vocab_rows: rows of the embedding table, which is the head too.
-        context_length: rows of the table of positions; a longer sequence is an error.
-        attention: what the layers see, repeated over them: all positions, or the last ``window``.
+        vocab_rows: rows of the embedding table, which is also the head.
+        context_length: rows of the position table; a longer sequence is an error.
+        attention: kinds of layers, repeated: ``global`` sees all positions, ``local`` the last ``window``.
         window: positions that a query of a local layer sees, itself included.
-        activation: between the MLP's layers.
+        activation: activation of the MLP.
         embedding_std: standard deviation of a fresh embedding table.
         dtype: dtype the weights are stored in.
     """
@@ -47,11 +46,11 @@ class GPTNeoConfig(DecoderConfig):
 
     @property
     def head_rows(self) -> int:
-        """Rows of the head: those of the table."""
+        """Rows of the head, which is the embedding table."""
         return self.vocab_rows
 
     def trunk(self) -> TrunkConfig:
-        """Separate projections, a bias in the last only; scores as they are; learned positions."""
+        """Separate projections, with a bias in the output only; unscaled scores; learned positions."""
         biases = ("attention_out", "mlp_in", "mlp_out")
         kinds = itertools.islice(itertools.cycle(self.attention), self.layers)
         return TrunkConfig(

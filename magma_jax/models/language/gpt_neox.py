@@ -1,5 +1,5 @@
-"""GPT-NeoX and Pythia: rotary positions on the two halves of a part of each head, two LayerNorms a layer, a head of
-its own (Black et al., 2022; Biderman et al., 2023)."""
+"""GPT-NeoX and Pythia: partial rotary embedding in half-split pairs, two LayerNorms per layer, untied head (Black et
+al., 2022; Biderman et al., 2023)."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -14,12 +14,12 @@ class GPTNeoXConfig(DecoderConfig):
     """Sizes of a GPT-NeoX language model; the defaults are ``EleutherAI/pythia-70m``.
 
     Attributes:
-        rotary_dim: features of each head that rotary embedding turns.
+        rotary_dim: features per head that rotary embedding rotates.
         vocab_rows: rows of the embedding table, and of the head.
         context_length: positions the model was trained on, in tokens.
-        parallel_residual: attention and MLP side by side, as published; otherwise one after the other.
+        parallel_residual: whether attention and MLP run in parallel (as published) or in sequence.
         attention_bias: whether attention's projections have biases.
-        activation: between the MLP's layers.
+        activation: activation of the MLP.
         embedding_std: standard deviation of a fresh embedding table.
         dtype: dtype the weights are stored in.
     """
@@ -47,11 +47,11 @@ class GPTNeoXConfig(DecoderConfig):
 
     @property
     def head_rows(self) -> int:
-        """Rows of the head: as many as the table has."""
+        """Rows of the head, as many as the embedding table has."""
         return self.vocab_rows
 
     def trunk(self) -> TrunkConfig:
-        """One projection, head by head; rotary positions on the two halves of a part of each head."""
+        """Joint projection, head by head; partial rotary embedding in half-split pairs."""
         block = block_config(
             self,
             residual="parallel" if self.parallel_residual else "sequential",
@@ -67,7 +67,7 @@ def _published(layers: int, width: int, heads: int, rows: int, activation: Activ
     return GPTNeoXConfig(layers, width, heads, width // heads // 4, 4 * width, rows, activation=activation)
 
 
-# Biderman et al. (2023), table 1. The tables of 50,254 or 50,257 tokens were padded for the machines they ran on.
+# Biderman et al. (2023), table 1. Embedding tables of 50,254 or 50,257 tokens were padded for their training hardware.
 GPT_NEOX_SIZES = {
     "EleutherAI/pythia-70m": _published(6, 512, 8, 50304),
     "EleutherAI/pythia-160m": _published(12, 768, 12, 50304),

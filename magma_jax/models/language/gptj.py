@@ -18,9 +18,9 @@ class GPTJConfig(DecoderConfig):
 
     Attributes:
         vocab_rows: rows of the embedding table.
-        head_rows: rows of the head; ids that the table lacks are never sampled.
+        head_rows: rows of the head; ids beyond the embedding table are never sampled.
         context_length: positions the model was trained on, in tokens.
-        rotary_dim: features of each head that rotary embedding turns.
+        rotary_dim: features per head that rotary embedding rotates.
         embedding_std: standard deviation of a fresh embedding table.
         dtype: dtype the weights are stored in.
     """
@@ -45,7 +45,7 @@ class GPTJConfig(DecoderConfig):
         check_rotary_dim(self.rotary_dim, self.width // self.heads)
 
     def trunk(self) -> TrunkConfig:
-        """Attention without biases, rotary positions on neighbours."""
+        """Attention without biases, rotary embedding in neighbouring pairs."""
         rotary = RotaryConfig(features=self.rotary_dim, base=self.rotary_base, interleaved=True)
         block = block_config(self, residual="shared", biases=("mlp_in", "mlp_out"), rotary=rotary)
         return TrunkConfig(block=block, layers=self.layers)

@@ -1,1 +1,1 @@
-"""Image encoders, one file a kind."""
+"""Image encoders, one file per kind."""

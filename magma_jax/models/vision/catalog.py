@@ -1,4 +1,4 @@
-"""The image encoders that a config can name by ``kind``. A new one is one import and one row here.
+"""Image encoders by ``kind``. A new kind takes one import and one row here.
 
 An encoder is a module built as ``Encoder(config, rngs=...)`` and called as ``encoder(images, batch_norm=...,
 remat=...)``. Its config has ``image_size``, ``channels`` and ``positions`` (None if it pools to one vector).
@@ -37,7 +37,7 @@ ENCODERS = {
 }
 
 
-# Published sizes. A ViT's plain name is the pooled token, as the original code uses it; "-grid" are the patch tokens.
+# Published sizes. A ViT's plain name gives the pooled token, as in the original code; "-grid" gives the patch tokens.
 PUBLISHED_ENCODERS: dict[str, EncoderConfig] = {
     **CLIP_RESNETS,
     **CLIP_VITS,
@@ -56,6 +56,6 @@ def build_encoder(config: EncoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
 def normalize_for(
     config: EncoderConfig, pixels: UInt8[Array | np.ndarray, "*batch H W 3"]
 ) -> Float[Any, "*batch H W 3"]:
-    """Pixels of 0 to 255 as the encoder of a config takes them, fp32; NumPy arrays stay NumPy arrays."""
+    """Pixels of 0 to 255 normalised for the encoder of a config, fp32; NumPy arrays stay NumPy arrays."""
     entry = ENCODERS[config.kind]
     return normalize(pixels, entry.mean, entry.std)

@@ -141,7 +141,7 @@ class AttentionPool(nnx.Module):
 
 
 class CLIPResNet(nnx.Module):
-    """Images to a grid of features; the stages are attributes so that each can be looked at alone."""
+    """Images to a grid of features; the stages are attributes so that each can be tested alone."""
 
     def __init__(self, config: CLIPResNetConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -32,7 +32,7 @@ class CLIPViTConfig:
     Attributes:
         embedding_width: width of CLIP's image embedding, which ``pooled`` returns.
         activation: ``quick_gelu`` is the sigmoid approximation of GELU that OpenAI's models use; most that open_clip
-            trained use ``gelu``. The weights do not tell.
+            trained use ``gelu``. It cannot be inferred from the weights.
         output: ``pooled`` (projected class token) or ``grid`` (patch tokens after the last LayerNorm, width D).
     """
 
@@ -135,7 +135,7 @@ class CLIPViT(nnx.Module):
     def __call__(
         self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
     ) -> Float[Array, "B ..."]:
-        """Normalised images to features; ``batch_norm`` is accepted by every encoder and means nothing here."""
+        """Normalised images to features; ``batch_norm`` is part of the encoder interface and is ignored."""
         x, _ = scan(self.blocks, lambda block, x, _: (block(split_rows(x)), None), self.embed(images), remat=remat)
         if self.proj is not None:
             return self.ln_post(x[:, 0]) @ self.proj[...].astype(x.dtype)

@@ -19,7 +19,7 @@ from magma_jax.nn.modules import EncoderParam
 from magma_jax.nn.stack import Remat, remat_call
 from magma_jax.typing import Array, Float
 
-# Pixels go in as (x - 127) / 128, here for pixels of 0 to 1.
+# Pixels are normalised as (x - 127) / 128; these constants are for pixels of 0 to 1.
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
 
 # (blocks, kernel, stride of the first block, expansion, channels): Tan and Le, table 1.
@@ -70,12 +70,12 @@ class EfficientNetLiteConfig:
 
     Attributes:
         image_size: pixels per side, a multiple of 32; the grid has image_size / 32 positions per side.
-        taps: layers whose outputs, averaged over each cell of the grid, are joined to one feature vector a cell:
-            "stem", the number of a block from 0 to 15, or "head" (the last layer).
-        statistics: layers whose mean and standard deviation per channel over the whole image are added to the
-            features of every cell. Of early layers they tell the colours that occur, wherever they do, which the
-            last layers forget: from those alone a linear classifier reads 60 % of the quick start's skin tones
-            (validation, one person), from ("stem", 0, 2) 97 %.
+        taps: layers whose outputs, averaged over each grid cell, are concatenated to one feature vector per cell:
+            "stem", the index of a block from 0 to 15, or "head" (the last layer).
+        statistics: layers whose mean and standard deviation per channel over the whole image are appended to the
+            features of every cell. Early layers hold the colours of the image, which the last layers lose: a linear
+            classifier reads 60 % of the quick start's skin tones (validation, one person) from the last layers alone,
+            97 % from ("stem", 0, 2).
     """
 
     image_size: int = 128
@@ -104,13 +104,13 @@ class EfficientNetLiteConfig:
 
 
 def same_padding(x: Float[Array, "B h w C"], kernel: int, stride: int) -> Float[Array, "B h2 w2 C"]:
-    """Zero padding by TensorFlow's rule SAME: the odd pixel goes behind, so a stride of 2 is not symmetric."""
+    """Zero padding by TensorFlow's rule SAME: an odd pixel goes to the end, so a stride of 2 is not symmetric."""
     total = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[1:3]]
     return jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2) for pad in total), (0, 0)))
 
 
 class DepthwiseConv2d(nnx.Module):
-    """One filter a channel, as a sum of shifted products: XLA's grouped convolution is ten times slower on a CPU."""
+    """Depthwise convolution as a sum of shifted products: XLA's grouped convolution is ten times slower on a CPU."""
 
     def __init__(self, channels: int, kernel: int, stride: int, *, rngs: nnx.Rngs):
         self.kernel, self.stride = kernel, stride
@@ -130,7 +130,7 @@ class DepthwiseConv2d(nnx.Module):
 
 
 class InvertedBottleneck(nnx.Module):
-    """1x1 up, depthwise, 1x1 down without activation; added to the input where the shapes agree."""
+    """1x1 up, depthwise, 1x1 down without activation; the input is added if the shapes agree."""
 
     def __init__(self, config: BottleneckConfig, *, rngs: nnx.Rngs):
         width = config.in_channels * config.expansion
@@ -153,7 +153,7 @@ class InvertedBottleneck(nnx.Module):
 
 
 class EfficientNetLite(nnx.Module):
-    """Images to a grid of features; attribute names follow the PyTorch weights, without their leading underscore."""
+    """Images to a grid of features; attribute names are those of the PyTorch weights without the leading underscore."""
 
     def __init__(self, config: EfficientNetLiteConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -1,8 +1,8 @@
 """NF-ResNet-50: the encoder of the Frozen baseline, a ResNet without normalisation layers (Brock et al., 2021).
 
-Convolution weights are standardised per output channel; each block divides its input by the standard deviation that
-its variance would have at initialisation (``beta``) and adds its branch scaled by ``alpha``. The output is the mean
-over the grid, which the prefix turns into ``image_positions`` vectors.
+Convolution weights are standardised per output channel; each block divides its input by its expected standard deviation
+at initialisation (``beta``) and adds its branch scaled by ``alpha``. The output is the mean over the grid, which the
+prefix maps to ``image_positions`` vectors.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from magma_jax.nn.modules import EncoderParam
 from magma_jax.nn.stack import Remat, remat_call, scan, stack
 from magma_jax.typing import Array, Float
 
-# Keeps the variance of relu(x) at about one for a unit normal x. timm's measured number, which its weights were trained
-# with; the exact sqrt(2 / (1 - 1/pi)) = 1.71286 is 0.06 % less.
+# Keeps the variance of relu(x) at about one for a unit normal x. This is timm's empirical value, used to train its
+# weights; the exact sqrt(2 / (1 - 1/pi)) = 1.71286 is 0.06 % less.
 RELU_GAMMA = 1.7139588594436646
 
 
@@ -139,9 +139,9 @@ class NFResNet(nnx.Module):
         )
 
     def betas(self) -> list[Float[Array, " N"]]:
-        """Per stage and block, one over the expected standard deviation of the block's input.
+        """Per stage and block, the reciprocal of the expected standard deviation of the block's input.
 
-        The variance grows by alpha**2 a block and starts again at one behind each block that projects its shortcut.
+        The variance grows by alpha**2 per block and restarts from one at each block that projects its shortcut.
         """
         variance, stages = 1.0, []
         for blocks in self.config.blocks:
@@ -155,7 +155,7 @@ class NFResNet(nnx.Module):
     def __call__(
         self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
     ) -> Float[Array, "B C"]:
-        """``batch_norm`` is accepted by every encoder and means nothing here."""
+        """``batch_norm`` is part of the encoder interface and is ignored."""
         x = self.stem(images)
         stages = (self.stage1, self.stage2, self.stage3, self.stage4)
         for stage, betas in zip(stages, self.betas(), strict=True):
@@ -164,7 +164,7 @@ class NFResNet(nnx.Module):
 
 
 def _average_pool_ceil(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
-    """2x2 means with stride 2; an odd last row or column is averaged over what is there (as timm's shortcut)."""
+    """2x2 means with stride 2; an odd last row or column is averaged over its pixels only (as in timm's shortcut)."""
     pad = ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0))
     window = ((1, 2, 2, 1), (1, 2, 2, 1), pad)
     total = jax.lax.reduce_window(x, 0.0, jax.lax.add, *window)

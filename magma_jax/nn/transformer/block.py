@@ -1,4 +1,4 @@
-"""One layer of a transformer: attention and MLP, with norms, adapters and dropout where its config puts them."""
+"""One transformer layer: attention and MLP, with norms, adapters and dropout as its config says."""
 
 from typing import NamedTuple
 
@@ -19,32 +19,32 @@ from magma_jax.typing import Array, Float, PRNGKey
 
 
 class AttentionOutput(NamedTuple):
-    """What attention gives a block."""
+    """Result of ``Attention``."""
 
     out: Array  # (B, S, D)
-    weights: Array | None  # (B, H, S, T), fp32, if they were asked for
+    weights: Array | None  # (B, H, S, T), fp32, if requested
     key: Array  # (B, S, G, K) after rotary
     value: Array  # (B, S, G, K)
     cache: KVCache | None  # with the new keys and values
 
 
 class BlockOutput(NamedTuple):
-    """Everything a block computes; what nobody reads is removed by the compiler."""
+    """Intermediate results of a block; the compiler removes those that are not read."""
 
     ln_1: Array  # (B, S, D) input of attention
-    attn_inner: Array  # (B, S, D) attention without its adapter
-    attn: Array  # (B, S, D) what attention adds: with its adapter, norm and dropout
-    mlp_inner: Array  # (B, S, D) MLP without its adapter
-    mlp: Array  # (B, S, D) what the MLP adds: with its adapter, norm and dropout
+    attn_inner: Array  # (B, S, D) attention before its adapter
+    attn: Array  # (B, S, D) attention branch, after adapter, norm and dropout
+    mlp_inner: Array  # (B, S, D) MLP before its adapter
+    mlp: Array  # (B, S, D) MLP branch, after adapter, norm and dropout
     out: Array  # (B, S, D)
-    attentions: Array | None  # (B, H, S, T) attention weights, fp32, if they were asked for
+    attentions: Array | None  # (B, H, S, T) attention weights, fp32, if requested
     key: Array  # (B, S, G, K) after rotary
     value: Array  # (B, S, G, K)
     cache: KVCache | None  # of all layers, with this one's new keys and values
 
 
 class Attention(nnx.Module):
-    """Multi-head attention; several heads of queries may share one of keys and values."""
+    """Multi-head attention; several query heads may share a key/value head."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -61,7 +61,7 @@ class Attention(nnx.Module):
         self.ln_k = norm(config, config.size if by_head else keys) if config.qk_norm else None
 
     def project(self, x: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
-        """Queries (B, S, H, K), keys and values (B, S, G, K) before positions turn them."""
+        """Queries (B, S, H, K), keys and values (B, S, G, K), before rotary embedding."""
         config = self.config
         if config.projections == "joint_by_head":
             q, k, v = jnp.split(self.qkv_proj(x).reshape(*x.shape[:2], config.heads, -1), 3, axis=-1)
@@ -79,7 +79,7 @@ class Attention(nnx.Module):
     def heads_of(
         self, x: Float[Array, "B S D"], rotary: tuple[Array, Array] | None
     ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S G K"], Float[Array, "B S G K"]]:
-        """Queries, keys and values, normalised and turned."""
+        """Queries, keys and values, after query/key norm and rotary embedding."""
         q, k, v = self.project(x)
         if self.config.qk_norm == "head" and self.ln_q is not None and self.ln_k is not None:
             q, k = self.ln_q(q), self.ln_k(k)
@@ -135,7 +135,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer; attention and MLP are each followed by its adapter if it has one (MAGMA, section 3.1)."""
+    """One layer; attention and MLP are each followed by their adapter, if any (MAGMA, section 3.1)."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -204,7 +204,7 @@ def linear(config: BlockConfig, in_features: int, out_features: int, place: Plac
 
 
 def norm(config: BlockConfig, width: int | None = None) -> nnx.Module:
-    """A norm of the config's kind, over the width of the residual stream by default."""
+    """A norm of the config's kind; ``width`` defaults to that of the residual stream."""
     width, kind = width or config.width, config.norm.kind
     options = {"param": config.param, "eps": config.norm.eps, "dtype": float_dtype(config.dtype)}
     if kind == "rms":

@@ -1,4 +1,4 @@
-"""Keys and values of earlier positions, which decoding token by token reads again."""
+"""KV cache: keys and values of earlier positions, for token-by-token decoding."""
 
 from typing import Any, NamedTuple
 
@@ -10,9 +10,9 @@ from magma_jax.typing import Array, Float, Int
 
 
 class KVCache(NamedTuple):
-    """Keys (after rotary) and values of every layer, T slots in each row, slot = position.
+    """Keys (after rotary) and values of every layer, with T slots per row; slot = position.
 
-    Arrays (L, B, G, T, K); where the layers are apart, a tuple of L arrays (B, G, T, K).
+    Arrays (L, B, G, T, K); for unstacked layers, a tuple of L arrays (B, G, T, K).
     """
 
     key: Array | tuple[Array, ...]
@@ -20,20 +20,20 @@ class KVCache(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """T."""
+        """Slots per row, T."""
         return self.key[0].shape[-2]
 
     @property
     def dtype(self) -> Any:
-        """Of keys and values."""
+        """Dtype of keys and values."""
         return self.key[0].dtype
 
     def rows(self, rows: Int[Array, " R"]) -> "KVCache":
-        """A cache of some rows of this one, in their order; a row may be there more than once."""
+        """A cache of the given rows, in that order; a row may be repeated."""
         return jax.tree.map(lambda leaf: leaf[..., rows, :, :, :], self)
 
     def write(self, layer: Any, rows: Int[Array, " B"], positions: Int[Array, "B S"], new: "KVCache") -> "KVCache":
-        """With ``new``, (B, S, G, K) each, written to a layer."""
+        """The cache with ``new`` keys and values, (B, S, G, K) each, written to a layer."""
 
         def written(kept: Any, new: Any) -> Any:
             if isinstance(kept, tuple):
@@ -42,13 +42,13 @@ class KVCache(NamedTuple):
             arguments = (kept, layer, rows, positions, new.astype(self.dtype))
             if new.shape[1] > 1:
                 return write_scattered(*arguments)
-            # TPUs would copy the whole cache in every layer for a scatter.
+            # On TPUs a scatter would copy the whole cache in every layer.
             return jax.lax.platform_dependent(*arguments, tpu=write_row_by_row, default=write_scattered)
 
         return KVCache(written(self.key, new.key), written(self.value, new.value))
 
     def read(self, layer: Any, rows: Int[Array, " B"] | None) -> tuple[Array, Array]:
-        """Keys and values (B, G, T, K) of a layer; None for all rows."""
+        """Keys and values (B, G, T, K) of a layer; ``rows=None`` for all rows."""
         if rows is None:
             return self.key[layer], self.value[layer]
         if isinstance(self.key, tuple):
@@ -58,14 +58,14 @@ class KVCache(NamedTuple):
 
 
 def write_scattered(kept: Array, layer: Any, rows: Array, positions: Array, new: Array) -> Array:
-    """``new`` (B, S, G, K) at positions (B, S) of rows (B,) of a layer; those behind the last slot write nothing."""
+    """Sets ``new`` (B, S, G, K) at positions (B, S) of rows (B,) of a layer; those past the last slot are dropped."""
     return kept.at[layer, rows[:, None], :, positions].set(new)
 
 
 def write_row_by_row(kept: Array, layer: Any, rows: Array, positions: Array, new: Array) -> Array:
-    """``write_scattered`` for one position in every row (S = 1).
+    """``write_scattered`` for one position per row (S = 1).
 
-    The cache keeps its layout: the compiler would choose one for these writes and copy the cache to it and back.
+    The cache keeps its layout; otherwise the compiler would choose one for these writes and copy the cache both ways.
     """
 
     def write(kept: Array, row: tuple[Array, Array, Array]) -> tuple[Array, None]:
@@ -80,13 +80,13 @@ def write_row_by_row(kept: Array, layer: Any, rows: Array, positions: Array, new
 
 
 class CachedLayer(NamedTuple):
-    """One layer's part of a cache, and where new keys and values go in it.
+    """One layer's view of a cache, and the slots that its new keys and values are written to.
 
     Attributes:
-        cache: of all layers. It goes through the loop over them and is written in place: stacking caches of single
-            layers would copy them at every step.
-        layer: number of the layer.
-        rows: (B,) rows of the cache that the batch stands for; None for all, in order.
+        cache: cache of all layers. The loop over layers carries it and writes it in place: stacking per-layer caches
+            would copy them at every step.
+        layer: index of the layer.
+        rows: (B,) cache rows of the batch; None for all, in order.
         positions: (B, S) slots of the new positions.
     """
 
@@ -96,7 +96,7 @@ class CachedLayer(NamedTuple):
     positions: Array
 
     def extend(self, key: Float[Array, "B S G K"], value: Float[Array, "B S G K"]) -> tuple[KVCache, Array, Array]:
-        """The cache with new keys and values, and all of the layer's, (B, G, T, K) each."""
+        """The cache with new keys and values, and all keys and all values of the layer, (B, G, T, K) each."""
         rows = jnp.arange(key.shape[0]) if self.rows is None else self.rows
         cache = self.cache.write(self.layer, rows, self.positions, KVCache(key, value))
         return cache, *cache.read(self.layer, self.rows)

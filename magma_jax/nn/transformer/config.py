@@ -1,4 +1,4 @@
-"""What a transformer is made of, as plain values: every published variant is one ``TrunkConfig``."""
+"""Configs of a transformer; every published variant is one ``TrunkConfig``."""
 
 import dataclasses
 from typing import Literal
@@ -13,7 +13,7 @@ from magma_jax.nn.modules import LanguageParam
 from magma_jax.nn.quantized import QUANTIZED
 from magma_jax.nn.rotary import RotaryConfig
 
-# Where norms stand, and what the MLP reads. With N_1 and N_2 before attention and MLP, M_1 and M_2 behind them:
+# Placement of norms, and input of the MLP. With N_1 and N_2 before attention and MLP, M_1 and M_2 after them:
 #   shared      x + attention(N_1 x) + mlp(N_1 x)                          GPT-J
 #   parallel    x + attention(N_1 x) + mlp(N_2 x)                          GPT-NeoX
 #   sequential  y + mlp(N_2 y),      y = x + attention(N_1 x)              GPT-2, Llama
@@ -33,7 +33,7 @@ class NormConfig:
     Attributes:
         kind: ``layernorm``; ``plain``, a LayerNorm without weight and bias (CM3Leon); ``rms`` (Llama).
         eps: added to the variance, or to the mean square.
-        offset: added to the weight of ``rms``: 1 where it is stored as the difference from one (Gemma).
+        offset: added to the weight of ``rms``: 1 if it is stored as the difference from one (Gemma).
     """
 
     kind: Literal["layernorm", "plain", "rms"] = "layernorm"
@@ -47,7 +47,7 @@ class InitConfig:
 
     Attributes:
         std: standard deviation of the normal distribution.
-        truncate: values lie within so many standard deviations; None for all.
+        truncate: values beyond this many standard deviations are redrawn; None for no limit.
         zero_outputs: attention's output projection and the MLP's second layer start at zero, so that a fresh block
             returns its input.
     """
@@ -57,7 +57,7 @@ class InitConfig:
     zero_outputs: bool = False
 
     def weights(self, *, output: bool = False) -> Initializer:
-        """The initializer of a layer; ``output`` for one whose result is added to the residual stream."""
+        """The initializer of a layer; ``output`` if its result is added to the residual stream."""
         if output and self.zero_outputs:
             return zeros
         return normal(self.std) if self.truncate is None else truncated_normal(self.std, self.truncate)
@@ -68,29 +68,29 @@ class BlockConfig:
     """One layer of a transformer.
 
     Attributes:
-        width: of the residual stream (D).
-        heads: of queries (H).
-        feed_forward: width inside the MLP.
-        kv_heads: of keys and values (G), each for H / G heads of queries; None for as many as ``heads``.
-        head_size: features of a head (K); None for width / heads.
+        width: width of the residual stream (D).
+        heads: number of query heads (H).
+        feed_forward: hidden width of the MLP.
+        kv_heads: number of key/value heads (G), each shared by H / G query heads; None for as many as ``heads``.
+        head_size: features per head (K); None for width / heads.
         residual: order of norms, attention and MLP, see ``Residual``.
         norm: kind of every norm.
-        qk_norm: a norm of queries and keys before they are turned: of each ``head`` (Qwen 3, Gemma 3) or over ``all``
-            heads together (OLMo 2).
-        projections: ``separate`` matrices for queries, keys and values; ``joint``, one with these below each other;
-            ``joint_by_head``, one with query, key and value of the first head, then of the second, and so on.
-        biases: linear layers that have one.
-        activation: between the MLP's layers; a gated one adds a third, ``c_gate``.
-        rotary: how positions turn queries and keys; None for not at all.
-        score_divisor: what scores are divided by; None for sqrt(K).
-        score_cap: scores are limited to this by ``cap * tanh(score / cap)`` (Gemma 2); None for no limit.
-        attention_dropout: rate at which attention weights are dropped in training.
-        residual_dropout: the same for what attention and MLP add to the residual stream.
-        init: fresh weights.
+        qk_norm: norm of queries and keys before rotary embedding: per ``head`` (Qwen 3, Gemma 3) or over ``all`` heads
+            together (OLMo 2).
+        projections: ``separate`` matrices for queries, keys and values; ``joint``, one matrix with the three stacked;
+            ``joint_by_head``, one matrix with query, key and value of the first head, then of the second, and so on.
+        biases: linear layers with a bias.
+        activation: activation of the MLP; a gated one adds a third layer, ``c_gate``.
+        rotary: rotary embedding of queries and keys; None for none.
+        score_divisor: divisor of the scores; None for sqrt(K).
+        score_cap: soft limit of the scores, ``cap * tanh(score / cap)`` (Gemma 2); None for no limit.
+        attention_dropout: dropout rate of the attention weights in training.
+        residual_dropout: dropout rate of the attention and MLP branches.
+        init: initialisation of fresh weights.
         mlp_adapter: adapter of the MLP; None for none.
-        attn_adapter: the same of attention.
-        param: type of the variables, adapters' apart.
-        dtype: that weights are stored in; int8 and int4 stand for the matrices, see ``nn.quantized``.
+        attn_adapter: adapter of attention; None for none.
+        param: variable type of all weights except the adapters'.
+        dtype: dtype of the stored weights; int8 and int4 apply to the matrices, see ``nn.quantized``.
     """
 
     width: int
@@ -133,12 +133,12 @@ class BlockConfig:
 
     @property
     def size(self) -> int:
-        """Features of a head (K)."""
+        """Features per head (K)."""
         return self.head_size or self.width // self.heads
 
     @property
     def key_heads(self) -> int:
-        """Heads of keys and values (G)."""
+        """Key/value heads (G)."""
         return self.kv_heads or self.heads
 
 
@@ -147,8 +147,8 @@ class PositionTable:
     """Learned positions, added to the embeddings.
 
     Attributes:
-        length: positions that it knows.
-        offset: row of position 0; the rows before it are unused (2 in OPT and CM3Leon).
+        length: number of positions.
+        offset: row of position 0; earlier rows are unused (2 in OPT and CM3Leon).
         std: standard deviation of fresh rows.
     """
 
@@ -159,13 +159,13 @@ class PositionTable:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrunkConfig:
-    """Layers of one kind, from embeddings to hidden states.
+    """A stack of identical layers, from embeddings to hidden states.
 
     Attributes:
-        block: every layer.
-        layers: their number.
-        positions: a table of learned positions; None for none.
-        windows: for every layer how many positions a query sees, itself included, or None for all; None where no
+        block: config of every layer.
+        layers: number of layers.
+        positions: table of learned positions; None for none.
+        windows: per layer, the number of positions that a query sees, itself included, or None for all; None if no
             layer has a window.
         final_norm: whether a norm follows the last layer.
     """

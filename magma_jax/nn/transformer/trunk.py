@@ -1,4 +1,4 @@
-"""The layers of a transformer, from embeddings to hidden states; what embeds and what reads them is the model's."""
+"""The layers of a transformer, from embeddings to hidden states; embedding and head belong to the model."""
 
 import dataclasses
 import functools
@@ -22,9 +22,9 @@ from magma_jax.typing import Array, Float, Int, PRNGKey
 
 
 class LayerReduction(NamedTuple):
-    """Something to compute along the layers, for what would take too much memory if all layers returned it.
+    """A reduction over layers, for values that would take too much memory if every layer returned them.
 
-    ``step(state, block_output)`` gives the next state; ``first`` is the state before the first layer.
+    ``step(state, block_output)`` returns the next state; ``first`` is the state before the first layer.
     """
 
     step: Callable[[Any, BlockOutput], Any]
@@ -32,12 +32,12 @@ class LayerReduction(NamedTuple):
 
 
 class TrunkOutput(NamedTuple):
-    """Result of a trunk's call.
+    """Result of ``Trunk``.
 
-    ``collected`` holds what was asked for, stacked over layers; ``reduced`` the last state of a ``LayerReduction``.
+    ``collected`` holds the requested fields, stacked over layers; ``reduced`` the last state of a ``LayerReduction``.
     """
 
-    inputs: Array  # (B, S, D) input of the first block: the embeddings, with positions where these are learned
+    inputs: Array  # (B, S, D) input of the first block: the embeddings, plus learned positions if any
     hidden: Array  # (B, S, D) after the final norm
     cache: KVCache | None
     collected: dict[str, Array]
@@ -45,7 +45,7 @@ class TrunkOutput(NamedTuple):
 
 
 class _Sequence(NamedTuple):
-    """What is the same for all layers."""
+    """Values shared by all layers."""
 
     positions: Array  # (B, S)
     mask: Mask
@@ -54,7 +54,7 @@ class _Sequence(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    """What goes from layer to layer."""
+    """Loop carry from layer to layer."""
 
     x: Array  # (B, S, D)
     cache: KVCache | None
@@ -62,7 +62,7 @@ class _Carry(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """What each layer has of its own, beside its weights; stacked over layers."""
+    """Per-layer values other than weights, stacked over layers."""
 
     number: Any
     window: Array | None
@@ -70,7 +70,7 @@ class _Layer(NamedTuple):
 
 
 class Trunk(nnx.Module):
-    """Stacked ``layers``, learned positions ``wpe`` before them and a norm ``ln_f`` behind, as the config says."""
+    """Stacked ``layers``; learned positions ``wpe`` before them and a norm ``ln_f`` after them are optional."""
 
     wpe: Embedding | None = None
     ln_f: nnx.Module | None = None
@@ -118,16 +118,15 @@ class Trunk(nnx.Module):
             embeddings: word embeddings and image prefixes in one sequence.
             positions: position of every embedding, per row (default 0, 1, ...). With a cache they are also the
                 slots that the new keys and values are written to.
-            mask: what each query sees (default: what is not after it in ``positions``); with a cache, keys are its
-                slots.
+            mask: which keys each query sees (default: causal in ``positions``); with a cache, keys are its slots.
             cache: keys and values of earlier positions. Slots after a query's position are never seen, so right
                 padding may leave garbage there; later tokens overwrite it.
-            cache_rows: rows of the cache that the batch stands for (default: all, in order), so that one request can
-                be run inside the cache of many.
+            cache_rows: cache rows of the batch (default: all, in order), so that one request can run inside a shared
+                cache.
             collect: fields of ``BlockOutput`` to return for every layer, with a leading axis L.
-            reduction: what to compute along the layers.
+            reduction: reduction over the layers.
             dropout_key: None for no dropout.
-            remat: what the backward pass recomputes, see ``nn.stack``.
+            remat: remat policy of the backward pass, see ``nn.stack``.
 
         Raises:
             ValueError: without a cache, more embeddings than a table of learned positions has rows.
@@ -153,7 +152,7 @@ class Trunk(nnx.Module):
         """0, 1, ... in every row."""
         batch, length, _ = embeddings.shape
         table = self.trunk.positions
-        # Prompts may be padded past the context: what stands there is garbage that nobody sees.
+        # With a cache, prompts may be padded past the context: the padding is never seen.
         if table is not None and not cached and length > table.length:
             raise ValueError(
                 f"{length} positions exceed the context of {table.length}, which is all that a language model with "
@@ -195,11 +194,11 @@ class Trunk(nnx.Module):
         return scan(self.layers, step, first, own, remat=remat)
 
     def unstack(self) -> None:
-        """Gives every layer arrays of its own, see ``nn.stack``; the paths are then ``layers/0/...`` and so on."""
+        """Gives every layer separate arrays, see ``nn.stack``; the paths become ``layers/0/...`` and so on."""
         self.layers = unstack(self.layers, self.trunk.layers)
 
     def remove_adapters(self) -> None:
-        """Removes every adapter: what is left computes exactly what the trunk computed before it had them."""
+        """Removes every adapter; the trunk then computes exactly what it computed without them."""
         for layers in self.layers if isinstance(self.layers, nnx.List) else [self.layers]:
             layers.mlp_adapter = None
             layers.attn_adapter = None
@@ -230,7 +229,7 @@ def _run_layer(
 
 
 def _causal_mask(positions: Int[Array, "B S"], *, cached: bool, in_order: bool) -> Mask:
-    """What is not after the query in ``positions``; kernels know the rule where these are places in the sequence."""
+    """Causal mask in ``positions``; it is a rule that kernels know if these are indices into the sequence."""
     if cached:
         return Mask("causal", queries=positions)
     if in_order:

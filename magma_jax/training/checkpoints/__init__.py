@@ -1,1 +1,1 @@
-"""What is kept of a run, and when."""
+"""Checkpoints of a run, validation bookkeeping and the lock of the run folder."""

@@ -1,12 +1,12 @@
-"""Checkpoints of a run: the model folder of the frozen base, written once, and what training changes.
+"""Checkpoints of a run: the model folder of the frozen base, written once, and the state that training changes.
 
     checkpoints/STEP/params/       trainable parameters and running statistics
-                     optimizer/    state of the optimizer, step, root random key
-                     average/      moving averages of weights, where a run keeps them
+                     optimizer/    optimizer state, step, root random key
+                     average/      moving averages of weights, if the run keeps them
                      progress/     position of the data iterator, best validated step
-                     SHA256SUMS    of all these files
+                     SHA256SUMS    checksums of all these files
 
-A step appears under its name only when it is whole. Orbax is known here and in ``array_files`` only.
+A step gets its final name only once it is complete. Orbax is used only here and in ``array_files``.
 """
 
 import contextlib
@@ -39,22 +39,25 @@ from magma_jax.typing import Params, PRNGKey
 CHECKPOINTS = "checkpoints"
 AVERAGE = "average"
 
-# How Orbax calls a step until it is whole, behind its number.
+# Orbax's suffix of a step that is not complete yet.
 _PARTIAL = ".orbax-checkpoint-tmp"
 
-# Orbax writes these after the sums, on giving the folder its name.
+# Orbax writes these after the checksums, when it gives the folder its final name.
 WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 def read_trained_params(
     path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any], *, ema: bool | None = None
 ) -> Params:
-    """Parameters of a model folder, or of a run folder with what it has trained, see ``RunCheckpoints.result_step``.
+    """Parameters of a model folder, or of a run folder at its ``RunCheckpoints.result_step``.
 
-    Each comes straight to the dtype and sharding of ``shapes``.
+    Each is read directly in the dtype and sharding of ``shapes``.
 
     Args:
-        ema: as of ``read_what_was_trained``.
+        path: model folder or run folder.
+        shapes: shape, dtype and sharding of every parameter to read.
+        types: variable types of the parameters.
+        ema: as for ``read_what_was_trained``.
     """
     trained = read_what_was_trained(path, shapes, types, ema=ema)
     base = read_params(path, {name: shape for name, shape in shapes.items() if name not in trained})
@@ -64,10 +67,13 @@ def read_trained_params(
 def read_what_was_trained(
     path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any], *, ema: bool | None = None
 ) -> Params:
-    """Trained parameters and statistics of a run folder's result step; none for a model folder.
+    """Trained parameters and statistics of a run folder's result step; empty for a model folder.
 
     Args:
-        ema: whether the moving averages of weights take the place of the weights; None for what was validated.
+        path: run folder or model folder.
+        shapes: shape, dtype and sharding of every parameter.
+        types: variable types of the parameters.
+        ema: whether to read the moving averages instead of the weights; None for whichever was validated.
 
     Raises:
         CheckpointError: ``ema`` is true and the folder keeps no averages.
@@ -89,13 +95,13 @@ def read_what_was_trained(
 
 @dataclasses.dataclass
 class Snapshot:
-    """All that a run needs to go on, beside its frozen parameters.
+    """Everything a run needs to continue, apart from its frozen parameters.
 
     Attributes:
-        state: what training changes.
+        state: train state.
         key: root random key.
-        data: position of the data iterator, plain JSON values. With several processes that of the first is kept, so
-            it must count what all of them have seen.
+        data: position of the data iterator, plain JSON values. With several processes that of the first is saved, so
+            it must count the samples of all of them.
         best: the best validated step so far.
     """
 
@@ -109,13 +115,13 @@ class RunCheckpoints:
     """The checkpoints of a run folder: the newest ones and that of the best validated step.
 
     A step whose files have changed since they were written is damaged. The one before is used instead, with a line
-    on stderr; a writer moves damaged steps to ``STEP.damaged``, a reader leaves the folder as it is.
+    on stderr; a writer moves damaged steps to ``STEP.damaged``, a reader leaves the folder unchanged.
 
     Args:
         workdir: the run folder.
-        writing: whether steps are saved here; one run folder has one writer (which may be many processes), see
+        writing: whether steps are saved; a run folder has one writer (which may be many processes), see
             ``training.checkpoints.run_lock``.
-        keep: number of newest steps that are kept.
+        keep: number of newest steps to keep.
 
     Raises:
         CheckpointError: another process writes this run.
@@ -139,8 +145,8 @@ class RunCheckpoints:
         policies = ocp.training.preservation_policies
         logging.getLogger("absl").addFilter(_is_no_traceback)
         context = ocp.Context()
-        # Despite its name this is called before the folder gets its final name, by the first process alone. Orbax
-        # copies its options deeply: a bound method would come with a copy of this object.
+        # Despite its name this is called before the folder gets its final name, and by the first process only. Orbax
+        # deep-copies its options, so a bound method would bring a copy of this object.
         context.async_options.post_finalization_callback = lambda: self._write_checksums()
         context.checkpointables_options.registry = ocp.handlers.local_registry().add(
             ocp.handlers.JsonHandler, checkpointable_name="progress"
@@ -148,23 +154,23 @@ class RunCheckpoints:
         return ocp.training.Checkpointer(
             str(self._folder),
             context=context,
-            # Orbax's own policies do not fit the annotation of its protocol.
+            # Orbax's policies do not match its own protocol's annotation.
             preservation_policy=policies.AnyPreservationPolicy(  # pyright: ignore[reportArgumentType]
                 [policies.LatestN(keep), self._kept]
             ),
-            # Half-written steps of a killed run; a reader must leave alone what a trainer is writing.
+            # Removes half-written steps of a killed run; a reader must not touch what a trainer is writing.
             cleanup_tmp_directories=writing,
         )
 
     def latest_step(self) -> int | None:
-        """The newest step, whole or damaged; None if there is none."""
+        """The newest step, complete or damaged; None if there is none."""
         return max(self._steps(), default=None)
 
     def save(self, snapshot: Snapshot) -> None:
-        """Copies the snapshot to the host, then writes it in the background; waits for the save before it.
+        """Copies the snapshot to the host, then writes it in the background; waits for the previous save.
 
         Raises:
-            CheckpointError: the save before this one has failed, or another process has taken the folder over.
+            CheckpointError: the previous save has failed, or another process has taken over the folder.
         """
         step, state = int(snapshot.state.step), snapshot.state
         self._kept.step = snapshot.best.step
@@ -181,12 +187,12 @@ class RunCheckpoints:
         self._saving = self._checkpointer.save_checkpointables_async(step, contents, force=True)
 
     def check(self) -> None:
-        """Raises the error of a save that has failed in the background; does not wait for one that is under way."""
+        """Raises the error of a failed background save; does not wait for one in progress."""
         if self._saving is not None and not self._checkpointer.is_saving_in_progress():
             self._finish_save()
 
     def restore(self, state: TrainState, key: PRNGKey) -> Snapshot:
-        """The newest whole step, on the dtypes and shardings of ``state`` and ``key``, whatever mesh wrote it.
+        """The newest complete step, in the dtypes and shardings of ``state`` and ``key``, whatever mesh wrote it.
 
         Raises:
             CheckpointError: there is none.
@@ -210,14 +216,14 @@ class RunCheckpoints:
         return snapshot
 
     def restore_params(self, trainable: Params, statistics: Params, averaged: Collection[str] = ()) -> Params:
-        """Trained parameters and statistics of ``result_step``, for inference; averages at the paths ``averaged``."""
+        """Trained parameters and statistics of ``result_step``; moving averages for the paths ``averaged``."""
         wanted: dict[str, Any] = {"params": _abstract({"trainable": trainable, "statistics": statistics})}
         wanted |= {AVERAGE: _abstract({path: trainable[path] for path in averaged})} if averaged else {}
         loaded = self._load([self.result_step()], wanted)[1]
         return loaded["params"]["trainable"] | loaded["params"]["statistics"] | loaded.get(AVERAGE, {})
 
     def result_step(self) -> int:
-        """The step that stands for the run: the best validated one, or the newest if none was validated.
+        """The step that is the run's result: the best validated one, or the newest if none was validated.
 
         Raises:
             CheckpointError: there is none.
@@ -237,14 +243,14 @@ class RunCheckpoints:
         try:
             self.close()
         except CheckpointError:
-            if kind is None:  # else the first error is the one to tell
+            if kind is None:  # otherwise the first error is the one to report
                 raise
 
     def close(self) -> None:
-        """Waits for a save in progress and closes.
+        """Waits for a save in progress and closes the folder.
 
         Raises:
-            CheckpointError: that save has failed.
+            CheckpointError: that save failed.
         """
         try:
             self._finish_save()
@@ -257,7 +263,7 @@ class RunCheckpoints:
                     self._lock.release()
 
     def _remove_partial_steps(self, lock: RunLock) -> None:
-        """What failed saves left; nothing is being saved any more."""
+        """Removes the leftovers of failed saves; no save may be in progress."""
         if lock.lost_to() is None:
             for partial in self._folder.glob(f"*{_PARTIAL}*"):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -268,9 +274,9 @@ class RunCheckpoints:
             return
         try:
             saving.result()
-        except Exception as error:  # whatever the storage layer met, such as a full disk
+        except Exception as error:  # any error of the storage layer, such as a full disk
             with contextlib.suppress(Exception):
-                self._checkpointer.wait()  # Orbax raises the same error once more in every thread
+                self._checkpointer.wait()  # Orbax raises the same error once per thread
             folder = self._folder / str(self._saving_step)
             try:
                 raise_if_full(folder, error)
@@ -284,7 +290,7 @@ class RunCheckpoints:
         write_checksums(folder, leave_out=WRITTEN_LAST)
 
     def _steps(self) -> list[int]:
-        """Every step that has a folder, also one that Orbax no longer takes for finished; the newest first."""
+        """Every step that has a folder, even if Orbax no longer considers it finished; newest first."""
 
         def look() -> list[int]:
             return sorted((int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()), reverse=True)
@@ -294,7 +300,7 @@ class RunCheckpoints:
     def _load(
         self, steps: Sequence[int], wanted: dict[str, Any], checked: Sequence[str] | None = None
     ) -> tuple[int, dict[str, Any]]:
-        """The first of ``steps`` that is whole (in the items ``checked``), and what it holds of ``wanted``."""
+        """The first of ``steps`` that is undamaged (in the items ``checked``), and its values for ``wanted``."""
         damage: dict[int, str] = {}
         for step in steps:
             problem = json_from_main(lambda step=step: self._find_damage(step, checked or tuple(wanted)))
@@ -302,9 +308,9 @@ class RunCheckpoints:
                 try:
                     self._check(step, wanted)
                     loaded = self._read(step, wanted)
-                except Exception as error:  # Orbax raises whatever its storage layer met
+                except Exception as error:  # Orbax passes on any error of its storage layer
                     problem = _reason(error)
-                    if jax.process_count() > 1:  # the others may have succeeded, and would wait for this one
+                    if jax.process_count() > 1:  # other processes may have succeeded and would wait for this one
                         raise CheckpointError(f"{self._folder / str(step)}: cannot be read ({problem})") from error
                 else:
                     self._report(damage, step)
@@ -324,7 +330,7 @@ class RunCheckpoints:
         return {**loaded, "optimizer": read_optimizer(folder, wanted["optimizer"])}
 
     def _check(self, step: int, wanted: Mapping[str, Any]) -> None:
-        """Raises for arrays that claim a size which reading would not survive, and for progress of another form."""
+        """Raises if arrays claim a size too large to read, or if the progress is malformed."""
         for item in wanted:
             folder = self._folder / str(step) / item
             if item != "progress":
@@ -354,7 +360,7 @@ class RunCheckpoints:
 
 @dataclasses.dataclass
 class _KeptStep:
-    """Preservation policy: one step that is kept however old it is."""
+    """Preservation policy that keeps one step regardless of its age."""
 
     step: int | None = None
 
@@ -363,7 +369,7 @@ class _KeptStep:
 
 
 def _lock(workdir: Path) -> RunLock | None:
-    """The lock of all processes of this run, which the first one takes and holds."""
+    """The lock of the run folder, held by the first process for all processes of the run."""
     lock = None
 
     def take() -> str | None:
@@ -381,7 +387,7 @@ def _lock(workdir: Path) -> RunLock | None:
 
 
 def _is_no_traceback(record: logging.LogRecord) -> bool:
-    """For Orbax, which logs a failed save five times over before it raises the error, which is told in one line."""
+    """Log filter for Orbax, which logs a failed save five times before it raises the error, reported in one line."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 

@@ -1,4 +1,4 @@
-"""When a run is validated, which of its steps is the best, and when it ends early."""
+"""Validation schedule, best step and early stopping."""
 
 import dataclasses
 from typing import Any
@@ -10,11 +10,11 @@ class ValidationConfig:
 
     Attributes:
         every: steps between validations; the last step is always validated. 0: no validation.
-        split: split of the dataset that is validated on.
-        ema: whether the moving averages of weights are validated in place of the weights, and are the run's result.
-        samples: at most this many samples, evenly spaced in the order of the split; the same ones every time.
-        patience: validations in a row without an improvement that end the run. 0: the run never ends early.
-        min_delta: by how much the loss must fall to be an improvement.
+        split: split of the dataset to validate on.
+        ema: whether the moving averages of weights are validated instead of the weights, and are the run's result.
+        samples: maximum number of samples, evenly spaced in the order of the split; the same ones every time.
+        patience: consecutive validations without an improvement that end the run. 0: the run never ends early.
+        min_delta: decrease of the loss that counts as an improvement.
     """
 
     every: int = 0
@@ -36,12 +36,12 @@ class ValidationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BestStep:
-    """The best validation so far; part of the checkpoint, so that a resumed run ends where it would have ended.
+    """The best validation so far; part of the checkpoint, so that a resumed run ends at the same step.
 
     Attributes:
-        step: of the lowest validation loss, None before the first validation.
-        loss: that loss, in nats a token.
-        waited: validations since then.
+        step: step of the lowest validation loss, None before the first validation.
+        loss: that loss, in nats per token.
+        waited: number of validations since then.
         validated: step of the last validation.
     """
 
@@ -51,13 +51,13 @@ class BestStep:
     validated: int = 0
 
     def after(self, step: int, loss: float, min_delta: float = 0.0) -> "BestStep":
-        """The best step once ``step`` has been validated; a loss that is no number is never an improvement."""
+        """The best step after ``step`` has been validated; a NaN loss is never an improvement."""
         if loss < (float("inf") if self.loss is None else self.loss - min_delta):
             return BestStep(step, loss, validated=step)
         return dataclasses.replace(self, waited=self.waited + 1, validated=step)
 
     def exhausts(self, config: ValidationConfig) -> bool:
-        """Whether the run has waited long enough for an improvement."""
+        """Whether the patience for an improvement is used up."""
         return 0 < config.patience <= self.waited
 
     def to_json(self) -> dict[str, Any]:

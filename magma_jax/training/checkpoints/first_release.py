@@ -1,9 +1,9 @@
 """The optimizer's state as release 0.1 laid it out, with two groups of fixed names, ``rest`` and ``encoder``.
 
-    opt_state/1/inner_states/rest/inner_state/0/mu/PATH      first moments; second ones, and the count of updates
-    opt_state/1/inner_states/rest/inner_state/2/count        count of the schedule, which is the same
+    opt_state/1/inner_states/rest/inner_state/0/mu/PATH      first moments; likewise nu/PATH and the count of updates
+    opt_state/1/inner_states/rest/inner_state/2/count        count of the schedule, the same number
 
-Today a group is named after its roles (``training.step.optim``). Both were there, with parameters or without.
+Today a group is named after its roles (``training.step.optim``). Both groups were always present, even if empty.
 """
 
 import re
@@ -17,7 +17,7 @@ import numpy as np
 from magma_jax.storage.array_files import open_item
 from magma_jax.storage.deferred import read_array
 
-# Where gradients were not clipped, the groups stand one level higher.
+# Without gradient clipping the groups are one level higher.
 _OLD = re.compile(r"opt_state(/1)?/inner_states/(rest|encoder)/inner_state/0/(count|(?P<moment>mu|nu)/(?P<path>.*))")
 
 
@@ -27,10 +27,10 @@ def is_of_first_release(folder: Path) -> bool:
 
 
 def read_optimizer(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """An ``optimizer`` item of that layout in the tree, dtypes and shardings of ``wanted``.
+    """Reads an ``optimizer`` item of that layout into the tree, dtypes and shardings of ``wanted``.
 
     Raises:
-        ValueError: moments that are not there, or of another shape.
+        ValueError: moments that are missing or of another shape.
     """
     stored = open_item(folder)
     matches = {name: match for name in stored if (match := _OLD.fullmatch(name))}

@@ -1,16 +1,16 @@
-"""One writer of a run folder at a time, also where several machines share the disk.
+"""Lock of a run folder: one writer at a time, even if several machines share the disk.
 
-The lock is a file in the folder that names its holder: host, process, since when. It is made under another name and
-linked to its own, which on every shared file system either happens whole or not at all. ``flock`` is not used: on many
-of them it is missing, or knows the processes of one machine only.
+The lock is a file in the folder that names its holder: host, process and start time. It is created under a temporary
+name and hard-linked to its final one, which is atomic on every shared file system. ``flock`` is not used: many of these
+lack it, or apply it to the processes of one machine only.
 
-The lock of a holder that is gone is replaced by renaming a new one over it, so that at no time the folder looks free.
-Who may do that is settled by a second lock of the same make, whose name comes from what the first one says.
+A stale lock is replaced by renaming a new one over it, so that the folder never looks free. A second lock of the same
+kind, named after the content of the first, decides which process may do so.
 
-Whether a holder lives is known at once where its process would be seen: on the same machine, since the same start. The
-process must also have begun when the holder did, for numbers of processes come again. Everywhere else the file itself
-is watched: its holder writes a count into it every ``BEAT_S`` seconds. A count that stands still for ``WATCH_S``, which
-is longer than file systems keep what they have read, belongs to a process that is gone. No two clocks are compared.
+On the holder's own machine, since the same boot, its process can be looked up; its start time must also match, because
+process ids are reused. Elsewhere the file is watched: the holder writes a counter into it every ``BEAT_S`` seconds. If
+the counter does not change for ``WATCH_S``, which exceeds the cache times of file systems, the holder is gone. Clocks
+of different machines are never compared.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ _POLL_S = 1.0
 
 
 class RunLock:
-    """The right to write a run folder, from the time it is made until ``release``.
+    """The exclusive right to write a run folder, from construction until ``release``.
 
     Raises:
-        CheckpointError: another process has it.
+        CheckpointError: another process holds it.
     """
 
     def __init__(self, folder: Path):
@@ -53,14 +53,14 @@ class RunLock:
         self._thread.start()
 
     def lost_to(self) -> str | None:
-        """Who has taken the folder over, which happens to a process that was suspended; None while it is ours."""
+        """The process that has taken over the folder, possible after a suspension; None while the lock is ours."""
         content = _read(self._path)
         if content is None or _holder(content).get("token") == self._token:
             return None
         return _name(_holder(content))
 
     def release(self) -> None:
-        """Gives the folder free; may be called twice."""
+        """Releases the folder; may be called twice."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -70,7 +70,7 @@ class RunLock:
         os.close(self._descriptor)
 
     def _take(self, path: Path) -> int:
-        """The open file at the path, which is ours from here on, in the place of a holder that is gone if need be."""
+        """Takes the lock at the path, replacing a stale one if necessary; returns its open file."""
         while (descriptor := self._place(path)) is None:
             content = _read(path)
             if content is not None and (descriptor := self._replace(path, content)) is not None:
@@ -78,13 +78,13 @@ class RunLock:
         return descriptor
 
     def _place(self, path: Path) -> int | None:
-        """The open file, new at the path; None if there is one already."""
+        """Creates the lock at the path and returns its open file; None if one exists."""
         temporary, descriptor = self._write()
         try:
             os.link(temporary, path)
             return descriptor
         except FileExistsError:
-            # Over a network an answer may get lost, and the second try finds the link of the first.
+            # On network file systems a reply may get lost, and the retry then finds the first link.
             if os.fstat(descriptor).st_nlink == 2:
                 return descriptor
         except OSError:  # a disk without hard links
@@ -96,10 +96,10 @@ class RunLock:
         return None
 
     def _replace(self, path: Path, content: str) -> int | None:
-        """The open file, in the place of the one with this content; None if that one changed meanwhile.
+        """Replaces the lock that has this content and returns the open file; None if the lock has changed meanwhile.
 
         Raises:
-            CheckpointError: its holder lives.
+            CheckpointError: its holder is alive.
         """
         holder = _holder(content)
         lives = _lives(holder)
@@ -125,17 +125,17 @@ class RunLock:
         return self._line + f"{0:010d}\n".encode()
 
     def _write(self) -> tuple[Path, int]:
-        """A file of ours under a name that nobody looks for, and its descriptor."""
+        """Writes our lock under a temporary name; returns its path and descriptor."""
         temporary = self._path.with_name(f"{LOCK_FILE}.{self._token}")
         return temporary, _write_new(temporary, self._content())
 
     def _moves(self, path: Path, content: str) -> bool:
-        """Whether the file changes while it is watched."""
+        """Whether the file changes within ``WATCH_S``."""
         end = time.monotonic() + WATCH_S
         while time.monotonic() < end:
             time.sleep(_POLL_S)
             now = _read(path)
-            if now is None:  # given free
+            if now is None:  # released
                 return False
             if now != content:
                 return True
@@ -143,7 +143,7 @@ class RunLock:
 
     def _keep_beating(self) -> None:
         while not self._ended.wait(BEAT_S):
-            # Whatever ails the disk: without a beat others may take over, and that is noticed before saving.
+            # Disk errors are ignored: without a heartbeat others may take over, which is noticed before saving.
             with contextlib.suppress(OSError):
                 if not self._path.exists() and (descriptor := self._place(self._path)) is not None:
                     os.dup2(descriptor, self._descriptor, inheritable=False)
@@ -156,7 +156,7 @@ class RunLock:
 
 
 def writer_of(folder: Path) -> str | None:
-    """Why the folder may not be written, if a process that can be seen from here writes it; takes nothing."""
+    """The reason why the folder may not be written, if a process visible from here holds it; does not take the lock."""
     holder = _holder(_read(folder / LOCK_FILE) or "")
     return _refusal(folder, holder) if _lives(holder) else None
 
@@ -178,7 +178,7 @@ def _write_new(path: Path, content: bytes) -> int:
 
 
 def _read(path: Path) -> str | None:
-    """What the file says, nothing if it is no text; None if there is none."""
+    """Content of the file, empty if it is not text; None if there is no file."""
     try:
         return read_text(path, 10_000)
     except FileNotFoundError:
@@ -188,7 +188,7 @@ def _read(path: Path) -> str | None:
 
 
 def _holder(content: str) -> Mapping[str, Any]:
-    """What the file tells of its holder; nothing if it is none of ours."""
+    """The holder that the lock file names; empty if it is not a lock file."""
     with contextlib.suppress(ForeignError):
         if isinstance(holder := parse_json(content.partition("\n")[0]), Mapping):
             return holder
@@ -211,7 +211,7 @@ def _myself() -> dict[str, Any]:
 
 
 def _lives(holder: Mapping[str, Any]) -> bool | None:
-    """Whether the holder's process is there; None where it could not be seen."""
+    """Whether the holder's process is running; None if that cannot be seen from here."""
     machine, process = holder.get("machine"), holder.get("process")
     if machine is None or machine != _machine() or not isinstance(process, int):
         return None
@@ -219,7 +219,7 @@ def _lives(holder: Mapping[str, Any]) -> bool | None:
 
 
 def _machine() -> str | None:
-    """This machine since it was started, and the part of its processes that is visible here; None if unknown."""
+    """Boot id and PID namespace of this machine; None if unknown."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -227,7 +227,7 @@ def _machine() -> str | None:
 
 
 def _born(process: int) -> str | None:
-    """When a process began, in the machine's own count; None if it is not there or has ended."""
+    """Start time of a process in the kernel's clock ticks; None if it does not exist or has ended."""
     try:
         state, *others = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,1 +1,1 @@
-"""What a run does when something goes wrong."""
+"""Handling of faults: interruption, non-finite steps, unusable samples."""

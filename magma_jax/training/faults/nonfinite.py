@@ -1,8 +1,7 @@
-"""What a run does about a loss or gradient that is not a finite number.
+"""Handling of a loss or gradient that is not finite.
 
-The step itself leaves parameters, optimizer and statistics as they were (``training.step.train_step``), so nothing is
-lost by noticing late. The host looks at each step after the next one has been handed to the device: it never waits
-while the device has nothing to do.
+Such a step leaves parameters, optimizer and statistics unchanged (``training.step.train_step``), so late detection does
+no harm. The host checks each step after the next one has been dispatched, so the device is never idle while it waits.
 """
 
 import io
@@ -18,7 +17,7 @@ from magma_jax.output import replace_file
 from magma_jax.typing import PRNGKey
 
 FOLDER = "nonfinite"
-# Batches of images are large, and the first ones tell the most.
+# Image batches are large, and the first ones are the most informative.
 MAX_DUMPS = 10
 
 Policy = Literal["stop", "skip"]
@@ -28,11 +27,11 @@ class NonfiniteGuard:
     """Watches the steps of a run; ``skipped`` counts those that changed nothing.
 
     Args:
-        policy: ``stop`` at the first such step, or ``skip`` it and go on.
-        limit: how many steps in a row ``skip`` may leave out.
-        workdir: the run folder; batches go to ``nonfinite/`` below it.
+        policy: ``stop`` at the first such step, or ``skip`` it and continue.
+        limit: maximum number of consecutive steps that ``skip`` may skip.
+        workdir: the run folder; batches are written to ``nonfinite/`` below it.
         key: the run's random key; that of a step is ``fold_in(key, step)``.
-        say: takes a line for whoever watches the run.
+        say: function that logs a line.
     """
 
     def __init__(self, policy: Policy, limit: int, workdir: Path, key: PRNGKey, say: Any):
@@ -43,7 +42,7 @@ class NonfiniteGuard:
         self._pending: tuple[int, jax.Array, Mapping[str, np.ndarray]] | None = None
 
     def watch(self, step: int, nonfinite: jax.Array, batch: Mapping[str, np.ndarray]) -> None:
-        """Notes that a step (0, 1, ...) has been started with ``batch``, and looks at the one before.
+        """Registers a step (0, 1, ...) that was dispatched with ``batch``, and checks the previous one.
 
         Raises:
             FloatingPointError: as ``check``.
@@ -53,10 +52,10 @@ class NonfiniteGuard:
         self._pending = step, nonfinite, batch
 
     def check(self) -> None:
-        """Waits for the step that was noted last and looks at it; to be called before its results are kept.
+        """Waits for the last registered step and checks it; call this before its results are saved.
 
         Raises:
-            FloatingPointError: it was not finite, and the policy does not let the run go on.
+            FloatingPointError: it was not finite, and the policy ends the run.
         """
         if self._pending is None:
             return
@@ -78,14 +77,14 @@ class NonfiniteGuard:
         self.say(f"{what}; left out, number {self._in_a_row} in a row and {self.skipped} since the start")
 
     def _dump(self, step: int, batch: Mapping[str, np.ndarray]) -> str:
-        """Writes the batch, the step and its key; returns where, in words."""
+        """Writes the batch, the step and its key; returns a message that says where."""
         self.folder.mkdir(exist_ok=True)
         process = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self.folder / f"step_{step + 1:06d}{process}.npz"
         if len(list(self.folder.glob(f"*{process}.npz"))) >= MAX_DUMPS and not path.exists():
             return f"its batch is not written, {self.folder} holds {MAX_DUMPS} already"
         key = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(self._key)), step))
-        # NumPy's files know no bfloat16.
+        # NumPy's file format has no bfloat16.
         arrays: dict[str, Any] = {
             name: np.asarray(a, np.float32) if a.dtype.kind == "V" else a for name, a in batch.items()
         }

@@ -1,1 +1,1 @@
-"""What can be seen of a run while it trains."""
+"""Monitoring of a run: metrics writers, throughput, profiler."""

@@ -1,4 +1,4 @@
-"""Traces of chosen steps for TensorBoard's profile page, and the flag that chooses them."""
+"""Profiler traces of selected steps for TensorBoard, and the flag that selects them."""
 
 import re
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class StepRange(NamedTuple):
         """Reads ``10:15``.
 
         Raises:
-            ConfigError: not two numbers, or not in order.
+            ConfigError: not two numbers, or not in ascending order.
         """
         match = re.fullmatch(r"(\d+):(\d+)", text)
         if match is None:
@@ -36,30 +36,33 @@ class StepRange(NamedTuple):
 
 
 class Profiler:
-    """Traces the steps of ``steps``, if any, into ``folder``.
+    """Traces ``steps``, if any, into ``folder``.
 
     Args:
-        done: steps that the run has already behind it.
-        end: its last step.
+        steps: steps to trace; None for none.
+        folder: folder of the trace.
+        done: steps that the run has already finished.
+        end: last step of the run.
+        say: function that logs a line.
 
     Raises:
-        ConfigError: steps that the run does not take.
+        ConfigError: steps outside the run.
     """
 
     def __init__(self, steps: StepRange | None, folder: Path, *, done: int, end: int, say: Callable[[str], None]):
         if steps and steps.last > end:
             raise ConfigError(f"--profile-steps {steps}: the run ends with step {end}")
         if steps and steps.first <= done:
-            raise ConfigError(f"--profile-steps {steps}: the run goes on after step {done}")
+            raise ConfigError(f"--profile-steps {steps}: the run resumes after step {done}")
         self._steps, self._folder, self._say = steps, folder, say
         self._tracing = False
 
     def starts(self, step: int) -> bool:
-        """Whether the trace begins with ``step``."""
+        """Whether ``step`` is the first to trace."""
         return self._steps is not None and step == self._steps.first
 
     def ends(self, step: int) -> bool:
-        """Whether it ends with ``step``."""
+        """Whether ``step`` is the last to trace."""
         return self._tracing and self._steps is not None and step == self._steps.last
 
     def start(self) -> None:
@@ -68,7 +71,7 @@ class Profiler:
         self._tracing = True
 
     def close(self) -> None:
-        """Ends a trace that has begun, and says where it lies; the device must have finished its steps."""
+        """Ends a running trace and logs its location; the device must have finished the traced steps."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""How fast a run is: samples, tokens and operations a second over the steps since the last figures."""
+"""Throughput of a run: samples, tokens and operations per second since the last report."""
 
 import contextlib
 import dataclasses
@@ -11,14 +11,14 @@ import numpy as np
 
 @dataclasses.dataclass
 class Window:
-    """What happened in the steps since the last figures.
+    """Totals of the steps since the last report.
 
     Attributes:
         steps: optimizer steps.
-        samples: in their batches, over all processes.
-        tokens: tokens in them that are not padding, without the positions of images.
+        samples: samples in their batches, over all processes.
+        tokens: tokens of these samples, without padding and image positions.
         flops: operations, see ``training.step.flops``.
-        waited: seconds in which the loop waited for a batch.
+        waited: seconds in which the loop waited for batches.
     """
 
     steps: int = 0
@@ -29,10 +29,10 @@ class Window:
 
 
 class Meter:
-    """Adds up steps, and measures time on ``clock`` (seconds) without what is not training.
+    """Sums up steps and measures the time spent training, on ``clock`` (seconds).
 
-    Time stands still inside ``paused``: for checkpoints, evaluation and compilation. Steps run asynchronously, so
-    the caller makes sure that the device has finished before it pauses or takes figures.
+    Time inside ``paused`` is excluded: checkpoints, evaluation and compilation. Steps run asynchronously, so the caller
+    must make sure that the device has finished before it pauses or reads figures.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -50,7 +50,7 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """For the time in which the loop waits for a batch."""
+        """Context in which the loop waits for a batch."""
         before = self._clock()
         yield
         self._last_wait = self._clock() - before
@@ -58,7 +58,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is not training."""
+        """Context whose time is not training time."""
         before = self._clock()
         yield
         passed = self._clock() - before
@@ -66,7 +66,7 @@ class Meter:
         self.paused_seconds += passed
 
     def skip(self, seconds: float | int) -> None:
-        """Leaves out a step that took ``seconds`` and has just finished, and the wait for its batch."""
+        """Excludes a step that took ``seconds`` and has just finished, and the wait for its batch."""
         if self._window.steps:
             self._window.waited -= self._last_wait
             self._mark += seconds + self._last_wait
@@ -83,14 +83,14 @@ class Meter:
             window.flops += flops
 
     def cut(self) -> Window:
-        """Ends the window at the last counted step and begins the next; ``figures`` then says when it was over."""
+        """Ends the window at the last counted step and begins the next; ``figures`` sets the window's end time."""
         window, self._window = self._window, Window()
         return window
 
     def figures(self, window: Window, peak: float | int | None) -> dict[str, float]:
         """Speed in a window whose last step has just finished; empty for a window without steps.
 
-        ``peak`` are the operations a second that all devices together can do, if that is known.
+        ``peak`` is the peak FLOP/s of all devices together, if known.
         """
         now = self._clock()
         seconds, self._mark = now - self._mark, now
@@ -107,23 +107,23 @@ class Meter:
 
 
 def count_batch(batch: Mapping[str, np.ndarray], pad_id: int) -> tuple[int, int]:
-    """Samples of a batch, and their tokens without padding; see ``data.batches.batching`` for batches.
+    """Numbers of samples and of non-padding tokens in a batch; see ``data.batches.batching`` for batches.
 
-    Rows that are not packed are padded with ``pad_id``, which is also the end of text: the first of those at the end
-    of a row counts.
+    Unpacked rows are padded with ``pad_id``, which is also the end of text: the first of those at the end of a row
+    counts.
     """
     tokens = batch["tokens"]
     if "segments" in batch:
         return int(batch["segments"].max(axis=1).sum()), int((batch["segments"] > 0).sum())
     rows, length = tokens.shape
     is_text = tokens != pad_id
-    # Behind the last token that is text stands one end of text, unless the row is full.
+    # One end of text follows the last text token, unless the row is full.
     last = np.where(is_text.any(axis=1), length - is_text[:, ::-1].argmax(axis=1), 0)
     return rows, int(np.minimum(last + 1, length).sum())
 
 
 def device_memory() -> int | None:
-    """Most bytes that were in use so far on any device of this process; None where devices do not tell, as on CPUs."""
+    """Peak memory in bytes so far over the devices of this process; None on devices that do not report it (CPUs)."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [entry["peak_bytes_in_use"] for entry in stats if entry and "peak_bytes_in_use" in entry]
     return max(peaks) if peaks else None

@@ -1,8 +1,8 @@
-"""Where the figures of a run go: ``metrics.jsonl``, TensorBoard, and Weights & Biases if asked.
+"""Metrics writers: ``metrics.jsonl``, TensorBoard, and optionally Weights & Biases.
 
-A writer takes scalars and images of a step. Opening one for a run that goes on after step N forgets what a crashed
-process wrote of later steps, so that every step is there once; Weights & Biases cannot forget and shows such steps
-twice.
+A writer records scalars and images of a step. Opening one for a run that resumes after step N removes what a crashed
+process wrote for later steps, so that every step is recorded once; Weights & Biases cannot remove them and shows such
+steps twice.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 
-# What is shown under "speed" and not under "train".
+# Metrics shown under "speed" instead of "train".
 SPEED = {
     "seconds",
     "compile_seconds",
@@ -40,15 +40,15 @@ SPEED = {
 
 @dataclasses.dataclass(frozen=True)
 class WatchConfig:
-    """What is recorded while a run trains; ``metrics.jsonl`` always is.
+    """What is recorded while a run trains, in addition to ``metrics.jsonl``.
 
     Attributes:
-        tensorboard: whether figures and images also go to TensorBoard (``tensorboard/`` in the run folder).
-        wandb: project of Weights & Biases that they also go to; None for not at all.
-        samples_every: steps between looks at what the model says; the last step is always one. 0: never.
-        samples: images it is asked about, evenly spaced in the split; the same ones every time.
+        tensorboard: whether to write metrics and images to TensorBoard (``tensorboard/`` in the run folder).
+        wandb: Weights & Biases project to log to; None for none.
+        samples_every: steps between samples of the model's answers; the last step is always sampled. 0: never.
+        samples: number of sampled images, evenly spaced in the split; the same ones every time.
         samples_split: split of the dataset they come from.
-        samples_tokens: most new tokens of an answer.
+        samples_tokens: maximum number of new tokens per answer.
     """
 
     tensorboard: bool = True
@@ -65,27 +65,27 @@ class WatchConfig:
 
 
 class Writer:
-    """Takes figures and images, and leaves out what it has no place for; ``step`` counts finished optimizer steps."""
+    """Base of writers, which ignores scalars and images; ``step`` counts finished optimizer steps."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures by name."""
+        """Records scalars by name."""
 
     def image(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
-        """One image."""
+        """Records one image."""
 
     def close(self) -> None:
-        """Writes what is still held back."""
+        """Writes buffered values and closes the writer."""
 
 
 class JsonLines(Writer):
-    """One JSON object a step, ``{"step": 20, "loss": 1.5}``."""
+    """One JSON object per step, ``{"step": 20, "loss": 1.5}``."""
 
     def __init__(self, path: str | Path, after_step: int):
         self._path = Path(path)
         self.last = cut_after(path, after_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        # Nine digits keep every fp32 number apart.
+        # Nine digits distinguish all fp32 numbers.
         rounded = {name: v if isinstance(v, int) else float(f"{v:.9g}") for name, v in values.items()}
         append_line(self._path, {"step": step, **rounded})
 
@@ -95,11 +95,11 @@ class TensorBoard(Writer):
 
     def __init__(self, folder: str | Path, after_step: int):
         folder = Path(folder)
-        # TensorBoard drops events from this step on that older files of the folder hold.
+        # TensorBoard drops events of older files from this step on.
         purge = after_step + 1 if folder.is_dir() and any(folder.glob("events.*")) else None
-        # Files are named by the second; two of the same name would overwrite each other, and they are read in order.
+        # Files are named by the second; the suffix keeps two of the same second apart, in reading order.
         suffix = f".{time.time_ns()}"
-        # Here: it imports PyTorch where that is installed, which takes seconds.
+        # Imported here: it imports PyTorch if installed, which takes seconds.
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10, filename_suffix=suffix)
@@ -116,7 +116,7 @@ class TensorBoard(Writer):
 
 
 class Wandb(Writer):
-    """A run of Weights & Biases; its id is kept in the run folder, so that a resumed run goes on in it.
+    """A Weights & Biases run; its id is stored in the run folder, so that a resumed run continues it.
 
     Raises:
         ConfigError: the package is missing.
@@ -138,10 +138,10 @@ class Wandb(Writer):
             name=Path(workdir).name,
             id=id_file.read_text().strip(),
             resume="allow",
-            dir=str(workdir),  # it makes a folder wandb/ in there
+            dir=str(workdir),  # W&B creates wandb/ in it
             config=dict(config),
         )
-        # W&B's own step only rises; a run that lost steps in a crash counts them again.
+        # W&B's own step must increase, but a run that lost steps in a crash counts them again.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -156,7 +156,7 @@ class Wandb(Writer):
 
 
 class Writers(Writer):
-    """Several writers as one, or none; figures that are not finite, which JSON cannot hold, are left out."""
+    """Zero or more writers as one; drops scalars that are not finite, which JSON cannot hold."""
 
     def __init__(self, writers: Sequence[Writer]):
         self._writers = list(writers)
@@ -176,23 +176,23 @@ class Writers(Writer):
 
 
 def tag(name: str) -> str:
-    """The name of a figure in TensorBoard, which groups figures by the word before the slash."""
+    """The TensorBoard tag of a metric; TensorBoard groups tags by the word before the slash."""
     if name.startswith("validation_"):
         return name.replace("_", "/", 1)
     return f"speed/{name}" if name in SPEED else f"train/{name}"
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Adds one JSON object as a line."""
+    """Appends one JSON object as a line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
 def cut_after(path: str | Path, step: int) -> dict[str, Any]:
-    """Removes the lines of later steps, and broken ones, from a file of JSON lines; returns the last line that stays.
+    """Removes lines of later steps, and malformed ones, from a JSON-lines file; returns the last remaining line.
 
-    A process that was killed leaves lines of steps that no checkpoint knows, and at times half a line. The file is
-    replaced as a whole, and not touched if nothing goes. Without a file, or without a line, the result is empty.
+    A killed process leaves lines of steps that have no checkpoint, and sometimes half a line. The file is replaced
+    atomically, and left untouched if no line is removed. Without a file, or without a line, the result is empty.
     """
     path = Path(path)
     if not path.is_file():
@@ -214,7 +214,7 @@ def cut_after(path: str | Path, step: int) -> dict[str, Any]:
 
 
 def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], int]:
-    """Figures by step, in order, and how many lines could not be read; lines of one step are joined."""
+    """Metrics by step, in order, and the number of unreadable lines; lines of the same step are merged."""
     by_step: dict[int, dict[str, Any]] = {}
     unreadable = 0
     if Path(path).is_file():
@@ -228,5 +228,5 @@ def read_lines(path: str | Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _lines(path: Path) -> list[str]:
-    # An answer may hold U+2028 and the like, at which str.splitlines would cut it in two.
+    # str.splitlines would also split at U+2028 and the like, which answers may contain.
     return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]

@@ -1,1 +1,1 @@
-"""What a run is made of, and how it starts or continues."""
+"""Config of a run, and how it starts or resumes."""

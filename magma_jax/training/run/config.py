@@ -1,4 +1,4 @@
-"""What a run is made of: the root of every config file."""
+"""Config of a run: the root of every config file."""
 
 import dataclasses
 import functools
@@ -20,26 +20,26 @@ class RunConfig:
     """One training run.
 
     Attributes:
-        model: what is trained, a config of one of the ``families``.
-        data: what it is trained on, a config of one of the kinds of ``data.datasets``.
-        optim: who learns and how.
+        model: config of the model, of one of the ``families``.
+        data: config of the training data, of one of the kinds of ``data.datasets``.
+        optim: optimizer, and the group of every role.
         ema: moving averages of weights; None for none.
-        loss: options of the loss, of the type that the family has for them; None for their defaults.
-        mesh: how devices are arranged; it may change between two parts of a run.
-        base: model folder that the run starts from, such as ``convert compose`` writes, or the folder of another run;
-            what it holds frozen stays there and is not copied. None: start from ``weights``.
+        loss: options of the loss, of the family's type; None for the defaults.
+        mesh: mesh of devices; it may change when a run is resumed.
+        base: model folder that the run starts from, such as ``convert compose`` writes, or another run's folder; its
+            frozen parameters stay there and are not copied. None: start from ``weights``.
         weights: path prefix to the name of a pretrained part, see ``training.run.pretrained``; the rest starts fresh.
         steps: optimizer steps.
-        batch_size: samples a step.
-        accumulate: parts that a batch is run in, to save memory.
-        seed: of fresh weights, data order and dropout.
+        batch_size: samples per step.
+        accumulate: number of parts that a batch is split into, to save memory.
+        seed: seed of fresh weights, data order and dropout.
         log_every: steps between lines of metrics.
-        checkpoint_every: steps between checkpoints; the last step is always one.
-        keep_checkpoints: newest checkpoints that are kept, beside that of the best validation.
-        nonfinite: what a loss or gradient that is not a finite number does: the run will ``stop``, or ``skip``
-            the step, which then changes nothing; its batch is written to the run folder.
-        nonfinite_limit: how many steps in a row may be skipped before the run stops all the same.
-        validation: when the run is validated and ends early.
+        checkpoint_every: steps between checkpoints; the last step always has one.
+        keep_checkpoints: number of newest checkpoints to keep, beside that of the best validation.
+        nonfinite: policy for a loss or gradient that is not finite: ``stop`` the run, or ``skip`` the step, which then
+            changes nothing; its batch is written to the run folder.
+        nonfinite_limit: maximum number of consecutive skipped steps before the run stops.
+        validation: validation schedule and early stopping.
         watch: what is recorded beside ``metrics.jsonl``.
         evaluate: whether the run ends with the evaluation of ``eval.py``.
     """
@@ -86,7 +86,7 @@ class RunConfig:
 
 
 def read_run_config(family: Family, values: Settings, where: str = "config") -> RunConfig:
-    """A run config from nested mappings; its model, data and loss are of the family's types.
+    """A run config from nested mappings, with model, data and loss of the family's types.
 
     Raises:
         ConfigError: as ``config.from_dict``.
@@ -100,10 +100,10 @@ def read_run_config(family: Family, values: Settings, where: str = "config") -> 
 
 
 def completed(family: Family, config: RunConfig) -> RunConfig:
-    """The config with what follows from its model, and a group for every role.
+    """The config with settings that follow from its model, and a group for every role.
 
     Raises:
-        ConfigError: data and model do not fit, or a group of a role that the model does not have.
+        ConfigError: data and model do not fit, or a group for a role that the model lacks.
     """
     if not isinstance(config.data, family.data):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Whether a run folder's run may be continued with a config, and what the config becomes then."""
+"""Resuming a run with a config: which settings may change, and which are kept from the run folder."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.stored import read_stored_run
 from magma_jax.training.step.optim import make_schedule, peak_rates
 
-# What may differ between two parts of one run, since it leaves the parameters as they are but for rounding: how long
-# it is, what is watched, and how devices share the work. ``may_change`` of data and loss add their own.
+# Settings that may change when a run is resumed, since they affect parameters only by rounding: length, monitoring and
+# the mesh. ``may_change`` of data and loss add their own.
 MAY_CHANGE = (
     "steps",
     "evaluate",
@@ -34,13 +34,12 @@ MAY_CHANGE = (
 def continued_config(
     family: Family, config: RunConfig, workdir: Path, *, resume: bool = True
 ) -> tuple[RunConfig, list[str]]:
-    """The config that goes on with the run in ``workdir``, and lines that say what is unexpected about it.
+    """The config that resumes the run in ``workdir``, and notes to log about it.
 
-    The length of the learning rate's schedule is settled when a run starts: other ``steps`` do not stretch it.
+    The length of the learning-rate schedule is fixed when a run starts: other ``steps`` do not stretch it.
 
     Raises:
-        ConfigError: ``resume`` is false, or the folder holds another run, or none of its further steps would learn
-            anything.
+        ConfigError: ``resume`` is false, the folder holds another run, or its learning rates have fallen to zero.
     """
     stored = read_model_json(workdir).get("run")
     if stored is None:
@@ -77,13 +76,13 @@ def _schedule_note(config: RunConfig, workdir: Path) -> str:
     if not any(rates):
         raise ConfigError(
             f"{workdir}: the run's schedule ({optim.schedule}) has fallen to zero after {optim.steps} steps, so that "
-            f"more of them teach nothing; train {config.steps} steps in another --workdir"
+            f"further steps would change nothing; train {config.steps} steps in another --workdir"
         )
-    return f"{note}; behind them they stay at {' and '.join(f'{rate:.3g}' for rate in rates)}"
+    return f"{note}; after them they stay at {' and '.join(f'{rate:.3g}' for rate in rates)}"
 
 
 def _with_defaults(family: Family, stored: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Adds the fields that are younger than the run."""
+    """Adds fields that are newer than the run."""
     try:
         return to_dict(read_stored_run(family, stored))
     except ConfigError:  # fields that no longer exist; they will be listed
@@ -91,7 +90,7 @@ def _with_defaults(family: Family, stored: Mapping[str, Any]) -> Mapping[str, An
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted names of the values that differ between two nested configs, each with both values."""
+    """Dotted names of values that differ between two nested configs, each with both values."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(set(old) | set(new)):
         a, b = old.get(key), new.get(key)

@@ -1,4 +1,4 @@
-"""Pretrained parts by name: where a run's starting weights come from."""
+"""Sources of pretrained parts by name, for a run's starting weights."""
 
 import contextlib
 import dataclasses
@@ -17,17 +17,17 @@ from magma_jax.storage.files import open_tensors
 from magma_jax.storage.hub import local_path
 from magma_jax.typing import Params
 
-# Committed with the package; assets/README.md says how it was trained and how to do so again.
+# Part of the package; assets/README.md says how to train it again.
 QUICKSTART_LM = "assets/quickstart_lm.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Pretrained parameters, not all of them in memory.
+    """Pretrained parameters, read lazily where possible.
 
     Attributes:
         params: path to array, or to a tensor with ``shape``, ``dtype`` and ``read()``.
-        files: path prefix to the files that its parameters are read from; empty for those of installed packages.
+        files: path prefix to the files that its parameters are read from; empty for installed packages.
     """
 
     params: Params
@@ -38,18 +38,18 @@ class Pretrained:
 def open_weights(
     family: Family, model: Any, names: Mapping[str, str], shapes: Mapping[str, Any]
 ) -> Iterator[Pretrained]:
-    """Opens the parts of a model that a config names; the tensors can be read inside the block.
+    """Opens the pretrained parts that a config names; tensors can be read inside the block.
 
     Args:
-        family: that knows how parts are published.
-        model: config of the model that they are parts of.
+        family: family of the model.
+        model: config of the model.
         names: path prefix to source: a name in ``SOURCES``; a ``.safetensors`` file whose keys are the paths below
             that prefix; or published weights, as a file, a folder or an ``hf://`` address, for prefixes that the
             family can open.
         shapes: every path of the model, with its shape.
 
     Raises:
-        ConfigError: a source that is unknown, incomplete or of other shapes. And what reading it raises.
+        ConfigError: a source that is unknown, incomplete or of other shapes. Also the errors of its reader.
     """
     params: Params = {}
     files: dict[str, tuple[Path, ...]] = {}
@@ -80,7 +80,7 @@ def _quickstart_lm(wanted: Params) -> Params:
         return load_file(path)
 
 
-# A source is given the paths and shapes that are wanted and returns the arrays it has.
+# A source takes the requested paths and shapes and returns the arrays it has.
 SOURCES: dict[str, Callable[[Params], Params]] = {
     "quickstart_lm": _quickstart_lm,
     "efficientnet_lite0": efficientnet_lite.read_weights,
@@ -103,7 +103,7 @@ def _open(
     with contextlib.ExitStack() as stack:
         if path.suffix == ".safetensors":
             weights = stack.enter_context(open_tensors(path))
-            if weights.tensors.keys() & wanted.keys():  # paths of ours
+            if weights.tensors.keys() & wanted.keys():  # keys are our paths
                 yield weights.tensors, weights.files
                 return
         if prefix not in family.parts:

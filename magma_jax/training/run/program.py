@@ -1,6 +1,6 @@
-"""What is compiled: the model of a config without its weights, the place of every array, and the jitted step.
+"""The compiled program of a run: its model without weights, the sharding of every array, and the jitted step.
 
-Both the training loop and the ahead-of-time plan start here, so what is planned is what runs.
+The training loop and the ahead-of-time plan both use it, so the planned program is the one that runs.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ from magma_jax.typing import Params
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A run's step, and where all it reads and writes lies.
+    """A run's step, and the shardings of its inputs and outputs.
 
     Attributes:
-        labels: what every parameter learns as, see ``training.step.optim.label_parameters``.
+        labels: label of every parameter, see ``training.step.optim.label_parameters``.
         averaged: paths of the parameters with a moving average, see ``training.step.ema``.
         params: every parameter as a ``jax.ShapeDtypeStruct`` with its sharding.
         state: the train state, likewise.
@@ -60,16 +60,16 @@ class Program:
     step: Callable[..., Any]
 
     def init_state(self, params: Params) -> TrainState:
-        """The state before the first step, of ``params`` of the whole model."""
+        """The state before the first step, from ``params`` of the whole model."""
         trainable, _, statistics = partition(params, self.labels)
-        # Jitted, so that moments are made where they belong and the state is committed to its devices, as every
-        # later state is: one that is not would compile the step a second time.
+        # Jitted, so that moments are created with their shardings and the state is committed to its devices like every
+        # later state: an uncommitted one would compile the step a second time.
         create = functools.partial(init_state, optimizer=self.optimizer, averaged=self.averaged)
         return jax.jit(create, out_shardings=_shardings(self.state))(trainable, statistics)
 
 
 def build_program(family: Family, config: RunConfig, mesh: Mesh) -> Program:
-    """Builds the program of a config on a mesh; nothing is allocated and nothing compiled.
+    """Builds the program of a config on a mesh; allocates and compiles nothing.
 
     Raises:
         ConfigError: the batch cannot be split evenly, or data and model do not fit.
@@ -126,13 +126,13 @@ def _labels(config: RunConfig, model: nnx.Module) -> tuple[dict[str, str], froze
 
 
 def fresh_params(family: Family, config: RunConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
-    """New parameters for the paths of ``shapes``, made where they belong; the same values on every mesh."""
+    """Fresh parameters for the paths of ``shapes``, created with their shardings; the same values on every mesh."""
 
     def create() -> Params:
         params = split(create_model(family, config))[1]
         return {path: params[path] for path in shapes}
 
-    # Under jit only what is returned is computed: pretrained parts are not first filled with noise.
+    # Under jit only returned values are computed: pretrained parts are not initialised first.
     return jax.jit(create, out_shardings=_shardings(dict(shapes)))()
 
 

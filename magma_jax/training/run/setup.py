@@ -1,4 +1,4 @@
-"""From a config to a run that is ready to train: data, run folder, starting weights, state."""
+"""Setup of a run from its config: data, run folder, starting weights, state."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ class Run:
     """A run that is ready to train or has been trained.
 
     Attributes:
-        frozen: parameters that do not change.
-        state: what training changes.
+        frozen: frozen parameters.
+        state: train state.
         best: the best validated step so far.
-        interrupted: whether it was stopped before its end, by a signal.
+        interrupted: whether a signal stopped it before its end.
     """
 
     config: RunConfig
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def params(self) -> Params:
-        """Every parameter and statistic as it is now."""
+        """All current parameters and statistics."""
         return {**self.frozen, **self.state.trainable, **self.state.statistics}
 
 
@@ -59,7 +59,7 @@ def prepare_run(
     *,
     resume: bool = True,
 ) -> Run:
-    """Makes the run folder, or opens the one there; its state is that before the first step.
+    """Creates or opens the run folder; the returned state is that before the first step.
 
     Raises:
         ConfigError: the folder holds a run that may not be continued, see ``training.run.continuation``, or the config
@@ -69,7 +69,7 @@ def prepare_run(
     workdir, config = Path(workdir), completed(family, config)
     exists = broadcast_from_main((workdir / MODEL_FILE).exists())
     if exists:
-        # Again, and for certain, before anything is written.
+        # The authoritative check, before anything is written.
         if (problem := json_from_main(lambda: writer_of(workdir))) is not None:
             raise CheckpointError(problem)
         config, notes = continued_config(family, config, workdir, resume=resume)
@@ -81,7 +81,7 @@ def prepare_run(
     _check_vocabulary(program, dataset)
     if not exists:
         write_run_folder(program, workdir, dataset)
-    # The base folder holds every parameter as the run started; what learns is replaced by the checkpoint's.
+    # The run folder holds every parameter as of the start; a checkpoint replaces the trained ones.
     params = read_params(workdir, program.params)
     frozen = partition(params, program.labels)[1]
     state = program.init_state(params)
@@ -93,7 +93,7 @@ def prepare_run(
 
 
 def _check_vocabulary(program: Program, dataset: Dataset) -> None:
-    # Without the placeholder of images, which no text holds.
+    # Without the image placeholder, which never occurs in text.
     size, rows = dataset.tokenizer.vocab_size, program.family.vocab_rows(program.config.model)
     if size > rows:
         raise ConfigError(

@@ -1,8 +1,9 @@
-"""Where a run starts: fresh, from pretrained parts, or from a base folder whose frozen parameters are not copied.
+"""Starting weights of a run: fresh, from pretrained parts, or from a base folder.
 
-A base is a model folder, or another run, which is taken as its result stands when this run begins.
+A base is a model folder, or another run, of which the result at the start of this run is used. Frozen parameters of a
+base are not copied.
 
-The run's folder is a model folder with the parameters as the run starts; what learns is replaced by the checkpoints'.
+The run folder is a model folder with the starting parameters; checkpoints replace the trained ones.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ from magma_jax.typing import Params
 
 
 def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
-    """Writes the folder of a new run; with several processes all call this, and the first one does the work.
+    """Writes the folder of a new run; all processes must call this, and the first one writes.
 
     Raises:
         ConfigError: weights or a base that do not fit the model. CheckpointError: no model folder.
@@ -47,7 +48,7 @@ def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
     base_types: dict[str, type[nnx.Variable]] = {}
     if config.base is not None:
         base_types = _base_types(program, config.base)
-        # All processes: checkpoints are read together.
+        # In all processes: reading checkpoints is a collective operation.
         trained = _trained_in_base(program, config.base, base_types)
     run = to_dict(config)
     metadata = {"model": run["model"], "groups": run["optim"]["groups"], "run": run}
@@ -56,7 +57,7 @@ def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
     if is_main():
         starting = _starting_params(program, dataset, base_types.keys(), trained)
     with starting as params:
-        # With a base, what is frozen stays there, unless the base is a run that has trained it.
+        # Frozen parameters of a base stay there, unless the base is a run that has trained them.
         kept = {path for path, label in program.labels.items() if config.base and label == FROZEN} - trained.keys()
         own = {path: params[path] for path in program.params if path not in kept}
         write_model_folder(workdir, metadata, own, lambda folder: dataset.tokenizer.save(folder / "tokenizer"))
@@ -64,7 +65,7 @@ def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
 
 @contextlib.contextmanager
 def _starting_params(program: Program, dataset: Dataset, in_base: Collection[str], trained: Params) -> Iterator[Params]:
-    """Parameters on their way from files to a folder, unread; fresh ones on the devices of this process alone."""
+    """Starting parameters, unread if they come from files; fresh ones are on the devices of this process only."""
     config, devices = program.config, program.mesh.local_devices
     mesh = make_mesh(MeshConfig(fsdp=len(devices)), devices)
     shapes = placed(program.params, parameter_shardings(program.params, mesh, program.family.shardings))
@@ -86,7 +87,7 @@ def _opened(program: Program, shapes: Params, in_base: Collection[str]) -> Itera
             yield pretrained.params
         return
     stored = open_params(config.base)
-    # The rest is new in this run, such as a head.
+    # The rest is new in this run, such as a class head.
     wanted = [path for path in shapes if path in in_base]
     wrong = [path for path in wanted if path not in stored or tuple(stored[path].shape) != shapes[path].shape]
     wrong += [
@@ -101,7 +102,7 @@ def _opened(program: Program, shapes: Params, in_base: Collection[str]) -> Itera
 
 
 def _trained_in_base(program: Program, base: str, types: Mapping[str, type[nnx.Variable]]) -> Params:
-    """What a base that is a run has trained, whole on every device; empty for a model folder."""
+    """Trained parameters of a base that is a run, replicated on all devices; empty for a model folder."""
     whole = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(program.mesh))
         for path, leaf in program.params.items()
@@ -124,10 +125,10 @@ def _in_dtype(tensor: Any, dtype: Any) -> Any:
 
 
 def _base_types(program: Program, base: str) -> dict[str, type[nnx.Variable]]:
-    """Types of the parameters of the model in a base.
+    """Variable types of the model in a base.
 
     Raises:
-        ConfigError: it is another model than that of the run.
+        ConfigError: the base holds another model.
     """
     family, config = program.family, program.config
     stored = read_model_json(Path(base))["model"]

@@ -1,4 +1,4 @@
-"""The config of a run as its folder keeps it (``run`` in ``model.json``), in the fields of today."""
+"""Reading a run folder's stored config (``run`` in ``model.json``) into current fields."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +10,10 @@ from magma_jax.training.run.config import RunConfig, completed, read_run_config
 
 
 def read_stored_run(family: Family, stored: Mapping[str, Any]) -> RunConfig:
-    """The config that a run folder of this or an earlier release holds.
+    """The config stored by a run of this or an earlier release.
 
     Raises:
-        ConfigError: a model of another family, or fields that do not exist.
+        ConfigError: a model of another family, or unknown fields.
     """
     where = "model.json: run"
     values = dict(stored)
@@ -26,7 +26,7 @@ def read_stored_run(family: Family, stored: Mapping[str, Any]) -> RunConfig:
 
 
 def _current_optim(stored: Mapping[str, Any], roles: Mapping[str, Any]) -> dict[str, Any]:
-    """Release 0.1 had two groups of fixed names, and groups for roles that a model need not have."""
+    """Converts settings of release 0.1, which had two fixed groups and groups for roles that the model lacks."""
     optim = dict(stored)
     rate = optim.pop("encoder_learning_rate", None)
     if rate is None:

@@ -1,1 +1,1 @@
-"""The optimizer step: losses, gradients, updates, and what they cost."""
+"""The optimizer step: losses, gradients, updates, and their operation counts."""

@@ -1,9 +1,9 @@
 """Next-token cross-entropy that never holds the logits of a whole batch.
 
 With V = 50,400 the fp32 logits of 256 rows of 112 positions are 5.8 GB, and a plain backward pass holds them twice.
-Here a loop goes over stretches of the sequence: logits, loss, and the gradient of the loss with respect to the hidden
-states are made together and only the last is kept, which is as large as the hidden states themselves. The head is
-multiplied as often as in the plain form: nothing is computed again in the backward pass.
+Here a loop over chunks of the sequence computes logits, loss and the gradient with respect to the hidden states
+together, and keeps only the gradient, which is as large as the hidden states. The head is multiplied as often as in the
+plain form: the backward pass recomputes nothing.
 """
 
 import functools
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 
 from magma_jax.typing import IGNORED, Array, Float, Int
 
-# Of fp32 logits on one device at a time. For each stretch the head's weights are read anew, and gathered where they
-# are split over fsdp. On a v5e reading them takes as long as computing with 240 positions; 128 MiB are 665 positions
-# of GPT-J's vocabulary. On a CPU 32 MiB, 128 MiB and all at once take equally long.
+# Limit of fp32 logits per device at a time. Each chunk reads the head's weights again, and gathers them if they are
+# sharded over fsdp. On a v5e reading them takes as long as computing with 240 positions; 128 MiB are 665 positions of
+# GPT-J's vocabulary. On a CPU 32 MiB, 128 MiB and no chunking take equally long.
 LOGIT_BYTES = 128 * 2**20
 
-# Hidden states to fp32 logits; what it closes over may be differentiated.
+# Hidden states to fp32 logits; values it closes over may be differentiated.
 Project = Callable[[Float[Array, "B S D"]], Float[Array, "B S V"]]
 
 
@@ -35,13 +35,13 @@ def cross_entropy(
 
     Sums let devices and accumulation steps form one token-weighted mean instead of a mean of means. A label counts as
     predicted if no token is more likely. Derivatives are first-order and reverse-mode, with respect to ``hidden`` and
-    to whatever of ``project`` is being differentiated: the weights of a frozen head get no gradient and cost none.
+    to the differentiated variables of ``project``: a frozen head gets no gradient and costs none.
 
     Args:
-        project: hidden states to fp32 logits of any stretch of the sequence.
-        hidden: the final hidden states.
-        labels: the token that each of them predicts.
-        logit_bytes: bound on the logits that one device holds at a time; at least one position of each row is held.
+        project: hidden states to fp32 logits, of any chunk of the sequence.
+        hidden: final hidden states.
+        labels: the token to predict from each of them.
+        logit_bytes: limit of the logits per device at a time; a chunk has at least one position of each row.
     """
     batch, length, width = hidden.shape
     size = jax.eval_shape(project, hidden).shape[-1] * batch * 4 / _devices(hidden)
@@ -50,19 +50,19 @@ def cross_entropy(
     padding = stretches * stretch - length
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     padded = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORED)
-    # The rows, which devices share, stay together in each stretch.
+    # Every chunk keeps all rows, which are sharded over devices.
     hidden = hidden.reshape(batch, stretches, stretch, width).swapaxes(0, 1)
     padded = padded.reshape(batch, stretches, stretch).swapaxes(0, 1)
     converted: Any = jax.closure_convert(project, hidden[0])
     project, weights = converted
-    # The decorator hides what the function returns.
+    # The decorator hides the return type.
     loss, predicted = cast(tuple[Array, Array], _summed(project, hidden, padded, *weights))
     return loss, jnp.sum(labels != IGNORED), predicted
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(project, hidden, labels, *weights):
-    """Loss and number of predicted labels, summed over stretches (N, B, S, D)."""
+    """Loss and number of predicted labels, summed over chunks (N, B, S, D)."""
 
     def body(sums, inputs):
         hidden, labels = inputs
@@ -108,7 +108,7 @@ def _losses(logits, labels):
     log_total = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(-1))
     label_logit = jnp.take_along_axis(logits, labels, -1)[..., 0]
     loss = jnp.where(counted, log_total - label_logit, 0).sum()
-    # Not from the exponentials above: keeping them would cost as much memory as the logits.
+    # Recomputed, since keeping the exponentials above would take as much memory as the logits.
     probability = jnp.exp(logits - log_total[..., None])
     is_label = jnp.arange(logits.shape[-1]) == labels
     gradient = jnp.where(counted[..., None], probability - is_label, 0)
@@ -116,5 +116,5 @@ def _losses(logits, labels):
 
 
 def _devices(array: Array) -> int:
-    """Devices that work on an array inside ``jax.jit``, whose type names their mesh; 1 where there is none."""
+    """Number of devices of an array's mesh inside ``jax.jit``, taken from its type; 1 without a mesh."""
     return jax.typeof(array).sharding.mesh.size or 1

@@ -1,6 +1,6 @@
-"""A moving average of weights, kept beside them in the train state: less noise than the weights of any one step.
+"""Exponential moving average of weights, part of the train state; it is less noisy than the weights of a single step.
 
-After every step ``average = decay average + (1 - decay) weight`` in fp32; it starts as the weights do.
+After every step ``average = decay average + (1 - decay) weight`` in fp32; it starts equal to the weights.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ class EmaConfig:
     """A moving average of weights.
 
     Attributes:
-        decay: share of the average that a step keeps; 1 / (1 - decay) steps are its memory.
-        roles: whose weights are averaged; () for all that learn.
+        decay: share of the average that a step keeps; its time constant is 1 / (1 - decay) steps.
+        roles: roles whose weights are averaged; () for all that learn.
     """
 
     decay: float
@@ -30,9 +30,10 @@ class EmaConfig:
 
 
 def averaged_paths(config: EmaConfig | None, labels: Mapping[str, str]) -> frozenset[str]:
-    """Paths of the parameters that are averaged.
+    """Paths of the averaged parameters.
 
     Args:
+        config: None for no averages.
         labels: see ``training.step.optim.label_parameters``.
 
     Raises:
@@ -54,5 +55,5 @@ def begin_average(weights: Params, paths: Collection[str]) -> Params:
 
 
 def move_average(average: Params, weights: Params, decay: float) -> Params:
-    """The average after a step that has made ``weights``."""
+    """The average after a step that resulted in ``weights``."""
     return {path: decay * leaf + (1 - decay) * weights[path].astype(jnp.float32) for path, leaf in average.items()}

@@ -1,15 +1,15 @@
-"""Floating-point operations of a training step, by the frozen-model count, and what devices can do at best.
+"""Floating-point operations of a training step, by the frozen-model count, and peak rates of devices.
 
-A matmul weight costs 2 operations a position forward, 2 more for the gradient of its input and 2 more for its own. A
-frozen weight under something that learns has no gradient of its own: 4 a position, where the usual rule says 6. With
-N frozen and M trained matmul weights in the language model, D wide with L layers, a row of T positions costs
+A matmul weight costs 2 operations per position in the forward pass, 2 for the gradient of its input and 2 for its own
+gradient. A frozen weight that gradients pass through has no gradient of its own, so it costs 4 per position instead of
+the usual 6. With N frozen and M trained matmul weights in a language model of width D and L layers, a row of T
+positions costs
 
     (4 N + 6 M) T  +  12 T^2 D L (attention scores and their weighted sum)  +  encoder
 
-What a family has beside a language model it counts itself, see ``Family.flops``. All
-positions that are run count, padding and the whole square of scores too; what remat computes again does not.
-Embedding look-ups, normalisation, activations, the optimizer, and depthwise convolutions that are written as shifted
-products (EfficientNet-Lite) are left out.
+A family counts its other parts itself, see ``Family.flops``. All positions that are run count, including padding and
+masked scores; recomputation by remat does not. Embedding look-ups, normalisation, activations, the optimizer, and
+depthwise convolutions written as shifted products (EfficientNet-Lite) are not counted.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from jax.extend.core import jaxprs_in_params
 
 from magma_jax.training.step.optim import learns
 
-# Dense bf16 (fp16 where there is no bf16) operations a second of one JAX device, from the makers' data sheets. TPU v2
-# and v3 show each of a chip's two cores as a device.
+# Dense bf16 FLOP/s (fp16 where bf16 is missing) of one JAX device, from the vendors' data sheets. On TPU v2 and v3 each
+# of a chip's two cores is a device.
 PEAK_FLOPS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -57,10 +57,10 @@ PEAK_FLOPS = {
     "Tesla V100": 125e12,
 }
 
-# What multiplies the weights of a path, in vectors a row by name; None for what is no matmul.
+# Name of the vectors that a path's weights multiply, counted per row; None if there is no matmul.
 Inputs = Sequence[tuple[re.Pattern[str], str | None]]
 
-# Of the parameters of ``models.language``, alone or inside another model.
+# Inputs of the parameters of ``models.language``, alone or inside another model.
 LANGUAGE_INPUTS: Inputs = (
     (re.compile(r"(lm/)?(.*/)?ln(_\w+)?/weight"), None),
     (re.compile(r"(lm/)?(wte|wpe)/weight"), None),  # looked up
@@ -74,8 +74,8 @@ class StepFlops:
     """Operations of one optimizer step over the whole batch.
 
     Attributes:
-        frozen: matmuls with frozen weights of language model and prefix.
-        trained: matmuls with weights that learn there.
+        frozen: matmuls with frozen weights, encoder excluded.
+        trained: matmuls with trained weights, encoder excluded.
         attention: scores and their weighted sums.
         encoder: the image encoder.
     """
@@ -87,7 +87,7 @@ class StepFlops:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all parts."""
         return self.frozen + self.trained + self.attention + self.encoder
 
 
@@ -104,21 +104,21 @@ def matrix_flops(
     *,
     first: Sequence[str] = (),
 ) -> tuple[int, int]:
-    """Operations that one row costs in matmuls with frozen weights, and with weights that learn.
+    """Operations per row of matmuls with frozen weights, and of matmuls with trained weights.
 
     Args:
         shapes: parameters, arrays or ``jax.ShapeDtypeStruct`` by path.
-        labels: who learns, see ``training.step.optim.label_parameters``.
+        labels: labels of the parameters, see ``training.step.optim.label_parameters``.
         inputs: the first pattern that matches a path names its inputs.
-        vectors: how many vectors of each name a row has; "predicted" for the head, which is the embedding table where
-            there is no other.
+        vectors: number of vectors of each name per row; "predicted" for the head, which is the embedding table if the
+            model has no other.
         first: names of inputs below which nothing learns, so that they need no gradient.
 
     Raises:
         ValueError: a matrix that no pattern matches.
     """
     learning = learning_paths(labels)
-    # Two numbers in 4 bits are a byte.
+    # With 4 bits a byte holds two weights.
     matrices = {
         path: math.prod(leaf.shape) * (2 if leaf.dtype == jnp.uint8 else 1)
         for path, leaf in shapes.items()
@@ -126,7 +126,7 @@ def matrix_flops(
     }
     names = {path: _inputs(path, inputs) for path in matrices}
     if "predicted" not in names.values():
-        # No head of its own: the embedding table is used as one.
+        # Tied weights: the embedding table is the head.
         names |= dict.fromkeys((path for path in names if path.removeprefix("lm/") == "wte/weight"), "predicted")
 
     counts = {True: 0, False: 0}
@@ -139,14 +139,14 @@ def matrix_flops(
 
 
 def attention_flops(width: int, layers: int, positions: int) -> int:
-    """Operations of scores and their weighted sums, forward and backward, in one row."""
+    """Operations per row of attention scores and their weighted sums, forward and backward."""
     return 12 * positions**2 * width * layers
 
 
 def matmul_flops(jaxpr: Any) -> int:
     """Operations of the matmuls and convolutions in a ``jaxpr``, loop bodies multiplied by their trip count.
 
-    ``while`` loops count once: their trip count is not known. Of branches the most expensive one counts.
+    ``while`` loops count once, since their trip count is unknown. Of branches the most expensive one counts.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -158,7 +158,7 @@ def matmul_flops(jaxpr: Any) -> int:
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-            # The gradient of a strided convolution is one over pixels spread apart; zeros between them are no work.
+            # The gradient of a strided convolution has dilated inputs; the zeros between pixels do not count.
             skipped = outputs * math.prod(params["lhs_dilation"])
             total += 2 * equation.outvars[0].aval.size * math.prod(kernel) // skipped
         elif name == "cond":
@@ -170,9 +170,9 @@ def matmul_flops(jaxpr: Any) -> int:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Operations a second that a device can do at best; None for one that the table lacks, as a CPU.
+    """Peak FLOP/s of a device; None if the table lacks it, such as a CPU.
 
-    Names of GPUs go on with memory or socket ("NVIDIA A100-SXM4-80GB"): the longest name that fits counts.
+    GPU names end in memory or socket ("NVIDIA A100-SXM4-80GB"): the longest matching name is used.
     """
     fitting = [name for name in PEAK_FLOPS if re.match(rf"{re.escape(name)}(?![A-Za-z0-9])", device_kind)]
     return PEAK_FLOPS[max(fitting, key=len)] if fitting else None

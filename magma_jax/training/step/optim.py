@@ -1,4 +1,4 @@
-"""Who learns, and how: groups by role, schedules by name, and the optimizer of the part that learns.
+"""Optimizer: parameter groups by role, schedules by name, AdamW for the trainable parameters.
 
 The type of a parameter names its role (``nn.modules``), and a config gives each role a group: ``frozen``, or a learning
 rate and a weight decay. Frozen parameters never enter the gradient or the optimizer, so they cost neither time nor
@@ -20,7 +20,7 @@ from magma_jax.typing import Params
 
 Schedule = Callable[[Any], Any]
 
-# Labels of what does not learn; that of a parameter that learns is its role.
+# Labels of parameters that do not learn; the label of a trained parameter is its role.
 FROZEN = "frozen"
 STATISTIC = "statistic"
 
@@ -30,8 +30,8 @@ class Group:
     """How the parameters of a role learn.
 
     Attributes:
-        learning_rate: peak of the schedule; None for that of the optimizer.
-        weight_decay: None for that of the optimizer.
+        learning_rate: peak of the schedule; None for the optimizer's.
+        weight_decay: decoupled weight decay; None for the optimizer's.
     """
 
     learning_rate: float | None = None
@@ -46,16 +46,16 @@ class OptimConfig:
     """Optimizer; the defaults are the paper's pretraining (appendix A).
 
     Attributes:
-        learning_rate: peak rate of the groups that name none.
+        learning_rate: peak rate of groups that do not set one.
         schedule: ``cosine`` to ``final_fraction`` of the peak (paper), ``warmup_decay`` and ``warmup`` (the
             original's configs: logarithmic warm-up, then linear to zero or constant), ``constant``.
         steps: length of the schedule in optimizer steps; None for the length of the run.
         warmup_steps: steps of the warm-up; ``cosine`` warms up linearly, by default not at all.
         restarts: optimizer steps, ascending, at which ``cosine`` returns to the peak, see ``make_schedule``.
-        weight_decay: decoupled (AdamW), of the groups that name none; it leaves out biases and the weights of
-            LayerNorms, see ``nn.modules``.
+        weight_decay: decoupled (AdamW), for groups that do not set one; it skips biases and LayerNorm weights, see
+            ``nn.modules``.
         clip_norm: global norm that gradients are clipped to; 0 for no clipping.
-        groups: role to ``frozen``, or to how it learns; roles that are absent take the family's default.
+        groups: role to ``frozen`` or a group; other roles take the family's default.
     """
 
     learning_rate: float = 8e-4
@@ -77,7 +77,7 @@ class OptimConfig:
         bounds = (self.warmup_steps, *self.restarts, *(() if self.steps is None else (self.steps,)))
         if self.restarts and any(earlier >= later for earlier, later in itertools.pairwise(bounds)):
             raise ValueError(
-                f"optim.restarts {self.restarts} must ascend, behind the {self.warmup_steps} steps of the warm-up and "
+                f"optim.restarts {self.restarts} must ascend, after the {self.warmup_steps} steps of the warm-up and "
                 f"before the schedule's end after {self.steps} steps"
             )
 
@@ -86,10 +86,11 @@ def with_groups(config: OptimConfig, roles: Groups) -> OptimConfig:
     """The config with a group for every role of a model.
 
     Args:
-        roles: the model's roles, and the group of each where the config names none.
+        config: optimizer config.
+        roles: the model's roles and their default groups.
 
     Raises:
-        ValueError: a group of a role that no parameter of the model has, or nothing that learns.
+        ValueError: a group for a role that no parameter of the model has, or no role that learns.
     """
     unused = sorted(config.groups.keys() - roles.keys())
     if unused:
@@ -103,10 +104,10 @@ def with_groups(config: OptimConfig, roles: Groups) -> OptimConfig:
 
 
 def label_parameters(types: Mapping[str, type[nnx.Variable]], groups: Mapping[str, Any]) -> dict[str, str]:
-    """Labels every path: ``frozen``, ``statistic`` for running averages, or the role of a parameter that learns.
+    """Labels every path: ``frozen``, ``statistic`` for running averages, or the role of a trained parameter.
 
     Raises:
-        ValueError: a parameter of no role, of several, or of one without a group.
+        ValueError: a parameter with no role, several roles, or a role without a group.
     """
     labels = {}
     for path, kind in types.items():
@@ -150,7 +151,7 @@ def make_schedule(config: OptimConfig, peak: float) -> Schedule:
 
     A warm-up, linear from zero, takes the first steps of the first period, whose cosine is that much shorter.
     """
-    warmup, total = config.warmup_steps, config.steps or 0  # a run fills in its own
+    warmup, total = config.warmup_steps, config.steps or 0  # a run fills in its length
     if config.schedule == "constant":
         return optax.constant_schedule(peak)
     if config.schedule == "cosine":
@@ -162,7 +163,7 @@ def make_schedule(config: OptimConfig, peak: float) -> Schedule:
         return optax.join_schedules(periods, config.restarts) if config.restarts else periods[0]
 
     def deepspeed(step):
-        # DeepSpeed counts from -1, so its first two optimizer steps both run at the minimum rate, zero.
+        # DeepSpeed counts from -1, so its first two steps both have the minimum rate, zero.
         count = jnp.maximum(step - 1, 0)
         rising = jnp.log(count + 1.0) / math.log(warmup) if warmup > 1 else 1.0
         falling = (total - count) / max(total - warmup, 1) if config.schedule == "warmup_decay" else 1.0
@@ -172,7 +173,7 @@ def make_schedule(config: OptimConfig, peak: float) -> Schedule:
 
 
 def peak_rates(config: OptimConfig) -> dict[str, float]:
-    """Peak rates of the groups that learn: ``learning_rate`` of those that name none, ``ROLE_learning_rate`` else."""
+    """Peak rates by metric name: ``learning_rate`` for groups with the default, ``ROLE_learning_rate`` for others."""
     groups = {role: group for role, group in config.groups.items() if isinstance(group, Group)}
     shared = any(group.learning_rate is None for group in groups.values())
     own = {f"{role}_learning_rate": group.learning_rate for role, group in groups.items()}
@@ -184,14 +185,14 @@ def peak_rates(config: OptimConfig) -> dict[str, float]:
 def make_optimizer(
     config: OptimConfig, labels: Mapping[str, str], spared: Collection[str] = ()
 ) -> optax.GradientTransformation:
-    """The optimizer of the trainable part: clipping by the global norm, then AdamW with rate and decay of each group.
+    """The optimizer of trainable parameters: clipping by the global norm, then AdamW with each group's rate and decay.
 
     Args:
         config: with a group for every role, see ``with_groups``.
-        labels: may cover the whole model; frozen paths are not part of the tree the optimizer sees.
-        spared: paths that weight decay leaves out, see ``nn.modules.spared_by_decay``.
+        labels: may cover the whole model; the optimizer's tree has no frozen paths.
+        spared: paths that weight decay skips, see ``nn.modules.spared_by_decay``.
     """
-    # Roles that learn alike share a transformation.
+    # Roles with equal settings share a transformation.
     roles_by_setting: dict[tuple[float, float], list[str]] = {}
     for role in sorted({label for label in labels.values() if learns(label)}):
         group = config.groups[role]

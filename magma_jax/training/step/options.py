@@ -1,4 +1,4 @@
-"""How the forward pass of training runs."""
+"""Options of the training loss."""
 
 import dataclasses
 from typing import ClassVar
@@ -9,15 +9,15 @@ from magma_jax.nn.stack import Remat
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """How the forward pass of training runs.
+    """Options of the forward pass in training.
 
-    A family with other options has a dataclass of its own that shares three members: ``may_change``, names of fields
-    that leave the result as it is but for rounding; ``adds_up``; ``for_validation``.
+    A family with other options defines a dataclass with three members of this one: ``may_change``, the names of fields
+    that affect results only by rounding; ``adds_up``; ``for_validation``.
 
     Attributes:
-        batch_norm: ``frozen`` statistics, or statistics of the ``batch`` with running averages as the original.
-        remat: what the backward pass recomputes of the language model, see ``nn.stack``.
-        encoder_remat: the same of the image encoder.
+        batch_norm: ``frozen`` statistics, or statistics of the ``batch`` with running averages as in the original.
+        remat: remat policy of the language model, see ``nn.stack``.
+        encoder_remat: remat policy of the image encoder.
     """
 
     batch_norm: BatchNormMode = "frozen"
@@ -28,9 +28,9 @@ class LossOptions:
 
     @property
     def adds_up(self) -> bool:
-        """Whether the parts of a batch give the step of the whole: with statistics of the batch they do not."""
+        """Whether accumulated parts of a batch are equivalent to the whole batch; false with batch statistics."""
         return self.batch_norm == "frozen"
 
     def for_validation(self) -> "LossOptions":
-        """The options of a loss that nothing is learned from: running statistics stay as they are."""
+        """The options for validation: running statistics are not updated."""
         return dataclasses.replace(self, batch_norm="frozen")

@@ -1,4 +1,4 @@
-"""One optimizer step: gradient of the trainable part, accumulation, update, new running statistics."""
+"""One optimizer step: gradients of trainable parameters, accumulation, update, new running statistics."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -20,13 +20,13 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """All that training changes; frozen parameters are passed beside it and are not part of it.
+    """Everything that training changes; frozen parameters are passed separately.
 
     Attributes:
-        average: moving averages of weights by path, see ``ema``; empty without.
+        average: moving averages of weights by path, see ``ema``; empty if none are kept.
     """
 
-    step: Any  # int32 scalar; anything in a tree of shapes or shardings
+    step: Any  # int32 scalar; its shape or sharding in trees of those
     trainable: Params
     statistics: Params
     opt_state: Any
@@ -64,14 +64,14 @@ def make_train_step(
 ) -> Callable[[TrainState, Params, Batch, PRNGKey], tuple[TrainState, Metrics]]:
     """Builds ``(state, frozen, batch, root_key) -> (state, metrics)``, to be jitted by the caller.
 
-    With ``accumulate`` = n the batch is run in n parts whose sums, counts and gradients add up, so the result is the
-    step of the whole batch (BatchNorm in batch mode sees the parts). Of a loss of several terms the counts of all parts
-    are known before the first gradient, see ``terms``. The key of a step is ``fold_in(root_key, step)``. Metrics: the
+    With ``accumulate`` = n the batch is run in n parts whose sums, counts and gradients add up to the step of the whole
+    batch (except that BatchNorm in batch mode sees the parts). For a loss of several terms the counts of all parts are
+    computed before the first gradient, see ``terms``. The key of a step is ``fold_in(root_key, step)``. Metrics: the
     mean of every term, ``loss``, ``grad_norm`` (before clipping), ``nonfinite``.
 
-    With ``ema`` the average of the state follows the new weights.
+    With ``ema`` the moving average is updated with the new weights.
 
-    If the loss or the norm of the gradient is no finite number, ``nonfinite`` is 1 and nothing but ``step`` changes.
+    If the loss or the gradient norm is not finite, ``nonfinite`` is 1 and only ``step`` changes.
     """
 
     def sums(trainable: Params, frozen: Params, statistics: Params, batch: Batch, key: PRNGKey, counts: Any):
@@ -96,7 +96,7 @@ def make_train_step(
         if accumulate == 1:
             statistics, (grads, terms) = part(state.statistics, batch, key, None)
         else:
-            # Every n-th row, not n blocks: a block would lie on some devices and leave the others idle.
+            # Every n-th row instead of n blocks: a block would be on some devices only and leave the others idle.
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
             keys = jax.random.split(key, accumulate)
             first = jax.tree.map(lambda x: x[0], parts)
@@ -114,7 +114,7 @@ def make_train_step(
         metrics = term_means(terms) | {"grad_norm": optax.tree.norm(grads)}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["nonfinite"] = 1 - finite.astype(jnp.int32)
-        # Here and not on the host: the state is donated, and it must not be lost to a NaN that is noticed later.
+        # On the device, not the host: the state is donated, and a NaN detected later must not destroy it.
         average = state.average if ema is None else move_average(state.average, trainable, ema.decay)
         new = TrainState(
             step=state.step, trainable=trainable, statistics=statistics, opt_state=opt_state, average=average
@@ -126,7 +126,7 @@ def make_train_step(
 
 
 def _summed(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
-    """``lax.scan`` that adds up the outputs instead of stacking them."""
+    """``lax.scan`` that sums the outputs instead of stacking them."""
 
     def step(state, inputs):
         carry, total = state
