@@ -34,10 +34,10 @@ SCHEMAS = {
         "it takes",
     ),
     "products": ({"allOf": [{"anyOf": [{"pattern": f"{i}{j}"} for j in range(8)]} for i in range(8)]}, "too large"),
-    "itself": ({"allOf": [{"$ref": "#"}]}, "nothing may follow"),
+    "itself": ({"allOf": [{"$ref": "#"}]}, "allows no token"),
     "itself further on": (
         {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]},
-        "nothing may follow",
+        "allows no token",
     ),
     "what it is not": ({"not": {"type": "string"}}, 'Unimplemented keys: ["not"]'),
     "elsewhere": ({"$ref": "http://127.0.0.1/schema.json"}, "is not present in a registry"),

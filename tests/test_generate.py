@@ -76,7 +76,7 @@ def test_several_images_and_a_prompt(folder, image, tmp_path, capsys):
         (["{image}", "--top-p", "2"], "top_p must lie between 0 and 1"),
         (["{image}", "--checkpoint", "{nothing}"], "not a model folder"),
         (["{folder}"], "a folder needs --output"),
-        (["Look:", "{folder}", "--output", "{nothing}"], "put it first, one text behind it"),
+        (["Look:", "{folder}", "--output", "{nothing}"], "put it first, followed by one text"),
         (["{page}", "{empty}", "--stream"], "for one prompt and one answer"),
         (["{image}", "--stream", "--choices", "red"], "leave out --beams and --choices"),
         (["{image}", "--beams", "2", "--choices", "red"], "leave one of them out"),

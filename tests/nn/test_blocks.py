@@ -74,7 +74,7 @@ def test_attention_equals_its_formula():
         (("gpu", "9.0", "float32", 64), False, "not float32"),
         (("gpu", "7.5", "float16", 64), False, "compute capability 7.5 is not supported"),
         (("gpu", "gfx90a", "bfloat16", 64), False, "not an NVIDIA device"),
-        (("tpu", "", "bfloat16", 256), False, "splash attention knows"),
+        (("tpu", "", "bfloat16", 256), False, "splash attention supports"),
         (("cpu", "", "float32", 64), False, "no kernel for cpu"),
     ],
 )

@@ -421,7 +421,7 @@ def _form_rows() -> dict[str, Row]:
     wrong = {
         "an expression that is none": ({"guided_regex": "(a"}, "guided_regex: invalid regex"),
         "an expression that looks around": ({"guided_regex": "(?=a)b"}, "look-around"),
-        "an expression of nothing": ({"guided_regex": r"[^\s\S]"}, "nothing may follow"),
+        "an expression of nothing": ({"guided_regex": r"[^\s\S]"}, "allows no token"),
         "brackets in brackets": ({"guided_regex": "(" * 9_000 + "a" + ")" * 9_000}, "guided_regex: invalid regex"),
         "choices without end": ({"guided_choice": ["a"] * 100_000}, "guided_choice"),
         "long choices": ({"guided_choice": [str(i) * 20 for i in range(2_000)]}, "at most 65536 are taken"),

@@ -147,7 +147,7 @@ def test_a_folder_without_sums_opens_with_a_line_and_gets_them(folder, capsys):
     assert main(["add-checksums", str(folder)]) == 0
     (folder / "metrics.jsonl").write_text("more")
     assert main(["verify", str(folder), "--checksums"]) == 0
-    with pytest.raises(CheckpointError, match="already exists; to take the files as they are"):
+    with pytest.raises(CheckpointError, match="already exists; to accept the current files"):
         add_checksums(folder)
     zeros(parts(folder, "n")[0])
     with pytest.raises(CheckpointError, match="has changed"):
