@@ -27,7 +27,6 @@ from magma_jax.typing import UInt8
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 # An emoji without a modifier is drawn in a generic colour "such as yellow" (UTS #51, 2.4); OpenMoji's is yellow.
 DEFAULT_TONE = "yellow"
-GENDERS = ("man", "woman", "person")
 # Fractions of the combinations, assigned by a hash of the name.
 TEST_SHARE, VALIDATION_SHARE = 0.12, 0.07
 
