@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from magma_jax.nn import cpu
-from magma_jax.nn.layers import fan_in_uniform
+from magma_jax.nn.layers import Initializer, fan_in_uniform
 from magma_jax.nn.modules import Statistic
 from magma_jax.runtime.sharding import split_rows
 from magma_jax.typing import Array, Float
@@ -28,10 +28,11 @@ class Conv2d(nnx.Module):
         stride: int = 1,
         padding: int = 0,
         use_bias: bool = False,
+        weight_init: Initializer = fan_in_uniform,
         rngs: nnx.Rngs,
     ):
         shape = (out_channels, in_channels, kernel, kernel)
-        self.weight = param(fan_in_uniform(rngs.params(), shape, jnp.float32))
+        self.weight = param(weight_init(rngs.params(), shape, jnp.float32))
         self.bias = param(jnp.zeros((out_channels,)), decay=False) if use_bias else None
         self.stride, self.padding = stride, padding
 

@@ -58,6 +58,12 @@ class TokenizerParam(nnx.Param):
     role = "tokenizer"
 
 
+class DiscriminatorParam(nnx.Param):
+    """Weight of a discriminator, which only training uses."""
+
+    role = "discriminator"
+
+
 class Statistic(nnx.BatchStat):
     """Running average of a BatchNorm: no gradient, updated by the forward pass in batch mode."""
 

@@ -213,13 +213,17 @@ class Decoder(nnx.Module):
         self.norm_out = _norm(config.channels[0])
         self.conv_out = _conv(config.channels[0], 3, 3, rngs)
 
-    def __call__(self, latents: Float[Array, "B h w Z"]) -> Float[Array, "B H W 3"]:
+    def features(self, latents: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
+        """Inputs of the last convolution, whose gradients weigh the adversarial loss (``vqgan_losses``)."""
         x = self.mid(self.conv_in(latents))
         for i in reversed(range(self.levels)):
             x = getattr(self, f"up{i}")(x)
             if i > 0:
                 x = getattr(self, f"upsample{i}")(x.repeat(2, axis=1).repeat(2, axis=2))
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+        return jax.nn.silu(self.norm_out(x))
+
+    def __call__(self, latents: Float[Array, "B h w Z"]) -> Float[Array, "B H W 3"]:
+        return self.conv_out(self.features(latents))
 
 
 class VQGAN(nnx.Module):
