@@ -35,6 +35,7 @@ def golden_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
     def unpack(name: str) -> Path:
         path = folder / f"{name}.pt"
         if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(lzma.decompress((GOLDEN / f"{name}.pt.xz").read_bytes()))
         return path
 

@@ -1,4 +1,4 @@
-"""Convolution, pooling and BatchNorm on images of shape (B, height, width, channels)."""
+"""Convolution, pooling, BatchNorm and GroupNorm on images of shape (B, height, width, channels)."""
 
 from typing import Literal, cast
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from magma_jax.nn import cpu
-from magma_jax.nn.layers import fan_in_uniform
+from magma_jax.nn.layers import Initializer, fan_in_uniform
 from magma_jax.nn.modules import Statistic
 from magma_jax.runtime.sharding import split_rows
 from magma_jax.typing import Array, Float
@@ -28,10 +28,11 @@ class Conv2d(nnx.Module):
         stride: int = 1,
         padding: int = 0,
         use_bias: bool = False,
+        weight_init: Initializer = fan_in_uniform,
         rngs: nnx.Rngs,
     ):
         shape = (out_channels, in_channels, kernel, kernel)
-        self.weight = param(fan_in_uniform(rngs.params(), shape, jnp.float32))
+        self.weight = param(weight_init(rngs.params(), shape, jnp.float32))
         self.bias = param(jnp.zeros((out_channels,)), decay=False) if use_bias else None
         self.stride, self.padding = stride, padding
 
@@ -113,3 +114,24 @@ class BatchNorm(nnx.Module):
             raise ValueError(f"BatchNorm mode must be 'frozen' or 'batch', not {mode!r}")
         scale = self.weight[...] * jax.lax.rsqrt(variance + self.eps)
         return x * scale.astype(x.dtype) + (self.bias[...] - mean * scale).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """GroupNorm (Wu and He, 2018) over positions and the channels of a group, computed in fp32.
+
+    Returned in the dtype of its input. ValueError if ``groups`` does not divide ``channels``.
+    """
+
+    def __init__(self, channels: int, *, param: type[nnx.Param], groups: int = 32, eps: float = 1e-6):
+        if channels % groups:
+            raise ValueError(f"GroupNorm of {groups} groups needs a multiple of {groups} channels, got {channels}")
+        self.groups, self.eps = groups, eps
+        self.weight = param(jnp.ones((channels,)), decay=False)
+        self.bias = param(jnp.zeros((channels,)), decay=False)
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:3], self.groups, -1)
+        mean = grouped.mean((1, 2, 4), keepdims=True)
+        variance = jnp.square(grouped - mean).mean((1, 2, 4), keepdims=True)
+        y = ((grouped - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
+        return (y * self.weight[...] + self.bias[...]).astype(x.dtype)

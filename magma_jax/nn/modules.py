@@ -52,6 +52,18 @@ class HeadParam(nnx.Param):
     role = "head"
 
 
+class TokenizerParam(nnx.Param):
+    """Weight of an image tokenizer, such as a VQ-GAN; frozen in the models that read its codes."""
+
+    role = "tokenizer"
+
+
+class DiscriminatorParam(nnx.Param):
+    """Weight of a discriminator, which only training uses."""
+
+    role = "discriminator"
+
+
 class Statistic(nnx.BatchStat):
     """Running average of a BatchNorm: no gradient, updated by the forward pass in batch mode."""
 

@@ -79,7 +79,7 @@ def infer_config(
 
 def _infer(tensors: Mapping[str, Any], known: Known) -> MagmaConfig:
     lm = _language_model(tensors, known)
-    proj = _shape(tensors, "image_prefix.proj.weight")
+    proj = tensor_shape(tensors, "image_prefix.proj.weight")
     encoder = encoder_config(tensors, known, "image_prefix.enc.", features=proj[1])
     pooled = encoder.positions is None
     if not pooled and proj[0] != lm.width:
@@ -90,7 +90,7 @@ def _infer(tensors: Mapping[str, Any], known: Known) -> MagmaConfig:
         image_positions=proj[0] // lm.width if pooled else PrefixConfig.image_positions,
         layernorm="image_prefix.ln.weight" in tensors,
     )
-    classes = _shape(tensors, "class_head.weight")[0] if "class_head.weight" in tensors else 0
+    classes = tensor_shape(tensors, "class_head.weight")[0] if "class_head.weight" in tensors else 0
     return MagmaConfig(
         lm=lm,
         encoder=encoder,
@@ -102,13 +102,13 @@ def _infer(tensors: Mapping[str, Any], known: Known) -> MagmaConfig:
 
 
 def _language_model(tensors: Mapping[str, Any], known: Known) -> GPTJConfig:
-    layers = _count(tensors, r"lm\.transformer\.h\.(\d+)\.ln_1\.weight")
+    layers = layer_count(tensors, r"lm\.transformer\.h\.(\d+)\.ln_1\.weight")
     if not layers:
         raise InferenceError(
             "holds no lm.transformer.h.N.ln_1.weight: not a MAGMA checkpoint in the published layout"
             f"{_prefix_hint(tensors)}"
         )
-    vocab_rows, width = _shape(tensors, "lm.transformer.wte.weight")
+    vocab_rows, width = tensor_shape(tensors, "lm.transformer.wte.weight")
     buffers = {
         name: next((tensors[key] for key in tensors if re.fullmatch(rf"lm\..*\.attention\.{name}", key)), None)
         for name in ("scale_attn", "sin")
@@ -133,9 +133,9 @@ def _language_model(tensors: Mapping[str, Any], known: Known) -> GPTJConfig:
         width=width,
         heads=heads,
         rotary_dim=rotary,
-        feed_forward=_shape(tensors, fc or "lm.transformer.h.0.mlp.c_fc.weight")[0],
+        feed_forward=tensor_shape(tensors, fc or "lm.transformer.h.0.mlp.c_fc.weight")[0],
         vocab_rows=vocab_rows,
-        head_rows=_shape(tensors, "lm.lm_head.weight")[0],
+        head_rows=tensor_shape(tensors, "lm.lm_head.weight")[0],
         context_length=context,
         layernorm_eps=known.get("lm", "layernorm_eps", GPTJConfig.layernorm_eps),
     )
@@ -148,7 +148,7 @@ def _adapter(tensors: Mapping[str, Any], place: str, width: int, known: Known) -
         return None
     # With a LayerNorm (its weight is a vector), the bottleneck's index is one higher.
     layernorm = len(tensors[f"{nested}0.weight"].shape) == 1
-    bottleneck = _shape(tensors, f"{nested}{int(layernorm)}.weight")[0]
+    bottleneck = tensor_shape(tensors, f"{nested}{int(layernorm)}.weight")[0]
     parallel = any(key.startswith(f"{head}module.") for key in tensors)
     scaled = f"{head}adapter_scale" in tensors
     kind = "scaled_parallel" if scaled else "parallel" if parallel else "normal"
@@ -170,9 +170,9 @@ def encoder_config(
         InferenceError: an unsupported encoder, or a required value that is not in ``known``.
     """
     if f"{root}layer1.0.conv1.weight" in tensors:
-        counts = [_count(tensors, rf"{re.escape(root)}layer{i}\.(\d+)\.conv1\.weight") for i in range(1, 5)]
+        counts = [layer_count(tensors, rf"{re.escape(root)}layer{i}\.(\d+)\.conv1\.weight") for i in range(1, 5)]
         blocks = (counts[0], counts[1], counts[2], counts[3])
-        width = _shape(tensors, f"{root}conv3.weight", 4)[0]
+        width = tensor_shape(tensors, f"{root}conv3.weight", 4)[0]
         sizes = {(c.blocks, c.width): (name, c) for name, c in CLIP_RESNETS.items()}
         if (published := sizes.get((blocks, width))) is None:
             size = _asked(known, "res", f"a CLIP ResNet of blocks {blocks} and width {width}", "image size", "pixels")
@@ -180,10 +180,10 @@ def encoder_config(
         name, base = published
         return dataclasses.replace(base, image_size=known.get("encoder", "res", base.image_size, f"as CLIP's {name}"))
     if f"{root}class_embedding" in tensors:
-        width, _, patch, _ = _shape(tensors, f"{root}conv1.weight", 4)
+        width, _, patch, _ = tensor_shape(tensors, f"{root}conv1.weight", 4)
         pooled = f"{root}proj" in tensors and features not in (None, width)
-        rows = _shape(tensors, f"{root}positional_embedding")[0] - 1
-        layers = _count(tensors, rf"{re.escape(root)}transformer\.resblocks\.(\d+)\.ln_1\.weight")
+        rows = tensor_shape(tensors, f"{root}positional_embedding")[0] - 1
+        layers = layer_count(tensors, rf"{re.escape(root)}transformer\.resblocks\.(\d+)\.ln_1\.weight")
         if (side := math.isqrt(max(rows, 0))) ** 2 != rows:
             raise InferenceError(f"{root}positional_embedding has {rows + 1} rows, which is not a square plus one")
         sizes = {(c.layers, c.width, c.patch): (name, c) for name, c in CLIP_VITS.items()}
@@ -199,7 +199,7 @@ def encoder_config(
             heads=heads,
             patch=patch,
             image_size=side * patch,
-            embedding_width=_shape(tensors, f"{root}proj")[1] if pooled else CLIPViTConfig.embedding_width,
+            embedding_width=tensor_shape(tensors, f"{root}proj")[1] if pooled else CLIPViTConfig.embedding_width,
             activation=known.get(
                 "encoder",
                 "activation",
@@ -212,9 +212,9 @@ def encoder_config(
     if f"{root}0.0.conv.weight" in tensors:
         stages = range(4)
         return NFResNetConfig(
-            blocks=tuple(_count(tensors, rf"{re.escape(root)}0\.1\.{i}\.(\d+)\.conv1\.weight") for i in stages),
-            stage_channels=tuple(_shape(tensors, f"{root}0.1.{i}.0.conv3.weight", 4)[0] for i in stages),
-            stem_channels=_shape(tensors, f"{root}0.0.conv.weight", 4)[0],
+            blocks=tuple(layer_count(tensors, rf"{re.escape(root)}0\.1\.{i}\.(\d+)\.conv1\.weight") for i in stages),
+            stage_channels=tuple(tensor_shape(tensors, f"{root}0.1.{i}.0.conv3.weight", 4)[0] for i in stages),
+            stem_channels=tensor_shape(tensors, f"{root}0.0.conv.weight", 4)[0],
             image_size=known.get("encoder", "res", NFResNetConfig.image_size, "as timm's nf_resnet50"),
         )
     raise InferenceError(f"{root}* is neither a CLIP ResNet, a CLIP ViT nor an NF-ResNet")
@@ -239,7 +239,12 @@ def _prefix_hint(tensors: Mapping[str, Any]) -> str:
     return f"; its tensors are {', '.join(map(shown, list(tensors)[:3]))} ..."
 
 
-def _count(tensors: Mapping[str, Any], pattern: str) -> int:
+def layer_count(tensors: Mapping[str, Any], pattern: str) -> int:
+    """One more than the largest number that ``pattern`` captures in the keys; 0 if no key matches.
+
+    Raises:
+        InferenceError: more layers than any model has.
+    """
     # Ten digits suffice; Python refuses to convert thousands.
     found = [int(match[1][:10]) for key in tensors if (match := re.fullmatch(pattern, key))]
     count = max(found, default=-1) + 1
@@ -248,7 +253,8 @@ def _count(tensors: Mapping[str, Any], pattern: str) -> int:
     return count
 
 
-def _shape(tensors: Mapping[str, Any], key: str, axes: int = 2) -> tuple[int, ...]:
+def tensor_shape(tensors: Mapping[str, Any], key: str, axes: int = 2) -> tuple[int, ...]:
+    """Shape of a tensor. Raises InferenceError if it is missing or has another number of axes."""
     if key not in tensors:
         raise InferenceError(f"the tensor {key} is missing")
     shape = tuple(tensors[key].shape)

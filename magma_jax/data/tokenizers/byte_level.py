@@ -141,12 +141,16 @@ def gpt2_tokenizer() -> Tokenizer:
 
     Built from the merges only: the vocabulary is the 256 byte symbols, the results of the merges, and end-of-text.
     """
-    file = Path(__file__).parent / "gpt2" / "merges.txt"
-    lines = file.read_text(encoding="utf-8").splitlines()[1:]  # the first is "#version: 0.2"
-    merges = [(left, right) for left, right in (line.split(" ") for line in lines)]
-    symbols = [*_byte_symbols(), *(left + right for left, right in merges), EOS]
+    merges = packaged_merges("gpt2")
+    symbols = [*byte_symbols(), *(left + right for left, right in merges), EOS]
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
     return Tokenizer(_byte_level(models.BPE(vocab=vocab, merges=merges)))
+
+
+def packaged_merges(name: str) -> list[tuple[str, str]]:
+    """Pairs of symbols that the BPE of ``gpt2`` or ``clip`` merges, in order."""
+    lines = (Path(__file__).parent / name / "merges.txt").read_text(encoding="utf-8").splitlines()
+    return [(left, right) for left, right in (line.split(" ") for line in lines[1:])]  # the first is "#version: 0.2"
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -161,7 +165,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < 258:
         raise ValueError(f"vocab_size {vocab_size} is below 258: 256 bytes, end-of-text and image token")
     backend = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=_byte_symbols(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=byte_symbols(), show_progress=False)
     backend.train_from_iterator(texts, trainer)
     backend.add_special_tokens([EOS])
     return Tokenizer(backend)
@@ -174,7 +178,7 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """Printable symbol of each byte, in GPT-2's order: printable Latin-1, then the others from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
@@ -183,7 +187,7 @@ def _byte_symbols() -> list[str]:
 @functools.cache
 def _symbol_bytes() -> dict[str, int]:
     """Byte of each symbol."""
-    symbols = _byte_symbols()
+    symbols = byte_symbols()
     printable = [ord(symbol) for symbol in symbols if ord(symbol) < 256]
     others = [byte for byte in range(256) if byte not in printable]
     return dict(zip(symbols, [*printable, *others], strict=True))
