@@ -54,11 +54,10 @@ class Magvlt(Trunk):
 
     def __init__(self, config: MagvltConfig, *, rngs: nnx.Rngs):
         self.config = config
-        options: dict[str, Any] = {"weight_init": normal(STD), "dtype": config.dtype, "rngs": rngs}
         width, dtype = config.width, jnp.dtype(config.dtype)
 
         def table(rows: int) -> Embedding:
-            return Embedding(rows, width, param=TransformerParam, **(options | {"dtype": dtype}))
+            return Embedding(rows, width, param=TransformerParam, weight_init=normal(STD), dtype=dtype, rngs=rngs)
 
         self.wte = table(config.image_rows + config.text_rows)
         self.special = table(SPECIAL_ROWS)
@@ -67,10 +66,20 @@ class Magvlt(Trunk):
         # As many rows as positions, of which only the first ``image_positions`` (or four) are used.
         self.special_positions = table(config.length)
         super().__init__(config.trunk(), rngs=rngs)
-        self.head_proj = Linear(width, width, param=TransformerParam, **options)
+        self.head_proj = Linear(
+            width, width, param=TransformerParam, weight_init=normal(STD), dtype=config.dtype, rngs=rngs
+        )
         self.head_norm = LayerNorm(width, param=TransformerParam, dtype=dtype)
         self.head_bias = TransformerParam(jnp.zeros(config.image_rows + config.text_rows, dtype), decay=False)
-        self.length_head = Linear(width, config.text_positions, param=HeadParam, use_bias=False, **options)
+        self.length_head = Linear(
+            width,
+            config.text_positions,
+            param=HeadParam,
+            use_bias=False,
+            weight_init=normal(STD),
+            dtype=config.dtype,
+            rngs=rngs,
+        )
 
     def embed(self, order: Order, canvas: Canvas, dtype: Any = jnp.float32) -> Float[Array, "B S D"]:
         """Embeddings of a batch in the given order.
@@ -143,7 +152,7 @@ class Magvlt(Trunk):
         codes = self.config.image_rows
         return (0, codes) if modality == "image" else (codes, codes + self.config.text_rows)
 
-    def length_logits(self, bot: Float[Array, "B D"]) -> Float[Array, "B T"]:
+    def length_logits(self, bot: Float[Array, "... D"]) -> Float[Array, "... T"]:
         """fp32 logits of the text's length from the hidden state at BOT; class c is a length of c + 1."""
         return self.length_head(bot, jnp.float32)
 
