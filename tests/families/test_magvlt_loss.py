@@ -16,14 +16,16 @@ from magma_jax.families.magvlt.loss import (
     pass_totals,
 )
 from magma_jax.families.magvlt.masking import draw_masks, draw_places, image_count, text_count
+from magma_jax.families.magvlt.sharding import SHARDINGS
 from magma_jax.models.magvlt.config import MagvltConfig
 from magma_jax.models.magvlt.layout import layout_of
 from magma_jax.models.magvlt.model import Magvlt, canvas_of
 from magma_jax.nn.modules import abstract, merge, split
 from magma_jax.published.keymap.engine import to_ours
 from magma_jax.published.magvlt_keys import transformer_table
+from magma_jax.runtime.sharding import MeshConfig, make_mesh, on_mesh, parameter_shardings, place_batch
 from magma_jax.storage.torch.reader import open_torch_file, state_dict
-from magma_jax.training.step.terms import term_means
+from magma_jax.training.step.terms import learned_counts, term_means
 from magma_jax.training.step.train_step import init_state, make_train_step
 
 TINY = MagvltConfig(layers=2, width=32, heads=4, image_rows=37, text_rows=53, image_positions=16, text_positions=8)
@@ -122,6 +124,36 @@ def test_terms_of_a_task(task, counted, model):
         assert terms[f"{name}_accuracy"].weight == 0
     means = term_means(terms)
     np.testing.assert_allclose(means["loss"], means["image"] + means["text"] + 0.5 * means["length"], rtol=1e-6)
+
+
+def test_counts_cost_no_pass(model):
+    """Accumulation asks for the counts first, see ``train_step``."""
+    definition, params = split(model)
+
+    def terms(params, rows):
+        return magvlt_loss(merge(definition, params), rows, KEY, options=MagvltOptions())
+
+    def flops(function):
+        return jax.jit(function).lower(params, batch(BOTH)).compile().cost_analysis()["flops"]
+
+    whole = flops(terms)
+    assert flops(lambda params, rows: learned_counts(terms(params, rows))) < whole / 20
+
+
+def test_one_device_and_eight_give_the_same_loss(model):
+    definition, params = split(model)
+    rows = batch(BOTH, 8)
+
+    def loss(params, rows):
+        return term_means(magvlt_loss(merge(definition, params), rows, None, options=MagvltOptions()))
+
+    alone = jax.jit(loss)(params, rows)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    shardings = parameter_shardings(params, mesh, SHARDINGS)
+    placed = {path: jax.device_put(leaf, shardings[path]) for path, leaf in params.items()}
+    found = jax.jit(on_mesh(loss, mesh))(placed, place_batch(rows, mesh, 8))
+    for name, value in alone.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
 
 
 def test_dropout_and_masks_come_from_the_key(model):
