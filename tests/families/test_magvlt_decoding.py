@@ -128,6 +128,18 @@ def test_infilling_keeps_the_rest(model, arrays):
     np.testing.assert_array_equal(filled.tokens[kept], text[kept])
 
 
+def test_stored_bfloat16_is_computed_in_bfloat16(model, arrays):
+    """Logits are close to those of fp32, and not equal."""
+    params = {path: leaf.astype(jnp.bfloat16) for path, leaf in model.params.items()}
+    half = dataclasses.replace(model, params=params)
+    found, exact = (length_logits(each, arrays["i2t/img"]) for each in (half, model))
+    assert found.dtype == jnp.float32
+    difference = np.abs(found - exact).max()
+    assert 1e-4 < difference < 0.3
+    filled = text_to_image(half, arrays["t2i/txt"], np.array([8, 2, 2]), KEY)
+    assert filled.tokens.dtype == jnp.int32
+
+
 def test_other_steps_temperatures_and_lengths_compile_nothing(model, arrays):
     texts, images = arrays["t2i/txt"], arrays["i2t/img"]
 

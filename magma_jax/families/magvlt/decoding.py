@@ -233,7 +233,8 @@ def _draw_image(definition, params, image, editable, text, lengths, key, setting
 
     def predict(tokens: Array, masked: Array) -> Array:
         canvas = canvas_of(tokens, text, lengths, image_masked=masked)
-        return model.logits(model.hidden("text_first", canvas).image, "image")
+        hidden = model.hidden("text_first", canvas, dtype=_stored(params))
+        return model.logits(hidden.image, "image")
 
     return fill_image(predict, image, editable, key, settings, rule=rule, draw=draw, record=record)
 
@@ -244,7 +245,8 @@ def _draw_text(definition, params, image, text, editable, lengths, key, steps, s
 
     def predict(tokens: Array, masked: Array) -> Array:
         canvas = canvas_of(image, tokens, lengths, text_masked=masked)
-        return model.logits(model.hidden("image_first", canvas).text, "text")
+        hidden = model.hidden("image_first", canvas, dtype=_stored(params))
+        return model.logits(hidden.text, "text")
 
     return fill_text(predict, text, editable, key, steps, sampling, remask=remask, draw=draw, record=record)
 
@@ -254,4 +256,9 @@ def _length_logits(definition, params, image, lengths):
     model: Magvlt = merge(definition, params)
     masked = jnp.arange(model.config.text_positions) < lengths[:, None]
     canvas = canvas_of(image, jnp.zeros(masked.shape, jnp.int32), lengths, text_masked=masked)
-    return model.length_logits(model.hidden("image_first", canvas).bot)
+    return model.length_logits(model.hidden("image_first", canvas, dtype=_stored(params)).bot)
+
+
+def _stored(params: Params) -> Any:
+    """Dtype of the activations: that of the weights."""
+    return params["wte/weight"].dtype
