@@ -112,3 +112,23 @@ def test_no_device_holds_more_logits_than_one_stretch(learned):
         strict=True,
     ):
         np.testing.assert_allclose(mine, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", [5, 100])
+def test_label_smoothing_is_that_of_smoothed_targets(positions):
+    hidden, labels, weight, bias = problem()
+
+    def smoothed(hidden, weight, bias):
+        targets = optax.smooth_labels(jax.nn.one_hot(jnp.maximum(labels, 0), V), 0.1)
+        losses = optax.softmax_cross_entropy(hidden @ weight.T + bias, targets)
+        return jnp.where(labels == IGNORED, 0, losses).sum()
+
+    def ours(hidden, weight, bias):
+        limit = positions * B * V * 4
+        return cross_entropy(lambda h: h @ weight.T + bias, hidden, labels, label_smoothing=0.1, logit_bytes=limit)[0]
+
+    expected, gradients = jax.value_and_grad(smoothed, (0, 1, 2))(hidden, weight, bias)
+    value, found = jax.value_and_grad(ours, (0, 1, 2))(hidden, weight, bias)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for mine, reference in zip(found, gradients, strict=True):
+        np.testing.assert_allclose(mine, reference, atol=1e-5)

@@ -29,6 +29,7 @@ def cross_entropy(
     hidden: Float[Array, "B S D"],
     labels: Int[Array, "B S"],
     *,
+    label_smoothing: float = 0.0,
     logit_bytes: int = LOGIT_BYTES,
 ) -> tuple[Float[Array, ""], Int[Array, ""], Int[Array, ""]]:
     """Sum of the loss over the labels that are not ``IGNORED``, their number, and how many of them are predicted.
@@ -41,6 +42,7 @@ def cross_entropy(
         project: hidden states to fp32 logits, of any chunk of the sequence.
         hidden: final hidden states.
         labels: the token to predict from each of them.
+        label_smoothing: share of the target probability that is spread evenly over all tokens, the label included.
         logit_bytes: limit of the logits per device at a time; a chunk has at least one position of each row.
     """
     batch, length, width = hidden.shape
@@ -56,23 +58,23 @@ def cross_entropy(
     converted: Any = jax.closure_convert(project, hidden[0])
     project, weights = converted
     # The decorator hides the return type.
-    loss, predicted = cast(tuple[Array, Array], _summed(project, hidden, padded, *weights))
+    loss, predicted = cast(tuple[Array, Array], _summed(project, label_smoothing, hidden, padded, *weights))
     return loss, jnp.sum(labels != IGNORED), predicted
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed(project, hidden, labels, *weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(project, smoothing, hidden, labels, *weights):
     """Loss and number of predicted labels, summed over chunks (N, B, S, D)."""
 
     def body(sums, inputs):
         hidden, labels = inputs
-        loss, predicted, _ = _losses(project(hidden, *weights), labels)
+        loss, predicted, _ = _losses(project(hidden, *weights), labels, smoothing)
         return (sums[0] + loss, sums[1] + predicted), None
 
     return jax.lax.scan(body, (jnp.zeros(()), jnp.zeros((), jnp.int32)), (hidden, labels))[0]
 
 
-def _forward(project, hidden, labels, *weights):
+def _forward(project, smoothing, hidden, labels, *weights):
     values = dict(enumerate(weight.value for weight in weights))
     learned = {i: values[i] for i, weight in enumerate(weights) if weight.perturbed}
 
@@ -80,7 +82,7 @@ def _forward(project, hidden, labels, *weights):
         loss, predicted, gradients = carry
         hidden, labels = inputs
         logits, pullback = jax.vjp(lambda h, w: project(h, *(values | w).values()), hidden, learned)
-        new_loss, new_predicted, logits_gradient = _losses(logits, labels)
+        new_loss, new_predicted, logits_gradient = _losses(logits, labels, smoothing)
         hidden_gradient, new = pullback(logits_gradient)
         gradients = jax.tree.map(jnp.add, gradients, new)
         return (loss + new_loss, predicted + new_predicted, gradients), hidden_gradient
@@ -90,8 +92,8 @@ def _forward(project, hidden, labels, *weights):
     return (loss, predicted), (hidden_gradient, [gradients.get(i) for i in values])
 
 
-def _backward(project, gradients, cotangents):
-    del project
+def _backward(project, smoothing, gradients, cotangents):
+    del project, smoothing
     scale, _ = cotangents  # the number of predicted labels has no derivative
     hidden, weights = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
     return hidden, None, *weights
@@ -100,18 +102,23 @@ def _backward(project, gradients, cotangents):
 _summed.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _losses(logits, labels):
+def _losses(logits, labels, smoothing):
     """Loss and predicted labels, summed, and the gradient of that loss with respect to the logits."""
     counted = labels != IGNORED
     labels = jnp.where(counted, labels, 0)[..., None]
     largest = logits.max(-1)
     log_total = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(-1))
     label_logit = jnp.take_along_axis(logits, labels, -1)[..., 0]
-    loss = jnp.where(counted, log_total - label_logit, 0).sum()
+    target_logit = label_logit
+    if smoothing:
+        target_logit = (1 - smoothing) * label_logit + smoothing * logits.mean(-1)
+    loss = jnp.where(counted, log_total - target_logit, 0).sum()
     # Recomputed, since keeping the exponentials above would take as much memory as the logits.
     probability = jnp.exp(logits - log_total[..., None])
-    is_label = jnp.arange(logits.shape[-1]) == labels
-    gradient = jnp.where(counted[..., None], probability - is_label, 0)
+    target = jnp.arange(logits.shape[-1]) == labels
+    if smoothing:
+        target = (1 - smoothing) * target + smoothing / logits.shape[-1]
+    gradient = jnp.where(counted[..., None], probability - target, 0)
     return loss, jnp.sum(counted & (label_logit >= largest)), gradient
 
 

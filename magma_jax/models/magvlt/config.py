@@ -1,0 +1,71 @@
+"""Sizes of MAGVLT's transformer."""
+
+import dataclasses
+from typing import Literal
+
+from magma_jax.config import check_dtype, check_sizes
+from magma_jax.models.magvlt.parameters import TransformerParam
+from magma_jax.nn.transformer.config import BlockConfig, TrunkConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MagvltConfig:
+    """The transformer; the defaults are the released base model.
+
+    Attributes:
+        layers: number of layers.
+        width: width of the residual stream (D).
+        heads: attention heads; they divide the width.
+        image_rows: codes of the image tokenizer; the first rows of the table and of the head.
+        text_rows: text tokens; the rows after ``image_rows``.
+        image_positions: codes of an image (I).
+        text_positions: text tokens, padding included (T); the longest length that the length head knows.
+        attention_dropout: dropout rate of the attention weights in training.
+        residual_dropout: dropout rate of the attention and MLP branches in training.
+        dtype: dtype of the stored weights.
+    """
+
+    layers: int = 24
+    width: int = 1024
+    heads: int = 8
+    image_rows: int = 16384
+    text_rows: int = 49408
+    image_positions: int = 256
+    text_positions: int = 64
+    attention_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    dtype: str = "float32"
+    kind: Literal["magvlt"] = "magvlt"
+
+    def __post_init__(self):
+        check_sizes(self, "layers", "width", "heads", "image_rows", "text_rows", "image_positions", "text_positions")
+        check_dtype("model: dtype", self.dtype)
+        if self.width % self.heads:
+            raise ValueError(f"model: {self.heads} heads do not divide the width {self.width}")
+        for name in ("attention_dropout", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model: {name} must be at least 0 and below 1, got {getattr(self, name)}")
+
+    @property
+    def length(self) -> int:
+        """Positions of a sequence (S): image, text and four special tokens."""
+        return self.image_positions + self.text_positions + 4
+
+    def trunk(self) -> TrunkConfig:
+        """Pre-norm layers with biases everywhere, exact GELU and no norm after the last."""
+        block = BlockConfig(
+            width=self.width,
+            heads=self.heads,
+            feed_forward=4 * self.width,
+            activation="gelu",
+            attention_dropout=self.attention_dropout,
+            residual_dropout=self.residual_dropout,
+            param=TransformerParam,
+            dtype=self.dtype,
+        )
+        return TrunkConfig(block=block, layers=self.layers, final_norm=False)
+
+
+# The released models, magvlt-it2it-base and magvlt-it2it-large.
+BASE = MagvltConfig()
+LARGE = MagvltConfig(layers=36, width=1280, heads=10)

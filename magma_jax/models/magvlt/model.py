@@ -1,0 +1,177 @@
+"""MAGVLT's transformer: embedding with three position tables, trunk, token head and length head."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from magma_jax.models.magvlt.config import MagvltConfig
+from magma_jax.models.magvlt.layout import MASK_IMAGE, MASK_TEXT, SPECIAL_ROWS, Order, attention_mask, layout_of
+from magma_jax.models.magvlt.parameters import TransformerParam
+from magma_jax.nn.activations import ACTIVATIONS
+from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal, product
+from magma_jax.nn.modules import HeadParam
+from magma_jax.nn.stack import Remat
+from magma_jax.nn.transformer.trunk import Trunk
+from magma_jax.runtime.sharding import split_rows
+from magma_jax.typing import Array, Bool, Float, Int, PRNGKey
+
+Modality = Literal["image", "text"]
+
+# Standard deviation of all fresh weights.
+STD = 0.02
+
+
+class Canvas(NamedTuple):
+    """Image codes and text of a batch, and which of them are masked.
+
+    ``text_lengths`` count the end token. ``selectors`` are special tokens that replace BOG; None for BOG.
+    """
+
+    image: Array  # (B, I), below image_rows
+    text: Array  # (B, T), below text_rows
+    text_lengths: Array  # (B,)
+    image_masked: Array  # (B, I)
+    text_masked: Array  # (B, T)
+    selectors: Array | None = None  # (B,)
+
+
+class Hidden(NamedTuple):
+    """Hidden states after the last layer, which no norm follows."""
+
+    image: Array  # (B, I, D)
+    text: Array  # (B, T, D)
+    bot: Array  # (B, D); the length head reads it, in the order image_first
+
+
+class Magvlt(Trunk):
+    """The transformer.
+
+    Beside the members of ``Trunk`` it has the table ``wte`` (codes, then text tokens), which is also the head; the
+    table ``special``; the position tables ``image_positions``, ``text_positions`` and ``special_positions``; the head's
+    transform ``head_proj``, ``head_norm`` and bias ``head_bias``; and ``length_head``.
+    """
+
+    def __init__(self, config: MagvltConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, dtype = config.width, jnp.dtype(config.dtype)
+
+        def table(rows: int) -> Embedding:
+            return Embedding(rows, width, param=TransformerParam, weight_init=normal(STD), dtype=dtype, rngs=rngs)
+
+        self.wte = table(config.image_rows + config.text_rows)
+        self.special = table(SPECIAL_ROWS)
+        self.image_positions = table(config.image_positions)
+        self.text_positions = table(config.text_positions)
+        # As many rows as positions, of which only the first ``image_positions`` (or four) are used.
+        self.special_positions = table(config.length)
+        super().__init__(config.trunk(), rngs=rngs)
+        self.head_proj = Linear(
+            width, width, param=TransformerParam, weight_init=normal(STD), dtype=config.dtype, rngs=rngs
+        )
+        self.head_norm = LayerNorm(width, param=TransformerParam, dtype=dtype)
+        self.head_bias = TransformerParam(jnp.zeros(config.image_rows + config.text_rows, dtype), decay=False)
+        self.length_head = Linear(
+            width,
+            config.text_positions,
+            param=HeadParam,
+            use_bias=False,
+            weight_init=normal(STD),
+            dtype=config.dtype,
+            rngs=rngs,
+        )
+
+    def embed(self, order: Order, canvas: Canvas, dtype: Any = jnp.float32) -> Float[Array, "B S D"]:
+        """Embeddings of a batch in the given order.
+
+        A position adds the row of its modality's position table, masked or not. A special *or masked* one also adds
+        the row of ``special_positions``: a masked code at i adds ``image_positions[i] + special_positions[i]``.
+        """
+        config, layout = self.config, layout_of(self.config, order)
+        special, positions = self.special.weight[...], self.special_positions.weight[...]
+        image = jnp.where(
+            canvas.image_masked[..., None],
+            special[MASK_IMAGE] + positions[: config.image_positions],
+            self.wte.weight[...][canvas.image],
+        )
+        text = jnp.where(
+            canvas.text_masked[..., None],
+            special[MASK_TEXT] + positions[: config.text_positions],
+            self.wte.weight[...][config.image_rows + canvas.text],
+        )
+        image = image + self.image_positions.weight[...]
+        text = text + self.text_positions.weight[...]
+        first, second = (image, text) if order == "image_first" else (text, image)
+        ids = jnp.broadcast_to(jnp.array(layout.specials), (canvas.image.shape[0], 4))
+        if canvas.selectors is not None:
+            ids = ids.at[:, 2].set(canvas.selectors)
+        four = special[ids] + positions[:4]
+        return jnp.concatenate([four[:, :2], first, four[:, 2:], second], axis=1).astype(dtype)
+
+    def hidden(
+        self,
+        order: Order,
+        canvas: Canvas,
+        *,
+        dtype: Any = jnp.float32,
+        dropout_key: PRNGKey | None = None,
+        remat: Remat = "none",
+    ) -> Hidden:
+        """Hidden states of codes, text and BOT.
+
+        Args:
+            order: which modality comes first; see ``layout``.
+            canvas: codes, text and masks.
+            dtype: dtype of the activations.
+            dropout_key: None for no dropout.
+            remat: remat policy of the backward pass, see ``nn.stack``.
+        """
+        config, layout = self.config, layout_of(self.config, order)
+        x = self(
+            split_rows(self.embed(order, canvas, dtype)),
+            mask=attention_mask(config, order, canvas.text_lengths),
+            dropout_key=dropout_key,
+            remat=remat,
+        ).hidden
+        return Hidden(
+            image=x[:, layout.image : layout.image + config.image_positions],
+            text=x[:, layout.text : layout.text + config.text_positions],
+            bot=x[:, layout.bot],
+        )
+
+    def logits(self, hidden: Float[Array, "... D"], modality: Modality) -> Float[Array, "... V"]:
+        """fp32 logits over the tokens of one modality; the other half of the vocabulary is not computed."""
+        first, stop = self.columns(modality)
+        x = self.head_norm(ACTIVATIONS["gelu"].function(self.head_proj(hidden)))
+        table = self.wte.weight[...][first:stop].astype(x.dtype)
+        bias = self.head_bias[...][first:stop].astype(jnp.float32)
+        return product(x, table, preferred_element_type=jnp.float32) + bias
+
+    def columns(self, modality: Modality) -> tuple[int, int]:
+        """First and last + 1 row of a modality in the table."""
+        codes = self.config.image_rows
+        return (0, codes) if modality == "image" else (codes, codes + self.config.text_rows)
+
+    def length_logits(self, bot: Float[Array, "... D"]) -> Float[Array, "... T"]:
+        """fp32 logits of the text's length from the hidden state at BOT; class c is a length of c + 1."""
+        return self.length_head(bot, jnp.float32)
+
+
+def canvas_of(
+    image: Int[Array, "B I"],
+    text: Int[Array, "B T"],
+    text_lengths: Int[Array, " B"],
+    *,
+    image_masked: Bool[Array, "B I"] | None = None,
+    text_masked: Bool[Array, "B T"] | None = None,
+    selectors: Int[Array, " B"] | None = None,
+) -> Canvas:
+    """A canvas in which nothing is masked unless it is said."""
+    return Canvas(
+        image,
+        text,
+        text_lengths,
+        jnp.zeros(image.shape, bool) if image_masked is None else image_masked,
+        jnp.zeros(text.shape, bool) if text_masked is None else text_masked,
+        selectors,
+    )

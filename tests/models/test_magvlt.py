@@ -1,0 +1,157 @@
+"""MAGVLT's transformer at its released sizes, and what its masks and heads must not do."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from magma_jax.families.magvlt.sharding import SHARDINGS, roles
+from magma_jax.models.magvlt.config import BASE, LARGE, MagvltConfig
+from magma_jax.models.magvlt.layout import layout_of
+from magma_jax.models.magvlt.model import Magvlt, canvas_of
+from magma_jax.nn.modules import abstract, parameter_count
+from magma_jax.published.keymap.engine import to_theirs
+from magma_jax.published.magvlt_keys import transformer_table
+from magma_jax.runtime.sharding import SHARED, MeshConfig, make_mesh, parameter_shardings
+from magma_jax.training.step.optim import label_parameters
+
+TINY = MagvltConfig(
+    layers=2,
+    width=32,
+    heads=4,
+    image_rows=37,
+    text_rows=53,
+    image_positions=16,
+    text_positions=8,
+    attention_dropout=0.2,
+    residual_dropout=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Magvlt(TINY, rngs=nnx.Rngs(0))
+
+
+def canvas(seed=0, **changes):
+    rng = np.random.default_rng(seed)
+    values = {
+        "image": jnp.asarray(rng.integers(0, 37, (2, 16)), jnp.int32),
+        "text": jnp.asarray(rng.integers(0, 53, (2, 8)), jnp.int32),
+        "text_lengths": jnp.array([5, 8], jnp.int32),
+    }
+    return canvas_of(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("config", "numbers", "tensors"), [(BASE, 371_533_056, 395), (LARGE, 795_228_672, 587)], ids=["base", "large"]
+)
+def test_full_size(config, numbers, tensors):
+    """Numbers and tensors of the released transformers; who learns; and one sharding row for each."""
+    _, shapes, types = abstract(lambda: Magvlt(config, rngs=nnx.Rngs(0)))
+    assert parameter_count(shapes) == numbers
+    assert len(to_theirs(transformer_table(), shapes)) == tensors
+    assert set(label_parameters(types, roles(config)).values()) == {"transformer", "head"}
+    for path in shapes:
+        assert len([pattern for pattern, _ in (*SHARDINGS, *SHARED) if re.fullmatch(pattern, path)]) == 1, path
+    assert config.length == 324
+    assert layout_of(config, "image_first").bot == 259
+
+
+def test_shardings_split_the_large_ones():
+    _, shapes, _ = abstract(lambda: Magvlt(BASE, rngs=nnx.Rngs(0)))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, model=2))
+    found = parameter_shardings(shapes, mesh, SHARDINGS)
+    for path, leaf in shapes.items():
+        if leaf.size >= 2**20:
+            assert found[path].num_devices == 8
+            assert np.prod(found[path].shard_shape(leaf.shape)) * 8 == leaf.size, path
+
+
+def test_text_after_its_length_changes_nothing(model):
+    """Of the rest; in text-first order the padded rows see only themselves."""
+    first, other = canvas(), canvas()
+    other = other._replace(text=other.text.at[0, 5:].set(1))
+    for order in ("text_first", "image_first"):
+        a, b = model.hidden(order, first), model.hidden(order, other)
+        np.testing.assert_array_equal(a.image, b.image)
+        np.testing.assert_array_equal(a.text[0, :5], b.text[0, :5])
+        np.testing.assert_array_equal(a.bot, b.bot)
+        assert bool(jnp.all(jnp.isfinite(a.text)))
+
+
+def test_attention_is_bidirectional(model):
+    first, other = canvas(), canvas()
+    other = other._replace(image=other.image.at[:, 15].add(-1).clip(0))
+    a, b = model.hidden("image_first", first), model.hidden("image_first", other)
+    assert np.abs(a.image[:, 0] - b.image[:, 0]).max() > 0
+
+
+def test_bot_sees_no_text_in_one_layer():
+    """With one layer nothing of the text can reach it, not even by way of the image."""
+    model = Magvlt(dataclasses.replace(TINY, layers=1), rngs=nnx.Rngs(0))
+    first = canvas()
+    other = first._replace(text=first.text[::-1], text_lengths=jnp.array([1, 3], jnp.int32))
+    np.testing.assert_array_equal(*(model.hidden("image_first", batch).bot for batch in (first, other)))
+
+
+def test_masked_tokens_are_unknown_and_selectors_matter(model):
+    masked = jnp.ones((2, 16), bool)
+    a, b = (
+        model.hidden("text_first", canvas(image=image, image_masked=masked)).image
+        for image in (jnp.zeros((2, 16), jnp.int32), jnp.ones((2, 16), jnp.int32))
+    )
+    np.testing.assert_array_equal(a, b)
+    left, right = (model.hidden("text_first", canvas(selectors=jnp.full(2, selector))).image for selector in (6, 7))
+    assert np.abs(left - right).max() > 0
+
+
+def test_half_of_the_vocabulary_is_computed(model):
+    """The head's product has as many columns as the modality has tokens."""
+    hidden = jnp.zeros((2, 16, 32))
+    assert model.logits(hidden, "image").shape == (2, 16, 37)
+    assert model.logits(hidden, "text").shape == (2, 16, 53)
+
+    def products(modality):
+        text = jax.make_jaxpr(lambda h: model.logits(h, modality))(hidden).pretty_print()
+        return {int(size) for size in re.findall(r"f32\[2,16,(\d+)\] = dot_general", text)}
+
+    assert products("image") == {32, 37}
+    assert products("text") == {32, 53}
+
+
+def test_dropout_and_dtype(model):
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (model.hidden("image_first", canvas(), dropout_key=key).bot for key in keys)
+    assert np.abs(a - b).max() > 0
+    hidden = model.hidden("image_first", canvas(), dtype=jnp.bfloat16)
+    assert hidden.text.dtype == jnp.bfloat16
+    assert model.logits(hidden.text, "text").dtype == model.length_logits(hidden.bot).dtype == jnp.float32
+
+
+def test_remat_changes_nothing(model):
+    a, b = (model.hidden("image_first", canvas(), remat=remat).image for remat in ("none", "full"))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 5}, "5 heads do not divide the width 32"),
+        ({"text_positions": 0}, "text_positions must be at least 1"),
+        ({"residual_dropout": 1.0}, "residual_dropout must be at least 0 and below 1"),
+        ({"dtype": "int8"}, "int8"),
+    ],
+)
+def test_impossible_sizes(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_unknown_order():
+    with pytest.raises(Exception, match="sideways"):
+        layout_of(TINY, "sideways")
