@@ -65,7 +65,7 @@ class VocabLayout:
 
     def sentinel(self, number: int) -> int:
         """Id of a sentinel. Raises ValueError if there is no such sentinel."""
-        return int(_shift(np.asarray(number), range(self.sentinels), self.sentinel_ids, "sentinel", "sentinels"))
+        return int(_shift(np.array([number]), range(self.sentinels), self.sentinel_ids, "sentinel", "sentinels")[0])
 
     def from_text(self, tokens: Shaped[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """Ids of a tokenizer's tokens. Raises ValueError if one is not below ``text``."""
@@ -108,7 +108,9 @@ class VocabLayout:
         return f"image {token - self.image_ids.start}" if token in self.image_ids else f"unused {token}"
 
 
-def _shift(values: Shaped[np.ndarray, "*shape"], of: range, to: range, what: str, known: str) -> Int[np.ndarray, "*shape"]:
+def _shift(
+    values: Shaped[np.ndarray, "*shape"], of: range, to: range, what: str, known: str
+) -> Int[np.ndarray, "*shape"]:
     """Values of one range as int32 values of another."""
     if values.dtype.kind not in "iu":
         raise ValueError(f"{what}s are integers, not {values.dtype}")
