@@ -200,7 +200,7 @@ class BlockIterator:
                 return _Waiting(position, 0, document)
             if self._config.overlong == "error":
                 raise DataError(
-                    f"sample {self._order[position]} has {len(document.tokens)} tokens with its retrieved documents, "
+                    f"sample {self._number(position)} has {len(document.tokens)} tokens with its retrieved documents, "
                     f"more than a block of {size}; retrieve fewer, raise blocks.length or set blocks.overlong to skip"
                 )
             self.skipped += 1
@@ -211,7 +211,12 @@ class BlockIterator:
     def _draw(self, position: int) -> Document:
         """The document at a position of the shuffled order."""
         rng = np.random.default_rng((self._seed, _DOCUMENTS, position))
-        return self._documents.draw(int(self._order[position]), rng)
+        return self._documents.draw(self._number(position), rng)
+
+    def _number(self, position: int) -> int:
+        number = self._order[position]
+        assert number is not None  # no document is filtered out of the order
+        return int(number)
 
 
 def _cuts_image(document: Document, end: int) -> bool:

@@ -102,13 +102,13 @@ def split_streams(
         sentinels: ids of the sentinels.
         eoss: id of the end of a moved span.
     """
-    kept, moved, end = [], [], 0
+    kept, moved, end = [], [tokens[:0]], 0
     for (start, stop), sentinel in zip(spans, sentinels, strict=False):
         kept += [tokens[end:start], [sentinel]]
         moved += [[sentinel], tokens[start:stop], [eoss]]
         end = stop
     kept.append(tokens[end:])
-    return tuple(np.concatenate([np.zeros(0), *parts]).astype(tokens.dtype) for parts in (kept, moved))
+    return np.concatenate(kept).astype(tokens.dtype), np.concatenate(moved).astype(tokens.dtype)
 
 
 def move_spans(
