@@ -7,6 +7,7 @@ embeddings, number of heads), the values are those of OPT, whose code it was tra
 import dataclasses
 from typing import ClassVar, Literal
 
+from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.models.language.decoder import Activation, DecoderConfig, Head, check_heads
 from magma_jax.nn.layers import Initializer, truncated_normal
 from magma_jax.nn.transformer.config import BlockConfig, InitConfig, NormConfig, PositionTable, TrunkConfig
@@ -20,7 +21,8 @@ class CM3LeonConfig(DecoderConfig):
     """Sizes of a CM3Leon model; the defaults are the 350M model, the model is ``models.language.decoder.Decoder``.
 
     Attributes:
-        vocab_rows: rows of the embedding table, which is also the head; at least ``VocabLayout.rows``.
+        vocab_rows: rows of the embedding table, which is also the head; unused ones may follow those of ``vocabulary``.
+        vocabulary: which ids are special, text and image.
         context_length: rows of the position table, without the two unused ones before them.
         activation: activation of the MLP.
         embedding_std: standard deviation of all fresh weights except the positions and the output layers, which start
@@ -34,6 +36,7 @@ class CM3LeonConfig(DecoderConfig):
     heads: int = 16
     feed_forward: int = 4096
     vocab_rows: int = 65_536
+    vocabulary: VocabLayout = VocabLayout()
     context_length: int = 4096
     activation: Activation = "relu"
     layernorm_eps: float = 1e-5
@@ -45,6 +48,11 @@ class CM3LeonConfig(DecoderConfig):
 
     def __post_init__(self):
         check_heads(self)
+        if self.vocabulary.image_ids.stop > self.vocab_rows:
+            raise ValueError(
+                f"the vocabulary has {self.vocabulary.image_ids.stop} ids, more than the {self.vocab_rows} vocab_rows; "
+                f"set vocab_rows to {self.vocabulary.rows}"
+            )
 
     @property
     def head_rows(self) -> int:

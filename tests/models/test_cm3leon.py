@@ -1,6 +1,7 @@
 """CM3Leon: published sizes, fresh weights, and a random decoder of its type as transformers computes it."""
 
 import dataclasses
+import json
 import lzma
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax.config import from_dict, to_dict
 from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.models.cm3leon import CM3LEON_SIZES, CM3LeonConfig
 from magma_jax.models.language.decoder import Decoder
@@ -17,7 +19,10 @@ from magma_jax.published.cm3leon_keys import cm3leon_table, layout_of
 from magma_jax.published.keymap.engine import KeyMapError, check_table, to_ours, to_theirs
 from magma_jax.storage.files import open_tensors
 
-TINY = CM3LeonConfig(layers=3, width=32, heads=4, feed_forward=64, vocab_rows=128, context_length=24)
+VOCABULARY = VocabLayout(text=20, image=20, sentinels=5)
+TINY = CM3LeonConfig(
+    layers=3, width=32, heads=4, feed_forward=64, vocab_rows=128, vocabulary=VOCABULARY, context_length=24
+)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("cm3leon-350m", 373), ("cm3leon-760m", 786), ("cm3leon-7b", 6_730)])
@@ -73,6 +78,7 @@ def opt(golden, tmp_path_factory):
         heads=sizes["h"],
         feed_forward=sizes["ff"],
         vocab_rows=sizes["vocab"],
+        vocabulary=VOCABULARY,
         context_length=sizes["positions"],
         activation=sizes["act"],
     )
@@ -98,12 +104,21 @@ def test_the_forward_pass_equals_transformers(opt):
 def test_cached_decoding_equals_the_full_forward_pass(opt):
     model, _, _, expected = opt
     tokens = jnp.asarray(expected["tokens"])
-    cache = model.init_cache(len(tokens), 24)
-    for place in range(tokens.shape[1]):
-        step = tokens[:, place : place + 1]
-        got = model(model.embed(step), positions=jnp.full(step.shape, place), cache=cache)
-        cache = got.cache
-        np.testing.assert_allclose(got.hidden[:, 0], expected["hidden_last"][:, place], atol=2e-5)
+    definition, params = split(model)
+
+    @jax.jit
+    def decode(params, tokens):
+        model = merge(definition, params)
+
+        def step(cache, inputs):
+            token, place = inputs
+            got = model(model.embed(token[:, None]), positions=jnp.full((len(token), 1), place), cache=cache)
+            return got.cache, got.hidden[:, 0]
+
+        places = jnp.arange(tokens.shape[1])
+        return jax.lax.scan(step, model.init_cache(len(tokens), 24), (tokens.T, places))[1]
+
+    np.testing.assert_allclose(decode(params, tokens).swapaxes(0, 1), expected["hidden_last"], atol=2e-5)
 
 
 @pytest.mark.parametrize("layout", ["opt", "metaseq"])
@@ -130,3 +145,10 @@ def test_files_of_other_models_are_refused(opt):
         to_ours(cm3leon_table(), theirs | {"model.decoder.final_layer_norm.weight": np.ones(32)}, params)
     with pytest.raises(ValueError, match="5 heads do not divide the width 32"):
         dataclasses.replace(TINY, heads=5)
+    with pytest.raises(ValueError, match="has 51 ids, more than the 50 vocab_rows; set vocab_rows to 128"):
+        dataclasses.replace(TINY, vocab_rows=50)
+
+
+def test_the_config_is_read_back():
+    for config in (TINY, *CM3LEON_SIZES.values()):
+        assert from_dict(CM3LeonConfig, json.loads(json.dumps(to_dict(config))), "model") == config
