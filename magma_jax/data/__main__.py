@@ -1,9 +1,10 @@
-"""Converts datasets from their released formats to the library's own.
+"""Converts datasets from their released formats to the library's own, and trains tokenizers.
 
 python -m magma_jax.data convert --from coco captions_val2014.json data/coco_val --images val2014
 python -m magma_jax.data convert --from vqav2 v2_OpenEnded_mscoco_val2014_questions.json data/vqa --images val2014
 python -m magma_jax.data convert --from folder my_images data/mine
 python -m magma_jax.data show data/mine
+python -m magma_jax.data tokenizer captions.txt tokenizer.json --vocab-size 56320
 """
 
 import sys
@@ -48,6 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     two = subparsers.add_parser("show", help="print the content of a dataset folder")
     two.add_argument("folder", type=Path)
     two.add_argument("--limit", type=int, default=3, help="records to print; default: %(default)s")
+    three = subparsers.add_parser(
+        "tokenizer",
+        help="train a byte-level BPE tokenizer on text files",
+        description="Trains a byte-level BPE tokenizer on the lines of UTF-8 text files.",
+    )
+    three.add_argument("files", type=Path, nargs="+", metavar="FILE", help="text files, a text on every line")
+    three.add_argument("out", type=Path, help="tokenizer.json to write")
+    # CM3Leon (Yu et al. 2023), section 2.1.
+    three.add_argument("--vocab-size", type=int, default=56_320, help="entries; default: %(default)s")
     arguments = parser.parse_args(argv)
 
     def work() -> None:

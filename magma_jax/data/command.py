@@ -9,6 +9,7 @@ from typing import Any
 from magma_jax.data.format.record_folder import StoredRecords
 from magma_jax.data.format.records import EXPECTED, DataError
 from magma_jax.data.readers import READERS, SELF_CONTAINED, read
+from magma_jax.data.tokenizers.training import train_tokenizer
 from magma_jax.data.write.beam import convert_with_beam
 from magma_jax.data.write.conversion import ConvertOptions, convert
 from magma_jax.data.write.prepare import PrepareOptions
@@ -16,12 +17,12 @@ from magma_jax.output import printable
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Converts a dataset, or shows the content of a folder.
+    """Converts a dataset, shows the content of a folder, or trains a tokenizer.
 
     Raises:
         ValueError, OSError: one-line errors.
     """
-    _convert(arguments) if arguments.command == "convert" else _show(arguments)
+    {"convert": _convert, "show": _show, "tokenizer": _tokenizer}[arguments.command](arguments)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -80,3 +81,8 @@ def _show(arguments: argparse.Namespace) -> None:
             print(printable(f"  {caption}"))
         for question in record.questions:
             print(printable(f"  {question.text}  {', '.join(dict.fromkeys(question.answers))}"))
+
+
+def _tokenizer(arguments: argparse.Namespace) -> None:
+    tokenizer = train_tokenizer(arguments.files, arguments.out, arguments.vocab_size)
+    print(printable(f"{arguments.out}: {len(tokenizer)} entries, the longest of {tokenizer.longest} bytes"))

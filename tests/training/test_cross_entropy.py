@@ -1,5 +1,6 @@
 """Cross-entropy in stretches equals the plain form, and no program holds the logits of a whole batch."""
 
+import functools
 import math
 import re
 
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
-from magma_jax.training.step.cross_entropy import cross_entropy
+from magma_jax.training.step.cross_entropy import cross_entropy, cross_entropy_of_each
 from magma_jax.typing import IGNORED
 
 B, S, D, V = 4, 13, 8, 50
@@ -39,6 +40,32 @@ def in_stretches(hidden, labels, weight, bias, positions):
     mesh = jax.typeof(hidden).sharding.mesh
     logit_bytes = positions * hidden.shape[0] * weight.shape[0] * 4 // (mesh.size or 1)
     return cross_entropy(lambda h: h @ weight.T + bias, hidden, labels, logit_bytes=logit_bytes)
+
+
+@pytest.mark.parametrize("positions", [1, 5, 100])
+def test_losses_of_labels_are_those_of_the_plain_form(positions):
+    hidden, labels, weight, bias = problem()
+    logit_bytes = positions * B * V * 4
+
+    def loss(function, hidden, weight):
+        loss, *others = function(lambda h: h @ weight.T + bias, hidden, labels, logit_bytes=logit_bytes)
+        return loss, others
+
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(loss, function), (0, 1), has_aux=True))(hidden, weight)
+        for function in (cross_entropy, cross_entropy_of_each)
+    ]
+    (_, (*_, losses)), _ = results[1]
+    expected = optax.softmax_cross_entropy_with_integer_labels(hidden @ weight.T + bias, jnp.maximum(labels, 0))
+    np.testing.assert_allclose(losses, jnp.where(labels == IGNORED, 0, expected), atol=1e-5)
+    np.testing.assert_allclose(loss(cross_entropy_of_each, hidden, weight)[1][-1], losses, atol=1e-5)
+    # Everything else is that of ``cross_entropy``.
+    ((value, _), gradients), ((other, _), other_gradients) = results
+    np.testing.assert_allclose(value, other, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, other_gradients)
+    # The losses of labels have no derivative.
+    gradient = jax.grad(lambda h: loss(cross_entropy_of_each, h, weight)[1][-1].sum())(hidden)
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("positions", [1, 5, 100])

@@ -153,11 +153,12 @@ def packaged_merges(name: str) -> list[tuple[str, str]]:
     return [(left, right) for left, right in (line.split(" ") for line in lines[1:])]  # the first is "#version: 0.2"
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, progress: bool = False) -> Tokenizer:
     """Trains a byte-level BPE tokenizer with GPT-2's word splitting.
 
     The result depends only on ``texts``, not on their order or the machine. End-of-text and ``<|image|>`` are the last
-    two ids; ``vocab_size`` includes them and equals ``len``, unless ``texts`` have fewer pairs to merge.
+    two ids; ``vocab_size`` includes them and equals ``len``, unless ``texts`` have fewer pairs to merge. With
+    ``progress``, bars on standard error.
 
     Raises:
         ValueError: ``vocab_size`` below 258, the bytes and the two tokens.
@@ -165,7 +166,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < 258:
         raise ValueError(f"vocab_size {vocab_size} is below 258: 256 bytes, end-of-text and image token")
     backend = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=byte_symbols(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=byte_symbols(), show_progress=progress)
     backend.train_from_iterator(texts, trainer)
     backend.add_special_tokens([EOS])
     return Tokenizer(backend)

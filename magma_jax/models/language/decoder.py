@@ -11,7 +11,7 @@ from flax import nnx
 
 from magma_jax.config import check_dtype, check_sizes
 from magma_jax.nn.adapters import AdapterConfig
-from magma_jax.nn.layers import Embedding, Linear, normal, product
+from magma_jax.nn.layers import Embedding, Initializer, Linear, normal, product
 from magma_jax.nn.modules import LanguageParam
 from magma_jax.nn.quantized import QUANTIZED, float_dtype
 from magma_jax.nn.transformer.config import BlockConfig, NormConfig, TrunkConfig
@@ -60,6 +60,10 @@ class DecoderConfig:
         """Config of the layers between embeddings and final hidden states, without adapters."""
         raise NotImplementedError
 
+    def embedding_init(self) -> Initializer:
+        """Initializer of a fresh embedding table."""
+        return normal(self.embedding_std)
+
 
 class Decoder(Trunk):
     """A language model: ``embed`` before its layers, ``logits`` after them.
@@ -87,7 +91,7 @@ class Decoder(Trunk):
             config.vocab_rows,
             config.width,
             param=LanguageParam,
-            weight_init=normal(config.embedding_std),
+            weight_init=config.embedding_init(),
             dtype=float_dtype(config.dtype),
             rngs=rngs,
         )

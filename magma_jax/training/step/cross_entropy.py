@@ -45,6 +45,28 @@ def cross_entropy(
         label_smoothing: share of the target probability that is spread evenly over all tokens, the label included.
         logit_bytes: limit of the logits per device at a time; a chunk has at least one position of each row.
     """
+    loss, count, predicted, _ = _by_chunks(project, hidden, labels, label_smoothing, logit_bytes, each=False)
+    return loss, count, predicted
+
+
+def cross_entropy_of_each(
+    project: Project,
+    hidden: Float[Array, "B S D"],
+    labels: Int[Array, "B S"],
+    *,
+    logit_bytes: int = LOGIT_BYTES,
+) -> tuple[Float[Array, ""], Int[Array, ""], Int[Array, ""], Float[Array, "B S"]]:
+    """The results of ``cross_entropy``, and the loss of every label, 0 for those that are ``IGNORED``.
+
+    Only the sum has derivatives; the losses of labels are for sums over parts of them that are logged.
+    """
+    loss, count, predicted, losses = _by_chunks(project, hidden, labels, label_smoothing, logit_bytes, each=True)
+    return loss, count, predicted, jax.lax.stop_gradient(losses)
+
+
+def _by_chunks(
+    project: Project, hidden: Array, labels: Array, smoothing: float, logit_bytes: int, *, each: bool
+) -> tuple[Any, ...]:
     batch, length, width = hidden.shape
     size = jax.eval_shape(project, hidden).shape[-1] * batch * 4 / _devices(hidden)
     stretches = -(-length // max(1, int(logit_bytes / size)))
@@ -58,23 +80,29 @@ def cross_entropy(
     converted: Any = jax.closure_convert(project, hidden[0])
     project, weights = converted
     # The decorator hides the return type.
-    loss, predicted = cast(tuple[Array, Array], _summed(project, label_smoothing, hidden, padded, *weights))
-    return loss, jnp.sum(labels != IGNORED), predicted
+    loss, predicted, losses = cast(
+        tuple[Array, Array, Array | None], _summed(project, smoothing, each, hidden, padded, *weights)
+    )
+    if losses is not None:
+        losses = losses.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+    return loss, jnp.sum(labels != IGNORED), predicted, losses
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(project, smoothing, hidden, labels, *weights):
-    """Loss and number of predicted labels, summed over chunks (N, B, S, D)."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _summed(project, smoothing, each, hidden, labels, *weights):
+    """Loss and number of predicted labels, summed over chunks (N, B, S, D), and with ``each`` the losses (N, B, S)."""
 
     def body(sums, inputs):
         hidden, labels = inputs
-        loss, predicted, _ = _losses(project(hidden, *weights), labels, smoothing)
-        return (sums[0] + loss, sums[1] + predicted), None
+        losses, predicted, _ = _losses(project(hidden, *weights), labels, smoothing)
+        return (sums[0] + losses.sum(), sums[1] + predicted), losses if each else None
 
-    return jax.lax.scan(body, (jnp.zeros(()), jnp.zeros((), jnp.int32)), (hidden, labels))[0]
+    start = (jnp.zeros(()), jnp.zeros((), jnp.int32))
+    (loss, predicted), losses = jax.lax.scan(body, start, (hidden, labels))
+    return loss, predicted, losses
 
 
-def _forward(project, smoothing, hidden, labels, *weights):
+def _forward(project, smoothing, each, hidden, labels, *weights):
     values = dict(enumerate(weight.value for weight in weights))
     learned = {i: values[i] for i, weight in enumerate(weights) if weight.perturbed}
 
@@ -82,19 +110,20 @@ def _forward(project, smoothing, hidden, labels, *weights):
         loss, predicted, gradients = carry
         hidden, labels = inputs
         logits, pullback = jax.vjp(lambda h, w: project(h, *(values | w).values()), hidden, learned)
-        new_loss, new_predicted, logits_gradient = _losses(logits, labels, smoothing)
+        losses, new_predicted, logits_gradient = _losses(logits, labels, smoothing)
         hidden_gradient, new = pullback(logits_gradient)
         gradients = jax.tree.map(jnp.add, gradients, new)
-        return (loss + new_loss, predicted + new_predicted, gradients), hidden_gradient
+        carry = loss + losses.sum(), predicted + new_predicted, gradients
+        return carry, (hidden_gradient, losses if each else None)
 
     start = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, learned))
-    (loss, predicted, gradients), hidden_gradient = jax.lax.scan(body, start, (hidden.value, labels.value))
-    return (loss, predicted), (hidden_gradient, [gradients.get(i) for i in values])
+    (loss, predicted, gradients), (hidden_gradient, losses) = jax.lax.scan(body, start, (hidden.value, labels.value))
+    return (loss, predicted, losses), (hidden_gradient, [gradients.get(i) for i in values])
 
 
-def _backward(project, smoothing, gradients, cotangents):
-    del project, smoothing
-    scale, _ = cotangents  # the number of predicted labels has no derivative
+def _backward(project, smoothing, each, gradients, cotangents):
+    del project, smoothing, each
+    scale, _, _ = cotangents  # the number of predicted labels and the losses of labels have no derivative
     hidden, weights = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
     return hidden, None, *weights
 
@@ -103,7 +132,7 @@ _summed.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _losses(logits, labels, smoothing):
-    """Loss and predicted labels, summed, and the gradient of that loss with respect to the logits."""
+    """Losses of labels, number of predicted ones, and the gradient of the losses' sum with respect to the logits."""
     counted = labels != IGNORED
     labels = jnp.where(counted, labels, 0)[..., None]
     largest = logits.max(-1)
@@ -112,14 +141,14 @@ def _losses(logits, labels, smoothing):
     target_logit = label_logit
     if smoothing:
         target_logit = (1 - smoothing) * label_logit + smoothing * logits.mean(-1)
-    loss = jnp.where(counted, log_total - target_logit, 0).sum()
+    losses = jnp.where(counted, log_total - target_logit, 0)
     # Recomputed, since keeping the exponentials above would take as much memory as the logits.
     probability = jnp.exp(logits - log_total[..., None])
     target = jnp.arange(logits.shape[-1]) == labels
     if smoothing:
         target = (1 - smoothing) * target + smoothing / logits.shape[-1]
     gradient = jnp.where(counted[..., None], probability - target, 0)
-    return loss, jnp.sum(counted & (label_logit >= largest)), gradient
+    return losses, jnp.sum(counted & (label_logit >= largest)), gradient
 
 
 def _devices(array: Array) -> int:

@@ -1,0 +1,90 @@
+"""CM3Leon: a decoder over text and image tokens (Yu et al. 2023).
+
+It is OPT's decoder without biases and without the weights of its norms. Where the paper is silent (ReLU, tied
+embeddings, number of heads), the values are those of OPT, whose code it was trained with.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from magma_jax.data.tokenizers.layout import VocabLayout
+from magma_jax.models.language.decoder import Activation, DecoderConfig, Head, check_heads
+from magma_jax.nn.layers import Initializer, truncated_normal
+from magma_jax.nn.transformer.config import BlockConfig, InitConfig, NormConfig, PositionTable, TrunkConfig
+
+# Fresh weights beyond this many standard deviations are redrawn (section 2.3).
+TRUNCATE = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CM3LeonConfig(DecoderConfig):
+    """Sizes of a CM3Leon model; the defaults are the 350M model, the model is ``models.language.decoder.Decoder``.
+
+    Attributes:
+        vocab_rows: rows of the embedding table, which is also the head; unused ones may follow those of ``vocabulary``.
+        vocabulary: which ids are special, text and image.
+        context_length: rows of the position table, without the two unused ones before them.
+        activation: activation of the MLP.
+        embedding_std: standard deviation of all fresh weights except the positions and the output layers, which start
+            at zero.
+        position_std: standard deviation of fresh positions.
+        dtype: dtype the weights are stored in.
+    """
+
+    layers: int = 24
+    width: int = 1024
+    heads: int = 16
+    feed_forward: int = 4096
+    vocab_rows: int = 65_536
+    vocabulary: VocabLayout = VocabLayout()
+    context_length: int = 4096
+    activation: Activation = "relu"
+    layernorm_eps: float = 1e-5
+    embedding_std: float = 0.006
+    position_std: float = 0.0002
+    dtype: str = "float32"
+    kind: Literal["cm3leon"] = "cm3leon"
+    head: ClassVar[Head] = "tied"
+
+    def __post_init__(self):
+        check_heads(self)
+        if self.vocabulary.image_ids.stop > self.vocab_rows:
+            raise ValueError(
+                f"the vocabulary has {self.vocabulary.image_ids.stop} ids, more than the {self.vocab_rows} vocab_rows; "
+                f"set vocab_rows to {self.vocabulary.rows}"
+            )
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the head, which is the embedding table."""
+        return self.vocab_rows
+
+    def embedding_init(self) -> Initializer:
+        """Truncated, as all weights are."""
+        return truncated_normal(self.embedding_std, TRUNCATE)
+
+    def trunk(self) -> TrunkConfig:
+        """No biases, norms without parameters, positions from row 2 on, fresh blocks that return their input."""
+        block = BlockConfig(
+            width=self.width,
+            heads=self.heads,
+            feed_forward=self.feed_forward,
+            norm=NormConfig(kind="plain", eps=self.layernorm_eps),
+            biases=(),
+            activation=self.activation,
+            init=InitConfig(std=self.embedding_std, truncate=TRUNCATE, zero_outputs=True),
+            dtype=self.dtype,
+        )
+        positions = PositionTable(length=self.context_length, offset=2, std=self.position_std)
+        return TrunkConfig(block=block, layers=self.layers, positions=positions)
+
+
+# Table 3; the numbers of heads are those of OPT models of these widths.
+CM3LEON_SIZES = {
+    name: CM3LeonConfig(layers, width, heads, 4 * width)
+    for name, layers, width, heads in [
+        ("cm3leon-350m", 24, 1024, 16),
+        ("cm3leon-760m", 24, 1536, 16),
+        ("cm3leon-7b", 32, 4096, 32),
+    ]
+}
