@@ -60,7 +60,7 @@ def cross_entropy_of_each(
 
     Only the sum has derivatives; the losses of labels are for sums over parts of them that are logged.
     """
-    loss, count, predicted, losses = _by_chunks(project, hidden, labels, label_smoothing, logit_bytes, each=True)
+    loss, count, predicted, losses = _by_chunks(project, hidden, labels, 0.0, logit_bytes, each=True)
     return loss, count, predicted, jax.lax.stop_gradient(losses)
 
 
