@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from magma_jax.families.magvlt.masking import draw_masks
 from magma_jax.models.magvlt.layout import Order
-from magma_jax.models.magvlt.model import Canvas, Magvlt, Modality, canvas_of
+from magma_jax.models.magvlt.model import Canvas, MagvltModel, Modality, canvas_of
 from magma_jax.nn.stack import Remat
 from magma_jax.training.step.cross_entropy import cross_entropy
 from magma_jax.training.step.terms import Term, Terms
@@ -62,7 +62,7 @@ class Totals(NamedTuple):
     length_right: Array
 
 
-def magvlt_loss(model: Magvlt, batch: Batch, key: PRNGKey | None, *, options: MagvltOptions) -> Terms:
+def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, options: MagvltOptions) -> Terms:
     """Terms of one batch, whose rows have the same task.
 
     Args:
@@ -113,7 +113,7 @@ def magvlt_loss(model: Magvlt, batch: Batch, key: PRNGKey | None, *, options: Ma
 
 
 def pass_totals(
-    model: Magvlt,
+    model: MagvltModel,
     order: Order,
     canvas: Canvas,
     predicted: Collection[Modality],

@@ -44,7 +44,7 @@ class Hidden(NamedTuple):
     bot: Array  # (B, D); the length head reads it, in the order image_first
 
 
-class Magvlt(Trunk):
+class MagvltModel(Trunk):
     """The transformer.
 
     Beside the members of ``Trunk`` it has the table ``wte`` (codes, then text tokens), which is also the head; the
