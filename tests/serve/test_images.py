@@ -10,28 +10,11 @@ import openai
 import pytest
 from PIL import Image
 
-from magma_jax.inference.image_queue import ImageQueue
-from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.network.form import MAX_FIELD_BYTES, MAX_PARTS
-from magma_jax.serve.prompts.images import ImageRules
 from tests import tiny
-from tests.serve.drawing import GREY, SIZE, TOKENS, Drawer
-from tests.serve.running import Running
+from tests.serve.drawing import GREY, SIZE, TOKENS
 
 RED, BLUE = tiny.COLOURS["red"], tiny.COLOURS["blue"]
-
-
-@pytest.fixture(scope="module")
-def drawer():
-    return Drawer()
-
-
-@pytest.fixture(scope="module")
-def drawing(drawer):
-    config = ServerConfig("drawer", timeout=2, images=ImageRules(max_bytes=100_000, max_pixels=1_000_000))
-    running = Running(ImageQueue(drawer, 4), config)
-    yield running
-    running.stop()
 
 
 @pytest.fixture(scope="module")
