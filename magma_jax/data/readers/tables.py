@@ -1,8 +1,8 @@
 """Tables of one's own: a row is an image with captions, questions and answers.
 
-JSON lines, JSON lists, CSV, TSV and Parquet. Images are named by path, or embedded as ``{"bytes", "path"}``, as in Hugging
-Face's datasets. Also a folder with ``metadata.jsonl`` or ``metadata.csv`` beside its images (imagefolder), a folder of
-Parquet shards, and LLaVA's conversations.
+JSON lines, JSON lists, CSV, TSV and Parquet. Images are named by path, or embedded as ``{"bytes", "path"}``, as in
+Hugging Face's datasets. Also a folder with ``metadata.jsonl`` or ``metadata.csv`` beside its images (imagefolder), a
+folder of Parquet shards, and LLaVA's conversations.
 """
 
 import csv
