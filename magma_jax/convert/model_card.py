@@ -33,8 +33,8 @@ def model_card(
         split = (results.get("protocol") or {}).get("split", "")
         parts.append(_table(f"Figures on the held-out split {split}".rstrip(), ("figure", "value"), figures))
     parts.append(
-        "## Licences\n\nmagma_jax itself is under Apache-2.0. The licence of these weights follows from the data and the\n"
-        "published weights above; write it here, and in the head of this file.\n"
+        "## Licences\n\nmagma_jax itself is under Apache-2.0. The licence of these weights follows from the data and\n"
+        "the published weights above; write it here, and in the head of this file.\n"
     )
     return "\n".join(parts)
 
@@ -52,12 +52,8 @@ def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _figures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    figures = {name: value for name, value in results.items() if name not in _NO_FIGURES}
-    return [
-        (name, f"{value:.4g}")
-        for name, value in figures.items()
-        if isinstance(value, int | float) and value is not True
-    ]
+    found = {name: value for name, value in results.items() if isinstance(value, int | float)}
+    return [(name, f"{value:.4g}") for name, value in found.items() if not isinstance(value, bool)]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ def unstack(layers: Any, length: int) -> Any:
 
 
 def stack_params(params: Params, below: str) -> Params:
-    """Parameters with the unstacked layers at ``BELOW0/...``, ``BELOW1/...`` and so on stacked again, at ``BELOW...``."""
+    """Parameters with the unstacked layers at ``BELOW0/...``, ``BELOW1/...`` and so on stacked, at ``BELOW...``."""
     rows: dict[str, dict[int, Any]] = {}
     others: Params = {}
     for path, leaf in params.items():
