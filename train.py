@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return commands.run("train.py", lambda: _train(arguments), resumable=arguments.resume)
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(arguments: argparse.Namespace) -> int:
     # Imported here: JAX takes seconds to import, and --help does not need it.
     from magma_jax.config import apply_overrides, config_name, load_config_file, settings
     from magma_jax.evaluation.own_split import evaluate_run
@@ -65,15 +65,18 @@ def _train(arguments: argparse.Namespace) -> None:
     config = run_config(apply_overrides(load_config_file(arguments.config), arguments.set))
     if arguments.show:
         print(printable("\n".join(settings(config))))
-        return
+        return 0
     profile = StepRange.parse(arguments.profile_steps) if arguments.profile_steps else None
     with distributed_run(arguments.distributed):
         run = train(family_of(config.model), config, workdir, resume=arguments.resume, profile=profile)
+    if run.interrupted:
+        return commands.STOPPED
     # Evaluation runs in one process.
-    if config.evaluate and not run.interrupted and not arguments.distributed:
+    if config.evaluate and not arguments.distributed:
         evaluate_run(open_token_generator, workdir)
         print(f"\nReport: {workdir / 'report.html'}")
         print(f"An image of your own: python -m magma_jax.generate --checkpoint {workdir} image.png")
+    return 0
 
 
 if __name__ == "__main__":

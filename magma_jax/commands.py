@@ -1,7 +1,8 @@
 """Argument parsing and exit statuses of all commands.
 
 Exit status: 0 success; 1 a check found a difference or a misfit, or the loss is not finite; 2 unusable input, with
-one line on standard error; 130 interrupted by Ctrl-C. A bug gives a traceback.
+one line on standard error; 130 interrupted by Ctrl-C; 143 a training run that a signal stopped, with a checkpoint from
+which the same command continues. A bug gives a traceback.
 """
 
 import argparse
@@ -11,7 +12,8 @@ from typing import NoReturn
 
 from magma_jax.output import FailedError, error_line, printable
 
-FOUND, UNUSABLE, INTERRUPTED = 1, 2, 130
+# 143 is 128 + SIGTERM, as from a process without a handler: schedulers know it, and neither is a run complete.
+FOUND, UNUSABLE, INTERRUPTED, STOPPED = 1, 2, 130, 143
 
 # Errors reported in one line instead of a traceback. ValueError: the package's own errors. FailedError: failures that
 # the input did not cause. MemoryError: sizes that a file claims. FloatingPointError: a loss that is not finite.

@@ -2,8 +2,10 @@
 
 import importlib
 import re
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,10 @@ def test_an_interruption_and_a_bug(capsys):
 
 def test_the_status_of_what_was_done():
     assert [commands.run("x", lambda status=status: status) for status in (None, 0, 1)] == [0, 0, 1]
+
+
+def test_a_run_that_a_signal_stopped_is_not_complete(monkeypatch, tmp_path):
+    run = types.SimpleNamespace(interrupted=True)
+    monkeypatch.setattr("magma_jax.training.loop.train", lambda *arguments, **options: run)
+    train = importlib.import_module("train")
+    assert train.main(["--workdir", str(tmp_path)]) == commands.STOPPED == 128 + signal.SIGTERM

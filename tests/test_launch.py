@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from magma_jax.commands import FOUND, STOPPED, UNUSABLE
 from magma_jax.config import apply_overrides, load_config_file
 from magma_jax.families import run_config
 
@@ -63,3 +64,42 @@ def options(program: str) -> set[str]:
     """The options that a program knows, as its source names them."""
     path = "train.py" if program == "train" else program.replace(".", "/") + "/__main__.py"
     return set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', (ROOT / path).read_text()))
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (143, True), (2, False), (1, False)])
+def test_slurm_requeues_a_stopped_run_and_no_failed_one(tmp_path, status, requeued):
+    """The script of the page, with programs in the places of SLURM's."""
+    script = next(text for page, _, _, text in BLOCKS if page == "slurm" and text.startswith("#!/bin/bash"))
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/activate").touch()
+    for name, does in {"srun": f'echo "$@" > srun.txt; exit {status}', "scontrol": 'echo "$@" > scontrol.txt'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8"}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == status
+    assert (tmp_path / "srun.txt").read_text().startswith("--cpus-per-task=8 python train.py --config")
+    assert (tmp_path / "scontrol.txt").exists() == requeued
+
+
+def test_kubernetes_starts_a_stopped_run_again_and_no_unusable_one():
+    """The rules that Kubernetes documents for a podFailurePolicy, and what the statuses of train.py meet."""
+    text = next(text for page, _, language, text in BLOCKS if page == "gke" and language == "yaml")
+    (job,) = (document["spec"] for document in yaml.safe_load_all(text) if document["kind"] == "Job")
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    rules = job["podFailurePolicy"]["rules"]
+    for rule in rules:
+        assert rule["action"] in ("FailJob", "FailIndex", "Ignore", "Count")
+        assert ("onExitCodes" in rule) != ("onPodConditions" in rule)
+        if codes := rule.get("onExitCodes"):
+            assert codes["operator"] in ("In", "NotIn")
+            assert codes["values"] == sorted(set(codes["values"]))
+            assert codes["operator"] == "NotIn" or 0 not in codes["values"]
+
+    def action(status):
+        found = (rule["action"] for rule in rules if status in rule.get("onExitCodes", {}).get("values", ()))
+        return next(found, "Count")
+
+    statuses = (STOPPED, UNUSABLE, FOUND)
+    assert [action(status) for status in statuses] == ["Ignore", "FailJob", "Count"]
+    assert "DisruptionTarget" in str(rules[0])

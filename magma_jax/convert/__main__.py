@@ -4,6 +4,7 @@
     python -m magma_jax.convert to-torch FOLDER CKPT.pt
     python -m magma_jax.convert to-safetensors FOLDER CKPT.safetensors
     python -m magma_jax.convert to-hf FOLDER OUT
+    python -m magma_jax.convert export RUN OUT [--to params]
     python -m magma_jax.convert compose --lm LM --encoder ENCODER --config CONFIG.py OUT [--set KEY=VALUE ...]
     python -m magma_jax.convert verify A B [--tolerance X] [--json]
     python -m magma_jax.convert verify CKPT --golden FILE.npz [--model-config FILE.json] [--json]
@@ -57,6 +58,22 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("folder", help="model folder or run folder")
         command.add_argument("out", help=f"{kind} to write; must not exist")
         command.set_defaults(run=name)
+
+    command = subparsers.add_parser("export", help="run or model folder, of any family, to one folder to share")
+    command.add_argument("folder", help="model folder or run folder")
+    command.add_argument("out", help="folder to write; must not exist")
+    command.add_argument(
+        "--to",
+        default="safetensors",
+        choices=("safetensors", "params"),
+        help="one file, or arrays that many processes read in parts; default %(default)s",
+    )
+    command.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="take a run's moving averages, or its weights; default: as the run was validated",
+    )
+    command.set_defaults(run="export")
 
     command = subparsers.add_parser("quantize", help="model folder with the language model's matrices in 8 or 4 bits")
     command.add_argument("folder", help="model folder or run folder")

@@ -13,6 +13,7 @@ from magma_jax.storage.checksums import (
     regular_files,
     write_checksums,
 )
+from magma_jax.storage.exported_weights import EXPORTED_FILE
 from magma_jax.storage.model_folder import (
     LISTED,
     MODEL_FILE,
@@ -94,7 +95,8 @@ def _damages(path: str | Path) -> Iterator[str]:
         read_model_json(path)
     if (listed := read_checksums(folder)) is None:
         raise CheckpointError(unchecked(path))
-    for name in regular_files(folder, folder / PARAMS):
+    weights = folder / PARAMS if (folder / PARAMS).is_dir() else folder / EXPORTED_FILE
+    for name in regular_files(folder, weights):
         if name not in listed:
             yield f"{name} is not listed in {SUMS_FILE}"
     with comparing(folder, listed) as damages:

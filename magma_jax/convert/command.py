@@ -9,6 +9,7 @@ from magma_jax.config import apply_overrides, load_config_file
 from magma_jax.convert.check_folder import add_checksums, check_folder
 from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.compose import compose
+from magma_jax.convert.export import export
 from magma_jax.convert.hf_export import to_hf
 from magma_jax.convert.magma_checkpoint import from_torch, to_safetensors, to_torch
 from magma_jax.convert.quantize import quantize_folder
@@ -16,6 +17,7 @@ from magma_jax.convert.verify import read_model_config, verify
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.families import run_config
 from magma_jax.storage.hub import local_path
+from magma_jax.storage.model_folder import CARD_FILE
 
 
 def _from_torch(options: argparse.Namespace) -> int:
@@ -46,6 +48,12 @@ def _export(function: Callable[[str, str], None], options: argparse.Namespace) -
     return 0
 
 
+def _export_folder(options: argparse.Namespace) -> int:
+    counts = export(options.folder, options.out, options.to, ema=options.ema)
+    print(f"{options.out}: {sum(counts.values()):,} parameters, and a model card to complete in {CARD_FILE}")
+    return 0
+
+
 def _verify(options: argparse.Namespace) -> int:
     if (options.other is not None) + (options.golden is not None) + options.checksums != 1:
         raise ValueError("verify takes either two checkpoints, or one and --golden FILE.npz, or one and --checksums")
@@ -72,6 +80,7 @@ RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "to-torch": functools.partial(_export, to_torch),
     "to-safetensors": functools.partial(_export, to_safetensors),
     "to-hf": functools.partial(_export, to_hf),
+    "export": _export_folder,
     "quantize": _quantize,
     "compose": _compose,
     "verify": _verify,

@@ -3,6 +3,7 @@
 python -m magma_jax.data convert --from coco captions_val2014.json data/coco_val --images val2014
 python -m magma_jax.data convert --from vqav2 v2_OpenEnded_mscoco_val2014_questions.json data/vqa --images val2014
 python -m magma_jax.data convert --from folder my_images data/mine
+python -m magma_jax.data convert --from table my.jsonl data/mine --split train=0.9 validation=0.05 test=0.05
 python -m magma_jax.data show data/mine
 python -m magma_jax.data tokenizer captions.txt tokenizer.json --vocab-size 56320
 """
@@ -29,6 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--from", dest="format", required=True, choices=READERS, metavar="FORMAT", help=", ".join(READERS))
     one.add_argument("--images", type=Path, help="folder with the images, at any depth")
     one.add_argument("--option", nargs="*", default=[], metavar="KEY=VALUE", help="options of the format")
+    one.add_argument(
+        "--split",
+        nargs="+",
+        metavar="NAME=SHARE",
+        help="write OUT/NAME for every split, as train=0.9 validation=0.05 test=0.05; copies of an image stay together",
+    )
     one.add_argument("--shard-records", type=int, default=ConvertOptions.shard_records, help="default: %(default)s")
     one.add_argument("--workers", type=int, help="worker processes, 0 to run in this process; default: one per core")
     one.add_argument("--check", choices=get_args(Check), default="decode", help="default: %(default)s")

@@ -4,6 +4,7 @@ import argparse
 import functools
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 from magma_jax.data.format.record_folder import StoredRecords
@@ -13,6 +14,7 @@ from magma_jax.data.tokenizers.training import train_tokenizer
 from magma_jax.data.write.beam import convert_with_beam
 from magma_jax.data.write.conversion import ConvertOptions, convert
 from magma_jax.data.write.prepare import PrepareOptions
+from magma_jax.data.write.splits import convert_splits, parse_split
 from magma_jax.output import printable
 
 
@@ -37,11 +39,20 @@ def _convert(arguments: argparse.Namespace) -> None:
         arguments.max_skipped,
     )
     source = {"format": arguments.format, "file": arguments.source.name, **options}
-    if arguments.runner == "beam":
-        info = convert_with_beam(entries, arguments.out, how, source=source, beam_options=arguments.beam)
+    if arguments.split:
+        if arguments.runner == "beam":
+            raise DataError("--split is not for --runner beam; convert every split of such a dataset by itself")
+        infos = convert_splits(entries, arguments.out, parse_split(arguments.split), how, source=source)
+        for name, info in infos.items():
+            _tell(arguments.out / name, info)
+    elif arguments.runner == "beam":
+        _tell(arguments.out, convert_with_beam(entries, arguments.out, how, source=source, beam_options=arguments.beam))
     else:
-        info = convert(entries(), arguments.out, how, source=source)
-    print(f"{arguments.out}: {info['records']} records, {info['captions']} captions, {info['questions']} questions")
+        _tell(arguments.out, convert(entries(), arguments.out, how, source=source))
+
+
+def _tell(out: Path, info: dict[str, Any]) -> None:
+    print(f"{out}: {info['records']} records, {info['captions']} captions, {info['questions']} questions")
     for reason, count in info["skipped"].items():
         remark = " (expected: not counted against --max-skipped)" if reason in EXPECTED else ""
         print(printable(f"samples left out: {count} x {reason}{remark}"))

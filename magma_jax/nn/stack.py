@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from magma_jax.nn.modules import Statistic, abstract, merge, split
+from magma_jax.typing import Params
 
 Remat = Literal["none", "dots", "full"]
 
@@ -34,6 +35,19 @@ def unstack(layers: Any, length: int) -> Any:
     """The ``length`` layers of a stack as a list of layers with separate arrays, at ``0/...``, ``1/...`` and so on."""
     definition, params = split(layers)
     return nnx.List([merge(definition, {path: leaf[i] for path, leaf in params.items()}) for i in range(length)])
+
+
+def stack_params(params: Params, below: str) -> Params:
+    """Parameters with the unstacked layers at ``BELOW0/...``, ``BELOW1/...`` and so on stacked, at ``BELOW...``."""
+    rows: dict[str, dict[int, Any]] = {}
+    others: Params = {}
+    for path, leaf in params.items():
+        number, slash, rest = path.removeprefix(below).partition("/")
+        if path.startswith(below) and slash and number.isdecimal():
+            rows.setdefault(f"{below}{rest}", {})[int(number)] = leaf
+        else:
+            others[path] = leaf
+    return others | {path: jnp.stack([layers[i] for i in range(len(layers))]) for path, layers in rows.items()}
 
 
 def scan(

@@ -1,9 +1,10 @@
 """Model folders: a model's config and all its parameters on disk.
 
     model.json    config, source, settings of a run
-    params/       all parameters, nested dicts for Orbax
+    params/       all parameters, nested dicts for Orbax; an exported folder has model.safetensors instead
     tokenizer/    the vocabulary
-    SHA256SUMS    checksums of all these files
+    README.md     model card of an exported folder
+    SHA256SUMS    checksums of all these files but the card, which may be edited
 
 Reading detects files that have changed. A folder may omit parameters and name in ``model.json`` the folder that holds
 them, its base: this lets runs share one frozen language model. A folder is written atomically.
@@ -34,6 +35,7 @@ from magma_jax.storage.checksums import (
     write_checksums,
 )
 from magma_jax.storage.deferred import Deferred
+from magma_jax.storage.exported_weights import EXPORTED_FILE, open_exported, read_exported
 from magma_jax.typing import Params
 
 MODEL_FILE = "model.json"
@@ -43,7 +45,8 @@ BASE = "base"
 TORCH_FILE = "torch.json"
 BUFFER_FILE = "torch_buffers.npz"
 # Files of the checksum list; a run adds others later.
-LISTED = (MODEL_FILE, PARAMS, "tokenizer", TORCH_FILE, BUFFER_FILE)
+LISTED = (MODEL_FILE, PARAMS, EXPORTED_FILE, "tokenizer", TORCH_FILE, BUFFER_FILE)
+CARD_FILE = "README.md"
 # Disk space for everything except parameters.
 _OTHER_NBYTES = 32 * 2**20
 
@@ -53,10 +56,14 @@ _REMEDY = "put the old file back or write the folder again"
 
 
 class _Stored(NamedTuple):
-    """Lazy parameters of a folder without its base, and the checksums of each parameter's files."""
+    """Lazy parameters of a folder without its base, and the checksums of each parameter's files.
+
+    Those of an exported folder, which has one file for all of them, were compared already.
+    """
 
     arrays: dict[str, Deferred]
     sums: dict[str, dict[str, str]]
+    exported: bool = False
 
 
 def write_model_folder(
@@ -65,6 +72,7 @@ def write_model_folder(
     params: Mapping[str, Any],
     write_extras: Callable[[Path], object] = lambda folder: None,
     progress: Callable[[int], None] = lambda nbytes: None,
+    write_params: Callable[..., object] | None = None,
 ) -> None:
     """Writes a model folder atomically: under another name beside ``path``, then renamed.
 
@@ -77,6 +85,7 @@ def write_model_folder(
             layer, so that a model may be larger than memory.
         write_extras: adds files such as the tokenizer.
         progress: called with the number of bytes after each write.
+        write_params: ``(folder, params, progress)`` writes the parameters; default: as ``params/``.
 
     Raises:
         CheckpointError: ``path`` already exists, or the disk is too small.
@@ -93,11 +102,14 @@ def write_model_folder(
         with whole_output(path, nbytes=nbytes_of(params) + _OTHER_NBYTES) as partial:
             partial.mkdir()
             barrier("model folder begun")
-            write_arrays(partial / PARAMS, params, progress)
+            if write_params is None:
+                write_arrays(partial / PARAMS, params, progress)
+            else:
+                write_params(partial, params, progress)
             write_extras(partial)
             values = metadata() if callable(metadata) else metadata
             (partial / MODEL_FILE).write_text(json.dumps(values, indent=2) + "\n")
-            write_checksums(partial)
+            write_checksums(partial, leave_out=(CARD_FILE,))
     except OutputError as error:
         raise CheckpointError(str(error)) from None
     barrier("model folder written")
@@ -185,7 +197,7 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
         CheckpointError: a path is missing or has another shape, a file has changed since it was written, or the base
             is missing.
     """
-    stored, sums = _open_own_params(path)
+    stored, sums, exported = _open_own_params(path)
     absent = {name: shape for name, shape in shapes.items() if name not in stored}
     if absent and (base := base_folder(path)):
         inherited = read_params(base, absent)
@@ -210,6 +222,8 @@ def read_params(path: str | Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) ->
     order = sorted(shapes, key=lambda name: -math.prod(shapes[name].shape))
     files = {file: digest for name in order if is_main() for file, digest in sums.get(name, {}).items()}
     wanted = {name: with_sharding(shape) for name, shape in shapes.items()}
+    if exported:
+        return _compared(folder, {}, lambda: read_exported(stored, wanted))
     return _compared(folder, files, lambda: read_arrays(folder / PARAMS, wanted, stored), json_from_main)
 
 
@@ -221,7 +235,7 @@ def open_params(path: str | Path) -> dict[str, Deferred]:
             changed since they were written.
     """
     base, folder = base_folder(path), Path(path).absolute()
-    stored, sums = _open_own_params(path)
+    stored, sums, _ = _open_own_params(path)
     own = {name: _checked(folder, tensor, sums.get(name, {})) for name, tensor in stored.items()}
     return (open_params(base) if base else {}) | own
 
@@ -229,6 +243,8 @@ def open_params(path: str | Path) -> dict[str, Deferred]:
 def _open_own_params(path: str | Path) -> _Stored:
     folder = Path(path).absolute()
     if not (folder / PARAMS).is_dir():
+        if (folder / EXPORTED_FILE).exists():
+            return _open_exported(path)
         raise CheckpointError(f"{path}: not a model folder (no {PARAMS}/)")
     # Also rejects links, pipes and devices.
     there, listed = regular_files(folder, folder / PARAMS), read_checksums(folder)
@@ -253,6 +269,19 @@ def _open_own_params(path: str | Path) -> _Stored:
         sums.get(array, others)[name] = digest
     _compared(folder, others)
     return _Stored(stored, sums)
+
+
+def _open_exported(path: str | Path) -> _Stored:
+    folder = Path(path).absolute()
+    regular_files(folder, folder / EXPORTED_FILE)  # rejects links, pipes and devices
+    listed = read_checksums(folder)
+    if listed is None:
+        _say_unchecked(path)
+    elif EXPORTED_FILE not in listed:
+        raise CheckpointError(f"{path}: {SUMS_FILE} does not list {EXPORTED_FILE}; {_REMEDY}")
+    sums = {} if listed is None else {EXPORTED_FILE: listed[EXPORTED_FILE]}
+    # Every process compares: the file is read whole by each of them anyway.
+    return _Stored(_compared(folder, sums, lambda: open_exported(folder)), {}, exported=True)
 
 
 def _compared(

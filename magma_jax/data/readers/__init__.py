@@ -14,6 +14,7 @@ from magma_jax.data.readers.folders import read_folder, read_magma, read_tfds
 from magma_jax.data.readers.openmoji import read_openmoji
 from magma_jax.data.readers.questions import read_gqa, read_hateful_memes, read_snli_ve, read_vizwiz, read_vqa
 from magma_jax.data.readers.regions import read_localized_narratives, read_visual_genome
+from magma_jax.data.readers.tables import read_llava, read_table
 from magma_jax.data.readers.web import read_cc3m, read_cc12m, read_img2dataset, read_laion, read_wit
 
 Reader = Callable[..., Iterator[Record | Skipped]]
@@ -38,11 +39,13 @@ READERS: dict[str, Reader] = {
     "tfds": read_tfds,
     "magma": read_magma,
     "folder": read_folder,
+    "table": read_table,
+    "llava": read_llava,
     "openmoji": read_openmoji,
 }
 
-# Formats that contain their images, so that no image folder is needed.
-SELF_CONTAINED = frozenset({"img2dataset", "tfds", "magma", "folder", "openmoji"})
+# Formats that contain their images or say where they are, so that no image folder is needed.
+SELF_CONTAINED = frozenset({"img2dataset", "tfds", "magma", "folder", "table", "openmoji"})
 
 
 def read(name: str, source: Path, images: Path | None = None, **options: Any) -> Iterator[Record | Skipped]:

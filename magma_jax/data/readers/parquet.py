@@ -13,13 +13,22 @@ from magma_jax.data.format.records import DataError
 from magma_jax.data.readers.common import check_file
 from magma_jax.output import error_line
 
+# Rows that are held at a time; with embedded images some hundred megabytes.
+_ROWS = 1024
+
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a file; dates, times, durations and decimals become text.
+    """Yields the rows of a file as JSON values; dates, times, durations and decimals become text.
 
     Raises:
         DataError: not a complete parquet file, or duplicate column names.
     """
+    for row in raw_parquet_rows(path):
+        yield json.loads(json.dumps(row, default=str))
+
+
+def raw_parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file as Python values, bytes included; errors as of ``parquet_rows``."""
     check_file(path)
     try:
         file = parquet.ParquetFile(path)
@@ -27,10 +36,9 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         if twice := {name for name in names if names.count(name) > 1}:
             raise DataError(f"{path}: two columns are called {min(twice)}; rename one")
         with file:
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(_ROWS):
                 columns = [_values(column) for column in batch.columns]
-                rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-                yield from json.loads(json.dumps(rows, default=str))
+                yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
     except DataError:
         raise
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from magma_jax.config import to_dict
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.families.magma.images import image_spec
 from magma_jax.families.magma.loading import LAYERS, load_magma
@@ -37,8 +38,11 @@ from magma_jax.inference.prompts import (
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.models.vision.catalog import normalize_for
 from magma_jax.nn.modules import Definition, abstract, merge
+from magma_jax.nn.stack import stack_params
 from magma_jax.runtime.compile import platform_jit, trim_after_compile
+from magma_jax.storage.model_folder import write_model_folder
 from magma_jax.typing import Array, Float, Int, Params
+from magma_jax.version import __version__
 
 
 class ForwardOutput(NamedTuple):
@@ -105,6 +109,16 @@ class Magma:
             model.
         """
         return cls(*load_magma(path, dtype, mesh, model_config, ema))
+
+    def save(self, path: str | Path) -> None:
+        """Writes a model folder; ``from_checkpoint`` reads the same bits.
+
+        Raises:
+            CheckpointError: ``path`` already exists, or the disk is too small.
+        """
+        metadata = {"model": to_dict(self.config), "magma_jax": __version__}
+        params = stack_params(self.params, LAYERS)
+        write_model_folder(path, metadata, params, lambda made: self.tokenizer.save(made / "tokenizer"))
 
     def answers(
         self, prompts: Iterable[Prompt], options: AnswerOptions = AnswerOptions(), *, count: int | None = None

@@ -1,0 +1,126 @@
+"""Runs and model folders exported as one folder: the same bits, opened elsewhere, read by others."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from magma_jax import Magma
+from magma_jax.config import to_dict
+from magma_jax.convert.__main__ import main
+from magma_jax.families import open_generator
+from magma_jax.models.magma import MagmaModel
+from magma_jax.nn.modules import split
+from magma_jax.storage.model_folder import CheckpointError, write_model_folder
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run whose frozen parameters are in another folder."""
+    folder = tmp_path_factory.mktemp("export")
+    from flax import nnx
+
+    tokenizer = tiny.dataset().tokenizer
+    params = split(MagmaModel(tiny.MODEL, rngs=nnx.Rngs(3)))[1]
+    base = {"model": to_dict(tiny.MODEL), "source": {"file": "gpt.pt", "sha256": {"gpt.pt": "ab"}}}
+    write_model_folder(folder / "base", base, params, lambda made: tokenizer.save(made / "tokenizer"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("magma_jax.training.run.setup.load_dataset", lambda config: tiny.dataset())
+        tiny.train(tiny.run_config(steps=1, base=str(folder / "base"), weights={}), folder / "run")
+    (folder / "run/results.json").write_text(
+        json.dumps({"caption_exact": 56.7, "bleu4": 0.8, "blind": {}, "protocol": {"split": "test"}})
+    )
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(trained):
+    """Exported, with the run and its base gone."""
+    out = trained.parent / "mine"
+    assert main(["export", str(trained), str(out)]) == 0
+    return out
+
+
+def assert_same(one, other):
+    assert one.params.keys() == other.params.keys()
+    for path, leaf in one.params.items():
+        np.testing.assert_array_equal(leaf, other.params[path], err_msg=path)
+        assert leaf.dtype == other.params[path].dtype
+
+
+def test_another_folder_opens_with_the_same_bits(trained, exported, tmp_path):
+    model = Magma.from_checkpoint(trained)
+    shutil.copytree(exported, tmp_path / "elsewhere")
+    assert_same(model, open_generator(tmp_path / "elsewhere"))
+    assert main(["export", str(trained), str(tmp_path / "arrays"), "--to", "params"]) == 0
+    assert_same(model, Magma.from_checkpoint(tmp_path / "arrays"))
+    # An export can be exported, and converted as its source can.
+    assert main(["export", str(exported), str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    assert main(["to-torch", str(exported), str(tmp_path / "mine.pt")]) == 0
+    assert main(["verify", str(tmp_path / "mine.pt"), str(trained)]) == 0
+
+
+def test_files_are_complete_and_readable_by_others(trained, exported):
+    names = {path.name for path in exported.iterdir()}
+    assert names == {"model.json", "model.safetensors", "tokenizer", "README.md", "SHA256SUMS"}
+    metadata = json.loads((exported / "model.json").read_text())
+    assert "base" not in metadata
+    arrays, model = load_file(exported / "model.safetensors"), Magma.from_checkpoint(trained)
+    assert arrays.keys() == model.params.keys()
+    for path, leaf in arrays.items():
+        np.testing.assert_array_equal(leaf, model.params[path], err_msg=path)
+    _, head, text = (exported / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head) == {"library_name": "magma_jax", "tags": ["magma", "jax"], "license": "other"}
+    assert "| caption_exact | 56.7 |" in text
+    assert "| steps | 1 |" in text
+    assert "| adapter | " in text
+
+
+def test_weights_are_placed_on_a_mesh(exported):
+    mesh = jax.make_mesh((1, 2, 1), ("data", "fsdp", "model"), devices=jax.devices()[:2])
+    model = Magma.from_checkpoint(exported, mesh=mesh)
+    assert_same(Magma.from_checkpoint(exported), model)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in model.params.values())
+    half = Magma.from_checkpoint(exported, dtype="bfloat16")
+    assert {str(leaf.dtype) for leaf in half.params.values()} == {"bfloat16"}
+
+
+def test_damage_is_noticed_and_the_card_may_be_edited(exported, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(exported, folder)
+    (folder / "README.md").write_text("mine")
+    assert main(["verify", str(folder), "--checksums"]) == 0
+    Magma.from_checkpoint(folder)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-9] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has changed since it was written"):
+        Magma.from_checkpoint(folder)
+    (folder / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        Magma.from_checkpoint(folder)
+
+
+def test_what_cannot_be_exported_is_said(exported, tmp_path, capsys):
+    assert main(["export", str(exported), str(exported)]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    assert "not a model folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_memory_is_saved(trained, tmp_path):
+    model = Magma.from_checkpoint(trained)
+    model.save(tmp_path / "saved")
+    assert_same(model, Magma.from_checkpoint(tmp_path / "saved"))
+    model.remove_adapters().save(tmp_path / "bare")
+    bare = Magma.from_checkpoint(tmp_path / "bare")
+    assert not any("_adapter/" in path for path in bare.params)
+    with pytest.raises(CheckpointError, match="already exists"):
+        model.save(tmp_path / "saved")
