@@ -5,4 +5,5 @@ MODEL_CONFIG_KEYS = {
     "lm": ("n_heads", "rotary_dim", "seq_len", "layernorm_eps"),
     "encoder": ("res", "heads", "activation"),
     "adapter": ("activation",),
+    "image_tokenizer": ("resolution",),
 }
