@@ -27,7 +27,7 @@ TASKS: dict[int, tuple[Order, tuple[Modality, ...]]] = {
     BOTH: ("image_first", ("image", "text")),
 }
 # Random streams of a row's seed.
-MASK, UNROLL_MASK, UNROLL_DRAW, MIXSEL_MASK = range(4)
+MASK, GUESS, MIXSEL_MASK = range(3)
 
 
 class Totals(NamedTuple):
@@ -46,9 +46,9 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
 
     Args:
         model: the model.
-        batch: ``codes`` (B, I); ``tokens`` (B, T); ``lengths`` (B,), end token included; ``seeds`` (B,), which masks
-            and guesses follow from; ``task`` (B,), equal in all rows and on all hosts; and with MixSel what
-            ``mixing.mixed`` makes.
+        batch: ``codes`` (B, I); ``tokens`` (B, T); ``lengths`` (B,), end token included; ``seeds`` (B,), which the
+            masks follow from; ``task`` (B,), equal in all rows and on all hosts; with UnrollMask ``unroll_seeds`` (B,)
+            of guesses and second masks; and with MixSel what ``mixing.mixed`` makes.
         key: feeds dropout; None for none.
         options: see ``MagvltOptions``.
 
@@ -61,19 +61,19 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
     words = jnp.arange(first[1].shape[1]) < first[2][:, None]
     everywhere = jnp.ones(first[0].shape, bool)
 
-    def masks(stream: int, image: Array, text: Array, **options_: bool) -> Masks:
-        drawn = draw_masks(row_keys(seeds, stream), image, text, independent=options.independent_ratios, **options_)
+    def masks(keys: Array, image: Array, text: Array, *, nested: bool = False) -> Masks:
+        drawn = draw_masks(keys, image, text, independent=options.independent_ratios, nested=nested)
         # Counts are outside of the branches: accumulation asks for them alone, without a pass through the model.
         return Masks(drawn.image & (task != IMAGE_TO_TEXT), drawn.text & (task != TEXT_TO_IMAGE))
 
-    drawn = {"": masks(MASK, everywhere, words)}
+    drawn = {"": masks(row_keys(seeds, MASK), everywhere, words)}
     if options.unroll_weight and options.unroll_mask == "nested":
-        drawn["unroll_"] = masks(UNROLL_MASK, *drawn[""], nested=True)
+        drawn["unroll_"] = masks(row_keys(batch["unroll_seeds"], MASK), *drawn[""], nested=True)
     elif options.unroll_weight:
-        drawn["unroll_"] = masks(UNROLL_MASK, everywhere, words)
+        drawn["unroll_"] = masks(row_keys(batch["unroll_seeds"], MASK), everywhere, words)
     mixed = None
     if options.mixsel_weight:
-        drawn["mixsel_"] = masks(MIXSEL_MASK, batch["mixed_image_places"], batch["mixed_text_places"])
+        drawn["mixsel_"] = masks(row_keys(seeds, MIXSEL_MASK), batch["mixed_image_places"], batch["mixed_text_places"])
         mixed = canvas_of(
             batch["mixed_codes"],
             batch["mixed_tokens"],
@@ -98,7 +98,7 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
             hidden = hidden_of(canvas, keys[0])
             found = {"": totals(hidden, canvas, lengths=order == "image_first")}
             if "unroll_" in drawn:
-                guessed = unrolled(model, canvas, hidden, predicted, row_keys(seeds, UNROLL_DRAW), drawn["unroll_"])
+                guessed = unrolled(model, canvas, hidden, predicted, row_keys(batch["unroll_seeds"], GUESS), drawn["unroll_"])
                 # The guesses are seen, the truth is predicted.
                 truth = canvas._replace(image_masked=drawn["unroll_"].image, text_masked=drawn["unroll_"].text)
                 found["unroll_"] = totals(hidden_of(guessed, keys[1]), truth)
@@ -133,7 +133,7 @@ def pass_totals(
     dropout_key: PRNGKey | None,
     options: MagvltOptions,
 ) -> Totals:
-    """Sums of one pass over the masked tokens of the ``predicted`` modalities, and over lengths if the image is first."""
+    """Sums of one pass over the masked tokens of the ``predicted`` modalities; with the image first also over lengths."""
     hidden = model.hidden(order, canvas, dropout_key=dropout_key, remat=options.remat)
     return hidden_totals(model, hidden, canvas, predicted, options=options, lengths=order == "image_first")
 

@@ -39,7 +39,7 @@ def text_count(r: Float[Array, " B"], places: Int[Array, " B"]) -> Int[Array, " 
 
 
 def nested_count(ratio: Float[Array, " B"], places: Int[Array, " B"]) -> Int[Array, " B"]:
-    """Of a first mask, how many places a mask within it has: the share rounded down, at least one, as in the original."""
+    """Places of a mask within a first one: a share of its places, rounded down, at least one, as in the original."""
     return jnp.clip(jnp.floor(ratio * places + 1e-4).astype(jnp.int32), 1, places)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
@@ -14,18 +15,19 @@ from magma_jax.config import ConfigError
 from magma_jax.data.batches.batching import Batch
 from magma_jax.data.batches.pairs import PARTNER
 from magma_jax.data.dataset import Dataset
-from magma_jax.data.images import normalize
 from magma_jax.data.tokenizers.text import separator_id
 from magma_jax.families.magvlt.mixing import Halves, mixed
 from magma_jax.families.magvlt.options import TEXT_TO_IMAGE, MagvltOptions
-from magma_jax.models.vision.vqgan import PIXEL_MEAN, PIXEL_STD, VQGAN
+from magma_jax.models.vision.vqgan import TOKENIZER, VQGAN, VQGANConfig, from_pixels
 from magma_jax.nn.modules import Definition, abstract, merge
 from magma_jax.runtime.distributed import is_main
 from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch, replicated
 from magma_jax.training.run.program import Program
 from magma_jax.typing import Int, Params, UInt8
 
-TOKENIZER = "image_tokenizer/"
+BELOW = f"{TOKENIZER}/"
+# Added to the seeds of a batch for those of its second pass.
+UNROLL = np.uint32(0x9E3779B9)
 # Images that are encoded at a time.
 ENCODED = 64
 
@@ -54,18 +56,18 @@ def make_prepare(program: Program, dataset: Dataset, params: Params) -> Callable
 
 
 def encode_images(
-    images: UInt8[np.ndarray, "N H W 3"], config: Any, params: Params, mesh: Mesh | None = None, *, quiet: bool = True
+    images: UInt8[np.ndarray, "N H W 3"], config: VQGANConfig, params: Params, mesh: Mesh | None = None, *, quiet: bool = True
 ) -> Int[np.ndarray, "N h w"]:
     """Codes of images by the tokenizer in ``params``; a ``mesh`` shares the work among its devices."""
     definition = _tokenizer(config)
-    weights = {path.removeprefix(TOKENIZER): leaf for path, leaf in params.items() if path.startswith(TOKENIZER)}
+    weights = {path.removeprefix(BELOW): leaf for path, leaf in params.items() if path.startswith(BELOW)}
     size = min(ENCODED, len(images)) if mesh is None else -(-ENCODED // batch_shards(mesh)) * batch_shards(mesh)
     rows, out = (list(range(size)), None) if mesh is None else (local_rows(mesh, size), replicated(mesh))
     parts = []
     for start in tqdm(range(0, len(images), size), desc="encoding images", unit="batch", disable=quiet or None):
         # The last batch is padded with its last image, so that one program serves all batches.
         chosen = np.minimum(np.arange(start, start + size), len(images) - 1)
-        pixels: Any = {"images": normalize(images[chosen[rows]], PIXEL_MEAN, PIXEL_STD)}
+        pixels: Any = {"images": images[chosen[rows]]}
         if mesh is not None:
             pixels = place_batch(pixels, mesh, size)
         parts.append(np.asarray(_encode(definition, weights, pixels["images"], out=out)))
@@ -83,8 +85,10 @@ class _Tables:
             side = images.shape[1]
             self._halves = Halves(encode(_resized(images, side // 2, side)), encode(_resized(images, side, side // 2)))
 
-    def halves(self, rows: Int[np.ndarray, " B"]) -> Halves | None:
-        return None if self._halves is None else Halves(*(codes[rows] for codes in self._halves))
+    def halves(self, rows: Int[np.ndarray, " B"]) -> Halves:
+        """Halves of some images."""
+        assert self._halves is not None  # asked for where they are used
+        return Halves(*(codes[rows] for codes in self._halves))
 
 
 def _prepared(batch: Batch, *, options: MagvltOptions, tables: _Tables | None, pad_id: int, separator: int) -> Batch:
@@ -93,10 +97,12 @@ def _prepared(batch: Batch, *, options: MagvltOptions, tables: _Tables | None, p
         batch = batch | {"codes": tables.codes[batch["image_rows"]]}
     found: dict[str, np.ndarray] = {name: batch[name] for name in ("codes", "tokens", "lengths", "seeds")}
     found["task"] = np.full(len(batch["seeds"]), task, np.int32)
+    if options.unroll_weight:
+        found["unroll_seeds"] = batch["seeds"] + UNROLL
     if options.mixsel_weight:
         halves = None
         if task != TEXT_TO_IMAGE and tables is not None:
-            halves = tables.halves(batch["image_rows"]), tables.halves(batch[f"{PARTNER}image_rows"])
+            halves = tuple(tables.halves(batch[f"{prefix}image_rows"]) for prefix in ("", PARTNER))
         stacked = bool(batch["draws"][0, 1] < 0.5)
         found |= mixed(batch, task, halves, stacked=stacked, pad_id=pad_id, separator=separator)
     if options.caption_dropout and task == TEXT_TO_IMAGE:
@@ -119,13 +125,11 @@ def _resized(images: UInt8[np.ndarray, "N H W 3"], width: int, height: int) -> U
 
 
 @functools.cache
-def _tokenizer(config: Any) -> Definition:
-    from flax import nnx
-
+def _tokenizer(config: VQGANConfig) -> Definition:
     return abstract(lambda: VQGAN(config, rngs=nnx.Rngs(0)))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "out"))
 def _encode(definition: Definition, weights: Mapping[str, Any], images: Any, *, out: Any) -> Any:
-    codes = merge(definition, weights).encode(images)
+    codes = merge(definition, weights).encode(from_pixels(images))
     return codes if out is None else jax.lax.with_sharding_constraint(codes, out)

@@ -50,8 +50,8 @@ class MagvltModel(Trunk):
 
     Beside the members of ``Trunk`` it has the table ``wte`` (codes, then text tokens), which is also the head; the
     table ``special``; the position tables ``image_positions``, ``text_positions`` and ``special_positions``; the head's
-    transform ``head_proj``, ``head_norm`` and bias ``head_bias``; ``length_head``; and, if the config has one, the frozen
-    ``image_tokenizer``, which the forward pass does not use.
+    transform ``head_proj``, ``head_norm`` and bias ``head_bias``; ``length_head``; and, if the config has one, the
+    ``image_tokenizer``, which is frozen and not part of the forward pass.
     """
 
     def __init__(self, config: MagvltConfig, *, rngs: nnx.Rngs):

@@ -20,7 +20,7 @@ def draw_labels(
         keys: random key of each row.
         logit_bytes: limit of the logits per device at a time.
     """
-    batch, length, width = hidden.shape
+    batch, length, _ = hidden.shape
     hidden = jax.lax.stop_gradient(hidden)
     numbers = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
     stretches, stretch = stretches_of(project, hidden, logit_bytes)
