@@ -33,8 +33,8 @@ def complete(config: RunConfig) -> RunConfig:
     model, data = config.model, config.data
     if model.tokenizer is not None and not (config.base or "image_tokenizer" in config.weights):
         raise ValueError(
-            "weights.image_tokenizer: the model's image tokenizer is frozen, so it needs trained weights; name a run or "
-            "model folder of a VQ-GAN, or a file of one"
+            "weights.image_tokenizer: the model's image tokenizer is frozen, so it needs trained weights; name the "
+            "folder of a VQ-GAN, or a file of one"
         )
     wanted = {"length": model.text_positions}
     if isinstance(data, OpenmojiPairsConfig):

@@ -98,7 +98,9 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
             hidden = hidden_of(canvas, keys[0])
             found = {"": totals(hidden, canvas, lengths=order == "image_first")}
             if "unroll_" in drawn:
-                guessed = unrolled(model, canvas, hidden, predicted, row_keys(batch["unroll_seeds"], GUESS), drawn["unroll_"])
+                guessed = unrolled(
+                    model, canvas, hidden, predicted, row_keys(batch["unroll_seeds"], GUESS), drawn["unroll_"]
+                )
                 # The guesses are seen, the truth is predicted.
                 truth = canvas._replace(image_masked=drawn["unroll_"].image, text_masked=drawn["unroll_"].text)
                 found["unroll_"] = totals(hidden_of(guessed, keys[1]), truth)
@@ -133,7 +135,7 @@ def pass_totals(
     dropout_key: PRNGKey | None,
     options: MagvltOptions,
 ) -> Totals:
-    """Sums of one pass over the masked tokens of the ``predicted`` modalities; with the image first also over lengths."""
+    """Sums of one pass over masked tokens of the ``predicted`` modalities, with the image first also over lengths."""
     hidden = model.hidden(order, canvas, dropout_key=dropout_key, remat=options.remat)
     return hidden_totals(model, hidden, canvas, predicted, options=options, lengths=order == "image_first")
 

@@ -56,7 +56,12 @@ def make_prepare(program: Program, dataset: Dataset, params: Params) -> Callable
 
 
 def encode_images(
-    images: UInt8[np.ndarray, "N H W 3"], config: VQGANConfig, params: Params, mesh: Mesh | None = None, *, quiet: bool = True
+    images: UInt8[np.ndarray, "N H W 3"],
+    config: VQGANConfig,
+    params: Params,
+    mesh: Mesh | None = None,
+    *,
+    quiet: bool = True,
 ) -> Int[np.ndarray, "N h w"]:
     """Codes of images by the tokenizer in ``params``; a ``mesh`` shares the work among its devices."""
     definition = _tokenizer(config)
