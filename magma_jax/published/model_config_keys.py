@@ -6,4 +6,5 @@ MODEL_CONFIG_KEYS = {
     "encoder": ("res", "heads", "activation"),
     "adapter": ("activation",),
     "image_tokenizer": ("resolution",),
+    "transformer": ("n_heads", "text_rows"),
 }
