@@ -6,6 +6,7 @@ from typing import Any
 
 from magma_jax.config import from_union
 from magma_jax.data.dataset import Dataset
+from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig, open_openmoji_documents
 from magma_jax.data.folder_dataset import FoldersConfig, open_folders
 from magma_jax.data.openmoji.dataset import (
     OpenmojiConfig,
@@ -14,12 +15,13 @@ from magma_jax.data.openmoji.dataset import (
     open_openmoji_text,
 )
 
-DataConfig = OpenmojiConfig | OpenmojiTextConfig | FoldersConfig
+DataConfig = OpenmojiConfig | OpenmojiTextConfig | FoldersConfig | OpenmojiDocumentsConfig
 
 OPENERS: dict[type, Callable[[Any], Dataset]] = {
     OpenmojiConfig: open_openmoji,
     OpenmojiTextConfig: open_openmoji_text,
     FoldersConfig: open_folders,
+    OpenmojiDocumentsConfig: open_openmoji_documents,
 }
 
 

@@ -1,11 +1,14 @@
 """Answers of any family, and their options."""
 
 import dataclasses
-from typing import Literal, TypeAlias
+import math
+from typing import Literal, TypeAlias, get_args
 
+import numpy as np
 from PIL.Image import Image
 
 from magma_jax.inference.decoding.config import SamplingConfig, check_seed
+from magma_jax.inference.decoding.schedules import Schedule, Strategy
 
 # How choices are compared. sum: log-probability of the answer; mean: per token, which does not favour short answers.
 Measure: TypeAlias = Literal["sum", "mean"]
@@ -46,6 +49,54 @@ class AnswerOptions:
             raise ValueError("beams search for an answer, choices are given ones; leave one of them out")
         if self.beams and (self.sampling != SamplingConfig() or self.stop):
             raise ValueError("a beam search draws nothing: leave out temperature, the other sampling options and stop")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """Options of a drawn image.
+
+    Attributes:
+        n: images per prompt.
+        seed: seed of the first image; the next ones have ``seed`` + 1, ...
+        candidates: images drawn for each returned one; the best by the model's own likelihood is returned.
+        guidance: factor s of ``u + s (c - u)``, from logits with (c) and without the prompt (u); 1 for none.
+        temperature: divides the logits; first and last value of a line over the steps, and None for the family's own.
+        top_p: draws from the likeliest tokens of this mass; 1 for all.
+        steps: steps of a masked model; None for the family's own.
+        schedule: share of tokens that are masked after each step of a masked model.
+        places: which places a step of a masked model reveals.
+        mask: (height, width) of the prompt's image, True for the pixels to draw anew; None for a whole image.
+    """
+
+    n: int = 1
+    seed: int = 0
+    candidates: int = 1
+    guidance: float = 1.0
+    temperature: tuple[float, float] | None = None
+    top_p: float = 1.0
+    steps: int | None = None
+    schedule: Schedule = "cosine"
+    places: Strategy = "multinomial-maskgit"
+    mask: np.ndarray | None = dataclasses.field(default=None, compare=False)
+
+    def __post_init__(self):
+        for name in ("n", "candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps is not None and not 1 <= self.steps < 2**31:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        check_seed(self.seed)
+        check_seed(self.seed + self.n * self.candidates - 1)
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be a number of at least 0, got {self.guidance}")
+        if self.temperature is not None and not all(0 <= value < math.inf for value in self.temperature):
+            raise ValueError(f"temperature must be two numbers of at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        for name, values in (("schedule", Schedule), ("places", Strategy)):
+            if getattr(self, name) not in get_args(values):
+                known = ", ".join(get_args(values))
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {known}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from magma_jax.data.tokenizers.byte_level import Tokenizer
-from magma_jax.inference.answers import Answer, AnswerOptions
+from magma_jax.inference.answers import Answer, AnswerOptions, ImageOptions
 from magma_jax.inference.prompts import ImageSpec, Prompt, PromptBatch, PromptLayout
 from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.nn.modules import Definition
@@ -28,11 +28,16 @@ class Generator(Protocol):
     makes: frozenset[Makes]
 
     def answers(
-        self, prompts: Iterable[Prompt], options: AnswerOptions = AnswerOptions(), *, count: int | None = None
+        self,
+        prompts: Iterable[Prompt],
+        options: AnswerOptions | ImageOptions = AnswerOptions(),
+        *,
+        count: int | None = None,
     ) -> Iterator[list[Answer]]:
         """The answers to every prompt, in order; prompts are consumed lazily.
 
-        ``count`` is the number of prompts, if known.
+        ``options`` say what is asked for: ``AnswerOptions`` texts, ``ImageOptions`` images. ``count`` is the number of
+        prompts, if known.
 
         Raises:
             ValueError: a prompt or options that the model does not support. ImageError: a bad image.

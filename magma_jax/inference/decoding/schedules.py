@@ -3,10 +3,13 @@
 All of them take traced numbers, so that another number of steps or another temperature compiles nothing.
 """
 
+import functools
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from magma_jax.typing import Array, Bool, Float, Int, PRNGKey
 
@@ -14,8 +17,9 @@ from magma_jax.typing import Array, Bool, Float, Int, PRNGKey
 Schedule = Literal["cosine", "linear", "arccos"]
 
 # Which masked tokens are revealed. maskgit: the most confident. multinomial-maskgit: likewise, with Gumbel noise on the
-# logarithms of the confidences. multinomial: drawn in proportion to their confidences. random: any.
-Strategy = Literal["multinomial-maskgit", "maskgit", "multinomial", "random"]
+# logarithms of the confidences. multinomial: drawn in proportion to their confidences. random: any. halton: in the
+# order of Halton's sequence on the grid, so that early tokens are far apart (Besnier et al. 2025).
+Strategy = Literal["multinomial-maskgit", "maskgit", "multinomial", "random", "halton"]
 
 # Which tokens are masked again. topk: the least likely. sample: drawn, in proportion to the softmax of their negative
 # log-probabilities.
@@ -75,10 +79,12 @@ def reveal_scores(
         strategy: see ``Strategy``.
         confidence: probability of the token drawn at each position.
         temperature: factor of the noise of multinomial-maskgit.
-        key: random key; maskgit ignores it.
+        key: random key; maskgit and halton ignore it.
     """
     if strategy == "maskgit":
         return confidence
+    if strategy == "halton":
+        return jnp.broadcast_to(-jnp.asarray(halton_ranks(confidence.shape[-1]), jnp.float32), confidence.shape)
     if strategy == "random":
         return jax.random.uniform(key, confidence.shape)
     noise = jax.random.gumbel(key, confidence.shape)
@@ -87,7 +93,7 @@ def reveal_scores(
     if strategy == "multinomial":
         # The highest of these are a sample without replacement.
         return jnp.log(confidence + EPSILON) + noise
-    raise ValueError(f"strategy {strategy!r} is none of multinomial-maskgit, maskgit, multinomial, random")
+    raise ValueError(f"strategy {strategy!r} is none of multinomial-maskgit, maskgit, multinomial, random, halton")
 
 
 def remask_scores(remask: Remask, log_probs: Float[Array, "B S"], key: PRNGKey) -> Float[Array, "B S"]:
@@ -105,3 +111,34 @@ def highest(scores: Float[Array, "B S"], among: Bool[Array, "B S"], count: Int[A
     order = jnp.argsort(jnp.where(among, scores, -jnp.inf), axis=-1, descending=True, stable=True)
     rank = jnp.argsort(order, axis=-1)
     return (rank < count[:, None]) & among
+
+
+@functools.cache
+def halton_ranks(positions: int) -> Int[np.ndarray, " S"]:
+    """Rank of each position of a square grid, row by row, in the order in which Halton's sequence meets its cells.
+
+    Raises:
+        ValueError: the positions are no square.
+    """
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise ValueError(f"Halton's order needs a square of positions, not {positions}")
+    ranks = np.full(positions, -1, np.int32)
+    found = number = 0
+    while found < positions:
+        number += 1
+        place = math.floor(_radical(number, 2) * side) * side + math.floor(_radical(number, 3) * side)
+        if ranks[place] < 0:
+            ranks[place] = found
+            found += 1
+    return ranks
+
+
+def _radical(number: int, base: int) -> float:
+    """The digits of a number behind the point, in reverse."""
+    value, share = 0.0, 1.0
+    while number:
+        share /= base
+        number, digit = divmod(number, base)
+        value += digit * share
+    return value
