@@ -530,8 +530,8 @@ class CM3LeonGenerator:
     def _warn_unless_sentinels(self) -> None:
         if not self._saw_sentinels:
             _warn_once(
-                "this model was trained left to right and never saw an empty prompt, so guidance has nothing to compare with; "
-                "use guidance 1, or train it with data.spans"
+                "this model was trained left to right and never saw an empty prompt, so guidance has nothing to "
+                "compare with; use guidance 1, or train it with data.spans"
             )
 
 

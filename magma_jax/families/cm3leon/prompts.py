@@ -7,7 +7,7 @@ edit              <eos> template <break> codes <break> instruction <break>   the
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -18,14 +18,16 @@ from magma_jax.typing import Int
 EDIT = "Edit first image following the instruction"
 
 
-class Codes(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codes:
     """Codes of an image; those of ``hidden`` places (T,) are a gap, None for none."""
 
     codes: Int[np.ndarray, " T"]
     hidden: np.ndarray | None = None
 
 
-class Gap(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Gap:
     """What is missing: a text, or a whole image."""
 
     kind: Literal["text", "image"] = "text"
