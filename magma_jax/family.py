@@ -5,7 +5,7 @@ Training, inference and evaluation receive this record and know no family by nam
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +22,7 @@ class Family:
         configs: model config dataclasses, discriminated by ``kind``.
         data: data config dataclasses, discriminated by ``kind``, see ``data.datasets``.
         options: dataclass of the loss options, see ``training.step.options``.
+        recognises: whether tensors of these names are a published checkpoint of the family.
         build: ``(config, rngs)`` to the model, an ``nnx.Module``.
         roles: model config to the model's parameter roles (``nn.modules``), each with its default optimizer group, see
             ``training.step.optim``.
@@ -51,6 +52,7 @@ class Family:
     configs: tuple[type, ...]
     data: tuple[type, ...]
     options: type
+    recognises: Callable[[Collection[str]], bool]
     build: Callable[[Any, Any], Any]
     roles: Callable[[Any], Mapping[str, Any]]
     complete: Callable[[Any], Any]

@@ -10,7 +10,8 @@ from magma_jax.convert.check_folder import add_checksums, check_folder
 from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.compose import compose
 from magma_jax.convert.hf_export import to_hf
-from magma_jax.convert.magma_checkpoint import from_torch, to_safetensors, to_torch
+from magma_jax.convert.layouts import layout_of
+from magma_jax.convert.magma_checkpoint import to_safetensors
 from magma_jax.convert.quantize import quantize_folder
 from magma_jax.convert.verify import read_model_config, verify
 from magma_jax.data.tokenizers.byte_level import Tokenizer
@@ -21,10 +22,13 @@ from magma_jax.storage.hub import local_path
 def _from_torch(options: argparse.Namespace) -> int:
     model_config = read_model_config(options.model_config) if options.model_config else None
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
-    config = from_torch(local_path(options.checkpoint), options.out, model_config, tokenizer)
-    lm = config.lm
-    print(f"{options.out}: {lm.layers} layers of width {lm.width}, {config.encoder.kind}, vocabulary {lm.vocab_rows}")
+    checkpoint = local_path(options.checkpoint)
+    print(f"{options.out}: {layout_of(checkpoint).from_torch(checkpoint, options.out, model_config, tokenizer)}")
     return 0
+
+
+def _to_torch(folder: str, out: str) -> None:
+    layout_of(folder).to_torch(folder, out)
 
 
 def _compose(options: argparse.Namespace) -> int:
@@ -69,7 +73,7 @@ def _add_checksums(options: argparse.Namespace) -> int:
 # Functions by subcommand; each returns the exit status.
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "from-torch": _from_torch,
-    "to-torch": functools.partial(_export, to_torch),
+    "to-torch": functools.partial(_export, _to_torch),
     "to-safetensors": functools.partial(_export, to_safetensors),
     "to-hf": functools.partial(_export, to_hf),
     "quantize": _quantize,

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from magma_jax.convert.magma_checkpoint import published_module
-from magma_jax.convert.open_folder import open_model_folder
+from magma_jax.convert.layouts import layout_of
 from magma_jax.published.magma_keys import is_weight
 from magma_jax.storage.deferred import alias_key, read_array, read_row
 from magma_jax.storage.files import WeightFileError, open_tensors
@@ -128,8 +127,8 @@ def _open(a: str | Path, b: str | Path) -> Iterator[tuple[Mapping[str, Any], Map
             if not is_folder:
                 sides.append(stack.enter_context(open_tensors(path)).tensors)
                 continue
-            model = open_model_folder(path)
-            sides.append(model.params if all(folders) else published_module(model))
+            layout = layout_of(path)
+            sides.append(layout.params(path) if all(folders) else layout.published(path))
         yield sides[0], sides[1]
 
 

@@ -46,6 +46,7 @@ MAX_NBYTES = 4 * 2**30
 
 TOLERANCES: dict[str, Tolerance] = {
     "labels": Tolerance(0, "unequal"),
+    "ids*": Tolerance(0, "unequal"),
     "gen*/new_tokens*": Tolerance(0, "unequal"),
     "gen*/out*": Tolerance(0, "unequal"),
     "geneos/kept_*": Tolerance(0, "unequal"),

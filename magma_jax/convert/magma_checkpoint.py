@@ -65,7 +65,7 @@ def from_torch(
         raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
     with open_torch_magma(checkpoint, model_config) as model:
         source = model.source
-        counters = {key: value for key, value in source["counters"].items() if _is_json(value)}
+        counters = {key: value for key, value in source["counters"].items() if is_json(value)}
         dropped = sorted(set(source["counters"]) - set(counters), key=str)
         if dropped:
             print(f"{checkpoint}: dropped, not weights: {', '.join(map(shown, dropped[:20]))}", file=sys.stderr)
@@ -99,7 +99,7 @@ def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
         FileExistsError: ``checkpoint`` already exists. CheckpointError: not a model folder. OutputError: the disk is
             too small.
     """
-    _absent(checkpoint)
+    absent(checkpoint)
     model = open_model_folder(folder)
     module = published_module(model)
     if model.tokenizer.to_json() != gpt2_tokenizer().to_json():
@@ -118,7 +118,7 @@ def to_safetensors(folder: str | Path, out: str | Path) -> None:
     The file's metadata holds the config, and the vocabulary unless it is GPT-2's, so that ``open_torch_magma`` needs
     no other file. Raises as ``to_torch``.
     """
-    _absent(out)
+    absent(out)
     model = open_model_folder(folder)
     rules = [entry for entry in magma_table(model.config) if isinstance(entry, Rule)]
     tensors = keymap.to_theirs(rules, model.params)
@@ -129,12 +129,13 @@ def to_safetensors(folder: str | Path, out: str | Path) -> None:
         write_safetensors(out, tensors, metadata, progress)
 
 
-def _absent(path: str | Path) -> None:
+def absent(path: str | Path) -> None:
+    """Raises FileExistsError if there is something at ``path``."""
     if Path(path).exists():
         raise FileExistsError(f"{path}: already exists; choose another name or remove it first")
 
 
-def _is_json(value: object) -> bool:
+def is_json(value: object) -> bool:
     """Whether an extra value of a checkpoint can be stored as JSON: bounded, and valid Unicode."""
     try:
         check_tree(value)

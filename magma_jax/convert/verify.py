@@ -5,19 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from magma_jax.config import ConfigError
 from magma_jax.convert.golden import Comparison, GoldenError, compare, read_golden
-from magma_jax.convert.golden_generate import generations
-from magma_jax.convert.golden_run import Subject, cast, forward, half_precision, training
-from magma_jax.families.magma.generator import Magma
+from magma_jax.convert.layouts import layout_of
 from magma_jax.foreign import ForeignError, read_json, shown
 from magma_jax.published.model_config_keys import MODEL_CONFIG_KEYS
-
-# Inputs of a golden file; everything else in it is compared or listed as not compared.
-INPUTS = {"images", "captions", "text_a", "text_b", "opt/images_1", "opt/captions_1", "geneos/eos_token"}
-INPUTS |= {"grad_names", "opt/param_names"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +47,8 @@ def verify(checkpoint: str | Path, golden: str | Path, model_config: Mapping[str
     """Runs a checkpoint in fp32 on a golden file's inputs.
 
     Args:
-        checkpoint: PyTorch file in the published layout, or a model or run folder.
-        golden: file of named arrays, see ``golden_run``.
+        checkpoint: PyTorch file in a published layout, or a model or run folder.
+        golden: file of named arrays, see ``golden_run`` and ``layouts``.
         model_config: values that cannot be inferred from tensors (``published.infer_config``), and ``eos_token``,
             ``image_token`` and ``opt_groups`` of the golden run; default: the ``.json`` beside the golden file, if any.
 
@@ -69,20 +61,17 @@ def verify(checkpoint: str | Path, golden: str | Path, model_config: Mapping[str
     beside = Path(golden).with_suffix(".json")
     if model_config is None and beside.is_file():
         model_config = read_model_config(beside)
-    loaded = Magma.from_checkpoint(checkpoint, model_config=model_config)
-    config, params = loaded.config, loaded.params
-    config = dataclasses.replace(config, dtype="float32")
-    subject = Subject(config, cast(params, jnp.float32), arrays, model_config or {})
-
-    computed = (forward, half_precision, training, generations)
+    layout = layout_of(checkpoint)
     comparisons = [
-        compare(name, value, arrays[name]) for part in computed for name, value in part(subject) if name in arrays
+        compare(name, value, arrays[name])
+        for name, value in layout.quantities(checkpoint, arrays, model_config)
+        if name in arrays
     ]
     if not comparisons:
         raise GoldenError(f"{golden}: holds nothing to compare; it has: {', '.join(sorted(arrays)[:20])}")
     order = {name: i for i, name in enumerate(arrays)}
     comparisons.sort(key=lambda comparison: order[comparison.name])
-    not_compared = sorted(set(arrays) - INPUTS - {comparison.name for comparison in comparisons})
+    not_compared = sorted(set(arrays) - layout.golden_inputs - {comparison.name for comparison in comparisons})
     return Verification(comparisons, not_compared)
 
 

@@ -12,7 +12,7 @@ from magma_jax.data.batches.batching import Batch
 from magma_jax.data.batches.folders import FolderBatches
 from magma_jax.data.batches.pipeline import Overlong
 from magma_jax.data.batches.stored_images import StoredImages
-from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.data.tokenizers.text import TextTokenizer
 from magma_jax.typing import UInt8
 
 # Batch array with a value per sample -> name of its sum.
@@ -67,7 +67,7 @@ class Dataset:
         counted: names of batch arrays (B,) to sum up -> names of their sums.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     batches: Callable[[int, int, Sequence[int]], grain.IterDataset | FolderBatches]
     images: UInt8[np.ndarray, "N H W 3"] | StoredImages | None = None
     learned: Sequence[int] | None = None

@@ -14,12 +14,14 @@ from magma_jax.data.openmoji.dataset import (
     open_openmoji,
     open_openmoji_text,
 )
+from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig, open_openmoji_pairs
 
-DataConfig = OpenmojiConfig | OpenmojiTextConfig | FoldersConfig | OpenmojiDocumentsConfig
+DataConfig = OpenmojiConfig | OpenmojiTextConfig | OpenmojiPairsConfig | OpenmojiDocumentsConfig | FoldersConfig
 
 OPENERS: dict[type, Callable[[Any], Dataset]] = {
     OpenmojiConfig: open_openmoji,
     OpenmojiTextConfig: open_openmoji_text,
+    OpenmojiPairsConfig: open_openmoji_pairs,
     FoldersConfig: open_folders,
     OpenmojiDocumentsConfig: open_openmoji_documents,
 }

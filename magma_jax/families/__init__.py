@@ -10,15 +10,16 @@ from magma_jax.config import ConfigError, Settings
 from magma_jax.families.cm3leon import CM3LEON
 from magma_jax.families.language import LANGUAGE
 from magma_jax.families.magma import MAGMA
+from magma_jax.families.vqgan import VQGAN
 from magma_jax.family import Family
 from magma_jax.foreign import shown
 from magma_jax.inference.generator import Generator, TokenGenerator
-from magma_jax.storage.files import holds_weights
+from magma_jax.storage.files import holds_weights, open_tensors
 from magma_jax.storage.hub import local_path
 from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, read_model_json
 from magma_jax.training.run.config import RunConfig, completed, read_run_config
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (MAGMA, LANGUAGE, CM3LEON)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (MAGMA, LANGUAGE, VQGAN, CM3LEON)}
 
 
 def family_of(model: Any) -> Family:
@@ -48,13 +49,16 @@ def run_config(values: Settings, where: str = "config") -> RunConfig:
 
 
 def family_of_checkpoint(path: Path) -> Family:
-    """The family of a run folder, model folder or weight file.
+    """The family of a run folder, model folder or weight file in a published layout.
 
     Raises:
-        CheckpointError: no such folder, or a model of no known family.
+        CheckpointError: no such folder, or a model of no known family. Also the errors of ``open_tensors``.
     """
     if not (path / MODEL_FILE).exists() and holds_weights(path):
-        return MAGMA  # no other family has a published layout yet
+        with open_tensors(path) as weights:
+            keys = weights.tensors.keys()
+            # Of a file that no family recognises, the reader of the first one says what it lacks.
+            return next((family for family in FAMILIES.values() if family.recognises(keys)), MAGMA)
     # Folders of the first release may lack the kind.
     model = read_model_json(path)["model"]
     kind = model.get("kind", MAGMA.name) if isinstance(model, dict) else model

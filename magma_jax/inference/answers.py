@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -121,3 +122,11 @@ class Answer:
     def text(self) -> str:
         """The texts of the answer, joined."""
         return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+    """The images of a prompt at one time: unfinished ones, or with ``finish`` the drawn ones."""
+
+    images: Sequence[Image]
+    finish: Literal["stop"] | None = None

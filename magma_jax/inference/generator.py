@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from magma_jax.data.tokenizers.byte_level import Tokenizer
-from magma_jax.inference.answers import Answer, AnswerOptions, ImageOptions
+from magma_jax.inference.answers import Answer, AnswerOptions, Canvas, ImageOptions
 from magma_jax.inference.prompts import ImageSpec, Prompt, PromptBatch, PromptLayout
 from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.nn.modules import Definition
@@ -78,4 +78,34 @@ class TokenGenerator(Generator, Protocol):
 
     def remove_adapters(self) -> "TokenGenerator":
         """The same model without the adapters in its language model."""
+        ...
+
+
+class ImageGenerator(Generator, Protocol):
+    """A model that draws.
+
+    Attributes:
+        image_size: pixels per side of its images.
+        image_tokens: tokens of an image.
+    """
+
+    image_size: int
+    image_tokens: int
+
+    def text_tokens(self, text: str) -> int:
+        """Number of tokens of a text."""
+        ...
+
+    def canvases(self, prompt: Prompt, options: ImageOptions, *, previews: int = 0) -> Iterator[Canvas]:
+        """The images that are drawn for one prompt: at most ``previews`` times unfinished, and then finished.
+
+        The prompt is a text, or an image and a text. An unfinished image has one colour where nothing is drawn yet.
+
+        Raises:
+            ValueError: a prompt or options that the model does not support. ImageError: a bad image.
+        """
+        ...
+
+    def warm_up(self, rows: int) -> None:
+        """Compiles the programs for up to ``rows`` images per prompt."""
         ...

@@ -187,6 +187,11 @@ def _nf_resnet(config: NFResNetConfig, theirs: str, ours: str) -> Iterator[Rule]
 BUFFERS = ("bias", "masked_bias", "scale_attn", "sin", "cos")
 
 
+def is_magma(keys: Collection[str]) -> bool:
+    """Whether tensors of these names are a MAGMA checkpoint in the published layout."""
+    return any(key.startswith("image_prefix.") for key in keys) and any(key.startswith("lm.") for key in keys)
+
+
 def is_weight(key: str) -> bool:
     """Whether a key of the published layout is neither an alias nor a recomputable buffer."""
     second_name = re.match(r"transformer\.\d+\.", key) or key == "word_embedding.weight"

@@ -5,4 +5,6 @@ MODEL_CONFIG_KEYS = {
     "lm": ("n_heads", "rotary_dim", "seq_len", "layernorm_eps"),
     "encoder": ("res", "heads", "activation"),
     "adapter": ("activation",),
+    "image_tokenizer": ("resolution",),
+    "transformer": ("n_heads", "text_rows"),
 }

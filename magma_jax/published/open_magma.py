@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -20,8 +19,7 @@ from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import abstract
 from magma_jax.published.infer_config import InferenceError, infer_config
 from magma_jax.published.keymap import engine as keymap
-from magma_jax.published.keymap.patterns import fill
-from magma_jax.published.keymap.rules import Rule, Table, match_theirs
+from magma_jax.published.keymap.stored_dtypes import in_stored_dtypes
 from magma_jax.published.magma_keys import BUFFERS, attention_buffers, magma_table
 from magma_jax.storage.files import open_tensors
 from magma_jax.storage.model_folder import CheckpointError, in_dtype, read_model_json
@@ -91,7 +89,7 @@ def open_torch_magma(
             tokenizer = _tokenizer_in(weights.others)
             table = magma_table(config)
             shapes = model_shapes(config)
-            target = _in_stored_dtypes(shapes, table, tensors) if dtype is None else in_dtype(shapes, dtype)
+            target = in_stored_dtypes(shapes, table, tensors) if dtype is None else in_dtype(shapes, dtype)
             params = keymap.to_ours(table, tensors, target)
             source = {
                 "counters": {} if weights.metadata_is_text else weights.others,
@@ -172,26 +170,6 @@ def _check_types(tensors: Mapping[str, Any]) -> None:
             f"{len(small)} tensors are in 8-bit floats, such as {small[0]} ({tensors[small[0]].dtype.name}), which are "
             "not converted; save the checkpoint in half precision first"
         )
-
-
-def _in_stored_dtypes(shapes: Mapping[str, Any], table: Table, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """``shapes`` in the file's floating dtypes, which may differ between parameters."""
-    found: dict[str, dict[np.dtype, str]] = {}
-    for key, tensor in tensors.items():
-        for rule in table:
-            if isinstance(rule, Rule) and (values := match_theirs(rule, key)) is not None:
-                found.setdefault(fill(rule.ours, values, "/"), {}).setdefault(tensor.dtype, key)
-    mixed = [" and ".join(f"{key} {dtype.name}" for dtype, key in by.items()) for by in found.values() if len(by) > 1]
-    if mixed:
-        raise keymap.KeyMapError(
-            "layers of one parameter have different dtypes, which a stack cannot hold: " + "; ".join(mixed)
-        )
-    return {
-        path: jax.ShapeDtypeStruct(shape.shape, next(iter(found[path])))
-        if path in found and np.issubdtype(shape.dtype, np.floating) and "float" in next(iter(found[path])).name
-        else shape
-        for path, shape in shapes.items()
-    }
 
 
 def _unusual_buffers(config: MagmaConfig, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:

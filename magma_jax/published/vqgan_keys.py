@@ -1,25 +1,32 @@
 """Key table of VQ-GANs in taming-transformers' layout, alone or inside MAGVLT, for both directions."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
 
 from magma_jax.config import ConfigError
+from magma_jax.foreign import shown
 from magma_jax.models.vision.vqgan import VQGAN, VQGANConfig
 from magma_jax.nn.modules import abstract
 from magma_jax.published.infer_config import InferenceError, layer_count, tensor_shape
 from magma_jax.published.keymap.engine import Ignored, KeyMapError, Rule, to_ours
+from magma_jax.published.keymap.stored_dtypes import in_stored_dtypes
 from magma_jax.storage.deferred import Deferred
 from magma_jax.storage.files import open_tensors
+from magma_jax.storage.model_folder import in_dtype
 
 # Prefix of the keys inside a MAGVLT checkpoint.
 MAGVLT_PREFIX = "model_vqvae."
 
 # Discriminator and perceptual network of training, which taming's files hold too.
 TRAINING = Ignored("loss.{name...}")
+
+MAX_RESOLUTION = 65536
 
 
 def vqgan_table(theirs: str = "", ours: str = "") -> list[Rule]:
@@ -36,6 +43,82 @@ def vqgan_table(theirs: str = "", ours: str = "") -> list[Rule]:
     return [Rule(theirs + key, ours + path) for key, path in names.items()]
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenVQGAN:
+    """VQ-GAN with lazy parameters.
+
+    Attributes:
+        config: its sizes.
+        params: path to ``Deferred``; valid inside the block that opened them.
+        source: data with which a file of the same keys in the same order is written: ``prefix`` and order of its
+            ``keys``, and ``counters``, the values beside the weights.
+        dropped: names of the file's other tensors; in a tokenizer's own file those of the original's training.
+        files: files of the parameters.
+    """
+
+    config: VQGANConfig
+    params: dict[str, Deferred]
+    source: dict[str, Any]
+    dropped: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+def is_vqgan(keys: Collection[str]) -> bool:
+    """Whether tensors of these names are a VQ-GAN in taming's layout and nothing else, with or without MAGVLT's prefix.
+
+    Tensors of training, which taming's files hold too, are allowed.
+    """
+    names = [key.removeprefix(MAGVLT_PREFIX) for key in keys]
+    own = [name for name in names if not name.startswith("loss.")]
+    parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
+    return {"quantize.embedding.weight", "encoder.conv_in.weight"} <= set(own) and all(
+        key.startswith(parts) for key in own
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def tokenizer_shapes(config: VQGANConfig) -> dict[str, Any]:
+    """Shape and dtype of every parameter, by path."""
+    return abstract(lambda: VQGAN(config, rngs=nnx.Rngs(0)))[1]
+
+
+@contextlib.contextmanager
+def open_torch_vqgan(
+    path: str | Path, model_config: Mapping[str, Any] | None = None, dtype: str | None = None
+) -> Iterator[OpenVQGAN]:
+    """Opens a VQ-GAN in taming's layout, alone or with the prefix that it has inside MAGVLT.
+
+    Args:
+        path: anything that ``open_tensors`` opens.
+        model_config: ``{"image_tokenizer": {"resolution": ...}}``, which tensors cannot tell; default: that of the
+            file's own ``config``, or 256.
+        dtype: dtype of all parameters; default: the file's.
+
+    Raises:
+        InferenceError: the file holds no VQ-GAN, or one that ``VQGANConfig`` cannot express. WeightFileError,
+        TorchFileError: it cannot be read. KeyMapError: its tensors do not match the model.
+    """
+    with open_tensors(path) as weights:
+        inside = any(key.startswith(MAGVLT_PREFIX) for key in weights.tensors)
+        prefix = MAGVLT_PREFIX if inside else ""
+        tensors, table = _tokenizer(weights.tensors), [*vqgan_table(), TRAINING]
+        try:
+            config = infer_vqgan_config(tensors, _resolution(model_config or {}, weights.others))
+            shapes = tokenizer_shapes(config)
+            target = in_stored_dtypes(shapes, table, tensors) if dtype is None else in_dtype(shapes, dtype)
+            plan = to_ours(table, tensors, target)
+        except (InferenceError, KeyMapError) as error:
+            raise type(error)(f"{path}: {error}") from None
+        kept = dict.fromkeys(prefix + key for key in tensors if not key.startswith("loss."))
+        dropped = tuple(key for key in weights.tensors if key not in kept)
+        source = {
+            "prefix": prefix,
+            "keys": list(kept),
+            "counters": {} if weights.metadata_is_text else weights.others,
+        }
+        yield OpenVQGAN(config, plan, source, dropped, weights.files)
+
+
 @contextlib.contextmanager
 def open_vqgan(path: str | Path, config: VQGANConfig) -> Iterator[tuple[dict[str, Deferred], tuple[Path, ...]]]:
     """Opens a VQ-GAN's weights, from a file of its own or out of a MAGVLT checkpoint.
@@ -46,21 +129,14 @@ def open_vqgan(path: str | Path, config: VQGANConfig) -> Iterator[tuple[dict[str
         ConfigError: the file holds a VQ-GAN of other sizes, or none; the message says which.
         WeightFileError, TorchFileError: the file cannot be read. KeyMapError: its tensors do not match the model.
     """
-    path = Path(path)
-    with open_tensors(path) as weights:
-        tensors = _tokenizer(weights.tensors)
-        try:
-            found = infer_vqgan_config(tensors, config.image_size)
-        except InferenceError as error:
-            raise ConfigError(f"{path}: {error}") from None
-        if found != config:
-            raise ConfigError(f"{path} holds {found}, but the config asks for {config}")
-        shapes = abstract(lambda: VQGAN(config, rngs=nnx.Rngs(0)))[1]
-        try:
-            plan = to_ours([*vqgan_table(), TRAINING], tensors, shapes)
-        except KeyMapError as error:
-            raise KeyMapError(f"{path}: {error}") from None
-        yield plan, weights.files
+    settings = {"image_tokenizer": {"resolution": config.image_size}}
+    try:
+        with open_torch_vqgan(path, settings, "float32") as model:
+            if model.config != config:
+                raise ConfigError(f"{path} holds {model.config}, but the config asks for {config}")
+            yield model.params, model.files
+    except InferenceError as error:
+        raise ConfigError(str(error)) from None
 
 
 def infer_vqgan_config(tensors: Mapping[str, Any], image_size: int = VQGANConfig.image_size) -> VQGANConfig:
@@ -98,3 +174,16 @@ def _tokenizer(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     """Tensors of the tokenizer inside a MAGVLT checkpoint, or all tensors."""
     inside = {key.removeprefix(MAGVLT_PREFIX): value for key, value in tensors.items() if key.startswith(MAGVLT_PREFIX)}
     return inside or tensors
+
+
+def _resolution(model_config: Mapping[str, Any], others: Mapping[Any, Any]) -> int:
+    stored = others.get("config")
+    stored = stored.get("resolution") if isinstance(stored, Mapping) else None
+    size = (model_config.get("image_tokenizer") or {}).get("resolution", stored)
+    if size is None:
+        return VQGANConfig.image_size
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= MAX_RESOLUTION:
+        raise InferenceError(
+            f"image_tokenizer.resolution is a number of pixels up to {MAX_RESOLUTION}, got {shown(size)}"
+        )
+    return size

@@ -223,7 +223,7 @@ def test_answers_of_texts_and_images(model):
     found = list(model.answers([["red"], ["two dogs"]], options))
     assert [len(answers) for answers in found] == [2, 2]
     assert model.makes == {"text"}
-    with pytest.raises(ValueError, match="no image tokenizer, which draws images; train it with model.tokenizer"):
+    with pytest.raises(ValueError, match="no image tokenizer, which draws images; train it"):
         list(model.answers([["red"]], ImageOptions()))
 
 

@@ -6,6 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import save_file
 
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.documents.document import Image as ImagePart
@@ -17,7 +19,8 @@ from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.families import open_generator
 from magma_jax.families.cm3leon import CM3LEON
 from magma_jax.models.cm3leon import CM3LeonConfig
-from magma_jax.models.vision.vqgan import VQGANConfig
+from magma_jax.models.vision.vqgan import VQGAN, VQGANConfig
+from magma_jax.nn.modules import split
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
 from magma_jax.training.loop import train
 from magma_jax.training.monitor.writers import WatchConfig
@@ -94,9 +97,24 @@ def drawn(monkeypatch):
     monkeypatch.setattr(setup, "load_dataset", dataset)
 
 
-def run_config(**changes):
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    """An image tokenizer; a random one has codes that tell the drawings apart."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.safetensors"
+    params = jax.jit(lambda: split(VQGAN(TOKENIZER, rngs=nnx.Rngs(0)))[1])()
+    save_file({name: np.asarray(leaf) for name, leaf in params.items()}, path)
+    return str(path)
+
+
+@pytest.fixture
+def config(tokenizer_file):
+    return run_config(tokenizer_file)
+
+
+def run_config(tokenizer_file, **changes):
     config = RunConfig(
         model=MODEL,
+        weights={"image_tokenizer": tokenizer_file},
         data=OpenmojiDocumentsConfig(length=64),
         optim=OptimConfig(learning_rate=4e-3, clip_norm=1.0, steps=150),
         steps=150,
@@ -110,10 +128,10 @@ def run_config(**changes):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tokenizer_file, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "load_dataset", dataset)
-        return train(CM3LEON, run_config(), tmp_path_factory.mktemp("cm3leon") / "run", ONE)
+        return train(CM3LEON, run_config(tokenizer_file), tmp_path_factory.mktemp("cm3leon") / "run", ONE)
 
 
 @pytest.fixture(scope="module")

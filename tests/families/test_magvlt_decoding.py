@@ -12,16 +12,21 @@ from magma_jax.families.magvlt.decoding import (
     ImageRun,
     OpenModel,
     TextRun,
+    blank,
+    canvases,
+    draw_pairs,
     image_to_text,
     infill_text,
     inpaint,
     length_logits,
+    pair_length_logits,
+    text_likelihood,
     text_to_image,
 )
 from magma_jax.inference.decoding.masked import ImageRule, ImageSteps
 from magma_jax.inference.decoding.sampling import SamplingRows
 from magma_jax.models.magvlt.config import MagvltConfig
-from magma_jax.models.magvlt.model import Magvlt
+from magma_jax.models.magvlt.model import MagvltModel
 from magma_jax.nn.modules import abstract
 from magma_jax.published.keymap.engine import to_ours
 from magma_jax.published.magvlt_keys import transformer_table
@@ -29,7 +34,7 @@ from magma_jax.runtime.compilations import compilations_of_process
 from magma_jax.storage.torch.reader import open_torch_file, state_dict
 
 TINY = MagvltConfig(layers=2, width=32, heads=4, image_rows=37, text_rows=53, image_positions=16, text_positions=8)
-KEY = jax.random.key(0)
+KEYS = jax.random.split(jax.random.key(0), 3)
 PAD = 52
 # Where a sequence's image and text begin.
 IMAGE, TEXT = 12, 20
@@ -37,10 +42,10 @@ IMAGE, TEXT = 12, 20
 
 @pytest.fixture(scope="module")
 def model(golden_checkpoint):
-    definition, shapes, _ = abstract(lambda: Magvlt(TINY, rngs=nnx.Rngs(0)))
+    definition, shapes, _ = abstract(lambda: MagvltModel(TINY, rngs=nnx.Rngs(0)))
     with open_torch_file(golden_checkpoint("magvlt/stage2")) as file:
         planned = to_ours(transformer_table(), state_dict(file.tree)[0], shapes)
-        return OpenModel(TINY, definition, {path: jnp.asarray(tensor.read()) for path, tensor in planned.items()})
+        return OpenModel(TINY, definition, {path: jnp.asarray(tensor.read()) for path, tensor in planned.items()}, PAD)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def sampling(rows, temperature=0.7, top_k=10):
 
 # The golden runs take the likeliest token and the most confident places.
 GOLDEN_IMAGE = ImageRun(settings=ImageSteps(steps=5), rule=ImageRule("maskgit"), draw=likeliest, record=5)
-GOLDEN_TEXT = TextRun(pad_id=PAD, steps=4, remask="topk", draw=likeliest, record=4)
+GOLDEN_TEXT = TextRun(steps=4, remask="topk", draw=likeliest, record=4)
 
 
 def check_image(filled, arrays, name):
@@ -81,7 +86,7 @@ def check_image(filled, arrays, name):
 
 def test_text_to_image_equals_the_original(model, arrays):
     lengths = arrays["t2i/txt_mask"].sum(-1)
-    check_image(text_to_image(model, arrays["t2i/txt"], lengths, KEY, GOLDEN_IMAGE), arrays, "t2i")
+    check_image(text_to_image(model, arrays["t2i/txt"], lengths, KEYS, GOLDEN_IMAGE), arrays, "t2i")
 
 
 def test_inpainting_equals_the_original(model, arrays):
@@ -89,9 +94,51 @@ def test_inpainting_equals_the_original(model, arrays):
     image = np.repeat(arrays["it2i/src_codes"], 3, 0)
     editable = np.repeat(arrays["it2i/keep"].reshape(1, 16), 3, 0) == 0
     lengths = arrays["t2i/txt_mask"].sum(-1)
-    filled = inpaint(model, image, editable, arrays["t2i/txt"], lengths, KEY, GOLDEN_IMAGE)
+    filled = inpaint(model, image, editable, arrays["t2i/txt"], lengths, KEYS, GOLDEN_IMAGE)
     check_image(filled, arrays, "it2i")
     np.testing.assert_array_equal(np.where(editable, 0, filled.tokens), np.where(editable, 0, image))
+
+
+def test_guidance_of_one_is_none_and_of_zero_ignores_the_text(model, arrays):
+    texts, lengths = arrays["t2i/txt"], arrays["t2i/txt_mask"].sum(-1)
+
+    def codes(texts, lengths, guidance):
+        run = dataclasses.replace(GOLDEN_IMAGE, guidance=guidance)
+        return text_to_image(model, texts, lengths, KEYS, run).tokens
+
+    empty = codes(np.full_like(texts, PAD), np.ones(3, int), 1.0)
+    np.testing.assert_array_equal(codes(texts, lengths, 0.0), empty)
+    assert (codes(texts, lengths, 3.0) != codes(texts, lengths, 1.0)).any()
+
+
+def test_canvases_end_in_the_whole_run(model, arrays):
+    lengths = arrays["t2i/txt_mask"].sum(-1)
+    run = ImageRun(settings=ImageSteps(steps=4))
+    seen = list(canvases(model, *blank(TINY, 3), arrays["t2i/txt"], lengths, KEYS, run))
+    whole = text_to_image(model, arrays["t2i/txt"], lengths, KEYS, run)
+    assert [int(canvas.masked[0].sum()) for canvas in seen] == [15, 12, 7, 0]
+    np.testing.assert_array_equal(seen[-1].tokens, whole.tokens)
+    np.testing.assert_array_equal(seen[-1].log_probs, whole.log_probs)
+
+
+def test_pairs_are_drawn_together(model):
+    lengths = np.array([8, 3, 1])
+    assert pair_length_logits(model, 3).shape == (3, 8)
+    image, text = draw_pairs(model, lengths, KEYS, sampling(3), ImageRun(settings=ImageSteps(steps=4)))
+    assert bool((image.log_probs < 0).all())
+    np.testing.assert_array_equal(text.log_probs < 0, np.arange(8) < lengths[:, None])
+    np.testing.assert_array_equal(text.tokens[2, 1:], PAD)
+    alone = draw_pairs(model, lengths[:1], KEYS[:1], sampling(1), ImageRun(settings=ImageSteps(steps=4)))
+    np.testing.assert_array_equal(alone[0].tokens[0], image.tokens[0])
+
+
+def test_likelihood_prefers_the_drawn_text(model, arrays):
+    image = arrays["i2t/img"]
+    one_shot = dataclasses.replace(GOLDEN_TEXT, steps=1, record=0)
+    filled, lengths = image_to_text(model, image, KEYS, sampling(3), one_shot)
+    found = text_likelihood(model, image, filled.tokens, lengths)
+    other = text_likelihood(model, image, np.zeros((3, 8), int), lengths)
+    assert (found > other).all()
 
 
 def test_length_equals_the_original(model, arrays):
@@ -102,7 +149,7 @@ def test_length_equals_the_original(model, arrays):
 
 def test_image_to_text_equals_the_original(model, arrays):
     filled, lengths = image_to_text(
-        model, arrays["i2t/img"], KEY, sampling(3), GOLDEN_TEXT, lengths=arrays["i2t/N_given"]
+        model, arrays["i2t/img"], KEYS, sampling(3), GOLDEN_TEXT, lengths=arrays["i2t/N_given"]
     )
     np.testing.assert_array_equal(lengths, arrays["i2t/N_given"])
     np.testing.assert_array_equal(filled.tokens, arrays["i2t/tokens"])
@@ -113,7 +160,7 @@ def test_image_to_text_equals_the_original(model, arrays):
 
 
 def test_predicted_lengths_are_used(model, arrays):
-    filled, lengths = image_to_text(model, arrays["i2t/img"], KEY, sampling(3), TextRun(pad_id=PAD))
+    filled, lengths = image_to_text(model, arrays["i2t/img"], KEYS, sampling(3), TextRun())
     np.testing.assert_array_equal(lengths, arrays["i2t/N_pred"])
     assert bool(jnp.all(jnp.where(jnp.arange(8) < lengths[:, None], PAD, filled.tokens) == PAD))
 
@@ -123,7 +170,7 @@ def test_infilling_keeps_the_rest(model, arrays):
     editable = (jnp.arange(8) >= 2) & (jnp.arange(8) < 5)
     places = jnp.broadcast_to(editable, (3, 8))
     lengths = jnp.array([8, 6, 3])
-    filled, _ = infill_text(model, arrays["i2t/img"], text, places, lengths, KEY, sampling(3), TextRun(pad_id=PAD))
+    filled, _ = infill_text(model, arrays["i2t/img"], text, places, lengths, KEYS, sampling(3), TextRun())
     kept = (jnp.arange(8) < lengths[:, None]) & ~editable
     np.testing.assert_array_equal(filled.tokens[kept], text[kept])
 
@@ -136,26 +183,26 @@ def test_stored_bfloat16_is_computed_in_bfloat16(model, arrays):
     assert found.dtype == jnp.float32
     difference = np.abs(found - exact).max()
     assert 1e-4 < difference < 0.3
-    filled = text_to_image(half, arrays["t2i/txt"], np.array([8, 2, 2]), KEY)
+    filled = text_to_image(half, arrays["t2i/txt"], np.array([8, 2, 2]), KEYS)
     assert filled.tokens.dtype == jnp.int32
 
 
 def test_other_steps_temperatures_and_lengths_compile_nothing(model, arrays):
     texts, images = arrays["t2i/txt"], arrays["i2t/img"]
 
-    def run(steps, temperature, lengths, top_k, key):
-        settings = ImageSteps(steps, (temperature, 1), (2 * temperature, 0))
-        image = text_to_image(model, texts, lengths, key, ImageRun(settings=settings))
+    def run(steps, temperature, lengths, top_k, keys, guidance):
+        settings = ImageSteps(steps, (temperature, 1), (2 * temperature, 0), top_p=1 - temperature / 10)
+        image = text_to_image(model, texts, lengths, keys, ImageRun(settings=settings, guidance=guidance))
         rows = sampling(3, temperature, top_k)
-        text, _ = image_to_text(model, images, key, rows, TextRun(pad_id=PAD, steps=steps), lengths=lengths)
+        text, _ = image_to_text(model, images, keys, rows, TextRun(steps=steps), lengths=lengths)
         return jax.block_until_ready((image.tokens, text.tokens))
 
-    run(3, 1.0, np.array([8, 2, 2]), 5, jax.random.key(1))
-    key = jax.random.key(2)
+    run(3, 1.0, np.array([8, 2, 2]), 5, KEYS, 1.0)
+    keys = jax.random.split(jax.random.key(2), 3)
     counter = compilations_of_process()
     before = counter.count
-    run(9, 0.5, np.array([1, 8, 4]), 0, key)
-    run(1, 2, np.array([3, 3, 3]), 7, key)
+    run(9, 0.5, np.array([1, 8, 4]), 0, keys, 3.5)
+    run(1, 2, np.array([3, 3, 3]), 7, keys, 0.0)
     assert counter.count == before
 
 
@@ -164,7 +211,7 @@ def test_static_settings_do_compile(model, arrays):
     counter = compilations_of_process()
     before = counter.count
     run = ImageRun(rule=ImageRule("random", "arccos"))
-    text_to_image(model, arrays["t2i/txt"], np.array([8, 2, 2]), KEY, run)
+    text_to_image(model, arrays["t2i/txt"], np.array([8, 2, 2]), KEYS, run)
     assert counter.count > before
 
 
@@ -191,18 +238,17 @@ def test_refused_images(model, change, message):
         "run": ImageRun(),
     }
     with pytest.raises(ValueError, match=message):
-        inpaint(model, **(arguments | change), key=KEY)
+        inpaint(model, **(arguments | change), keys=KEYS[:2])
 
 
 @pytest.mark.parametrize(
     ("change", "lengths", "message"),
     [
-        ({"pad_id": 53}, None, "pad_id holds ids from 53"),
         ({"steps": 0}, None, "0 steps"),
         ({}, [9, 1], "lengths are 1 to 9"),
     ],
 )
 def test_refused_texts(model, change, lengths, message):
-    run = dataclasses.replace(TextRun(pad_id=PAD), **change)
+    run = TextRun(**change)
     with pytest.raises(ValueError, match=message):
-        image_to_text(model, np.zeros((2, 16), int), KEY, sampling(2), run, lengths=lengths)
+        image_to_text(model, np.zeros((2, 16), int), KEYS[:2], sampling(2), run, lengths=lengths)

@@ -19,7 +19,7 @@ from magma_jax.families.magvlt.masking import draw_masks, draw_places, image_cou
 from magma_jax.families.magvlt.sharding import SHARDINGS
 from magma_jax.models.magvlt.config import MagvltConfig
 from magma_jax.models.magvlt.layout import layout_of
-from magma_jax.models.magvlt.model import Magvlt, canvas_of
+from magma_jax.models.magvlt.model import MagvltModel, canvas_of
 from magma_jax.nn.modules import abstract, merge, split
 from magma_jax.published.keymap.engine import to_ours
 from magma_jax.published.magvlt_keys import transformer_table
@@ -39,7 +39,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def model(golden_checkpoint):
-    definition, shapes, _ = abstract(lambda: Magvlt(TINY, rngs=nnx.Rngs(0)))
+    definition, shapes, _ = abstract(lambda: MagvltModel(TINY, rngs=nnx.Rngs(0)))
     with open_torch_file(golden_checkpoint("magvlt/stage2")) as file:
         planned = to_ours(transformer_table(), state_dict(file.tree)[0], shapes)
         return merge(definition, {path: jnp.asarray(tensor.read()) for path, tensor in planned.items()})
@@ -166,7 +166,7 @@ def test_dropout_and_masks_come_from_the_key(model):
 
 def test_a_model_learns_all_tasks():
     """Five rows by heart; the step compiles once for three tasks, and parts of a batch are counted apart."""
-    definition, params = split(Magvlt(MagvltConfig(
+    definition, params = split(MagvltModel(MagvltConfig(
         layers=2, width=32, heads=4, image_rows=37, text_rows=53, image_positions=16, text_positions=8,
         attention_dropout=0.0, residual_dropout=0.0,
     ), rngs=nnx.Rngs(0)))  # fmt: skip

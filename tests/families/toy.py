@@ -141,6 +141,7 @@ TOY = Family(
     configs=(ToyConfig,),
     data=(CountingConfig,),
     options=ToyOptions,
+    recognises=lambda keys: False,
     build=ToyModel,
     roles=lambda config: {"language": Group(), "head": Group()},
     complete=lambda config: config,

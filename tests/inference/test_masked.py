@@ -8,6 +8,7 @@ import pytest
 from magma_jax.inference.decoding.masked import ImageRule, ImageSteps, draw_tokens, fill_image, fill_text
 from magma_jax.inference.decoding.sampling import SamplingRows
 from magma_jax.inference.decoding.schedules import (
+    halton_ranks,
     highest,
     mask_ratio,
     masked_count,
@@ -18,6 +19,7 @@ from magma_jax.inference.decoding.schedules import (
 )
 
 KEY = jax.random.key(0)
+KEYS = jax.random.split(KEY, 3)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,7 @@ def test_images_keep_what_is_kept_and_what_was_revealed(strategy, schedule):
     # Rows with many, with fewer than steps, and with one editable place.
     editable = jnp.arange(12) < jnp.array([[12], [3], [1]])
     filled = fill_image(
-        predict, tokens, editable, KEY, ImageSteps(steps=6), rule=ImageRule(strategy, schedule), record=8
+        predict, tokens, editable, KEYS, ImageSteps(steps=6), rule=ImageRule(strategy, schedule), record=8
     )
     np.testing.assert_array_equal(jnp.where(editable, 0, filled.tokens), jnp.where(editable, 0, tokens))
     masked = filled.trace.masked
@@ -162,31 +164,51 @@ def test_temperature_zero_is_the_likeliest():
     np.testing.assert_array_equal(draw_tokens(KEY, logits, jnp.zeros(5)), jnp.argmax(logits, -1))
     tokens, editable = jnp.zeros((2, 12), jnp.int32), jnp.ones((2, 12), bool)
     settings = ImageSteps(steps=1, temperature=(0.0, 0.0))
-    filled = fill_image(predict, tokens, editable, KEY, settings)
+    filled = fill_image(predict, tokens, editable, KEYS[:2], settings)
     np.testing.assert_array_equal(filled.tokens, jnp.argmax(predict(tokens, editable), -1))
-    text = fill_text(predict, tokens, editable, KEY, jnp.int32(1), rows(2, temperature=0.0))
+    text = fill_text(predict, tokens, editable, KEYS[:2], jnp.int32(1), rows(2, temperature=0.0))
     np.testing.assert_array_equal(text.tokens, filled.tokens)
+
+
+FIRST = ([0, 1], [0, 1], [2, 0])
 
 
 def test_the_same_key_gives_the_same_and_another_another():
     tokens, editable = jnp.zeros((2, 12), jnp.int32), jnp.ones((2, 12), bool)
-    a, b, c = (fill_image(predict, tokens, editable, jax.random.key(seed), ImageSteps()).tokens for seed in (0, 0, 1))
+    a, b, c = (fill_image(predict, tokens, editable, KEYS[jnp.array(rows)], ImageSteps()).tokens for rows in FIRST)
     np.testing.assert_array_equal(a, b)
     assert bool(jnp.any(a != c))
+    np.testing.assert_array_equal(a[0], c[1])  # a row depends on its key alone
 
 
 @pytest.mark.parametrize("remask", ["topk", "sample"])
 def test_texts_are_revised_within_their_places(remask):
     tokens = jnp.full((3, 12), 7, jnp.int32)
     editable = (jnp.arange(12) < jnp.array([[12], [4], [1]])) & (jnp.arange(12) != 2)
-    filled = fill_text(predict, tokens, editable, KEY, jnp.int32(4), rows(3, top_k=3), remask=remask, record=4)
+    filled = fill_text(predict, tokens, editable, KEYS, jnp.int32(4), rows(3, top_k=3), remask=remask, record=4)
     assert bool(jnp.all(jnp.where(editable, 7, filled.tokens) == 7))
     assert filled.trace.masked.sum(-1).tolist() == [[11, 3, 1], [8, 2, 1], [5, 1, 1], [2, 1, 1]]
     assert not (filled.trace.masked & ~editable).any()
     assert bool(jnp.all(jnp.where(editable, filled.log_probs < 0, filled.log_probs == 0)))
 
 
+def test_haltons_order_meets_every_place_and_spreads_the_first_ones():
+    ranks = halton_ranks(64)
+    assert sorted(ranks.tolist()) == list(range(64))
+    rows, columns = np.divmod(np.argsort(ranks)[:4], 8)
+    assert len(set(zip(rows // 4, columns // 4, strict=True))) >= 3  # quarters of the grid
+    with pytest.raises(ValueError, match="Halton's order needs a square of positions, not 12"):
+        halton_ranks(12)
+
+
+def test_top_p_leaves_the_likeliest():
+    tokens, editable = jnp.zeros((2, 12), jnp.int32), jnp.ones((2, 12), bool)
+    settings = ImageSteps(steps=1, temperature=(1.0, 1.0), top_p=1e-6)
+    filled = fill_image(predict, tokens, editable, KEYS[:2], settings)
+    np.testing.assert_array_equal(filled.tokens, jnp.argmax(predict(tokens, editable), -1))
+
+
 def test_top_k_of_one_is_certain():
     tokens, editable = jnp.zeros((2, 12), jnp.int32), jnp.ones((2, 12), bool)
-    filled = fill_text(predict, tokens, editable, KEY, jnp.int32(3), rows(2, top_k=1))
+    filled = fill_text(predict, tokens, editable, KEYS[:2], jnp.int32(3), rows(2, top_k=1))
     np.testing.assert_array_equal(filled.log_probs, 0)

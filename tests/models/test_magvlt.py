@@ -12,7 +12,7 @@ from flax import nnx
 from magma_jax.families.magvlt.sharding import SHARDINGS, roles
 from magma_jax.models.magvlt.config import BASE, LARGE, MagvltConfig
 from magma_jax.models.magvlt.layout import layout_of
-from magma_jax.models.magvlt.model import Magvlt, canvas_of
+from magma_jax.models.magvlt.model import MagvltModel, canvas_of
 from magma_jax.nn.modules import abstract, parameter_count
 from magma_jax.published.keymap.engine import to_theirs
 from magma_jax.published.magvlt_keys import transformer_table
@@ -34,7 +34,7 @@ TINY = MagvltConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    return Magvlt(TINY, rngs=nnx.Rngs(0))
+    return MagvltModel(TINY, rngs=nnx.Rngs(0))
 
 
 def canvas(seed=0, **changes):
@@ -52,7 +52,7 @@ def canvas(seed=0, **changes):
 )
 def test_full_size(config, numbers, tensors):
     """Numbers and tensors of the released transformers; who learns; and one sharding row for each."""
-    _, shapes, types = abstract(lambda: Magvlt(config, rngs=nnx.Rngs(0)))
+    _, shapes, types = abstract(lambda: MagvltModel(config, rngs=nnx.Rngs(0)))
     assert parameter_count(shapes) == numbers
     assert len(to_theirs(transformer_table(), shapes)) == tensors
     assert set(label_parameters(types, roles(config)).values()) == {"transformer", "head"}
@@ -63,7 +63,7 @@ def test_full_size(config, numbers, tensors):
 
 
 def test_shardings_split_the_large_ones():
-    _, shapes, _ = abstract(lambda: Magvlt(BASE, rngs=nnx.Rngs(0)))
+    _, shapes, _ = abstract(lambda: MagvltModel(BASE, rngs=nnx.Rngs(0)))
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, model=2))
     found = parameter_shardings(shapes, mesh, SHARDINGS)
     for path, leaf in shapes.items():
@@ -93,7 +93,7 @@ def test_attention_is_bidirectional(model):
 
 def test_bot_sees_no_text_in_one_layer():
     """With one layer nothing of the text can reach it, not even by way of the image."""
-    model = Magvlt(dataclasses.replace(TINY, layers=1), rngs=nnx.Rngs(0))
+    model = MagvltModel(dataclasses.replace(TINY, layers=1), rngs=nnx.Rngs(0))
     first = canvas()
     other = first._replace(text=first.text[::-1], text_lengths=jnp.array([1, 3], jnp.int32))
     np.testing.assert_array_equal(*(model.hidden("image_first", batch).bot for batch in (first, other)))

@@ -8,7 +8,7 @@ from flax import nnx
 
 from magma_jax.models.magvlt.config import MagvltConfig
 from magma_jax.models.magvlt.layout import attention_mask, layout_of
-from magma_jax.models.magvlt.model import Magvlt, canvas_of
+from magma_jax.models.magvlt.model import MagvltModel, canvas_of
 from magma_jax.nn.modules import abstract, merge
 from magma_jax.published.keymap.engine import KeyMapError, check_table, to_ours, to_theirs
 from magma_jax.published.magvlt_keys import transformer_table, without_tokenizer
@@ -27,7 +27,7 @@ def tensors(golden_checkpoint):
 
 @pytest.fixture(scope="module")
 def model(tensors):
-    definition, shapes, _ = abstract(lambda: Magvlt(TINY, rngs=nnx.Rngs(0)))
+    definition, shapes, _ = abstract(lambda: MagvltModel(TINY, rngs=nnx.Rngs(0)))
     planned = to_ours(transformer_table(), tensors, shapes, allow_cast=False)
     return merge(definition, {path: jnp.asarray(tensor.read()) for path, tensor in planned.items()})
 
@@ -84,7 +84,7 @@ def test_forward(case, model, arrays):
 
 
 def test_both_directions_keep_every_bit(tensors):
-    shapes = abstract(lambda: Magvlt(TINY, rngs=nnx.Rngs(0)))[1]
+    shapes = abstract(lambda: MagvltModel(TINY, rngs=nnx.Rngs(0)))[1]
     table = transformer_table()
     check_table(table)
     ours = {path: tensor.read() for path, tensor in to_ours(table, tensors, shapes, allow_cast=False).items()}
@@ -95,7 +95,7 @@ def test_both_directions_keep_every_bit(tensors):
 
 
 def test_keys_that_are_not_the_transformers(tensors):
-    shapes = abstract(lambda: Magvlt(TINY, rngs=nnx.Rngs(0)))[1]
+    shapes = abstract(lambda: MagvltModel(TINY, rngs=nnx.Rngs(0)))[1]
     whole = tensors | {"model_vqvae.quant_conv.bias": np.zeros(8, np.float32)}
     assert without_tokenizer(whole.items()).keys() == tensors.keys()
     with pytest.raises(KeyMapError, match=r"model_vqvae\.quant_conv\.bias"):

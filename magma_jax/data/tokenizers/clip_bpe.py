@@ -8,8 +8,11 @@ stand for a byte in CLIP's alphabet, such as "é"; a caption with any other lose
 import dataclasses
 import functools
 import heapq
+import json
+import os
 import random
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 from tokenizers import normalizers, pre_tokenizers
@@ -21,6 +24,9 @@ END_OF_WORD = "</w>"
 
 # Text tokens of a caption in the published models.
 LENGTH = 64
+
+# In the tokenizer's folder of a model: says that it is this one, whose vocabulary is part of the package.
+FILE = "clip_bpe.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +47,7 @@ class ClipBPE:
     Attributes:
         eos_id: id of ``<|endoftext|>``.
         pad_id: the same id.
+        separator_id: id of "|" without the end of a word, which separates two captions in one.
     """
 
     def __init__(self):
@@ -58,6 +65,7 @@ class ClipBPE:
         self._splitter = pre_tokenizers.BertPreTokenizer()
         self._cached = functools.lru_cache(maxsize=2**16)(self._merge)
         self.eos_id = self.pad_id = self._ids[EOS]
+        self.separator_id = self._ids["|"]
 
     def __reduce__(self):
         return clip_bpe, ()
@@ -65,6 +73,18 @@ class ClipBPE:
     def __len__(self) -> int:
         """Number of ids."""
         return len(self._symbols)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return len(self)
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Writes ``FILE`` to a folder and returns its path."""
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"tokenizer": "clip"}) + "\n", encoding="utf-8")
+        return path
 
     def encode(self, text: str, *, dropout: float = 0.0, rng: random.Random | None = None) -> list[int]:
         """Ids of a text, without an end token.

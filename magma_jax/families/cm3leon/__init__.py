@@ -1,6 +1,7 @@
 """CM3Leon: a decoder over text and image tokens that retrieves, draws, edits and answers (Yu et al. 2023)."""
 
 import functools
+from typing import Any
 
 from flax import nnx
 
@@ -9,13 +10,21 @@ from magma_jax.families.cm3leon.config import SHARDINGS, batch_shapes, complete,
 from magma_jax.families.cm3leon.generator import CM3LeonGenerator
 from magma_jax.families.cm3leon.image_codes import code_loader
 from magma_jax.families.cm3leon.loss import CM3LeonOptions, cm3leon_loss
+from magma_jax.families.vqgan.loading import open_image_tokenizer
 from magma_jax.family import Family
 from magma_jax.inference.decoding.program import decode_program
 from magma_jax.models.cm3leon import CM3Leon, CM3LeonConfig
+from magma_jax.models.vision.vqgan import TOKENIZER
+from magma_jax.published.cm3leon_keys import is_cm3leon
 
 
 def _build(config: CM3LeonConfig, rngs: nnx.Rngs) -> CM3Leon:
     return CM3Leon(config, rngs=rngs)
+
+
+def _open_tokenizer(path: Any, config: CM3LeonConfig) -> Any:
+    assert config.tokenizer is not None  # a config without one has no such parameters
+    return open_image_tokenizer(path, config.tokenizer)
 
 
 CM3LEON = Family(
@@ -23,6 +32,7 @@ CM3LEON = Family(
     configs=(CM3LeonConfig,),
     data=(OpenmojiDocumentsConfig,),
     options=CM3LeonOptions,
+    recognises=is_cm3leon,
     build=_build,
     roles=roles,
     complete=complete,
@@ -36,7 +46,7 @@ CM3LEON = Family(
     first_values=lambda program, dataset, params: {},
     fresh=r"",
     base_may_differ=lambda model: ("dtype", "embedding_std", "position_std"),
-    parts={},
+    parts={TOKENIZER: _open_tokenizer},
     open=CM3LeonGenerator.from_checkpoint,
     decode_program=functools.partial(decode_program, lambda model: model),
     panel=None,

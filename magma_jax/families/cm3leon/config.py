@@ -11,6 +11,8 @@ import numpy as np
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig
 from magma_jax.family import ShardingRow
 from magma_jax.models.cm3leon import CM3LeonConfig
+from magma_jax.models.vision.vqgan import SHARDINGS as TOKENIZER_SHARDINGS
+from magma_jax.models.vision.vqgan import TOKENIZER
 from magma_jax.nn.modules import LanguageParam, TokenizerParam
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.program import Program
@@ -18,13 +20,11 @@ from magma_jax.training.step.flops import LANGUAGE_INPUTS, StepFlops, attention_
 from magma_jax.training.step.optim import Group
 from magma_jax.typing import IGNORED
 
-TOKENIZER = "image_tokenizer/"
-
-# The image tokenizer is small and whole on every device.
-SHARDINGS: tuple[ShardingRow, ...] = ((rf"{TOKENIZER}.*", ()),)
+# The decoder has the shared rows; one row matches each parameter.
+SHARDINGS: tuple[ShardingRow, ...] = TOKENIZER_SHARDINGS
 
 # Batches hold codes, so the step does not run the tokenizer.
-INPUTS = ((re.compile(rf"{TOKENIZER}.*"), None), *LANGUAGE_INPUTS)
+INPUTS = ((re.compile(rf"{TOKENIZER}/.*"), None), *LANGUAGE_INPUTS)
 
 
 def roles(model: CM3LeonConfig) -> dict[str, Literal["frozen"] | Group]:
@@ -46,6 +46,11 @@ def complete(config: RunConfig) -> RunConfig:
         raise ValueError(
             "optim.groups.tokenizer: batches hold codes, so the image tokenizer cannot learn here; set it to frozen, "
             "and train the tokenizer alone"
+        )
+    if model.tokenizer is not None and not (config.base or TOKENIZER in config.weights):
+        raise ValueError(
+            "weights.image_tokenizer: the model's image tokenizer is frozen, so it needs trained weights; name a "
+            "run or model folder of a VQ-GAN, or a file of one"
         )
     if data.length > model.context_length:
         raise ValueError(

@@ -23,6 +23,7 @@ from PIL import Image
 from magma_jax.data.documents.document import MOST_RETRIEVED
 from magma_jax.data.images import ImageInput
 from magma_jax.families.cm3leon.decoding import Request, Result, run_requests
+from magma_jax.families.cm3leon.image_codes import tokenizer_params
 from magma_jax.families.cm3leon.loading import Loaded, load_cm3leon
 from magma_jax.families.cm3leon.options import DrawOptions
 from magma_jax.families.cm3leon.prompts import (
@@ -37,11 +38,11 @@ from magma_jax.families.cm3leon.prompts import (
     edit_streams,
     lay_out_gaps,
 )
+from magma_jax.families.vqgan.generator import ImageTokenizer
 from magma_jax.inference.answers import Answer, AnswerOptions, ImageOptions
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.streams import Combine, Place, StreamRules
 from magma_jax.inference.generator import Makes
-from magma_jax.inference.image_codes import ImageCodes
 from magma_jax.inference.prompts import Prompt, check_prompt
 from magma_jax.runtime.compile import trim_after_compile
 from magma_jax.typing import Int
@@ -80,9 +81,9 @@ class CM3LeonGenerator:
         trim_after_compile()
         self.config, self.graphdef, self.params, self.tokenizer = loaded[:4]
         self._saw_sentinels = loaded.saw_sentinels
-        self.images: ImageCodes | None = None
+        self.images: ImageTokenizer | None = None
         if self.config.tokenizer is not None:
-            self.images = ImageCodes(self.config.tokenizer, self.params)
+            self.images = ImageTokenizer(self.config.tokenizer, tokenizer_params(self.params))
         self.makes: frozenset[Makes] = frozenset({"text", "image", "edit"} if self.images else {"text"})
 
     @classmethod
@@ -522,7 +523,7 @@ class CM3LeonGenerator:
         np.logical_or.at(hidden, (rows[:, None], columns[None, :]), mask)
         return hidden.ravel()
 
-    def _tokenizer(self, what: str) -> ImageCodes:
+    def _tokenizer(self, what: str) -> ImageTokenizer:
         if self.images is None:
             raise ValueError(f"this model has no image tokenizer, which {what}; train it with model.tokenizer")
         return self.images

@@ -52,6 +52,7 @@ LANGUAGE = Family(
     configs=LanguageModelConfig.__args__,
     data=(OpenmojiConfig, OpenmojiTextConfig),
     options=LossOptions,
+    recognises=lambda keys: False,
     build=_build,
     roles=lambda config: {LanguageParam.role: Group()},
     complete=lambda config: config,

@@ -19,6 +19,7 @@ from magma_jax.inference.decoding.program import decode_program
 from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
 from magma_jax.published.encoder_sources import open_encoder
 from magma_jax.published.language_model_sources import open_lm
+from magma_jax.published.magma_keys import is_magma
 from magma_jax.training.monitor.throughput import count_batch
 from magma_jax.training.step.options import LossOptions
 
@@ -39,6 +40,7 @@ MAGMA = Family(
     configs=(MagmaConfig,),
     data=(OpenmojiConfig, FoldersConfig),
     options=LossOptions,
+    recognises=is_magma,
     build=_build,
     roles=roles,
     complete=complete,

@@ -1,54 +1,33 @@
-"""Losses of MAGVLT: masked tokens of each modality, and the length of the text."""
+"""Losses of MAGVLT: masked tokens of each modality, the length of the text, and both helper losses.
 
-import dataclasses
+A batch has one task. Its loss takes up to three passes: over the masked batch; over the same batch with the first
+pass's guesses in place of its masks and new masks among them (UnrollMask); and over mixed contexts (MixSel).
+"""
+
 from collections.abc import Callable, Collection
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from magma_jax.families.magvlt.masking import draw_masks
+from magma_jax.families.magvlt.masking import Masks, draw_masks, row_keys
+from magma_jax.families.magvlt.options import BOTH, IMAGE_TO_TEXT, TEXT_TO_IMAGE, MagvltOptions
 from magma_jax.models.magvlt.layout import Order
-from magma_jax.models.magvlt.model import Canvas, Magvlt, Modality, canvas_of
-from magma_jax.nn.stack import Remat
+from magma_jax.models.magvlt.model import Canvas, Hidden, MagvltModel, Modality, canvas_of
 from magma_jax.training.step.cross_entropy import cross_entropy
+from magma_jax.training.step.draw_labels import draw_labels
 from magma_jax.training.step.terms import Term, Terms
 from magma_jax.training.step.train_step import Batch
 from magma_jax.typing import IGNORED, Array, PRNGKey
 
-# Tasks of a batch: text to image, image to text, and both modalities masked.
-TEXT_TO_IMAGE, IMAGE_TO_TEXT, BOTH = range(3)
-
-
-@dataclasses.dataclass(frozen=True)
-class MagvltOptions:
-    """Options of the loss; the defaults are the released configs'.
-
-    Attributes:
-        label_smoothing: of the token losses; the length has none.
-        length_weight: weight of the length's loss.
-        independent_ratios: whether the joint task draws the masked shares of image and text apart. By default one draw
-            gives both, in opposite directions.
-        remat: remat policy of the layers, see ``nn.stack``.
-    """
-
-    label_smoothing: float = 0.1
-    length_weight: float = 0.01
-    independent_ratios: bool = False
-    remat: Remat = "none"
-
-    may_change: ClassVar[tuple[str, ...]] = ("remat",)
-    adds_up: ClassVar[bool] = True
-
-    def __post_init__(self):
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"loss: label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
-        if self.length_weight < 0:
-            raise ValueError(f"loss: length_weight must not be negative, got {self.length_weight}")
-
-    def for_validation(self) -> "MagvltOptions":
-        """The options for validation: the same."""
-        return self
+# Order and predicted modalities of each task.
+TASKS: dict[int, tuple[Order, tuple[Modality, ...]]] = {
+    TEXT_TO_IMAGE: ("text_first", ("image",)),
+    IMAGE_TO_TEXT: ("image_first", ("text",)),
+    BOTH: ("image_first", ("image", "text")),
+}
+# Random streams of a row's seed.
+MASK, GUESS, MIXSEL_MASK = range(3)
 
 
 class Totals(NamedTuple):
@@ -62,58 +41,93 @@ class Totals(NamedTuple):
     length_right: Array
 
 
-def magvlt_loss(model: Magvlt, batch: Batch, key: PRNGKey | None, *, options: MagvltOptions) -> Terms:
+def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, options: MagvltOptions) -> Terms:
     """Terms of one batch, whose rows have the same task.
 
     Args:
         model: the model.
-        batch: ``image`` (B, I) codes; ``text`` (B, T); ``lengths`` (B,), end token included; ``task`` (B,), equal in
-            all rows and on all hosts.
-        key: feeds masks and dropout; None for fixed masks without dropout.
+        batch: ``codes`` (B, I); ``tokens`` (B, T); ``lengths`` (B,), end token included; ``seeds`` (B,), which the
+            masks follow from; ``task`` (B,), equal in all rows and on all hosts; with UnrollMask ``unroll_seeds`` (B,)
+            of guesses and second masks; and with MixSel what ``mixing.mixed`` makes.
+        key: feeds dropout; None for none.
         options: see ``MagvltOptions``.
 
     Returns:
         ``image`` and ``text``, over the masked tokens of the task's modalities; ``length``, over rows in which the
-        image comes first; and the accuracy of each, with weight 0.
+        image comes first; the accuracy of each, with weight 0; and ``unroll_...`` and ``mixsel_...`` of the others.
     """
-    config, lengths, task = model.config, batch["lengths"], batch["task"][0]
-    mask_key, dropout_key = (jax.random.key(0), None) if key is None else jax.random.split(key)
-    masks = draw_masks(
-        mask_key,
-        lengths,
-        config.image_positions,
-        config.text_positions,
-        independent=options.independent_ratios,
-    )
-    # Counts are outside of the branches: accumulation asks for them alone, without a pass through the model.
-    canvas = canvas_of(
-        batch["image"],
-        batch["text"],
-        lengths,
-        image_masked=masks.image & (task != IMAGE_TO_TEXT),
-        text_masked=masks.text & (task != TEXT_TO_IMAGE),
-    )
-    counts = {
-        "image": canvas.image_masked.sum(dtype=jnp.int32),
-        "text": canvas.text_masked.sum(dtype=jnp.int32),
-        "length": jnp.where(task == TEXT_TO_IMAGE, 0, jnp.int32(len(lengths))),
-    }
+    task, seeds = batch["task"][0], batch["seeds"]
+    first = batch["codes"], batch["tokens"], batch["lengths"]
+    words = jnp.arange(first[1].shape[1]) < first[2][:, None]
+    everywhere = jnp.ones(first[0].shape, bool)
 
-    def branch(order: Order, *predicted: Modality) -> Callable[[], Totals]:
-        return lambda: pass_totals(model, order, canvas, predicted, dropout_key=dropout_key, options=options)
+    def masks(keys: Array, image: Array, text: Array, *, nested: bool = False) -> Masks:
+        drawn = draw_masks(keys, image, text, independent=options.independent_ratios, nested=nested)
+        # Counts are outside of the branches: accumulation asks for them alone, without a pass through the model.
+        return Masks(drawn.image & (task != IMAGE_TO_TEXT), drawn.text & (task != TEXT_TO_IMAGE))
 
-    totals = jax.lax.switch(
-        task,
-        (branch("text_first", "image"), branch("image_first", "text"), branch("image_first", "image", "text")),
-    )
-    weights = {"image": 1.0, "text": 1.0, "length": options.length_weight}
-    terms = {name: Term(getattr(totals, name), counts[name], weight) for name, weight in weights.items()}
-    right = {f"{name}_accuracy": Term(getattr(totals, f"{name}_right"), counts[name], 0.0) for name in weights}
-    return terms | right
+    drawn = {"": masks(row_keys(seeds, MASK), everywhere, words)}
+    if options.unroll_weight and options.unroll_mask == "nested":
+        drawn["unroll_"] = masks(row_keys(batch["unroll_seeds"], MASK), *drawn[""], nested=True)
+    elif options.unroll_weight:
+        drawn["unroll_"] = masks(row_keys(batch["unroll_seeds"], MASK), everywhere, words)
+    mixed = None
+    if options.mixsel_weight:
+        drawn["mixsel_"] = masks(row_keys(seeds, MIXSEL_MASK), batch["mixed_image_places"], batch["mixed_text_places"])
+        mixed = canvas_of(
+            batch["mixed_codes"],
+            batch["mixed_tokens"],
+            batch["mixed_lengths"],
+            image_masked=drawn["mixsel_"].image,
+            text_masked=drawn["mixsel_"].text,
+            selectors=batch["selectors"],
+        )
+    canvas = canvas_of(*first, image_masked=drawn[""].image, text_masked=drawn[""].text)
+    keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
+
+    def branch(order: Order, predicted: tuple[Modality, ...]) -> Callable[[], dict[str, Totals]]:
+        def run() -> dict[str, Totals]:
+            def totals(hidden: Hidden, canvas: Canvas, **lengths: bool) -> Totals:
+                return hidden_totals(model, hidden, canvas, predicted, options=options, **lengths)
+
+            def hidden_of(canvas: Canvas, key: PRNGKey | None) -> Hidden:
+                return model.hidden(
+                    order, canvas, dtype=jnp.dtype(options.activations), dropout_key=key, remat=options.remat
+                )
+
+            hidden = hidden_of(canvas, keys[0])
+            found = {"": totals(hidden, canvas, lengths=order == "image_first")}
+            if "unroll_" in drawn:
+                guessed = unrolled(
+                    model, canvas, hidden, predicted, row_keys(batch["unroll_seeds"], GUESS), drawn["unroll_"]
+                )
+                # The guesses are seen, the truth is predicted.
+                truth = canvas._replace(image_masked=drawn["unroll_"].image, text_masked=drawn["unroll_"].text)
+                found["unroll_"] = totals(hidden_of(guessed, keys[1]), truth)
+            if mixed is not None:
+                found["mixsel_"] = totals(hidden_of(mixed, keys[2]), mixed)
+            return found
+
+        return run
+
+    branches = [branch(*TASKS[number]) for number in options.tasks]
+    place = sum((task > number).astype(jnp.int32) for number in options.tasks[:-1]) if branches[1:] else 0
+    totals = jax.lax.switch(place, branches) if branches[1:] else branches[0]()
+    weights = {"": 1.0, "unroll_": options.unroll_weight, "mixsel_": options.mixsel_weight}
+    terms: dict[str, Any] = {}
+    for kind, masks_ in drawn.items():
+        for name in ("image", "text"):
+            count = getattr(masks_, name).sum(dtype=jnp.int32)
+            terms[kind + name] = Term(getattr(totals[kind], name), count, weights[kind])
+            terms[f"{kind}{name}_accuracy"] = Term(getattr(totals[kind], f"{name}_right"), count, 0.0)
+    count = jnp.where(task == TEXT_TO_IMAGE, 0, jnp.int32(len(seeds)))
+    terms["length"] = Term(totals[""].length, count, options.length_weight)
+    terms["length_accuracy"] = Term(totals[""].length_right, count, 0.0)
+    return terms
 
 
 def pass_totals(
-    model: Magvlt,
+    model: MagvltModel,
     order: Order,
     canvas: Canvas,
     predicted: Collection[Modality],
@@ -121,11 +135,24 @@ def pass_totals(
     dropout_key: PRNGKey | None,
     options: MagvltOptions,
 ) -> Totals:
-    """Sums of one pass over the masked tokens of the ``predicted`` modalities, and over lengths if the image is first.
+    """Sums of one pass over masked tokens of the ``predicted`` modalities, with the image first also over lengths."""
+    hidden = model.hidden(order, canvas, dropout_key=dropout_key, remat=options.remat)
+    return hidden_totals(model, hidden, canvas, predicted, options=options, lengths=order == "image_first")
+
+
+def hidden_totals(
+    model: MagvltModel,
+    hidden: Hidden,
+    canvas: Canvas,
+    predicted: Collection[Modality],
+    *,
+    options: MagvltOptions,
+    lengths: bool = False,
+) -> Totals:
+    """Sums of one pass over the masked tokens of the ``predicted`` modalities, and over ``lengths``.
 
     The head of a modality that is not predicted is not computed.
     """
-    hidden = model.hidden(order, canvas, dropout_key=dropout_key, remat=options.remat)
     sums = {name: jnp.zeros(()) for name in ("image", "text", "length")}
     right = {name: jnp.zeros((), jnp.int32) for name in sums}
     for name in predicted:
@@ -136,7 +163,18 @@ def pass_totals(
             labels,
             label_smoothing=options.label_smoothing,
         )
-    if order == "image_first":
+    if lengths:
         classes = canvas.text_lengths[:, None] - 1
         sums["length"], _, right["length"] = cross_entropy(model.length_logits, hidden.bot[:, None], classes)
     return Totals(**sums, **{f"{name}_right": value for name, value in right.items()})
+
+
+def unrolled(
+    model: MagvltModel, canvas: Canvas, hidden: Hidden, predicted: Collection[Modality], keys: Array, masks: Masks
+) -> Canvas:
+    """The canvas with its masked tokens drawn from the model's guesses, without gradients, and masked anew."""
+    tokens = {"image": canvas.image, "text": canvas.text}
+    for name in predicted:
+        drawn = draw_labels(lambda h, name=name: model.logits(h, name), getattr(hidden, name), keys)
+        tokens[name] = jnp.where(getattr(canvas, f"{name}_masked"), drawn, tokens[name])
+    return canvas._replace(**tokens, image_masked=masks.image, text_masked=masks.text)

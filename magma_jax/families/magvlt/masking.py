@@ -1,4 +1,7 @@
-"""Random masks of training: how many tokens of each row are masked, and which."""
+"""Random masks of training: how many tokens of each row are masked, and which.
+
+They follow from the row's seed alone, so that a batch in parts, or on other devices, is masked alike.
+"""
 
 from typing import NamedTuple
 
@@ -6,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from magma_jax.inference.decoding.schedules import highest, mask_ratio, masked_count
-from magma_jax.typing import Array, Bool, Float, Int, PRNGKey
+from magma_jax.typing import Array, Bool, Float, Int, Key
 
 
 class Masks(NamedTuple):
@@ -16,42 +19,58 @@ class Masks(NamedTuple):
     text: Array
 
 
-def image_count(r: Float[Array, " B"], positions: int) -> Int[Array, " B"]:
-    """Codes to mask for a draw r from [0, 1): a share of cos(pi r / 2), at least one."""
-    return jnp.clip(masked_count(mask_ratio("cosine", r), jnp.full(r.shape, positions)), 1, positions)
+def row_keys(seeds: Int[Array, " B"], stream: int) -> Key[Array, " B"]:
+    """A key for each row's seed; streams are independent."""
+    key = jax.random.key(stream)
+    return jax.vmap(lambda seed: jax.random.fold_in(key, seed))(seeds)
 
 
-def text_count(r: Float[Array, " B"], lengths: Int[Array, " B"]) -> Int[Array, " B"]:
-    """Tokens to mask for a draw r from [0, 1): a share of r, at least one.
+def image_count(r: Float[Array, " B"], places: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Codes to mask for a draw r from [0, 1): a share of cos(pi r / 2) of the places, at least one."""
+    return jnp.clip(masked_count(mask_ratio("cosine", r), places), 1, places)
+
+
+def text_count(r: Float[Array, " B"], places: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Tokens to mask for a draw r from [0, 1): a share of r of the places, at least one.
 
     Few for an r that masks many codes, as in the original.
     """
-    return jnp.clip(masked_count(r, lengths), 1, lengths)
+    return jnp.clip(masked_count(r, places), 1, places)
 
 
-def draw_places(key: PRNGKey, maskable: Bool[Array, "B S"], count: Int[Array, " B"]) -> Bool[Array, "B S"]:
-    """That many of the maskable places of each row, all equally likely."""
-    return highest(jax.random.uniform(key, maskable.shape), maskable, count)
+def nested_count(ratio: Float[Array, " B"], places: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Places of a mask within a first one: a share of its places, rounded down, at least one, as in the original."""
+    return jnp.clip(jnp.floor(ratio * places + 1e-4).astype(jnp.int32), 1, places)
 
 
 def draw_masks(
-    key: PRNGKey, lengths: Int[Array, " B"], image_positions: int, text_positions: int, *, independent: bool
+    keys: Key[Array, " B"],
+    image: Bool[Array, "B I"],
+    text: Bool[Array, "B T"],
+    *,
+    independent: bool,
+    nested: bool = False,
 ) -> Masks:
-    """Masks of images and texts; padding is never masked.
+    """Masks of images and texts, all maskable places equally likely.
 
     Args:
-        key: random key.
-        lengths: text lengths, end token included.
-        image_positions: codes of an image.
-        text_positions: text tokens, padding included.
+        keys: random key of each row.
+        image: maskable places of images.
+        text: maskable places of texts.
         independent: whether the two shares are drawn apart instead of from one r.
+        nested: whether the places are those of a first mask, see ``nested_count``.
     """
-    keys = jax.random.split(key, 4)
-    r = jax.random.uniform(keys[0], lengths.shape)
-    text_r = jax.random.uniform(keys[1], lengths.shape) if independent else r
-    codes = jnp.ones((len(lengths), image_positions), bool)
-    words = jnp.arange(text_positions) < lengths[:, None]
-    return Masks(
-        image=draw_places(keys[2], codes, image_count(r, image_positions)),
-        text=draw_places(keys[3], words, text_count(text_r, lengths)),
-    )
+
+    def draw(key, image, text):
+        image_r, text_r, image_key, text_key = jax.random.split(key, 4)
+        r = jax.random.uniform(image_r)
+        other = jax.random.uniform(text_r) if independent else r
+        return r, other, jax.random.uniform(image_key, image.shape), jax.random.uniform(text_key, text.shape)
+
+    r, text_r, image_scores, text_scores = jax.vmap(draw)(keys, image, text)
+    codes, words = (places.sum(-1, dtype=jnp.int32) for places in (image, text))
+    if nested:
+        counts = nested_count(mask_ratio("cosine", r), codes), nested_count(text_r, words)
+    else:
+        counts = image_count(r, codes), text_count(text_r, words)
+    return Masks(image=highest(image_scores, image, counts[0]), text=highest(text_scores, text, counts[1]))

@@ -1,11 +1,13 @@
 """How MAGVLT's parameters are split over a mesh, and how they learn."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 from magma_jax.family import ShardingRow
 from magma_jax.models.magvlt.config import MagvltConfig
 from magma_jax.models.magvlt.parameters import TransformerParam
-from magma_jax.nn.modules import HeadParam
+from magma_jax.models.vision.vqgan import SHARDINGS as TOKENIZER_SHARDINGS
+from magma_jax.nn.modules import HeadParam, TokenizerParam
 from magma_jax.training.step.optim import Group
 
 # Together with the shared rows, exactly one matches each parameter.
@@ -17,9 +19,11 @@ SHARDINGS: tuple[ShardingRow, ...] = (
     (r"length_head/weight", (None, ("fsdp", "model"))),
     (r"head_bias|head_proj/bias|head_norm/(weight|bias)", ()),
     (r"layers/(ln_[12]/(weight|bias)|attn/out_proj/bias|mlp/c_proj/bias)", ()),
+    *TOKENIZER_SHARDINGS,
 )
 
 
-def roles(config: MagvltConfig) -> Mapping[str, Group]:
-    """Roles of the parameters: all of them learn, from scratch."""
-    return {TransformerParam.role: Group(), HeadParam.role: Group()}
+def roles(config: MagvltConfig) -> Mapping[str, Literal["frozen"] | Group]:
+    """Roles of the parameters: the transformer learns from scratch, the image tokenizer is frozen."""
+    learning: dict[str, Literal["frozen"] | Group] = {TransformerParam.role: Group(), HeadParam.role: Group()}
+    return learning if config.tokenizer is None else learning | {TokenizerParam.role: "frozen"}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magma_jax.inference.decoding.sampling import SamplingRows, apply_temperature, filter_logits
+from magma_jax.inference.decoding.sampling import SamplingRows, apply_temperature, filter_logits, top_p
 from magma_jax.inference.decoding.schedules import (
     Remask,
     Schedule,
@@ -22,12 +22,12 @@ from magma_jax.inference.decoding.schedules import (
     reveal_scores,
     revealed_count,
 )
-from magma_jax.typing import Array, Bool, Float, Int, PRNGKey
+from magma_jax.typing import Array, Bool, Float, Int, Key, PRNGKey
 
 # Tokens (B, S) and which of them are masked to fp32 logits (B, S, V).
 Predict = Callable[[Any, Any], Any]
 
-# Key, tempered and filtered logits (N, V), and temperatures (N,) to token ids (N,).
+# Key of a row, its tempered and filtered logits (S, V), and temperatures (S,) to token ids (S,).
 Draw = Callable[[Any, Any, Any], Any]
 
 
@@ -35,12 +35,13 @@ class ImageSteps(NamedTuple):
     """Traced settings of ``fill_image``; a temperature goes linearly from its first value to its last.
 
     The defaults are the original's. ``temperature`` divides the logits; ``noise`` is the factor of Gumbel noise in the
-    choice of places (strategy multinomial-maskgit).
+    choice of places (strategy multinomial-maskgit); ``top_p`` is the mass of the likeliest tokens that are drawn from.
     """
 
     steps: Any = 10
     temperature: Any = (1.4, 0.6)
     noise: Any = (2.0, 0.2)
+    top_p: Any = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +66,33 @@ class Trace(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """Result of a loop: tokens (B, S); for a text, the log-probability of each when it was drawn; and the trace."""
+    """Result of a loop: tokens (B, S), the log-probability of each when it was drawn (B, S), and the trace.
+
+    Kept tokens have log-probability 0.
+    """
 
     tokens: Array
-    log_probs: Array | None
+    log_probs: Array
     trace: Trace | None
 
 
-def draw_tokens(key: PRNGKey, logits: Float[Array, "N V"], temperature: Float[Array, " N"]) -> Int[Array, " N"]:
-    """One token a row; the likeliest at temperature 0."""
+class Canvas(NamedTuple):
+    """State between the steps of ``fill_image``, (B, S) each."""
+
+    tokens: Array
+    masked: Array
+    log_probs: Array
+
+
+class Text(NamedTuple):
+    """State between the steps of ``fill_text``, (B, S) each."""
+
+    tokens: Array
+    log_probs: Array
+
+
+def draw_tokens(key: PRNGKey, logits: Float[Array, "S V"], temperature: Float[Array, " S"]) -> Int[Array, " S"]:
+    """One token a position; the likeliest at temperature 0."""
     return jnp.where(temperature == 0, jnp.argmax(logits, -1), jax.random.categorical(key, logits)).astype(jnp.int32)
 
 
@@ -81,7 +100,7 @@ def fill_image(
     predict: Predict,
     tokens: Int[Array, "B S"],
     editable: Bool[Array, "B S"],
-    key: PRNGKey,
+    keys: Key[Array, " B"],
     settings: ImageSteps,
     *,
     rule: ImageRule = ImageRule(),
@@ -97,41 +116,66 @@ def fill_image(
         predict: see ``Predict``.
         tokens: token ids; those that are not editable are kept, the others have no effect.
         editable: places to fill in.
-        key: random key.
+        keys: random key of each row; what is drawn for a row depends on no other.
         settings: traced settings.
         rule: static settings.
         draw: how a token is drawn, see ``Draw``.
         record: steps to return in the trace; 0 for no trace.
     """
     steps = jnp.asarray(settings.steps, jnp.int32)
-    count = editable.sum(-1, dtype=jnp.int32)
 
     def body(step: Array, state: tuple) -> tuple:
-        tokens, masked, trace = state
-        token_key, place_key = jax.random.split(jax.random.fold_in(key, step))
-        temperature = _between(settings.temperature, step, steps)
-        logits = _rows(predict(tokens, masked))
-        heat = jnp.full(len(logits), temperature)
-        logits = apply_temperature(logits, heat)
-        drawn = draw(token_key, logits, heat)
-        confidence = _chosen(jax.nn.softmax(logits, -1), drawn).reshape(tokens.shape)
-        drawn = drawn.reshape(tokens.shape)
-        scores = reveal_scores(rule.strategy, confidence, _between(settings.noise, step, steps), place_key)
-        number = revealed_count(rule.schedule, step, steps, count, masked.sum(-1, dtype=jnp.int32))
-        revealed = highest(scores, masked, number)
-        trace = _recorded(trace, step, masked, drawn, confidence)
-        return jnp.where(revealed, drawn, tokens), masked & ~revealed, trace
+        canvas, trace = state
+        new, drawn, confidence = image_step(predict, canvas, editable, step, keys, settings, rule=rule, draw=draw)
+        return new, _recorded(trace, step, canvas.masked, drawn, confidence)
 
-    first = (tokens, editable, _empty(record, tokens))
-    tokens, _, trace = jax.lax.fori_loop(0, steps, body, first)
-    return Filled(tokens, None, trace)
+    first = (Canvas(tokens, editable, jnp.zeros(tokens.shape)), _empty(record, tokens))
+    canvas, trace = jax.lax.fori_loop(0, steps, body, first)
+    return Filled(canvas.tokens, canvas.log_probs, trace)
+
+
+def image_step(
+    predict: Predict,
+    canvas: Canvas,
+    editable: Bool[Array, "B S"],
+    step: Int[Array, ""],
+    keys: Key[Array, " B"],
+    settings: ImageSteps,
+    *,
+    rule: ImageRule = ImageRule(),
+    draw: Draw = draw_tokens,
+) -> tuple[Canvas, Int[Array, "B S"], Float[Array, "B S"]]:
+    """One step of ``fill_image``: the canvas after it, and the token drawn at each place with its probability."""
+    steps = jnp.asarray(settings.steps, jnp.int32)
+    tokens, masked = canvas.tokens, canvas.masked
+    token_keys, place_keys = _step_keys(keys, step)
+    logits = predict(tokens, masked)
+    heat = jnp.full(tokens.shape, _between(settings.temperature, step, steps))
+    shape = logits.shape
+    logits = apply_temperature(logits.reshape(-1, shape[-1]), heat.reshape(-1))
+    mass = jnp.full(len(logits), settings.top_p, jnp.float32)
+    # Sorting the codes takes longer than a small model's step.
+    logits = jax.lax.cond(mass[0] < 1, lambda: top_p(logits, mass), lambda: logits).reshape(shape)
+    drawn = jax.vmap(draw)(token_keys, logits, heat)
+    confidence = _chosen(jax.nn.softmax(logits, -1), drawn)
+    noise = _between(settings.noise, step, steps)
+    scores = jax.vmap(lambda row, key: reveal_scores(rule.strategy, row[None], noise, key)[0])(confidence, place_keys)
+    left = masked.sum(-1, dtype=jnp.int32)
+    number = revealed_count(rule.schedule, step, steps, editable.sum(-1, dtype=jnp.int32), left)
+    revealed = highest(scores, masked, number)
+    canvas = Canvas(
+        jnp.where(revealed, drawn, tokens),
+        masked & ~revealed,
+        jnp.where(revealed, jnp.log(confidence), canvas.log_probs),
+    )
+    return canvas, drawn, confidence
 
 
 def fill_text(
     predict: Predict,
     tokens: Int[Array, "B S"],
     editable: Bool[Array, "B S"],
-    key: PRNGKey,
+    keys: Key[Array, " B"],
     steps: Int[Array, ""],
     sampling: SamplingRows,
     *,
@@ -148,30 +192,66 @@ def fill_text(
         predict: see ``Predict``.
         tokens: token ids; those that are not editable are kept, the others have no effect.
         editable: places to fill in.
-        key: random key.
+        keys: random key of each row; what is drawn for a row depends on no other.
         steps: number of steps.
         sampling: temperature and filters of every row; a repetition penalty has no effect.
         remask: static; see ``schedules.Remask``.
         draw: how a token is drawn, see ``Draw``.
         record: steps to return in the trace; 0 for no trace.
     """
-    count = editable.sum(-1, dtype=jnp.int32)
-    by_place = jax.tree.map(lambda values: jnp.repeat(values, tokens.shape[1]), sampling)
 
     def body(step: Array, state: tuple) -> tuple:
-        tokens, log_probs, trace = state
-        token_key, place_key = jax.random.split(jax.random.fold_in(key, step))
-        scores = remask_scores(remask, log_probs, place_key)
-        masked = highest(scores, editable, remasked_count(step, steps, count))
-        logits = filter_logits(_rows(predict(tokens, masked)), by_place)
-        drawn = draw(token_key, logits, by_place.temperature)
-        chosen = _chosen(jax.nn.log_softmax(logits, -1), drawn).reshape(tokens.shape)
-        tokens = jnp.where(masked, drawn.reshape(tokens.shape), tokens)
-        log_probs = jnp.where(masked, chosen, log_probs)
-        return tokens, log_probs, _recorded(trace, step, masked, tokens, log_probs)
+        text, trace = state
+        masked = remasked(text, editable, step, keys, steps, remask=remask)
+        text = text_step(predict, text, masked, step, keys, sampling, draw=draw)
+        return text, _recorded(trace, step, masked, text.tokens, text.log_probs)
 
-    first = (tokens, jnp.zeros(tokens.shape), _empty(record, tokens))
-    return Filled(*jax.lax.fori_loop(0, steps, body, first))
+    first = (Text(tokens, jnp.zeros(tokens.shape)), _empty(record, tokens))
+    text, trace = jax.lax.fori_loop(0, steps, body, first)
+    return Filled(text.tokens, text.log_probs, trace)
+
+
+def remasked(
+    text: Text,
+    editable: Bool[Array, "B S"],
+    step: Int[Array, ""],
+    keys: Key[Array, " B"],
+    steps: Int[Array, ""],
+    *,
+    remask: Remask = "sample",
+) -> Bool[Array, "B S"]:
+    """The tokens that a step of ``fill_text`` masks and predicts."""
+    scores = jax.vmap(lambda row, key: remask_scores(remask, row[None], key)[0])(
+        text.log_probs, _step_keys(keys, step)[1]
+    )
+    return highest(scores, editable, remasked_count(step, steps, editable.sum(-1, dtype=jnp.int32)))
+
+
+def text_step(
+    predict: Predict,
+    text: Text,
+    masked: Bool[Array, "B S"],
+    step: Int[Array, ""],
+    keys: Key[Array, " B"],
+    sampling: SamplingRows,
+    *,
+    draw: Draw = draw_tokens,
+) -> Text:
+    """One step of ``fill_text``: draws the masked tokens."""
+    shape = text.tokens.shape
+    by_place = jax.tree.map(lambda values: jnp.repeat(values, shape[1]), sampling)
+    logits = predict(text.tokens, masked)
+    logits = filter_logits(logits.reshape(-1, logits.shape[-1]), by_place).reshape(logits.shape)
+    heat = jnp.broadcast_to(sampling.temperature[:, None], shape)
+    drawn = jax.vmap(draw)(_step_keys(keys, step)[0], logits, heat)
+    chosen = _chosen(jax.nn.log_softmax(logits, -1), drawn)
+    return Text(jnp.where(masked, drawn, text.tokens), jnp.where(masked, chosen, text.log_probs))
+
+
+def _step_keys(keys: Array, step: Array) -> tuple[Array, Array]:
+    """Keys of each row for the tokens and for the places of a step."""
+    pairs = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, step)))(keys)
+    return pairs[:, 0], pairs[:, 1]
 
 
 def _between(ends: Any, step: Array, steps: Array) -> Array:
@@ -179,12 +259,8 @@ def _between(ends: Any, step: Array, steps: Array) -> Array:
     return first + (last - first) * step / jnp.maximum(steps - 1, 1)
 
 
-def _rows(logits: Float[Array, "B S V"]) -> Float[Array, "N V"]:
-    return logits.reshape(-1, logits.shape[-1])
-
-
-def _chosen(values: Float[Array, "N V"], ids: Int[Array, " N"]) -> Float[Array, " N"]:
-    return jnp.take_along_axis(values, ids[:, None], axis=-1)[:, 0]
+def _chosen(values: Float[Array, "B S V"], ids: Int[Array, "B S"]) -> Float[Array, "B S"]:
+    return jnp.take_along_axis(values, ids[..., None], axis=-1)[..., 0]
 
 
 def _empty(record: int, tokens: Array) -> Trace | None:

@@ -1,10 +1,12 @@
 """Sizes of MAGVLT's transformer."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from magma_jax.config import check_dtype, check_sizes
 from magma_jax.models.magvlt.parameters import TransformerParam
+from magma_jax.models.vision.vqgan import VQGANConfig
 from magma_jax.nn.transformer.config import BlockConfig, TrunkConfig
 
 
@@ -23,6 +25,7 @@ class MagvltConfig:
         attention_dropout: dropout rate of the attention weights in training.
         residual_dropout: dropout rate of the attention and MLP branches in training.
         dtype: dtype of the stored weights.
+        tokenizer: the image tokenizer that the model holds, frozen; None for a model of codes alone.
     """
 
     layers: int = 24
@@ -35,6 +38,7 @@ class MagvltConfig:
     attention_dropout: float = 0.1
     residual_dropout: float = 0.1
     dtype: str = "float32"
+    tokenizer: VQGANConfig | None = None
     kind: Literal["magvlt"] = "magvlt"
 
     def __post_init__(self):
@@ -45,6 +49,22 @@ class MagvltConfig:
         for name in ("attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model: {name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.tokenizer is not None:
+            for name, found in (("image_rows", self.tokenizer.codes), ("image_positions", self.tokenizer.tokens)):
+                if getattr(self, name) != found:
+                    raise ValueError(f"model: {name} is {getattr(self, name)}, but the image tokenizer has {found}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's codes.
+
+        Raises:
+            ValueError: the positions are no square.
+        """
+        side = math.isqrt(self.image_positions)
+        if side * side != self.image_positions:
+            raise ValueError(f"model: image_positions {self.image_positions} are no square")
+        return side, side
 
     @property
     def length(self) -> int:

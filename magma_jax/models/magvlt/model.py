@@ -8,6 +8,7 @@ from flax import nnx
 from magma_jax.models.magvlt.config import MagvltConfig
 from magma_jax.models.magvlt.layout import MASK_IMAGE, MASK_TEXT, SPECIAL_ROWS, Order, attention_mask, layout_of
 from magma_jax.models.magvlt.parameters import TransformerParam
+from magma_jax.models.vision.vqgan import VQGAN
 from magma_jax.nn.activations import ACTIVATIONS
 from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal, product
 from magma_jax.nn.modules import HeadParam
@@ -44,12 +45,13 @@ class Hidden(NamedTuple):
     bot: Array  # (B, D); the length head reads it, in the order image_first
 
 
-class Magvlt(Trunk):
+class MagvltModel(Trunk):
     """The transformer.
 
     Beside the members of ``Trunk`` it has the table ``wte`` (codes, then text tokens), which is also the head; the
     table ``special``; the position tables ``image_positions``, ``text_positions`` and ``special_positions``; the head's
-    transform ``head_proj``, ``head_norm`` and bias ``head_bias``; and ``length_head``.
+    transform ``head_proj``, ``head_norm`` and bias ``head_bias``; ``length_head``; and, if the config has one, the
+    ``image_tokenizer``, which is frozen and not part of the forward pass.
     """
 
     def __init__(self, config: MagvltConfig, *, rngs: nnx.Rngs):
@@ -80,6 +82,7 @@ class Magvlt(Trunk):
             dtype=config.dtype,
             rngs=rngs,
         )
+        self.image_tokenizer = None if config.tokenizer is None else VQGAN(config.tokenizer, rngs=rngs)
 
     def embed(self, order: Order, canvas: Canvas, dtype: Any = jnp.float32) -> Float[Array, "B S D"]:
         """Embeddings of a batch in the given order.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from magma_jax.config import check_sizes
+from magma_jax.family import ShardingRow
 from magma_jax.models.vision.quantizer import nearest_codes, straight_through
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.convolution import Conv2d, GroupNorm
@@ -24,6 +25,17 @@ from magma_jax.typing import Array, Float, Int, PRNGKey, UInt8
 PIXEL_MEAN = PIXEL_STD = (0.5, 0.5, 0.5)
 
 GROUPS = 32
+
+# Where a model holds its image tokenizer, and the shardings of its parameters, there and alone; one row matches each.
+TOKENIZER = "image_tokenizer"
+_CONVOLUTION = r"(conv\w*|nin_shortcut|[qkv]|proj_out|upsample\d+|downsample\d+|quant_conv|post_quant_conv)"
+SHARDINGS: tuple[ShardingRow, ...] = (
+    (rf"({TOKENIZER}/)?((encoder|decoder)/(.*/)?)?{_CONVOLUTION}/weight", ("fsdp", None, None, None)),
+    (rf"({TOKENIZER}/)?((encoder|decoder)/(.*/)?)?{_CONVOLUTION}/bias", ()),
+    (rf"({TOKENIZER}/)?(encoder|decoder)/(.*/)?norm\w*/(weight|bias)", ()),
+    # Split by width, as tables of words are.
+    (rf"({TOKENIZER}/)?codebook/weight", (None, ("fsdp", "model"))),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +64,7 @@ class VQGANConfig:
     kind: Literal["vqgan"] = "vqgan"
 
     def __post_init__(self):
-        check_sizes(self, *(field.name for field in dataclasses.fields(self) if field.name != "kind"))
+        check_sizes(self, *(field.name for field in dataclasses.fields(VQGANConfig) if field.name != "kind"))
         if not self.multipliers:
             raise ValueError("tokenizer: multipliers must name at least one level")
         if self.width % GROUPS:
@@ -270,6 +282,11 @@ class VQGAN(nnx.Module):
             quantized=quantized,
             codes=codes,
         )
+
+
+def from_pixels(pixels: UInt8[Array, "*batch H W 3"]) -> Float[Array, "*batch H W 3"]:
+    """Images in -1 to 1 from pixels of 0 to 255."""
+    return pixels.astype(jnp.float32) / 127.5 - 1
 
 
 def to_pixels(images: Float[Array, "*batch H W 3"]) -> UInt8[Array, "*batch H W 3"]:

@@ -64,13 +64,19 @@ def cross_entropy_of_each(
     return loss, count, predicted, jax.lax.stop_gradient(losses)
 
 
+def stretches_of(project: Project, hidden: Float[Array, "B S D"], logit_bytes: int = LOGIT_BYTES) -> tuple[int, int]:
+    """Number and positions of the chunks whose logits keep within ``logit_bytes`` per device."""
+    batch, length, _ = hidden.shape
+    size = jax.eval_shape(project, hidden).shape[-1] * batch * 4 / _devices(hidden)
+    stretches = -(-length // max(1, int(logit_bytes / size)))
+    return stretches, -(-length // stretches)
+
+
 def _by_chunks(
     project: Project, hidden: Array, labels: Array, smoothing: float, logit_bytes: int, *, each: bool
 ) -> tuple[Any, ...]:
     batch, length, width = hidden.shape
-    size = jax.eval_shape(project, hidden).shape[-1] * batch * 4 / _devices(hidden)
-    stretches = -(-length // max(1, int(logit_bytes / size)))
-    stretch = -(-length // stretches)
+    stretches, stretch = stretches_of(project, hidden, logit_bytes)
     padding = stretches * stretch - length
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     padded = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORED)

@@ -69,6 +69,9 @@ def make_train_step(
     computed before the first gradient, see ``terms``. The key of a step is ``fold_in(root_key, step)``. Metrics: the
     mean of every term, ``loss``, ``grad_norm`` (before clipping), ``nonfinite``.
 
+    A value that the forward pass assigns to a trained parameter (such as a restarted code of a codebook) replaces the
+    old one, as running statistics do; the update of the step is added to it.
+
     With ``ema`` the moving average is updated with the new weights.
 
     If the loss or the gradient norm is not finite, ``nonfinite`` is 1 and only ``step`` changes.
@@ -79,22 +82,25 @@ def make_train_step(
         terms = loss_function(model, batch, key)
         updated = split(model)[1]
         total = objective(terms, learned_counts(terms) if counts is None else counts)
-        return total, (terms, {path: updated[path] for path in statistics})
+        # A parameter that nothing was assigned to is still the object that the model was merged from.
+        assigned = {path: updated[path] for path in trainable if updated[path] is not trainable[path]}
+        return total, (terms, {path: updated[path] for path in statistics}, assigned)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch, root_key: PRNGKey):
         key = jax.random.fold_in(root_key, state.step)
 
-        def part(statistics, batch, key, counts):
-            (_, (terms, statistics)), grads = jax.value_and_grad(sums, has_aux=True)(
-                state.trainable, frozen, statistics, batch, key, counts
+        def part(carry, batch, key, counts):
+            statistics, assigned = carry
+            (_, (terms, statistics, new)), grads = jax.value_and_grad(sums, has_aux=True)(
+                state.trainable | assigned, frozen, statistics, batch, key, counts
             )
-            return statistics, (grads, terms)
+            return (statistics, assigned | new), (grads, terms)
 
         def count(batch, key):
             return learned_counts(loss_function(merge(graphdef, state.trainable, frozen, state.statistics), batch, key))
 
         if accumulate == 1:
-            statistics, (grads, terms) = part(state.statistics, batch, key, None)
+            (statistics, assigned), (grads, terms) = part((state.statistics, {}), batch, key, None)
         else:
             # Every n-th row instead of n blocks: a block would be on some devices only and leave the others idle.
             parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -103,14 +109,17 @@ def make_train_step(
             counts = None
             if len(jax.eval_shape(count, first, keys[0])) > 1:
                 counts = _summed(lambda _, inputs: (None, count(*inputs)), None, (parts, keys))[1]
-            statistics, (grads, terms) = _summed(
-                lambda statistics, inputs: part(statistics, *inputs, counts=counts), state.statistics, (parts, keys)
+            shapes = jax.eval_shape(lambda *inputs: part(*inputs, counts)[0][1], (state.statistics, {}), first, keys[0])
+            (statistics, assigned), (grads, terms) = _summed(
+                lambda carry, inputs: part(carry, *inputs, counts=counts),
+                (state.statistics, {path: state.trainable[path] for path in shapes}),
+                (parts, keys),
             )
 
         divisor = jnp.maximum(next(iter(learned_counts(terms).values())), 1)
         grads = jax.tree.map(lambda g: g / divisor, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = cast(Params, optax.apply_updates(state.trainable, updates))
+        trainable = cast(Params, optax.apply_updates(state.trainable | assigned, updates))
         metrics = term_means(terms) | {"grad_norm": optax.tree.norm(grads)}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["nonfinite"] = 1 - finite.astype(jnp.int32)
