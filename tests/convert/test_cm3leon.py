@@ -12,6 +12,7 @@ from magma_jax.families import family_of_checkpoint, open_generator
 from magma_jax.published.infer_config import InferenceError
 from magma_jax.published.keymap.engine import KeyMapError
 from magma_jax.published.open_cm3leon import PARTS, join, open_torch_cm3leon
+from magma_jax.storage.deferred import read_array
 from magma_jax.storage.files import open_tensors
 from magma_jax.storage.torch.writer import write_torch_file
 
@@ -97,7 +98,7 @@ def test_the_joint_matrix_holds_keys_values_and_queries(tensors):
             InferenceError,
             "which of its 61 ids are texts and images is in no tensor; give --model-config",
         ),
-        ({}, {}, SIZES, InferenceError, "the number of heads is in no tensor; give --model-config"),
+        ({}, {}, SIZES, InferenceError, "the number of heads is in no tensor; give"),
         ({}, {"h": 5}, SIZES, InferenceError, "5 heads do not divide the width 32"),
         ({}, {"h": 4, "act": "silu"}, SIZES, InferenceError, "cm3leon.activation is one of relu, gelu"),
         ({}, {"h": 4}, SIZES | {"text": 400}, InferenceError, "more than the 61 vocab_rows"),
