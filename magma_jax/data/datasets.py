@@ -6,6 +6,7 @@ from typing import Any
 
 from magma_jax.config import from_union
 from magma_jax.data.dataset import Dataset
+from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig, open_openmoji_documents
 from magma_jax.data.folder_dataset import FoldersConfig, open_folders
 from magma_jax.data.openmoji.dataset import (
     OpenmojiConfig,
@@ -15,13 +16,14 @@ from magma_jax.data.openmoji.dataset import (
 )
 from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig, open_openmoji_pairs
 
-DataConfig = OpenmojiConfig | OpenmojiTextConfig | OpenmojiPairsConfig | FoldersConfig
+DataConfig = OpenmojiConfig | OpenmojiTextConfig | OpenmojiPairsConfig | OpenmojiDocumentsConfig | FoldersConfig
 
 OPENERS: dict[type, Callable[[Any], Dataset]] = {
     OpenmojiConfig: open_openmoji,
     OpenmojiTextConfig: open_openmoji_text,
     OpenmojiPairsConfig: open_openmoji_pairs,
     FoldersConfig: open_folders,
+    OpenmojiDocumentsConfig: open_openmoji_documents,
 }
 
 
