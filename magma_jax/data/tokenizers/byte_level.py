@@ -114,11 +114,7 @@ class Tokenizer:
         Raises:
             ValueError: not in the ``tokenizers`` format, or no ``eos`` in it.
         """
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the binding raises plain Exception
-            raise ValueError(f"is not a tokenizer.json: {error}") from None
-        return cls(backend, eos, image)
+        return _from_json(text, eos, image)
 
     @classmethod
     def load(cls, path: str | os.PathLike, eos: str = EOS, image: str = IMAGE) -> "Tokenizer":
@@ -133,6 +129,16 @@ class Tokenizer:
             return cls.from_json(read_text(path), eos, image)
         except ValueError as error:
             raise ValueError(f"{str(path)!r} {error}") from None
+
+
+# GPT-2's takes half a second to parse, and a process may open many folders with it.
+@functools.lru_cache(maxsize=4)
+def _from_json(text: str, eos: str, image: str) -> Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the binding raises plain Exception
+        raise ValueError(f"is not a tokenizer.json: {error}") from None
+    return Tokenizer(backend, eos, image)
 
 
 @functools.cache
