@@ -97,13 +97,17 @@ def open_token_generator(
     """``open_generator`` for autoregressive text models; others are rejected before weights are read."""
     path = local_path(path)
     family = family_of_checkpoint(path)
-    if family.decode_program is None:
-        names = ", ".join(other.name for other in FAMILIES.values() if other.decode_program is not None)
+    if not _opens_token_generator(family):
+        names = ", ".join(other.name for other in FAMILIES.values() if _opens_token_generator(other))
         raise CheckpointError(
             f"{path}: a {family.name} model does not write text token by token; give a checkpoint of another family "
             f"({names})"
         )
     return family.open(path, dtype=dtype, mesh=mesh, ema=ema)
+
+
+def _opens_token_generator(family: Family) -> bool:
+    return family.decode_program is not None and family.token_generator
 
 
 def _families_by_kind() -> dict[str, Family]:

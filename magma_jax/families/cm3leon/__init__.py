@@ -51,4 +51,5 @@ CM3LEON = Family(
     open=CM3LeonGenerator.from_checkpoint,
     decode_program=functools.partial(decode_program, lambda model: model),
     panel=None,
+    token_generator=False,
 )
