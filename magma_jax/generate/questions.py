@@ -76,6 +76,21 @@ def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Questi
     return [Question(file if several else None, [ImageInput(file), last]) for file in found]
 
 
+def read_parts(inputs: Sequence[str]) -> list[str | ImageInput]:
+    """The images and texts of one prompt.
+
+    Raises:
+        ValueError: no inputs, an empty text, or a folder.
+    """
+    parts = [_part(text) for text in inputs]
+    if not parts or any(isinstance(part, str) and not part.strip() for part in parts):
+        raise ValueError("the prompt is empty; say what the image shows")
+    for part in parts:
+        if isinstance(part, ImageInput) and os.path.isdir(_path(part)):
+            raise ValueError(f"{_path(part)}: a folder; one prompt takes files")
+    return parts
+
+
 def _part(text: str) -> str | ImageInput:
     """An image (or folder of images) if the path exists or has an image's suffix; otherwise text."""
     try:

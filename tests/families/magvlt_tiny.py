@@ -89,13 +89,13 @@ def run_config(tokenizer, **changes):
     values = {
         "model": MODEL,
         "data": OpenmojiPairsConfig(tokenizer="quickstart"),
-        "optim": OptimConfig(learning_rate=3e-3, schedule="constant"),
+        "optim": OptimConfig(learning_rate=4e-3, schedule="constant", clip_norm=1.0),
         "loss": MagvltOptions(label_smoothing=0.0, length_weight=1.0, task_weights=(2.0, 1.0, 1.0)),
         "weights": {"image_tokenizer": str(tokenizer)},
         "steps": 4,
         "batch_size": 8,
         "log_every": 1,
-        "checkpoint_every": 1000,
+        "checkpoint_every": 96,
         "watch": WatchConfig(tensorboard=False),
     }
     return RunConfig(**(values | changes))

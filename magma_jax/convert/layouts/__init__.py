@@ -4,11 +4,12 @@ from pathlib import Path
 
 from magma_jax.convert.layouts.layout import Layout
 from magma_jax.convert.layouts.magma import MAGMA
+from magma_jax.convert.layouts.magvlt import MAGVLT
 from magma_jax.convert.layouts.vqgan import VQGAN
 from magma_jax.families import family_of_checkpoint
 
 # By name of the family.
-LAYOUTS: dict[str, Layout] = {"magma": MAGMA, "vqgan": VQGAN}
+LAYOUTS: dict[str, Layout] = {"magma": MAGMA, "vqgan": VQGAN, "magvlt": MAGVLT}
 
 
 def layout_of(path: str | Path) -> Layout:

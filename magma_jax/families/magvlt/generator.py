@@ -363,7 +363,8 @@ class Magvlt:
         ids: list[int] = []
         masked: list[bool] = []
         for number, piece in enumerate(pieces):
-            found = self.tokenizer.encode(piece)
+            # The space before a word belongs to its token, or to none.
+            found = self.tokenizer.encode(piece if number == len(pieces) - 1 else piece.removesuffix(" "))
             ids += ([0] if number else []) + found
             masked += ([True] if number else []) + [False] * len(found)
         room = self.config.text_positions
