@@ -10,7 +10,7 @@ from magma_jax.convert.check_folder import add_checksums, check_folder
 from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.compose import compose
 from magma_jax.convert.hf_export import to_hf
-from magma_jax.convert.layouts import layout_of
+from magma_jax.convert.layouts import layout_of, layout_of_weights
 from magma_jax.convert.magma_checkpoint import to_safetensors
 from magma_jax.convert.quantize import quantize_folder
 from magma_jax.convert.verify import read_model_config, verify
@@ -23,7 +23,8 @@ def _from_torch(options: argparse.Namespace) -> int:
     model_config = read_model_config(options.model_config) if options.model_config else None
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     checkpoint = local_path(options.checkpoint)
-    print(f"{options.out}: {layout_of(checkpoint).from_torch(checkpoint, options.out, model_config, tokenizer)}")
+    layout = layout_of_weights(checkpoint)
+    print(f"{options.out}: {layout.from_torch(checkpoint, options.out, model_config, tokenizer)}")
     return 0
 
 

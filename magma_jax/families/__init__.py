@@ -55,10 +55,7 @@ def family_of_checkpoint(path: Path) -> Family:
         CheckpointError: no such folder, or a model of no known family. Also the errors of ``open_tensors``.
     """
     if not (path / MODEL_FILE).exists() and holds_weights(path):
-        with open_tensors(path) as weights:
-            keys = weights.tensors.keys()
-            # Of a file that no family recognises, the reader of the first one says what it lacks.
-            return next((family for family in FAMILIES.values() if family.recognises(keys)), MAGMA)
+        return family_of_weights(path)
     # Folders of the first release may lack the kind.
     model = read_model_json(path)["model"]
     kind = model.get("kind", MAGMA.name) if isinstance(model, dict) else model
@@ -66,6 +63,14 @@ def family_of_checkpoint(path: Path) -> Family:
     if kind not in list(kinds):
         raise CheckpointError(f"{path}: holds a model of kind {shown(kind)}; there are {', '.join(kinds)}")
     return kinds[kind]
+
+
+def family_of_weights(path: Path) -> Family:
+    """The family of a weight file in a published layout; raises as ``open_tensors``."""
+    with open_tensors(path) as weights:
+        keys = weights.tensors.keys()
+        # Of a file that no family recognises, the reader of the first one says what it lacks.
+        return next((family for family in FAMILIES.values() if family.recognises(keys)), MAGMA)
 
 
 def open_generator(

@@ -199,7 +199,8 @@ def test_unused_codes_restart_from_latents():
     latents = rng.normal(size=(2, 2, 2, 3)).astype(np.float32)
     usage = np.array([0.0, 5, 5, 0.1, 5, 5, 0, 5], np.float32)
     run = jax.jit(codebook.restart_unused, static_argnames="threshold")
-    found = run(jax.random.key(0), book, usage, latents, threshold=0.05)
+    errors = np.ones(latents.shape[:-1], np.float32)
+    found = run(jax.random.key(0), book, usage, latents, errors, threshold=0.05)
     unused = usage < 0.05 * usage.mean()
     assert int(found.replaced) == unused.sum() == 3
     np.testing.assert_array_equal(np.asarray(found.codebook)[~unused], book[~unused])
@@ -209,9 +210,15 @@ def test_unused_codes_restart_from_latents():
     np.testing.assert_allclose(found.usage, np.where(unused, usage.mean(), usage), rtol=1e-6)
 
     # Fewer latents than codes to replace, and a threshold that replaces none.
-    few = run(jax.random.key(0), book, usage, latents[:1, :1, :2], threshold=0.05)
+    few = run(jax.random.key(0), book, usage, latents[:1, :1, :2], errors[:1, :1, :2], threshold=0.05)
     assert int(few.replaced) == 3
-    assert int(run(jax.random.key(0), book, usage, latents, threshold=0.0).replaced) == 0
+    assert int(run(jax.random.key(0), book, usage, latents, errors, threshold=0.0).replaced) == 0
+
+    # Latents that equal their codes are not chosen while there are others.
+    errors[0] = 0
+    found = run(jax.random.key(1), book, usage, latents, errors, threshold=0.05)
+    moved = np.asarray(found.codebook)[unused]
+    assert all((latents[1].reshape(-1, 3) == row).all(1).any() for row in moved)
 
 
 def test_usage():

@@ -6,10 +6,15 @@ from magma_jax.convert.layouts.layout import Layout
 from magma_jax.convert.layouts.magma import MAGMA
 from magma_jax.convert.layouts.magvlt import MAGVLT
 from magma_jax.convert.layouts.vqgan import VQGAN
-from magma_jax.families import family_of_checkpoint
+from magma_jax.families import family_of_checkpoint, family_of_weights
 
 # By name of the family.
 LAYOUTS: dict[str, Layout] = {"magma": MAGMA, "vqgan": VQGAN, "magvlt": MAGVLT}
+
+
+def layout_of_weights(path: str | Path) -> Layout:
+    """The layout of a weight file; raises as ``open_tensors``."""
+    return LAYOUTS.get(family_of_weights(Path(path)).name, MAGMA)
 
 
 def layout_of(path: str | Path) -> Layout:

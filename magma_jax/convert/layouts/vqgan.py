@@ -29,6 +29,7 @@ from magma_jax.models.vision.vqgan import VQGAN as VQGANModule
 from magma_jax.nn.modules import abstract, merge
 from magma_jax.published.keymap.engine import to_theirs
 from magma_jax.published.vqgan_keys import open_torch_vqgan, vqgan_table
+from magma_jax.storage.model_folder import CheckpointError
 
 
 def from_torch(
@@ -56,8 +57,16 @@ def from_torch(
 
 
 def published(folder: str | Path) -> dict[str, Any]:
-    """A folder's tensors under taming's keys, with the source's prefix and in its order."""
-    source, params = read_source(folder), open_folder(folder)[1]
+    """A folder's tensors under taming's keys, with the source's prefix and in its order.
+
+    Raises:
+        CheckpointError: not such a folder, or a model with patches.
+    """
+    source, (config, params) = read_source(folder), open_folder(folder)
+    if config.patch > 1:
+        raise CheckpointError(
+            f"{folder}: the published layout has no patches, but the model's are of {config.patch} pixels"
+        )
     return in_order(to_theirs(vqgan_table(source.get("prefix", "")), params), source["keys"])
 
 

@@ -29,7 +29,7 @@ class OpenmojiConfig(SamplesConfig):
         image_size: pixels per side of an image.
         cache_dir: cache folder of rasterised drawings.
         weights: sampling weights of the sources: captions of people of known or open gender, captions of everything
-            else, questions.
+            else, questions; 0 leaves a source out.
         questions: kinds of questions, see ``data.openmoji.drawings.questions``.
         question_draws: number of balanced draws that form the source of questions.
     """
@@ -78,10 +78,12 @@ def open_openmoji(config: OpenmojiConfig) -> Dataset:
     ask = functools.partial(drawings.questions, kinds=config.questions)
     questions = [sample for draw in range(config.question_draws) for sample in ask(learned, draw)]
 
+    sources = [living, things, questions]
+
     def batches(batch_size: int, seed: int, rows: Sequence[int]) -> grain.IterDataset:
         return sample_batches(
-            [living, things, questions],
-            config.weights,
+            [source for source, weight in zip(sources, config.weights, strict=True) if weight],
+            [weight for weight in config.weights if weight],
             tokenizer,
             batch_size=batch_size,
             length=config.length,

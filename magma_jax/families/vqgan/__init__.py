@@ -8,6 +8,7 @@ from magma_jax.families.vqgan.config import base_may_differ, batch_shapes, compl
 from magma_jax.families.vqgan.generator import ImageTokenizer
 from magma_jax.families.vqgan.loss import VQGANOptions, vqgan_loss
 from magma_jax.families.vqgan.model import SHARDINGS, VQGANModelConfig, build, roles
+from magma_jax.families.vqgan.panel import Panel
 from magma_jax.families.vqgan.start import first_codebook, image_batch
 from magma_jax.family import Family
 from magma_jax.published.vqgan_keys import is_vqgan
@@ -34,5 +35,5 @@ VQGAN = Family(
     parts={},
     open=ImageTokenizer.from_checkpoint,
     decode_program=None,
-    panel=None,
+    panel=Panel,
 )

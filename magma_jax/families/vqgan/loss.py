@@ -38,7 +38,7 @@ class VQGANOptions:
         gan_weight: weight of the discriminator's losses, if the model has one.
         gan_start: step from which on they count.
         restart_below: a code restarts from a latent of the batch once its average use falls below this share of the
-            mean; 0 for never.
+            mean; 0 for never. Where one code is most frequent, such as an empty background's, it must be small.
         usage_decay: decay of the averages of use.
         validating: whether running averages and codes stay as they are.
     """
@@ -87,8 +87,9 @@ def vqgan_loss(model: VQGANModel, batch: Batch, key: PRNGKey | None, *, options:
     weight = model.codebook.weight[...]
     codes = nearest_codes(latents, weight)
     quantized = model.codebook(codes, latents.dtype)
-    features = model.decoder.features(model.post_quant_conv(straight_through(latents, quantized)))
-    decoded = model.decoder.conv_out(features)
+    passed = straight_through(latents, quantized)
+    features = model.decoder.features(model.post_quant_conv(passed))
+    decoded = model.to_images(model.decoder.conv_out(features), passed)
 
     rows = jnp.int32(len(images))
     latents32, quantized32 = latents.astype(jnp.float32), quantized.astype(jnp.float32)
@@ -104,8 +105,8 @@ def vqgan_loss(model: VQGANModel, batch: Batch, key: PRNGKey | None, *, options:
         "psnr": Term(jnp.minimum(psnr(decoded, images), LARGEST_PSNR).sum(), rows, weight=0.0),
     }
     if model.discriminator is not None:
-        terms |= _adversarial(model, images, decoded, features, options)
-    terms |= _codebook_terms(model, latents, codes, key, options)
+        terms |= _adversarial(model, images, decoded, (features, passed), options)
+    terms |= _codebook_terms(model, latents, codes, to_codes.mean(-1), key, options)
     return terms
 
 
@@ -119,14 +120,14 @@ def _adversarial(
     model: VQGANModel,
     images: Float[Array, "B H W 3"],
     decoded: Float[Array, "B H W 3"],
-    features: Float[Array, "B H W C"],
+    inputs: tuple[Float[Array, "B h w C"], Float[Array, "B h2 w2 D"]],
     options: VQGANOptions,
 ) -> dict[str, Term]:
     judge, mode = model.discriminator, "frozen" if options.validating else "batch"
     assert judge is not None  # the caller asks
     real, fake = judge(images, mode), judge(jax.lax.stop_gradient(decoded), mode)
     definition, params = split(judge)
-    conv, inputs = model.decoder.conv_out, jax.lax.stop_gradient(features)
+    conv, (features, latents) = model.decoder.conv_out, jax.lax.stop_gradient(inputs)
     bias = jax.lax.stop_gradient(conv.bias[...])
 
     def fixed(images: Array) -> Array:
@@ -134,7 +135,8 @@ def _adversarial(
         return _by_image(merge(definition, jax.lax.stop_gradient(params))(images, mode))
 
     def decode(weight: Array) -> Array:
-        return conv2d(inputs, weight.astype(inputs.dtype), 1, 1) + bias.astype(inputs.dtype)
+        pixels = conv2d(features, weight.astype(features.dtype), 1, 1) + bias.astype(features.dtype)
+        return model.to_images(pixels, latents)
 
     def reconstruction(decoded: Array) -> Array:
         return reconstruction_loss(decoded, images, l1=options.l1, l2=options.l2)
@@ -160,6 +162,7 @@ def _codebook_terms(
     model: VQGANModel,
     latents: Float[Array, "B h w D"],
     codes: Int[Array, "B h w"],
+    errors: Float[Array, "B h w"],
     key: PRNGKey | None,
     options: VQGANOptions,
 ) -> dict[str, Term]:
@@ -178,6 +181,7 @@ def _codebook_terms(
         model.codebook.weight[...],
         update_usage(usage, codes, options.usage_decay),
         latents,
+        errors,
         threshold=options.restart_below,
     )
     model.usage[...], model.codebook.weight[...] = jax.lax.stop_gradient((restarted.usage, restarted.codebook))

@@ -59,16 +59,20 @@ def restart_unused(
     codebook: Float[Array, "N D"],
     usage: Float[Array, " N"],
     latents: Float[Array, "*batch D"],
+    errors: Float[Array, "*batch"],
     *,
     threshold: float = 0.03,
 ) -> Restarted:
     """Replaces codes whose usage is below ``threshold`` times the mean by random ``latents`` of the batch.
 
-    The latents are distinct as long as there are enough of them. With ``threshold=0`` nothing is replaced.
+    They are drawn with probabilities in proportion to ``errors``, their squared distances to their codes, as in
+    k-means++ (Arthur and Vassilvitskii, 2007): those of frequent codes would soon be unused again. They are distinct as
+    long as there are enough of them. With ``threshold=0`` nothing is replaced.
     """
     candidates = latents.reshape(-1, latents.shape[-1])
     unused = usage < threshold * usage.mean()
-    order = jax.random.permutation(key, len(candidates))
+    chances = jnp.log(errors.reshape(-1).astype(jnp.float32)) + jax.random.gumbel(key, (len(candidates),))
+    order = jnp.argsort(-chances)
     chosen = candidates[order[(jnp.cumsum(unused) - 1) % len(candidates)]].astype(codebook.dtype)
     return Restarted(
         codebook=jnp.where(unused[:, None], chosen, codebook),

@@ -43,17 +43,22 @@ class VQGANConfig:
     """Sizes of a VQ-GAN; the defaults are taming's ``vqgan_imagenet_f16_16384``.
 
     Attributes:
-        image_size: nominal side of the images; every level but the first halves it.
+        image_size: nominal side of the images.
+        patch: pixels along the side of what the first convolution makes one position; 1 in published models. With
+            larger patches, pixels are added to the first 3 patch^2 channels of a latent, and those to the decoded
+            pixels, so that an untrained model is a quantizer of patches.
         width: channels of the first convolution.
-        multipliers: channels of each level, in multiples of ``width``.
+        multipliers: channels of each level, in multiples of ``width``; every level but the first halves the sides.
         blocks: residual blocks of a level of the encoder; the decoder's levels have one more.
-        attention_sizes: nominal sides of the levels with attention. The lowest one always has attention in its middle.
+        attention_sizes: nominal sides, in positions, of the levels with attention. The lowest one always has attention
+            in its middle.
         latent_channels: channels between encoder, codebook and decoder.
         code_width: width of a code.
         codes: number of codes.
     """
 
     image_size: int = 256
+    patch: int = 1
     width: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     blocks: int = 2
@@ -71,8 +76,13 @@ class VQGANConfig:
             raise ValueError(f"tokenizer: width must be a multiple of {GROUPS}, the groups of its norms; {self.width}")
         if self.image_size % self.factor:
             raise ValueError(
-                f"tokenizer: {len(self.multipliers)} levels need an image_size that is a multiple of {self.factor}, "
-                f"got {self.image_size}"
+                f"tokenizer: {len(self.multipliers)} levels of patches of {self.patch} need an image_size that is a "
+                f"multiple of {self.factor}, got {self.image_size}"
+            )
+        if self.patch > 1 and (len(self.multipliers) > 1 or self.code_width < 3 * self.patch**2):
+            raise ValueError(
+                f"tokenizer: a patch of {self.patch} needs a single level and a code_width of at least "
+                f"{3 * self.patch**2}, got {len(self.multipliers)} levels and {self.code_width}"
             )
         if unused := sorted(set(self.attention_sizes) - set(self.sizes)):
             raise ValueError(f"tokenizer: attention_sizes {unused} are no level's side; these are {list(self.sizes)}")
@@ -80,12 +90,12 @@ class VQGANConfig:
     @property
     def factor(self) -> int:
         """Pixels along the side of a code."""
-        return 2 ** (len(self.multipliers) - 1)
+        return self.patch * 2 ** (len(self.multipliers) - 1)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Nominal side of each level."""
-        return tuple(self.image_size // 2**level for level in range(len(self.multipliers)))
+        """Nominal side of each level, in positions."""
+        return tuple(self.image_size // self.patch // 2**level for level in range(len(self.multipliers)))
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -186,8 +196,11 @@ class Encoder(nnx.Module):
     """Images to feature maps of ``latent_channels``."""
 
     def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
-        self.levels = len(config.channels)
-        self.conv_in = _conv(3, config.width, 3, rngs)
+        self.levels, patch = len(config.channels), config.patch
+        if patch == 1:
+            self.conv_in = _conv(3, config.width, 3, rngs)
+        else:
+            self.conv_in = Conv2d(3, config.width, patch, stride=patch, use_bias=True, param=TokenizerParam, rngs=rngs)
         inputs = (config.width, *config.channels)
         for i, channels in enumerate(config.channels):
             attention = config.sizes[i] in config.attention_sizes
@@ -197,7 +210,7 @@ class Encoder(nnx.Module):
                 setattr(self, f"downsample{i}", downsample)
         self.mid = Middle(config.channels[-1], rngs=rngs)
         self.norm_out = _norm(config.channels[-1])
-        self.conv_out = _conv(config.channels[-1], config.latent_channels, 3, rngs)
+        self.conv_out = _last_conv(config, config.channels[-1], config.latent_channels, rngs)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w Z"]:
         x = self.conv_in(images)
@@ -210,7 +223,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Feature maps of ``latent_channels`` to images; ``up0`` is the level of the full resolution."""
+    """Feature maps of ``latent_channels`` to pixels; ``up0`` is the level of the full resolution."""
 
     def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
         self.levels = len(config.channels)
@@ -223,9 +236,9 @@ class Decoder(nnx.Module):
             if i > 0:
                 setattr(self, f"upsample{i}", _conv(channels, channels, 3, rngs))
         self.norm_out = _norm(config.channels[0])
-        self.conv_out = _conv(config.channels[0], 3, 3, rngs)
+        self.conv_out = _last_conv(config, config.channels[0], 3 * config.patch**2, rngs)
 
-    def features(self, latents: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
+    def features(self, latents: Float[Array, "B h w Z"]) -> Float[Array, "B h2 w2 D"]:
         """Inputs of the last convolution, whose gradients weigh the adversarial loss (``vqgan_losses``)."""
         x = self.mid(self.conv_in(latents))
         for i in reversed(range(self.levels)):
@@ -234,7 +247,8 @@ class Decoder(nnx.Module):
                 x = getattr(self, f"upsample{i}")(x.repeat(2, axis=1).repeat(2, axis=2))
         return jax.nn.silu(self.norm_out(x))
 
-    def __call__(self, latents: Float[Array, "B h w Z"]) -> Float[Array, "B H W 3"]:
+    def __call__(self, latents: Float[Array, "B h w Z"]) -> Float[Array, "B h2 w2 C"]:
+        """Pixels of each position, the three of an image unless the config has patches."""
         return self.conv_out(self.features(latents))
 
 
@@ -257,7 +271,11 @@ class VQGAN(nnx.Module):
         if images.shape[1] % factor or images.shape[2] % factor:
             height, width = images.shape[1:3]
             raise ValueError(f"images of {height} x {width} pixels: both sides must be multiples of {factor}")
-        return self.quant_conv(self.encoder(images))
+        latents = self.quant_conv(self.encoder(images))
+        if self.config.patch == 1:
+            return latents
+        patches = _to_patches(images, self.config.patch)
+        return latents + jnp.pad(patches, ((0, 0),) * 3 + ((0, latents.shape[3] - patches.shape[3]),))
 
     def encode(self, images: Float[Array, "B H W 3"]) -> Int[Array, "B h w"]:
         """Codes of images in -1 to 1."""
@@ -269,7 +287,12 @@ class VQGAN(nnx.Module):
 
     def decode_latents(self, latents: Float[Array, "B h w D"]) -> Float[Array, "B H W 3"]:
         """Images of vectors in the codebook's space."""
-        return self.decoder(self.post_quant_conv(latents))
+        return self.to_images(self.decoder(self.post_quant_conv(latents)), latents)
+
+    def to_images(self, pixels: Float[Array, "B h2 w2 C"], latents: Float[Array, "B h w D"]) -> Float[Array, "B H W 3"]:
+        """Images of the decoder's outputs for ``latents``."""
+        patch = self.config.patch
+        return pixels if patch == 1 else _from_patches(pixels + latents[..., : 3 * patch**2], patch)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Reconstruction:
         """Encodes and decodes; the decoder's gradient passes the quantisation straight through."""
@@ -292,6 +315,26 @@ def from_pixels(pixels: UInt8[Array, "*batch H W 3"]) -> Float[Array, "*batch H 
 def to_pixels(images: Float[Array, "*batch H W 3"]) -> UInt8[Array, "*batch H W 3"]:
     """Pixels of 0 to 255 from images in -1 to 1; clipped and truncated, as in the original."""
     return (jnp.clip(images.astype(jnp.float32) * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+
+
+def _to_patches(images: Float[Array, "B H W 3"], patch: int) -> Float[Array, "B h w C"]:
+    batch, height, width, _ = images.shape
+    grid = images.reshape(batch, height // patch, patch, width // patch, patch, 3)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // patch, width // patch, 3 * patch**2)
+
+
+def _from_patches(patches: Float[Array, "B h w C"], patch: int) -> Float[Array, "B H W 3"]:
+    batch, rows, columns, _ = patches.shape
+    grid = patches.reshape(batch, rows, columns, patch, patch, 3)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * patch, columns * patch, 3)
+
+
+def _last_conv(config: VQGANConfig, in_channels: int, channels: int, rngs: nnx.Rngs) -> Conv2d:
+    """Last convolution of a half; with patches it starts at zero, since what it adds to is an image already."""
+    conv = _conv(in_channels, channels, 3, rngs)
+    if config.patch > 1:
+        conv.weight[...] = jnp.zeros_like(conv.weight[...])
+    return conv
 
 
 def _norm(channels: int) -> GroupNorm:
