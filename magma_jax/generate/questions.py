@@ -56,8 +56,10 @@ def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Questi
         together: whether all inputs form one prompt.
 
     Raises:
-        ValueError: an empty text, or a folder without images or among texts.
+        ValueError: no inputs, an empty text, or a folder without images or among texts.
     """
+    if not inputs:
+        raise ValueError("nothing is asked; give an image, a folder of images or a text")
     parts = [_part(text) for text in inputs]
     texts = [part for part in parts if isinstance(part, str)]
     if any(not text.strip() for text in texts):

@@ -10,7 +10,8 @@ from magma_jax.config import to_dict
 from magma_jax.data.batches.pairs import held_out_pairs, pair_batches
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig
-from magma_jax.data.tokenizers.text import encode_padded, text_tokenizer
+from magma_jax.data.tokenizers.byte_level import train_bpe
+from magma_jax.data.tokenizers.text import encode_padded
 from magma_jax.families.magvlt.options import MagvltOptions
 from magma_jax.families.vqgan.model import VQGANModelConfig
 from magma_jax.models.magvlt.config import MagvltConfig
@@ -29,7 +30,7 @@ MODEL = MagvltConfig(
     width=64,
     heads=2,
     image_rows=32,
-    text_rows=2048,
+    text_rows=300,
     image_positions=16,
     text_positions=10,
     attention_dropout=0.0,
@@ -63,7 +64,7 @@ def write_tokenizer(folder):
 
 def dataset():
     """The pairs, every one in each split."""
-    tokenizer = text_tokenizer("quickstart")
+    tokenizer = train_bpe(list(NAMES), 300)
 
     def encode(row, rng):
         text = encode_padded(tokenizer, NAMES[row], MODEL.text_positions, too_long="error")
@@ -89,13 +90,13 @@ def run_config(tokenizer, **changes):
     values = {
         "model": MODEL,
         "data": OpenmojiPairsConfig(tokenizer="quickstart"),
-        "optim": OptimConfig(learning_rate=4e-3, schedule="constant", clip_norm=1.0),
+        "optim": OptimConfig(learning_rate=3e-3, schedule="constant"),
         "loss": MagvltOptions(label_smoothing=0.0, length_weight=1.0, task_weights=(2.0, 1.0, 1.0)),
         "weights": {"image_tokenizer": str(tokenizer)},
         "steps": 4,
         "batch_size": 8,
         "log_every": 1,
-        "checkpoint_every": 96,
+        "checkpoint_every": 147,
         "watch": WatchConfig(tensorboard=False),
     }
     return RunConfig(**(values | changes))

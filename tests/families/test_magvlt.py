@@ -32,7 +32,7 @@ from tests.families import magvlt_tiny
 from tests.families.magvlt_tiny import MODEL, NAMES, run_config
 
 ONE = jax.devices()[:1]
-STEPS = 100
+STEPS = 150
 
 
 @pytest.fixture(scope="module")

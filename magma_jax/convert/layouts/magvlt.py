@@ -31,6 +31,7 @@ from magma_jax.models.magvlt.model import Canvas
 from magma_jax.nn.modules import merge
 from magma_jax.published.keymap.engine import to_theirs
 from magma_jax.published.open_magvlt import magvlt_table, open_torch_magvlt
+from magma_jax.storage.model_folder import CheckpointError
 
 # Cases of a golden forward pass: their order, and whether selectors replace BOG.
 CASES = {"t2i": "text_first", "i2t": "image_first", "it2it": "image_first"}
@@ -70,8 +71,17 @@ def from_torch(
 
 
 def published(folder: str | Path) -> dict[str, Any]:
-    """A folder's tensors under the released keys, in the source's order."""
+    """A folder's tensors under the released keys, in the source's order.
+
+    Raises:
+        CheckpointError: not such a folder, or an image tokenizer with patches.
+    """
     config, params = open_folder(folder)
+    if config.tokenizer is not None and config.tokenizer.patch > 1:
+        raise CheckpointError(
+            f"{folder}: the published layout has no patches, but the image tokenizer's are of {config.tokenizer.patch} "
+            "pixels"
+        )
     return in_order(to_theirs(magvlt_table(config), params), read_source(folder)["keys"])
 
 

@@ -88,6 +88,9 @@ class Magvlt:
         image_tokens: codes of an image.
     """
 
+    # Images are described without a text.
+    default_prompt = ""
+
     def __init__(self, config: MagvltConfig, params: Params, tokenizer: TextTokenizer):
         trim_after_compile()
         below = f"{TOKENIZER}/"
