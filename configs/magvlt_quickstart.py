@@ -5,7 +5,7 @@
 
 The first command trains the image tokenizer. Then:
 
-    python -m magma_jax.generate --checkpoint runs/magvlt_quickstart --make image --prompt "a red apple" --output out.png
+    python -m magma_jax.generate --checkpoint runs/magvlt_quickstart --make image "a red apple" --output out.png
 """
 
 from ml_collections import ConfigDict

@@ -214,3 +214,29 @@ def test_shapes_of_every_kind():
     assert [shape.bytes for shape in shapes] == [12, 4, 5, 0, 4]
     assert [shape.in_hbm for shape in shapes] == [False, True, True, True, True]
     assert math.prod(shapes[-1].dims) == 1
+
+
+BRANCHES = """\
+HloModule step
+
+%dear (d0: f32[4,8]) -> f32[4,4] {
+  %d0 = f32[4,8]{1,0} parameter(0)
+  ROOT %d = f32[4,4]{1,0} dot(%d0, %d0), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%cheap (c0: f32[4,8]) -> f32[4,4] {
+  %c0 = f32[4,8]{1,0} parameter(0)
+  %half = f32[4,2]{1,0} slice(%c0), slice={[0:4], [0:2]}
+  ROOT %c = f32[4,4]{1,0} dot(%half, %half), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+ENTRY %main (a0: s32[], a1: f32[4,8]) -> f32[4,4] {
+  %a0 = s32[] parameter(0)
+  %a1 = f32[4,8]{1,0} parameter(1)
+  ROOT %r = f32[4,4]{1,0} conditional(%a0, %a1, %a1, %a1), branch_computations={%cheap, %dear, %cheap}
+}
+"""
+
+
+def test_of_branches_the_dearest_counts():
+    assert program_costs(BRANCHES, devices=1).flops == 2 * 4 * 4 * 8
