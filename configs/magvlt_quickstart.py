@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
                 "text_positions": 24,
                 "attention_dropout": 0.0,
                 "residual_dropout": 0.1,
+                # Not the original's: so small a model learns much later without it which words a drawing is of.
+                "caption_vector": True,
                 # That of configs/vqgan_quickstart.py.
                 "tokenizer": {
                     "kind": "vqgan",

@@ -74,9 +74,11 @@ def published(folder: str | Path) -> dict[str, Any]:
     """A folder's tensors under the released keys, in the source's order.
 
     Raises:
-        CheckpointError: not such a folder, or an image tokenizer with patches.
+        CheckpointError: not such a folder, or a model that the published layout cannot hold.
     """
     config, params = open_folder(folder)
+    if config.caption_vector:
+        raise CheckpointError(f"{folder}: the published layout has no caption vector, but the model has one")
     if config.tokenizer is not None and config.tokenizer.patch > 1:
         raise CheckpointError(
             f"{folder}: the published layout has no patches, but the image tokenizer's are of {config.tokenizer.patch} "
