@@ -64,5 +64,6 @@ def get_config() -> ConfigDict:
             "batch_size": 32,
             "log_every": 50,
             "validation": {"every": 500, "samples": 256},
+            "watch": {"samples_every": 1000, "samples": 8, "samples_split": "test"},
         }
     )

@@ -16,6 +16,7 @@ from magma_jax.data.images import ImageInput
 from magma_jax.families import open_generator
 from magma_jax.families.magvlt import MAGVLT
 from magma_jax.families.magvlt.options import MagvltOptions
+from magma_jax.families.magvlt.panel import Panel
 from magma_jax.families.magvlt.prepare import task_of
 from magma_jax.families.vqgan.generator import ImageTokenizer
 from magma_jax.inference.answers import AnswerOptions, ImageOptions
@@ -26,6 +27,7 @@ from magma_jax.runtime.compilations import compilations_of_process
 from magma_jax.runtime.sharding import SHARED
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
 from magma_jax.training.loop import train
+from magma_jax.training.monitor.writers import WatchConfig
 from magma_jax.training.run import setup
 from magma_jax.training.step.optim import label_parameters, partition
 from tests.families import magvlt_tiny
@@ -146,6 +148,22 @@ def test_canvases_end_with_the_answer(model):
     alone = model.draw([NAMES[2]], ImageOptions(steps=4, seed=6), trace=4)
     np.testing.assert_array_equal(np.asarray(alone.images[0]), np.asarray(answers[1].parts[0]))
     assert alone.trace.masked.shape == (4, 1, 16)
+
+
+def test_the_panel_shows_drawings_and_texts(finished, model):
+    watch = WatchConfig(tensorboard=False, samples=2, samples_split="test")
+    run = dataclasses.replace(finished, config=dataclasses.replace(finished.config, watch=watch))
+    params = model.model.params | {
+        f"image_tokenizer/{path}": leaf for path, leaf in model.image_tokenizer.params.items()
+    }
+    panel = Panel(run, writing=True)(STEPS, params)
+    assert panel.shape[1:] == (1200, 3)
+    assert (finished.workdir / f"samples/{STEPS:06d}.png").exists()
+    written = [json.loads(line) for line in (finished.workdir / "samples.jsonl").read_text().splitlines()]
+    assert [(line["truth"], line["said"]) for line in written] == [(NAMES[0], NAMES[0]), (NAMES[3], NAMES[3])]
+    with pytest.raises(ConfigError, match="no images to describe in split 'none'"):
+        absent = dataclasses.replace(watch, samples_split="none")
+        Panel(dataclasses.replace(run, config=dataclasses.replace(run.config, watch=absent)), writing=False)
 
 
 def test_pairs(model):

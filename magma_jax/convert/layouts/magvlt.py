@@ -20,7 +20,9 @@ from magma_jax.convert.layouts.layout import (
 from magma_jax.convert.magma_checkpoint import absent
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.data.tokenizers.clip_bpe import clip_bpe
-from magma_jax.families.magvlt.decoding import ImageRun, OpenModel, TextRun, image_to_text, inpaint, length_logits
+from magma_jax.families.magvlt.decoding.image import ImageRun, inpaint
+from magma_jax.families.magvlt.decoding.open_model import OpenModel
+from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, length_logits
 from magma_jax.families.magvlt.generator import Magvlt
 from magma_jax.families.magvlt.loading import open_folder
 from magma_jax.inference.decoding.config import SamplingConfig
