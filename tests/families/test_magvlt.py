@@ -161,9 +161,10 @@ def test_the_panel_shows_drawings_and_texts(finished, model):
     assert (finished.workdir / f"samples/{STEPS:06d}.png").exists()
     written = [json.loads(line) for line in (finished.workdir / "samples.jsonl").read_text().splitlines()]
     assert [(line["truth"], line["said"]) for line in written] == [(NAMES[0], NAMES[0]), (NAMES[3], NAMES[3])]
+    absent = dataclasses.replace(run.config, watch=dataclasses.replace(watch, samples_split="none"))
+    without = dataclasses.replace(run, config=absent)
     with pytest.raises(ConfigError, match="no images to describe in split 'none'"):
-        absent = dataclasses.replace(watch, samples_split="none")
-        Panel(dataclasses.replace(run, config=dataclasses.replace(run.config, watch=absent)), writing=False)
+        Panel(without, writing=False)
 
 
 def test_pairs(model):
