@@ -32,7 +32,7 @@ def draw(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--mask {arguments.mask} marks pixels of one image; {len(images)} are given")
         mask = read_mask(arguments.mask)
     for image in images:
-        path = os.fspath(image.source)  # pyright: ignore[reportArgumentType]
+        path = str(image.source)  # of the command line, so a path
         if any(os.path.realpath(path) == os.path.realpath(file) for file in files):
             raise ValueError(f"--output {arguments.output}: is one of the inputs; give another name")
     options = image_options(arguments, mask)

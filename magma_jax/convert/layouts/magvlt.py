@@ -26,18 +26,20 @@ from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, leng
 from magma_jax.families.magvlt.generator import Magvlt
 from magma_jax.families.magvlt.loading import open_folder
 from magma_jax.inference.decoding.config import SamplingConfig
-from magma_jax.inference.decoding.masked import ImageRule, ImageSteps
+from magma_jax.inference.decoding.masked import Filled, ImageRule, ImageSteps, Trace
 from magma_jax.inference.decoding.sampling import sampling_rows
-from magma_jax.models.magvlt.layout import attention_mask, layout_of
+from magma_jax.models.magvlt.layout import Order, attention_mask, layout_of
 from magma_jax.models.magvlt.model import Canvas
 from magma_jax.nn.modules import merge
 from magma_jax.published.keymap.engine import to_theirs
 from magma_jax.published.open_magvlt import magvlt_table, open_torch_magvlt
 from magma_jax.storage.model_folder import CheckpointError
 
-# Cases of a golden forward pass: their order, and whether selectors replace BOG.
-CASES = {"t2i": "text_first", "i2t": "image_first", "it2it": "image_first"}
-CASES |= {"t2i_sel": "text_first", "i2t_lr": "image_first", "i2t_tb": "image_first"}
+# Cases of a golden forward pass, and their order.
+CASES: dict[str, Order] = {
+    **dict.fromkeys(("t2i", "t2i_sel"), "text_first"),
+    **dict.fromkeys(("i2t", "it2it", "i2t_lr", "i2t_tb"), "image_first"),
+}
 INPUTS = ("img", "txt", "n_txt", "loc_mask", "selectors", "txt_mask", "N_given", "src_codes", "keep", "r")
 
 
@@ -173,8 +175,8 @@ def _runs(model: OpenModel, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[
         run = ImageRun(settings=ImageSteps(steps=steps), rule=ImageRule("maskgit"), draw=_likeliest, record=steps)
         filled = inpaint(model, codes, editable, tokens, lengths, _keys(rows), run)
         yield f"{case}/final_code", np.asarray(filled.tokens).reshape(rows, *side)
-        yield from _placed(f"{case}/mask_before", arrays, places, filled.trace.masked)
-        yield from _placed(f"{case}/confidence", arrays, places, filled.trace.scores)
+        yield from _placed(f"{case}/mask_before", arrays, places, _trace(filled).masked)
+        yield from _placed(f"{case}/confidence", arrays, places, _trace(filled).scores)
     if "i2t/tokens" in arrays:
         yield from _texts(model, arrays)
 
@@ -193,8 +195,8 @@ def _texts(model: OpenModel, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple
     places = slice(layout_of(config, "image_first").text, None)
     yield "i2t/tokens", filled.tokens
     yield "i2t/score", filled.log_probs.sum(-1)
-    yield from _placed("i2t/masks", arrays, places, filled.trace.masked)
-    before = np.concatenate([np.zeros((1, *filled.tokens.shape)), np.asarray(filled.trace.scores)[:-1]])
+    yield from _placed("i2t/masks", arrays, places, _trace(filled).masked)
+    before = np.concatenate([np.zeros((1, *filled.tokens.shape)), np.asarray(_trace(filled).scores)[:-1]])
     yield "i2t/prev_log_probs", before
 
 
@@ -208,6 +210,11 @@ def _placed(
             raise GoldenError(f"golden array {name!r} is {list(whole.shape)}, which does not fit the model")
         whole[..., places] = values
         yield name, whole
+
+
+def _trace(filled: Filled) -> Trace:
+    assert filled.trace is not None  # asked for by ``record``
+    return filled.trace
 
 
 def _likeliest(key: Any, logits: Any, temperature: Any) -> Any:

@@ -33,6 +33,7 @@ from magma_jax.families.vqgan.generator import ImageTokenizer
 from magma_jax.inference.answers import Answer, AnswerOptions, Canvas, ImageOptions
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.masked import ImageRule, ImageSteps, Trace
+from magma_jax.inference.decoding.sampling import sampling_rows
 from magma_jax.inference.generator import Makes
 from magma_jax.inference.prompts import Prompt
 from magma_jax.models.magvlt.config import MagvltConfig
@@ -133,9 +134,9 @@ class Magvlt:
         count = options.n * options.candidates
 
         def part(rows: slice, keys: Array) -> tuple[Any, ...]:
-            arrays = [repeated(array, len(keys)) for array in (codes, places, tokens, lengths)]
-            filled = inpaint(self.model, *arrays, keys, run)
-            return filled.tokens, text_likelihood(self.model, filled.tokens, *arrays[2:]), filled.trace
+            image, editable, text, ends = (repeated(array, len(keys)) for array in (codes, places, tokens, lengths))
+            filled = inpaint(self.model, image, editable, text, ends, keys, run)
+            return filled.tokens, text_likelihood(self.model, filled.tokens, text, ends), filled.trace
 
         found, scores, traces = in_parts(part, options.seed, count)
         chosen = best(scores, options.candidates)
@@ -158,15 +159,16 @@ class Magvlt:
         if not shown or count > ROWS.sizes[-1]:
             yield Canvas(self.draw(prompt, options).images, "stop")
             return
-        arrays = [repeated(array, ROWS.fit(count)) for array in (codes, places, tokens, lengths)]
-        keys = keys_of(options.seed, 0, ROWS.fit(count))
+        every = ROWS.fit(count)
+        image, editable, text, ends = (repeated(array, every) for array in (codes, places, tokens, lengths))
+        keys = keys_of(options.seed, 0, every)
         found = codes
-        for step, canvas in enumerate(canvases(self.model, *arrays, keys, run), start=1):
+        for step, canvas in enumerate(canvases(self.model, image, editable, text, ends, keys, run), start=1):
             found = np.asarray(canvas.tokens)
             if step in shown and step < steps:
                 rows = np.arange(options.n) * options.candidates
                 yield Canvas(self._unfinished(found[rows], np.asarray(canvas.masked)[rows]))
-        scores = text_likelihood(self.model, found, *arrays[2:])[:count]
+        scores = text_likelihood(self.model, found, text, ends)[:count]
         yield Canvas(self.decode(found[best(scores, options.candidates)]), "stop")
 
     def caption(
@@ -266,8 +268,8 @@ class Magvlt:
             if words is None:
                 filled, _ = image_to_text(self.model, images, keys, setting, run, lengths=wanted)
             else:
-                given = [repeated(array[None], len(keys)) for array in words[:2]]
-                filled, _ = infill_text(self.model, images, *given, wanted, keys, setting, run)
+                given, masked = (repeated(array[None], len(keys)) for array in words[:2])
+                filled, _ = infill_text(self.model, images, given, masked, wanted, keys, setting, run)
             return filled.tokens, filled.log_probs.sum(-1), None
 
         tokens, scores, _ = in_parts(part, options.seed, count)

@@ -2,8 +2,8 @@
 
 Of images each half is squashed to half its height or width and encoded by itself, so the codes of both halves are put
 together instead of their pixels: at the border, and by the tokenizer's attention, the codes of a whole picture would
-differ a little. Of images that are known by their codes alone, a half is the middle of the codes. Of texts, both are cut
-to half the positions, with "|" between them and an end token after them.
+differ a little. Of images that are known by their codes alone, a half is the middle of the codes. Of texts, both are
+cut to half the positions, with "|" between them and an end token after them.
 """
 
 from typing import NamedTuple

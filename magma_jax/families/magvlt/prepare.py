@@ -111,9 +111,9 @@ def _prepared(
     if options.mixsel_weight:
         halves = None
         if task != TEXT_TO_IMAGE and tables is not None:
-            halves = tuple(tables.halves(batch[f"{prefix}image_rows"]) for prefix in ("", PARTNER))
+            halves = tables.halves(batch["image_rows"]), tables.halves(batch[f"{PARTNER}image_rows"])
         elif task != TEXT_TO_IMAGE:
-            halves = tuple(cropped_halves(batch[f"{prefix}codes"], grid) for prefix in ("", PARTNER))
+            halves = cropped_halves(batch["codes"], grid), cropped_halves(batch[f"{PARTNER}codes"], grid)
         stacked = bool(batch["draws"][0, 1] < 0.5)
         found |= mixed(batch, task, halves, stacked=stacked, pad_id=pad_id, separator=separator)
     if options.caption_dropout and task == TEXT_TO_IMAGE:

@@ -25,5 +25,7 @@ SHARDINGS: tuple[ShardingRow, ...] = (
 
 def roles(config: MagvltConfig) -> Mapping[str, Literal["frozen"] | Group]:
     """Roles of the parameters: the transformer learns from scratch, the image tokenizer is frozen."""
-    learning: dict[str, Literal["frozen"] | Group] = {TransformerParam.role: Group(), HeadParam.role: Group()}
-    return learning if config.tokenizer is None else learning | {TokenizerParam.role: "frozen"}
+    groups: dict[str, Literal["frozen"] | Group] = {TransformerParam.role: Group(), HeadParam.role: Group()}
+    if config.tokenizer is not None:
+        groups[TokenizerParam.role] = "frozen"
+    return groups

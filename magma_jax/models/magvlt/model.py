@@ -29,12 +29,12 @@ class Canvas(NamedTuple):
     ``text_lengths`` count the end token. ``selectors`` are special tokens that replace BOG; None for BOG.
     """
 
-    image: Array  # (B, I), below image_rows
-    text: Array  # (B, T), below text_rows
-    text_lengths: Array  # (B,)
-    image_masked: Array  # (B, I)
-    text_masked: Array  # (B, T)
-    selectors: Array | None = None  # (B,)
+    image: Any  # (B, I), below image_rows
+    text: Any  # (B, T), below text_rows
+    text_lengths: Any  # (B,)
+    image_masked: Any  # (B, I)
+    text_masked: Any  # (B, T)
+    selectors: Any = None  # (B,)
 
 
 class Hidden(NamedTuple):
