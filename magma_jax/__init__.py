@@ -8,9 +8,10 @@ from magma_jax.version import __version__
 if TYPE_CHECKING:
     from magma_jax.data.images import ImageInput
     from magma_jax.families.magma.generator import Magma
+    from magma_jax.families.magvlt.generator import Magvlt
     from magma_jax.models.magma import MagmaConfig, MagmaModel
 
-__all__ = ["ImageInput", "Magma", "MagmaConfig", "MagmaModel", "__version__"]
+__all__ = ["ImageInput", "Magma", "MagmaConfig", "MagmaModel", "Magvlt", "__version__"]
 
 # Imported on first access, so that commands without a model do not wait for JAX.
 _HOMES = {
@@ -18,6 +19,7 @@ _HOMES = {
     "Magma": "magma_jax.families.magma.generator",
     "MagmaConfig": "magma_jax.models.magma",
     "MagmaModel": "magma_jax.models.magma",
+    "Magvlt": "magma_jax.families.magvlt.generator",
 }
 
 

@@ -10,6 +10,7 @@ from magma_jax.config import ConfigError, Settings
 from magma_jax.families.cm3leon import CM3LEON
 from magma_jax.families.language import LANGUAGE
 from magma_jax.families.magma import MAGMA
+from magma_jax.families.magvlt import MAGVLT
 from magma_jax.families.vqgan import VQGAN
 from magma_jax.family import Family
 from magma_jax.foreign import shown
@@ -19,7 +20,7 @@ from magma_jax.storage.hub import local_path
 from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, read_model_json
 from magma_jax.training.run.config import RunConfig, completed, read_run_config
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (MAGMA, LANGUAGE, VQGAN, CM3LEON)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (MAGMA, LANGUAGE, VQGAN, MAGVLT, CM3LEON)}
 
 
 def family_of(model: Any) -> Family:

@@ -1,14 +1,14 @@
 """Cost analysis of a compiled program from its HLO text: operations, memory traffic and collectives.
 
 XLA's own ``cost_analysis`` counts a loop body once. Here every computation counts as often as it runs: the trip count
-of a ``while`` is the constant in its condition.
+of a ``while`` is the constant in its condition. Of branches the one with most operations counts.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -120,7 +120,7 @@ def program_costs(text: str, devices: int) -> Costs:
         for instruction in computation.values()
         if _kind(instruction.opcode)
     } - {None}
-    for name, times, place in _runs(computations, entry):
+    for name, times, place in _runs(computations, entry, flops_of):
         if times is None:
             unknown += 1
             continue
@@ -199,8 +199,17 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses in {text!r:.80}")
 
 
-def _runs(computations: dict[str, Computation], entry: str) -> Iterator[tuple[str, int | None, str]]:
-    """Every executed computation, its number of executions (None if unknown), and its loop ("" for none)."""
+def _runs(
+    computations: dict[str, Computation], entry: str, flops_of: Callable[[str], float]
+) -> Iterator[tuple[str, int | None, str]]:
+    """Every executed computation, its number of executions (None if unknown), and its loop ("" for none).
+
+    Of the branches of a conditional the one with most operations is executed.
+    """
+
+    def total(branch: str) -> float:
+        return sum((times or 1) * flops_of(name) for name, times, _ in _runs(computations, branch, flops_of))
+
     waiting = [(entry, 1, "")]
     while waiting:
         name, times, place = waiting.pop()
@@ -218,7 +227,8 @@ def _runs(computations: dict[str, Computation], entry: str) -> Iterator[tuple[st
                 names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
                 branches = _NAME.findall(names[1]) if names else []
                 branches += [c for c in map(instruction.called, ("true_computation", "false_computation")) if c]
-                waiting += [(branch, times, place) for branch in branches]
+                if branches:
+                    waiting.append((max(branches, key=total), times, place))
 
 
 def _trip_count(loop: Instruction, computations: dict[str, Computation]) -> int | None:

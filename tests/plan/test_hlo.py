@@ -232,3 +232,27 @@ def test_kernels_of_fused_attention_count_and_end_no_computation():
     # Of 4 x 4 blocks, 10 are not above the diagonal.
     attention = (2 + 3 + 4) * 2 * 2 * 64 * 64 * 8 * 10 / 16
     assert program_costs(text, 1).flops == attention + 2 * 16 * 16 * 4
+BRANCHES = """\
+HloModule step
+
+%dear (d0: f32[4,8]) -> f32[4,4] {
+  %d0 = f32[4,8]{1,0} parameter(0)
+  ROOT %d = f32[4,4]{1,0} dot(%d0, %d0), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%cheap (c0: f32[4,8]) -> f32[4,4] {
+  %c0 = f32[4,8]{1,0} parameter(0)
+  %half = f32[4,2]{1,0} slice(%c0), slice={[0:4], [0:2]}
+  ROOT %c = f32[4,4]{1,0} dot(%half, %half), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+ENTRY %main (a0: s32[], a1: f32[4,8]) -> f32[4,4] {
+  %a0 = s32[] parameter(0)
+  %a1 = f32[4,8]{1,0} parameter(1)
+  ROOT %r = f32[4,4]{1,0} conditional(%a0, %a1, %a1, %a1), branch_computations={%cheap, %dear, %cheap}
+}
+"""
+
+
+def test_of_branches_the_dearest_counts():
+    assert program_costs(BRANCHES, devices=1).flops == 2 * 4 * 4 * 8

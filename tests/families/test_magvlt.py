@@ -1,0 +1,255 @@
+"""MAGVLT as a family: it learns a few drawings by heart, is opened again, draws and describes them."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from magma_jax.config import ConfigError
+from magma_jax.data.images import ImageInput
+from magma_jax.families import open_generator
+from magma_jax.families.magvlt import MAGVLT
+from magma_jax.families.magvlt.options import MagvltOptions
+from magma_jax.families.magvlt.panel import Panel
+from magma_jax.families.magvlt.prepare import task_of
+from magma_jax.families.vqgan.generator import ImageTokenizer
+from magma_jax.inference.answers import AnswerOptions, ImageOptions
+from magma_jax.models.magvlt.config import BASE, LARGE
+from magma_jax.models.vision.vqgan import VQGANS
+from magma_jax.nn.modules import abstract, parameter_count
+from magma_jax.runtime.compilations import compilations_of_process
+from magma_jax.runtime.sharding import SHARED
+from magma_jax.training.checkpoints.early_stopping import ValidationConfig
+from magma_jax.training.loop import train
+from magma_jax.training.monitor.writers import WatchConfig
+from magma_jax.training.run import setup
+from magma_jax.training.step.optim import label_parameters, partition
+from tests.families import magvlt_tiny
+from tests.families.magvlt_tiny import MODEL, NAMES, run_config
+
+ONE = jax.devices()[:1]
+STEPS = 150
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return magvlt_tiny.write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "vqgan")
+
+
+@pytest.fixture(autouse=True)
+def pairs(monkeypatch):
+    data = magvlt_tiny.dataset()
+    monkeypatch.setattr(setup, "load_dataset", lambda config: data)
+
+
+@pytest.fixture(scope="module")
+def finished(tokenizer, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        data = magvlt_tiny.dataset()
+        patch.setattr(setup, "load_dataset", lambda config: data)
+        validation = ValidationConfig(every=STEPS, split="test", samples=32)
+        config = run_config(tokenizer, steps=STEPS, validation=validation)
+        return train(MAGVLT, config, tmp_path_factory.mktemp("magvlt") / "run", ONE)
+
+
+@pytest.fixture(scope="module")
+def model(finished):
+    return open_generator(finished.workdir)
+
+
+@pytest.fixture(scope="module")
+def codes():
+    return ImageTokenizer(magvlt_tiny.TOKENIZER, magvlt_tiny.tokenizer_params()).encode(magvlt_tiny.images())
+
+
+def lines(run):
+    return [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns(finished):
+    trained = [line for line in lines(finished) if "loss" in line]
+    assert len(trained) == STEPS
+    for line in trained:
+        terms = line["image"] + line["text"] + line["length"]
+        terms += line["unroll_image"] + line["unroll_text"] + 0.5 * (line["mixsel_image"] + line["mixsel_text"])
+        assert line["loss"] == pytest.approx(terms, rel=1e-5)
+    for name in ("image", "text", "unroll_image", "unroll_text", "mixsel_image", "mixsel_text"):
+        seen = [line[name] for line in trained if line[name]]
+        assert np.mean(seen[-5:]) < 0.6 * np.mean(seen[:3]), name
+    validated = next(line for line in lines(finished) if "validation_loss" in line)
+    assert validated["validation_text_accuracy"] > 0.8  # one batch, whose task is image to text
+
+
+def test_tasks_are_drawn_by_their_weights(finished):
+    """Batches of text to image predict no text, those of image to text no image."""
+    trained = [line for line in lines(finished) if "loss" in line]
+    kinds = [(bool(line["image"]), bool(line["text"])) for line in trained]
+    shares = [np.mean([kind == wanted for kind in kinds]) for wanted in ((True, False), (False, True), (True, True))]
+    np.testing.assert_allclose(shares, [0.5, 0.25, 0.25], atol=0.12)
+    options = MagvltOptions()
+    drawn = [task_of(draw, options) for draw in (np.arange(1000) + 0.5) / 1000]
+    assert [drawn.count(task) for task in range(3)] == [800, 100, 100]
+    assert {task_of(draw, MagvltOptions(task_weights=(0, 3, 0))) for draw in (0.0, 0.5, 0.999)} == {1}
+
+
+def test_the_tokenizer_is_frozen(finished, model):
+    frozen = partition(finished.program.params, finished.program.labels)[1]
+    assert set(frozen) == {f"image_tokenizer/{path}" for path in magvlt_tiny.tokenizer_params()}
+    for path, leaf in magvlt_tiny.tokenizer_params().items():
+        np.testing.assert_array_equal(model.image_tokenizer.params[path], leaf)
+
+
+def test_it_draws_what_it_learned(model, codes):
+    assert model.makes == {"text", "image", "edit"}
+    for row, name in enumerate(NAMES):
+        drawn = model.draw([name], ImageOptions(temperature=(0.5, 0.1), candidates=2))
+        np.testing.assert_array_equal(drawn.codes[0], codes[row], err_msg=name)
+        assert drawn.images[0].size == (16, 16)
+    images = model.generate_image(NAMES[0], n=3, steps=2)
+    assert [image.size for image in images] == [(16, 16)] * 3
+
+
+def test_it_describes_what_it_learned(model):
+    pictures = [ImageInput(Image.fromarray(image)) for image in magvlt_tiny.images()]
+    assert [model.caption(picture)[0] for picture in pictures] == list(NAMES)
+    assert model.infill_text(pictures[1], "a red [MASK] of France") == [NAMES[1]]
+    found = list(model.answers([[picture] for picture in pictures[:2]], AnswerOptions(n=2)))
+    assert [[answer.text for answer in answers] for answers in found] == [[name] * 2 for name in NAMES[:2]]
+    assert found[0][0].finish == "stop"
+    assert model.caption(pictures[0], candidates=3, lengths=2) == [NAMES[0]]
+
+
+def test_inpainting_keeps_codes(model, codes):
+    picture = ImageInput(Image.fromarray(magvlt_tiny.images()[0]))
+    mask = np.zeros((16, 16), bool)
+    mask[:5, :4] = True  # of two cells of 4 x 4, the second by a row of pixels
+    drawn = model.draw([picture, NAMES[1]], ImageOptions(mask=mask))
+    changed = [0, 4]
+    kept = [place for place in range(16) if place not in changed]
+    np.testing.assert_array_equal(drawn.codes[0][kept], codes[0][kept])
+    assert model.inpaint(picture, mask, NAMES[1])[0].size == (16, 16)
+
+
+def test_canvases_end_with_the_answer(model):
+    options = ImageOptions(n=2, steps=4, seed=5)
+    seen = list(model.canvases([NAMES[2]], options, previews=2))
+    assert [canvas.finish for canvas in seen] == [None, None, "stop"]
+    assert [len(canvas.images) for canvas in seen] == [2, 2, 2]
+    assert (np.asarray(seen[0].images[0]) == 128).all(-1).any()
+    (answers,) = model.answers([[NAMES[2]]], options)
+    for answer, image in zip(answers, seen[-1].images, strict=True):
+        np.testing.assert_array_equal(np.asarray(answer.parts[0]), np.asarray(image))
+    alone = model.draw([NAMES[2]], ImageOptions(steps=4, seed=6), trace=4)
+    np.testing.assert_array_equal(np.asarray(alone.images[0]), np.asarray(answers[1].parts[0]))
+    assert alone.trace.masked.shape == (4, 1, 16)
+
+
+def test_the_panel_shows_drawings_and_texts(finished, model):
+    watch = WatchConfig(tensorboard=False, samples=2, samples_split="test")
+    run = dataclasses.replace(finished, config=dataclasses.replace(finished.config, watch=watch))
+    params = model.model.params | {
+        f"image_tokenizer/{path}": leaf for path, leaf in model.image_tokenizer.params.items()
+    }
+    panel = Panel(run, writing=True)(STEPS, params)
+    assert panel.shape[1:] == (1200, 3)
+    assert (finished.workdir / f"samples/{STEPS:06d}.png").exists()
+    written = [json.loads(line) for line in (finished.workdir / "samples.jsonl").read_text().splitlines()]
+    assert [(line["truth"], line["said"]) for line in written] == [(NAMES[0], NAMES[0]), (NAMES[3], NAMES[3])]
+    absent = dataclasses.replace(run.config, watch=dataclasses.replace(watch, samples_split="none"))
+    without = dataclasses.replace(run, config=absent)
+    with pytest.raises(ConfigError, match="no images to describe in split 'none'"):
+        Panel(without, writing=False)
+
+
+def test_pairs(model):
+    ((image, text),) = model.generate_pair(seed=1, steps=6)
+    assert image.size == (16, 16)
+    assert text
+
+
+def test_changed_options_compile_nothing(model):
+    def ask(**options):
+        model.generate_image(NAMES[0], **options)
+        model.caption(ImageInput(Image.fromarray(magvlt_tiny.images()[0])), seed=options.get("seed", 0))
+
+    ask()
+    counter = compilations_of_process()
+    before = counter.count
+    ask(steps=7, temperature=(0.3, 0.2), guidance=2.5, top_p=0.9, seed=8)
+    assert counter.count == before
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([""], {}, "the prompt is empty; say what the image shows"),
+        (["a"] * 2, {}, "the prompt has 0 images and 2 texts"),
+        (["a " * 20], {}, "the text has [0-9]+ tokens, more than 10"),
+        (["a"], {"mask": np.ones((16, 16), bool)}, "a mask marks the pixels of an image; give the image too"),
+        ([0, "a"], {"mask": np.ones((8, 16), bool)}, "the mask has 16 x 8 pixels, but the image 16 x 16"),
+        ([0, "a"], {"mask": np.zeros((16, 16), bool)}, "the mask keeps everything"),
+        ([0], {}, "the prompt has no text"),
+        (["a"], {"n": 0}, "n must be at least 1"),
+        (["a"], {"steps": 0}, "steps must be at least 1"),
+        (["a"], {"guidance": -1.0}, "guidance must be"),
+        (["a"], {"places": "best"}, "places 'best' is none of multinomial-maskgit"),
+    ],
+)
+def test_refused_drawings(model, prompt, options, message):
+    image = ImageInput(Image.fromarray(magvlt_tiny.images()[0]))
+    with pytest.raises(ValueError, match=message):
+        model.draw([image if part == 0 else part for part in prompt], ImageOptions(**options))
+
+
+def test_refused_texts(model):
+    image = ImageInput(Image.fromarray(magvlt_tiny.images()[0]))
+    with pytest.raises(ValueError, match=r"has no \[MASK\]"):
+        model.infill_text(image, "a cat")
+    with pytest.raises(ValueError, match="the prompt has no image to describe"):
+        next(model.answers([["a cat"]], AnswerOptions()))
+    with pytest.raises(ValueError, match="leave out beams, choices and stop"):
+        next(model.answers([[image]], AnswerOptions(beams=2)))
+
+
+def test_it_resumes_to_the_bit(finished, tokenizer, tmp_path):
+    """From the step before the last ones, in the middle of an epoch."""
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / f"run/checkpoints/{STEPS}")
+    validation = ValidationConfig(every=STEPS, split="test", samples=32)
+    resumed = train(MAGVLT, run_config(tokenizer, steps=STEPS, validation=validation), tmp_path / "run", ONE)
+    for path, leaf in finished.state.trainable.items():
+        np.testing.assert_array_equal(leaf, resumed.state.trainable[path], err_msg=path)
+
+
+@pytest.mark.parametrize(("config", "learning"), [(BASE, 371_533_056), (LARGE, 795_228_672)], ids=["base", "large"])
+def test_full_size(config, learning):
+    config = dataclasses.replace(config, tokenizer=VQGANS["vqgan_f16_16384"])
+    _, shapes, types = abstract(lambda: MAGVLT.build(config, nnx.Rngs(0)))
+    trained, frozen, _ = partition(shapes, label_parameters(types, MAGVLT.roles(config)))
+    assert (parameter_count(trained), parameter_count(frozen)) == (learning, 76_073_859)
+    for path in shapes:
+        assert len([row for row, _ in (*MAGVLT.shardings, *SHARED) if re.fullmatch(row, path)]) == 1, path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": {}}, "weights.image_tokenizer: the model's image tokenizer is frozen"),
+        ({"data": dataclasses.replace(run_config("x").data, length=7)}, "data.length is 7, but the model has 10"),
+        ({"model": dataclasses.replace(MODEL, tokenizer=None)}, "data of images need a model with an image tokenizer"),
+    ],
+)
+def test_refused_configs(tokenizer, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train(MAGVLT, run_config(tokenizer, **changes), tmp_path / "run", ONE)
+
+
+def test_a_tokenizer_of_other_codes_is_refused():
+    with pytest.raises(ValueError, match="image_rows is 64, but the image tokenizer has 32"):
+        dataclasses.replace(MODEL, image_rows=64)
