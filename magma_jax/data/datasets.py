@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from magma_jax.config import from_union
+from magma_jax.data.codes_dataset import CodesConfig, open_codes
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.folder_dataset import FoldersConfig, open_folders
 from magma_jax.data.openmoji.dataset import (
@@ -14,12 +15,13 @@ from magma_jax.data.openmoji.dataset import (
     open_openmoji_text,
 )
 
-DataConfig = OpenmojiConfig | OpenmojiTextConfig | FoldersConfig
+DataConfig = OpenmojiConfig | OpenmojiTextConfig | FoldersConfig | CodesConfig
 
 OPENERS: dict[type, Callable[[Any], Dataset]] = {
     OpenmojiConfig: open_openmoji,
     OpenmojiTextConfig: open_openmoji_text,
     FoldersConfig: open_folders,
+    CodesConfig: open_codes,
 }
 
 
