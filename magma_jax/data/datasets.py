@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from magma_jax.config import from_union
+from magma_jax.data.codes_dataset import CodesConfig, open_codes
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.documents.folders import DocumentFoldersConfig, open_document_folders
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig, open_openmoji_documents
@@ -23,6 +24,7 @@ DataConfig = (
     | OpenmojiPairsConfig
     | OpenmojiDocumentsConfig
     | FoldersConfig
+    | CodesConfig
     | DocumentFoldersConfig
 )
 
@@ -31,6 +33,7 @@ OPENERS: dict[type, Callable[[Any], Dataset]] = {
     OpenmojiTextConfig: open_openmoji_text,
     OpenmojiPairsConfig: open_openmoji_pairs,
     FoldersConfig: open_folders,
+    CodesConfig: open_codes,
     DocumentFoldersConfig: open_document_folders,
     OpenmojiDocumentsConfig: open_openmoji_documents,
 }
