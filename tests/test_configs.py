@@ -17,12 +17,17 @@ FOLDER = Path(__file__).parent.parent / "configs"
 TABLE1 = "paper_table1.py"
 FINETUNING = ("vqa", "okvqa", "gqa", "vizwiz", "snli_ve", "nocaps", "coco")
 GPTJ, V2 = 6_050_301_152, 383_936_912
+MAGVLT_QUICKSTART = (3_451_392, 712_672)
+F16 = 76_073_859  # the image tokenizer with 16,384 codes
 
 # How many parameters learn, and how many are frozen.
 COUNTS = {
     "quickstart.py": (668_928, 7_575_553),
     "quickstart_lm.py": (4_204_545, 0),
     "finetune_quickstart.py": (668_928 + 2 * 256 + 2, 7_575_553),
+    "magvlt_base.py": (371_533_056, F16),
+    "magvlt_large.py": (795_228_672, F16),
+    "magvlt_quickstart.py": MAGVLT_QUICKSTART,
     "magma_v1.py": (383_822_224, GPTJ),
     "magma_v2.py": (V2, GPTJ),
     "magma_base.py": (V2, GPTJ),

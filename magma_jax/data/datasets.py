@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from magma_jax.config import from_union
+from magma_jax.data.codes_dataset import CodesConfig, open_codes
 from magma_jax.data.dataset import Dataset
+from magma_jax.data.documents.folders import DocumentFoldersConfig, open_document_folders
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig, open_openmoji_documents
 from magma_jax.data.folder_dataset import FoldersConfig, open_folders
 from magma_jax.data.openmoji.dataset import (
@@ -16,13 +18,23 @@ from magma_jax.data.openmoji.dataset import (
 )
 from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig, open_openmoji_pairs
 
-DataConfig = OpenmojiConfig | OpenmojiTextConfig | OpenmojiPairsConfig | OpenmojiDocumentsConfig | FoldersConfig
+DataConfig = (
+    OpenmojiConfig
+    | OpenmojiTextConfig
+    | OpenmojiPairsConfig
+    | OpenmojiDocumentsConfig
+    | FoldersConfig
+    | CodesConfig
+    | DocumentFoldersConfig
+)
 
 OPENERS: dict[type, Callable[[Any], Dataset]] = {
     OpenmojiConfig: open_openmoji,
     OpenmojiTextConfig: open_openmoji_text,
     OpenmojiPairsConfig: open_openmoji_pairs,
     FoldersConfig: open_folders,
+    CodesConfig: open_codes,
+    DocumentFoldersConfig: open_document_folders,
     OpenmojiDocumentsConfig: open_openmoji_documents,
 }
 

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from magma_jax.config import ConfigError, Settings
+from magma_jax.data.write.encoding import ImageEncoder
 from magma_jax.families.cm3leon import CM3LEON
 from magma_jax.families.language import LANGUAGE
 from magma_jax.families.magma import MAGMA
@@ -98,13 +99,30 @@ def open_token_generator(
     """``open_generator`` for autoregressive text models; others are rejected before weights are read."""
     path = local_path(path)
     family = family_of_checkpoint(path)
-    if family.decode_program is None:
-        names = ", ".join(other.name for other in FAMILIES.values() if other.decode_program is not None)
+    if not _opens_token_generator(family):
+        names = ", ".join(other.name for other in FAMILIES.values() if _opens_token_generator(other))
         raise CheckpointError(
             f"{path}: a {family.name} model does not write text token by token; give a checkpoint of another family "
             f"({names})"
         )
     return family.open(path, dtype=dtype, mesh=mesh, ema=ema)
+
+
+def _opens_token_generator(family: Family) -> bool:
+    return family.decode_program is not None and family.token_generator
+
+
+def open_image_encoder(path: str | Path) -> ImageEncoder:
+    """Opens an image tokenizer; other checkpoints are rejected before weights are read.
+
+    Raises:
+        CheckpointError: no checkpoint, or one of another family. Also the errors of the family.
+    """
+    path = local_path(path)
+    family = family_of_checkpoint(path)
+    if family is not VQGAN:
+        raise CheckpointError(f"{path}: holds a {family.name} model, but an image tokenizer is wanted here")
+    return family.open(path)
 
 
 def _families_by_kind() -> dict[str, Family]:

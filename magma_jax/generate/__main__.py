@@ -1,4 +1,4 @@
-"""Text for images, from the command line.
+"""Texts and images for images and texts, from the command line.
 
     python -m magma_jax.generate --checkpoint RUN image.png
     python -m magma_jax.generate --checkpoint RUN image.png "Q: What skin tone is it? A:" --stream
@@ -6,6 +6,8 @@
     python -m magma_jax.generate --checkpoint RUN images/ "A picture of" --output answers.jsonl
     python -m magma_jax.generate --checkpoint RUN image.png "Q: Who? A:" --choices "a man" "a woman"
     python -m magma_jax.generate --checkpoint RUN image.png --attention attention.png
+    python -m magma_jax.generate --checkpoint RUN --make image --prompt "a red car" --output out.png
+    python -m magma_jax.generate --checkpoint RUN car.png "a red car" --make image --mask mask.png --output out.png
 
 Inputs are images, folders of images, and texts. Images followed by at most one text are separate prompts with that
 text; inputs in any other order form a single prompt.
@@ -17,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from magma_jax import commands
-from magma_jax.generate import DEFAULT_PROMPT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,11 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
 
     def work() -> int:
+        if arguments.make == "image":
+            from magma_jax.generate.images import draw
+
+            return draw(arguments)
         from magma_jax.generate.command import run
 
         return run(arguments)
 
-    return commands.run("magma_jax.generate", work, resumable=bool(arguments.output))
+    resumable = bool(arguments.output) and arguments.make == "text"
+    return commands.run("magma_jax.generate", work, resumable=resumable)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,14 +43,22 @@ def _parser() -> argparse.ArgumentParser:
         "python -m magma_jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help=f"image, folder or text (no text: {DEFAULT_PROMPT!r})")
+    add("inputs", nargs="*", metavar="INPUT", help="image, folder or text (no text: the model's default)")
+    add("--make", choices=["text", "image"], default="text", help="what is made; default: %(default)s")
+    add("--prompt", metavar="TEXT", help="a text, as among the inputs")
     add("--checkpoint", required=True, help="run folder, converted model folder or PyTorch checkpoint")
     add("--dtype", help="dtype of weights and activations, such as bfloat16")
     add("--no-program-cache", action="store_true", help="compile anew instead of using the compilation cache")
     add("--together", action="store_true", help="all inputs form one prompt, even several images and one text")
     add("--max-new-tokens", type=int, default=32, help="default: %(default)s")
     add("--stream", action="store_true", help="print the answer while it is generated")
-    add("--output", type=Path, metavar="FILE.jsonl", help="one JSON line an image; an interrupted run is continued")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="texts: FILE.jsonl, one line an image, an interrupted run is continued; images: FILE.png, and with --n "
+        "FILE-1.png, FILE-2.png, ...",
+    )
     drawing = parser.add_argument_group("drawing")
     add = drawing.add_argument
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
@@ -55,6 +69,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be given several times")
     add("--seed", type=int, default=0, help="seed of the first answer, +1 for each further one; default: %(default)s")
     add("--n", type=int, default=1, help="answers to every prompt; default: %(default)s")
+    images = parser.add_argument_group("images")
+    add = images.add_argument
+    add("--mask", metavar="MASK.png", help="draw anew only its transparent (or, without transparency, light) pixels")
+    add("--steps", type=int, help="steps of a masked model; default: the model's")
+    add("--guidance", type=float, default=1.0, help="s of u + s (c - u), with and without the prompt; default: 1, none")
+    add("--candidates", type=int, default=1, help="images drawn for each one; the likeliest is kept; default: 1")
+    add("--schedule", default="cosine", help="cosine, linear or arccos; default: %(default)s")
+    add(
+        "--places",
+        default="multinomial-maskgit",
+        help="which places a step reveals: multinomial-maskgit (default), maskgit, multinomial, random or halton",
+    )
     whole = parser.add_argument_group("comparing whole answers")
     add = whole.add_argument
     add("--beams", type=int, default=0, help="width of a beam search; 0 for none (default)")

@@ -17,6 +17,7 @@ from magma_jax.data.decoders import Decoders
 from magma_jax.data.images import ImageInput
 from magma_jax.data.time_limit import OWN_SECONDS
 from magma_jax.families import open_generator, open_token_generator
+from magma_jax.generate import DEFAULT_PROMPT
 from magma_jax.generate.questions import Question, read_inputs
 from magma_jax.inference.answer_file import answer_file
 from magma_jax.inference.answers import Answer, AnswerOptions
@@ -36,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     enable_compilation_cache(not arguments.no_program_cache)
     options = _options(arguments)
+    if arguments.prompt is not None:
+        arguments.inputs = [*arguments.inputs, arguments.prompt]
     questions = read_inputs(arguments.inputs, together=arguments.together)
     _check(arguments, questions)
     if arguments.output:
@@ -74,7 +77,8 @@ def _print_answers(arguments: argparse.Namespace, questions: list[Question], opt
     with _decoders() as decoders:
         prompts = [question.prompt(decoders) for question in questions]
     if not (arguments.stream or arguments.attention):
-        answers = _open(arguments).answers(prompts, options, count=len(prompts))
+        model = _open(arguments)
+        answers = model.answers((_asked(model, prompt) for prompt in prompts), options, count=len(prompts))
         for question, found in zip(questions, answers, strict=True):
             for answer in found:
                 print(printable(_line(question, answer)))
@@ -106,6 +110,14 @@ def _open(arguments: argparse.Namespace) -> Generator:
             f"{arguments.checkpoint}: this model makes {made}, no text; give a checkpoint of one that does"
         )
     return model
+
+
+def _asked(model: Generator, prompt: list[str | ImageInput]) -> list[str | ImageInput]:
+    """The prompt, with the default text replaced by the model's own, if it has one; an empty one is left out."""
+    own = getattr(model, "default_prompt", DEFAULT_PROMPT)
+    if own == DEFAULT_PROMPT or prompt[-1] != DEFAULT_PROMPT:
+        return prompt
+    return [*prompt[:-1], *([own] if own else [])]
 
 
 def _decoders() -> Decoders:
@@ -160,7 +172,9 @@ def _to_file(arguments: argparse.Namespace, questions: list[Question], options: 
         with contextlib.closing(progress), contextlib.ExitStack() as stack:
             if left:
                 asked = prompts(stack.enter_context(_decoders()))
-                for found in _open(arguments).answers(asked, options, count=len(left)):
+                model = _open(arguments)
+                asked = (_asked(model, prompt) for prompt in asked)
+                for found in model.answers(asked, options, count=len(left)):
                     failed += write_failed()
                     write(begun.popleft()[0], _record(found))
                 failed += write_failed()

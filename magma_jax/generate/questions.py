@@ -56,8 +56,10 @@ def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Questi
         together: whether all inputs form one prompt.
 
     Raises:
-        ValueError: an empty text, or a folder without images or among texts.
+        ValueError: no inputs, an empty text, or a folder without images or among texts.
     """
+    if not inputs:
+        raise ValueError("nothing is asked; give an image, a folder of images or a text")
     parts = [_part(text) for text in inputs]
     texts = [part for part in parts if isinstance(part, str)]
     if any(not text.strip() for text in texts):
@@ -74,6 +76,21 @@ def read_inputs(inputs: Sequence[str], *, together: bool = False) -> list[Questi
     found = [file for part in images if isinstance(part, ImageInput) for file in _images_in(_path(part))]
     several = len(found) > 1 or folders
     return [Question(file if several else None, [ImageInput(file), last]) for file in found]
+
+
+def read_parts(inputs: Sequence[str]) -> list[str | ImageInput]:
+    """The images and texts of one prompt.
+
+    Raises:
+        ValueError: no inputs, an empty text, or a folder.
+    """
+    parts = [_part(text) for text in inputs]
+    if not parts or any(isinstance(part, str) and not part.strip() for part in parts):
+        raise ValueError("the prompt is empty; say what the image shows")
+    for part in parts:
+        if isinstance(part, ImageInput) and os.path.isdir(_path(part)):
+            raise ValueError(f"{_path(part)}: a folder; one prompt takes files")
+    return parts
 
 
 def _part(text: str) -> str | ImageInput:

@@ -1,20 +1,23 @@
 """Cost analysis of a compiled program from its HLO text: operations, memory traffic and collectives.
 
 XLA's own ``cost_analysis`` counts a loop body once. Here every computation counts as often as it runs: the trip count
-of a ``while`` is the constant in its condition.
+of a ``while`` is the constant in its condition. Of branches the one with most operations counts.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # Opcodes without memory traffic.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all")
+
+# Fused attention kernels of TPUs by the beginning of their names, and the products of S x S scores in each.
+ATTENTION_KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -84,7 +87,7 @@ class Costs:
     """Costs of one execution of a program on one device.
 
     Attributes:
-        flops: operations of matmuls and convolutions.
+        flops: operations of matmuls, convolutions and fused attention kernels.
         hbm_bytes: bytes read from and written to HBM.
         collectives: all collectives.
         unknown_loops: number of loops with unknown trip count, which count once.
@@ -117,7 +120,7 @@ def program_costs(text: str, devices: int) -> Costs:
         for instruction in computation.values()
         if _kind(instruction.opcode)
     } - {None}
-    for name, times, place in _runs(computations, entry):
+    for name, times, place in _runs(computations, entry, flops_of):
         if times is None:
             unknown += 1
             continue
@@ -143,7 +146,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     current: Computation | None = None
     entry = ""
     for line in text.splitlines():
-        if line.startswith("}"):
+        # "}}" continues an instruction whose kernel metadata have several lines.
+        if line.startswith("}") and not line.startswith("}}"):
             current = None
         elif current is None:
             header = _HEADER.match(line)
@@ -195,8 +199,17 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses in {text!r:.80}")
 
 
-def _runs(computations: dict[str, Computation], entry: str) -> Iterator[tuple[str, int | None, str]]:
-    """Every executed computation, its number of executions (None if unknown), and its loop ("" for none)."""
+def _runs(
+    computations: dict[str, Computation], entry: str, flops_of: Callable[[str], float]
+) -> Iterator[tuple[str, int | None, str]]:
+    """Every executed computation, its number of executions (None if unknown), and its loop ("" for none).
+
+    Of the branches of a conditional the one with most operations is executed.
+    """
+
+    def total(branch: str) -> float:
+        return sum((times or 1) * flops_of(name) for name, times, _ in _runs(computations, branch, flops_of))
+
     waiting = [(entry, 1, "")]
     while waiting:
         name, times, place = waiting.pop()
@@ -214,7 +227,8 @@ def _runs(computations: dict[str, Computation], entry: str) -> Iterator[tuple[st
                 names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
                 branches = _NAME.findall(names[1]) if names else []
                 branches += [c for c in map(instruction.called, ("true_computation", "false_computation")) if c]
-                waiting += [(branch, times, place) for branch in branches]
+                if branches:
+                    waiting.append((max(branches, key=total), times, place))
 
 
 def _trip_count(loop: Instruction, computations: dict[str, Computation]) -> int | None:
@@ -240,7 +254,23 @@ def _fused(instruction: Instruction, computations: dict[str, Computation]) -> li
     return [called] if called in computations else []
 
 
+def _kernel_flops(instruction: Instruction) -> float:
+    """Operations of a fused attention kernel: of the blocks of scores that its causal mask leaves."""
+    kernel = next((name for name in ATTENTION_KERNELS if instruction.name.startswith(name)), None)
+    constraints = re.search(r"operand_layout_constraints=\{(.*?)\}, frontend", instruction.attributes + ", frontend")
+    if kernel is None or constraints is None:
+        return 0.0
+    operands = [
+        (dtype, [int(size) for size in dims.split(",") if size]) for dtype, dims, _ in _SHAPE.findall(constraints[1])
+    ]
+    blocks = next((dims[-1] for dtype, dims in operands if dtype == "s8"), 1)
+    (heads, queries, width), (_, keys, _), *_ = [dims for dtype, dims in operands if "f" in dtype and len(dims) == 3]
+    return 2.0 * ATTENTION_KERNELS[kernel] * heads * queries * keys * width * (blocks + 1) / (2 * blocks)
+
+
 def _matmul_flops(instruction: Instruction, computation: Computation) -> float:
+    if instruction.opcode == "custom-call":
+        return _kernel_flops(instruction)
     if instruction.opcode == "dot":
         left = computation[instruction.operands[0]].shapes[0].dims
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)

@@ -135,7 +135,7 @@ def _assemble(out: Path, settings: dict[str, Any], entries: Sequence[Entry], wid
     vectors.flush()
     if codes is not None:
         codes.flush()
-    lines = [json.dumps({"id": one.id, "text": one.text, "split": one.split}) for one in entries]
+    lines = [json.dumps({name: value for name, value in vars(one).items() if value}) for one in entries]
     replace_file(out / TEXTS_FILE, "".join(f"{line}\n" for line in lines).encode())
     replace_file(out / BANK_FILE, json.dumps(settings | {"width": width}, indent=2).encode())
     for file in files:

@@ -118,7 +118,8 @@ class ExactIndex:
             assert index is not None  # the devices are those of this process
             first, stop, _ = index[0].indices(step)
             found = np.asarray(self._vectors[start + first : start + stop], self._dtype)
-            return np.pad(found, ((0, stop - first - len(found)), (0, 0)))
+            missing = stop - first - len(found)
+            return np.pad(found, ((0, missing), (0, 0))) if missing else found
 
         array = jax.make_array_from_callback((step, self._vectors.shape[1]), sharding, rows)
         if len(self._vectors) <= step:

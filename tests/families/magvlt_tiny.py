@@ -9,8 +9,10 @@ from flax import nnx
 from magma_jax.config import to_dict
 from magma_jax.data.batches.pairs import held_out_pairs, pair_batches
 from magma_jax.data.dataset import Dataset
+from magma_jax.data.format.records import Sample
 from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig
-from magma_jax.data.tokenizers.text import encode_padded, text_tokenizer
+from magma_jax.data.tokenizers.byte_level import train_bpe
+from magma_jax.data.tokenizers.text import encode_padded
 from magma_jax.families.magvlt.options import MagvltOptions
 from magma_jax.families.vqgan.model import VQGANModelConfig
 from magma_jax.models.magvlt.config import MagvltConfig
@@ -29,7 +31,7 @@ MODEL = MagvltConfig(
     width=64,
     heads=2,
     image_rows=32,
-    text_rows=2048,
+    text_rows=300,
     image_positions=16,
     text_positions=10,
     attention_dropout=0.0,
@@ -63,21 +65,21 @@ def write_tokenizer(folder):
 
 def dataset():
     """The pairs, every one in each split."""
-    tokenizer = text_tokenizer("quickstart")
+    tokenizer = train_bpe(list(NAMES), 300)
 
-    def encode(row, rng):
-        text = encode_padded(tokenizer, NAMES[row], MODEL.text_positions, too_long="error")
+    def encode(sample, rng):
+        text = encode_padded(tokenizer, sample.answer.strip(), MODEL.text_positions, too_long="error")
         return {
             "tokens": np.array(text.ids, np.int32),
             "lengths": np.int32(text.length),
-            "image_rows": np.int32(row),
+            "image_rows": np.int32(sample.image),
         }
 
-    rows = list(range(len(NAMES)))
-    evaluation = {"train": rows, "test": rows}
+    samples = [Sample(row, "A picture of", f" {name}", "caption") for row, name in enumerate(NAMES)]
+    evaluation = {"train": samples, "test": samples}
     return Dataset(
         tokenizer=tokenizer,
-        batches=lambda size, seed, of: pair_batches([rows], [1.0], encode, batch_size=size, seed=seed, rows=of),
+        batches=lambda size, seed, of: pair_batches([samples], [1.0], encode, batch_size=size, seed=seed, rows=of),
         images=images(),
         evaluation=evaluation,
         validation_batches=held_out_pairs(evaluation, encode),
@@ -95,7 +97,7 @@ def run_config(tokenizer, **changes):
         "steps": 4,
         "batch_size": 8,
         "log_every": 1,
-        "checkpoint_every": 1000,
+        "checkpoint_every": 147,
         "watch": WatchConfig(tensorboard=False),
     }
     return RunConfig(**(values | changes))

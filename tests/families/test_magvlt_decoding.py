@@ -8,21 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.families.magvlt.decoding import (
-    ImageRun,
-    OpenModel,
-    TextRun,
-    blank,
-    canvases,
-    draw_pairs,
-    image_to_text,
-    infill_text,
-    inpaint,
-    length_logits,
-    pair_length_logits,
-    text_likelihood,
-    text_to_image,
-)
+from magma_jax.families.magvlt.decoding.image import ImageRun, blank, canvases, inpaint, text_to_image
+from magma_jax.families.magvlt.decoding.open_model import OpenModel
+from magma_jax.families.magvlt.decoding.pairs import draw_pairs, pair_length_logits
+from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, infill_text, length_logits, text_likelihood
 from magma_jax.inference.decoding.masked import ImageRule, ImageSteps
 from magma_jax.inference.decoding.sampling import SamplingRows
 from magma_jax.models.magvlt.config import MagvltConfig

@@ -3,19 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
-from magma_jax.families.magvlt.loss import (
-    BOTH,
-    IMAGE_TO_TEXT,
-    TEXT_TO_IMAGE,
-    MagvltOptions,
-    magvlt_loss,
-    pass_totals,
-)
-from magma_jax.families.magvlt.masking import draw_masks, draw_places, image_count, text_count
+from magma_jax.families.magvlt.loss import magvlt_loss, pass_totals
+from magma_jax.families.magvlt.masking import draw_masks, image_count, nested_count, row_keys, text_count
+from magma_jax.families.magvlt.mixing import Halves, mixed
+from magma_jax.families.magvlt.options import BOTH, IMAGE_TO_TEXT, TEXT_TO_IMAGE, MagvltOptions
 from magma_jax.families.magvlt.sharding import SHARDINGS
 from magma_jax.models.magvlt.config import MagvltConfig
 from magma_jax.models.magvlt.layout import layout_of
@@ -26,10 +20,10 @@ from magma_jax.published.magvlt_keys import transformer_table
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, on_mesh, parameter_shardings, place_batch
 from magma_jax.storage.torch.reader import open_torch_file, state_dict
 from magma_jax.training.step.terms import learned_counts, term_means
-from magma_jax.training.step.train_step import init_state, make_train_step
 
 TINY = MagvltConfig(layers=2, width=32, heads=4, image_rows=37, text_rows=53, image_positions=16, text_positions=8)
 KEY = jax.random.key(0)
+PAD = 52
 TASKS = {
     "t2i": ("text_first", ("image",)),
     "i2t": ("image_first", ("text",)),
@@ -53,12 +47,19 @@ def arrays(golden):
 
 def batch(task, rows=4):
     rng = np.random.default_rng(0)
-    return {
-        "image": jnp.asarray(rng.integers(0, 37, (rows, 16)), jnp.int32),
-        "text": jnp.asarray(rng.integers(0, 53, (rows, 8)), jnp.int32),
-        "lengths": jnp.asarray(rng.integers(1, 9, rows), jnp.int32),
-        "task": jnp.full(rows, task, jnp.int32),
+    raw = {
+        "codes": rng.integers(0, 37, (rows, 16)).astype(np.int32),
+        "tokens": rng.integers(0, 50, (rows, 8)).astype(np.int32),
+        "lengths": rng.integers(1, 9, rows).astype(np.int32),
+        "seeds": rng.integers(2**32, size=rows, dtype=np.uint32),
     }
+    raw["tokens"][np.arange(8) >= raw["lengths"][:, None] - 1] = PAD
+    own = Halves(rng.integers(0, 37, (rows, 4, 2)), rng.integers(0, 37, (rows, 2, 4)))
+    halves = own, Halves(*(np.roll(codes, -1, 0) for codes in own))
+    partners = {f"partner_{name}": np.roll(raw[name], -1, 0) for name in ("tokens", "lengths")}
+    found = raw | {"task": np.full(rows, task, np.int32), "unroll_seeds": raw["seeds"] ^ np.uint32(12345)}
+    found |= mixed(raw | partners, task, halves, stacked=True, pad_id=PAD, separator=51)
+    return {name: jnp.asarray(array) for name, array in found.items()}
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.0])
@@ -90,26 +91,67 @@ def test_numbers_of_masks_equal_the_original(case, arrays):
     order, predicted = TASKS[case]
     layout, masked, r = layout_of(TINY, order), arrays[f"{case}/loc_mask"], arrays[f"{case}/r"]
     if "image" in predicted:
-        np.testing.assert_array_equal(image_count(r, 16), masked[:, layout.image : layout.image + 16].sum(-1))
+        found = image_count(r, jnp.full(r.shape, 16))
+        np.testing.assert_array_equal(found, masked[:, layout.image : layout.image + 16].sum(-1))
     if "text" in predicted:
         found = text_count(r, arrays[f"{case}/n_txt"])
         np.testing.assert_array_equal(found, masked[:, layout.text : layout.text + 8].sum(-1))
 
 
 def test_all_maskable_places_are_equally_likely_and_padding_is_never_masked():
-    maskable = jnp.broadcast_to(jnp.arange(6) < 4, (4000, 6))
-    share = draw_places(KEY, maskable, jnp.full(4000, 2)).mean(0)
-    np.testing.assert_allclose(share, [0.5] * 4 + [0, 0], atol=0.04)
+    words = jnp.broadcast_to(jnp.arange(8) < 4, (4000, 8))
+    masks = draw_masks(row_keys(jnp.arange(4000), 0), jnp.ones((4000, 16), bool), words, independent=False)
+    share = masks.text.mean(0)
+    np.testing.assert_allclose(share, [float(share[0])] * 4 + [0] * 4, atol=0.04)
+    share = masks.image.mean(0)
+    np.testing.assert_allclose(share, np.full(16, share.mean()), atol=0.04)
 
 
 def test_one_draw_masks_both_in_opposite_directions():
-    lengths = jnp.full(500, 8)
+    places, words = jnp.ones((500, 16), bool), jnp.ones((500, 8), bool)
     shares = {}
     for independent in (False, True):
-        masks = draw_masks(KEY, lengths, 16, 8, independent=independent)
+        masks = draw_masks(row_keys(jnp.arange(500), 0), places, words, independent=independent)
         shares[independent] = np.corrcoef(masks.image.sum(-1), masks.text.sum(-1))[0, 1]
     assert shares[False] < -0.9
     assert abs(shares[True]) < 0.2
+
+
+def test_nested_masks_lie_within_the_first():
+    places, words = jnp.ones((200, 16), bool), jnp.ones((200, 8), bool)
+    first = draw_masks(row_keys(jnp.arange(200), 0), places, words, independent=False)
+    second = draw_masks(row_keys(jnp.arange(200), 1), *first, independent=False, nested=True)
+    for outer, inner in zip(first, second, strict=True):
+        assert not (inner & ~outer).any()
+        assert bool((inner.sum(-1) >= 1).all())
+    assert nested_count(jnp.array([0.5, 0.1, 1.0]), jnp.array([5, 5, 5])).tolist() == [2, 1, 5]
+
+
+def test_mixed_texts_stand_in_their_order():
+    raw = {
+        "codes": np.zeros((3, 16), np.int32),
+        "tokens": np.array([[1, 2, PAD, PAD, PAD, PAD, PAD, PAD], [3] * 8, [4, *[PAD] * 7]], np.int32),
+        "lengths": np.array([3, 8, 2], np.int32),
+        "seeds": np.array([1, 2, 3], np.uint32),
+    }
+    raw |= {f"partner_{name}": np.roll(raw[name], -1, 0) for name in ("tokens", "lengths")}
+    found = mixed(raw, TEXT_TO_IMAGE, None, stacked=False, pad_id=PAD, separator=51)
+    # Room for three of each; the second row is the one to serve, behind its partner.
+    expected = [[1, 2, 51, 3, 3, 3, PAD, PAD], [4, 51, 3, 3, 3, PAD, PAD, PAD], [4, 51, 1, 2, PAD, PAD, PAD, PAD]]
+    np.testing.assert_array_equal(found["mixed_tokens"], expected)
+    assert found["mixed_lengths"].tolist() == [7, 6, 5]
+    assert found["selectors"].tolist() == [6, 7, 6]
+    np.testing.assert_array_equal(found["mixed_codes"], raw["codes"])
+    own = Halves(np.full((3, 4, 2), 1), np.full((3, 2, 4), 1))
+    halves = own, Halves(*(2 * codes for codes in own))
+    found = mixed(raw, BOTH, halves, stacked=True, pad_id=PAD, separator=51)
+    assert found["selectors"].tolist() == [8, 9, 8]
+    np.testing.assert_array_equal(found["mixed_codes"][:2], [[1] * 8 + [2] * 8, [2] * 8 + [1] * 8])
+    np.testing.assert_array_equal(found["mixed_image_places"], found["mixed_codes"] == 1)
+    np.testing.assert_array_equal(np.argwhere(found["mixed_text_places"][1])[:, 0], [2, 3, 4])
+    found = mixed(raw, IMAGE_TO_TEXT, halves, stacked=False, pad_id=PAD, separator=51)
+    np.testing.assert_array_equal(found["mixed_codes"][0].reshape(4, 4), [[1, 1, 2, 2]] * 4)
+    np.testing.assert_array_equal(found["mixed_tokens"], raw["tokens"])
 
 
 @pytest.mark.parametrize(
@@ -117,13 +159,54 @@ def test_one_draw_masks_both_in_opposite_directions():
     [(TEXT_TO_IMAGE, {"image"}), (IMAGE_TO_TEXT, {"text", "length"}), (BOTH, {"image", "text", "length"})],
 )
 def test_terms_of_a_task(task, counted, model):
-    terms = magvlt_loss(model, batch(task), KEY, options=MagvltOptions(length_weight=0.5))
+    """In parts and on eight devices they are the same: masks, guesses and mixed contexts follow from the rows."""
+    definition, params = split(model)
+    options = MagvltOptions(length_weight=0.5, unroll_weight=0.25, task_weights=tuple(np.eye(3)[task].tolist()))
+
+    def terms(params, rows):
+        return magvlt_loss(merge(definition, params), rows, None, options=options)
+
+    rows = batch(task, 8)
+    whole = jax.jit(terms)(params, rows)
     for name in ("image", "text", "length"):
-        assert (terms[name].count > 0) == (name in counted)
-        assert (terms[name].total > 0) == (name in counted)
-        assert terms[f"{name}_accuracy"].weight == 0
-    means = term_means(terms)
-    np.testing.assert_allclose(means["loss"], means["image"] + means["text"] + 0.5 * means["length"], rtol=1e-6)
+        kinds = ("",) if name == "length" else ("", "unroll_", "mixsel_")
+        for kind in kinds:
+            assert (whole[kind + name].count > 0) == (name in counted)
+            assert (whole[kind + name].total > 0) == (name in counted)
+            assert whole[f"{kind}{name}_accuracy"].weight == 0
+    means = term_means(whole)
+    parts = [sum(means[f"{kind}{name}"] for name in ("image", "text")) for kind in ("", "unroll_", "mixsel_")]
+    loss = parts[0] + 0.25 * parts[1] + 0.5 * parts[2] + 0.5 * means["length"]
+    np.testing.assert_allclose(means["loss"], loss, rtol=1e-6)
+    half = jax.jit(terms)
+    summed = jax.tree.map(
+        jnp.add, *(half(params, jax.tree.map(lambda array, i=i: array[i::2], rows)) for i in range(2))
+    )
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    shardings = parameter_shardings(params, mesh, SHARDINGS)
+    placed = {path: jax.device_put(leaf, shardings[path]) for path, leaf in params.items()}
+    spread = jax.jit(on_mesh(terms, mesh))(placed, place_batch(rows, mesh, 8))
+    for name, term in whole.items():
+        for other in (summed, spread):
+            np.testing.assert_array_equal(other[name].count, term.count, err_msg=name)
+            if "accuracy" not in name:
+                np.testing.assert_allclose(other[name].total, term.total, rtol=1e-4, err_msg=name)
+
+
+def test_ablations_save_their_passes(model):
+    definition, params = split(model)
+
+    def flops(**changes):
+        options = MagvltOptions(task_weights=(1.0, 0.0, 0.0), **changes)
+
+        def loss(params, rows):
+            return term_means(magvlt_loss(merge(definition, params), rows, None, options=options))["loss"]
+
+        return jax.jit(loss).lower(params, batch(TEXT_TO_IMAGE)).compile().cost_analysis()["flops"]
+
+    none, mixsel = flops(unroll_weight=0.0, mixsel_weight=0.0), flops(unroll_weight=0.0)
+    assert mixsel > 1.8 * none
+    assert flops(unroll_mask="nested") > 1.4 * mixsel
 
 
 def test_counts_cost_no_pass(model):
@@ -131,7 +214,7 @@ def test_counts_cost_no_pass(model):
     definition, params = split(model)
 
     def terms(params, rows):
-        return magvlt_loss(merge(definition, params), rows, KEY, options=MagvltOptions())
+        return magvlt_loss(merge(definition, params), rows, KEY, options=MagvltOptions(task_weights=(0.0, 0.0, 1.0)))
 
     def flops(function):
         return jax.jit(function).lower(params, batch(BOTH)).compile().cost_analysis()["flops"]
@@ -140,56 +223,18 @@ def test_counts_cost_no_pass(model):
     assert flops(lambda params, rows: learned_counts(terms(params, rows))) < whole / 20
 
 
-def test_one_device_and_eight_give_the_same_loss(model):
-    definition, params = split(model)
-    rows = batch(BOTH, 8)
-
-    def loss(params, rows):
-        return term_means(magvlt_loss(merge(definition, params), rows, None, options=MagvltOptions()))
-
-    alone = jax.jit(loss)(params, rows)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
-    shardings = parameter_shardings(params, mesh, SHARDINGS)
-    placed = {path: jax.device_put(leaf, shardings[path]) for path, leaf in params.items()}
-    found = jax.jit(on_mesh(loss, mesh))(placed, place_batch(rows, mesh, 8))
-    for name, value in alone.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+def test_dropout_comes_from_the_key_and_masks_from_the_seeds(model):
+    options = MagvltOptions(unroll_weight=0.0, mixsel_weight=0.0, task_weights=(0.0, 0.0, 1.0))
+    loss = jax.jit(lambda rows, key: term_means(magvlt_loss(model, rows, key, options=options))["loss"])
+    rows = batch(BOTH)
+    assert loss(rows, jax.random.key(1)) == loss(rows, jax.random.key(1)) != loss(rows, jax.random.key(2))
+    assert loss(rows, KEY) != loss(rows | {"seeds": rows["seeds"] + 1}, KEY)
 
 
-def test_dropout_and_masks_come_from_the_key(model):
-    def loss(key):
-        return float(term_means(magvlt_loss(model, batch(BOTH), key, options=MagvltOptions()))["loss"])
-
-    assert loss(None) == loss(None)
-    assert loss(jax.random.key(1)) == loss(jax.random.key(1)) != loss(jax.random.key(2))
-
-
-def test_a_model_learns_all_tasks():
-    """Five rows by heart; the step compiles once for three tasks, and parts of a batch are counted apart."""
-    definition, params = split(MagvltModel(MagvltConfig(
-        layers=2, width=32, heads=4, image_rows=37, text_rows=53, image_positions=16, text_positions=8,
-        attention_dropout=0.0, residual_dropout=0.0,
-    ), rngs=nnx.Rngs(0)))  # fmt: skip
-    optimizer = optax.adam(3e-3)
-    options = MagvltOptions(label_smoothing=0.0, length_weight=1.0)
-
-    def loss(model, rows, key):
-        return magvlt_loss(model, rows, key, options=options)
-
-    step = jax.jit(make_train_step(definition, loss, optimizer, accumulate=2))
-    state = init_state(params, {}, optimizer)
-    history = {}
-    for number in range(150):
-        task = number % 3
-        state, metrics = step(state, {}, batch(task), KEY)
-        assert metrics["nonfinite"] == 0
-        history.setdefault(task, []).append(float(metrics["loss"]))
-    assert step._cache_size() == 1
-    for task, losses in history.items():
-        assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3]), (task, losses)
-
-
-@pytest.mark.parametrize("change", [{"label_smoothing": 1.0}, {"length_weight": -1.0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"label_smoothing": 1.0}, {"length_weight": -1.0}, {"caption_dropout": 1.0}, {"task_weights": (0.0, 0.0, 0.0)}],
+)
 def test_impossible_options(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         MagvltOptions(**change)

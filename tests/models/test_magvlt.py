@@ -84,6 +84,23 @@ def test_text_after_its_length_changes_nothing(model):
         assert bool(jnp.all(jnp.isfinite(a.text)))
 
 
+def test_a_caption_vector_is_of_the_visible_text_and_only_for_drawing():
+    model = MagvltModel(dataclasses.replace(TINY, caption_vector=True), rngs=nnx.Rngs(0))
+    plain = canvas()
+    other = plain._replace(text=plain.text.at[0, 0].set(1))
+    padded = plain._replace(text=plain.text.at[0, 5:].set(1))
+    masked = jnp.zeros((2, 8), bool).at[0, 0].set(True)
+
+    def code(order, canvas):
+        return model.embed(order, canvas)[0, layout_of(TINY, order).image]
+
+    assert np.abs(code("text_first", plain) - code("text_first", other)).max() > 0
+    np.testing.assert_array_equal(code("text_first", plain), code("text_first", padded))
+    np.testing.assert_array_equal(code("image_first", plain), code("image_first", other))
+    hidden = (canvas._replace(text_masked=masked) for canvas in (plain, other))
+    np.testing.assert_array_equal(*(code("text_first", canvas) for canvas in hidden))
+
+
 def test_attention_is_bidirectional(model):
     first, other = canvas(), canvas()
     other = other._replace(image=other.image.at[:, 15].add(-1).clip(0))

@@ -17,7 +17,7 @@ from magma_jax.data.batches.batching import Batch
 from magma_jax.data.batches.held_out import spaced_samples
 
 # A sample to arrays of a fixed shape, given a source of random numbers; None for none.
-Encode = Callable[[Any, random.Random | None], dict[str, np.ndarray]]
+Encode = Callable[[Any, random.Random | None], dict[str, Any]]
 
 PARTNER = "partner_"
 

@@ -4,7 +4,7 @@ A folder that ``python -m magma_jax.retrieval build`` writes:
 
     bank.json     encoder, numbers, splits of the documents
     vectors.npy   float16 (N, D), memory-mapped
-    texts.jsonl   one line per document: {"id": ..., "text": ..., "split": ...}
+    texts.jsonl   one line per document: {"id": ..., "text": ..., "split": ..., "fields": ...}
     codes.npy     (N, T) image codes, memory-mapped; missing if the bank was built from images alone
 """
 
@@ -25,11 +25,19 @@ BANK_FILE, VECTORS_FILE, TEXTS_FILE, CODES_FILE = "bank.json", "vectors.npy", "t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A document: its id, its text and the split it is from."""
+    """A document.
+
+    Attributes:
+        id: unique in its data set.
+        text: its text.
+        split: the split that it is from.
+        fields: further texts by name, for templates.
+    """
 
     id: str
     text: str
     split: str
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,12 +4,11 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import grain
 import numpy as np
 
-from magma_jax.data.batches.batching import Batch
 from magma_jax.data.batches.pairs import held_out_pairs, pair_batches
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.format.records import Sample
@@ -63,7 +62,7 @@ def open_openmoji_pairs(config: OpenmojiPairsConfig) -> Dataset:
     records, images = drawings.load(Path(config.cache_dir).expanduser(), config.image_size)
     tokenizer, length = text_tokenizer(config.tokenizer), config.length
 
-    def encode(sample: Sample, rng: random.Random | None) -> Batch:
+    def encode(sample: Sample, rng: random.Random | None) -> dict[str, Any]:
         caption = CLEAN_UPS[config.clean_up](sample.answer.strip())
         dropout = 0.0 if rng is None else config.bpe_dropout
         text = encode_padded(tokenizer, caption, length, too_long=config.too_long, dropout=dropout, rng=rng)

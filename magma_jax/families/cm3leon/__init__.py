@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import nnx
 
+from magma_jax.data.documents.folders import DocumentFoldersConfig
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig
 from magma_jax.families.cm3leon.config import SHARDINGS, batch_shapes, complete, count, flops, roles
 from magma_jax.families.cm3leon.generator import CM3LeonGenerator
@@ -30,7 +31,7 @@ def _open_tokenizer(path: Any, config: CM3LeonConfig) -> Any:
 CM3LEON = Family(
     name="cm3leon",
     configs=(CM3LeonConfig,),
-    data=(OpenmojiDocumentsConfig,),
+    data=(OpenmojiDocumentsConfig, DocumentFoldersConfig),
     options=CM3LeonOptions,
     recognises=is_cm3leon,
     build=_build,
@@ -50,4 +51,5 @@ CM3LEON = Family(
     open=CM3LeonGenerator.from_checkpoint,
     decode_program=functools.partial(decode_program, lambda model: model),
     panel=None,
+    token_generator=False,
 )

@@ -65,6 +65,8 @@ def complete(config: RunConfig) -> RunConfig:
         if model.tokenizer is None:
             raise ValueError("data.kind openmoji_documents has images, not codes: set model.tokenizer")
         changes["image_size"] = model.tokenizer.image_size
+    elif data.tokenizer is None:
+        changes["tokenizer"] = config.base or "gpt2"
     return dataclasses.replace(config, data=dataclasses.replace(data, **changes))
 
 

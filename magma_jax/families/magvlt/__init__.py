@@ -9,6 +9,7 @@ from magma_jax.families.magvlt.config import base_may_differ, batch_shapes, comp
 from magma_jax.families.magvlt.generator import Magvlt
 from magma_jax.families.magvlt.loss import magvlt_loss
 from magma_jax.families.magvlt.options import MagvltOptions
+from magma_jax.families.magvlt.panel import Panel
 from magma_jax.families.magvlt.prepare import make_prepare
 from magma_jax.families.magvlt.sharding import SHARDINGS, roles
 from magma_jax.families.vqgan.loading import open_image_tokenizer
@@ -50,5 +51,5 @@ MAGVLT = Family(
     parts={TOKENIZER: _open_tokenizer},
     open=Magvlt.from_checkpoint,
     decode_program=None,
-    panel=None,
+    panel=Panel,
 )

@@ -21,6 +21,7 @@ INPUTS = (
     (re.compile(r"(wte|special|(image|text|special)_positions|length_head)/weight"), None),
     (re.compile(r"layers/.*weight"), "positions"),
     (re.compile(r"head_proj/weight"), "predicted"),
+    (re.compile(r"caption_proj/weight"), "caption"),
 )
 
 
@@ -91,7 +92,9 @@ def step_flops(
     rows, codes = batch["codes"]
     unrolled = "unroll_seeds" in batch
     passes = 1 + unrolled + ("mixed_codes" in batch)
-    frozen, trained = matrix_flops(shapes, labels, INPUTS, {"positions": config.length, "predicted": codes})
+    frozen, trained = matrix_flops(
+        shapes, labels, INPUTS, {"positions": config.length, "predicted": codes, "caption": 1}
+    )
     head = 2 * codes * config.width * config.image_rows
     # The guesses that UnrollMask draws take the head's forward pass once more.
     guesses = unrolled * (head + 2 * codes * config.width**2)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -23,28 +22,18 @@ from PIL import Image
 from magma_jax.data.images import ImageInput
 from magma_jax.data.tokenizers.captions import CLEAN_UPS
 from magma_jax.data.tokenizers.text import TextTokenizer, TooLong
-from magma_jax.families.magvlt.decoding import (
-    ImageRun,
-    OpenModel,
-    TextRun,
-    blank,
-    canvases,
-    draw_pairs,
-    image_to_text,
-    infill_text,
-    inpaint,
-    length_logits,
-    pair_length_logits,
-    text_likelihood,
-)
+from magma_jax.families.magvlt.decoding.image import ImageRun, blank, canvases, inpaint
+from magma_jax.families.magvlt.decoding.open_model import OpenModel
+from magma_jax.families.magvlt.decoding.pairs import draw_pairs, pair_length_logits
+from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, infill_text, length_logits, text_likelihood
 from magma_jax.families.magvlt.loading import load_magvlt
-from magma_jax.families.magvlt.prompts import encode_texts, parts_of, places_of_mask
+from magma_jax.families.magvlt.prompts import encode_texts, masked_words, parts_of, places_of_mask
+from magma_jax.families.magvlt.rows import ROWS, best, in_parts, keys_of, repeated
 from magma_jax.families.vqgan.generator import ImageTokenizer
 from magma_jax.inference.answers import Answer, AnswerOptions, Canvas, ImageOptions
-from magma_jax.inference.buckets import Buckets
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.masked import ImageRule, ImageSteps, Trace
-from magma_jax.inference.decoding.sampling import sampling_rows, seed_key
+from magma_jax.inference.decoding.sampling import sampling_rows
 from magma_jax.inference.generator import Makes
 from magma_jax.inference.prompts import Prompt
 from magma_jax.models.magvlt.config import MagvltConfig
@@ -54,8 +43,6 @@ from magma_jax.nn.modules import abstract
 from magma_jax.runtime.compile import trim_after_compile
 from magma_jax.typing import Array, Params
 
-# Rows of a compiled program; more are run in parts.
-ROWS = Buckets((1, 2, 4, 8, 16, 32))
 # The original's text sampler: temperature of its sampling config, and likeliest tokens that are drawn from.
 SAMPLING = SamplingConfig(temperature=0.1, top_k=32)
 # Colour of what is not drawn yet.
@@ -87,6 +74,9 @@ class Magvlt:
         image_size: pixels per side of its images.
         image_tokens: codes of an image.
     """
+
+    # Images are described without a text.
+    default_prompt = ""
 
     def __init__(self, config: MagvltConfig, params: Params, tokenizer: TextTokenizer):
         trim_after_compile()
@@ -144,12 +134,12 @@ class Magvlt:
         count = options.n * options.candidates
 
         def part(rows: slice, keys: Array) -> tuple[Any, ...]:
-            arrays = [_rows(array, len(keys)) for array in (codes, places, tokens, lengths)]
-            filled = inpaint(self.model, *arrays, keys, run)
-            return filled.tokens, text_likelihood(self.model, filled.tokens, *arrays[2:]), filled.trace
+            image, editable, text, ends = (repeated(array, len(keys)) for array in (codes, places, tokens, lengths))
+            filled = inpaint(self.model, image, editable, text, ends, keys, run)
+            return filled.tokens, text_likelihood(self.model, filled.tokens, text, ends), filled.trace
 
-        found, scores, traces = _in_parts(part, options.seed, count)
-        chosen = _best(scores, options.candidates)
+        found, scores, traces = in_parts(part, options.seed, count)
+        chosen = best(scores, options.candidates)
         kept = None if traces is None else Trace(*(np.asarray(array)[:, chosen] for array in traces))
         return Drawn(images=self.decode(found[chosen]), codes=found[chosen], scores=scores[chosen], trace=kept)
 
@@ -169,16 +159,17 @@ class Magvlt:
         if not shown or count > ROWS.sizes[-1]:
             yield Canvas(self.draw(prompt, options).images, "stop")
             return
-        arrays = [_rows(array, ROWS.fit(count)) for array in (codes, places, tokens, lengths)]
-        keys = _keys(options.seed, 0, ROWS.fit(count))
+        every = ROWS.fit(count)
+        image, editable, text, ends = (repeated(array, every) for array in (codes, places, tokens, lengths))
+        keys = keys_of(options.seed, 0, every)
         found = codes
-        for step, canvas in enumerate(canvases(self.model, *arrays, keys, run), start=1):
+        for step, canvas in enumerate(canvases(self.model, image, editable, text, ends, keys, run), start=1):
             found = np.asarray(canvas.tokens)
             if step in shown and step < steps:
                 rows = np.arange(options.n) * options.candidates
                 yield Canvas(self._unfinished(found[rows], np.asarray(canvas.masked)[rows]))
-        scores = text_likelihood(self.model, found, *arrays[2:])[:count]
-        yield Canvas(self.decode(found[_best(scores, options.candidates)]), "stop")
+        scores = text_likelihood(self.model, found, text, ends)[:count]
+        yield Canvas(self.decode(found[best(scores, options.candidates)]), "stop")
 
     def caption(
         self,
@@ -235,7 +226,7 @@ class Magvlt:
             image, text = draw_pairs(self.model, lengths, keys, sampling, run)
             return image.tokens, text.tokens, None
 
-        codes, tokens, _ = _in_parts(part, seed, n)
+        codes, tokens, _ = in_parts(part, seed, n)
         return list(zip(self.decode(codes), [self._text(row) for row in tokens], strict=True))
 
     def write(
@@ -268,7 +259,7 @@ class Magvlt:
             every = np.resize(order, candidates)
             words = None
         else:
-            words = self._masked_words(text)
+            words = masked_words(text, self.tokenizer, self.config.text_positions)
             every = np.full(candidates, words[2])
 
         def part(rows: slice, keys: Array) -> tuple[Any, ...]:
@@ -277,12 +268,12 @@ class Magvlt:
             if words is None:
                 filled, _ = image_to_text(self.model, images, keys, setting, run, lengths=wanted)
             else:
-                given = [_rows(array[None], len(keys)) for array in words[:2]]
-                filled, _ = infill_text(self.model, images, *given, wanted, keys, setting, run)
+                given, masked = (repeated(array[None], len(keys)) for array in words[:2])
+                filled, _ = infill_text(self.model, images, given, masked, wanted, keys, setting, run)
             return filled.tokens, filled.log_probs.sum(-1), None
 
-        tokens, scores, _ = _in_parts(part, options.seed, count)
-        return [self._answer(tokens[row], float(scores[row])) for row in _best(scores, candidates)]
+        tokens, scores, _ = in_parts(part, options.seed, count)
+        return [self._answer(tokens[row], float(scores[row])) for row in best(scores, candidates)]
 
     def answers(
         self,
@@ -355,24 +346,6 @@ class Magvlt:
     def _encode_texts(self, texts: Sequence[str], too_long: TooLong) -> tuple[np.ndarray, np.ndarray]:
         return encode_texts(texts, self.tokenizer, self.config.text_positions, too_long)
 
-    def _masked_words(self, text: str) -> tuple[np.ndarray, np.ndarray, int]:
-        """Tokens of a text, which of them are ``[MASK]``, and their number with the end token."""
-        pieces = text.split("[MASK]")
-        if len(pieces) < 2:
-            raise ValueError("the text has no [MASK], so there is nothing to fill in; put one for each token to draw")
-        ids: list[int] = []
-        masked: list[bool] = []
-        for number, piece in enumerate(pieces):
-            found = self.tokenizer.encode(piece)
-            ids += ([0] if number else []) + found
-            masked += ([True] if number else []) + [False] * len(found)
-        room = self.config.text_positions
-        if len(ids) > room:
-            raise ValueError(f"the text has {len(ids)} tokens, more than {room}: {text[:60]!r}; shorten it")
-        tokens, places = np.full(room, self.tokenizer.pad_id, np.int32), np.zeros(room, bool)
-        tokens[: len(ids)], places[: len(ids)] = ids, masked
-        return tokens, places, min(len(ids) + 1, room)
-
     def _answer(self, tokens: np.ndarray, score: float) -> Answer:
         ended = np.flatnonzero(tokens == self.tokenizer.pad_id)
         ids = tokens[: ended[0]] if len(ended) else tokens
@@ -404,32 +377,3 @@ def _image_run(options: ImageOptions) -> ImageRun:
     )
     rule = ImageRule(options.places, options.schedule)
     return ImageRun(settings=settings, guidance=options.guidance, rule=rule)
-
-
-def _best(scores: np.ndarray, candidates: int) -> np.ndarray:
-    """The row of the best candidate of each result."""
-    groups = scores.reshape(-1, candidates)
-    return np.arange(len(groups)) * candidates + np.argmax(groups, 1)
-
-
-def _rows(array: np.ndarray, count: int) -> np.ndarray:
-    return np.repeat(array[:1], count, 0)
-
-
-def _keys(seed: int, start: int, count: int) -> Array:
-    return jnp.stack([seed_key(seed + i) for i in range(start, start + count)])
-
-
-def _in_parts(function: Any, seed: int, count: int) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Runs ``function(rows, keys)`` for so many rows, in parts of the sizes of ``ROWS``; further rows are dropped."""
-    size = min(ROWS.fit(count), ROWS.sizes[-1])
-    parts = []
-    for start in range(0, count, size):
-        parts.append(function(slice(start, min(start + size, count)), _keys(seed, start, size)))
-    first, second = (np.concatenate([np.asarray(part[i]) for part in parts])[:count] for i in range(2))
-    traces = [part[2] for part in parts]
-    if traces[0] is None:
-        return first, second, None
-    fields = zip(*traces, strict=True)
-    joined = (np.concatenate([np.asarray(array) for array in arrays], 1)[:, :count] for arrays in fields)
-    return first, second, Trace(*joined)

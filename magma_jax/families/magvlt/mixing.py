@@ -2,7 +2,8 @@
 
 Of images each half is squashed to half its height or width and encoded by itself, so the codes of both halves are put
 together instead of their pixels: at the border, and by the tokenizer's attention, the codes of a whole picture would
-differ a little. Of texts, both are cut to half the positions, with "|" between them and an end token after them.
+differ a little. Of images that are known by their codes alone, a half is the middle of the codes. Of texts, both are
+cut to half the positions, with "|" between them and an end token after them.
 """
 
 from typing import NamedTuple
@@ -21,6 +22,14 @@ class Halves(NamedTuple):
 
     narrow: np.ndarray
     flat: np.ndarray
+
+
+def cropped_halves(codes: Int[np.ndarray, "B I"], grid: tuple[int, int]) -> Halves:
+    """Halves of images that are known by their codes: the middle columns, and the middle rows."""
+    height, width = grid
+    codes = codes.reshape(-1, height, width)
+    left, top = width // 4, height // 4
+    return Halves(codes[:, :, left : left + width // 2], codes[:, top : top + height // 2])
 
 
 def mixed(

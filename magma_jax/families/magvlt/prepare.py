@@ -16,7 +16,7 @@ from magma_jax.data.batches.batching import Batch
 from magma_jax.data.batches.pairs import PARTNER
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.tokenizers.text import separator_id
-from magma_jax.families.magvlt.mixing import Halves, mixed
+from magma_jax.families.magvlt.mixing import Halves, cropped_halves, mixed
 from magma_jax.families.magvlt.options import TEXT_TO_IMAGE, MagvltOptions
 from magma_jax.models.vision.vqgan import TOKENIZER, VQGAN, VQGANConfig, from_pixels
 from magma_jax.nn.modules import Definition, abstract, merge
@@ -36,7 +36,7 @@ def make_prepare(program: Program, dataset: Dataset, params: Params) -> Callable
     """The function of ``Family.prepare``; images in memory are encoded here, once.
 
     Raises:
-        ConfigError: images, but a model without an image tokenizer; or mixed contexts without images.
+        ConfigError: images, but a model without an image tokenizer.
     """
     config, options = program.config.model, program.config.loss
     tables: _Tables | None = None
@@ -47,12 +47,8 @@ def make_prepare(program: Program, dataset: Dataset, params: Params) -> Callable
                 "model.tokenizer and weights.image_tokenizer, or train on codes"
             )
         tables = _Tables(dataset.images, program.mesh, config.tokenizer, params, halves=bool(options.mixsel_weight))
-    elif options.mixsel_weight and set(options.tasks) != {TEXT_TO_IMAGE}:
-        raise ConfigError(
-            "loss.mixsel_weight: half images are encoded from pixels, which this data does not have; set it to 0"
-        )
     numbers = {"pad_id": dataset.tokenizer.pad_id, "separator": separator_id(dataset.tokenizer)}
-    return functools.partial(_prepared, options=options, tables=tables, **numbers)
+    return functools.partial(_prepared, options=options, tables=tables, grid=config.grid, **numbers)
 
 
 def encode_images(
@@ -96,7 +92,15 @@ class _Tables:
         return Halves(*(codes[rows] for codes in self._halves))
 
 
-def _prepared(batch: Batch, *, options: MagvltOptions, tables: _Tables | None, pad_id: int, separator: int) -> Batch:
+def _prepared(
+    batch: Batch,
+    *,
+    options: MagvltOptions,
+    tables: _Tables | None,
+    grid: tuple[int, int],
+    pad_id: int,
+    separator: int,
+) -> Batch:
     task = task_of(batch["draws"][0, 0], options)
     if tables is not None:
         batch = batch | {"codes": tables.codes[batch["image_rows"]]}
@@ -107,7 +111,9 @@ def _prepared(batch: Batch, *, options: MagvltOptions, tables: _Tables | None, p
     if options.mixsel_weight:
         halves = None
         if task != TEXT_TO_IMAGE and tables is not None:
-            halves = tuple(tables.halves(batch[f"{prefix}image_rows"]) for prefix in ("", PARTNER))
+            halves = tables.halves(batch["image_rows"]), tables.halves(batch[f"{PARTNER}image_rows"])
+        elif task != TEXT_TO_IMAGE:
+            halves = cropped_halves(batch["codes"], grid), cropped_halves(batch[f"{PARTNER}codes"], grid)
         stacked = bool(batch["draws"][0, 1] < 0.5)
         found |= mixed(batch, task, halves, stacked=stacked, pad_id=pad_id, separator=separator)
     if options.caption_dropout and task == TEXT_TO_IMAGE:

@@ -80,3 +80,28 @@ def places_of_mask(
     if not places.any():
         raise ValueError("the mask keeps everything, so there is nothing to draw; mark the pixels to draw anew")
     return places
+
+
+def masked_words(
+    text: str, tokenizer: TextTokenizer, positions: int
+) -> tuple[Int[np.ndarray, " T"], Bool[np.ndarray, " T"], int]:
+    """Tokens of a text, which of them stand for ``[MASK]``, and their number with the end token.
+
+    Raises:
+        ValueError: a text without ``[MASK]``, or of more than ``positions`` tokens.
+    """
+    pieces = text.split("[MASK]")
+    if len(pieces) < 2:
+        raise ValueError("the text has no [MASK], so there is nothing to fill in; put one for each token to draw")
+    ids: list[int] = []
+    masked: list[bool] = []
+    for number, piece in enumerate(pieces):
+        # The space before a word belongs to its token, or to none.
+        found = tokenizer.encode(piece if number == len(pieces) - 1 else piece.removesuffix(" "))
+        ids += ([0] if number else []) + found
+        masked += ([True] if number else []) + [False] * len(found)
+    if len(ids) > positions:
+        raise ValueError(f"the text has {len(ids)} tokens, more than {positions}: {text[:60]!r}; shorten it")
+    tokens, places = np.full(positions, tokenizer.pad_id, np.int32), np.zeros(positions, bool)
+    tokens[: len(ids)], places[: len(ids)] = ids, masked
+    return tokens, places, min(len(ids) + 1, positions)

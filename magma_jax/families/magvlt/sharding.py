@@ -15,9 +15,9 @@ SHARDINGS: tuple[ShardingRow, ...] = (
     # Split by width, as the table of tokens is.
     (r"(special|image_positions|text_positions|special_positions)/weight", (None, ("fsdp", "model"))),
     # The norm that follows needs the whole width.
-    (r"head_proj/weight", ("fsdp", "model")),
+    (r"(head|caption)_proj/weight", ("fsdp", "model")),
     (r"length_head/weight", (None, ("fsdp", "model"))),
-    (r"head_bias|head_proj/bias|head_norm/(weight|bias)", ()),
+    (r"head_bias|(head|caption)_proj/bias|head_norm/(weight|bias)", ()),
     (r"layers/(ln_[12]/(weight|bias)|attn/out_proj/bias|mlp/c_proj/bias)", ()),
     *TOKENIZER_SHARDINGS,
 )
@@ -25,5 +25,7 @@ SHARDINGS: tuple[ShardingRow, ...] = (
 
 def roles(config: MagvltConfig) -> Mapping[str, Literal["frozen"] | Group]:
     """Roles of the parameters: the transformer learns from scratch, the image tokenizer is frozen."""
-    learning: dict[str, Literal["frozen"] | Group] = {TransformerParam.role: Group(), HeadParam.role: Group()}
-    return learning if config.tokenizer is None else learning | {TokenizerParam.role: "frozen"}
+    groups: dict[str, Literal["frozen"] | Group] = {TransformerParam.role: Group(), HeadParam.role: Group()}
+    if config.tokenizer is not None:
+        groups[TokenizerParam.role] = "frozen"
+    return groups

@@ -60,9 +60,9 @@ class Trace(NamedTuple):
     ``scores`` are the tokens and log-probabilities after it.
     """
 
-    masked: Array  # (N, B, S)
-    tokens: Array  # (N, B, S)
-    scores: Array  # (N, B, S)
+    masked: Any  # (N, B, S)
+    tokens: Any  # (N, B, S)
+    scores: Any  # (N, B, S)
 
 
 class Filled(NamedTuple):
@@ -79,9 +79,9 @@ class Filled(NamedTuple):
 class Canvas(NamedTuple):
     """State between the steps of ``fill_image``, (B, S) each."""
 
-    tokens: Array
-    masked: Array
-    log_probs: Array
+    tokens: Any
+    masked: Any
+    log_probs: Any
 
 
 class Text(NamedTuple):

@@ -25,6 +25,8 @@ class MagvltConfig:
         attention_dropout: dropout rate of the attention weights in training.
         residual_dropout: dropout rate of the attention and MLP branches in training.
         dtype: dtype of the stored weights.
+        caption_vector: whether a projection of the mean of the text's embeddings is added at every code where the text
+            comes first; not the original's, for small models.
         tokenizer: the image tokenizer that the model holds, frozen; None for a model of codes alone.
     """
 
@@ -38,6 +40,7 @@ class MagvltConfig:
     attention_dropout: float = 0.1
     residual_dropout: float = 0.1
     dtype: str = "float32"
+    caption_vector: bool = False
     tokenizer: VQGANConfig | None = None
     kind: Literal["magvlt"] = "magvlt"
 

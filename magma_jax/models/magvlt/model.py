@@ -29,12 +29,12 @@ class Canvas(NamedTuple):
     ``text_lengths`` count the end token. ``selectors`` are special tokens that replace BOG; None for BOG.
     """
 
-    image: Array  # (B, I), below image_rows
-    text: Array  # (B, T), below text_rows
-    text_lengths: Array  # (B,)
-    image_masked: Array  # (B, I)
-    text_masked: Array  # (B, T)
-    selectors: Array | None = None  # (B,)
+    image: Any  # (B, I), below image_rows
+    text: Any  # (B, T), below text_rows
+    text_lengths: Any  # (B,)
+    image_masked: Any  # (B, I)
+    text_masked: Any  # (B, T)
+    selectors: Any = None  # (B,)
 
 
 class Hidden(NamedTuple):
@@ -50,8 +50,8 @@ class MagvltModel(Trunk):
 
     Beside the members of ``Trunk`` it has the table ``wte`` (codes, then text tokens), which is also the head; the
     table ``special``; the position tables ``image_positions``, ``text_positions`` and ``special_positions``; the head's
-    transform ``head_proj``, ``head_norm`` and bias ``head_bias``; ``length_head``; and, if the config has one, the
-    ``image_tokenizer``, which is frozen and not part of the forward pass.
+    transform ``head_proj``, ``head_norm`` and bias ``head_bias``; ``length_head``; and, if the config has them,
+    ``caption_proj`` and the ``image_tokenizer``, which is frozen and not part of the forward pass.
     """
 
     def __init__(self, config: MagvltConfig, *, rngs: nnx.Rngs):
@@ -82,6 +82,8 @@ class MagvltModel(Trunk):
             dtype=config.dtype,
             rngs=rngs,
         )
+        square = {"param": TransformerParam, "weight_init": normal(STD), "dtype": config.dtype, "rngs": rngs}
+        self.caption_proj = Linear(width, width, **square) if config.caption_vector else None
         self.image_tokenizer = None if config.tokenizer is None else VQGAN(config.tokenizer, rngs=rngs)
 
     def embed(self, order: Order, canvas: Canvas, dtype: Any = jnp.float32) -> Float[Array, "B S D"]:
@@ -102,6 +104,11 @@ class MagvltModel(Trunk):
             special[MASK_TEXT] + positions[: config.text_positions],
             self.wte.weight[...][config.image_rows + canvas.text],
         )
+        if self.caption_proj is not None and order == "text_first":
+            # Not where the image comes first: BOT would see the text by way of the image.
+            seen = (jnp.arange(config.text_positions) < canvas.text_lengths[:, None]) & ~canvas.text_masked
+            total = jnp.where(seen[..., None], text, 0).sum(1) / jnp.maximum(seen.sum(1), 1)[:, None]
+            image = image + self.caption_proj(total)[:, None]
         image = image + self.image_positions.weight[...]
         text = text + self.text_positions.weight[...]
         first, second = (image, text) if order == "image_first" else (text, image)
