@@ -118,9 +118,12 @@ def _engine(arguments: argparse.Namespace) -> Engine | ImageQueue:
             reuse=not arguments.no_reuse,
         )
         return Engine(model, sizes)
-    if isinstance(model, ImageGenerator):
+    if isinstance(model, ImageGenerator) and "image" in model.makes:
         return ImageQueue(model, arguments.queue)
-    raise CheckpointError(f"{arguments.checkpoint}: neither writes text token by token nor draws images")
+    raise CheckpointError(
+        f"{arguments.checkpoint}: neither writes text token by token nor draws images; a model that draws "
+        "needs its image tokenizer"
+    )
 
 
 def name_of(checkpoint: str) -> str:

@@ -39,7 +39,7 @@ from magma_jax.families.cm3leon.prompts import (
     lay_out_gaps,
 )
 from magma_jax.families.vqgan.generator import ImageTokenizer
-from magma_jax.inference.answers import Answer, AnswerOptions, ImageOptions
+from magma_jax.inference.answers import Answer, AnswerOptions, Canvas, ImageOptions
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.streams import Combine, Place, StreamRules
 from magma_jax.inference.generator import Makes
@@ -75,7 +75,13 @@ Item: TypeAlias = "str | Gap | ImageInput | Image.Image | Hidden | Codes"
 
 
 class CM3LeonGenerator:
-    """A CM3Leon model with its weights and tokenizers."""
+    """A CM3Leon model with its weights and tokenizers.
+
+    Attributes:
+        makes: what its answers are; without an image tokenizer texts alone.
+        image_size: pixels per side of its images.
+        image_tokens: codes of an image.
+    """
 
     def __init__(self, loaded: Loaded):
         trim_after_compile()
@@ -85,6 +91,8 @@ class CM3LeonGenerator:
         if self.config.tokenizer is not None:
             self.images = ImageTokenizer(self.config.tokenizer, tokenizer_params(self.params))
         self.makes: frozenset[Makes] = frozenset({"text", "image", "edit"} if self.images else {"text"})
+        self.image_size = 0 if self.config.tokenizer is None else self.config.tokenizer.image_size
+        self.image_tokens = self.config.image_tokens
 
     @classmethod
     def from_checkpoint(
@@ -225,6 +233,25 @@ class CM3LeonGenerator:
                 yield from self._drawn(checked, options)
             else:
                 yield from self._written(checked, options)
+
+    def canvases(self, prompt: Prompt, options: ImageOptions, *, previews: int = 0) -> Iterator[Canvas]:
+        """The images of a prompt, see ``answers``; there are no previews, since the decoder needs all codes.
+
+        Raises:
+            ValueError, ImageError: as ``generate_image``.
+        """
+        (answers,) = self.answers([prompt], options)
+        yield Canvas([part for answer in answers for part in answer.parts if not isinstance(part, str)], "stop")
+
+    def text_tokens(self, text: str) -> int:
+        """Number of tokens of a text."""
+        return len(self.tokenizer.encode(text))
+
+    def warm_up(self, rows: int) -> None:
+        """Compiles the programs for up to ``rows`` images of a short prompt, with and without guidance."""
+        sizes = {1, min(rows, EXAMPLES)}
+        for n, guidance in itertools.product(sorted(sizes), (1.0, 3.0)):
+            list(self.canvases(["a"], ImageOptions(n=n, guidance=guidance)))
 
     def draw_codes(
         self, texts: Sequence[str], options: DrawOptions, *, documents: Sequence[Sequence[Pair]] = ()
