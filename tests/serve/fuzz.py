@@ -28,6 +28,8 @@ FIELDS += ("seed", "n", "stream", "logprobs", "top_logprobs", "temperature", "to
 FIELDS += ("max_tokens", "min_tokens", "tools", "response_format", "answer", "layer", "head", "relative", "__class__")
 FIELDS += ("prompt", "echo", "suffix", "template", "metadata", "logit_bias", "structured_outputs", "guided_choice")
 FIELDS += ("guided_json", "guided_regex", "json_schema", "schema", "ignore_eos", "best_of", "continuous_usage_stats")
+# Bytes of a repeated list; twice the body that a server takes.
+LARGEST = 64 * 2**20
 HEADERS = ("Host", "Content-Length", "Transfer-Encoding", "Expect", "Connection", "Content-Type", "Origin", "Upgrade")
 HEADERS += ("Authorization", "Cookie", "X-Forwarded-For", "Range", "Accept-Encoding", "Sec-Fetch-Site")
 
@@ -194,7 +196,9 @@ def _change(rng: random.Random, body: dict[str, Any]) -> None:
     if how == 0:
         del holder[key]
     elif how == 1 and isinstance(holder, list):
-        holder *= rng.choice((2, 3, 50))
+        times = rng.choice((2, 3, 50))
+        if len(json.dumps(holder)) * times <= LARGEST:  # repeated lists of repeated lists would take gigabytes
+            holder *= times
     elif how == 2 and isinstance(holder, dict):
         holder[rng.choice(FIELDS)] = copy.deepcopy(rng.choice(STRANGE))
     else:
