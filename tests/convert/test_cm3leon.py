@@ -12,7 +12,6 @@ from magma_jax.families import family_of_checkpoint, open_generator
 from magma_jax.published.infer_config import InferenceError
 from magma_jax.published.keymap.engine import KeyMapError
 from magma_jax.published.open_cm3leon import PARTS, join, open_torch_cm3leon
-from magma_jax.storage.deferred import read_array
 from magma_jax.storage.files import open_tensors
 from magma_jax.storage.torch.writer import write_torch_file
 

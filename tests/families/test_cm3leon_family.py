@@ -45,7 +45,7 @@ from magma_jax.training.run.program import build_program
 from magma_jax.training.step.optim import Group, OptimConfig, label_parameters
 
 ONE = jax.devices()[:1]
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
+COLOURS = {"red": (220, 30, 30), "blue": (40, 60, 220)}
 SIDE, GRID = 8, 16
 TOKENIZER = VQGANConfig(
     image_size=SIDE,
@@ -57,7 +57,7 @@ TOKENIZER = VQGANConfig(
     code_width=8,
     codes=64,
 )
-TEXTS = [f"{kind} {colour}" for colour in COLOURS for kind in ("plain", "half")]
+TEXTS = ["plain red", "half red", "plain blue", "half blue"]
 BPE = train_bpe([f"a {text} square" for text in TEXTS] * 4, 280)
 LAYOUT = VocabLayout(text=BPE.vocab_size, image=64, sentinels=8)
 MODEL = CM3LeonConfig(
@@ -95,7 +95,7 @@ def dataset(config):
         for row, text in enumerate(TEXTS)
     ]
     documents = RetrievedDocuments(
-        queries=pairs * 32,  # Grain shuffles few numbers slowly
+        queries=pairs * 64,  # Grain shuffles few numbers slowly
         layout=dataclasses.replace(layout, image=len(images) * image_tokens),
         image_tokens=image_tokens,
         retrieved=0,
@@ -126,11 +126,11 @@ def run_config(tokenizer_file, **changes):
     config = RunConfig(
         model=MODEL,
         weights={"image_tokenizer": tokenizer_file},
-        # Whole texts and images are moved, so that captions are learned quickly.
-        data=OpenmojiDocumentsConfig(length=64, spans=SpanConfig(rotation=0.8)),
+        # One document a block, and mostly whole texts and images are moved: captions are learned quickly.
+        data=OpenmojiDocumentsConfig(length=32, spans=SpanConfig(rotation=0.8)),
         optim=OptimConfig(learning_rate=4e-3, clip_norm=1.0, steps=200),
         steps=200,
-        batch_size=8,
+        batch_size=16,
         log_every=1,
         checkpoint_every=200,
         validation=ValidationConfig(every=100, split="test", samples=8),
@@ -264,13 +264,13 @@ def test_it_is_planned(tokenizer_file):
     config = short(tokenizer_file, mesh=MeshConfig(fsdp=8))
     program = build_program(CM3LEON, config, make_mesh(config.mesh))
     topology = Topology("v5e:2x4", CHIPS["v5e"], tuple(jax.devices()))
-    plan = make_plan(program, topology, compile_step(program), "train", 8)
+    plan = make_plan(program, topology, compile_step(program), "train", 16)
     assert plan.fits
     decoder = sum(math.prod(leaf.shape) for path, leaf in program.params.items() if path.startswith("layers/"))
     head = MODEL.vocab_rows * MODEL.width
-    assert plan.model_flops.trained == 8 * 64 * 6 * (decoder + head)
+    assert plan.model_flops.trained == 16 * 32 * 6 * (decoder + head)
     assert plan.model_flops.frozen == plan.model_flops.encoder == 0
-    decoding = make_plan(program, topology, compile_decode(program, 8), "generate", 8)
+    decoding = make_plan(program, topology, compile_decode(program, 16), "generate", 16)
     assert decoding.fits
 
 
