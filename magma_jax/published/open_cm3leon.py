@@ -12,7 +12,7 @@ from flax import nnx
 
 from magma_jax.data.tokenizers.layout import SPECIAL, VocabLayout
 from magma_jax.foreign import shown
-from magma_jax.models.cm3leon import CM3LEON_SIZES, CM3Leon, CM3LeonConfig
+from magma_jax.models.cm3leon import CM3LEON_SIZES, CM3LeonConfig, CM3LeonModel
 from magma_jax.nn.modules import abstract
 from magma_jax.published.cm3leon_keys import ROOTS, Layout, cm3leon_table, layout_of
 from magma_jax.published.infer_config import InferenceError, layer_count, tensor_shape
@@ -52,7 +52,7 @@ class OpenCM3Leon:
 @functools.lru_cache(maxsize=16)
 def cm3leon_shapes(config: CM3LeonConfig) -> dict[str, Any]:
     """Shape and dtype of every parameter, by path."""
-    return abstract(lambda: CM3Leon(config, rngs=nnx.Rngs(0)))[1]
+    return abstract(lambda: CM3LeonModel(config, rngs=nnx.Rngs(0)))[1]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from magma_jax.data.tokenizers.byte_level import train_bpe
 from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.families.cm3leon import generator as generator_module
 from magma_jax.families.cm3leon.decoding import Request, run_requests
-from magma_jax.families.cm3leon.generator import GAP, IMAGE_GAP, CM3LeonGenerator, Codes, Hidden
+from magma_jax.families.cm3leon.generator import GAP, IMAGE_GAP, CM3Leon, Codes, Hidden
 from magma_jax.families.cm3leon.loading import Loaded
 from magma_jax.families.cm3leon.options import DrawOptions
 from magma_jax.families.cm3leon.prompts import check_sentinels, drawing_streams, edit_streams, lay_out_gaps
@@ -23,7 +23,7 @@ from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.guidance import contrast, guide, guide_edit
 from magma_jax.inference.decoding.sampling import MASKED
 from magma_jax.inference.decoding.streams import Place, StreamRules, combined
-from magma_jax.models.cm3leon import CM3Leon, CM3LeonConfig
+from magma_jax.models.cm3leon import CM3LeonConfig, CM3LeonModel
 from magma_jax.nn.modules import abstract, merge, split
 
 GRID, CODES, CONTEXT = 4, 12, 64
@@ -48,14 +48,14 @@ PICTURE = Codes(np.array([3, 1, 4, 1]))
 
 @pytest.fixture(scope="module")
 def model():
-    graphdef = abstract(lambda: CM3Leon(CONFIG, rngs=nnx.Rngs(0)))[0]
-    params = jax.jit(lambda: split(CM3Leon(CONFIG, rngs=nnx.Rngs(0)))[1])()
+    graphdef = abstract(lambda: CM3LeonModel(CONFIG, rngs=nnx.Rngs(0)))[0]
+    params = jax.jit(lambda: split(CM3LeonModel(CONFIG, rngs=nnx.Rngs(0)))[1])()
     keys = jax.random.split(jax.random.key(1), 3)
     params |= {
         path: 0.3 * jax.random.normal(key, params[path].shape) for path, key in zip(OUTPUTS, keys[:2], strict=True)
     }
     params["wpe/weight"] = 0.3 * jax.random.normal(keys[2], params["wpe/weight"].shape)
-    return CM3LeonGenerator(Loaded(CONFIG, graphdef, params, BPE, True))
+    return CM3Leon(Loaded(CONFIG, graphdef, params, BPE, True))
 
 
 def ids(text):
@@ -229,7 +229,7 @@ def test_answers_of_texts_and_images(model):
 
 def test_guidance_without_sentinels_warns_once(model):
     generator_module._warn_once.cache_clear()
-    never = CM3LeonGenerator(Loaded(CONFIG, model.graphdef, model.params, BPE, False))
+    never = CM3Leon(Loaded(CONFIG, model.graphdef, model.params, BPE, False))
     with pytest.warns(UserWarning, match="never saw an empty prompt"):
         never.draw_codes(["red"], OPTIONS)
     with warnings.catch_warnings():

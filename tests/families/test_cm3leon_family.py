@@ -28,7 +28,7 @@ from magma_jax.families.cm3leon import CM3LEON
 from magma_jax.families.cm3leon.generator import Codes, Hidden
 from magma_jax.families.cm3leon.options import DrawOptions
 from magma_jax.inference.answers import AnswerOptions, ImageOptions
-from magma_jax.models.cm3leon import CM3LEON_SIZES, CM3Leon, CM3LeonConfig
+from magma_jax.models.cm3leon import CM3LEON_SIZES, CM3LeonConfig, CM3LeonModel
 from magma_jax.models.vision.vqgan import VQGAN, VQGANS, VQGANConfig
 from magma_jax.nn.modules import abstract, merge, parameter_count, split
 from magma_jax.plan.chips import CHIPS, Topology
@@ -251,7 +251,7 @@ def test_one_sharding_row_matches_every_parameter():
     config = dataclasses.replace(
         CM3LEON_SIZES["cm3leon-7b"], tokenizer=VQGANS["vqgan_f8_8192"], vocabulary=VocabLayout()
     )
-    shapes, types = abstract(lambda: CM3Leon(config, rngs=nnx.Rngs(0)))[1:]
+    shapes, types = abstract(lambda: CM3LeonModel(config, rngs=nnx.Rngs(0)))[1:]
     rows = [*CM3LEON.shardings, *SHARED]
     for path in shapes:
         assert sum(bool(re.fullmatch(pattern, path)) for pattern, _ in rows) == 1, path

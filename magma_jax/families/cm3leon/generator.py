@@ -1,6 +1,6 @@
 """The interface for users: images and texts in, images and texts out.
 
-    model = CM3LeonGenerator.from_checkpoint("runs/cm3leon_quickstart")
+    model = CM3Leon.from_checkpoint("runs/cm3leon_quickstart")
     model.generate_image("a red car", n=4)[0].save("car.png")
     model.caption(ImageInput("cat.png"))
     model.edit(ImageInput("woman.png"), "make the skin tone dark")[0]
@@ -60,7 +60,7 @@ EXAMPLES = 8
 
 
 class Hidden:
-    """An image of which a part is missing, for ``CM3LeonGenerator.infill``.
+    """An image of which a part is missing, for ``CM3Leon.infill``.
 
     Args:
         image: the image.
@@ -74,7 +74,7 @@ class Hidden:
 Item: TypeAlias = "str | Gap | ImageInput | Image.Image | Hidden | Codes"
 
 
-class CM3LeonGenerator:
+class CM3Leon:
     """A CM3Leon model with its weights and tokenizers."""
 
     def __init__(self, loaded: Loaded):
@@ -89,7 +89,7 @@ class CM3LeonGenerator:
     @classmethod
     def from_checkpoint(
         cls, path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None, ema: bool | None = None
-    ) -> "CM3LeonGenerator":
+    ) -> "CM3Leon":
         """Loads a run folder of ``train.py`` or a converted model folder.
 
         Args:
