@@ -9,6 +9,7 @@ from magma_jax.data.codes_dataset import CodesConfig, open_codes
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.documents.folders import DocumentFoldersConfig, open_document_folders
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig, open_openmoji_documents
+from magma_jax.data.documents.openmoji_edits import OpenmojiEditsConfig, open_openmoji_edits
 from magma_jax.data.folder_dataset import FoldersConfig, open_folders
 from magma_jax.data.openmoji.dataset import (
     OpenmojiConfig,
@@ -23,6 +24,7 @@ DataConfig = (
     | OpenmojiTextConfig
     | OpenmojiPairsConfig
     | OpenmojiDocumentsConfig
+    | OpenmojiEditsConfig
     | FoldersConfig
     | CodesConfig
     | DocumentFoldersConfig
@@ -36,6 +38,7 @@ OPENERS: dict[type, Callable[[Any], Dataset]] = {
     CodesConfig: open_codes,
     DocumentFoldersConfig: open_document_folders,
     OpenmojiDocumentsConfig: open_openmoji_documents,
+    OpenmojiEditsConfig: open_openmoji_edits,
 }
 
 
