@@ -2,23 +2,25 @@
 
 import dataclasses
 import json
+from importlib import resources
 
 import numpy as np
 import pytest
 
-from magma_jax.config import ConfigError
+from magma_jax.config import ConfigError, load_config_file
 from magma_jax.convert.__main__ import main as convert
 from magma_jax.convert.layouts import layout_of
 from magma_jax.data.__main__ import main as data
 from magma_jax.data.format.code_folder import StoredCodes
 from magma_jax.data.format.record_folder import StoredRecords
 from magma_jax.data.images import load_image, to_uint8
-from magma_jax.families import family_of_checkpoint, open_generator
+from magma_jax.families import family_of_checkpoint, open_generator, run_config
 from magma_jax.families.vqgan import VQGAN
 from magma_jax.families.vqgan.loading import open_image_tokenizer
 from magma_jax.models.vision.vqgan import VQGANConfig
 from magma_jax.storage.torch.reader import open_torch_file, state_dict
 from magma_jax.storage.torch.writer import write_torch_file
+from magma_jax.training.run.pretrained import QUICKSTART_VQGAN
 from tests import datafolders
 from tests.convert.checkpoints import contents
 
@@ -170,6 +172,21 @@ def test_other_models_take_it_as_their_image_tokenizer(folder, source):
     assert arrays[0].keys() == arrays[1].keys()
     for name, array in arrays[0].items():
         np.testing.assert_array_equal(array, arrays[1][name])
+
+
+def test_the_quick_starts_tokenizer():
+    """It opens by itself, and is the model of its config."""
+    path = resources.files("magma_jax") / QUICKSTART_VQGAN
+    assert path.stat().st_size <= 3e6
+    tokenizer = open_generator(path)
+    config = run_config(load_config_file("configs/vqgan_quickstart.py"))
+    assert tokenizer.config == config.model.tokenizer
+    image = np.full((1, 64, 64, 3), 255, np.uint8)
+    image[:, 16:48, 16:48] = (252, 234, 43)  # the yellow of faces
+    codes = tokenizer.encode(image)
+    assert codes.shape == (1, 256)
+    assert np.abs(tokenizer.decode(codes)[0].astype(int) - image[0]).mean() < 8
+    assert np.abs(tokenizer.decode(codes)[0, 32, 32].astype(int) - image[0, 32, 32]).max() < 16
 
 
 def test_a_dataset_is_encoded_at_the_command_line(folder, golden_checkpoint, tmp_path, capsys):
