@@ -26,11 +26,11 @@ def get_config() -> ConfigDict:
             "data": {"kind": "openmoji", "image_size": 64, "weights": (0.5, 0.5, 0.0)},
             # Flat colours: absolute differences keep them, and there is no texture for a discriminator to judge.
             "loss": {"l1": 1.0, "l2": 1.0, "restart_below": 0.002},
-            "optim": {"learning_rate": 1e-3, "warmup_steps": 100, "b2": 0.99, "clip_norm": 1.0},
-            "steps": 4000,
-            "batch_size": 32,
-            "log_every": 50,
-            "validation": {"every": 500, "samples": 256},
-            "watch": {"samples_every": 1000},
+            "optim": {"learning_rate": 2e-3, "warmup_steps": 20, "b2": 0.99, "clip_norm": 1.0},
+            "steps": 500,
+            "batch_size": 16,
+            "log_every": 20,
+            "validation": {"every": 250, "samples": 128},
+            "watch": {"samples_every": 250},
         }
     )

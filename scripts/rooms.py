@@ -52,7 +52,8 @@ def imports(files: dict[str, Path]) -> dict[str, set[str]]:
 
 
 def layer(module: str) -> int:
-    """Index of a module's layer; the package itself, which imports lazily, is above all others.
+    """Index of a module's layer; the package itself, which imports lazily, is above all others, and command lines are
+    in the last layer.
 
     Raises:
         ValueError: a room that ``LAYERS`` does not name.
@@ -60,6 +61,8 @@ def layer(module: str) -> int:
     _, _, inner = module.partition(".")
     if not inner:
         return len(LAYERS)
+    if inner.endswith(".__main__"):  # a command
+        return len(LAYERS) - 1
     room = inner.split(".")[0]
     for number, rooms in enumerate(LAYERS):
         if room in rooms:

@@ -1,12 +1,14 @@
-"""Converts datasets from their released formats to the library's own, and trains tokenizers.
+"""Converts datasets from their released formats to the library's own, encodes images, and trains tokenizers.
 
 python -m magma_jax.data convert --from coco captions_val2014.json data/coco_val --images val2014
 python -m magma_jax.data convert --from vqav2 v2_OpenEnded_mscoco_val2014_questions.json data/vqa --images val2014
 python -m magma_jax.data convert --from folder my_images data/mine
+python -m magma_jax.data encode data/mine data/mine_codes --tokenizer runs/vqgan_quickstart
 python -m magma_jax.data show data/mine
 python -m magma_jax.data tokenizer captions.txt tokenizer.json --vocab-size 56320
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,14 +60,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     three.add_argument("out", type=Path, help="tokenizer.json to write")
     # CM3Leon (Yu et al. 2023), section 2.1.
     three.add_argument("--vocab-size", type=int, default=56_320, help="entries; default: %(default)s")
+    four = subparsers.add_parser(
+        "encode",
+        help="write the codes of a dataset folder's images",
+        description="Writes the codes of a dataset folder's images, by an image tokenizer, and their texts.",
+    )
+    four.add_argument("dataset", type=Path, help="dataset folder with images")
+    four.add_argument("out", type=Path, help="folder to write")
+    four.add_argument("--tokenizer", required=True, help="VQ-GAN: run folder, model folder, file or hf:// address")
+    four.add_argument("--crops", type=int, default=0, help="random crops beside the centre; default: %(default)s")
+    four.add_argument("--flips", action="store_true", help="also every view mirrored")
+    four.add_argument("--shard-records", type=int, default=1024, help="default: %(default)s")
+    four.add_argument("--batch-size", type=int, default=64, help="images at a time; default: %(default)s")
+    four.add_argument("--workers", type=int, help="decoding processes, 0 for this process; default: one per core")
+    four.add_argument("--max-skipped", type=float, default=0.05, help="largest fraction; default: %(default)s")
     arguments = parser.parse_args(argv)
+    resumable = arguments.command in ("convert", "encode")
+    return commands.run("magma_jax.data", lambda: _run(arguments), resumable=resumable)
 
-    def work() -> None:
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.command != "encode":
         from magma_jax.data.command import run
 
         run(arguments)
+        return
+    from magma_jax.data.write.encoding import EncodeOptions, encode_folder
+    from magma_jax.families import open_image_encoder
+    from magma_jax.output import printable
 
-    return commands.run("magma_jax.data", work, resumable=arguments.command == "convert")
+    options = EncodeOptions(
+        crops=arguments.crops,
+        flips=arguments.flips,
+        shard_records=arguments.shard_records,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        max_skipped=arguments.max_skipped,
+    )
+    encoder = open_image_encoder(arguments.tokenizer)
+    info = encode_folder(arguments.dataset, arguments.out, encoder, options)
+    print(f"{arguments.out}: {info['records']} records, {info['views']} x {info['tokens']} codes each")
+    for reason, count in info["skipped"].items():
+        print(printable(f"samples left out: {count} x {reason}"))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from magma_jax.data.batches.batching import Batch
 from magma_jax.data.batches.folders import FolderBatches
 from magma_jax.data.batches.pipeline import Overlong
 from magma_jax.data.batches.stored_images import StoredImages
+from magma_jax.data.format.code_folder import Codes
 from magma_jax.data.tokenizers.text import TextTokenizer
 from magma_jax.typing import UInt8
 
@@ -59,6 +60,7 @@ class Dataset:
         batches: ``(batch_size, seed, rows)`` to endless batches with this process's ``rows``, see
             ``data.batches.pipeline``.
         images: all images, uint8 (N, size, size, 3), in memory or decoded on access; None for text-only data.
+        codes: codes of all images, for data without the images themselves; its batches hold ``codes`` (B, L).
         learned: rows of the training images; default: all.
         evaluation: samples by split, in a fixed order, in memory or read on access; empty for text-only data.
         records: metadata of every image, in the order of ``images``.
@@ -70,6 +72,7 @@ class Dataset:
     tokenizer: TextTokenizer
     batches: Callable[[int, int, Sequence[int]], grain.IterDataset | FolderBatches]
     images: UInt8[np.ndarray, "N H W 3"] | StoredImages | None = None
+    codes: Codes | None = None
     learned: Sequence[int] | None = None
     evaluation: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     records: Sequence[Any] = ()

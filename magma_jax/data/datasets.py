@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from magma_jax.config import from_union
+from magma_jax.data.code_pairs import CodePairsConfig, open_code_pairs
+from magma_jax.data.codes_dataset import CodesConfig, open_codes
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.folder_dataset import FoldersConfig, open_folders
 from magma_jax.data.openmoji.dataset import (
@@ -15,13 +17,15 @@ from magma_jax.data.openmoji.dataset import (
 )
 from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig, open_openmoji_pairs
 
-DataConfig = OpenmojiConfig | OpenmojiTextConfig | OpenmojiPairsConfig | FoldersConfig
+DataConfig = OpenmojiConfig | OpenmojiTextConfig | OpenmojiPairsConfig | FoldersConfig | CodesConfig | CodePairsConfig
 
 OPENERS: dict[type, Callable[[Any], Dataset]] = {
     OpenmojiConfig: open_openmoji,
     OpenmojiTextConfig: open_openmoji_text,
     OpenmojiPairsConfig: open_openmoji_pairs,
     FoldersConfig: open_folders,
+    CodesConfig: open_codes,
+    CodePairsConfig: open_code_pairs,
 }
 
 

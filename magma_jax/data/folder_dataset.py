@@ -76,7 +76,7 @@ def open_folders(config: FoldersConfig) -> Dataset:
     """
     if not config.folders.get("train"):
         raise ConfigError("data.folders names no folders to train on; set data.folders.train")
-    tokenizer = _tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     padding = text_padding(tokenizer)
     sources = {  # the config converts paths to SourceConfig
         split: [source for source in members if isinstance(source, SourceConfig)]
@@ -126,7 +126,12 @@ def open_folders(config: FoldersConfig) -> Dataset:
     )
 
 
-def _tokenizer(name: str | None) -> Tokenizer:
+def load_tokenizer(name: str | None) -> Tokenizer:
+    """The tokenizer that a config names: ``gpt2`` or None, a ``tokenizer.json``, or a folder with one.
+
+    Raises:
+        ConfigError: it is not there.
+    """
     if name in (None, "gpt2"):
         return gpt2_tokenizer()
     path = Path(name)

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from magma_jax.config import ConfigError, Settings
+from magma_jax.data.write.encoding import ImageEncoder
 from magma_jax.families.language import LANGUAGE
 from magma_jax.families.magma import MAGMA
 from magma_jax.families.magvlt import MAGVLT
@@ -104,6 +105,19 @@ def open_token_generator(
             f"({names})"
         )
     return family.open(path, dtype=dtype, mesh=mesh, ema=ema)
+
+
+def open_image_encoder(path: str | Path) -> ImageEncoder:
+    """Opens an image tokenizer; other checkpoints are rejected before weights are read.
+
+    Raises:
+        CheckpointError: no checkpoint, or one of another family. Also the errors of the family.
+    """
+    path = local_path(path)
+    family = family_of_checkpoint(path)
+    if family is not VQGAN:
+        raise CheckpointError(f"{path}: holds a {family.name} model, but an image tokenizer is wanted here")
+    return family.open(path)
 
 
 def _families_by_kind() -> dict[str, Family]:

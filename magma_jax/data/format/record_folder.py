@@ -5,13 +5,14 @@ import json
 import resource
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
 
 from magma_jax.data.format.records import DataError, Record, unpack
 from magma_jax.data.format.shards import INFO_FILE, TEXTS_FILE, texts_name
+from magma_jax.foreign import shown
 from magma_jax.typing import Int
 
 
@@ -23,19 +24,24 @@ class StoredRecords:
         texts: numbers of captions and questions of every record, int32 (N, 2).
     """
 
+    format: ClassVar[str] = "magma_jax records"
+    remedy: ClassVar[str] = "make one: python -m magma_jax.data"
+
     info: dict[str, Any]
     texts: Int[np.ndarray, "N 2"]
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         if not (folder / INFO_FILE).is_file():
-            raise DataError(f"{folder}: no dataset folder (no {INFO_FILE}); make one: python -m magma_jax.data")
+            raise DataError(f"{folder}: no dataset folder (no {INFO_FILE}); {self.remedy}")
         with _opening(folder / INFO_FILE):
             self.info = json.loads((folder / INFO_FILE).read_text())
-            expected = int(self.info["records"])
+            found, expected = self.info.get("format", self.format), int(self.info["records"])
             files = [name for name, records in self.info["files"].items() if records]
             if any(Path(name).name != name for name in files):
                 raise ValueError("it names files elsewhere")
+        if found != self.format:
+            raise DataError(f"{folder}: holds {shown(found)}, but {self.format!r} are wanted here; {self.remedy}")
         missing = [name for name in [*files, *map(texts_name, files)] if not (folder / name).is_file()]
         if missing:
             raise DataError(f"{folder}: {missing[0]} is missing ({len(missing)} in all); copy or convert it again")

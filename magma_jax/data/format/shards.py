@@ -21,8 +21,8 @@ def records_name(number: int) -> str:
 
 
 def texts_name(records: str) -> str:
-    """Name of the texts file that belongs to the records file ``records``."""
-    return records.replace("records-", "texts-", 1)
+    """Name of the texts file that belongs to the file ``records`` of records or codes."""
+    return f"texts-{records.partition('-')[2]}"
 
 
 class ShardWriter:

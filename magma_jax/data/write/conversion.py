@@ -127,7 +127,7 @@ def write_folder(
             with writing(work):
                 for part in ("state", "data"):
                     (work / part).mkdir(parents=True, exist_ok=True)
-                _check_same(work / "state" / "options.json", _identity(options, source), out)
+                check_same(work / "state" / "options.json", _identity(options, source), out)
             reports = write_shards(work)
             with writing(work):
                 info = _finish(work, reports, options, source)
@@ -203,10 +203,10 @@ def _finish(
     skipped = [entry for report in reports for entry in report["skipped"]]
     texts = [row for report in reports for row in report["texts"]]
     # Written before the check: if too many samples were skipped, the file shows why.
-    lines = [to_json(_skipped_line(*entry)) + b"\n" for entry in skipped]
+    lines = [to_json(skipped_line(*entry)) + b"\n" for entry in skipped]
     replace_file(work / "data" / SKIPPED_FILE, b"".join(lines))
     try:
-        reasons = _checked_reasons(skipped, sum(count_samples(*row) for row in texts), options.max_skipped)
+        reasons = checked_reasons(skipped, sum(count_samples(*row) for row in texts), options.max_skipped)
     except DataError as error:
         raise DataError(f"{error}; {work / 'data' / SKIPPED_FILE} lists them" if skipped else str(error)) from None
     for number, drop in enumerate(again):
@@ -234,11 +234,12 @@ def _finish(
     return info
 
 
-def _skipped_line(key: str, reason: str, samples: int, detail: str = "") -> dict[str, Any]:
+def skipped_line(key: str, reason: str, samples: int, detail: str = "") -> dict[str, Any]:
+    """A line of ``skipped.jsonl``."""
     return {"id": key, "reason": reason, "samples": samples} | ({"detail": detail} if detail else {})
 
 
-def _checked_reasons(skipped: Sequence[Sequence[Any]], kept: int, max_skipped: float) -> dict[str, int]:
+def checked_reasons(skipped: Sequence[Sequence[Any]], kept: int, max_skipped: float) -> dict[str, int]:
     """Skipped samples by reason, the most frequent first; raises DataError if there are too many."""
     reasons: collections.Counter[str] = collections.Counter()
     details: dict[str, str] = {}
@@ -289,7 +290,8 @@ def _identity(options: ConvertOptions, source: Mapping[str, Any]) -> bytes:
     return to_json({"source": source, "shard_records": options.shard_records, "prepare": prepare})
 
 
-def _check_same(file: Path, identity: bytes, out: Path) -> None:
+def check_same(file: Path, identity: bytes, out: Path) -> None:
+    """Raises DataError if an interrupted run with another identity left its file; writes it if there is none."""
     if not file.is_file():
         replace_file(file, identity)
     elif file.read_bytes() != identity:

@@ -5,6 +5,8 @@ codes = tokenizer.encode(images)
 images = tokenizer.decode(codes)
 """
 
+import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -33,6 +35,9 @@ class ImageTokenizer:
         makes: nothing that a prompt asks for.
         config: its sizes.
         params: its weights, by path.
+        image_size: nominal side of the images.
+        size: number of codes.
+        tokens: codes of an image of the nominal size.
     """
 
     makes: frozenset[Makes] = frozenset()
@@ -40,6 +45,7 @@ class ImageTokenizer:
     def __init__(self, config: VQGANConfig, params: Params):
         trim_after_compile()
         self.config, self.params = config, params
+        self.image_size, self.size, self.tokens = config.image_size, config.codes, config.tokens
         self._graphdef = abstract(lambda: VQGAN(config, rngs=nnx.Rngs(0)))[0]
 
     @classmethod
@@ -53,6 +59,14 @@ class ImageTokenizer:
     ) -> "ImageTokenizer":
         """Loads a run folder, a model folder or a file in a published layout; arguments as for ``Family.open``."""
         return cls(*load_image_tokenizer(path, dtype, mesh, ema))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of sizes and weights."""
+        found = hashlib.sha256(repr(self.config).encode())
+        for path in sorted(self.params):
+            found.update(path.encode() + np.asarray(self.params[path]).tobytes())
+        return found.hexdigest()
 
     def answers(
         self, prompts: Iterable[Prompt], options: AnswerOptions = AnswerOptions(), *, count: int | None = None
