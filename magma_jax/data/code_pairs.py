@@ -86,7 +86,7 @@ def open_code_pairs(config: CodePairsConfig) -> Dataset:
         else:
             source, row = given
             sample = source.draw(row, np.random.default_rng(rng.getrandbits(64)))
-            draw = np.int64(rng.getrandbits(62))
+            draw = np.asarray(rng.getrandbits(62))
         caption = CLEAN_UPS[config.clean_up](sample.answer.strip())
         dropout = 0.0 if rng is None else config.bpe_dropout
         text = encode_padded(tokenizer, caption, length, too_long=config.too_long, dropout=dropout, rng=rng)
@@ -97,7 +97,7 @@ def open_code_pairs(config: CodePairsConfig) -> Dataset:
         }
 
     def batches(batch_size: int, seed: int, rows: Sequence[int]) -> grain.IterDataset:
-        weights = [source.source.weight or len(source) for source in splits["train"]]
+        weights = [float(source.source.weight or len(source)) for source in splits["train"]]
         numbered = [_Numbered(source) for source in splits["train"]]
         return pair_batches(numbered, weights, encode, batch_size=batch_size, seed=seed, rows=rows)
 

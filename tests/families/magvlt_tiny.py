@@ -28,7 +28,7 @@ SIZES |= {"latent_channels": 8, "code_width": 8, "codes": 32}
 TOKENIZER = VQGANConfig(**SIZES)
 MODEL = MagvltConfig(
     layers=2,
-    width=64,
+    width=48,
     heads=2,
     image_rows=32,
     text_rows=300,
@@ -95,7 +95,7 @@ def run_config(tokenizer, **changes):
         "loss": MagvltOptions(label_smoothing=0.0, length_weight=1.0, task_weights=(2.0, 1.0, 1.0)),
         "weights": {"image_tokenizer": str(tokenizer)},
         "steps": 4,
-        "batch_size": 8,
+        "batch_size": 4,
         "log_every": 1,
         "checkpoint_every": 147,
         "watch": WatchConfig(tensorboard=False),
