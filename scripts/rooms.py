@@ -22,7 +22,7 @@ LAYERS = (
     ("published",),
     ("training",),
     ("inference",),
-    ("evaluation",),
+    ("evaluation", "retrieval"),
     ("families",),
     ("convert", "plan", "serve", "generate"),
 )

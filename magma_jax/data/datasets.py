@@ -8,6 +8,8 @@ from magma_jax.config import from_union
 from magma_jax.data.code_pairs import CodePairsConfig, open_code_pairs
 from magma_jax.data.codes_dataset import CodesConfig, open_codes
 from magma_jax.data.dataset import Dataset
+from magma_jax.data.documents.folders import DocumentFoldersConfig, open_document_folders
+from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig, open_openmoji_documents
 from magma_jax.data.folder_dataset import FoldersConfig, open_folders
 from magma_jax.data.openmoji.dataset import (
     OpenmojiConfig,
@@ -17,7 +19,16 @@ from magma_jax.data.openmoji.dataset import (
 )
 from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig, open_openmoji_pairs
 
-DataConfig = OpenmojiConfig | OpenmojiTextConfig | OpenmojiPairsConfig | FoldersConfig | CodesConfig | CodePairsConfig
+DataConfig = (
+    OpenmojiConfig
+    | OpenmojiTextConfig
+    | OpenmojiPairsConfig
+    | OpenmojiDocumentsConfig
+    | FoldersConfig
+    | CodesConfig
+    | CodePairsConfig
+    | DocumentFoldersConfig
+)
 
 OPENERS: dict[type, Callable[[Any], Dataset]] = {
     OpenmojiConfig: open_openmoji,
@@ -26,6 +37,8 @@ OPENERS: dict[type, Callable[[Any], Dataset]] = {
     FoldersConfig: open_folders,
     CodesConfig: open_codes,
     CodePairsConfig: open_code_pairs,
+    DocumentFoldersConfig: open_document_folders,
+    OpenmojiDocumentsConfig: open_openmoji_documents,
 }
 
 

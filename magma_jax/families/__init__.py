@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from magma_jax.config import ConfigError, Settings
 from magma_jax.data.write.encoding import ImageEncoder
+from magma_jax.families.cm3leon import CM3LEON
 from magma_jax.families.language import LANGUAGE
 from magma_jax.families.magma import MAGMA
 from magma_jax.families.magvlt import MAGVLT
@@ -20,7 +21,7 @@ from magma_jax.storage.hub import local_path
 from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, read_model_json
 from magma_jax.training.run.config import RunConfig, completed, read_run_config
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (MAGMA, LANGUAGE, VQGAN, MAGVLT)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (MAGMA, LANGUAGE, VQGAN, MAGVLT, CM3LEON)}
 
 
 def family_of(model: Any) -> Family:
@@ -98,13 +99,17 @@ def open_token_generator(
     """``open_generator`` for autoregressive text models; others are rejected before weights are read."""
     path = local_path(path)
     family = family_of_checkpoint(path)
-    if family.decode_program is None:
-        names = ", ".join(other.name for other in FAMILIES.values() if other.decode_program is not None)
+    if not _opens_token_generator(family):
+        names = ", ".join(other.name for other in FAMILIES.values() if _opens_token_generator(other))
         raise CheckpointError(
             f"{path}: a {family.name} model does not write text token by token; give a checkpoint of another family "
             f"({names})"
         )
     return family.open(path, dtype=dtype, mesh=mesh, ema=ema)
+
+
+def _opens_token_generator(family: Family) -> bool:
+    return family.decode_program is not None and family.token_generator
 
 
 def open_image_encoder(path: str | Path) -> ImageEncoder:

@@ -7,8 +7,12 @@ embeddings, number of heads), the values are those of OPT, whose code it was tra
 import dataclasses
 from typing import ClassVar, Literal
 
+from flax import nnx
+
+from magma_jax.config import check_sizes
 from magma_jax.data.tokenizers.layout import VocabLayout
-from magma_jax.models.language.decoder import Activation, DecoderConfig, Head, check_heads
+from magma_jax.models.language.decoder import Activation, Decoder, DecoderConfig, Head, check_heads
+from magma_jax.models.vision.vqgan import VQGAN, VQGANConfig
 from magma_jax.nn.layers import Initializer, truncated_normal
 from magma_jax.nn.transformer.config import BlockConfig, InitConfig, NormConfig, PositionTable, TrunkConfig
 
@@ -18,7 +22,7 @@ TRUNCATE = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class CM3LeonConfig(DecoderConfig):
-    """Sizes of a CM3Leon model; the defaults are the 350M model, the model is ``models.language.decoder.Decoder``.
+    """Sizes of a CM3Leon model; the defaults are the 350M model.
 
     Attributes:
         vocab_rows: rows of the embedding table, which is also the head; unused ones may follow those of ``vocabulary``.
@@ -28,7 +32,13 @@ class CM3LeonConfig(DecoderConfig):
         embedding_std: standard deviation of all fresh weights except the positions and the output layers, which start
             at zero.
         position_std: standard deviation of fresh positions.
-        dtype: dtype the weights are stored in.
+        image_tokens: codes of an image, 32 x 32 in the paper.
+        tokenizer: the image tokenizer, which is part of the model and frozen; None for a model that reads and writes
+            codes alone.
+        dtype: dtype the decoder's weights are stored in.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
     """
 
     layers: int = 24
@@ -42,6 +52,8 @@ class CM3LeonConfig(DecoderConfig):
     layernorm_eps: float = 1e-5
     embedding_std: float = 0.006
     position_std: float = 0.0002
+    image_tokens: int = 1024
+    tokenizer: VQGANConfig | None = None
     dtype: str = "float32"
     kind: Literal["cm3leon"] = "cm3leon"
     head: ClassVar[Head] = "tied"
@@ -52,6 +64,19 @@ class CM3LeonConfig(DecoderConfig):
             raise ValueError(
                 f"the vocabulary has {self.vocabulary.image_ids.stop} ids, more than the {self.vocab_rows} vocab_rows; "
                 f"set vocab_rows to {self.vocabulary.rows}"
+            )
+        check_sizes(self, "image_tokens")
+        if self.tokenizer is None:
+            return
+        if self.tokenizer.tokens != self.image_tokens:
+            raise ValueError(
+                f"image_tokens is {self.image_tokens}, but the tokenizer's grid has {self.tokenizer.tokens} codes of "
+                f"an image of {self.tokenizer.image_size} pixels; set image_tokens to {self.tokenizer.tokens}"
+            )
+        if self.tokenizer.codes != self.vocabulary.image:
+            raise ValueError(
+                f"vocabulary.image is {self.vocabulary.image}, but the tokenizer has {self.tokenizer.codes} codes; "
+                "make them equal"
             )
 
     @property
@@ -77,6 +102,20 @@ class CM3LeonConfig(DecoderConfig):
         )
         positions = PositionTable(length=self.context_length, offset=2, std=self.position_std)
         return TrunkConfig(block=block, layers=self.layers, positions=positions)
+
+
+class CM3LeonModel(Decoder):
+    """The decoder, and the image tokenizer if the config has one.
+
+    Its inputs and outputs are ids of ``VocabLayout``; the forward pass does not run ``image_tokenizer``.
+    """
+
+    image_tokenizer: VQGAN | None = None
+
+    def __init__(self, config: CM3LeonConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        if config.tokenizer is not None:
+            self.image_tokenizer = VQGAN(config.tokenizer, rngs=rngs)
 
 
 # Table 3; the numbers of heads are those of OPT models of these widths.

@@ -16,6 +16,9 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 # Opcodes without memory traffic.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all")
 
+# Fused attention kernels of TPUs by the beginning of their names, and the products of S x S scores in each.
+ATTENTION_KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -84,7 +87,7 @@ class Costs:
     """Costs of one execution of a program on one device.
 
     Attributes:
-        flops: operations of matmuls and convolutions.
+        flops: operations of matmuls, convolutions and fused attention kernels.
         hbm_bytes: bytes read from and written to HBM.
         collectives: all collectives.
         unknown_loops: number of loops with unknown trip count, which count once.
@@ -143,7 +146,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     current: Computation | None = None
     entry = ""
     for line in text.splitlines():
-        if line.startswith("}"):
+        # "}}" continues an instruction whose kernel metadata have several lines.
+        if line.startswith("}") and not line.startswith("}}"):
             current = None
         elif current is None:
             header = _HEADER.match(line)
@@ -250,7 +254,27 @@ def _fused(instruction: Instruction, computations: dict[str, Computation]) -> li
     return [called] if called in computations else []
 
 
+def _kernel_flops(instruction: Instruction) -> float:
+    """Operations of a fused attention kernel: of the blocks of scores that its causal mask leaves."""
+    kernel = next((name for name in ATTENTION_KERNELS if instruction.name.startswith(name)), None)
+    constraints = re.search(r"operand_layout_constraints=\{(.*?)\}, frontend", instruction.attributes + ", frontend")
+    if kernel is None or constraints is None:
+        return 0.0
+    operands = [
+        (dtype, [int(size) for size in dims.split(",") if size]) for dtype, dims, _ in _SHAPE.findall(constraints[1])
+    ]
+    blocks = next((dims[-1] for dtype, dims in operands if dtype == "s8"), 1)
+    floats = [dims for dtype, dims in operands if "f" in dtype and len(dims) >= 3]  # queries and keys come first
+    if len(floats) < 2:
+        return 0.0
+    *rows, queries, width = floats[0]
+    scores = math.prod(rows) * queries * floats[1][-2] * (blocks + 1) / (2 * blocks)
+    return 2.0 * ATTENTION_KERNELS[kernel] * scores * width
+
+
 def _matmul_flops(instruction: Instruction, computation: Computation) -> float:
+    if instruction.opcode == "custom-call":
+        return _kernel_flops(instruction)
     if instruction.opcode == "dot":
         left = computation[instruction.operands[0]].shapes[0].dims
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)

@@ -3,7 +3,7 @@
 There are no published weights. Norms have no keys, since they have no parameters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 from magma_jax.published.keymap.engine import Alias, Rule
@@ -28,6 +28,12 @@ def cm3leon_table(layout: Layout = "opt") -> list[Rule | Alias]:
         *(Rule(f"{layer}{theirs}.weight", f"layers/{ours}/weight", stack="layer") for theirs, ours in names.items()),
         *([Alias("lm_head.weight", f"{root}embed_tokens.weight")] if layout == "opt" else []),
     ]
+
+
+def is_cm3leon(keys: Collection[str]) -> bool:
+    """Whether tensors of these names are an OPT-style or metaseq-style decoder without biases."""
+    found = any({f"{root}embed_tokens.weight", f"{root}embed_positions.weight"} <= set(keys) for root in ROOTS.values())
+    return found and not any(key.endswith(".bias") for key in keys)
 
 
 def layout_of(keys: Iterable[str]) -> Layout:

@@ -6,5 +6,6 @@ MODEL_CONFIG_KEYS = {
     "encoder": ("res", "heads", "activation"),
     "adapter": ("activation",),
     "image_tokenizer": ("resolution",),
+    "cm3leon": ("heads", "activation", "text", "image", "sentinels", "image_tokens"),
     "transformer": ("n_heads", "text_rows"),
 }

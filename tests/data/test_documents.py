@@ -194,8 +194,8 @@ def test_padding_of_the_published_sizes_is_reported():
             "sample 0 or a document retrieved for it: text token 4000 is not one of",
         ),
         (lambda: Blocks(documents(queries=[], neighbours=[]), BlockConfig(), batch_size=1, seed=0), "no documents"),
-        (lambda: BlockConfig(length=1), "blocks.length must be at least 2"),
-        (lambda: BlockConfig(lookahead=0), "blocks.lookahead must be at least 1"),
+        (lambda: BlockConfig(length=1), "data.length must be at least 2"),
+        (lambda: BlockConfig(lookahead=0), "data.lookahead must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line(call, message):

@@ -216,6 +216,24 @@ def test_shapes_of_every_kind():
     assert math.prod(shapes[-1].dims) == 1
 
 
+def test_kernels_of_fused_attention_count_and_end_no_computation():
+    """Their metadata have several lines, one of which begins with braces."""
+    layouts = "s8[1,4,4]{2,1,0}, s8[1,4,4]{2,1,0}, bf16[2,64,8]{2,1,0}, bf16[2,64,8]{2,1,0}, bf16[2,64,8]{2,1,0}"
+    kernel = (
+        '  %{0}.1 = bf16[2,64,8]{{2,1,0}} custom-call(%a), custom_call_target="tpu_custom_call", '
+        f"operand_layout_constraints={{{{{layouts.replace('{', '{{').replace('}', '}}')}}}}}, "
+        'frontend_attributes={{kernel_metadata={{\n"block_q":"{{1024}}"\n}}}}, metadata={{op_name="step"}}\n'
+    )
+    text = (
+        "HloModule step\n\nENTRY %main (a: bf16[16,4]) -> bf16[16,16] {\n  %a = bf16[16,4]{1,0} parameter(0)\n"
+        + "".join(kernel.format(f"splash_mha_{name}_no_residuals") for name in ("fwd", "dq", "dkv"))
+        + "  ROOT %y = bf16[16,16]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={1}\n}\n"
+    )
+    # Of 4 x 4 blocks, 10 are not above the diagonal.
+    attention = (2 + 3 + 4) * 2 * 2 * 64 * 64 * 8 * 10 / 16
+    assert program_costs(text, 1).flops == attention + 2 * 16 * 16 * 4
+
+
 BRANCHES = """\
 HloModule step
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from magma_jax.convert.layouts.cm3leon import CM3LEON
 from magma_jax.convert.layouts.layout import Layout
 from magma_jax.convert.layouts.magma import MAGMA
 from magma_jax.convert.layouts.magvlt import MAGVLT
@@ -9,7 +10,7 @@ from magma_jax.convert.layouts.vqgan import VQGAN
 from magma_jax.families import family_of_checkpoint, family_of_weights
 
 # By name of the family.
-LAYOUTS: dict[str, Layout] = {"magma": MAGMA, "vqgan": VQGAN, "magvlt": MAGVLT}
+LAYOUTS: dict[str, Layout] = {"magma": MAGMA, "vqgan": VQGAN, "magvlt": MAGVLT, "cm3leon": CM3LEON}
 
 
 def layout_of_weights(path: str | Path) -> Layout:

@@ -120,22 +120,34 @@ class RetrievedDocuments:
             DataError: fewer neighbours than ``retrieved``, one that the memory lacks, or unusable tokens; the message
                 names the sample.
         """
-        pairs = [self.queries[number]]
-        if self.retrieved:
-            found = np.asarray(self.neighbours[number])
-            if len(found) < self.retrieved:
+        return self._document(number, [*self._retrieve(number, rng), self.queries[number]])
+
+    def draw_query(self, number: int, rng: np.random.Generator) -> tuple[Int[np.ndarray, " S"], int]:
+        """The tokens of ``draw``, and where those of the query begin; errors as there."""
+        pairs = self._retrieve(number, rng)
+        tokens = self._document(number, [*pairs, self.queries[number]]).tokens
+        # Without retrieved pairs the query begins after <eos>; else where they would end, with <break> for <eos>.
+        return tokens, len(self._document(number, pairs).tokens) if pairs else 1
+
+    def _retrieve(self, number: int, rng: np.random.Generator) -> list[Parts]:
+        if not self.retrieved:
+            return []
+        found = np.asarray(self.neighbours[number])
+        if len(found) < self.retrieved:
+            raise DataError(
+                f"sample {number} has {len(found)} retrieved documents, not {self.retrieved}; search again with a "
+                "larger number, or lower retrieved"
+            )
+        rows = rng.permutation(found)[: self.retrieved]
+        for row in rows:
+            if not 0 <= row < len(self.memory):
                 raise DataError(
-                    f"sample {number} has {len(found)} retrieved documents, not {self.retrieved}; search again with a "
-                    "larger number, or lower retrieved"
+                    f"sample {number} names document {row}, but the memory has {len(self.memory)}; search again "
+                    "with this memory"
                 )
-            rows = rng.permutation(found)[: self.retrieved]
-            for row in rows:
-                if not 0 <= row < len(self.memory):
-                    raise DataError(
-                        f"sample {number} names document {row}, but the memory has {len(self.memory)}; search again "
-                        "with this memory"
-                    )
-            pairs = [*(self.memory[int(row)] for row in rows), *pairs]
+        return [self.memory[int(row)] for row in rows]
+
+    def _document(self, number: int, pairs: Sequence[Parts]) -> Document:
         try:
             return make_document([part for pair in pairs for part in pair], self.layout, image_tokens=self.image_tokens)
         except ValueError as error:

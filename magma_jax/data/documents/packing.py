@@ -47,7 +47,7 @@ class BlockConfig:
     def __post_init__(self):
         for name, least in (("length", 2), ("lookahead", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"blocks.{name} must be at least {least}, got {getattr(self, name)}")
+                raise ValueError(f"data.{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass
@@ -201,12 +201,10 @@ class BlockIterator:
             if self._config.overlong == "error":
                 raise DataError(
                     f"sample {self._number(position)} has {len(document.tokens)} tokens with its retrieved documents, "
-                    f"more than a block of {size}; retrieve fewer, raise blocks.length or set blocks.overlong to skip"
+                    f"more than a block of {size}; retrieve fewer, raise data.length or set data.overlong to skip"
                 )
             self.skipped += 1
-        raise DataError(
-            f"every document is longer than a block of {size} tokens; retrieve fewer or raise blocks.length"
-        )
+        raise DataError(f"every document is longer than a block of {size} tokens; retrieve fewer or raise data.length")
 
     def _draw(self, position: int) -> Document:
         """The document at a position of the shuffled order."""

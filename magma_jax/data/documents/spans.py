@@ -37,9 +37,9 @@ class SpanConfig:
 
     def __post_init__(self):
         if not self.mean >= 0:
-            raise ValueError(f"spans.mean must be 0 or more, got {self.mean}")
+            raise ValueError(f"data.spans.mean must be 0 or more, got {self.mean}")
         if not 0 <= self.rotation <= 1:
-            raise ValueError(f"spans.rotation is a probability between 0 and 1, got {self.rotation}")
+            raise ValueError(f"data.spans.rotation is a probability between 0 and 1, got {self.rotation}")
 
 
 def segments(tokens: Int[np.ndarray, " S"], brk: int) -> list[Span]:

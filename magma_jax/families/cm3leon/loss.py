@@ -1,7 +1,7 @@
 """Next-token loss of text and image tokens."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 
@@ -19,9 +19,11 @@ class CM3LeonOptions:
 
     Attributes:
         remat: remat policy of the layers, see ``nn.stack``.
+        activations: dtype of activations; weights keep theirs.
     """
 
     remat: Remat = "none"
+    activations: Literal["float32", "bfloat16"] = "float32"
 
     may_change: ClassVar[tuple[str, ...]] = ("remat",)
     adds_up: ClassVar[bool] = True
@@ -40,7 +42,7 @@ def cm3leon_loss(model: Decoder, batch: Batch, key: PRNGKey | None, *, options: 
     """
     config: Any = model.config  # CM3LeonConfig; the module's attribute has the type of every decoder's config
     tokens, labels = batch["tokens"][:, :-1], batch["labels"][:, 1:]
-    hidden = model(model.embed(tokens), remat=options.remat).hidden
+    hidden = model(model.embed(tokens, jnp.dtype(options.activations)), remat=options.remat).hidden
     loss, count, predicted, losses = cross_entropy_of_each(model.logits, hidden, labels)
     codes = config.vocabulary.image_ids
     image = (labels >= codes.start) & (labels < codes.stop)

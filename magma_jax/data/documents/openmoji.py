@@ -1,0 +1,86 @@
+"""OpenMoji's drawings as documents: a name, then the drawing."""
+
+import dataclasses
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from magma_jax.data.dataset import Dataset
+from magma_jax.data.documents.annotation import open_annotation
+from magma_jax.data.documents.document import Image, Parts, RetrievedDocuments, Text
+from magma_jax.data.documents.settings import DocumentsConfig, block_batches, held_out_documents
+from magma_jax.data.openmoji import drawings
+from magma_jax.data.openmoji.dataset import QUICKSTART_TOKENIZER
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenmojiDocumentsConfig(DocumentsConfig):
+    """Names and drawings. Their codes are made by the model's own image tokenizer when a run begins.
+
+    Attributes:
+        length: tokens that a model reads.
+        image_size: pixels per side of an image; a run uses its tokenizer's.
+        cache_dir: cache folder of rasterised drawings.
+    """
+
+    length: int = 512
+    image_size: int = 128
+    cache_dir: str = "~/.cache/magma_jax"
+    kind: Literal["openmoji_documents"] = "openmoji_documents"
+
+    may_change: ClassVar[tuple[str, ...]] = ("cache_dir",)
+
+
+def open_openmoji_documents(config: OpenmojiDocumentsConfig) -> Dataset:
+    """Loads the drawings.
+
+    Image tokens of its batches are no codes yet: token ``image_ids.start + row * image_tokens + i`` stands for code i
+    of the drawing in that row of ``Dataset.images``. Retrieved pairs are training drawings.
+
+    Raises:
+        ConfigError: vocabulary or number of image tokens is not set. DataError: an unusable annotation.
+    """
+    layout, image_tokens = config.layout()
+    records, images = drawings.load(Path(config.cache_dir).expanduser(), config.image_size)
+    with resources.as_file(resources.files("magma_jax") / QUICKSTART_TOKENIZER) as path:
+        tokenizer = Tokenizer.load(path)
+    placeholders = dataclasses.replace(layout, image=len(images) * image_tokens)
+
+    def pair(record: drawings.Drawing) -> Parts:
+        first = record.index * image_tokens
+        return Text(np.array(tokenizer.encode(record.caption))), Image(np.arange(first, first + image_tokens))
+
+    members = {split: [one for one in records if one.split == split] for split in ("train", "validation", "test")}
+    pairs = {split: [pair(record) for record in found] for split, found in members.items()}
+    memory: Sequence[Parts] = ()
+    neighbours = dict.fromkeys(members, ())
+    if config.retrieved and config.annotation:
+        annotation, memory = open_annotation(config.annotation), pairs["train"]
+        rows = {record.codepoints: row for row, record in enumerate(members["train"])}
+        neighbours = {
+            split: annotation.rows([record.codepoints for record in found], rows) for split, found in members.items()
+        }
+    documents = {
+        split: RetrievedDocuments(
+            queries=found,
+            layout=placeholders,
+            image_tokens=image_tokens,
+            retrieved=config.retrieved,
+            memory=memory,
+            neighbours=neighbours[split],
+        )
+        for split, found in pairs.items()
+    }
+    return Dataset(
+        tokenizer=tokenizer,
+        batches=block_batches(documents["train"], config),
+        images=images,
+        learned=[record.index for record in members["train"]],
+        evaluation=members,
+        records=records,
+        validation_batches=held_out_documents(documents, config.length),
+    )

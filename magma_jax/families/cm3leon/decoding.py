@@ -1,0 +1,146 @@
+"""Requests of any lengths as batches of ``inference.decoding.streams``."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magma_jax.inference.buckets import SEQUENCES
+from magma_jax.inference.decoding.config import SamplingConfig
+from magma_jax.inference.decoding.sampling import SamplingRows, sampling_rows, seed_key
+from magma_jax.inference.decoding.streams import (
+    STREAMS,
+    Place,
+    StreamRows,
+    StreamRules,
+    StreamTokens,
+    decode_streams,
+)
+from magma_jax.nn.modules import Definition, merge
+from magma_jax.runtime.compile import platform_jit
+from magma_jax.typing import Array, Int, Params
+
+# Prompts are padded to these lengths, so that few programs are compiled.
+PROMPTS = SEQUENCES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What an example asks for.
+
+    Attributes:
+        streams: ids of its prompts, one for each stream.
+        limit: maximum number of new tokens.
+        end: id that ends the answer.
+        place: where the first new token stands.
+        left: codes until the image is complete, in an image.
+        images: whether images may begin.
+        texts: whether texts may go on or begin.
+        seed: seed of the draws.
+        sampling: sampling parameters.
+        weight: weight of guidance by the prompt.
+        image_weight: weight of guidance by the image.
+        interval: share of an image, from and to, in which guidance applies.
+    """
+
+    streams: tuple[Int[np.ndarray, " S"], ...]
+    limit: int
+    end: int
+    place: Place
+    left: int = 0
+    images: bool = False
+    texts: bool = False
+    seed: int = 0
+    sampling: SamplingConfig = SamplingConfig()
+    weight: float = 1.0
+    image_weight: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """New ids, without the end; whether that was drawn; and the log-probability of all new tokens."""
+
+    ids: Int[np.ndarray, " N"]
+    ended: bool
+    logprob: float
+
+
+def run_requests(
+    graphdef: Definition, params: Params, requests: Sequence[Request], rules: StreamRules, context: int
+) -> list[Result]:
+    """Runs requests as one batch; each result is that of the request alone.
+
+    Raises:
+        ValueError: a request with another number of streams than ``rules.combine`` takes, or more tokens than the
+            context has positions.
+    """
+    streams = STREAMS[rules.combine]
+    for request in requests:
+        if len(request.streams) != streams:
+            raise ValueError(f"a request has {len(request.streams)} streams, but {rules.combine} takes {streams}")
+        longest = max(map(len, request.streams))
+        if longest + request.limit > context:
+            raise ValueError(
+                f"the prompt and {request.limit} new tokens take {longest + request.limit} positions, but the context "
+                f"holds {context}; shorten the prompt, give fewer documents or ask for fewer tokens"
+            )
+    # A power of two, with rows that are already done.
+    size = 1 << (len(requests) - 1).bit_length()
+    padded = [*requests, *[dataclasses.replace(requests[-1], limit=0)] * (size - len(requests))]
+    length = PROMPTS.fit(max(len(stream) for request in requests for stream in request.streams))
+    tokens = np.full((streams * size, length), rules.layout.pad, np.int32)
+    lengths = np.zeros(streams * size, np.int32)
+    for row, (number, request) in enumerate((s, one) for s in range(streams) for one in padded):
+        stream = request.streams[number]
+        tokens[row, : len(stream)], lengths[row] = stream, len(stream)
+
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(request, name) for request in padded], dtype)
+
+    rows = StreamRows(
+        place=jnp.asarray(column("place", np.int32)),
+        left=jnp.asarray(column("left", np.int32)),
+        images=jnp.asarray(column("images", bool)),
+        texts=jnp.asarray(column("texts", bool)),
+        end=jnp.asarray(column("end", np.int32)),
+        limit=jnp.asarray(column("limit", np.int32)),
+        weight=jnp.asarray(column("weight", np.float32)),
+        image_weight=jnp.asarray(column("image_weight", np.float32)),
+        first=jnp.asarray(np.array([request.interval[0] for request in padded], np.float32)),
+        last=jnp.asarray(np.array([request.interval[1] for request in padded], np.float32)),
+    )
+    limit = max(request.limit for request in requests)
+    found = _decode(
+        graphdef,
+        params,
+        jnp.asarray(tokens),
+        jnp.asarray(lengths),
+        jnp.stack([seed_key(request.seed) for request in padded]),
+        sampling_rows([request.sampling for request in padded]),
+        rows,
+        rules=rules,
+        steps=limit if limit == rules.image_tokens else PROMPTS.fit(limit),
+    )
+    ids, counts, ended, logprobs = map(np.asarray, found)
+    return [
+        Result(ids[i, : counts[i] - ended[i]], bool(ended[i]), float(logprobs[i].sum())) for i in range(len(requests))
+    ]
+
+
+@platform_jit(static_argnames=("graphdef", "rules", "steps"))
+def _decode(
+    graphdef: Definition,
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    keys: jax.Array,
+    sampling: SamplingRows,
+    rows: StreamRows,
+    *,
+    rules: StreamRules,
+    steps: int,
+) -> StreamTokens:
+    return decode_streams(merge(graphdef, params), tokens, lengths, keys, sampling, rows, rules, steps=steps)

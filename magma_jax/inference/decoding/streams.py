@@ -1,0 +1,265 @@
+"""Decoding of texts and images in one vocabulary, by one or several coupled streams.
+
+An example has one to three streams: rows with different prompts, such as with and without the text, which receive the
+same new tokens. All rows share one batch and one cache; each step combines the logits of an example's streams
+(``guidance``), restricts the vocabulary, and draws one token for all of them. Examples do not affect each other.
+
+Which ids may follow depends on where an example stands (``Place``): an image is always complete, and whether a text may
+be followed by images is up to the request.
+"""
+
+import dataclasses
+import enum
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from magma_jax.data.tokenizers.layout import VocabLayout
+from magma_jax.inference.decoding.decode import run_prompts
+from magma_jax.inference.decoding.guidance import contrast, guide, guide_edit
+from magma_jax.inference.decoding.sampling import MASKED, SamplingRows, apply_temperature, sample
+from magma_jax.models.language.decoder import Decoder
+from magma_jax.nn.transformer.cache import KVCache
+from magma_jax.typing import Array, Bool, Float, Int, Key
+
+# How the logits of an example's streams are combined. conditional: there is one. guide: with and without the prompt.
+# edit: with image and instruction, with the image alone, with neither. contrast: as guide, by CD-K.
+Combine = Literal["conditional", "guide", "edit", "contrast"]
+
+STREAMS: dict[Combine, int] = {"conditional": 1, "guide": 2, "edit": 3, "contrast": 2}
+
+
+class Place(enum.IntEnum):
+    """Where the next token of an example stands."""
+
+    TEXT = 0  # in a text
+    BEGIN = 1  # after a <break>
+    IMAGE = 2  # in an image
+    AFTER = 3  # after a complete image
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamRules:
+    """Static rules of a batch.
+
+    Attributes:
+        layout: vocabulary.
+        image_tokens: codes of an image.
+        combine: how logits are combined.
+        k: of ``guidance.contrast``.
+        alpha: of ``guidance.contrast``.
+        amateur_temperature: temperature of the stream that ``guidance.contrast`` subtracts.
+    """
+
+    layout: VocabLayout
+    image_tokens: int
+    combine: Combine = "conditional"
+    k: int = 1
+    alpha: float = 0.5
+    amateur_temperature: float = 0.5
+
+
+class StreamRows(NamedTuple):
+    """What is asked for, (B,) each.
+
+    Attributes:
+        place: ``Place`` of the first new token.
+        left: codes until the image is complete, if that is in an image.
+        images: whether images may begin.
+        texts: whether texts may begin or go on.
+        end: id that ends the answer.
+        limit: maximum number of new tokens, the end included.
+        weight: weight of guidance by the prompt; 1 for none.
+        image_weight: weight of guidance by the image, for edits.
+        first: share of an image from which on it is guided.
+        last: share of an image from which on it is no longer guided.
+    """
+
+    place: Array
+    left: Array
+    images: Array
+    texts: Array
+    end: Array
+    limit: Array
+    weight: Array
+    image_weight: Array
+    first: Array
+    last: Array
+
+
+class StreamTokens(NamedTuple):
+    """New tokens.
+
+    Attributes:
+        tokens: (B, N) ids, padding after the last one.
+        counts: (B,) number of tokens, the end included.
+        ended: (B,) whether the end was drawn.
+        logprobs: (B, N) log-probability of every token under the first stream, before guidance and restrictions.
+    """
+
+    tokens: Array
+    counts: Array
+    ended: Array
+    logprobs: Array
+
+
+class _State(NamedTuple):
+    """Loop state; ``position`` has a value per stream and example, the others per example."""
+
+    cache: KVCache
+    token: Array
+    position: Array
+    place: Array
+    left: Array
+    count: Array
+    ended: Array
+    done: Array
+
+
+def decode_streams(
+    lm: Decoder,
+    tokens: Int[Array, "R S"],
+    lengths: Int[Array, " R"],
+    keys: Key[Array, " B"],
+    sampling: SamplingRows,
+    rows: StreamRows,
+    rules: StreamRules,
+    *,
+    steps: int,
+) -> StreamTokens:
+    """Continues every example by up to ``steps`` tokens.
+
+    Args:
+        lm: language model.
+        tokens: prompts, right-padded to S; all first streams, then all second ones, and so on.
+        lengths: unpadded lengths.
+        keys: one key per example; token i is drawn with ``fold_in(key, i)``.
+        sampling: sampling parameters per example; they apply to the combined logits.
+        rows: what is asked for.
+        rules: static.
+        steps: N, static.
+
+    Raises:
+        ValueError: the rows are not those of as many streams as ``rules.combine`` takes.
+    """
+    streams, batch = STREAMS[rules.combine], keys.shape[0]
+    if tokens.shape[0] != streams * batch:
+        raise ValueError(
+            f"{tokens.shape[0]} prompts are not {streams} streams of {batch} examples, which {rules.combine} takes"
+        )
+    dtype = lm.wte.weight[...].dtype
+    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
+    cache, logits = run_prompts(lm, lm.embed(tokens, dtype), lengths, slots=tokens.shape[1] + steps)
+    zeros = jnp.zeros(batch, jnp.int32)
+    no = jnp.zeros(batch, bool)
+    state = _State(cache, zeros, lengths - 1, rows.place, rows.left, zeros, no, rows.limit < 1)
+    drawn = jnp.full((batch, steps), rules.layout.pad, jnp.int32), jnp.zeros((batch, steps))
+
+    def going(carry):
+        step, state, *_ = carry
+        return (step < steps) & ~state.done.all()
+
+    def body(carry):
+        step, state, logits, (ids, logprobs) = carry
+        before = state.done
+        state, logprob = _draw(logits, state, keys, sampling, rows, rules)
+        ids = ids.at[:, step].set(jnp.where(before, rules.layout.pad, state.token))
+        logprobs = logprobs.at[:, step].set(jnp.where(before, 0.0, logprob))
+        embedded = lm.embed(jnp.tile(state.token, streams)[:, None], dtype)
+        output = lm(embedded, positions=state.position[:, None], cache=state.cache)
+        return step + 1, state._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), (ids, logprobs)
+
+    _, state, _, (ids, logprobs) = jax.lax.while_loop(going, body, (jnp.int32(0), state, logits, drawn))
+    return StreamTokens(ids, state.count, state.ended, logprobs)
+
+
+def combined(
+    logits: Float[Array, "R V"], allowed: Bool[Array, "B V"], weights: tuple[Array, Array], rules: StreamRules
+) -> Float[Array, "B V"]:
+    """The logits to draw from: those of all streams, combined and then restricted to ``allowed``.
+
+    Args:
+        logits: of all first streams, then all second ones, and so on.
+        allowed: ids that may follow.
+        weights: guidance by the prompt, and by the image.
+        rules: static.
+    """
+    parts = logits.reshape(STREAMS[rules.combine], -1, logits.shape[-1])
+    if rules.combine == "contrast":
+        expert, amateur = (jnp.where(allowed, part, MASKED) for part in parts)
+        amateur = apply_temperature(amateur, rules.amateur_temperature)
+        scores = contrast(expert, amateur, k=rules.k, alpha=rules.alpha)
+        result = jnp.where((weights[0] == 1)[:, None], expert, scores)
+    elif rules.combine == "edit":
+        both, image, nothing = parts
+        result = guide_edit(nothing, image, both, image_weight=weights[1], text_weight=weights[0])
+    elif rules.combine == "guide":
+        result = guide(*parts, weights[0])
+    else:
+        result = parts[0]
+    return jnp.where(allowed, result, MASKED)
+
+
+def allowed_ids(
+    rules: StreamRules, rows: StreamRows, place: Int[Array, " B"], count: Int[Array, " B"], vocabulary: int
+) -> Bool[Array, "B V"]:
+    """The ids that may follow at a place, after ``count`` new tokens.
+
+    A text goes on or ends; an image begins only where all its codes fit below the limit.
+    """
+    layout, ids = rules.layout, jnp.arange(vocabulary)
+    is_text = (ids >= layout.text_ids.start) & (ids < layout.text_ids.stop)
+    is_image = (ids >= layout.image_ids.start) & (ids < layout.image_ids.stop)
+    room = rows.limit - count
+    is_end, is_break = ids == rows.end[:, None], ids == layout.brk
+    more = rows.images & (room > rules.image_tokens)
+    by_place = jnp.stack(
+        [
+            (rows.texts[:, None] & is_text) | is_end | (more[:, None] & is_break),
+            (rows.texts[:, None] & is_text) | ((rows.images & (room >= rules.image_tokens))[:, None] & is_image),
+            jnp.broadcast_to(is_image, is_end.shape),
+            is_end | ((more | (rows.texts & (room > 1)))[:, None] & is_break),
+        ]
+    )
+    return jnp.take_along_axis(by_place, place[None, :, None], axis=0)[0]
+
+
+def _draw(
+    logits: Float[Array, "R V"],
+    state: _State,
+    keys: Key[Array, " B"],
+    sampling: SamplingRows,
+    rows: StreamRows,
+    rules: StreamRules,
+) -> tuple[_State, Float[Array, " B"]]:
+    """Draws the next token of every example; finished ones stay unchanged."""
+    batch, layout = keys.shape[0], rules.layout
+    logits = logits.astype(jnp.float32)
+    allowed = allowed_ids(rules, rows, state.place, state.count, logits.shape[-1])
+    share = (rules.image_tokens - state.left) / rules.image_tokens
+    guided = (state.place != Place.IMAGE) | ((share >= rows.first) & (share < rows.last))
+    weights = jnp.where(guided, rows.weight, 1.0), jnp.where(guided, rows.image_weight, 1.0)
+    drawable = combined(logits, allowed, weights, rules)
+    numbered = jax.vmap(jax.random.fold_in)(keys, state.count)
+    token = sample(drawable, numbered, sampling).astype(jnp.int32)
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits[:batch]), token[:, None], axis=1)[:, 0]
+
+    is_image = (token >= layout.image_ids.start) & (token < layout.image_ids.stop)
+    begins = is_image & (state.place == Place.BEGIN)
+    left = jnp.where(begins, rules.image_tokens - 1, jnp.where(is_image, state.left - 1, 0))
+    place = jnp.where(is_image, jnp.where(left > 0, Place.IMAGE, Place.AFTER), Place.TEXT)
+    place = jnp.where(token == layout.brk, Place.BEGIN, place)
+    count, ended = state.count + 1, token == rows.end
+    was = state.done
+    moved = jnp.tile(was, STREAMS[rules.combine])
+    return _State(
+        cache=state.cache,
+        token=jnp.where(was, state.token, token),
+        position=jnp.where(moved, state.position, state.position + 1),
+        place=jnp.where(was, state.place, place),
+        left=jnp.where(was, state.left, left),
+        count=jnp.where(was, state.count, count),
+        ended=jnp.where(was, state.ended, ended),
+        done=was | ended | (count >= rows.limit),
+    ), logprob

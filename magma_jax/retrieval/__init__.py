@@ -1,0 +1,1 @@
+"""Retrieval of documents: encoders, memory banks, exact search, and annotation of data sets."""

@@ -1,0 +1,97 @@
+"""Encoders of texts and images: vectors whose inner products tell how well a document fits a query."""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from magma_jax.typing import Float, UInt8
+
+# A word of a text, for the hashed encoder.
+_WORD = re.compile(r"[\w'-]+")
+
+
+class Encoder(Protocol):
+    """A frozen encoder; vectors are fp32 of norm 1, or zero where there is nothing to encode.
+
+    Attributes:
+        name: which encoder and which weights; a bank is searched by the encoder that made it.
+        width: entries of a vector.
+        image_size: pixels per side of its images.
+    """
+
+    name: str
+    width: int
+    image_size: int
+
+    def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
+        """Vectors of texts."""
+        ...
+
+    def images(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
+        """Vectors of images."""
+        ...
+
+
+class HashedEncoder:
+    """Words of a text and colours of an image, without any training; labelled so in reports.
+
+    The first ``words`` entries count words by their hash, with a sign; the rest are the mean colours of an 8 x 8 grid.
+    A text and an image have no entries in common, so a document, their mean, is found by either.
+
+    Args:
+        words: entries for words.
+    """
+
+    image_size = 64
+
+    def __init__(self, words: int = 1024):
+        self._words = words
+        self._cells = 8
+        self.width = words + self._cells**2 * 3
+        self.name = f"hashed-{words}"
+
+    def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
+        found = np.zeros((len(texts), self.width), np.float32)
+        for row, text in enumerate(texts):
+            for word in _WORD.findall(text.lower()):
+                number = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+                found[row, number % self._words] += 1.0 if number & (1 << 63) else -1.0
+        return unit(found)
+
+    def images(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
+        found = np.zeros((len(images), self.width), np.float32)
+        step = images.shape[1] // self._cells
+        cells = images.reshape(len(images), self._cells, step, self._cells, step, 3).mean((2, 4), dtype=np.float32)
+        found[:, self._words :] = (cells / 127.5 - 1).reshape(len(images), -1)
+        return unit(found)
+
+
+# Encoders by name; each takes the path of its weights, or None.
+ENCODERS: dict[str, Callable[[str | None], Encoder]] = {"hashed": lambda weights: HashedEncoder()}
+
+
+def open_encoder(name: str, weights: str | None = None) -> Encoder:
+    """The encoder of a name.
+
+    Raises:
+        ValueError: no such encoder.
+    """
+    if name not in ENCODERS:
+        raise ValueError(f"no encoder {name!r}; there are {', '.join(ENCODERS)}")
+    return ENCODERS[name](weights)
+
+
+def document_vectors(
+    texts: Float[np.ndarray, "N D"], images: Float[np.ndarray, "N D"] | None
+) -> Float[np.ndarray, "N D"]:
+    """Vectors of documents: the mean of text and image (section 2.1); of a text alone its own."""
+    return texts if images is None else (texts + images) / 2
+
+
+def unit(vectors: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+    """Vectors of norm 1; those of norm 0 stay."""
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1)

@@ -1,0 +1,246 @@
+"""Retrieval: exact search, selection, banks and annotations that continue after a kill, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from magma_jax.data.documents.annotation import open_annotation
+from magma_jax.data.documents.bank import Entry, open_bank
+from magma_jax.data.format.records import DataError
+from magma_jax.retrieval import command
+from magma_jax.retrieval.__main__ import main as retrieval
+from magma_jax.retrieval.annotate import annotate
+from magma_jax.retrieval.build import build_bank
+from magma_jax.retrieval.encoders import HashedEncoder, open_encoder
+from magma_jax.retrieval.search import CHUNK, ExactIndex, make_index, recall_at
+from magma_jax.retrieval.selection import drop_words, select_documents
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
+
+
+class Drawings:
+    """Coloured squares; every fifth is held out."""
+
+    name = "squares"
+
+    def __init__(self, count=60):
+        names = list(COLOURS)
+        self.entries = [
+            Entry(id=f"n{i}", text=f"a {names[i % 4]} square number {i}", split="test" if i % 5 == 4 else "train")
+            for i in range(count)
+        ]
+        self.colours = [COLOURS[names[i % 4]] for i in range(count)]
+
+    def pixels(self, rows, size):
+        images = np.zeros((len(rows), size, size, 3), np.uint8)
+        for place, row in enumerate(rows):
+            images[place] = self.colours[row]
+            images[place, : row % size] = 0
+        return images
+
+    def codes(self, rows):
+        return np.stack([np.arange(4) + row for row in rows]).astype(np.uint16)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return HashedEncoder(words=64)
+
+
+@pytest.fixture(scope="module")
+def bank(encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bank") / "bank"
+    assert build_bank(Drawings(), encoder, folder, progress=False) == 48
+    return open_bank(folder)
+
+
+@pytest.mark.parametrize(("rows", "devices", "part"), [(7, 1, 2**20), (CHUNK + 300, 8, 2**20), (5000, 2, 1000)])
+def test_search_is_exact_on_any_number_of_devices_and_in_parts(rows, devices, part):
+    rng = np.random.default_rng(rows)
+    vectors = rng.normal(size=(rows, 24)).astype(np.float32)
+    queries = rng.normal(size=(3, 24)).astype(np.float32)
+    index = ExactIndex(vectors, devices=jax.devices()[:devices], part=part)
+    found = index.search(queries, 5)
+    scores = queries @ vectors.T
+    best = np.argsort(-scores, axis=1)[:, :5]
+    np.testing.assert_array_equal(found.rows, best)
+    np.testing.assert_allclose(found.scores, np.take_along_axis(scores, best, 1), rtol=1e-5)
+
+
+def test_fewer_documents_than_asked_for():
+    found = ExactIndex(np.eye(3, dtype=np.float16)).search(np.eye(3, dtype=np.float32)[:1], 5)
+    assert found.rows[0, 0] == 0
+    assert found.rows[0, 3:].tolist() == [-1, -1]
+
+
+def test_approximate_search_has_its_recall():
+    rng = np.random.default_rng(0)
+    vectors, queries = rng.normal(size=(2000, 16)).astype(np.float32), rng.normal(size=(8, 16)).astype(np.float32)
+    exact = ExactIndex(vectors, devices=jax.devices()[:1]).search(queries, 4)
+    found = ExactIndex(vectors, devices=jax.devices()[:1], method="approx", recall=0.9).search(queries, 4)
+    assert recall_at(found.rows, exact.rows) >= 0.8
+    assert recall_at(np.array([[1, 2]]), np.array([[2, 3]])) == 0.5
+
+
+def test_selection_leaves_out_itself_and_near_copies():
+    vectors = np.array([[1, 0], [0.99, 0.1], [0.7, 0.7], [0, 1], [0.05, 1]], np.float16)
+    assert select_documents([0, 1, 2, 3, 4, -1], vectors, 9) == [0, 2, 3]
+    # Row 0 is the query: it and what is like it are not used.
+    assert select_documents([0, 1, 2, 3, 4], vectors, 9, exclude={0}) == [2, 3]
+    assert select_documents([1, 2, 3], vectors, 9, query=np.array([1.0, 0.0])) == [2, 3]
+    assert select_documents([1, 2, 3, 4], vectors, 1, max_similarity=1.0) == [1]
+
+
+def test_dropped_words_depend_on_the_name_alone():
+    text = " ".join(f"w{i}" for i in range(1000))
+    dropped = drop_words(text, "a")
+    assert dropped == drop_words(text, "a") != drop_words(text, "b")
+    assert 740 < len(dropped.split()) < 860
+    assert drop_words("word", "a", rate=1.0) == "word"
+
+
+def test_documents_are_found_by_text_and_by_image(bank, encoder):
+    assert bank.encoder == "hashed-64"
+    assert bank.codes is not None
+    np.testing.assert_array_equal(bank.codes[5], np.arange(4) + Drawings().entries.index(bank.entries[5]))
+    index = make_index(bank.vectors)
+    row = index.search(encoder.texts(["a red square number 20"]), 1).rows[0, 0]
+    assert bank.entries[row].text == "a red square number 20"
+    blue = index.search(encoder.images(Drawings().pixels([2], 64)), 3).rows[0]
+    assert all("blue" in bank.entries[row].text for row in blue)
+
+
+def annotated(bank, encoder, out, **options):
+    index = make_index(bank.vectors)
+    return annotate(
+        Drawings(), bank, encoder, index, out, splits=("train", "test"), candidates=16, progress=False, **options
+    )
+
+
+def test_an_annotation_names_other_documents(bank, encoder, tmp_path):
+    assert annotated(bank, encoder, tmp_path / "found") == 60
+    annotation = open_annotation(tmp_path / "found")
+    assert len(annotation.documents) == 60
+    for sample, documents in annotation.documents.items():
+        assert sample not in documents
+        assert len(set(documents)) == len(documents)
+        assert all(one in bank.rows for one in documents)
+    rows = annotation.rows(["n0", "n4"], bank.rows)
+    assert [bank.entries[row].id for row in rows[0]] == list(annotation.documents["n0"])
+    # The image of a held-out sample is not known.
+    assert len(annotation.documents["n4"]) <= 2
+    with pytest.raises(DataError, match="has no documents of sample 'n99'"):
+        annotation.rows(["n99"], bank.rows)
+    with pytest.raises(DataError, match="which the memory lacks; annotate again"):
+        annotation.rows(["n0"], {})
+
+
+def test_refusals(bank, encoder, tmp_path):
+    with pytest.raises(DataError, match="would hold items of test, with which nothing can be evaluated"):
+        build_bank(Drawings(), encoder, tmp_path / "a", splits=("train", "test"), progress=False)
+    whole = tmp_path / "whole"
+    build_bank(Drawings(), encoder, whole, splits=("train", "test"), with_evaluation=True, progress=False)
+    with pytest.raises(DataError, match="holds 12 samples of evaluation, such as 'n4'"):
+        annotated(open_bank(whole), encoder, tmp_path / "b")
+    assert annotated(open_bank(whole), encoder, tmp_path / "c", with_evaluation=True) == 60
+    with pytest.raises(DataError, match=r"made by hashed-64 \(256 entries\), which hashed-32 \(224\) cannot search"):
+        annotated(bank, HashedEncoder(words=32), tmp_path / "d")
+    with pytest.raises(DataError, match="there are 16 candidates for 17 documents"):
+        annotated(bank, encoder, tmp_path / "d", count=17)
+    with pytest.raises(DataError, match="was begun with seed 0, not 1"):
+        annotated(open_bank(whole), encoder, tmp_path / "c", with_evaluation=True, seed=1)
+    with pytest.raises(DataError, match="no memory bank; write one with python -m magma_jax"):
+        open_bank(tmp_path)
+    with pytest.raises(DataError, match="no annotation; write it with python -m magma_jax"):
+        open_annotation(tmp_path)
+    with pytest.raises(DataError, match="already holds a bank"):
+        build_bank(Drawings(), encoder, whole, progress=False)
+    with pytest.raises(ValueError, match="no encoder 'clap'; there are hashed"):
+        open_encoder("clap")
+    with pytest.raises(ValueError, match=r"the vectors have 256 entries, the queries are \[1, 3\]"):
+        make_index(bank.vectors).search(np.ones((1, 3), np.float32), 1)
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+SLOW = """
+import sys, time
+import magma_jax.retrieval.annotate as a, magma_jax.retrieval.build as b
+from magma_jax.data.documents.bank import open_bank
+from magma_jax.retrieval.encoders import HashedEncoder
+from magma_jax.retrieval.search import make_index
+from tests.retrieval.test_retrieval import Drawings, annotated
+a.PART = b.PART = 8
+encoder, (folder, delay) = HashedEncoder(words=64), (sys.argv[1], float(sys.argv[2]))
+for module in (a, b):
+    write = module.replace_file
+    module.replace_file = lambda *x, write=write: (time.sleep(delay), write(*x))
+texts = encoder.texts
+encoder.texts = lambda *x: (time.sleep(delay), texts(*x))[1]
+from pathlib import Path
+if not (Path(folder) / "bank/bank.json").exists():
+    b.build_bank(Drawings(), encoder, f"{folder}/bank", progress=False)
+annotated(open_bank(f"{folder}/bank"), encoder, f"{folder}/found")
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_the_files_are_the_same(tmp_path):
+    def start(folder, delay):
+        return subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path / folder), str(delay)], env=os.environ)
+
+    assert start("whole", 0).wait() == 0
+    for pattern in ("bank/parts/00001.npz", "found/part-00002.jsonl"):
+        process = start("killed", 0.2)
+        while not (tmp_path / "killed" / pattern).exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "killed/found/annotation.json").exists()
+    assert start("killed", 0).wait() == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_an_interrupted_annotation_continues(bank, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("magma_jax.retrieval.annotate.PART", 16)
+    annotated(bank, encoder, tmp_path / "whole")
+    annotated(bank, encoder, tmp_path / "cut")
+    (tmp_path / "cut/annotation.json").unlink()
+    (tmp_path / "cut/part-00002.jsonl").unlink()
+    before = (tmp_path / "cut/part-00001.jsonl").stat().st_mtime_ns
+    with pytest.raises(DataError, match="no annotation"):
+        open_annotation(tmp_path / "cut")
+    annotated(bank, encoder, tmp_path / "cut")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert (tmp_path / "cut/part-00001.jsonl").stat().st_mtime_ns == before
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "open_documents", lambda *_, **options: Drawings())
+    bank, found = str(tmp_path / "bank"), str(tmp_path / "found")
+    assert retrieval(["build", bank, "--data", "squares"]) == 0
+    assert "48 documents, vectors of 1216 entries by hashed-1024" in capsys.readouterr().out
+    assert retrieval(["annotate", bank, found, "--data", "squares", "--splits", "train,test", "--recall"]) == 0
+    said = capsys.readouterr()
+    assert "60 samples, " in said.out
+    assert "recall@2 against exact search, 48 queries: 1.0000" in said.err
+    Image.new("RGB", (8, 8), COLOURS["green"]).save(tmp_path / "green.png")
+    assert retrieval(["search", bank, "a red square", "--image", str(tmp_path / "green.png"), "-k", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a red square"
+    assert "red" in lines[1]
+    assert "green" in lines[4]
+    assert retrieval(["search", bank]) == 2
+    assert capsys.readouterr().err == "magma_jax.retrieval: give a text to search by, or --image FILE\n"
+    assert json.loads((tmp_path / "found/annotation.json").read_text())["parts"] == 1
