@@ -19,6 +19,7 @@ FINETUNING = ("vqa", "okvqa", "gqa", "vizwiz", "snli_ve", "nocaps", "coco")
 GPTJ, V2 = 6_050_301_152, 383_936_912
 MAGVLT_QUICKSTART = (3_451_392, 712_672)
 F16 = 76_073_859  # the image tokenizer with 16,384 codes
+PATCHGAN = 2_765_633
 
 # How many parameters learn, and how many are frozen.
 COUNTS = {
@@ -36,6 +37,9 @@ COUNTS = {
     "magma_v2.py": (V2, GPTJ),
     "magma_base.py": (V2, GPTJ),
     "magma_long.py": (V2, GPTJ),
+    "vqgan_quickstart.py": (712_672, 0),
+    "vqgan_f16.py": (76_073_859 + PATCHGAN, 0),
+    "vqgan_f8.py": (66_890_627 + PATCHGAN, 0),
     **{f"finetune_{name}.py": (V2 + (3 * 4096 + 3) * (name == "snli_ve"), GPTJ) for name in FINETUNING},
     f"{TABLE1}:adapters-none": (148_797_840, GPTJ),
     f"{TABLE1}:adapters-ff2": (618_731_920, GPTJ),
