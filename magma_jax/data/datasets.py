@@ -10,6 +10,7 @@ from magma_jax.data.codes_dataset import CodesConfig, open_codes
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.documents.folders import DocumentFoldersConfig, open_document_folders
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig, open_openmoji_documents
+from magma_jax.data.documents.openmoji_edits import OpenmojiEditsConfig, open_openmoji_edits
 from magma_jax.data.folder_dataset import FoldersConfig, open_folders
 from magma_jax.data.openmoji.dataset import (
     OpenmojiConfig,
@@ -24,6 +25,7 @@ DataConfig = (
     | OpenmojiTextConfig
     | OpenmojiPairsConfig
     | OpenmojiDocumentsConfig
+    | OpenmojiEditsConfig
     | FoldersConfig
     | CodesConfig
     | CodePairsConfig
@@ -39,6 +41,7 @@ OPENERS: dict[type, Callable[[Any], Dataset]] = {
     CodePairsConfig: open_code_pairs,
     DocumentFoldersConfig: open_document_folders,
     OpenmojiDocumentsConfig: open_openmoji_documents,
+    OpenmojiEditsConfig: open_openmoji_edits,
 }
 
 

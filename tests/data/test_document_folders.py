@@ -8,6 +8,7 @@ from magma_jax.data.datasets import load_dataset
 from magma_jax.data.documents.bank import open_bank
 from magma_jax.data.documents.folders import DocumentFoldersConfig
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig
+from magma_jax.data.documents.openmoji_edits import OpenmojiEditsConfig, edits
 from magma_jax.data.documents.templates import TEMPLATES, parse_template
 from magma_jax.data.format.code_folder import StoredCodes
 from magma_jax.data.format.record_folder import StoredRecords
@@ -182,3 +183,36 @@ def test_openmoji_is_retrieved_from_its_training_drawings(tmp_path, monkeypatch)
     assert places[16:].tolist() == list(range(96, 112))
     with pytest.raises(ValueError, match="--codes: drawings of openmoji are encoded by the model"):
         open_documents("openmoji", codes="x")
+
+
+def test_edits_differ_by_one_attribute():
+    def drawing(i, base, concept, gender, tones, split="train"):
+        return drawings.Drawing(i, f"A{i}", base, base, concept, "person", gender, tones, 1, split)
+
+    records = [
+        drawing(0, "woman cook", "cook", "woman", ("dark",)),
+        drawing(1, "woman cook", "cook", "woman", ()),
+        drawing(2, "man cook", "cook", "man", ("dark",), "test"),
+        drawing(3, "man red hair", "red hair", "man", ()),
+        drawing(4, "man bald", "bald", "man", ()),
+    ]
+    assert edits(records, "train") == [
+        (0, "make the skin tone yellow", 1),
+        (1, "make the skin tone dark", 0),
+        (3, "make it bald", 4),
+        (4, "make the hair red", 3),
+    ]
+    assert edits(records, "test") == [(0, "make it a man", 2)]
+
+
+def test_edits_are_documents_of_two_drawings():
+    layout = VocabLayout(text=2048, image=64, sentinels=8)
+    data = load_dataset(OpenmojiEditsConfig(length=100, image_size=32, vocabulary=layout, image_tokens=4))
+    (batch,) = data.validation_batches("test", 1, 1, [0])
+    row, edit = batch["tokens"][0], data.evaluation["test"][0]
+    places = row[row >= layout.image_ids.start] - layout.image_ids.start
+    assert (places // 4).tolist() == [edit.source] * 4 + [edit.target] * 4
+    text = data.tokenizer.decode(layout.to_text(row[layout.is_text(row)]).tolist())
+    assert text == f"Edit first image following the instruction{edit.instruction}"
+    with pytest.raises(ValueError, match="edits have the drawing to change before them"):
+        OpenmojiEditsConfig(retrieved=1, annotation="x")

@@ -7,6 +7,7 @@ from flax import nnx
 
 from magma_jax.data.documents.folders import DocumentFoldersConfig
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig
+from magma_jax.data.documents.openmoji_edits import OpenmojiEditsConfig
 from magma_jax.families.cm3leon.config import SHARDINGS, batch_shapes, complete, count, flops, roles
 from magma_jax.families.cm3leon.generator import CM3Leon
 from magma_jax.families.cm3leon.image_codes import code_loader
@@ -31,7 +32,7 @@ def _open_tokenizer(path: Any, config: CM3LeonConfig) -> Any:
 CM3LEON = Family(
     name="cm3leon",
     configs=(CM3LeonConfig,),
-    data=(OpenmojiDocumentsConfig, DocumentFoldersConfig),
+    data=(OpenmojiDocumentsConfig, OpenmojiEditsConfig, DocumentFoldersConfig),
     options=CM3LeonOptions,
     recognises=is_cm3leon,
     build=_build,
