@@ -14,7 +14,7 @@ lint:  ## rules and format of the code
 	ruff format --check .
 
 types:  ## pyright, basic
-	pyright
+	pyright --project .  # a pyrightconfig.json in a folder above would come first
 
 test:  ## all tests but the slow ones
 	pytest

@@ -8,9 +8,7 @@ import torch
 import train_step as sizes
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, GPTJConfig
-from transformers.models.gptj.modeling_gptj import GPTJBlock
+from transformers import DynamicCache, GPTJConfig, GPTJModel
 
 
 class Adapted(nn.Module):
@@ -69,8 +67,8 @@ class Magma(nn.Module):
 
     def __init__(self, remat: bool):
         super().__init__()
-        self.remat = remat
         config = GPTJConfig(
+            vocab_size=sizes.VOCAB_ROWS,
             n_embd=sizes.WIDTH,
             n_layer=sizes.LAYERS,
             n_head=sizes.HEADS,
@@ -78,11 +76,12 @@ class Magma(nn.Module):
             rotary_dim=sizes.WIDTH // sizes.HEADS,
             attn_implementation="eager",  # pyright: ignore[reportCallIssue]  # accepted by every config, but not in the signature
         )
-        self.wte = nn.Embedding(sizes.VOCAB_ROWS, sizes.WIDTH)
-        self.layers = nn.ModuleList(GPTJBlock(config, layer_idx=i) for i in range(sizes.LAYERS))
-        self.ln_f, self.head = nn.LayerNorm(sizes.WIDTH), nn.Linear(sizes.WIDTH, sizes.HEAD_ROWS)
+        # The whole model, not its blocks: what a block is called with changes between transformers' minor releases.
+        self.lm, self.head = GPTJModel(config), nn.Linear(sizes.WIDTH, sizes.HEAD_ROWS)
         self.requires_grad_(False)
-        for layer in self.layers:
+        if remat:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in self.lm.h:
             layer.mlp = Adapted(layer.get_submodule("mlp"))
         self.encoder, self.proj, self.ln = resnet(), nn.Linear(2048, sizes.WIDTH), nn.LayerNorm(sizes.WIDTH)
 
@@ -92,28 +91,16 @@ class Magma(nn.Module):
 
     def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         prefix = self.embed_images(images)
-        x = torch.cat([prefix, self.wte(tokens[:, :-1])], dim=1)
-        length = x.shape[1]
-        positions = torch.arange(length)[None].expand(len(x), -1)
-        mask = torch.full((length, length), torch.finfo(x.dtype).min).triu(1)[None, None]
-        for layer in self.layers:
-            options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions}
-            x = checkpoint(layer, x, use_reentrant=False, **options) if self.remat else layer(x, **options)
-            x = x[0] if isinstance(x, tuple) else x
-        logits = self.head(self.ln_f(x))
+        x = torch.cat([prefix, self.lm.wte(tokens[:, :-1])], dim=1)
+        logits = self.head(self.lm(inputs_embeds=x, use_cache=False).last_hidden_state)
         # The original computes the logits of all positions and excludes those of the image from the loss.
         predicting = logits[:, prefix.shape[1] - 1 :]
         return functional.cross_entropy(predicting.flatten(0, 1), tokens.flatten())
 
     def next_tokens(self, x: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """Most likely token after embeddings (B, S, D), which continue the cache."""
-        before, length = cache.get_seq_length(), x.shape[1]
-        positions = torch.arange(before, before + length)[None].expand(len(x), -1)
-        mask = torch.full((length, before + length), torch.finfo(x.dtype).min).triu(before + 1)[None, None]
-        for layer in self.layers:
-            x = layer(x, layer_past=cache, attention_mask=mask, position_ids=positions, use_cache=True)
-            x = x[0] if isinstance(x, tuple) else x
-        return self.head(self.ln_f(x[:, -1])).argmax(-1)
+        hidden = self.lm(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
+        return self.head(hidden[:, -1]).argmax(-1)
 
 
 def make_generate(batch: int, threads: int) -> Callable[[int], Any]:
@@ -127,10 +114,10 @@ def make_generate(batch: int, threads: int) -> Callable[[int], Any]:
     @torch.inference_mode()
     def draw(count: int) -> Any:
         cache = DynamicCache()
-        token = model.next_tokens(torch.cat([model.embed_images(images), model.wte(prompt)], dim=1), cache)
+        token = model.next_tokens(torch.cat([model.embed_images(images), model.lm.wte(prompt)], dim=1), cache)
         tokens = [token]
         for _ in range(count - 1):
-            token = model.next_tokens(model.wte(token.clamp(max=sizes.VOCAB_ROWS - 1))[:, None], cache)
+            token = model.next_tokens(model.lm.wte(token.clamp(max=sizes.VOCAB_ROWS - 1))[:, None], cache)
             tokens.append(token)
         return torch.stack(tokens, 1).numpy()
 

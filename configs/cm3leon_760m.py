@@ -1,6 +1,6 @@
 """CM3Leon-760M (Yu et al. 2023, table 3); otherwise like configs/cm3leon_350m.py.
 
-    python train.py --config configs/cm3leon_760m.py --set mesh.fsdp=64 accumulate=32
+python train.py --config configs/cm3leon_760m.py --set mesh.fsdp=64 accumulate=32
 """
 
 from pathlib import Path

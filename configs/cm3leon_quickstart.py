@@ -2,7 +2,8 @@
 
     python train.py --config configs/cm3leon_quickstart.py
 
-The package has the tokenizer's weights; configs/vqgan_quickstart.py trains it. With retrieved drawings in front, the paper's form (docs/retrieval.md):
+The package has the tokenizer's weights; configs/vqgan_quickstart.py trains it. With retrieved drawings in front, the
+paper's form (docs/retrieval.md):
 
     python -m magma_jax.retrieval build data/openmoji_bank --data openmoji
     python -m magma_jax.retrieval annotate data/openmoji_bank data/openmoji_retrieved --data openmoji

@@ -1,28 +1,59 @@
 """Before anything imports JAX: eight devices on the CPU, quick compilation, and shape annotations that are checked."""
 
+import atexit
 import importlib.util
 import lzma
 import os
+import shutil
 import sys
+import tempfile
 import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
 # Eight devices are for the tests of sharding. Tests compile a lot and compute little, so the compiler optimizes less.
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs of other runs would hide what is compiled; and nothing is left in the user's own cache.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.devnull)
+# Tests, and the processes that they start, compile many programs several times: each is compiled once per run. Programs
+# of other runs are not used and nothing is left in the user's own cache. Workers take over the first process's folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="magma_jax_programs_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # Not the config reader and the interface: they check what users give them, and the tests give them wrong things.
 CHECKED = ["nn", "storage", "data", "models", "published", "training", "evaluation", "convert", "inference.decoding"]
-install_import_hook([f"magma_jax.{name}" for name in CHECKED], "beartype.beartype")
+
+
+def _has_shapes(hint: Any) -> bool:
+    """Whether an annotation names the shape of an array."""
+    return type(hint).__module__.startswith("jaxtyping") or any(map(_has_shapes, typing.get_args(hint)))
+
+
+def _jaxtyped(*, typechecker: Callable[[Any], Any], jaxtyped: Callable[..., Any] = jaxtyping.jaxtyped) -> Any:
+    """jaxtyping's decorator, which costs a hundred times the call of a small function, only where there are shapes.
+
+    Other functions have their types checked without it, except those inside functions: they would be prepared anew with
+    each call of the outer one.
+    """
+
+    def decorate(function: Any) -> Any:
+        if not isinstance(function, types.FunctionType) or any(map(_has_shapes, function.__annotations__.values())):
+            return jaxtyped(function, typechecker=typechecker)
+        return function if "<locals>" in function.__qualname__ else typechecker(function)
+
+    return decorate
+
+
+jaxtyping.jaxtyped = _jaxtyped
+jaxtyping.install_import_hook([f"magma_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from magma_jax import commands
-from magma_jax.inference.batching.requests import EngineError
+from magma_jax.inference.pending import EngineError
 
 ROOT = Path(__file__).parent.parent
 BAD = "no\x1b[31m"

@@ -9,19 +9,19 @@ import { z } from "zod";
 
 const [url, model, folder, which] = process.argv.slice(2);
 const row = JSON.parse(readFileSync(join(folder, "questions.json")))[0];
-const picture = readFileSync(join(folder, row.picture));
+const image = readFileSync(join(folder, row.picture));
 const text = `${row.question}\nAnswer the question using a single word or phrase.`;
 const seen = z.object({ hand: z.boolean() });
 
 const client = new OpenAI({ baseURL: url, apiKey: "none", maxRetries: 0 });
-const image_url = { url: `data:image/png;base64,${picture.toString("base64")}` };
+const image_url = { url: `data:image/png;base64,${image.toString("base64")}` };
 const asked = { role: "user", content: [{ type: "text", text }, { type: "image_url", image_url }] };
 const chat = async (options = {}, messages = [asked]) =>
   (await client.chat.completions.create({ model, messages, ...options })).choices[0].message;
 
 const openai = {
   "models": async () => (await client.models.retrieve((await client.models.list()).data[0].id)).id,
-  "question about a picture": async () => (await chat()).content,
+  "question about an image": async () => (await chat()).content,
   "stream": async () => {
     const stream = await client.chat.completions.create({
       model, messages: [asked], stream: true, stream_options: { include_usage: true },
@@ -55,7 +55,7 @@ const openai = {
 };
 
 const provider = createOpenAICompatible({ name: "magma", baseURL: url, apiKey: "none", supportsStructuredOutputs: true });
-const messages = [{ role: "user", content: [{ type: "text", text }, { type: "image", image: picture }] }];
+const messages = [{ role: "user", content: [{ type: "text", text }, { type: "image", image }] }];
 const ai = {
   "generateText": async () => (await generateText({ model: provider(model), messages, maxRetries: 0 })).text,
   "streamText": async () => {

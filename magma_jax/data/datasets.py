@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from magma_jax.config import from_union
+from magma_jax.data.code_pairs import CodePairsConfig, open_code_pairs
 from magma_jax.data.codes_dataset import CodesConfig, open_codes
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.documents.folders import DocumentFoldersConfig, open_document_folders
@@ -27,6 +28,7 @@ DataConfig = (
     | OpenmojiEditsConfig
     | FoldersConfig
     | CodesConfig
+    | CodePairsConfig
     | DocumentFoldersConfig
 )
 
@@ -36,6 +38,7 @@ OPENERS: dict[type, Callable[[Any], Dataset]] = {
     OpenmojiPairsConfig: open_openmoji_pairs,
     FoldersConfig: open_folders,
     CodesConfig: open_codes,
+    CodePairsConfig: open_code_pairs,
     DocumentFoldersConfig: open_document_folders,
     OpenmojiDocumentsConfig: open_openmoji_documents,
     OpenmojiEditsConfig: open_openmoji_edits,

@@ -1,7 +1,7 @@
 """Inference interfaces of a family: prompts in, answers out, of any modality.
 
 ``Family.open`` returns a ``Generator``. A family of autoregressive text models returns a ``TokenGenerator``, which the
-engine, beam search, choices, attention maps and evaluation need.
+engine, beam search, choices, attention maps and evaluation need; one that draws returns an ``ImageGenerator``.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,6 +81,7 @@ class TokenGenerator(Generator, Protocol):
         ...
 
 
+@runtime_checkable
 class ImageGenerator(Generator, Protocol):
     """A model that draws.
 

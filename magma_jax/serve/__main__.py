@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("magma_jax"):
                 raise
-            packages = "fastapi uvicorn prometheus_client jinja2"
+            packages = "fastapi uvicorn prometheus_client jinja2 python-multipart"
             raise ValueError(f"{error.name} is missing; pip install {packages}") from None
         return run(arguments, started)
 

@@ -1,30 +1,36 @@
-"""The web application: OpenAI's routes, health, metrics and the page, over one engine."""
+"""The web application: OpenAI's routes, health, metrics and the page, over one engine or image queue."""
 
 import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from importlib import resources
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from magma_jax.inference.batching.engine import Engine, EngineStats
-from magma_jax.serve.attention_route import warm_up as attention_warm_up
+from magma_jax.inference.batching.engine import Engine
+from magma_jax.inference.image_queue import ImageQueue
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import RequestError, error_response
+from magma_jax.serve.image_service import ImageService
 from magma_jax.serve.network.guard import Guard
+from magma_jax.serve.pages import read_page
+from magma_jax.serve.prometheus import ServerMetrics
 from magma_jax.serve.service import Service
 
 _READ = ["GET", "HEAD"]
 
 
 def create_app(
-    engine: Engine, config: ServerConfig = ServerConfig(), begun: Callable[[Exception | None], None] = lambda _: None
+    engine: Engine | ImageQueue,
+    config: ServerConfig = ServerConfig(),
+    begun: Callable[[Exception | None], None] = lambda _: None,
 ) -> FastAPI:
     """Creates the application; it warms up the engine in a thread at startup and drains it at shutdown.
+
+    An engine serves chat and text completions, an image queue serves images.
 
     Until the engine is warm, ``/health`` reports "starting" and the model's routes return 503. Then ``begun`` is called
     once, with None or with the error.
@@ -43,8 +49,7 @@ def create_app(
         def warm_up() -> None:
             error = None
             try:
-                engine.warmup()
-                attention_warm_up(engine)
+                service.warm_up()
             except Exception as raised:  # any device error must be reported
                 error = raised
             with contextlib.suppress(RuntimeError):  # the event loop was closed meanwhile
@@ -62,13 +67,18 @@ def create_app(
     app = FastAPI(title="magma_jax", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.ready, app.state.failure = False, None
 
-    def stats() -> EngineStats:
+    def stats() -> dict[str, int]:
         # The engine has no stats during its warm-up.
-        return engine.stats() if app.state.ready else EngineStats(*[0] * len(EngineStats._fields))
+        return engine.stats()._asdict() if app.state.ready else dict.fromkeys(service.counters, 0)
 
-    service = Service(engine, config, stats)
+    metrics_of_server = ServerMetrics(stats)
+    service: Service | ImageService
+    if isinstance(engine, Engine):
+        service = Service(engine, config, metrics_of_server)
+    else:
+        service = ImageService(engine, config, metrics_of_server)
     unlocked = {"/health", *(["/metrics"] if config.open_metrics else [])}
-    app.add_middleware(Guard, config=config, metrics=service.metrics, unlocked=frozenset(unlocked))
+    app.add_middleware(Guard, config=config, metrics=metrics_of_server, unlocked=frozenset(unlocked))
     if config.origins:
         # Outside the guard, since CORS preflight requests carry no key.
         allowed = {"allow_origins": config.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
@@ -111,42 +121,38 @@ def create_app(
 
     @app.api_route("/metrics", methods=_READ)
     async def metrics() -> Response:
-        content, media_type = service.metrics.expose()
+        content, media_type = metrics_of_server.expose()
         return Response(content, media_type=media_type)
 
     @app.api_route("/v1/models", methods=_READ)
     async def models() -> Response:
         async def listed() -> Response:
-            return JSONResponse({"object": "list", "data": [service.card()]})
+            return JSONResponse({"object": "list", "data": [service.arrivals.card()]})
 
         return await answered(listed)
 
     @app.api_route("/v1/models/{name:path}", methods=_READ)
     async def model(name: str) -> Response:
         async def shown() -> Response:
-            service.check_model(name)
-            return JSONResponse(service.card())
+            service.arrivals.check_model(name)
+            return JSONResponse(service.arrivals.card())
 
         return await answered(shown)
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await answered(lambda: service.chat(request))
+    def post(route: str, handler: Callable[[Request], Awaitable[Response]]) -> None:
+        async def handle(request: Request) -> Response:
+            return await answered(lambda: handler(request))
 
-    @app.post("/v1/completions")
-    async def complete(request: Request) -> Response:
-        return await answered(lambda: service.complete(request))
+        app.post(route)(handle)
 
-    @app.post("/v1/attention")
-    async def looking(request: Request) -> Response:
-        return await answered(lambda: service.attention(request))
+    for route, handler in service.routes().items():
+        post(route, handler)
 
     @app.api_route("/", methods=_READ)
     async def page() -> Response:
-        text = (resources.files("magma_jax.serve") / "page.html").read_text(encoding="utf-8")
         policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:;"
         policy += " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+        return HTMLResponse(read_page(service.page), headers={"Content-Security-Policy": policy})
 
     return app
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import uvicorn
 
-from magma_jax.families import open_token_generator
+from magma_jax.families import open_generator
 from magma_jax.inference.batching.config import EngineConfig
 from magma_jax.inference.batching.engine import Engine
+from magma_jax.inference.generator import ImageGenerator, TokenGenerator
+from magma_jax.inference.image_queue import ImageQueue
 from magma_jax.output import error_line
 from magma_jax.runtime.compile import enable_compilation_cache
 from magma_jax.serve.app import create_app
@@ -25,6 +27,7 @@ from magma_jax.serve.prompts.fetch import FetchRules
 from magma_jax.serve.prompts.images import ImageRules
 from magma_jax.serve.prompts.templates import templates_for
 from magma_jax.storage.hub import local_path
+from magma_jax.storage.model_folder import CheckpointError
 
 
 def run(arguments: argparse.Namespace, started: float) -> int:
@@ -68,16 +71,7 @@ def _serve(arguments: argparse.Namespace, key: str | None, sockets: list[socket.
         templates=templates_for(local_path(arguments.checkpoint), arguments.template),
         cut_max_tokens=arguments.cut_max_tokens,
     )
-    sizes = EngineConfig(
-        slots=arguments.slots,
-        context=arguments.context,
-        images=arguments.keep_images,
-        steps=arguments.steps,
-        queue=arguments.queue,
-        reuse=not arguments.no_reuse,
-    )
-    model = open_token_generator(arguments.checkpoint, dtype=arguments.dtype)
-    engine = Engine(model, sizes)
+    engine = _engine(arguments)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     address = f"http://{host}:{sockets[0].getsockname()[1]}{config.root_path}"
     outcome: list[Exception | None] = []
@@ -87,8 +81,9 @@ def _serve(arguments: argparse.Namespace, key: str | None, sockets: list[socket.
         if error is None:
             gc.collect()
             gc.freeze()  # excludes permanent objects from collections, which would take as long as many requests
-            seconds, template = time.perf_counter() - started, config.templates.default
-            says = f"serving {config.model} on {address}, template {template}; ready after {seconds:.0f} s"
+            template = f", template {config.templates.default}" if isinstance(engine, Engine) else ""
+            seconds = time.perf_counter() - started
+            says = f"serving {config.model} on {address}{template}; ready after {seconds:.0f} s"
         else:
             says = f"the engine cannot start ({type(error).__name__}: {error_line(error):.300})"
             server.should_exit = True
@@ -104,6 +99,28 @@ def _serve(arguments: argparse.Namespace, key: str | None, sockets: list[socket.
         sys.stderr.flush()
         os._exit(0)
     return 0 if outcome[0] is None else 1
+
+
+def _engine(arguments: argparse.Namespace) -> Engine | ImageQueue:
+    """What answers the requests: an engine for a model that writes, a queue for one that draws.
+
+    Raises:
+        CheckpointError: a model that does neither. Also the errors of opening a checkpoint.
+    """
+    model = open_generator(arguments.checkpoint, dtype=arguments.dtype)
+    if isinstance(model, TokenGenerator):
+        sizes = EngineConfig(
+            slots=arguments.slots,
+            context=arguments.context,
+            images=arguments.keep_images,
+            steps=arguments.steps,
+            queue=arguments.queue,
+            reuse=not arguments.no_reuse,
+        )
+        return Engine(model, sizes)
+    if isinstance(model, ImageGenerator):
+        return ImageQueue(model, arguments.queue)
+    raise CheckpointError(f"{arguments.checkpoint}: neither writes text token by token nor draws images")
 
 
 def name_of(checkpoint: str) -> str:

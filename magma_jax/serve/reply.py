@@ -4,13 +4,15 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from magma_jax.inference.batching.requests import EngineError, Progress, Ticket, UnfinishedError
+from magma_jax.inference.batching.requests import Progress, Ticket
+from magma_jax.inference.pending import AnyPiece, EngineError, Pending, UnfinishedError
+from magma_jax.serve.arrivals import too_late
 from magma_jax.serve.completions import Shape, head, usage
 from magma_jax.serve.errors import RequestError, error_body
 from magma_jax.serve.prometheus import ServerMetrics
@@ -54,7 +56,7 @@ class Reply:
         if self.stream:
             headers = {"Cache-Control": "no-store"}
             return StreamingResponse(self._events(), media_type="text/event-stream", headers=headers)
-        leaver = asyncio.create_task(_left(request))
+        leaver = asyncio.create_task(left(request))
         try:
             async for _ in self._progress(stop=leaver):
                 pass
@@ -108,54 +110,63 @@ class Reply:
         return [ticket for tickets in self.answers for ticket in tickets]
 
     async def _progress(self, stop: asyncio.Task | None = None) -> AsyncIterator[tuple[int, Progress]]:
-        """Yields index and progress of all tickets as they arrive, until all have ended or ``stop`` is done.
-
-        Raises:
-            RequestError: timeout, or the engine failed.
-        """
-        loop, news, tickets = asyncio.get_running_loop(), asyncio.Event(), self._tickets
-        for ticket in tickets:
-            ticket.on_progress(lambda: loop.call_soon_threadsafe(news.set))
-        if stop is not None:
-            stop.add_done_callback(lambda _: news.set())
-        seen, running, first = [0] * len(tickets), set(range(len(tickets))), True
-        while running and not (stop is not None and stop.done()):
-            left = self.started + self.timeout - time.perf_counter()
-            try:
-                await asyncio.wait_for(news.wait(), max(left, 0))
-            except TimeoutError:
-                raise too_late(self.timeout) from None
-            news.clear()
-            for index in sorted(running):
-                try:
-                    pieces = tickets[index].pieces(seen[index])
-                except EngineError as error:
-                    raise RequestError(str(error), 400 if isinstance(error, UnfinishedError) else 500) from None
-                for piece in pieces:
-                    if first:
-                        first = False
-                        self.metrics.first_token.observe(time.perf_counter() - self.started)
-                    seen[index] += 1
-                    yield index, piece
-                    if piece.finish is not None:
-                        running.discard(index)
-        if not running:
+        """``follow`` of all tickets, with the times to the first token and to the end recorded."""
+        first = True
+        async for index, piece in follow(self._tickets, self.started, self.timeout, stop):
+            if first:
+                first = False
+                self.metrics.first_token.observe(time.perf_counter() - self.started)
+            yield index, piece
+        if not (stop is not None and stop.done()):
             self.metrics.duration.observe(time.perf_counter() - self.started)
 
 
-def too_late(timeout: float) -> RequestError:
-    """Error of a request that takes longer than ``timeout`` seconds."""
-    return RequestError(f"not done within {timeout:g} s", 504, code="timeout")
+async def follow(
+    tickets: Sequence[Pending[AnyPiece]], started: float, timeout: float, stop: asyncio.Task | None = None
+) -> AsyncIterator[tuple[int, AnyPiece]]:
+    """Yields index and piece of all tickets as they arrive, until all have ended or ``stop`` is done.
+
+    Args:
+        tickets: accepted requests.
+        started: arrival of the request, by ``time.perf_counter``.
+        timeout: seconds for the request.
+        stop: task that ends the wait.
+
+    Raises:
+        RequestError: timeout, or the engine failed.
+    """
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+    for ticket in tickets:
+        ticket.on_progress(lambda: loop.call_soon_threadsafe(news.set))
+    if stop is not None:
+        stop.add_done_callback(lambda _: news.set())
+    seen, running = [0] * len(tickets), set(range(len(tickets)))
+    while running and not (stop is not None and stop.done()):
+        try:
+            await asyncio.wait_for(news.wait(), max(started + timeout - time.perf_counter(), 0))
+        except TimeoutError:
+            raise too_late(timeout) from None
+        news.clear()
+        for index in sorted(running):
+            try:
+                pieces = tickets[index].pieces(seen[index])
+            except EngineError as error:
+                raise RequestError(str(error), 400 if isinstance(error, UnfinishedError) else 500) from None
+            for piece in pieces:
+                seen[index] += 1
+                yield index, piece
+                if piece.finish is not None:
+                    running.discard(index)
 
 
-def cancel(answers: list[list[Ticket]]) -> None:
+def cancel(answers: Sequence[Sequence[Pending]]) -> None:
     """Cancels all unfinished tickets."""
     for tickets in answers:
         for ticket in tickets:
             ticket.cancel()
 
 
-async def _left(request: Request) -> None:
+async def left(request: Request) -> None:
     """Returns when the client disconnects."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)

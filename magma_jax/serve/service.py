@@ -1,12 +1,11 @@
 """Request handling: from a request to a prompt, from the prompt to engine tickets, from tickets to a response."""
 
-import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -14,11 +13,14 @@ from fastapi.responses import JSONResponse, Response
 from magma_jax.data.decoders import DecoderBusy, DecoderError
 from magma_jax.data.images import ImageError
 from magma_jax.data.tokenizers.byte_level import Tokenizer
-from magma_jax.inference.batching.engine import Engine, EngineStats, QueueFull
-from magma_jax.inference.batching.requests import EngineError, Ticket
+from magma_jax.inference.batching.engine import Engine, EngineStats
+from magma_jax.inference.batching.requests import Ticket
+from magma_jax.inference.pending import EngineError, QueueFull
 from magma_jax.inference.prompts import PromptLayout, lay_out_tokens
 from magma_jax.inference.structured.grammars import Grammar
+from magma_jax.serve.arrivals import Arrivals
 from magma_jax.serve.attention_route import AttentionRequest, attention
+from magma_jax.serve.attention_route import warm_up as attention_warm_up
 from magma_jax.serve.completions import ChatShape, Shape, TextShape
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import QUEUE_FULL, RequestError, busy
@@ -26,7 +28,7 @@ from magma_jax.serve.network.body import read_body
 from magma_jax.serve.prometheus import ServerMetrics
 from magma_jax.serve.prompts.fetch import FetchError
 from magma_jax.serve.prompts.images import RequestImage, decoders_of
-from magma_jax.serve.reply import Reply, cancel, too_late
+from magma_jax.serve.reply import Reply, cancel
 from magma_jax.serve.requests.schema import (
     ChatRequest,
     ImageURL,
@@ -40,16 +42,15 @@ from magma_jax.serve.requests.schema import (
 # Maximum number of attention requests, waiting ones included.
 MAX_LOOKING = 8
 
-T = TypeVar("T")
-
 
 class Service:
-    """Shared state and handlers of the routes."""
+    """Shared state and handlers of the text routes."""
 
-    def __init__(self, engine: Engine, config: ServerConfig, stats: Callable[[], EngineStats]):
-        self.engine, self.config = engine, config
-        self.created = int(time.time())
-        self.metrics = ServerMetrics(stats)
+    page, counters = "ask.html", EngineStats._fields
+
+    def __init__(self, engine: Engine, config: ServerConfig, metrics: ServerMetrics):
+        self.engine, self.config, self.metrics = engine, config, metrics
+        self.arrivals = Arrivals(config, engine.config.queue, lambda: engine.stats().waiting)
         self._decoders = decoders_of(config.images, config.decoders, engine.config.queue)
         # Separate pools: text prompts do not wait for images, each of which blocks a thread on downloads and decoding.
         self._texts = ThreadPoolExecutor(2, "texts")
@@ -57,7 +58,20 @@ class Service:
         # One at a time, since the engine has priority on the device.
         self._looker = ThreadPoolExecutor(1, "attention")
         self._compilers = ThreadPoolExecutor(1, "grammars")  # separate, so that images do not wait for grammars
-        self._looking = self._arriving = self._held_bytes = 0
+        self._looking = 0
+
+    def routes(self) -> dict[str, Callable[[Request], Awaitable[Response]]]:
+        """Handlers by route."""
+        return {
+            "/v1/chat/completions": self.chat,
+            "/v1/completions": self.complete,
+            "/v1/attention": self.attention,
+        }
+
+    def warm_up(self) -> None:
+        """Compiles every program."""
+        self.engine.warmup()
+        attention_warm_up(self.engine)
 
     def start(self) -> None:
         """Starts the decoders before the first request."""
@@ -81,9 +95,9 @@ class Service:
 
     async def _begin_chat(self, request: Request) -> Reply:
         started = time.perf_counter()
-        with self._arrival() as hold:
+        with self.arrivals.arrival() as hold:
             wanted = await read_body(request, ChatRequest, self.config, hold)
-            self.check_model(wanted.model)
+            self.arrivals.check_model(wanted.model)
             grammar = await self._grammar(wanted, started)
             layouts = await self._layouts([await self._items(wanted, started)], wanted, started, "messages")
             tickets = self._submit(layouts, wanted, grammar)
@@ -95,9 +109,9 @@ class Service:
 
     async def _begin_text(self, request: Request) -> Reply:
         started = time.perf_counter()
-        with self._arrival() as hold:
+        with self.arrivals.arrival() as hold:
             wanted = await read_body(request, TextRequest, self.config, hold)
-            self.check_model(wanted.model)
+            self.arrivals.check_model(wanted.model)
             grammar = await self._grammar(wanted, started)
             layouts = await self._layouts(wanted.prompts, wanted, started, "prompt")
             tickets = self._submit(layouts, wanted, grammar)
@@ -129,49 +143,11 @@ class Service:
             strip=strip,
         )
 
-    @contextlib.contextmanager
-    def _arrival(self) -> Iterator[Callable[[int], None]]:
-        """Counts an arriving request towards the engine's queue; yields a callback that takes the bytes it holds.
-
-        Raises:
-            RequestError: too many requests are arriving or waiting, or they hold too many bytes.
-        """
-        held = 0
-
-        def hold(size: int) -> None:
-            nonlocal held
-            if self._held_bytes and self._held_bytes + size > self.config.max_held_bytes:
-                raise busy("arriving requests hold all the memory they may")
-            held += size
-            self._held_bytes += size
-
-        if self._arriving + self.engine.stats().waiting >= self.engine.config.queue:
-            raise busy("too many requests are arriving or waiting")
-        self._arriving += 1
-        try:
-            yield hold
-        finally:
-            self._arriving -= 1
-            self._held_bytes -= held
-
-    async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[[], T], started: float) -> T:
-        """Result of ``work`` in a thread; past the request's timeout the thread still runs to its end.
-
-        Raises:
-            RequestError: timeout.
-        """
-        left = started + self.config.timeout - time.perf_counter()
-        try:
-            async with asyncio.timeout(max(left, 0)):
-                return await asyncio.get_running_loop().run_in_executor(threads, work)
-        except TimeoutError:
-            raise too_late(self.config.timeout) from None
-
     async def attention(self, request: Request) -> Response:
         started = time.perf_counter()
-        with self._arrival() as hold:
+        with self.arrivals.arrival() as hold:
             wanted = await read_body(request, AttentionRequest, self.config, hold)
-            self.check_model(wanted.model)
+            self.arrivals.check_model(wanted.model)
             (layout,) = await self._layouts([await self._items(wanted, started)], wanted, started, "messages")
             wanted.messages.clear()  # frees large messages while the request waits
         if self._looking >= MAX_LOOKING:
@@ -179,22 +155,13 @@ class Service:
         self._looking += 1
         try:
             work = functools.partial(attention, self.engine, layout, wanted)
-            return JSONResponse(await self._in_thread(self._looker, work, started))
+            return JSONResponse(await self.arrivals.in_thread(self._looker, work, started))
         finally:
             self._looking -= 1
 
-    def card(self) -> dict[str, Any]:
-        """The model's entry in ``/v1/models``."""
-        return {"id": self.config.model, "object": "model", "created": self.created, "owned_by": "magma_jax"}
-
-    def check_model(self, name: str | None) -> None:
-        """Raises RequestError if a request names another model."""
-        if name not in (None, self.config.model):
-            raise RequestError(f"the model here is {self.config.model!r}", 404, "model", "model_not_found")
-
     async def _items(self, wanted: MessagesRequest, started: float) -> Items:
         """Applies the template to the messages, in a thread, since texts may have megabytes."""
-        return await self._in_thread(self._texts, lambda: self.config.templates.items(wanted), started)
+        return await self.arrivals.in_thread(self._texts, lambda: self.config.templates.items(wanted), started)
 
     async def _layouts(
         self, prompts: list[list[str | ImageURL] | list[int]], wanted: PromptRequest, started: float, param: str
@@ -217,7 +184,7 @@ class Service:
 
         try:
             threads = self._images if images else self._texts
-            return await self._in_thread(threads, lambda: [lay_out(items) for items in prompts], started)
+            return await self.arrivals.in_thread(threads, lambda: [lay_out(items) for items in prompts], started)
         except RequestError:
             raise
         except DecoderBusy as error:
@@ -231,7 +198,7 @@ class Service:
         """Compiled grammar of a request's answers; None without a constraint."""
         if not wanted.forms:
             return None
-        return await self._in_thread(self._compilers, functools.partial(wanted.grammar, self.engine), started)
+        return await self.arrivals.in_thread(self._compilers, functools.partial(wanted.grammar, self.engine), started)
 
     def _submit(
         self, prompts: list[PromptLayout], wanted: SamplingRequest, grammar: Grammar | None

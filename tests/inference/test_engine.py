@@ -14,9 +14,10 @@ from magma_jax.data.images import ImageInput
 from magma_jax.inference import prompts
 from magma_jax.inference.batching import slots
 from magma_jax.inference.batching.batch import SlotBatch
-from magma_jax.inference.batching.engine import Engine, EngineConfig, QueueFull
-from magma_jax.inference.batching.requests import EngineError, RequestOptions, TextAssembler
+from magma_jax.inference.batching.engine import Engine, EngineConfig
+from magma_jax.inference.batching.requests import RequestOptions, TextAssembler
 from magma_jax.inference.decoding.config import SamplingConfig
+from magma_jax.inference.pending import EngineError, QueueFull
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from tests import tiny

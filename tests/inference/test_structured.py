@@ -14,10 +14,11 @@ from flax import nnx
 from magma_jax import Magma
 from magma_jax.inference.batching import batch
 from magma_jax.inference.batching.engine import Engine, EngineConfig
-from magma_jax.inference.batching.requests import EngineError, RequestOptions, UnfinishedError
+from magma_jax.inference.batching.requests import RequestOptions
 from magma_jax.inference.buckets import Buckets
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.decode import _bits
+from magma_jax.inference.pending import EngineError, UnfinishedError
 from magma_jax.inference.structured import grammars
 from magma_jax.inference.structured.constraints import Constraint, ConstraintError
 from magma_jax.models.magma import MagmaModel

@@ -232,6 +232,8 @@ def test_kernels_of_fused_attention_count_and_end_no_computation():
     # Of 4 x 4 blocks, 10 are not above the diagonal.
     attention = (2 + 3 + 4) * 2 * 2 * 64 * 64 * 8 * 10 / 16
     assert program_costs(text, 1).flops == attention + 2 * 16 * 16 * 4
+
+
 BRANCHES = """\
 HloModule step
 

@@ -120,3 +120,30 @@ class Page:
     def ask(self):
         self.one("#ask").click()
         self.wait(lambda: " in " in self.text("#status") or "failed" in self.text("#status"))
+
+
+@contextlib.contextmanager
+def device(browser, scheme="light", width=900, height=1200, touch=False):
+    """As if the browser ran on such a device."""
+
+    def set(features, touch):
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": touch})
+
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": touch}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    set([{"name": "prefers-color-scheme", "value": scheme}], touch)
+    try:
+        yield
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        set([], False)
+
+
+def findings(page):
+    """What axe-core finds to be critical or serious, with the elements."""
+    asked = "const done = arguments[0]; axe.run(document).then(done, (error) => done({ error: String(error) }));"
+    found = page.browser.execute_async_script(asked)
+    assert found["passes"], found
+    bad = [entry for entry in found["violations"] if entry["impact"] in ("critical", "serious")]
+    return [(entry["id"], [node["html"][:200] for node in entry["nodes"]]) for entry in bad]

@@ -13,6 +13,7 @@ from magma_jax import Magma
 from magma_jax.config import to_dict
 from magma_jax.data.images import ImageInput
 from magma_jax.inference.batching.engine import Engine, EngineConfig
+from magma_jax.inference.image_queue import ImageQueue
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.serve.app import create_app
@@ -40,10 +41,13 @@ def write_tiny_folder(path):
 
 
 class Running:
-    """A server on a free port, in a thread; ``ready=False`` for one that may still be starting."""
+    """A server on a free port, in a thread; ``ready=False`` for one that may still be starting.
+
+    ``model`` is a model of texts, or a queue of images.
+    """
 
     def __init__(self, model, config, sizes=SIZES, *, ready=True):
-        self.engine = Engine(model, sizes)
+        self.engine = model if isinstance(model, ImageQueue) else Engine(model, sizes)
         self.app = create_app(self.engine, config)
         self.server = uvicorn.Server(settings(self.app, config, port=0, lifespan="on"))
         self.server.install_signal_handlers = lambda: None
@@ -60,6 +64,9 @@ class Running:
     def wait(self):
         while not (self.app.state.ready or self.app.state.failure):
             time.sleep(0.01)
+
+    def get(self, route):
+        return self.http.get(route)
 
     def chat(self, **body):
         return self.post("/v1/chat/completions", **{"messages": user("a"), **body})

@@ -71,5 +71,5 @@ def test_a_link_opens_the_page_and_nothing_else():
 
 @pytest.mark.parametrize("given", ["application/json", "Application/JSON; charset=utf-8", " application/json ", None])
 def test_json_by_its_names(given):
-    check_content_type("POST", {} if given is None else {"content-type": given})
-    check_content_type("GET", {"content-type": "text/plain"})
+    check_content_type("POST", "/v1/chat/completions", {} if given is None else {"content-type": given})
+    check_content_type("GET", "/", {"content-type": "text/plain"})

@@ -1,6 +1,5 @@
 """The page for everybody: barriers that axe-core finds, by keyboard alone, on a touch screen, behind a key."""
 
-import contextlib
 from urllib.parse import quote
 
 import pytest
@@ -10,7 +9,7 @@ from selenium.webdriver.common.actions.pointer_input import PointerInput
 from selenium.webdriver.common.keys import Keys
 
 from magma_jax.serve.config import ServerConfig
-from tests.serve.browser import Page, axe
+from tests.serve.browser import Page, axe, device, findings
 from tests.serve.running import RULES, Running
 
 # Characters that an address, a header or a form would spoil.
@@ -23,37 +22,10 @@ def page(browser, server, tmp_path):
     return Page(browser, tmp_path)
 
 
-@contextlib.contextmanager
-def device(browser, scheme="light", width=900, height=1200, touch=False):
-    """As if the browser ran on such a device."""
-
-    def set(features, touch):
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": touch})
-
-    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": touch}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    set([{"name": "prefers-color-scheme", "value": scheme}], touch)
-    try:
-        yield
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        set([], False)
-
-
 def tap(page, element):
     finger = ActionBuilder(page.browser, mouse=PointerInput("touch", "finger"))
     finger.pointer_action.move_to(element).pointer_down().pointer_up()
     finger.perform()
-
-
-def findings(page):
-    """What axe-core finds to be critical or serious, with the elements."""
-    asked = "const done = arguments[0]; axe.run(document).then(done, (error) => done({ error: String(error) }));"
-    found = page.browser.execute_async_script(asked)
-    assert found["passes"], found
-    bad = [entry for entry in found["violations"] if entry["impact"] in ("critical", "serious")]
-    return [(entry["id"], [node["html"][:200] for node in entry["nodes"]]) for entry in bad]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -30,7 +30,7 @@ def starting(model, monkeypatch):
             raise errors[0]
 
     monkeypatch.setattr("magma_jax.inference.batching.engine.Engine.warmup", warm_up)
-    monkeypatch.setattr("magma_jax.serve.app.attention_warm_up", lambda engine: None)
+    monkeypatch.setattr("magma_jax.serve.service.attention_warm_up", lambda engine: None)
     config = ServerConfig(
         model="tiny", api_key="secret", images=RULES, open_metrics=True, origins=(PAGE,), root_path="/below"
     )

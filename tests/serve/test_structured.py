@@ -10,7 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from magma_jax.inference.batching.requests import UnfinishedError
+from magma_jax.inference.pending import UnfinishedError
 from magma_jax.serve.config import ServerConfig
 from tests.compilations import count_compilations
 from tests.serve.running import RULES, Running, user

@@ -383,10 +383,3 @@ def _ask(images: Sequence[Drawing], rng: np.random.Generator) -> dict[str, list[
     for p in images:
         add(p, "flag", "Is it a flag?", "yes" if p.kind == "flag" else "no")
     return asked
-
-
-def held_out_list(images: Iterable[Drawing]) -> str:
-    """Held-out names with their split, one per line: the content of ``configs/quickstart_heldout.txt``."""
-    return "".join(
-        f"{p.split}\t{p.name}\n" for p in sorted(images, key=lambda p: (p.split, p.name)) if p.split != "train"
-    )

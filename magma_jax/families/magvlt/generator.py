@@ -370,9 +370,10 @@ class Magvlt:
 
 def _image_run(options: ImageOptions) -> ImageRun:
     default = ImageSteps()
+    heat = default.temperature if options.temperature is None else options.temperature
     settings = ImageSteps(
         steps=default.steps if options.steps is None else options.steps,
-        temperature=default.temperature if options.temperature is None else options.temperature,
+        temperature=heat if isinstance(heat, tuple) else (heat, heat),
         top_p=options.top_p,
     )
     rule = ImageRule(options.places, options.schedule)

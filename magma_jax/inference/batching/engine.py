@@ -27,15 +27,14 @@ from magma_jax.inference.batching.batch import Entry, Place, SlotBatch
 from magma_jax.inference.batching.config import EngineConfig
 from magma_jax.inference.batching.requests import (
     Alternatives,
-    EngineError,
     Progress,
     RequestOptions,
     TextAssembler,
     Ticket,
-    UnfinishedError,
 )
 from magma_jax.inference.decoding.decode import SampledTokens, TopTokens
 from magma_jax.inference.generator import TokenGenerator
+from magma_jax.inference.pending import EngineError, QueueFull, UnfinishedError
 from magma_jax.inference.prompts import Prompt, PromptLayout
 from magma_jax.inference.structured.constraints import Constraint
 from magma_jax.inference.structured.grammars import Grammar, Grammars, Guide, GuideError
@@ -44,10 +43,6 @@ _log = logging.getLogger(__name__)
 
 # While requests wait, a burst ends when this many have finished: running one prompt takes as long as running these.
 ENOUGH = 4
-
-
-class QueueFull(EngineError):
-    """Too many requests are waiting; try again later."""
 
 
 class EngineStats(NamedTuple):

@@ -2,15 +2,14 @@
 
 import codecs
 import dataclasses
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.inference.decoding.config import SamplingConfig, check_seed
+from magma_jax.inference.pending import Pending
 from magma_jax.inference.structured.constraints import Constraint
 from magma_jax.inference.structured.grammars import Grammar
-from magma_jax.output import FailedError
 
 # Why a request ended: an end of text or stop text, its limit, or cancellation.
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -82,15 +81,7 @@ class Progress:
     finish: FinishReason | None = None
 
 
-class EngineError(FailedError):
-    """A request that the engine could not accept or finish; the message is one line for the caller."""
-
-
-class UnfinishedError(EngineError):
-    """A request whose constraint cannot be satisfied any further: an error of the request, not of the engine."""
-
-
-class Ticket:
+class Ticket(Pending[Progress]):
     """An accepted request. Iterate over it to stream ``Progress``, or wait for ``text()``.
 
     Attributes:
@@ -99,41 +90,9 @@ class Ticket:
     """
 
     def __init__(self, prompt_tokens: int, options: RequestOptions):
+        super().__init__()
         self.prompt_tokens, self.options = prompt_tokens, options
         self.reused_tokens = 0
-        self.cancelled = False
-        self._pieces: list[Progress] = []
-        self._error: EngineError | None = None
-        self._changed = threading.Condition()
-        self._listeners: list[Callable[[], object]] = []
-
-    def cancel(self) -> None:
-        """Cancels the request and frees its slot."""
-        self.cancelled = True
-
-    def on_progress(self, listener: Callable[[], object]) -> None:
-        """Calls ``listener`` now, and from the engine's thread whenever there is progress."""
-        with self._changed:
-            self._listeners.append(listener)
-        listener()
-
-    def pieces(self, start: int = 0) -> list[Progress]:
-        """The pieces so far from index ``start`` on, without waiting.
-
-        Raises:
-            EngineError: the request failed.
-        """
-        with self._changed:
-            if self._error is not None:
-                raise self._error
-            return self._pieces[start:]
-
-    def __iter__(self) -> Iterator[Progress]:
-        seen, finish = 0, None
-        while finish is None:
-            for piece in self._wait_for_more(seen):
-                seen, finish = seen + 1, piece.finish
-                yield piece
 
     def text(self) -> str:
         """Waits for the answer and returns its whole text."""
@@ -143,35 +102,6 @@ class Ticket:
     def tokens(self) -> list[int]:
         """Tokens of the answer so far, without its end of text."""
         return [token for piece in self.pieces() for token in piece.tokens]
-
-    @property
-    def finish(self) -> FinishReason | None:
-        """Why the request ended; None while it runs."""
-        pieces = self.pieces()
-        return pieces[-1].finish if pieces else None
-
-    def _wait_for_more(self, seen: int) -> list[Progress]:
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._pieces) > seen or self._error is not None)
-        return self.pieces(seen)
-
-    def put(self, piece: Progress) -> None:
-        """Appends a piece; called by the engine."""
-        with self._changed:
-            self._pieces.append(piece)
-            self._changed.notify_all()
-            listeners = list(self._listeners)
-        for listener in listeners:
-            listener()
-
-    def fail(self, error: EngineError) -> None:
-        """Ends the request with an error; called by the engine."""
-        with self._changed:
-            self._error = error
-            self._changed.notify_all()
-            listeners = list(self._listeners)
-        for listener in listeners:
-            listener()
 
 
 class TextAssembler:

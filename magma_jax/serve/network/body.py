@@ -41,13 +41,18 @@ async def read_body(request: Request, kind: type[Asked], config: ServerConfig, h
         RequestError: too large, too slow, not JSON, or not valid for ``kind``.
     """
     # In a thread, since a large body would block the event loop.
-    found = await anyio.to_thread.run_sync(_read, await _receive(request, config, hold), kind, config.max_text_bytes)
+    found = await anyio.to_thread.run_sync(_read, await receive(request, config, hold), kind, config.max_text_bytes)
     if isinstance(found, RequestError):
         raise found
     return found
 
 
-async def _receive(request: Request, config: ServerConfig, hold: Callable[[int], None]) -> bytearray:
+async def receive(request: Request, config: ServerConfig, hold: Callable[[int], None]) -> bytearray:
+    """The bytes of a body; ``hold`` as in ``read_body``.
+
+    Raises:
+        RequestError: too large or too slow.
+    """
     body, limit, seconds = bytearray(), config.max_body_bytes, config.body_timeout
     try:
         if int(request.headers.get("content-length") or 0) > limit:

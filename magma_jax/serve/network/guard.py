@@ -64,7 +64,7 @@ class Guard:
         key = self._config.api_key
         if key is not None and route not in self._unlocked and not _authorized(headers.get("authorization", ""), key):
             raise RequestError("wrong or missing API key", 401, code="invalid_api_key")
-        check_content_type(method, headers)
+        check_content_type(method, route, headers)
 
 
 def route_of(scope: Scope) -> str:

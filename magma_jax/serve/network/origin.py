@@ -15,7 +15,10 @@ from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import RequestError
 
 _PORTS = {"http": 80, "https": 443}
-_JSON = "application/json"
+_JSON, _FORM = "application/json", "multipart/form-data"
+# Routes that take a form with files. Pages can send one without a CORS preflight, so ``check_origin`` alone keeps
+# other sites' pages out: browsers add the Origin header to every form that is posted.
+_WITH_FILES = frozenset({"/v1/images/edits"})
 
 
 def check_origin(method: str, path: str, headers: Mapping[str, str], config: ServerConfig) -> None:
@@ -48,14 +51,18 @@ def check_origin(method: str, path: str, headers: Mapping[str, str], config: Ser
         raise RequestError("pages of other sites may not use this server", 403)
 
 
-def check_content_type(method: str, headers: Mapping[str, str]) -> None:
-    """Accepts only JSON or no content type: pages can send other types without a CORS preflight.
+def check_content_type(method: str, path: str, headers: Mapping[str, str]) -> None:
+    """Accepts only JSON or no content type, since pages can send other types without a CORS preflight, or a form with
+    files where one belongs.
 
     Raises:
         RequestError: 415.
     """
     given = headers.get("content-type", _JSON)
-    if method == "POST" and given.partition(";")[0].strip().lower() != _JSON:
+    kind = given.partition(";")[0].strip().lower()
+    if method == "POST" and path in _WITH_FILES and kind != _FORM:
+        raise RequestError(f"the content type is {given!r:.80}; send the image as {_FORM}, as OpenAI's clients do", 415)
+    if method == "POST" and path not in _WITH_FILES and kind != _JSON:
         raise RequestError(
             f"the content type is {given!r:.80}; send the header 'Content-Type: application/json' "
             "(curl: -H 'Content-Type: application/json')",

@@ -48,7 +48,7 @@ CHAT_TOKENS, TEXT_TOKENS = 64, 16
 _UNIONS = frozenset({"content", "prompt", "response_format", "stop", "answer"})
 _TAGS = frozenset({"text", "texts", "tokens", "token lists", "parts", "image_url", "json_object", "json_schema"})
 
-Asked = TypeVar("Asked", bound="PromptRequest")
+Asked = TypeVar("Asked", bound=Strict)
 
 
 class TextPart(Strict):

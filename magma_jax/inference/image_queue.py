@@ -1,0 +1,149 @@
+"""A queue of requests for images, drawn one request after another by a thread."""
+
+import collections
+import logging
+import threading
+from typing import NamedTuple
+
+from magma_jax.data.images import ImageError
+from magma_jax.inference.answers import Canvas, ImageOptions
+from magma_jax.inference.generator import ImageGenerator
+from magma_jax.inference.pending import EngineError, Pending, QueueFull, UnfinishedError
+from magma_jax.inference.prompts import Prompt
+
+_log = logging.getLogger(__name__)
+
+
+class ImageTicket(Pending[Canvas]):
+    """An accepted request for images."""
+
+    def __init__(self, prompt: Prompt, options: ImageOptions, previews: int):
+        super().__init__()
+        self.prompt, self.options, self.previews = prompt, options, previews
+
+
+class ImageQueueStats(NamedTuple):
+    """Counters of a queue.
+
+    Attributes:
+        waiting: requests that wait.
+        running: requests being drawn, at most one.
+        finished: requests that have ended.
+        images_drawn: images drawn.
+    """
+
+    waiting: int
+    running: int
+    finished: int
+    images_drawn: int
+
+
+class ImageQueue:
+    """Draws images for many callers with one model; thread-safe. Use it in a ``with`` block.
+
+    Attributes:
+        failure: reason why it has stopped for good; None while it works.
+
+    Args:
+        model: model that draws.
+        limit: maximum number of waiting requests.
+    """
+
+    def __init__(self, model: ImageGenerator, limit: int = 64):
+        self.model, self.limit = model, limit
+        self.failure: str | None = None
+        self._waiting: collections.deque[ImageTicket] = collections.deque()
+        self._running: ImageTicket | None = None
+        self._changed = threading.Condition()
+        self._draining = self._stopping = False
+        self._finished = self._images = 0
+        self._thread = threading.Thread(target=self._run, name="images", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "ImageQueue":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def warmup(self, rows: int) -> None:
+        """Compiles the programs for up to ``rows`` images per request now instead of at first use."""
+        self.model.warm_up(rows)
+
+    def submit(self, prompt: Prompt, options: ImageOptions, *, previews: int = 0) -> ImageTicket:
+        """Accepts a request.
+
+        Args:
+            prompt: text, or an image and a text.
+            options: options of the images.
+            previews: number of unfinished canvases to report.
+
+        Raises:
+            QueueFull: ``limit`` requests are waiting. EngineError: it is shutting down, or has failed.
+        """
+        ticket = ImageTicket(prompt, options, previews)
+        with self._changed:
+            if self.failure is not None:
+                raise EngineError(self.failure)
+            if self._draining:
+                raise EngineError("the server is shutting down; ask another or try later")
+            if len(self._waiting) >= self.limit:
+                raise QueueFull(f"{self.limit} requests are waiting already; try again later")
+            self._waiting.append(ticket)
+            self._changed.notify_all()
+        return ticket
+
+    def stats(self) -> ImageQueueStats:
+        """Counters for monitoring."""
+        with self._changed:
+            running = int(self._running is not None)
+            return ImageQueueStats(len(self._waiting), running, self._finished, self._images)
+
+    def close(self, *, drain: bool = False, timeout: float | None = None) -> None:
+        """Stops; with ``drain`` pending requests are finished first, otherwise they fail."""
+        with self._changed:
+            self._draining = True
+            if drain:
+                self._changed.wait_for(lambda: not (self._waiting or self._running), timeout)
+            self._stopping = True
+            if self._running is not None:
+                self._running.cancel()
+            self._changed.notify_all()
+        self._thread.join(timeout)
+
+    # The methods below run in the queue's thread only.
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._stopping)
+                if self._stopping:
+                    waiting = list(self._waiting)
+                    self._waiting.clear()
+                    break
+                ticket = self._running = self._waiting.popleft()
+            try:
+                self._draw(ticket)
+            except (ValueError, ImageError) as error:
+                ticket.fail(UnfinishedError(str(error)))
+            except Exception as error:  # callers must be told of any device error
+                _log.exception("drawing failed")
+                ticket.fail(EngineError(f"drawing failed ({type(error).__name__}: {error!s:.300})"))
+            with self._changed:
+                self._running = None
+                self._finished += 1
+                self._changed.notify_all()
+        for ticket in waiting:
+            ticket.fail(EngineError("the server is shutting down"))
+
+    def _draw(self, ticket: ImageTicket) -> None:
+        if not ticket.cancelled:
+            for canvas in self.model.canvases(ticket.prompt, ticket.options, previews=ticket.previews):
+                if canvas.finish is not None:
+                    with self._changed:
+                        self._images += len(canvas.images)
+                ticket.put(canvas)
+                if ticket.cancelled or canvas.finish is not None:
+                    break
+        if ticket.finish is None:
+            ticket.fail(EngineError("cancelled"))

@@ -1,0 +1,59 @@
+"""A model that draws without weights, for tests of the server: the colours of its prompt."""
+
+import threading
+
+import numpy as np
+from PIL import Image
+
+from magma_jax.data.images import ImageInput
+from magma_jax.inference.answers import Canvas
+from tests import tiny
+
+SIZE, TOKENS = 32, 16
+GREY = (128, 128, 128)
+
+
+class Drawer:
+    """Draws squares of the colour that the prompt names: top to bottom, one part for each preview.
+
+    Its ``go`` holds it up before every canvas while it is cleared; ``drawn`` lists the prompts it began.
+    """
+
+    makes = frozenset({"image", "edit"})
+    image_size, image_tokens = SIZE, TOKENS
+
+    def __init__(self):
+        self.go = threading.Event()
+        self.go.set()
+        self.drawn = []
+
+    def text_tokens(self, text):
+        return len(text.split())
+
+    def warm_up(self, rows):
+        pass
+
+    def answers(self, prompts, options=None, *, count=None):
+        raise NotImplementedError
+
+    def canvases(self, prompt, options, *, previews=0):
+        text = prompt[-1]
+        self.drawn.append((text, options))
+        if text == "break":
+            raise RuntimeError("the device is lost")
+        if text not in tiny.COLOURS:
+            raise ValueError(f"{text!r} is no colour that this model draws")
+        start = np.full((SIZE, SIZE, 3), GREY, np.uint8)
+        if isinstance(prompt[0], ImageInput):
+            start = prompt[0].pixels(SIZE)
+        mask = np.ones((SIZE, SIZE), bool)
+        if options.mask is not None:
+            height, width = options.mask.shape
+            rows, columns = np.arange(SIZE) * height // SIZE, np.arange(SIZE) * width // SIZE
+            mask = options.mask[rows[:, None], columns]
+        for step in range(previews + 1):
+            self.go.wait()
+            pixels = start.copy()
+            done = mask & (np.arange(SIZE) < SIZE * (step + 1) // (previews + 1))[:, None]
+            pixels[done] = tiny.COLOURS[text]
+            yield Canvas([Image.fromarray(pixels)] * options.n, "stop" if step == previews else None)
