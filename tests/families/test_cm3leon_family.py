@@ -28,6 +28,7 @@ from magma_jax.families.cm3leon import CM3LEON
 from magma_jax.families.cm3leon.generator import Codes, Hidden
 from magma_jax.families.cm3leon.options import DrawOptions
 from magma_jax.inference.answers import AnswerOptions, ImageOptions
+from magma_jax.inference.generator import ImageGenerator
 from magma_jax.models.cm3leon import CM3LEON_SIZES, CM3LeonConfig, CM3LeonModel
 from magma_jax.models.vision.vqgan import VQGAN, VQGANS, VQGANConfig
 from magma_jax.nn.modules import abstract, merge, parameter_count, split
@@ -199,6 +200,10 @@ def test_it_describes_completes_and_answers(model, codes):
     drawn, edited = model.answers(prompts, likeliest)
     assert [answer.finish for answer in drawn + edited] == ["stop"] * 4
     np.testing.assert_array_equal(np.asarray(drawn[0].parts[0]), np.asarray(filled[1]))
+    assert drawn[0].logprob < 0
+    assert isinstance(model, ImageGenerator)
+    (canvas,) = model.canvases(prompts[0], likeliest, previews=2)
+    np.testing.assert_array_equal(np.asarray(canvas.images[1]), np.asarray(filled[1]))
     completed = next(model.answers([prompts[1]], dataclasses.replace(likeliest, mask=mask)))
     np.testing.assert_array_equal(np.asarray(completed[0].parts[0]), np.asarray(filled[1]))
     (said,) = next(model.answers([[ImageInput(image)]], AnswerOptions(max_new_tokens=16)))
