@@ -1,6 +1,6 @@
 """Finetunes the quick start on edits: two drawings that differ by skin tone, gender or hair alone.
 
-    python train.py --config configs/cm3leon_edit_quickstart.py
+python train.py --config configs/cm3leon_edit_quickstart.py
 """
 
 from pathlib import Path

@@ -71,7 +71,7 @@ def image_options(arguments: argparse.Namespace, mask: np.ndarray | None) -> Ima
         seed=arguments.seed,
         candidates=arguments.candidates,
         guidance=arguments.guidance,
-        temperature=heat or None,
+        temperature=(heat, heat) if heat else None,
         top_p=arguments.top_p,
         steps=arguments.steps,
         schedule=arguments.schedule,

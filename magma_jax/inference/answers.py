@@ -61,8 +61,7 @@ class ImageOptions:
         seed: seed of the first image; the next ones have ``seed`` + 1, ...
         candidates: images drawn for each returned one; the best by the model's own likelihood is returned.
         guidance: factor s of ``u + s (c - u)``, from logits with (c) and without the prompt (u); 1 for none.
-        temperature: divides the logits; first and last value of a line over the steps, or one value for all; None for
-            the family's own.
+        temperature: divides the logits; first and last value of a line over the steps, and None for the family's own.
         top_p: draws from the likeliest tokens of this mass; 1 for all.
         steps: steps of a masked model; None for the family's own.
         schedule: share of tokens that are masked after each step of a masked model.
@@ -74,7 +73,7 @@ class ImageOptions:
     seed: int = 0
     candidates: int = 1
     guidance: float = 1.0
-    temperature: tuple[float, float] | float | None = None
+    temperature: tuple[float, float] | None = None
     top_p: float = 1.0
     steps: int | None = None
     schedule: Schedule = "cosine"
@@ -91,9 +90,9 @@ class ImageOptions:
         check_seed(self.seed + self.n * self.candidates - 1)
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance must be a number of at least 0, got {self.guidance}")
-        heat = self.temperature if isinstance(self.temperature, tuple) else (self.temperature or 0.0,) * 2
-        if len(heat) != 2 or not all(0 <= value < math.inf for value in heat):
-            raise ValueError(f"temperature must be one or two numbers of at least 0, got {self.temperature}")
+        heat = (0.0, 0.0) if self.temperature is None else self.temperature
+        if not isinstance(heat, tuple) or len(heat) != 2 or not all(0 <= value < math.inf for value in heat):
+            raise ValueError(f"temperature must be two numbers of at least 0, (first, last), got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         for name, values in (("schedule", Schedule), ("places", Strategy)):

@@ -370,10 +370,9 @@ class Magvlt:
 
 def _image_run(options: ImageOptions) -> ImageRun:
     default = ImageSteps()
-    heat = default.temperature if options.temperature is None else options.temperature
     settings = ImageSteps(
         steps=default.steps if options.steps is None else options.steps,
-        temperature=heat if isinstance(heat, tuple) else (heat, heat),
+        temperature=default.temperature if options.temperature is None else options.temperature,
         top_p=options.top_p,
     )
     rule = ImageRule(options.places, options.schedule)
