@@ -1,6 +1,9 @@
 """MAGVLT large (Kim et al. 2023): 40,000 steps of batch 4,096 on image-text pairs.
 
+    python -m magma_jax.data encode data/cc3m codes/cc3m --tokenizer models/vqgan_imagenet_f16_16384.ckpt
     python train.py --config configs/magvlt_large.py --set mesh.fsdp=16
+
+The first command encodes a dataset folder (docs/data.md), one for each of data.folders.
 
 Sizes, losses and their weights are those of the released config and the paper. Neither states an optimizer; this one is
 that of the DALL-E models.
@@ -23,7 +26,15 @@ def get_config() -> ConfigDict:
                 "text_positions": 64,
                 "tokenizer": {"kind": "vqgan"},
             },
-            "data": {"kind": "openmoji_pairs", "bpe_dropout": 0.1, "clean_up": "pre_caption"},
+            "data": {
+                "kind": "code_pairs",
+                # The paper's 17 million pairs.
+                "folders": {
+                    "train": ("codes/cc3m", "codes/cc12m", "codes/sbu", "codes/visual_genome"),
+                    "validation": ("codes/coco_val",),
+                },
+                "bpe_dropout": 0.1,
+            },
             "loss": {"activations": "bfloat16", "remat": "full"},
             "optim": {
                 "learning_rate": 4.5e-4,

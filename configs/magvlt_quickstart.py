@@ -1,11 +1,7 @@
 """MAGVLT's quick start: it learns to draw and to describe OpenMoji's drawings, in minutes on a CPU.
 
-    python train.py --config configs/vqgan_quickstart.py
-    python train.py --config configs/magvlt_quickstart.py
-
-The first command trains the image tokenizer. Then:
-
-    python -m magma_jax.generate --checkpoint runs/magvlt_quickstart --make image "a red apple" --output out.png
+python train.py --config configs/magvlt_quickstart.py
+python -m magma_jax.generate --checkpoint runs/magvlt_quickstart --make image "a red apple" --output out.png
 """
 
 from ml_collections import ConfigDict
@@ -59,7 +55,8 @@ def get_config() -> ConfigDict:
                 "weight_decay": 0.02,
                 "clip_norm": 1.0,
             },
-            "weights": {"image_tokenizer": "runs/vqgan_quickstart"},
+            # Part of the package, made by configs/vqgan_quickstart.py.
+            "weights": {"image_tokenizer": "quickstart_vqgan"},
             "steps": 4000,
             "batch_size": 32,
             "log_every": 50,

@@ -25,6 +25,7 @@ UNUSABLE = {
     "magma_jax.evaluation.__main__": ["score", "--protocol=coco", "--references=no", f"--predictions={BAD}"],
     "magma_jax.generate.__main__": ["--checkpoint", BAD, f"{BAD}.png"],
     "magma_jax.plan.__main__": ["--config", f"{BAD}.py", "--topology", "v5e:2x2"],
+    "magma_jax.retrieval.__main__": ["search", BAD, "a text"],
     "magma_jax.serve.__main__": ["--checkpoint", "no", "--api-key-file", BAD],
 }
 MORE = [
@@ -36,6 +37,7 @@ MORE = [
     ("magma_jax.data.__main__", ["convert", "--from", "folder", BAD, "out"]),
     ("magma_jax.generate.__main__", ["--checkpoint", "no", "a text"]),
     ("magma_jax.generate.__main__", ["--checkpoint", "no", "a text", "--temperature", "-1"]),
+    ("magma_jax.retrieval.__main__", ["build", "out", "--data", BAD]),
     ("magma_jax.serve.__main__", ["--checkpoint", "no", "--port", "0"]),
 ]
 

@@ -19,12 +19,18 @@ FINETUNING = ("vqa", "okvqa", "gqa", "vizwiz", "snli_ve", "nocaps", "coco")
 GPTJ, V2 = 6_050_301_152, 383_936_912
 MAGVLT_QUICKSTART = (3_451_392, 712_672)
 F16 = 76_073_859  # the image tokenizer with 16,384 codes
+PATCHGAN = 2_765_633
 
 # How many parameters learn, and how many are frozen.
 COUNTS = {
     "quickstart.py": (668_928, 7_575_553),
     "quickstart_lm.py": (4_204_545, 0),
     "finetune_quickstart.py": (668_928 + 2 * 256 + 2, 7_575_553),
+    "cm3leon_350m.py": (373_295_104, 0),
+    "cm3leon_760m.py": (786_435_072, 0),
+    "cm3leon_7b.py": (6_727_671_808, 0),
+    "cm3leon_quickstart.py": (3_465_600, 712_672),
+    "cm3leon_edit_quickstart.py": (3_465_600, 712_672),
     "magvlt_base.py": (371_533_056, F16),
     "magvlt_large.py": (795_228_672, F16),
     "magvlt_quickstart.py": MAGVLT_QUICKSTART,
@@ -32,6 +38,9 @@ COUNTS = {
     "magma_v2.py": (V2, GPTJ),
     "magma_base.py": (V2, GPTJ),
     "magma_long.py": (V2, GPTJ),
+    "vqgan_quickstart.py": (712_672, 0),
+    "vqgan_f16.py": (76_073_859 + PATCHGAN, 0),
+    "vqgan_f8.py": (66_890_627 + PATCHGAN, 0),
     **{f"finetune_{name}.py": (V2 + (3 * 4096 + 3) * (name == "snli_ve"), GPTJ) for name in FINETUNING},
     f"{TABLE1}:adapters-none": (148_797_840, GPTJ),
     f"{TABLE1}:adapters-ff2": (618_731_920, GPTJ),

@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from magma_jax.config import from_union
+from magma_jax.data.code_pairs import CodePairsConfig, open_code_pairs
 from magma_jax.data.codes_dataset import CodesConfig, open_codes
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.documents.folders import DocumentFoldersConfig, open_document_folders
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig, open_openmoji_documents
+from magma_jax.data.documents.openmoji_edits import OpenmojiEditsConfig, open_openmoji_edits
 from magma_jax.data.folder_dataset import FoldersConfig, open_folders
 from magma_jax.data.openmoji.dataset import (
     OpenmojiConfig,
@@ -23,8 +25,10 @@ DataConfig = (
     | OpenmojiTextConfig
     | OpenmojiPairsConfig
     | OpenmojiDocumentsConfig
+    | OpenmojiEditsConfig
     | FoldersConfig
     | CodesConfig
+    | CodePairsConfig
     | DocumentFoldersConfig
 )
 
@@ -34,8 +38,10 @@ OPENERS: dict[type, Callable[[Any], Dataset]] = {
     OpenmojiPairsConfig: open_openmoji_pairs,
     FoldersConfig: open_folders,
     CodesConfig: open_codes,
+    CodePairsConfig: open_code_pairs,
     DocumentFoldersConfig: open_document_folders,
     OpenmojiDocumentsConfig: open_openmoji_documents,
+    OpenmojiEditsConfig: open_openmoji_edits,
 }
 
 

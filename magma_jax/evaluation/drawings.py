@@ -26,7 +26,7 @@ SKIN = {
 # Largest distance of a pixel to the colour that it counts for; the closest two colours are 43 apart.
 NEAR = 20.0
 # Of the probe: weight of the penalty, in units of the mean squared feature norm.
-RIDGE = 1e-3
+RIDGE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,8 +90,9 @@ class ImageOptions:
         check_seed(self.seed + self.n * self.candidates - 1)
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance must be a number of at least 0, got {self.guidance}")
-        if self.temperature is not None and not all(0 <= value < math.inf for value in self.temperature):
-            raise ValueError(f"temperature must be two numbers of at least 0, got {self.temperature}")
+        heat = (0.0, 0.0) if self.temperature is None else self.temperature
+        if not isinstance(heat, tuple) or len(heat) != 2 or not all(0 <= value < math.inf for value in heat):
+            raise ValueError(f"temperature must be two numbers of at least 0, (first, last), got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         for name, values in (("schedule", Schedule), ("places", Strategy)):

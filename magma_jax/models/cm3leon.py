@@ -104,7 +104,7 @@ class CM3LeonConfig(DecoderConfig):
         return TrunkConfig(block=block, layers=self.layers, positions=positions)
 
 
-class CM3Leon(Decoder):
+class CM3LeonModel(Decoder):
     """The decoder, and the image tokenizer if the config has one.
 
     Its inputs and outputs are ids of ``VocabLayout``; the forward pass does not run ``image_tokenizer``.

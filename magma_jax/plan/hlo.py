@@ -264,8 +264,12 @@ def _kernel_flops(instruction: Instruction) -> float:
         (dtype, [int(size) for size in dims.split(",") if size]) for dtype, dims, _ in _SHAPE.findall(constraints[1])
     ]
     blocks = next((dims[-1] for dtype, dims in operands if dtype == "s8"), 1)
-    (heads, queries, width), (_, keys, _), *_ = [dims for dtype, dims in operands if "f" in dtype and len(dims) == 3]
-    return 2.0 * ATTENTION_KERNELS[kernel] * heads * queries * keys * width * (blocks + 1) / (2 * blocks)
+    floats = [dims for dtype, dims in operands if "f" in dtype and len(dims) >= 3]  # queries and keys come first
+    if len(floats) < 2:
+        return 0.0
+    *rows, queries, width = floats[0]
+    scores = math.prod(rows) * queries * floats[1][-2] * (blocks + 1) / (2 * blocks)
+    return 2.0 * ATTENTION_KERNELS[kernel] * scores * width
 
 
 def _matmul_flops(instruction: Instruction, computation: Computation) -> float:

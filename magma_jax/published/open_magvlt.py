@@ -67,7 +67,7 @@ def open_torch_magvlt(
         path: anything that ``open_tensors`` opens.
         model_config: ``{"transformer": {"n_heads": ..., "text_rows": ...}}``, which tensors may not tell; default: that
             of the file's own ``config``, or the released models'.
-        dtype: dtype of all parameters; default: the file's.
+        dtype: see ``transformer_in_dtype``; default: the file's dtypes.
 
     Raises:
         InferenceError: the file holds no MAGVLT model, or one that ``MagvltConfig`` cannot express. WeightFileError,
@@ -81,7 +81,7 @@ def open_torch_magvlt(
             config = infer_magvlt_config(tensors, known, stored if isinstance(stored, Mapping) else {})
             table = magvlt_table(config)
             shapes = abstract(lambda: MagvltModel(config, rngs=nnx.Rngs(0)))[1]
-            target = in_stored_dtypes(shapes, table, tensors) if dtype is None else in_dtype(shapes, dtype)
+            target = in_stored_dtypes(shapes, table, tensors) if dtype is None else transformer_in_dtype(shapes, dtype)
             plan = to_ours(table, tensors, target)
         except (InferenceError, KeyMapError) as error:
             raise type(error)(f"{path}: {error}") from None
@@ -91,6 +91,12 @@ def open_torch_magvlt(
             print(f"{path}: assumed {', '.join(known.assumed)}", file=sys.stderr)
         counters = {} if weights.metadata_is_text else weights.others
         yield OpenMagvlt(config, plan, {"keys": list(tensors), "counters": counters}, weights.files)
+
+
+def transformer_in_dtype(shapes: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Shapes with another floating dtype; the image tokenizer keeps fp32, since codes depend on small differences."""
+    kept = {path: shape for path, shape in shapes.items() if path.startswith(f"{TOKENIZER}/")}
+    return in_dtype({path: shape for path, shape in shapes.items() if path not in kept}, dtype) | kept
 
 
 def infer_magvlt_config(tensors: Mapping[str, Any], known: Known, stored: Mapping[Any, Any]) -> MagvltConfig:

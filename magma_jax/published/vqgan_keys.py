@@ -9,15 +9,15 @@ from typing import Any
 
 from flax import nnx
 
-from magma_jax.config import ConfigError
-from magma_jax.foreign import shown
+from magma_jax.config import ConfigError, from_dict
+from magma_jax.foreign import ForeignError, parse_json, shown
 from magma_jax.models.vision.vqgan import VQGAN, VQGANConfig
 from magma_jax.nn.modules import abstract
 from magma_jax.published.infer_config import InferenceError, layer_count, tensor_shape
 from magma_jax.published.keymap.engine import Ignored, KeyMapError, Rule, to_ours
 from magma_jax.published.keymap.stored_dtypes import in_stored_dtypes
 from magma_jax.storage.deferred import Deferred
-from magma_jax.storage.files import open_tensors
+from magma_jax.storage.files import Weights, open_tensors
 from magma_jax.storage.model_folder import in_dtype
 
 # Prefix of the keys inside a MAGVLT checkpoint.
@@ -27,6 +27,9 @@ MAGVLT_PREFIX = "model_vqvae."
 TRAINING = Ignored("loss.{name...}")
 
 MAX_RESOLUTION = 65536
+
+# Metadata key of a safetensors file with our paths, such as the quick start's tokenizer: the config, as JSON.
+CONFIG_KEY = "vqgan_config"
 
 
 def vqgan_table(theirs: str = "", ours: str = "") -> list[Rule]:
@@ -64,10 +67,13 @@ class OpenVQGAN:
 
 
 def is_vqgan(keys: Collection[str]) -> bool:
-    """Whether tensors of these names are a VQ-GAN in taming's layout and nothing else, with or without MAGVLT's prefix.
+    """Whether tensors of these names are a VQ-GAN and nothing else: in taming's layout, with or without MAGVLT's
+    prefix, or with our paths.
 
     Tensors of training, which taming's files hold too, are allowed.
     """
+    if {"codebook/weight", "encoder/conv_in/weight"} <= set(keys):
+        return True
     names = [key.removeprefix(MAGVLT_PREFIX) for key in keys]
     own = [name for name in names if not name.startswith("loss.")]
     parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
@@ -117,6 +123,27 @@ def open_torch_vqgan(
             "counters": {} if weights.metadata_is_text else weights.others,
         }
         yield OpenVQGAN(config, plan, source, dropped, weights.files)
+
+
+def read_our_vqgan(weights: Weights) -> VQGANConfig | None:
+    """The config of an open safetensors file whose tensors have our paths; None for other files.
+
+    Raises:
+        ConfigError: an invalid config, or tensors that do not fit it.
+    """
+    described = weights.others.get(CONFIG_KEY) if weights.metadata_is_text else None
+    if not isinstance(described, str):
+        return None
+    try:
+        config = from_dict(VQGANConfig, parse_json(described), CONFIG_KEY)
+    except ForeignError as error:
+        raise ConfigError(f"its {CONFIG_KEY} {error}") from None
+    shapes = tokenizer_shapes(config)
+    misfits = [path for path in shapes if path not in weights.tensors]
+    misfits += [path for path in shapes if path not in misfits and weights.tensors[path].shape != shapes[path].shape]
+    if misfits:
+        raise ConfigError(f"its tensors do not fit its config in {', '.join(misfits[:5])}")
+    return config
 
 
 @contextlib.contextmanager

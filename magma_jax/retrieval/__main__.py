@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     one = subparsers.add_parser("build", help="encode documents and write a memory bank")
     one.add_argument("out", type=Path, help="folder to write; an interrupted build continues there")
     _add_data(one)
+    one.add_argument("--codes", help="folder of data encode with the codes of the same images, to train with")
     one.add_argument("--splits", default="train", help="splits to include, by commas; default: %(default)s")
     two = subparsers.add_parser("annotate", help="retrieve documents for every sample of a data set")
     two.add_argument("bank", type=Path, help="folder of build")
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "--splits", default="train,validation,test", help="splits to annotate, by commas; default: %(default)s"
     )
     two.add_argument("--documents", type=int, default=2, help="documents by text, and by image; default: %(default)s")
-    two.add_argument("--candidates", type=int, default=32, help="documents to choose from; default: %(default)s")
+    two.add_argument("--candidates", type=int, default=128, help="documents to choose from; default: %(default)s")
     two.add_argument(
         "--by-image", default="train", help="splits whose images are queries too, by commas; default: %(default)s"
     )

@@ -22,7 +22,7 @@ RECALL_QUERIES = 256
 
 
 def _build(options: argparse.Namespace) -> int:
-    documents = open_documents(options.data, options.split, options.cache_dir)
+    documents = open_documents(options.data, options.split, options.codes, options.cache_dir)
     encoder = open_encoder(options.encoder, options.weights)
     count = build_bank(
         documents, encoder, options.out, splits=_names(options.splits), with_evaluation=options.with_evaluation
@@ -32,7 +32,8 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _annotate(options: argparse.Namespace) -> int:
-    documents, bank = open_documents(options.data, options.split, options.cache_dir), open_bank(options.bank)
+    documents = open_documents(options.data, options.split, cache_dir=options.cache_dir)
+    bank = open_bank(options.bank)
     encoder = open_encoder(options.encoder, options.weights)
     check_encoder(bank, encoder)
     index = make_index(bank.vectors, options.method)

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from magma_jax.data.documents.bank import Entry
+from magma_jax.data.format.code_folder import StoredCodes, code_dtype
 from magma_jax.data.format.record_folder import StoredRecords
 from magma_jax.data.format.records import DataError
 from magma_jax.data.images import ImageInput
@@ -45,7 +46,7 @@ class OpenmojiDocuments:
     def __init__(self, cache_dir: str = "~/.cache/magma_jax", image_size: int = 64):
         records, self._images = drawings.load(Path(cache_dir).expanduser(), image_size)
         self._size = image_size
-        self.entries = [Entry(id=one.codepoints, text=one.caption, split=one.split) for one in records]
+        self.entries: Sequence[Entry] = [Entry(id=one.codepoints, text=one.caption, split=one.split) for one in records]
 
     def pixels(self, rows: Sequence[int], size: int) -> UInt8[np.ndarray, "N size size 3"] | None:
         if size != self._size:
@@ -62,33 +63,49 @@ class FolderDocuments:
     Args:
         folder: see ``data.format``.
         split: name of the split that the folder holds.
+        codes: folder of the same images' codes; records without codes are left out.
     """
 
-    def __init__(self, folder: str | Path, split: str = "train"):
+    def __init__(self, folder: str | Path, split: str = "train", codes: str | Path | None = None):
+        self._codes = None if codes is None else StoredCodes(codes)
+        coded = {} if self._codes is None else {self._codes.text(i).id: i for i in range(len(self._codes))}
+        self._code_rows: list[int] = []
         self.name, self._records = str(folder), StoredRecords(folder)
-        self._rows, self.entries = [], []
+        self._rows: list[int] = []
+        found: list[Entry] = []
         for row in range(len(self._records)):
             record = self._records.text(row)
-            if record.captions:
+            if record.captions and (self._codes is None or record.id in coded):
                 self._rows.append(row)
-                self.entries.append(Entry(id=record.id, text=record.captions[0], split=split))
-        if not self.entries:
+                self._code_rows.append(coded.get(record.id, -1))
+                found.append(Entry(id=record.id, text=record.captions[0], split=split))
+        self.entries: Sequence[Entry] = found
+        if not found:
             raise DataError(f"{folder}: has no captions to retrieve by")
 
     def pixels(self, rows: Sequence[int], size: int) -> UInt8[np.ndarray, "N size size 3"] | None:
         return np.stack([ImageInput(self._records[self._rows[row]].image_bytes()).pixels(size) for row in rows])
 
     def codes(self, rows: Sequence[int]) -> np.ndarray | None:
-        return None
+        if self._codes is None:
+            return None
+        found = np.stack([self._codes[self._code_rows[row]][0] for row in rows])
+        return found.astype(code_dtype(self._codes.size))
 
 
-def open_documents(data: str, split: str = "train", cache_dir: str = "~/.cache/magma_jax") -> Documents:
+def open_documents(
+    data: str, split: str = "train", codes: str | None = None, cache_dir: str = "~/.cache/magma_jax"
+) -> Documents:
     """Documents of ``openmoji``, whose drawings have splits of their own, or of a dataset folder with one ``split``.
 
     Raises:
         DataError: no such folder.
     """
-    return OpenmojiDocuments(cache_dir) if data == OPENMOJI else FolderDocuments(data, split)
+    if data != OPENMOJI:
+        return FolderDocuments(data, split, codes)
+    if codes is not None:
+        raise ValueError("--codes: drawings of openmoji are encoded by the model that learns from them; leave it out")
+    return OpenmojiDocuments(cache_dir)
 
 
 def _image(pixels: np.ndarray) -> Image.Image:

@@ -14,7 +14,7 @@ from magma_jax.data.tokenizers.byte_level import train_bpe
 from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.families.cm3leon import generator as generator_module
 from magma_jax.families.cm3leon.decoding import Request, run_requests
-from magma_jax.families.cm3leon.generator import GAP, IMAGE_GAP, CM3LeonGenerator, Codes, Hidden
+from magma_jax.families.cm3leon.generator import GAP, IMAGE_GAP, CM3Leon, Codes, Hidden
 from magma_jax.families.cm3leon.loading import Loaded
 from magma_jax.families.cm3leon.options import DrawOptions
 from magma_jax.families.cm3leon.prompts import check_sentinels, drawing_streams, edit_streams, lay_out_gaps
@@ -23,7 +23,7 @@ from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.guidance import contrast, guide, guide_edit
 from magma_jax.inference.decoding.sampling import MASKED
 from magma_jax.inference.decoding.streams import Place, StreamRules, combined
-from magma_jax.models.cm3leon import CM3Leon, CM3LeonConfig
+from magma_jax.models.cm3leon import CM3LeonConfig, CM3LeonModel
 from magma_jax.nn.modules import abstract, merge, split
 
 GRID, CODES, CONTEXT = 4, 12, 64
@@ -48,14 +48,14 @@ PICTURE = Codes(np.array([3, 1, 4, 1]))
 
 @pytest.fixture(scope="module")
 def model():
-    graphdef = abstract(lambda: CM3Leon(CONFIG, rngs=nnx.Rngs(0)))[0]
-    params = jax.jit(lambda: split(CM3Leon(CONFIG, rngs=nnx.Rngs(0)))[1])()
+    graphdef = abstract(lambda: CM3LeonModel(CONFIG, rngs=nnx.Rngs(0)))[0]
+    params = jax.jit(lambda: split(CM3LeonModel(CONFIG, rngs=nnx.Rngs(0)))[1])()
     keys = jax.random.split(jax.random.key(1), 3)
     params |= {
         path: 0.3 * jax.random.normal(key, params[path].shape) for path, key in zip(OUTPUTS, keys[:2], strict=True)
     }
     params["wpe/weight"] = 0.3 * jax.random.normal(keys[2], params["wpe/weight"].shape)
-    return CM3LeonGenerator(Loaded(CONFIG, graphdef, params, BPE, True))
+    return CM3Leon(Loaded(CONFIG, graphdef, params, BPE, True))
 
 
 def ids(text):
@@ -111,7 +111,7 @@ def test_every_code_is_the_best_of_the_full_forward_pass(model, combine):
     if combine == "edit":
         streams = [edit_streams(ids("Edit"), PICTURE.codes, ids(text), LAYOUT, GRID) for text in texts]
         options = DrawOptions(guidance=2.0, image_guidance=1.5, temperature=(0.0, 0.0))
-        drawn = model._draw(streams, options, "edit")
+        drawn = [model._codes_of(found) for found in model._draw(streams, options, "edit")]
     else:
         streams = [drawing_streams(ids(text), [], LAYOUT, GRID, null="sentinel") for text in texts]
         options = DrawOptions(guidance=2.0, temperature=(0.0, 0.0), cd_k=3 * (combine == "contrast"))
@@ -135,10 +135,13 @@ def test_every_code_is_the_best_of_the_full_forward_pass(model, combine):
 def test_guidance_of_one_is_the_conditional_stream(model):
     plain = model.draw_codes(WORDS, dataclasses.replace(OPTIONS, guidance=1.0))
     streams = [drawing_streams(ids(text), [], LAYOUT, GRID, null="sentinel") for text in WORDS]
-    coupled = model._draw(streams, dataclasses.replace(OPTIONS, guidance=1.0), "guide")
+    coupled = [
+        model._codes_of(one) for one in model._draw(streams, dataclasses.replace(OPTIONS, guidance=1.0), "guide")
+    ]
     np.testing.assert_array_equal(np.stack(plain), np.stack(coupled))
     # So is guidance outside of its interval, from the first code on.
-    late = model._draw(streams, dataclasses.replace(OPTIONS, interval=(0.999, 1.0)), "guide")
+    late = dataclasses.replace(OPTIONS, interval=(0.999, 1.0))
+    late = [model._codes_of(one) for one in model._draw(streams, late, "guide")]
     np.testing.assert_array_equal(np.stack(plain), np.stack(late))
 
 
@@ -229,7 +232,7 @@ def test_answers_of_texts_and_images(model):
 
 def test_guidance_without_sentinels_warns_once(model):
     generator_module._warn_once.cache_clear()
-    never = CM3LeonGenerator(Loaded(CONFIG, model.graphdef, model.params, BPE, False))
+    never = CM3Leon(Loaded(CONFIG, model.graphdef, model.params, BPE, False))
     with pytest.warns(UserWarning, match="never saw an empty prompt"):
         never.draw_codes(["red"], OPTIONS)
     with warnings.catch_warnings():
@@ -248,6 +251,8 @@ def test_guidance_without_sentinels_warns_once(model):
             "at most 3 documents are taken, got 4",
         ),
         (lambda m: list(m.answers([[]])), "the prompt is empty"),
+        (lambda m: list(m.answers([["a"]], ImageOptions(steps=4))), "steps are those of a masked model"),
+        (lambda m: list(m.answers([[" "]], ImageOptions())), "a drawing needs a text"),
         (lambda m: DrawOptions(interval=(0.5, 0.2)), "interval must be two ascending shares"),
         (lambda m: DrawOptions(cd_alpha=0.0), "cd_alpha must be above 0"),
         (

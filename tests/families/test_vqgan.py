@@ -2,19 +2,26 @@
 
 import dataclasses
 import json
+from importlib import resources
 
 import numpy as np
 import pytest
 
-from magma_jax.config import ConfigError
+from magma_jax.config import ConfigError, load_config_file
 from magma_jax.convert.__main__ import main as convert
 from magma_jax.convert.layouts import layout_of
-from magma_jax.families import family_of_checkpoint, open_generator
+from magma_jax.data.__main__ import main as data
+from magma_jax.data.format.code_folder import StoredCodes
+from magma_jax.data.format.record_folder import StoredRecords
+from magma_jax.data.images import load_image, to_uint8
+from magma_jax.families import family_of_checkpoint, open_generator, run_config
 from magma_jax.families.vqgan import VQGAN
 from magma_jax.families.vqgan.loading import open_image_tokenizer
 from magma_jax.models.vision.vqgan import VQGANConfig
 from magma_jax.storage.torch.reader import open_torch_file, state_dict
 from magma_jax.storage.torch.writer import write_torch_file
+from magma_jax.training.run.pretrained import QUICKSTART_VQGAN
+from tests import datafolders
 from tests.convert.checkpoints import contents
 
 GOLDEN = VQGANConfig(
@@ -120,17 +127,17 @@ def test_layouts_are_told_by_their_keys(folder, source, golden_checkpoint, tmp_p
 def test_it_encodes_and_decodes(folder, source, golden):
     with np.load(golden / "magvlt/vqgan_tiny.npz") as file:
         expected = dict(file)
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
     codes = None
     for path in (folder, source):
         tokenizer = open_generator(path)
         assert tokenizer.makes == frozenset()
         found = tokenizer.encode(pixels)
-        assert found.shape == (5, 64)
+        assert found.shape == (4, 64)
         assert found.dtype == np.int32
         assert codes is None or np.array_equal(found, codes)
         codes = found
-        np.testing.assert_array_equal(tokenizer.encode(pixels[2:3]), codes[2:3])
+        np.testing.assert_array_equal(tokenizer.encode(pixels[1:]), codes[1:])
         images = tokenizer.decode(expected["rand_ids0"].reshape(2, -1))
         truth = (np.clip(expected["decode_code0"].transpose(0, 2, 3, 1) * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
         assert np.abs(images.astype(int) - truth).max() <= 1
@@ -165,3 +172,34 @@ def test_other_models_take_it_as_their_image_tokenizer(folder, source):
     assert arrays[0].keys() == arrays[1].keys()
     for name, array in arrays[0].items():
         np.testing.assert_array_equal(array, arrays[1][name])
+
+
+def test_the_quick_starts_tokenizer():
+    """It opens by itself, and is the model of its config."""
+    path = resources.files("magma_jax") / QUICKSTART_VQGAN
+    assert path.stat().st_size <= 3e6
+    tokenizer = open_generator(path)
+    config = run_config(load_config_file("configs/vqgan_quickstart.py"))
+    assert tokenizer.config == config.model.tokenizer
+    image = np.full((1, 64, 64, 3), 255, np.uint8)
+    image[:, 16:48, 16:48] = (252, 234, 43)  # the yellow of faces
+    codes = tokenizer.encode(image)
+    assert codes.shape == (1, 256)
+    assert np.abs(tokenizer.decode(codes)[0].astype(int) - image[0]).mean() < 8
+    assert np.abs(tokenizer.decode(codes)[0, 32, 32].astype(int) - image[0, 32, 32]).max() < 16
+
+
+def test_a_dataset_is_encoded_at_the_command_line(folder, golden_checkpoint, tmp_path, capsys):
+    images = datafolders.folder(tmp_path / "images", datafolders.captions(3))
+    arguments = [images, str(tmp_path / "codes"), "--workers", "0", "--batch-size", "4", "--flips"]
+    assert data(["encode", *arguments, "--tokenizer", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'codes'}: 3 records, 2 x 64 codes each\n"
+    stored = StoredCodes(tmp_path / "codes")
+    pixels = np.stack([to_uint8(load_image(StoredRecords(images)[row].image_bytes()), 16) for row in range(3)])
+    np.testing.assert_array_equal([stored[row][0] for row in range(3)], open_generator(folder).encode(pixels))
+    other = str(golden_checkpoint("none"))
+    assert data(["encode", images, str(tmp_path / "other"), "--tokenizer", other]) == 2
+    assert "holds a magma model, but an image tokenizer is wanted here" in capsys.readouterr().err
+    assert data(["encode", str(tmp_path), str(tmp_path / "other"), "--tokenizer", str(folder)]) == 2
+    assert "no dataset folder (no info.json)" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -227,7 +227,7 @@ def test_an_interrupted_annotation_continues(bank, encoder, tmp_path, monkeypatc
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "open_documents", lambda *_: Drawings())
+    monkeypatch.setattr(command, "open_documents", lambda *_, **options: Drawings())
     bank, found = str(tmp_path / "bank"), str(tmp_path / "found")
     assert retrieval(["build", bank, "--data", "squares"]) == 0
     assert "48 documents, vectors of 1216 entries by hashed-1024" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from magma_jax.convert.layouts.layout import (
 from magma_jax.convert.magma_checkpoint import absent
 from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
 from magma_jax.families.cm3leon.loading import open_folder, read_cm3leon
-from magma_jax.models.cm3leon import CM3Leon
+from magma_jax.models.cm3leon import CM3LeonModel
 from magma_jax.nn.modules import abstract, merge
 from magma_jax.published.cm3leon_keys import cm3leon_table
 from magma_jax.published.keymap.engine import to_theirs
@@ -92,7 +92,7 @@ def quantities(
 ) -> Iterator[tuple[str, Any]]:
     """Of ``tokens``: embeddings, states after the first layer and the last norm, logits and log-probabilities."""
     config, params = read_cm3leon(checkpoint, "float32", model_config, any_vocabulary=True)
-    definition = abstract(lambda: CM3Leon(config, rngs=nnx.Rngs(0)))[0]
+    definition = abstract(lambda: CM3LeonModel(config, rngs=nnx.Rngs(0)))[0]
     tokens = inputs_of(arrays, "tokens", (None, None), "iu").astype(np.int32)
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_rows:
         raise ValueError(f"tokens: has ids {tokens.min()} to {tokens.max()}, the model embeds {config.vocab_rows}")

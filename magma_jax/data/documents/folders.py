@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,16 +11,22 @@ import numpy as np
 
 from magma_jax.config import ConfigError
 from magma_jax.data.dataset import Dataset
-from magma_jax.data.documents.annotation import open_annotation
-from magma_jax.data.documents.bank import MemoryBank, open_bank
+from magma_jax.data.documents.annotation import Annotation, open_annotation
+from magma_jax.data.documents.bank import Entry, MemoryBank, open_bank
 from magma_jax.data.documents.document import Image, Parts, RetrievedDocuments, Text
 from magma_jax.data.documents.settings import DocumentsConfig, block_batches, held_out_documents
 from magma_jax.data.documents.templates import Template, parse_template
+from magma_jax.data.folder_dataset import load_tokenizer
+from magma_jax.data.format.code_folder import Codes, StoredCodes
 from magma_jax.data.format.records import DataError
-from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.data.tokenizers.layout import VocabLayout
+from magma_jax.typing import Int
 
 # A text and its image, as in pretraining (figure 8 of the paper).
 PAIR = "{text} | {image}"
+# Fields of a question; a template with one of them makes documents of questions, others of captions.
+QUESTION_FIELDS = ("question", "answer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +34,8 @@ class DocumentFoldersConfig(DocumentsConfig):
     """Folders of codes and texts.
 
     Attributes:
-        folders: split to the folders in it, see ``data.documents.bank``.
+        folders: split to the folders in it, which ``python -m magma_jax.data encode`` writes. Every caption is a
+            document, and so is every question with its answer, of which the template asks for one or the other.
         memory: bank that ``annotation`` refers to; it holds codes.
         template: what a document looks like, see ``data.documents.templates``.
         tokenizer: ``gpt2``, a ``tokenizer.json`` or its folder; None for the tokenizer of the run's ``base``, or
@@ -50,39 +57,115 @@ class DocumentFoldersConfig(DocumentsConfig):
         parse_template(self.template)
 
 
-class FolderPairs(Sequence[Parts]):
+class Encoded:
+    """Samples of a folder of codes: every caption, or every question, of every record.
+
+    Args:
+        folder: see ``data.format.code_folder``.
+        template: it says which of the two are used.
+    """
+
+    def __init__(self, folder: str | Path, template: Template):
+        self._stored, self.name = StoredCodes(folder), str(folder)
+        self._questions = not template.fields.isdisjoint(QUESTION_FIELDS)
+        self._starts = np.cumsum([0, *self._stored.texts[:, int(self._questions)].tolist()])
+        if not len(self):
+            wanted = "questions" if self._questions else "captions"
+            raise DataError(f"{folder}: has no {wanted}, which the template asks for")
+
+    @property
+    def stored(self) -> StoredCodes:
+        """The folder."""
+        return self._stored
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def entry(self, number: int) -> Entry:
+        """Text and fields of a sample; its id is that of the record."""
+        row = self._row(number)
+        record, own = self._stored.text(row), number - int(self._starts[row])
+        fields = {name: value for name, value in record.metadata.items() if isinstance(value, str)}
+        if not self._questions:
+            return Entry(id=record.id, text=record.captions[own], split="", fields=fields)
+        question = record.questions[own]
+        fields |= {name: value for name, value in question.metadata.items() if isinstance(value, str)}
+        fields |= {"question": question.text, "answer": question.answers[0] if question.answers else ""}
+        return Entry(id=record.id, text=question.text, split="", fields=fields)
+
+    def image(self, number: int) -> Int[np.ndarray, " T"]:
+        """Codes of a sample's image."""
+        return self._stored[self._row(number)][0]
+
+    def _row(self, number: int) -> int:
+        return int(np.searchsorted(self._starts, number, side="right")) - 1
+
+
+class Remembered:
+    """Documents of a memory bank."""
+
+    def __init__(self, bank: MemoryBank):
+        self.bank, self.name = bank, str(bank.folder)
+
+    def __len__(self) -> int:
+        return len(self.bank)
+
+    def entry(self, number: int) -> Entry:
+        """Id, text and fields of a document."""
+        return self.bank.entries[number]
+
+    def image(self, number: int) -> Int[np.ndarray, " T"]:
+        """Codes of a document's image."""
+        assert self.bank.codes is not None  # checked when it was opened
+        return np.asarray(self.bank.codes[number], np.int32)
+
+
+class Documents(Sequence[Parts]):
     """Documents of several folders, read on access.
 
     Args:
-        banks: the folders.
+        folders: the folders.
         tokenizer: of their texts.
         template: what a document looks like.
     """
 
-    def __init__(self, banks: Sequence[MemoryBank], tokenizer: Tokenizer, template: Template):
-        self._banks, self._tokenizer, self._template = banks, tokenizer, template
-        self._ends = list(itertools.accumulate(len(bank) for bank in banks))
+    def __init__(self, folders: Sequence[Encoded | Remembered], tokenizer: Tokenizer, template: Template):
+        self._folders, self._tokenizer, self._template = folders, tokenizer, template
+        self._ends = list(itertools.accumulate(map(len, folders)))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, number: Any) -> Any:  # a row; slices are not used
-        folder = bisect.bisect_right(self._ends, number)
-        bank = self._banks[folder]
-        row = number - (self._ends[folder] - len(bank))
-        assert bank.codes is not None  # checked when it was opened
-        entry = bank.entries[row]
-        fields = {**entry.fields, "text": entry.text, "image": bank.codes[row]}
-        where = f"{bank.folder}: document {entry.id!r}"
+        folder, row = self._place(number)
+        entry = folder.entry(row)
+        fields = {**entry.fields, "text": entry.text, "image": folder.image(row)}
         return tuple(
             Text(np.array(self._tokenizer.encode(part), np.int32)) if isinstance(part, str) else Image(part)
-            for part in self._template.fill(fields, where)
+            for part in self._template.fill(fields, f"{folder.name}: document {entry.id!r}")
         )
 
-    @property
-    def ids(self) -> list[str]:
-        """Ids of all documents."""
-        return [entry.id for bank in self._banks for entry in bank.entries]
+    def sample_id(self, number: int) -> str:
+        """Id of a document."""
+        folder, row = self._place(number)
+        return folder.entry(row).id
+
+    def _place(self, number: int) -> tuple[Encoded | Remembered, int]:
+        folder = bisect.bisect_right(self._ends, number)
+        return self._folders[folder], number - (self._ends[folder] - len(self._folders[folder]))
+
+
+class Neighbours(Sequence[Int[np.ndarray, " K"]]):
+    """Rows of the documents retrieved for every sample, looked up on access."""
+
+    def __init__(self, documents: Documents, annotation: Annotation, rows: Mapping[str, int]):
+        self._documents, self._annotation, self._rows = documents, annotation, rows
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, number: Any) -> Any:  # a row; slices are not used
+        return self._annotation.rows([self._documents.sample_id(number)], self._rows)[0]
 
 
 def open_document_folders(config: DocumentFoldersConfig) -> Dataset:
@@ -95,17 +178,20 @@ def open_document_folders(config: DocumentFoldersConfig) -> Dataset:
     layout, image_tokens = config.layout()
     if not config.folders.get("train"):
         raise ConfigError("data.folders names no folders to train on; set data.folders.train")
-    tokenizer, template = _tokenizer(config.tokenizer), parse_template(config.template)
-    splits = {
-        split: FolderPairs([_open(folder, image_tokens) for folder in folders], tokenizer, template)
-        for split, folders in config.folders.items()
-    }
+    tokenizer, template = load_tokenizer(config.tokenizer), parse_template(config.template)
+    encoded = {split: [Encoded(one, template) for one in folders] for split, folders in config.folders.items()}
+    codes = Codes([one.stored for members in encoded.values() for one in members])
+    _check_grid(codes.tokens, codes.size, str(codes.folders[0]), image_tokens, layout)
+    splits = {split: Documents(members, tokenizer, template) for split, members in encoded.items()}
     memory: Sequence[Parts] = ()
     neighbours: dict[str, Any] = dict.fromkeys(splits, ())
     if config.retrieved and config.annotation and config.memory:
-        bank, annotation = _open(config.memory, image_tokens), open_annotation(config.annotation)
-        memory = FolderPairs([bank], tokenizer, parse_template(PAIR))
-        neighbours = {split: annotation.rows(pairs.ids, bank.rows) for split, pairs in splits.items()}
+        bank, annotation = open_bank(config.memory), open_annotation(config.annotation)
+        if bank.codes is None:
+            raise DataError(f"{config.memory}: holds no codes; build it with --codes, a folder of encoded images")
+        _check_grid(bank.codes.shape[1], None, config.memory, image_tokens, layout)
+        memory = Documents([Remembered(bank)], tokenizer, parse_template(PAIR))
+        neighbours = {split: Neighbours(one, annotation, bank.rows) for split, one in splits.items()}
     documents = {
         split: RetrievedDocuments(
             queries=pairs,
@@ -125,24 +211,9 @@ def open_document_folders(config: DocumentFoldersConfig) -> Dataset:
     )
 
 
-def _open(folder: str, image_tokens: int) -> MemoryBank:
-    bank = open_bank(folder)
-    if bank.codes is None:
-        raise DataError(f"{folder}: holds no codes; build it from images with an image tokenizer")
-    if bank.codes.shape[1] != image_tokens:
+def _check_grid(tokens: int, size: int | None, folder: str, image_tokens: int, layout: VocabLayout) -> None:
+    if tokens != image_tokens or (size is not None and size != layout.image):
         raise DataError(
-            f"{folder}: has {bank.codes.shape[1]} codes of an image, but the model's grid has {image_tokens}; encode "
-            "the images with the model's own tokenizer"
+            f"{folder}: has {tokens} codes of an image{'' if size is None else f' from a codebook of {size}'}, but the "
+            f"model's grid has {image_tokens} of {layout.image}; encode the images with the model's own tokenizer"
         )
-    return bank
-
-
-def _tokenizer(name: str | None) -> Tokenizer:
-    if name in (None, "gpt2"):
-        return gpt2_tokenizer()
-    path = Path(name)
-    # A model folder has its vocabulary in tokenizer/.
-    path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
-    if not path.exists():
-        raise ConfigError(f"data.tokenizer: {path} is not there; give gpt2, a tokenizer.json or its folder")
-    return Tokenizer.load(path)

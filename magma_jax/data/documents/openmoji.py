@@ -15,6 +15,8 @@ from magma_jax.data.documents.settings import DocumentsConfig, block_batches, he
 from magma_jax.data.openmoji import drawings
 from magma_jax.data.openmoji.dataset import QUICKSTART_TOKENIZER
 from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.data.tokenizers.layout import VocabLayout
+from magma_jax.typing import UInt8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,23 @@ class OpenmojiDocumentsConfig(DocumentsConfig):
     may_change: ClassVar[tuple[str, ...]] = ("cache_dir",)
 
 
+def load_drawings(
+    config: OpenmojiDocumentsConfig,
+) -> tuple[list[drawings.Drawing], UInt8[np.ndarray, "N H W 3"], Tokenizer, VocabLayout, int]:
+    """Drawings, their pixels, the tokenizer of their names, a vocabulary with an id for every code of every drawing,
+    and the number of codes of a drawing.
+
+    Raises:
+        ConfigError: vocabulary or number of image tokens is not set.
+    """
+    layout, image_tokens = config.layout()
+    records, images = drawings.load(Path(config.cache_dir).expanduser(), config.image_size)
+    with resources.as_file(resources.files("magma_jax") / QUICKSTART_TOKENIZER) as path:
+        tokenizer = Tokenizer.load(path)
+    placeholders = dataclasses.replace(layout, image=len(images) * image_tokens)
+    return records, images, tokenizer, placeholders, image_tokens
+
+
 def open_openmoji_documents(config: OpenmojiDocumentsConfig) -> Dataset:
     """Loads the drawings.
 
@@ -44,11 +63,7 @@ def open_openmoji_documents(config: OpenmojiDocumentsConfig) -> Dataset:
     Raises:
         ConfigError: vocabulary or number of image tokens is not set. DataError: an unusable annotation.
     """
-    layout, image_tokens = config.layout()
-    records, images = drawings.load(Path(config.cache_dir).expanduser(), config.image_size)
-    with resources.as_file(resources.files("magma_jax") / QUICKSTART_TOKENIZER) as path:
-        tokenizer = Tokenizer.load(path)
-    placeholders = dataclasses.replace(layout, image=len(images) * image_tokens)
+    records, images, tokenizer, placeholders, image_tokens = load_drawings(config)
 
     def pair(record: drawings.Drawing) -> Parts:
         first = record.index * image_tokens

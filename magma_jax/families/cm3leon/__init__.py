@@ -7,20 +7,21 @@ from flax import nnx
 
 from magma_jax.data.documents.folders import DocumentFoldersConfig
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig
+from magma_jax.data.documents.openmoji_edits import OpenmojiEditsConfig
 from magma_jax.families.cm3leon.config import SHARDINGS, batch_shapes, complete, count, flops, roles
-from magma_jax.families.cm3leon.generator import CM3LeonGenerator
+from magma_jax.families.cm3leon.generator import CM3Leon
 from magma_jax.families.cm3leon.image_codes import code_loader
 from magma_jax.families.cm3leon.loss import CM3LeonOptions, cm3leon_loss
 from magma_jax.families.vqgan.loading import open_image_tokenizer
 from magma_jax.family import Family
 from magma_jax.inference.decoding.program import decode_program
-from magma_jax.models.cm3leon import CM3Leon, CM3LeonConfig
+from magma_jax.models.cm3leon import CM3LeonConfig, CM3LeonModel
 from magma_jax.models.vision.vqgan import TOKENIZER
 from magma_jax.published.cm3leon_keys import is_cm3leon
 
 
-def _build(config: CM3LeonConfig, rngs: nnx.Rngs) -> CM3Leon:
-    return CM3Leon(config, rngs=rngs)
+def _build(config: CM3LeonConfig, rngs: nnx.Rngs) -> CM3LeonModel:
+    return CM3LeonModel(config, rngs=rngs)
 
 
 def _open_tokenizer(path: Any, config: CM3LeonConfig) -> Any:
@@ -31,7 +32,7 @@ def _open_tokenizer(path: Any, config: CM3LeonConfig) -> Any:
 CM3LEON = Family(
     name="cm3leon",
     configs=(CM3LeonConfig,),
-    data=(OpenmojiDocumentsConfig, DocumentFoldersConfig),
+    data=(OpenmojiDocumentsConfig, OpenmojiEditsConfig, DocumentFoldersConfig),
     options=CM3LeonOptions,
     recognises=is_cm3leon,
     build=_build,
@@ -48,7 +49,7 @@ CM3LEON = Family(
     fresh=r"",
     base_may_differ=lambda model: ("dtype", "embedding_std", "position_std"),
     parts={TOKENIZER: _open_tokenizer},
-    open=CM3LeonGenerator.from_checkpoint,
+    open=CM3Leon.from_checkpoint,
     decode_program=functools.partial(decode_program, lambda model: model),
     panel=None,
     token_generator=False,

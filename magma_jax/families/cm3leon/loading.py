@@ -14,7 +14,7 @@ from magma_jax.config import from_dict
 from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
 from magma_jax.families.cm3leon.config import SHARDINGS
 from magma_jax.foreign import shown
-from magma_jax.models.cm3leon import CM3Leon, CM3LeonConfig
+from magma_jax.models.cm3leon import CM3LeonConfig, CM3LeonModel
 from magma_jax.nn.modules import Definition, abstract
 from magma_jax.published.open_cm3leon import open_torch_cm3leon
 from magma_jax.published.open_magma import load_tokenizer
@@ -47,11 +47,11 @@ class Loaded(NamedTuple):
 def load_cm3leon(
     path: str | Path, dtype: str | None = None, mesh: Mesh | None = None, ema: bool | None = None
 ) -> Loaded:
-    """Loads a checkpoint; arguments and errors as for ``CM3LeonGenerator.from_checkpoint``."""
+    """Loads a checkpoint; arguments and errors as for ``CM3Leon.from_checkpoint``."""
     path = local_path(path)
     is_file = not (path / MODEL_FILE).exists() and holds_weights(path)
     config, params = read_cm3leon(path, dtype, mesh=mesh, ema=ema)
-    graphdef = abstract(lambda: CM3Leon(config, rngs=nnx.Rngs(0)))[0]
+    graphdef = abstract(lambda: CM3LeonModel(config, rngs=nnx.Rngs(0)))[0]
     if is_file:
         return Loaded(config, graphdef, params, gpt2_tokenizer(), True)
     data = (read_model_json(path).get("run") or {}).get("data") or {}
@@ -79,7 +79,7 @@ def read_cm3leon(
             return dataclasses.replace(model.config, dtype=dtype), params
     config = read_cm3leon_config(path)
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
-    _, shapes, types = abstract(lambda: CM3Leon(config, rngs=nnx.Rngs(0)))
+    _, shapes, types = abstract(lambda: CM3LeonModel(config, rngs=nnx.Rngs(0)))
     shapes = in_dtype(shapes, jnp.dtype(config.dtype))
     if mesh is not None:
         shapes = placed(shapes, parameter_shardings(shapes, mesh, SHARDINGS))
@@ -93,7 +93,7 @@ def open_folder(folder: str | Path) -> tuple[CM3LeonConfig, Params]:
         CheckpointError: not such a folder, or a damaged one.
     """
     config = read_cm3leon_config(folder)
-    _, shapes, types = abstract(lambda: CM3Leon(config, rngs=nnx.Rngs(0)))
+    _, shapes, types = abstract(lambda: CM3LeonModel(config, rngs=nnx.Rngs(0)))
     params = open_params(folder) | read_what_was_trained(folder, shapes, types)
     if misfits := [path for path in shapes if path not in params or params[path].shape != shapes[path].shape]:
         raise CheckpointError(f"{folder}: does not fit its config in {', '.join(misfits[:5])}; write it again")

@@ -4,6 +4,7 @@ from typing import Any
 
 from flax import nnx
 
+from magma_jax.data.code_pairs import CodePairsConfig
 from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig
 from magma_jax.families.magvlt.config import base_may_differ, batch_shapes, complete, count, step_flops
 from magma_jax.families.magvlt.generator import Magvlt
@@ -32,7 +33,7 @@ def _open_tokenizer(path: Any, config: MagvltConfig) -> Any:
 MAGVLT = Family(
     name="magvlt",
     configs=(MagvltConfig,),
-    data=(OpenmojiPairsConfig,),
+    data=(CodePairsConfig, OpenmojiPairsConfig),
     options=MagvltOptions,
     recognises=is_magvlt,
     build=_build,

@@ -15,11 +15,11 @@ from magma_jax.foreign import shown
 from magma_jax.models.magvlt.config import MagvltConfig
 from magma_jax.models.magvlt.model import MagvltModel
 from magma_jax.nn.modules import abstract
-from magma_jax.published.open_magvlt import open_torch_magvlt
+from magma_jax.published.open_magvlt import open_torch_magvlt, transformer_in_dtype
 from magma_jax.runtime.sharding import parameter_shardings, parameter_spec, placed
 from magma_jax.storage.files import holds_weights
 from magma_jax.storage.hub import local_path
-from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, in_dtype, open_params, read_model_json
+from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, open_params, read_model_json
 from magma_jax.training.checkpoints.checkpoint import read_trained_params, read_what_was_trained
 from magma_jax.typing import Params
 
@@ -45,7 +45,7 @@ def load_magvlt(
     config = read_config(path)
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     _, shapes, types = abstract(lambda: MagvltModel(config, rngs=nnx.Rngs(0)))
-    shapes = in_dtype(shapes, config.dtype)
+    shapes = transformer_in_dtype(shapes, config.dtype)
     if mesh is not None:
         shapes = placed(shapes, parameter_shardings(shapes, mesh, SHARDINGS))
     params = read_trained_params(path, shapes, types, ema=ema)

@@ -36,10 +36,16 @@ def make_prepare(program: Program, dataset: Dataset, params: Params) -> Callable
     """The function of ``Family.prepare``; images in memory are encoded here, once.
 
     Raises:
-        ConfigError: images, but a model without an image tokenizer.
+        ConfigError: images, but a model without an image tokenizer; or codes of another tokenizer.
     """
     config, options = program.config.model, program.config.loss
     tables: _Tables | None = None
+    codes = dataset.codes
+    if codes is not None and (codes.size, codes.tokens) != (config.image_rows, config.image_positions):
+        raise ConfigError(
+            f"data.folders hold {codes.tokens} codes an image, of {codes.size}, but the model has "
+            f"{config.image_positions} of {config.image_rows}; encode the images with the model's tokenizer"
+        )
     if dataset.images is not None:
         if config.tokenizer is None:
             raise ConfigError(

@@ -15,9 +15,9 @@ from magma_jax.families.vqgan.model import SHARDINGS, VQGANModelConfig, build
 from magma_jax.foreign import shown
 from magma_jax.models.vision.vqgan import VQGANConfig
 from magma_jax.nn.modules import abstract
-from magma_jax.published.vqgan_keys import open_torch_vqgan, open_vqgan, tokenizer_shapes
+from magma_jax.published.vqgan_keys import open_torch_vqgan, open_vqgan, read_our_vqgan, tokenizer_shapes
 from magma_jax.runtime.sharding import parameter_shardings, parameter_spec, placed
-from magma_jax.storage.files import holds_weights
+from magma_jax.storage.files import holds_weights, open_tensors
 from magma_jax.storage.hub import local_path
 from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, in_dtype, open_params, read_model_json
 from magma_jax.training.checkpoints.checkpoint import read_trained_params, read_what_was_trained
@@ -92,6 +92,15 @@ def load_image_tokenizer(
     """
     path = local_path(path)
     if not (path / MODEL_FILE).exists() and holds_weights(path):
+        with open_tensors(path) as weights:
+            try:
+                config = read_our_vqgan(weights)
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
+            if config is not None:
+                arrays = {name: weights.tensors[name].read() for name in tokenizer_shapes(config)}
+                arrays = {name: array.astype(dtype or "float32") for name, array in arrays.items()}
+                return config, {name: _place(name, array, mesh) for name, array in arrays.items()}
         with open_torch_vqgan(path, model_config, dtype or "float32") as model:
             return model.config, {name: _place(name, tensor.read(), mesh) for name, tensor in model.params.items()}
     whole = read_config(path)

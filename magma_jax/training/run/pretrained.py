@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
@@ -17,8 +18,9 @@ from magma_jax.storage.files import open_tensors
 from magma_jax.storage.hub import local_path
 from magma_jax.typing import Params
 
-# Part of the package; assets/README.md says how to train it again.
+# Parts of the package; assets/README.md says how to train them again.
 QUICKSTART_LM = "assets/quickstart_lm.safetensors"
+QUICKSTART_VQGAN = "assets/quickstart_vqgan.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +77,15 @@ def open_weights(
         yield Pretrained(params, files)
 
 
-def _quickstart_lm(wanted: Params) -> Params:
-    with resources.as_file(resources.files("magma_jax") / QUICKSTART_LM) as path:
+def _part_of_the_package(name: str, wanted: Params) -> Params:
+    with resources.as_file(resources.files("magma_jax") / name) as path:
         return load_file(path)
 
 
 # A source takes the requested paths and shapes and returns the arrays it has.
 SOURCES: dict[str, Callable[[Params], Params]] = {
-    "quickstart_lm": _quickstart_lm,
+    "quickstart_lm": functools.partial(_part_of_the_package, QUICKSTART_LM),
+    "quickstart_vqgan": functools.partial(_part_of_the_package, QUICKSTART_VQGAN),
     "efficientnet_lite0": efficientnet_lite.read_weights,
 }
 

@@ -1,0 +1,20 @@
+"""Finetunes the quick start on edits: two drawings that differ by skin tone, gender or hair alone.
+
+python train.py --config configs/cm3leon_edit_quickstart.py
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from magma_jax.config import load_config_file
+
+
+def get_config() -> ConfigDict:
+    config = load_config_file(Path(__file__).with_name("cm3leon_quickstart.py"))
+    del config.weights
+    config.base = "runs/cm3leon_quickstart"
+    config.data = ConfigDict({"kind": "openmoji_edits", "length": 640})
+    config.optim.update({"learning_rate": 5e-4, "warmup_steps": 20})
+    config.steps = 500
+    return config

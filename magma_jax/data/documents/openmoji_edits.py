@@ -1,0 +1,119 @@
+"""Edits of OpenMoji's drawings: two drawings of one concept that differ by skin tone, gender or hair alone."""
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from magma_jax.data.dataset import Dataset
+from magma_jax.data.documents.document import Image, Parts, RetrievedDocuments, Text
+from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig, load_drawings
+from magma_jax.data.documents.settings import block_batches, held_out_documents
+from magma_jax.data.documents.templates import parse_template
+from magma_jax.data.openmoji.drawings import DEFAULT_TONE, Drawing
+
+_HAIR = re.compile(r"(bald|beard|(?:blond|curly|red|white) hair)$")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenmojiEditsConfig(OpenmojiDocumentsConfig):
+    """Edits of drawings, as documents of the template ``edit``.
+
+    Attributes:
+        template: what a document looks like; its fields are ``source``, ``instruction`` and ``image``.
+    """
+
+    length: int = 640
+    template: str = "edit"
+    kind: Literal["openmoji_edits"] = "openmoji_edits"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.retrieved:
+            raise ValueError("data.retrieved: edits have the drawing to change before them; set it to 0")
+        parse_template(self.template)
+
+
+class Edit(NamedTuple):
+    """An edit: the row of the drawing, what is asked for, and the row of the drawing that answers it."""
+
+    source: int
+    instruction: str
+    target: int
+
+
+def edits(records: Sequence[Drawing], split: str) -> list[Edit]:
+    """The edits whose answer is in a split; drawings to change are training drawings, or in the same split."""
+    groups: dict[tuple, list[Drawing]] = defaultdict(list)
+    for record in records:
+        for group in _groups(record):
+            groups[group].append(record)
+    return [
+        Edit(source.index, _instruction(group[0], target), target.index)
+        for group, members in groups.items()
+        for source in members
+        for target in members
+        if source is not target and target.split == split and source.split in ("train", split)
+    ]
+
+
+def _groups(record: Drawing) -> Iterator[tuple]:
+    """Names of the groups whose members differ from a drawing by one attribute alone."""
+    if record.kind not in ("person", "hand", "body part") or len(record.tones) > 1:
+        return
+    hair = _HAIR.search(record.base)
+    yield ("tone", record.base)
+    if record.gender is not None:
+        yield ("gender", record.concept, record.tones)
+    if hair and record.gender is not None:
+        yield ("hair", record.gender, record.tones)
+
+
+def _instruction(attribute: str, target: Drawing) -> str:
+    if attribute == "tone":
+        return f"make the skin tone {target.tones[0] if target.tones else DEFAULT_TONE}"
+    if attribute == "gender":
+        return f"make it a {target.gender}"
+    found = _HAIR.search(target.base)
+    assert found is not None  # only drawings with hair are in such a group
+    return f"make the hair {found[1].removesuffix(' hair')}" if "hair" in found[1] else f"make it {found[1]}"
+
+
+def open_openmoji_edits(config: OpenmojiEditsConfig) -> Dataset:
+    """Loads the drawings; batches are as those of ``open_openmoji_documents``, of which ``evaluation`` has ``Edit``.
+
+    Raises:
+        ConfigError: vocabulary or number of image tokens is not set.
+    """
+    records, images, tokenizer, layout, image_tokens = load_drawings(config)
+    template = parse_template(config.template)
+
+    def codes(row: int) -> np.ndarray:
+        return np.arange(row * image_tokens, (row + 1) * image_tokens)
+
+    def document(edit: Edit) -> Parts:
+        fields = {"source": codes(edit.source), "instruction": edit.instruction, "image": codes(edit.target)}
+        return tuple(
+            Text(np.array(tokenizer.encode(part))) if isinstance(part, str) else Image(part)
+            for part in template.fill(fields, f"edit {edit.instruction!r}")
+        )
+
+    splits = {split: edits(records, split) for split in ("train", "validation", "test")}
+    documents = {
+        split: RetrievedDocuments(
+            queries=[document(edit) for edit in found], layout=layout, image_tokens=image_tokens, retrieved=0
+        )
+        for split, found in splits.items()
+    }
+    return Dataset(
+        tokenizer=tokenizer,
+        batches=block_batches(documents["train"], config),
+        images=images,
+        learned=[record.index for record in records if record.split == "train"],
+        evaluation=splits,
+        records=records,
+        validation_batches=held_out_documents(documents, config.length),
+    )
