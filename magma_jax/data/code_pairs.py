@@ -68,9 +68,12 @@ def open_code_pairs(config: CodePairsConfig) -> Dataset:
     if config.length is None:
         raise ConfigError("data.length must be set")
     tokenizer, length = text_tokenizer(config.tokenizer), config.length
-    captions = {"texts": "captions", "caption_prompt": ""}
     sources = {  # the config converts paths to SourceConfig
-        split: [dataclasses.replace(source, **captions) for source in members if isinstance(source, SourceConfig)]
+        split: [
+            dataclasses.replace(source, texts="captions", caption_prompt="")
+            for source in members
+            if isinstance(source, SourceConfig)
+        ]
         for split, members in config.folders.items()
     }
     stored = {source.path: StoredCodes(source.path) for members in sources.values() for source in members}
