@@ -1,14 +1,14 @@
 """CM3Leon learns to draw and name OpenMoji's people and things: 3 million parameters, 256 codes a drawing.
 
-    python train.py --config configs/vqgan_quickstart.py
     python train.py --config configs/cm3leon_quickstart.py
 
-With retrieved drawings in front, the paper's form (docs/retrieval.md):
+The package has the tokenizer's weights; configs/vqgan_quickstart.py trains it. With retrieved drawings in front, the
+paper's form (docs/retrieval.md):
 
     python -m magma_jax.retrieval build data/openmoji_bank --data openmoji
     python -m magma_jax.retrieval annotate data/openmoji_bank data/openmoji_retrieved --data openmoji
     python train.py --config configs/cm3leon_quickstart.py --workdir runs/cm3leon_retrieval \
-        --set data.retrieved=1 data.annotation=data/openmoji_retrieved data.length=544
+        --set data.retrieved=1 data.annotation=data/openmoji_retrieved
 """
 
 from pathlib import Path
@@ -38,8 +38,8 @@ def get_config() -> ConfigDict:
                 "tokenizer": tokenizer.to_dict(),
             },
             # Two documents a block, and room for three spans.
-            "data": {"kind": "openmoji_documents", "length": 544},
-            "weights": {"image_tokenizer": "runs/vqgan_quickstart"},
+            "data": {"kind": "openmoji_documents", "length": 576},
+            "weights": {"image_tokenizer": "quickstart_vqgan"},
             "optim": {"learning_rate": 2e-3, "warmup_steps": 50, "b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0},
             "steps": 1500,
             "batch_size": 8,

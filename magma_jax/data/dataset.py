@@ -5,11 +5,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from magma_jax.data.batches.batching import Batch
-from magma_jax.data.batches.folders import FolderBatches
 from magma_jax.data.batches.pipeline import Overlong
 from magma_jax.data.batches.stored_images import StoredImages
 from magma_jax.data.format.code_folder import Codes
@@ -58,7 +56,7 @@ class Dataset:
     Attributes:
         tokenizer: tokenizer of its texts.
         batches: ``(batch_size, seed, rows)`` to endless batches with this process's ``rows``, see
-            ``data.batches.pipeline``.
+            ``data.batches.pipeline``; an iterable whose iterator has ``get_state``, ``set_state`` and ``close``.
         images: all images, uint8 (N, size, size, 3), in memory or decoded on access; None for text-only data.
         codes: codes of all images, for data without the images themselves; its batches hold ``codes`` (B, L).
         learned: rows of the training images; default: all.
@@ -70,7 +68,7 @@ class Dataset:
     """
 
     tokenizer: TextTokenizer
-    batches: Callable[[int, int, Sequence[int]], grain.IterDataset | FolderBatches]
+    batches: Callable[[int, int, Sequence[int]], Any]
     images: UInt8[np.ndarray, "N H W 3"] | StoredImages | None = None
     codes: Codes | None = None
     learned: Sequence[int] | None = None

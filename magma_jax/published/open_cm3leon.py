@@ -13,6 +13,7 @@ from flax import nnx
 from magma_jax.data.tokenizers.layout import SPECIAL, VocabLayout
 from magma_jax.foreign import shown
 from magma_jax.models.cm3leon import CM3LEON_SIZES, CM3LeonConfig, CM3LeonModel
+from magma_jax.models.language.decoder import Activation
 from magma_jax.nn.modules import abstract
 from magma_jax.published.cm3leon_keys import ROOTS, Layout, cm3leon_table, layout_of
 from magma_jax.published.infer_config import InferenceError, layer_count, tensor_shape
@@ -25,7 +26,12 @@ from magma_jax.storage.model_folder import in_dtype
 # Names of a value in a file's own ``config``, which transformers, metaseq and others call differently.
 _HEADS = ("h", "heads", "num_attention_heads", "decoder_attention_heads", "attention_heads")
 _ACTIVATION = ("act", "activation", "activation_function", "activation_fn")
-_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+_ACTIVATIONS: dict[str, Activation] = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+}
 
 # metaseq's joint matrix holds keys, values and queries, in this order despite its name.
 JOINT, PARTS = "qkv_proj", ("k_proj", "v_proj", "q_proj")

@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "--splits", default="train,validation,test", help="splits to annotate, by commas; default: %(default)s"
     )
     two.add_argument("--documents", type=int, default=2, help="documents by text, and by image; default: %(default)s")
-    two.add_argument("--candidates", type=int, default=32, help="documents to choose from; default: %(default)s")
+    two.add_argument("--candidates", type=int, default=128, help="documents to choose from; default: %(default)s")
     two.add_argument(
         "--by-image", default="train", help="splits whose images are queries too, by commas; default: %(default)s"
     )

@@ -31,7 +31,7 @@ def annotate(
     splits: Collection[str],
     count: int = 2,
     by_image: Collection[str] = (TRAIN,),
-    candidates: int = 32,
+    candidates: int = 128,
     max_similarity: float = MAX_SIMILARITY,
     dropout: float = QUERY_DROPOUT,
     seed: int = 0,

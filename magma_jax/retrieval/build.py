@@ -105,7 +105,7 @@ def _write_part(file: Path, documents: Documents, encoder: Encoder, rows: Sequen
         vectors.append(document_vectors(texts, None if pixels is None else encoder.images(pixels)))
         if (found := documents.codes(batch)) is not None:
             codes.append(found)
-    arrays = {"vectors": np.concatenate(vectors).astype(np.float16)}
+    arrays: dict[str, Any] = {"vectors": np.concatenate(vectors).astype(np.float16)}
     if codes:
         arrays["codes"] = np.concatenate(codes)
     temporary = file.with_name(f".{file.name}.partial")

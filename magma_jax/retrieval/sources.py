@@ -46,7 +46,7 @@ class OpenmojiDocuments:
     def __init__(self, cache_dir: str = "~/.cache/magma_jax", image_size: int = 64):
         records, self._images = drawings.load(Path(cache_dir).expanduser(), image_size)
         self._size = image_size
-        self.entries = [Entry(id=one.codepoints, text=one.caption, split=one.split) for one in records]
+        self.entries: Sequence[Entry] = [Entry(id=one.codepoints, text=one.caption, split=one.split) for one in records]
 
     def pixels(self, rows: Sequence[int], size: int) -> UInt8[np.ndarray, "N size size 3"] | None:
         if size != self._size:
@@ -71,14 +71,16 @@ class FolderDocuments:
         coded = {} if self._codes is None else {self._codes.text(i).id: i for i in range(len(self._codes))}
         self._code_rows: list[int] = []
         self.name, self._records = str(folder), StoredRecords(folder)
-        self._rows, self.entries = [], []
+        self._rows: list[int] = []
+        found: list[Entry] = []
         for row in range(len(self._records)):
             record = self._records.text(row)
             if record.captions and (self._codes is None or record.id in coded):
                 self._rows.append(row)
                 self._code_rows.append(coded.get(record.id, -1))
-                self.entries.append(Entry(id=record.id, text=record.captions[0], split=split))
-        if not self.entries:
+                found.append(Entry(id=record.id, text=record.captions[0], split=split))
+        self.entries: Sequence[Entry] = found
+        if not found:
             raise DataError(f"{folder}: has no captions to retrieve by")
 
     def pixels(self, rows: Sequence[int], size: int) -> UInt8[np.ndarray, "N size size 3"] | None:

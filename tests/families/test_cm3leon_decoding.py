@@ -111,7 +111,7 @@ def test_every_code_is_the_best_of_the_full_forward_pass(model, combine):
     if combine == "edit":
         streams = [edit_streams(ids("Edit"), PICTURE.codes, ids(text), LAYOUT, GRID) for text in texts]
         options = DrawOptions(guidance=2.0, image_guidance=1.5, temperature=(0.0, 0.0))
-        drawn = model._draw(streams, options, "edit")
+        drawn = [model._codes_of(found) for found in model._draw(streams, options, "edit")]
     else:
         streams = [drawing_streams(ids(text), [], LAYOUT, GRID, null="sentinel") for text in texts]
         options = DrawOptions(guidance=2.0, temperature=(0.0, 0.0), cd_k=3 * (combine == "contrast"))
@@ -135,10 +135,13 @@ def test_every_code_is_the_best_of_the_full_forward_pass(model, combine):
 def test_guidance_of_one_is_the_conditional_stream(model):
     plain = model.draw_codes(WORDS, dataclasses.replace(OPTIONS, guidance=1.0))
     streams = [drawing_streams(ids(text), [], LAYOUT, GRID, null="sentinel") for text in WORDS]
-    coupled = model._draw(streams, dataclasses.replace(OPTIONS, guidance=1.0), "guide")
+    coupled = [
+        model._codes_of(one) for one in model._draw(streams, dataclasses.replace(OPTIONS, guidance=1.0), "guide")
+    ]
     np.testing.assert_array_equal(np.stack(plain), np.stack(coupled))
     # So is guidance outside of its interval, from the first code on.
-    late = model._draw(streams, dataclasses.replace(OPTIONS, interval=(0.999, 1.0)), "guide")
+    late = dataclasses.replace(OPTIONS, interval=(0.999, 1.0))
+    late = [model._codes_of(one) for one in model._draw(streams, late, "guide")]
     np.testing.assert_array_equal(np.stack(plain), np.stack(late))
 
 
@@ -248,6 +251,8 @@ def test_guidance_without_sentinels_warns_once(model):
             "at most 3 documents are taken, got 4",
         ),
         (lambda m: list(m.answers([[]])), "the prompt is empty"),
+        (lambda m: list(m.answers([["a"]], ImageOptions(steps=4))), "steps are those of a masked model"),
+        (lambda m: list(m.answers([[" "]], ImageOptions())), "a drawing needs a text"),
         (lambda m: DrawOptions(interval=(0.5, 0.2)), "interval must be two ascending shares"),
         (lambda m: DrawOptions(cd_alpha=0.0), "cd_alpha must be above 0"),
         (

@@ -28,11 +28,12 @@ from magma_jax.families.cm3leon import CM3LEON
 from magma_jax.families.cm3leon.generator import Codes, Hidden
 from magma_jax.families.cm3leon.options import DrawOptions
 from magma_jax.inference.answers import AnswerOptions, ImageOptions
+from magma_jax.inference.generator import ImageGenerator
 from magma_jax.models.cm3leon import CM3LEON_SIZES, CM3LeonConfig, CM3LeonModel
 from magma_jax.models.vision.vqgan import VQGAN, VQGANS, VQGANConfig
 from magma_jax.nn.modules import abstract, merge, parameter_count, split
 from magma_jax.plan.chips import CHIPS, Topology
-from magma_jax.plan.compilation import compile_decode, compile_step
+from magma_jax.plan.compilation import compile_decode
 from magma_jax.plan.report import make_plan
 from magma_jax.runtime.sharding import SHARED, MeshConfig, make_mesh
 from magma_jax.storage.model_folder import CheckpointError
@@ -199,6 +200,10 @@ def test_it_describes_completes_and_answers(model, codes):
     drawn, edited = model.answers(prompts, likeliest)
     assert [answer.finish for answer in drawn + edited] == ["stop"] * 4
     np.testing.assert_array_equal(np.asarray(drawn[0].parts[0]), np.asarray(filled[1]))
+    assert drawn[0].logprob < 0
+    assert isinstance(model, ImageGenerator)
+    (canvas,) = model.canvases(prompts[0], likeliest, previews=2)
+    np.testing.assert_array_equal(np.asarray(canvas.images[1]), np.asarray(filled[1]))
     completed = next(model.answers([prompts[1]], dataclasses.replace(likeliest, mask=mask)))
     np.testing.assert_array_equal(np.asarray(completed[0].parts[0]), np.asarray(filled[1]))
     (said,) = next(model.answers([[ImageInput(image)]], AnswerOptions(max_new_tokens=16)))
@@ -263,15 +268,15 @@ def test_one_sharding_row_matches_every_parameter():
 def test_it_is_planned(tokenizer_file):
     config = short(tokenizer_file, mesh=MeshConfig(fsdp=8))
     program = build_program(CM3LEON, config, make_mesh(config.mesh))
-    topology = Topology("v5e:2x4", CHIPS["v5e"], tuple(jax.devices()))
-    plan = make_plan(program, topology, compile_step(program), "train", 16)
-    assert plan.fits
+    shapes = {name: shape for name, (shape, _) in CM3LEON.batch_shapes(program).items()}
+    assert shapes == {"tokens": (16, 33), "labels": (16, 33)}
+    flops = CM3LEON.flops(MODEL, program.params, program.labels, shapes)
     decoder = sum(math.prod(leaf.shape) for path, leaf in program.params.items() if path.startswith("layers/"))
-    head = MODEL.vocab_rows * MODEL.width
-    assert plan.model_flops.trained == 16 * 32 * 6 * (decoder + head)
-    assert plan.model_flops.frozen == plan.model_flops.encoder == 0
-    decoding = make_plan(program, topology, compile_decode(program, 16), "generate", 16)
-    assert decoding.fits
+    assert flops.trained == 16 * 32 * 6 * (decoder + MODEL.vocab_rows * MODEL.width)
+    assert flops.attention == 16 * 12 * 32**2 * 64 * 2
+    assert flops.frozen == flops.encoder == 0
+    topology = Topology("v5e:2x4", CHIPS["v5e"], tuple(jax.devices()))
+    assert make_plan(program, topology, compile_decode(program, 16), "generate", 16).fits
 
 
 def test_it_is_no_model_of_texts_alone(finished, capsys):

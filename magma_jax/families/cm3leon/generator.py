@@ -39,7 +39,7 @@ from magma_jax.families.cm3leon.prompts import (
     lay_out_gaps,
 )
 from magma_jax.families.vqgan.generator import ImageTokenizer
-from magma_jax.inference.answers import Answer, AnswerOptions, ImageOptions
+from magma_jax.inference.answers import Answer, AnswerOptions, Canvas, ImageOptions
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.streams import Combine, Place, StreamRules
 from magma_jax.inference.generator import Makes
@@ -81,6 +81,8 @@ class CM3Leon:
         trim_after_compile()
         self.config, self.graphdef, self.params, self.tokenizer = loaded[:4]
         self._saw_sentinels = loaded.saw_sentinels
+        self.image_tokens = self.config.image_tokens
+        self.image_size = 0 if self.config.tokenizer is None else self.config.tokenizer.image_size
         self.images: ImageTokenizer | None = None
         if self.config.tokenizer is not None:
             self.images = ImageTokenizer(self.config.tokenizer, tokenizer_params(self.params))
@@ -179,7 +181,7 @@ class CM3Leon:
             seed=seed,
             **options,
         )
-        return self._images(self._edit_codes([(image, instruction)], wanted, template)[0])
+        return self._images(self._codes_of(self._edited([(image, instruction)], wanted, template)[0]))
 
     def infill(
         self,
@@ -230,18 +232,7 @@ class CM3Leon:
         self, texts: Sequence[str], options: DrawOptions, *, documents: Sequence[Sequence[Pair]] = ()
     ) -> list[Int[np.ndarray, "N T"]]:
         """Codes of the images of every text; ``documents`` are the retrieved pairs of each. As ``generate_image``."""
-        layout, size = self.config.vocabulary, self.config.image_tokens
-        pairs = [self._pairs(found) for found in documents] or [[]] * len(texts)
-        if len(pairs) != len(texts):
-            raise ValueError(f"there are documents for {len(pairs)} texts, but {len(texts)} texts")
-        streams = [
-            drawing_streams(self._encode(text), found, layout, size, null=options.null)
-            for text, found in zip(texts, pairs, strict=True)
-        ]
-        if options.guidance == 1 and not options.cd_k:
-            return self._draw([pair[:1] for pair in streams], options, "conditional")
-        self._warn_unless_sentinels()
-        return self._draw(streams, options, "contrast" if options.cd_k else "guide")
+        return [self._codes_of(found) for found in self._of_texts(texts, options, documents)]
 
     def continue_ids(
         self,
@@ -260,9 +251,26 @@ class CM3Leon:
         made = [Request(streams=(prompt,), **one) for prompt, one in zip(prompts, requests, strict=True)]
         return self._run(made, combine, **rules)
 
-    def _edit_codes(
+    def canvases(self, prompt: Prompt, options: ImageOptions, *, previews: int = 0) -> Iterator[Canvas]:
+        """The finished images of a prompt, as ``answers``; there are no unfinished ones to show."""
+        (answers,) = self.answers([prompt], options)
+        yield Canvas([part for answer in answers for part in answer.parts if isinstance(part, Image.Image)], "stop")
+
+    def text_tokens(self, text: str) -> int:
+        """Number of tokens of a text."""
+        return len(self.tokenizer.encode(text))
+
+    def warm_up(self, rows: int) -> None:
+        """Compiles the programs for up to ``rows`` images per prompt."""
+        size = 1
+        while size < 2 * min(rows, EXAMPLES):
+            list(self.canvases(["a"], DrawOptions(n=min(size, rows), guidance=2.0)))
+            size *= 2
+
+    def _edited(
         self, edits: Sequence[tuple[Any, str]], options: DrawOptions, template: str = EDIT
-    ) -> list[Int[np.ndarray, "N T"]]:
+    ) -> list[list[Result]]:
+        """The best results of every edit."""
         streams = [
             edit_streams(
                 self._encode(template),
@@ -280,10 +288,27 @@ class CM3Leon:
         self._warn_unless_sentinels()
         return self._draw(streams, options, "edit")
 
+    def _of_texts(
+        self, texts: Sequence[str], options: DrawOptions, documents: Sequence[Sequence[Pair]]
+    ) -> list[list[Result]]:
+        """The best results of every text."""
+        layout, size = self.config.vocabulary, self.config.image_tokens
+        pairs = [self._pairs(found) for found in documents] or [[]] * len(texts)
+        if len(pairs) != len(texts):
+            raise ValueError(f"there are documents for {len(pairs)} texts, but {len(texts)} texts")
+        streams = [
+            drawing_streams(self._encode(text), found, layout, size, null=options.null)
+            for text, found in zip(texts, pairs, strict=True)
+        ]
+        if options.guidance == 1 and not options.cd_k:
+            return self._draw([pair[:1] for pair in streams], options, "conditional")
+        self._warn_unless_sentinels()
+        return self._draw(streams, options, "contrast" if options.cd_k else "guide")
+
     def _draw(
         self, streams: Sequence[tuple[np.ndarray, ...]], options: DrawOptions, combine: Combine
-    ) -> list[Int[np.ndarray, "N T"]]:
-        """Codes of ``options.n`` images of every prompt, each the likeliest of its candidates."""
+    ) -> list[list[Result]]:
+        """``options.n`` images of every prompt, each the likeliest of its candidates."""
         size, each = self.config.image_tokens, options.n * options.candidates
         sampling = _sampling(options)
         requests = [
@@ -302,55 +327,59 @@ class CM3Leon:
             for prompt in streams
             for i in range(each)
         ]
-        rules = {
-            "k": max(options.cd_k, 1),
-            "alpha": options.cd_alpha,
-            "amateur_temperature": options.amateur_temperature,
-        }
-        found = self._run(requests, combine, **rules)
-        codes = []
-        for first in range(0, len(found), each):
-            groups = _batched(found[first : first + each], options.candidates)
-            best = [max(group, key=lambda result: result.logprob) for group in groups]
-            codes.append(np.stack([self.config.vocabulary.to_codes(result.ids) for result in best]))
-        return codes
+        found = self._run(
+            requests,
+            combine,
+            k=max(options.cd_k, 1),
+            alpha=options.cd_alpha,
+            amateur_temperature=options.amateur_temperature,
+        )
+        best = [max(group, key=lambda result: result.logprob) for group in _batched(found, options.candidates)]
+        return list(_batched(best, options.n))
+
+    def _codes_of(self, results: Sequence[Result]) -> Int[np.ndarray, "N T"]:
+        return np.stack([self.config.vocabulary.to_codes(result.ids) for result in results])
 
     def _drawn(self, prompts: Sequence[list[Any]], options: ImageOptions) -> list[list[Answer]]:
+        if options.steps is not None:
+            raise ValueError("steps are those of a masked model; this one draws code by code: leave it out")
         wanted = options if isinstance(options, DrawOptions) else DrawOptions(**vars(options))
         if wanted.mask is not None:
             return [self._completed(prompt, wanted) for prompt in prompts]
-        found: list[list[Answer]] = []
-        for prompt in prompts:
-            texts, images = _texts(prompt), [item for item in prompt if not isinstance(item, str)]
-            if len(images) > 1:
-                raise ValueError(
-                    f"a drawing takes a text, or an image and an instruction; the prompt has {len(images)} images"
-                )
-            if not texts.strip():
+        texts = [_texts(prompt) for prompt in prompts]
+        images = [[item for item in prompt if not isinstance(item, str)] for prompt in prompts]
+        for text, found in zip(texts, images, strict=True):
+            if len(found) > 1:
+                raise ValueError(f"a drawing takes a text, or one image and an instruction, not {len(found)} images")
+            if not text.strip():
                 raise ValueError("a drawing needs a text that says what to draw, or what to change")
-        plain = [i for i, prompt in enumerate(prompts) if all(isinstance(item, str) for item in prompt)]
-        edits = [i for i in range(len(prompts)) if i not in plain]
-        codes: dict[int, np.ndarray] = {}
+        plain = [i for i, found in enumerate(images) if not found]
+        edits = [i for i, found in enumerate(images) if found]
+        results: dict[int, list[Result]] = {}
         if plain:
-            codes |= dict(zip(plain, self.draw_codes([_texts(prompts[i]) for i in plain], wanted), strict=True))
+            results |= dict(zip(plain, self._of_texts([texts[i] for i in plain], wanted, ()), strict=True))
         if edits:
-            pairs = [
-                (next(item for item in prompts[i] if not isinstance(item, str)), _texts(prompts[i])) for i in edits
+            results |= dict(zip(edits, self._edited([(images[i][0], texts[i]) for i in edits], wanted), strict=True))
+        return [
+            [
+                Answer(parts=(image,), tokens=(), logprob=result.logprob, finish="stop")
+                for image, result in zip(self._images(self._codes_of(results[i])), results[i], strict=True)
             ]
-            codes |= dict(zip(edits, self._edit_codes(pairs, wanted), strict=True))
-        for i in range(len(prompts)):
-            found.append([self._answer([image]) for image in self._images(codes[i])])
-        return found
+            for i in range(len(prompts))
+        ]
 
     def _completed(self, prompt: list[Any], options: DrawOptions) -> list[Answer]:
         if options.mask is None or not any(not isinstance(item, str) for item in prompt):
             raise ValueError("mask hides a part of the prompt's image, but the prompt has none")
+        if options.guidance != 1 or options.cd_k or options.candidates > 1:
+            raise ValueError("mask: a hidden part is drawn without guidance and candidates; set guidance to 1")
         parts = [item if isinstance(item, str) else Hidden(item, options.mask) for item in prompt]
         parts = sorted(parts, key=lambda part: not isinstance(part, str))  # the text comes first, as in training
         answers = []
         for i in range(options.n):
-            filled = self._fill(parts, 0, _sampling(options), options.seed + i)[0]
-            answers.append(self._answer([part for part in self._join(filled) if not isinstance(part, str)]))
+            filled, logprob = self._fill(parts, 0, _sampling(options), options.seed + i)
+            images = tuple(part for part in self._join(filled) if not isinstance(part, str))
+            answers.append(Answer(parts=images, tokens=(), logprob=logprob, finish="stop"))
         return answers
 
     def _written(self, prompts: Sequence[list[Any]], options: AnswerOptions) -> list[list[Answer]]:
@@ -391,10 +420,8 @@ class CM3Leon:
                 )
                 for i in range(options.n)
             ]
-        answers = [
-            self._answer(self._join(self._split(result.ids)), result) for result in self._run(requests, "conditional")
-        ]
-        return [list(group) for group in _batched(answers, options.n)]
+        answers = [self._answer(result) for result in self._run(requests, "conditional")]
+        return list(_batched(answers, options.n))
 
     def _fill(
         self, parts: Sequence[Item], max_new_tokens: int, sampling: SamplingConfig, seed: int
@@ -485,12 +512,11 @@ class CM3Leon:
                 parts += self._images(segment.codes[None])
         return parts
 
-    def _answer(self, parts: Sequence[str | Image.Image], result: Result | None = None) -> Answer:
+    def _answer(self, result: Result) -> Answer:
+        parts = self._join(self._split(result.ids))
         words = tuple(self.tokenizer.encode("".join(part for part in parts if isinstance(part, str))))
-        finish = "stop" if result is None or result.ended else "length"
-        return Answer(
-            parts=tuple(parts), tokens=words, logprob=0.0 if result is None else result.logprob, finish=finish
-        )
+        finish = "stop" if result.ended else "length"
+        return Answer(parts=tuple(parts), tokens=words, logprob=result.logprob, finish=finish)
 
     def _pairs(self, documents: Sequence[Pair]) -> list[list[Segment]]:
         if len(documents) > MOST_RETRIEVED:

@@ -195,7 +195,7 @@ def combined(
         both, image, nothing = parts
         result = guide_edit(nothing, image, both, image_weight=weights[1], text_weight=weights[0])
     elif rules.combine == "guide":
-        result = guide(*parts, weights[0])
+        result = guide(parts[0], parts[1], weights[0])
     else:
         result = parts[0]
     return jnp.where(allowed, result, MASKED)
