@@ -136,7 +136,7 @@ def test_it_learns_by_terms_and_logs_its_codebook(finished):
 def test_the_codebook_starts_as_means_of_patches(finished, squares):
     """White, the two colours and their borders are among the codes: the first reconstruction is good already."""
     first = next(line for line in lines(finished) if "loss" in line)
-    assert first["l1"] < 0.1  # of black images 1.8
+    assert first["l1"] < 0.1
     assert first["codes_used"] > 0.5
     usage = np.asarray(finished.state.statistics["usage"])
     assert usage.shape == (24,)
