@@ -69,7 +69,11 @@ def open_code_pairs(config: CodePairsConfig) -> Dataset:
         raise ConfigError("data.length must be set")
     tokenizer, length = text_tokenizer(config.tokenizer), config.length
     sources = {  # the config converts paths to SourceConfig
-        split: [dataclasses.replace(source, texts="captions", caption_prompt="") for source in members]
+        split: [
+            dataclasses.replace(source, texts="captions", caption_prompt="")
+            for source in members
+            if isinstance(source, SourceConfig)
+        ]
         for split, members in config.folders.items()
     }
     stored = {source.path: StoredCodes(source.path) for members in sources.values() for source in members}

@@ -7,7 +7,6 @@ Inception weights are they FID and IS. Formulas are those of torch-fidelity, in 
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 
 from magma_jax.typing import Float
 
@@ -58,8 +57,8 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
         raise ValueError(f"features of widths {len(first.mean)} and {len(second.mean)} cannot be compared")
     difference = first.mean - second.mean
     # The trace of a product's root is the sum of the roots of its eigenvalues, which are real and not negative.
-    eigenvalues = scipy.linalg.eigvals(first.covariance @ second.covariance)
-    root = np.sqrt(eigenvalues.astype(np.complex128)).real.sum()
+    eigenvalues = np.linalg.eigvals(first.covariance @ second.covariance)
+    root = np.real(np.sqrt(eigenvalues.astype(np.complex128))).sum()
     return float(difference @ difference + np.trace(first.covariance) + np.trace(second.covariance) - 2 * root)
 
 

@@ -124,10 +124,11 @@ def _adversarial(
     options: VQGANOptions,
 ) -> dict[str, Term]:
     judge, mode = model.discriminator, "frozen" if options.validating else "batch"
+    conv, (features, latents) = model.decoder.conv_out, jax.lax.stop_gradient(inputs)
     assert judge is not None  # the caller asks
+    assert conv.bias is not None
     real, fake = judge(images, mode), judge(jax.lax.stop_gradient(decoded), mode)
     definition, params = split(judge)
-    conv, (features, latents) = model.decoder.conv_out, jax.lax.stop_gradient(inputs)
     bias = jax.lax.stop_gradient(conv.bias[...])
 
     def fixed(images: Array) -> Array:

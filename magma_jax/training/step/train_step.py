@@ -109,7 +109,12 @@ def make_train_step(
             counts = None
             if len(jax.eval_shape(count, first, keys[0])) > 1:
                 counts = _summed(lambda _, inputs: (None, count(*inputs)), None, (parts, keys))[1]
-            shapes = jax.eval_shape(lambda *inputs: part(*inputs, counts)[0][1], (state.statistics, {}), first, keys[0])
+            shapes = jax.eval_shape(
+                lambda carry, batch, key: part(carry, batch, key, counts)[0][1],
+                (state.statistics, {}),
+                first,
+                keys[0],
+            )
             (statistics, assigned), (grads, terms) = _summed(
                 lambda carry, inputs: part(carry, *inputs, counts=counts),
                 (state.statistics, {path: state.trainable[path] for path in shapes}),
