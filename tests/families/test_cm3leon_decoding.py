@@ -251,6 +251,10 @@ def test_guidance_without_sentinels_warns_once(model):
             "at most 3 documents are taken, got 4",
         ),
         (lambda m: list(m.answers([[]])), "the prompt is empty"),
+        (
+            lambda m: m.caption(PICTURE, sampling=SamplingConfig(repetition_penalty=1.2)),
+            "repetition_penalty and compat",
+        ),
         (lambda m: list(m.answers([["a"]], ImageOptions(steps=4))), "steps are those of a masked model"),
         (lambda m: list(m.answers([[" "]], ImageOptions())), "a drawing needs a text"),
         (lambda m: DrawOptions(interval=(0.5, 0.2)), "interval must be two ascending shares"),

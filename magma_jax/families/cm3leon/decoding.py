@@ -81,6 +81,8 @@ def run_requests(
     for request in requests:
         if len(request.streams) != streams:
             raise ValueError(f"a request has {len(request.streams)} streams, but {rules.combine} takes {streams}")
+        if request.sampling.repetition_penalty != 1 or request.sampling.compat is not None:
+            raise ValueError("repetition_penalty and compat are not for models of texts and images; leave them out")
         longest = max(map(len, request.streams))
         if longest + request.limit > context:
             raise ValueError(

@@ -40,7 +40,7 @@ from magma_jax.families.cm3leon.prompts import (
 )
 from magma_jax.families.vqgan.generator import ImageTokenizer
 from magma_jax.inference.answers import Answer, AnswerOptions, Canvas, ImageOptions
-from magma_jax.inference.decoding.config import SamplingConfig
+from magma_jax.inference.decoding.config import SEED_BITS, SamplingConfig
 from magma_jax.inference.decoding.streams import Combine, Place, StreamRules
 from magma_jax.inference.generator import Makes
 from magma_jax.inference.prompts import Prompt, check_prompt
@@ -442,7 +442,7 @@ class CM3Leon:
                 place=Place.TEXT if gap.kind == "text" else Place.IMAGE,
                 left=gap.count or 0,
                 texts=gap.kind == "text",
-                seed=seed,
+                seed=_seed_of_gap(seed, number),
                 sampling=sampling,
             )
             result = self._run([request], "conditional")[0]
@@ -572,6 +572,11 @@ def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
+
+
+def _seed_of_gap(seed: int, number: int) -> int:
+    """A seed for every gap of a document, which of the first one is the document's."""
+    return seed if number == 0 else int(np.random.SeedSequence((seed % 2**SEED_BITS, number)).generate_state(1)[0])
 
 
 def _texts(prompt: Sequence[Any]) -> str:
