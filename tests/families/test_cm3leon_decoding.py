@@ -179,12 +179,6 @@ def test_gaps_are_filled_in_order_and_kept_parts_stay(model):
     assert logprob < float(logprobs[LAYOUT.from_codes(image.codes[2:3])[0]])
     whole = model._fill(["red", IMAGE_GAP], 6, sampling, 3)[0]
     assert whole[1].codes.shape == (GRID,)
-    assert (
-        model.caption(PICTURE, max_new_tokens=5, sampling=sampling)
-        == model.infill([GAP, ids_of(PICTURE)], max_new_tokens=5, sampling=sampling)[0]
-        if model.images
-        else True
-    )
 
 
 def test_laid_out_prompts():
