@@ -22,7 +22,7 @@ from magma_jax.config import to_dict
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.families.magma.images import image_spec
 from magma_jax.families.magma.loading import LAYERS, load_magma
-from magma_jax.inference.answers import Answer, AnswerOptions
+from magma_jax.inference.answers import Answer, AnswerOptions, ImageOptions
 from magma_jax.inference.asker import token_answers
 from magma_jax.inference.batched import generate_tokens
 from magma_jax.inference.decoding.config import Compat, SamplingConfig
@@ -121,9 +121,15 @@ class Magma:
         write_model_folder(path, metadata, params, lambda made: self.tokenizer.save(made / "tokenizer"))
 
     def answers(
-        self, prompts: Iterable[Prompt], options: AnswerOptions = AnswerOptions(), *, count: int | None = None
+        self,
+        prompts: Iterable[Prompt],
+        options: AnswerOptions | ImageOptions = AnswerOptions(),
+        *,
+        count: int | None = None,
     ) -> Iterator[list[Answer]]:
         """The answers to every prompt, see ``inference.generator.Generator``."""
+        if isinstance(options, ImageOptions):
+            raise ValueError("this model writes texts and draws no images")
         return token_answers(self, prompts, options, count)
 
     def layout(self, prompt: Prompt, *, max_images: int | None = None, salt: bytes = b"") -> PromptLayout:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from magma_jax.config import ConfigError
+from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.evaluation.report.cards import Card, Line, draw_cards
 from magma_jax.evaluation.results.results import CAPTION, question_of
 from magma_jax.evaluation.tasks.batched_generate import answer_batch
@@ -58,6 +59,7 @@ class Sampler:
         positions = image_spec(model).positions
         # The rows are sharded over devices, so the last one is repeated until they divide evenly.
         self._asked = self._samples + self._samples[-1:] * (-len(self._samples) % batch_shards(run.program.mesh))
+        assert isinstance(dataset.tokenizer, Tokenizer)  # of a language model
         prompts = [lay_out((int(s.image), s.prompt), dataset.tokenizer, positions) for s in self._asked]
         longest = max(len(prompt) for prompt in prompts)
         if longest + watch.samples_tokens > model.lm.context_length:
