@@ -87,6 +87,7 @@ class ImageQueue:
                 raise EngineError(self.failure)
             if self._draining:
                 raise EngineError("the server is shutting down; ask another or try later")
+            self._drop_cancelled()
             if len(self._waiting) >= self.limit:
                 raise QueueFull(f"{self.limit} requests are waiting already; try again later")
             self._waiting.append(ticket)
@@ -96,6 +97,7 @@ class ImageQueue:
     def stats(self) -> ImageQueueStats:
         """Counters for monitoring."""
         with self._changed:
+            self._drop_cancelled()
             running = int(self._running is not None)
             return ImageQueueStats(len(self._waiting), running, self._finished, self._images)
 
@@ -110,6 +112,13 @@ class ImageQueue:
                 self._running.cancel()
             self._changed.notify_all()
         self._thread.join(timeout)
+
+    def _drop_cancelled(self) -> None:
+        """Frees the places of callers that have left."""
+        for ticket in [ticket for ticket in self._waiting if ticket.cancelled]:
+            self._waiting.remove(ticket)
+            self._finished += 1
+            ticket.fail(EngineError("cancelled"))
 
     # The methods below run in the queue's thread only.
 

@@ -147,7 +147,7 @@ def test_a_family_that_makes_no_text_is_refused_by_the_commands_in_one_line(fini
     assert generate(["--checkpoint", run, "a text", "--stream"]) == 2
     assert capsys.readouterr().err == f"magma_jax.generate: {refused}(magma, language)\n"
     assert serve(["--checkpoint", run, "--port", "0"]) == 2
-    neither = "neither writes text token by token nor draws images"
+    neither = "neither writes text token by token nor draws images; a model that draws needs its image tokenizer"
     assert capsys.readouterr().err == f"magma_jax.serve: {run}: {neither}\n"
     with pytest.raises(ValueError, match="a toy model does not write text token by token"):
         evaluate_run(open_token_generator, finished.workdir)

@@ -158,6 +158,8 @@ def test_it_resumes_to_the_bit(finished, tmp_path):
             np.testing.assert_array_equal(leaf, after[path], err_msg=path)
 
 
+# Two more programs; the other families' meshes are tested always.
+@pytest.mark.slow
 def test_eight_devices_take_the_same_steps(finished, tmp_path):
     """The second step's loss is that of a codebook whose unused codes restarted from latents of the whole batch."""
     values = config(mesh=MeshConfig(data=2, fsdp=2, model=2), steps=2, validation=ValidationConfig())
