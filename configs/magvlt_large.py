@@ -9,46 +9,15 @@ Sizes, losses and their weights are those of the released config and the paper. 
 that of the DALL-E models.
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
+
+from magma_jax.config import load_config_file
 
 
 def get_config() -> ConfigDict:
-    return ConfigDict(
-        {
-            "model": {
-                "kind": "magvlt",
-                "layers": 36,
-                "width": 1280,
-                "heads": 10,
-                "image_rows": 16384,
-                "text_rows": 49408,
-                "image_positions": 256,
-                "text_positions": 64,
-                "tokenizer": {"kind": "vqgan"},
-            },
-            "data": {
-                "kind": "code_pairs",
-                # The paper's 17 million pairs.
-                "folders": {
-                    "train": ("codes/cc3m", "codes/cc12m", "codes/sbu", "codes/visual_genome"),
-                    "validation": ("codes/coco_val",),
-                },
-                "bpe_dropout": 0.1,
-            },
-            "loss": {"activations": "bfloat16", "remat": "full"},
-            "optim": {
-                "learning_rate": 4.5e-4,
-                "schedule": "cosine",
-                "warmup_steps": 2000,
-                "final_fraction": 0.0,
-                "b2": 0.96,
-                "weight_decay": 0.045,
-                "clip_norm": 1.0,
-            },
-            # taming-transformers' vqgan_imagenet_f16_16384.
-            "weights": {"image_tokenizer": "models/vqgan_imagenet_f16_16384.ckpt"},
-            "steps": 40_000,
-            "batch_size": 4096,
-            "accumulate": 8,
-        }
-    )
+    config = load_config_file(Path(__file__).with_name("magvlt_base.py"))
+    config.model.update({"layers": 36, "width": 1280, "heads": 10})
+    config.accumulate = 8
+    return config
