@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import jax
 from flax import nnx
 
 from magma_jax.config import ConfigError, from_union, to_dict
@@ -22,13 +21,12 @@ from magma_jax.storage.model_folder import (
     TORCH_FILE,
     CheckpointError,
     nbytes_of,
-    open_params,
     read_model_json,
     write_model_folder,
 )
 from magma_jax.storage.progress import writing
 from magma_jax.storage.safetensors_file import write_safetensors
-from magma_jax.training.checkpoints.checkpoint import read_what_was_trained
+from magma_jax.training.checkpoints.checkpoint import open_trained_params
 from magma_jax.version import __version__
 
 Format: TypeAlias = Literal["safetensors", "params"]
@@ -66,12 +64,7 @@ def export(
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     _, shapes, types = abstract(lambda: family.build(config, nnx.Rngs(0)))
-    stored = open_params(folder)
-    trained = read_what_was_trained(folder, shapes, types, ema=ema)
-    misfits = [path for path in shapes if path not in trained and not _fits(stored.get(path), shapes[path])]
-    if misfits:
-        raise CheckpointError(f"{folder}: does not fit its config in {', '.join(misfits[:5])}; write it again")
-    params: dict[str, Any] = {path: trained.get(path, stored.get(path)) for path in shapes}
+    params = open_trained_params(folder, shapes, types, ema=ema)
     counts: dict[str, int] = {}
     for path, kind in types.items():
         role = getattr(kind, "role", "statistics")
@@ -91,10 +84,6 @@ def export(
 
 def _write_safetensors(folder: Path, params: Mapping[str, Any], progress: Callable[[int], None]) -> None:
     write_safetensors(folder / EXPORTED_FILE, params, {"format": "magma_jax"}, progress)
-
-
-def _fits(tensor: Any, shape: jax.ShapeDtypeStruct) -> bool:
-    return tensor is not None and tuple(tensor.shape) == tuple(shape.shape)
 
 
 def _copy_files(folder: Path, made: Path) -> None:

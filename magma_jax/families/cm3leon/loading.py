@@ -21,8 +21,8 @@ from magma_jax.published.open_magma import load_tokenizer
 from magma_jax.runtime.sharding import parameter_shardings, parameter_spec, placed
 from magma_jax.storage.files import holds_weights
 from magma_jax.storage.hub import local_path
-from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, in_dtype, open_params, read_model_json
-from magma_jax.training.checkpoints.checkpoint import read_trained_params, read_what_was_trained
+from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, in_dtype, read_model_json
+from magma_jax.training.checkpoints.checkpoint import open_trained_params, read_trained_params
 from magma_jax.typing import Params
 
 
@@ -94,10 +94,7 @@ def open_folder(folder: str | Path) -> tuple[CM3LeonConfig, Params]:
     """
     config = read_cm3leon_config(folder)
     _, shapes, types = abstract(lambda: CM3LeonModel(config, rngs=nnx.Rngs(0)))
-    params = open_params(folder) | read_what_was_trained(folder, shapes, types)
-    if misfits := [path for path in shapes if path not in params or params[path].shape != shapes[path].shape]:
-        raise CheckpointError(f"{folder}: does not fit its config in {', '.join(misfits[:5])}; write it again")
-    return config, {path: params[path] for path in shapes}
+    return config, open_trained_params(folder, shapes, types)
 
 
 def read_cm3leon_config(folder: str | Path) -> CM3LeonConfig:

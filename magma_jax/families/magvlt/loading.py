@@ -19,8 +19,8 @@ from magma_jax.published.open_magvlt import open_torch_magvlt, transformer_in_dt
 from magma_jax.runtime.sharding import parameter_shardings, parameter_spec, placed
 from magma_jax.storage.files import holds_weights
 from magma_jax.storage.hub import local_path
-from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, open_params, read_model_json
-from magma_jax.training.checkpoints.checkpoint import read_trained_params, read_what_was_trained
+from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, read_model_json
+from magma_jax.training.checkpoints.checkpoint import open_trained_params, read_trained_params
 from magma_jax.typing import Params
 
 
@@ -64,10 +64,7 @@ def open_folder(folder: str | Path) -> tuple[MagvltConfig, Params]:
     """
     config = read_config(folder)
     _, shapes, types = abstract(lambda: MagvltModel(config, rngs=nnx.Rngs(0)))
-    params = open_params(folder) | read_what_was_trained(folder, shapes, types)
-    if misfits := [path for path in shapes if path not in params or params[path].shape != shapes[path].shape]:
-        raise CheckpointError(f"{folder}: does not fit its config in {', '.join(misfits[:5])}; write it again")
-    return config, {path: params[path] for path in shapes}
+    return config, open_trained_params(folder, shapes, types)
 
 
 def read_config(folder: str | Path) -> MagvltConfig:

@@ -27,7 +27,7 @@ from magma_jax.output import OutputError, raise_if_full
 from magma_jax.runtime.distributed import json_from_main, log_main
 from magma_jax.storage.array_files import open_item
 from magma_jax.storage.checksums import find_damage, write_checksums
-from magma_jax.storage.model_folder import CheckpointError, read_model_json, read_params, with_sharding
+from magma_jax.storage.model_folder import CheckpointError, open_params, read_model_json, read_params, with_sharding
 from magma_jax.training.checkpoints.early_stopping import BestStep
 from magma_jax.training.checkpoints.first_release import is_of_first_release, read_optimizer
 from magma_jax.training.checkpoints.run_lock import RunLock
@@ -62,6 +62,20 @@ def read_trained_params(
     trained = read_what_was_trained(path, shapes, types, ema=ema)
     base = read_params(path, {name: shape for name, shape in shapes.items() if name not in trained})
     return {name: trained[name] if name in trained else base[name] for name in shapes}
+
+
+def open_trained_params(
+    path: str | Path, shapes: Mapping[str, Any], types: Mapping[str, Any], *, ema: bool | None = None
+) -> dict[str, Any]:
+    """As ``read_trained_params``, in the stored dtypes: lazy, but for what a run has trained.
+
+    Raises:
+        CheckpointError: not such a folder, a damaged one, or one that lacks a path of ``shapes``.
+    """
+    params = open_params(path) | read_what_was_trained(path, shapes, types, ema=ema)
+    if misfits := [name for name in shapes if name not in params or params[name].shape != shapes[name].shape]:
+        raise CheckpointError(f"{path}: does not fit its config in {', '.join(misfits[:5])}; write it again")
+    return {name: params[name] for name in shapes}
 
 
 def read_what_was_trained(
