@@ -10,7 +10,7 @@ import numpy as np
 
 from magma_jax.config import ConfigError
 from magma_jax.data.batches.pairs import held_out_pairs, pair_batches
-from magma_jax.data.batches.sources import FolderSamples, JoinedSamples, SourceConfig
+from magma_jax.data.batches.sources import FolderSamples, JoinedSamples, SourceConfig, sources_by_split
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.format.code_folder import Codes, StoredCodes
 from magma_jax.data.tokenizers.captions import CLEAN_UPS
@@ -45,14 +45,7 @@ class CodePairsConfig:
             raise ValueError(f"data.bpe_dropout must be at least 0 and below 1, got {self.bpe_dropout}")
         if self.bpe_dropout and self.tokenizer != "clip":
             raise ValueError(f"data.bpe_dropout {self.bpe_dropout}: only data.tokenizer=clip drops merges; set it to 0")
-        sources = {
-            split: tuple(SourceConfig(path=source) if isinstance(source, str) else source for source in members)
-            for split, members in self.folders.items()
-        }
-        object.__setattr__(self, "folders", sources)
-        for split, members in sources.items():
-            if len({source.weight is None for source in members}) > 1:
-                raise ValueError(f"data.folders.{split}: give all of its folders a weight, or none")
+        object.__setattr__(self, "folders", sources_by_split(self.folders))
 
 
 def open_code_pairs(config: CodePairsConfig) -> Dataset:
@@ -68,13 +61,9 @@ def open_code_pairs(config: CodePairsConfig) -> Dataset:
     if config.length is None:
         raise ConfigError("data.length must be set")
     tokenizer, length = text_tokenizer(config.tokenizer), config.length
-    sources = {  # the config converts paths to SourceConfig
-        split: [
-            dataclasses.replace(source, texts="captions", caption_prompt="")
-            for source in members
-            if isinstance(source, SourceConfig)
-        ]
-        for split, members in config.folders.items()
+    sources = {
+        split: [dataclasses.replace(source, texts="captions", caption_prompt="") for source in members]
+        for split, members in sources_by_split(config.folders).items()
     }
     stored = {source.path: StoredCodes(source.path) for members in sources.values() for source in members}
     codes = Codes(list(stored.values()))

@@ -11,7 +11,7 @@ import numpy as np
 from magma_jax.config import ConfigError
 from magma_jax.data.batches.held_out import held_out_batches
 from magma_jax.data.batches.pipeline import encode_sample, form_batches, text_padding
-from magma_jax.data.batches.sources import FolderSamples, JoinedSamples, SourceConfig
+from magma_jax.data.batches.sources import FolderSamples, JoinedSamples, SourceConfig, sources_by_split
 from magma_jax.data.dataset import Dataset, SamplesConfig
 from magma_jax.data.folder_dataset import load_tokenizer
 from magma_jax.data.format.code_folder import Codes, StoredCodes
@@ -37,14 +37,7 @@ class CodesConfig(SamplesConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        sources = {
-            split: tuple(SourceConfig(path=source) if isinstance(source, str) else source for source in members)
-            for split, members in self.folders.items()
-        }
-        object.__setattr__(self, "folders", sources)
-        for split, members in sources.items():
-            if len({source.weight is None for source in members}) > 1:
-                raise ValueError(f"data.folders.{split}: give all of its folders a weight, or none")
+        object.__setattr__(self, "folders", sources_by_split(self.folders))
 
 
 def open_codes(config: CodesConfig) -> Dataset:
@@ -57,10 +50,7 @@ def open_codes(config: CodesConfig) -> Dataset:
         raise ConfigError("data.folders names no folders to train on; set data.folders.train")
     tokenizer = load_tokenizer(config.tokenizer)
     padding = text_padding(tokenizer)
-    sources = {  # the config converts paths to SourceConfig
-        split: [source for source in members if isinstance(source, SourceConfig)]
-        for split, members in config.folders.items()
-    }
+    sources = sources_by_split(config.folders)
     stored = {source.path: StoredCodes(source.path) for members in sources.values() for source in members}
     codes = Codes(list(stored.values()))
     first_rows = dict(zip(stored, codes.starts.tolist(), strict=False))

@@ -13,7 +13,7 @@ from magma_jax.config import ConfigError
 from magma_jax.data.batches.folders import FolderBatches, drawn_samples
 from magma_jax.data.batches.held_out import held_out_batches
 from magma_jax.data.batches.pipeline import encode_sample, form_batches, text_padding
-from magma_jax.data.batches.sources import FolderSamples, JoinedSamples, SourceConfig
+from magma_jax.data.batches.sources import FolderSamples, JoinedSamples, SourceConfig, sources_by_split
 from magma_jax.data.batches.stored_images import Augment, Decode, ImageOptions, StoredImages
 from magma_jax.data.dataset import Dataset, SamplesConfig
 from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
@@ -52,14 +52,7 @@ class FoldersConfig(SamplesConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        sources = {
-            split: tuple(SourceConfig(path=source) if isinstance(source, str) else source for source in members)
-            for split, members in self.folders.items()
-        }
-        object.__setattr__(self, "folders", sources)
-        for split, members in sources.items():
-            if len({source.weight is None for source in members}) > 1:
-                raise ValueError(f"data.folders.{split}: give all of its folders a weight, or none")
+        object.__setattr__(self, "folders", sources_by_split(self.folders))
         if not 0 <= self.max_skipped <= 1:
             raise ValueError(f"data.max_skipped is a share between 0 and 1, got {self.max_skipped}")
         if self.workers is not None and self.workers < 0:
@@ -78,10 +71,7 @@ def open_folders(config: FoldersConfig) -> Dataset:
         raise ConfigError("data.folders names no folders to train on; set data.folders.train")
     tokenizer = load_tokenizer(config.tokenizer)
     padding = text_padding(tokenizer)
-    sources = {  # the config converts paths to SourceConfig
-        split: [source for source in members if isinstance(source, SourceConfig)]
-        for split, members in config.folders.items()
-    }
+    sources = sources_by_split(config.folders)
     names = dict.fromkeys(source.path for members in sources.values() for source in members)
     options = ImageOptions(config.image_size, config.decode, config.augment or "none")
     images = StoredImages(tuple(names), options, cores() if config.workers is None else config.workers)

@@ -7,7 +7,7 @@ answer are used.
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -54,6 +54,22 @@ class SourceConfig:
 
 # Reasons for skipping a sample, other than its image.
 UNUSABLE = ("record damaged", "question without answers")
+
+
+def sources_by_split(folders: Mapping[str, Sequence[SourceConfig | str]]) -> dict[str, tuple[SourceConfig, ...]]:
+    """The folders of every split, paths as ``SourceConfig``.
+
+    Raises:
+        ValueError: some folders of a split have a weight and others have none.
+    """
+    sources = {
+        split: tuple(SourceConfig(path=source) if isinstance(source, str) else source for source in members)
+        for split, members in folders.items()
+    }
+    for split, members in sources.items():
+        if len({source.weight is None for source in members}) > 1:
+            raise ValueError(f"data.folders.{split}: give all of its folders a weight, or none")
+    return sources
 
 
 class UnusableSample(DataError):

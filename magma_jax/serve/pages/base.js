@@ -91,6 +91,21 @@ function say(text, bad = false) {
   $("status").classList.toggle("error", bad);
 }
 
+// The numbers of a section that opens, by name, without empty fields; null after it has shown one that is wrong.
+function numbers(section) {
+  const found = {};
+  for (const input of all("input[type=number]", $(section))) {
+    if (!input.checkValidity()) {
+      $(section).open = true;
+      input.reportValidity();
+      say(`${input.parentNode.firstChild.textContent}: ${input.validationMessage}`, true);
+      return null;
+    }
+    if (input.value) found[input.id] = Number(input.value);
+  }
+  return found;
+}
+
 // Reads an image to send, with a preview as the model gets it: an animation gives its first frame.
 async function readImage(file) {
   let head;
