@@ -5,16 +5,19 @@ embeddings, number of heads), the values are those of OPT, whose code it was tra
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import jax.numpy as jnp
 from flax import nnx
 
 from magma_jax.config import check_sizes
 from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.models.language.decoder import Activation, Decoder, DecoderConfig, Head, check_heads
+from magma_jax.models.references import Places, ReferenceLayers, References, ReferencesConfig
 from magma_jax.models.vision.vqgan import VQGAN, VQGANConfig
 from magma_jax.nn.layers import Initializer, truncated_normal
 from magma_jax.nn.transformer.config import BlockConfig, InitConfig, NormConfig, PositionTable, TrunkConfig
+from magma_jax.typing import Array, Float, Int
 
 # Fresh weights beyond this many standard deviations are redrawn (section 2.3).
 TRUNCATE = 3.0
@@ -33,6 +36,8 @@ class CM3LeonConfig(DecoderConfig):
             at zero.
         position_std: standard deviation of fresh positions.
         image_tokens: codes of an image, 32 x 32 in the paper.
+        references: additions that are not the paper's, see ``models.references``; None for none.
+        dropout: dropout rate of the attention and MLP branches; the paper has none.
         tokenizer: the image tokenizer, which is part of the model and frozen; None for a model that reads and writes
             codes alone.
         dtype: dtype the decoder's weights are stored in.
@@ -53,6 +58,8 @@ class CM3LeonConfig(DecoderConfig):
     embedding_std: float = 0.006
     position_std: float = 0.0002
     image_tokens: int = 1024
+    references: ReferencesConfig | None = None
+    dropout: float = 0.0
     tokenizer: VQGANConfig | None = None
     dtype: str = "float32"
     kind: Literal["cm3leon"] = "cm3leon"
@@ -66,6 +73,8 @@ class CM3LeonConfig(DecoderConfig):
                 f"set vocab_rows to {self.vocabulary.rows}"
             )
         check_sizes(self, "image_tokens")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.tokenizer is None:
             return
         if self.tokenizer.tokens != self.image_tokens:
@@ -97,6 +106,7 @@ class CM3LeonConfig(DecoderConfig):
             norm=NormConfig(kind="plain", eps=self.layernorm_eps),
             biases=(),
             activation=self.activation,
+            residual_dropout=self.dropout,
             init=InitConfig(std=self.embedding_std, truncate=TRUNCATE, zero_outputs=True),
             dtype=self.dtype,
         )
@@ -111,11 +121,31 @@ class CM3LeonModel(Decoder):
     """
 
     image_tokenizer: VQGAN | None = None
+    references: ReferenceLayers | None = None
 
     def __init__(self, config: CM3LeonConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         if config.tokenizer is not None:
             self.image_tokenizer = VQGAN(config.tokenizer, rngs=rngs)
+        if config.references is not None:
+            self.references = ReferenceLayers(config.references, config.width, config.embedding_std, rngs=rngs)
+
+    def embed_with(
+        self, ids: Int[Array, "B S"], given: References | None, places: Places | None, dtype: Any = jnp.float32
+    ) -> Float[Array, "B S D"]:
+        """Embeddings of tokens, with what belongs to retrieved images if there are any."""
+        embedded = self.embed(ids, dtype)
+        if self.references is None or given is None or places is None:
+            return embedded
+        return embedded + self.references.embeddings(self.wte.weight[...].astype(dtype), given, places)
+
+    def head_input(
+        self, hidden: Float[Array, "B S D"], given: References | None, drawn: Int[Array, "B S"] | None
+    ) -> Float[Array, "B S D"]:
+        """The final hidden states that ``logits`` takes, with codes that are copied from retrieved images."""
+        if self.references is None or given is None or drawn is None:
+            return hidden
+        return self.references.copied(hidden, self.wte.weight[...].astype(hidden.dtype), given, drawn)
 
 
 # Table 3; the numbers of heads are those of OPT models of these widths.

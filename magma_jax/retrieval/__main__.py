@@ -49,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     two.add_argument("--max-similarity", type=float, default=0.9, help="largest cosine; default: %(default)s")
     two.add_argument("--dropout", type=float, default=0.2, help="share of words left out; default: %(default)s")
+    two.add_argument(
+        "--decay",
+        type=float,
+        default=1.0,
+        help="weight of what an earlier document of the text has already; default: %(default)s",
+    )
     two.add_argument("--seed", type=int, default=0, help="of the dropout; default: %(default)s")
     three = subparsers.add_parser("search", help="print the best documents of a text or an image")
     three.add_argument("bank", type=Path, help="folder of build")

@@ -14,7 +14,7 @@ from magma_jax.output import replace_file
 from magma_jax.retrieval.build import TRAIN, begin
 from magma_jax.retrieval.encoders import Encoder, document_vectors
 from magma_jax.retrieval.search import Index
-from magma_jax.retrieval.selection import MAX_SIMILARITY, QUERY_DROPOUT, drop_words, select_documents
+from magma_jax.retrieval.selection import MAX_SIMILARITY, QUERY_DROPOUT, cover, drop_words, select_documents
 from magma_jax.retrieval.sources import Documents
 
 # Samples of a part, which are searched together.
@@ -34,6 +34,7 @@ def annotate(
     candidates: int = 128,
     max_similarity: float = MAX_SIMILARITY,
     dropout: float = QUERY_DROPOUT,
+    decay: float = 1.0,
     seed: int = 0,
     with_evaluation: bool = False,
     progress: bool = True,
@@ -55,6 +56,7 @@ def annotate(
         candidates: documents among which those are chosen.
         max_similarity: see ``selection``.
         dropout: share of the words of a text query that are dropped.
+        decay: below 1, a document counts for less where it repeats those before it, see ``selection.cover``.
         seed: seed of that.
         with_evaluation: whether the bank may hold samples of a split other than train.
         progress: whether to show a progress bar.
@@ -66,6 +68,8 @@ def annotate(
     check_encoder(bank, encoder)
     if count < 1 or candidates < count:
         raise DataError(f"there are {candidates} candidates for {count} documents; give at least as many")
+    if not 0 <= decay <= 1:
+        raise DataError(f"decay must be 0 to 1, got {decay}")
     rows = [row for row, entry in enumerate(documents.entries) if entry.split in splits]
     if not rows:
         raise DataError(f"{documents.name} has no samples of {', '.join(sorted(splits))}")
@@ -87,6 +91,7 @@ def annotate(
         "candidates": candidates,
         "max_similarity": max_similarity,
         "dropout": dropout,
+        "decay": decay,
         "seed": seed,
     }
     begin(out, settings)
@@ -107,6 +112,7 @@ def annotate(
             candidates=candidates,
             max_similarity=max_similarity,
             dropout=dropout,
+            decay=decay,
             seed=seed,
         )
         ids = [documents.entries[row].id for row in part]
@@ -136,6 +142,7 @@ def _retrieve(
     candidates: int,
     max_similarity: float,
     dropout: float,
+    decay: float,
     seed: int,
 ) -> tuple[list[list[str]], list[list[float]]]:
     entries: list[Entry] = [documents.entries[row] for row in rows]
@@ -153,8 +160,12 @@ def _retrieve(
         lists = [by_text] + ([by_pixels] if by_pixels is not None and entry.split in by_image else [])
         for result in lists:
             score = dict(zip(result.rows[i].tolist(), result.scores[i].tolist(), strict=True))
+            ordered = result.rows[i]
+            if decay < 1 and result is by_text:
+                others = [row for row in ordered.tolist() if row not in itself]
+                ordered = cover(others, bank.vectors, queries[i], decay, count)
             new = select_documents(
-                result.rows[i],
+                ordered,
                 bank.vectors,
                 count,
                 query=np.asarray(own[i]),

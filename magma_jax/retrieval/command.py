@@ -49,6 +49,7 @@ def _annotate(options: argparse.Namespace) -> int:
         candidates=options.candidates,
         max_similarity=options.max_similarity,
         dropout=options.dropout,
+        decay=options.decay,
         seed=options.seed,
         with_evaluation=options.with_evaluation,
     )

@@ -12,6 +12,12 @@ from magma_jax.typing import Float, UInt8
 # A word of a text, for the hashed encoder.
 _WORD = re.compile(r"[\w'-]+")
 
+# Weights of words in names of drawings, beside 1 for those that say what is drawn.
+GENDER, TONE = 2.0, 0.25
+_GENDERS = frozenset(["man", "woman", "person", "men", "women", "people"])
+_TONES = frozenset(["light", "medium-light", "medium", "medium-dark", "dark"])
+_UNNAMED = frozenset(["a", "an", "the", "of", "and", "with", "skin", "tone"])
+
 
 class Encoder(Protocol):
     """A frozen encoder; vectors are fp32 of norm 1, or zero where there is nothing to encode.
@@ -57,9 +63,12 @@ class HashedEncoder:
         found = np.zeros((len(texts), self.width), np.float32)
         for row, text in enumerate(texts):
             for word in _WORD.findall(text.lower()):
-                number = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-                found[row, number % self._words] += 1.0 if number & (1 << 63) else -1.0
+                self._count(found[row], word, 1.0)
         return unit(found)
+
+    def _count(self, vector: Float[np.ndarray, " D"], word: str, weight: float) -> None:
+        number = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        vector[number % self._words] += weight if number & (1 << 63) else -weight
 
     def images(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
         found = np.zeros((len(images), self.width), np.float32)
@@ -69,8 +78,35 @@ class HashedEncoder:
         return unit(found)
 
 
+class NamesEncoder(HashedEncoder):
+    """Names of OpenMoji's drawings: what is drawn counts most, then of which gender, and least in which skin tones.
+
+    The words of a tone have ``TONE`` as their weight, each together with the word before it, so that the left and the
+    right tone of two people differ; words that all names share have none.
+    """
+
+    def __init__(self, words: int = 4096):
+        super().__init__(words)
+        self.name = f"names-{words}"
+
+    def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
+        found = np.zeros((len(texts), self.width), np.float32)
+        for row, text in enumerate(texts):
+            before = ""
+            for word in _WORD.findall(text.lower()):
+                if word in _TONES:
+                    self._count(found[row], f"{before} {word}", TONE)
+                elif word not in _UNNAMED:
+                    self._count(found[row], word, GENDER if word in _GENDERS else 1.0)
+                before = word
+        return unit(found)
+
+
 # Encoders by name; each takes the path of its weights, or None.
-ENCODERS: dict[str, Callable[[str | None], Encoder]] = {"hashed": lambda weights: HashedEncoder()}
+ENCODERS: dict[str, Callable[[str | None], Encoder]] = {
+    "hashed": lambda weights: HashedEncoder(),
+    "names": lambda weights: NamesEncoder(),
+}
 
 
 def open_encoder(name: str, weights: str | None = None) -> Encoder:

@@ -50,6 +50,30 @@ def select_documents(
     return chosen
 
 
+def cover(
+    candidates: Sequence[int] | Int[np.ndarray, " C"],
+    vectors: np.ndarray,
+    query: Float[np.ndarray, " D"],
+    decay: float,
+    count: int,
+) -> list[int]:
+    """The candidates reordered so that the first ``count`` together contain what the query asks for.
+
+    Each is the best for a query whose entries that those before it have, too, are multiplied by ``decay``: of two
+    people's skin tones, the first document may have the left one and the second one the right one.
+    """
+    left = [int(row) for row in candidates if row >= 0]
+    found = np.asarray(vectors[left], np.float32)
+    query, order = np.array(query, np.float32), []
+    for _ in range(min(count, len(left))):
+        scores = found @ query
+        scores[order] = -np.inf
+        order.append(int(scores.argmax()))
+        query = np.where(found[order[-1]] * query > 0, decay * query, query)
+    chosen = [left[place] for place in order]
+    return chosen + [row for row in left if row not in set(chosen)]
+
+
 def drop_words(text: str, name: str, rate: float = QUERY_DROPOUT, seed: int = 0) -> str:
     """A text without some of its words, drawn by its ``name``, so that a restarted command draws the same.
 

@@ -8,15 +8,17 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from magma_jax.data.batches.held_out import spaced_samples
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.documents.annotation import open_annotation
+from magma_jax.data.documents.beside import BesideConfig, BesideDocuments, BesideRows, as_batch
 from magma_jax.data.documents.document import Image, Parts, RetrievedDocuments, Text
 from magma_jax.data.documents.settings import DocumentsConfig, block_batches, held_out_documents
 from magma_jax.data.openmoji import drawings
 from magma_jax.data.openmoji.dataset import QUICKSTART_TOKENIZER
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.data.tokenizers.layout import VocabLayout
-from magma_jax.typing import UInt8
+from magma_jax.typing import IGNORED, UInt8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,16 +27,25 @@ class OpenmojiDocumentsConfig(DocumentsConfig):
 
     Attributes:
         length: tokens that a model reads.
+        beside: retrieved images beside the sequence, see ``beside``; ``images`` of it is 0 for none.
         image_size: pixels per side of an image; a run uses its tokenizer's.
         cache_dir: cache folder of rasterised drawings.
     """
 
     length: int = 512
+    beside: BesideConfig = BesideConfig()
     image_size: int = 128
     cache_dir: str = "~/.cache/magma_jax"
     kind: Literal["openmoji_documents"] = "openmoji_documents"
 
     may_change: ClassVar[tuple[str, ...]] = ("cache_dir",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.beside.images and self.retrieved:
+            raise ValueError("data.beside.images puts retrieved documents beside the sequence; set data.retrieved to 0")
+        if self.beside.images and not self.annotation:
+            raise ValueError("data.beside.images: set data.annotation to a folder of magma_jax.retrieval annotate")
 
 
 def load_drawings(
@@ -79,6 +90,8 @@ def open_openmoji_documents(config: OpenmojiDocumentsConfig) -> Dataset:
         neighbours = {
             split: annotation.rows([record.codepoints for record in found], rows) for split, found in members.items()
         }
+    if config.beside.images:
+        return _beside(config, members, pairs, placeholders, image_tokens, tokenizer, images, records)
     documents = {
         split: RetrievedDocuments(
             queries=found,
@@ -98,4 +111,57 @@ def open_openmoji_documents(config: OpenmojiDocumentsConfig) -> Dataset:
         evaluation=members,
         records=records,
         validation_batches=held_out_documents(documents, config.length),
+    )
+
+
+def _beside(config, members, pairs, layout, image_tokens, tokenizer, images, records) -> Dataset:
+    memory = pairs["train"]
+    rows = {record.codepoints: row for row, record in enumerate(members["train"])}
+    by_text = open_annotation(config.annotation)
+    by_image = open_annotation(config.beside.by_image) if config.beside.by_image else None
+    documents = {}
+    for split, found in members.items():
+        ids = [record.codepoints for record in found]
+        living = [row for row, record in enumerate(found) if record.kind not in ("thing", "flag")]
+        others = [row for row, record in enumerate(found) if record.kind in ("thing", "flag")]
+        documents[split] = BesideDocuments(
+            queries=pairs[split],
+            memory=memory,
+            neighbours=by_text.rows(ids, rows),
+            by_image=None if by_image is None else by_image.rows(ids, rows),
+            groups=(living, others),
+            layout=layout,
+            image_tokens=image_tokens,
+            images=config.beside.images,
+            caption_tokens=config.beside.caption_tokens or 24,
+        )
+
+    def batches(batch_size, seed, rows):
+        return BesideRows(
+            documents["train"], config.beside, config.spans, config.length, batch_size=batch_size, seed=seed, rows=rows
+        )
+
+    def validation(split, limit, batch_size, rows):
+        numbers = spaced_samples({name: range(len(one.queries)) for name, one in documents.items()}, split, limit)
+        found = [documents[split].row(number, None, config.beside, None) for number in numbers]
+        size = -(-len(found) // batch_size) * batch_size
+        batch = as_batch([row for row, _ in found], config.length, layout.pad, [start for _, start in found])
+        empty = {"labels": IGNORED, "places": -1}
+        padded = {
+            name: np.concatenate(
+                [array, np.full((size - len(array), *array.shape[1:]), empty.get(name, layout.pad), array.dtype)]
+            )
+            for name, array in batch.items()
+        }
+        parts = [np.arange(first, first + batch_size)[list(rows)] for first in range(0, size, batch_size)]
+        return [{name: array[part] for name, array in padded.items()} for part in parts]
+
+    return Dataset(
+        tokenizer=tokenizer,
+        batches=batches,
+        images=images,
+        learned=[record.index for record in members["train"]],
+        evaluation=members,
+        records=records,
+        validation_batches=validation,
     )

@@ -24,7 +24,14 @@ from magma_jax.typing import IGNORED
 SHARDINGS: tuple[ShardingRow, ...] = TOKENIZER_SHARDINGS
 
 # Batches hold codes, so the step does not run the tokenizer.
-INPUTS = ((re.compile(rf"{TOKENIZER}/.*"), None), *LANGUAGE_INPUTS)
+INPUTS = (
+    (re.compile(rf"{TOKENIZER}/.*"), None),
+    (re.compile(r"references/order/weight"), None),
+    (re.compile(r"references/token/weight"), "words"),
+    (re.compile(r"references/caption/.*weight"), "captions"),
+    (re.compile(r"references/.*weight"), "positions"),
+    *LANGUAGE_INPUTS,
+)
 
 
 def roles(model: CM3LeonConfig) -> dict[str, Literal["frozen"] | Group]:
@@ -73,7 +80,14 @@ def complete(config: RunConfig) -> RunConfig:
 def batch_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Shapes and dtypes of a batch: blocks of the length that the model reads, and one more token, the last label."""
     rows = (program.config.batch_size, program.config.data.length + 1)
-    return dict.fromkeys(("tokens", "labels"), (rows, jnp.int32))
+    found = dict.fromkeys(("tokens", "labels"), (rows, jnp.int32))
+    references = program.config.model.references
+    if references is not None:
+        batch, images = program.config.batch_size, references.images
+        found["places"] = found["tokens"]
+        found["references"] = ((batch, images, program.config.model.image_tokens), jnp.int32)
+        found["captions"] = ((batch, images + 1, references.caption_tokens), jnp.int32)
+    return found
 
 
 def count(batch: Mapping[str, np.ndarray], pad_id: int) -> tuple[int, int]:
@@ -85,5 +99,8 @@ def flops(config: CM3LeonConfig, shapes: Any, labels: Any, batch: Any) -> StepFl
     """Operations of a step, see ``training.step.flops``."""
     rows, length = batch["tokens"]
     vectors = {"positions": length - 1, "predicted": length - 1}  # the last token is only a label
+    if config.references is not None:
+        _, captions, words = batch["captions"]
+        vectors |= {"words": captions * words, "captions": 1}
     frozen, trained = matrix_flops(shapes, labels, INPUTS, vectors)
     return StepFlops(rows * frozen, rows * trained, rows * attention_flops(config.width, config.layers, length - 1), 0)

@@ -7,17 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magma_jax.families.cm3leon.prompts import Beside
 from magma_jax.inference.buckets import SEQUENCES
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.sampling import SamplingRows, sampling_rows, seed_key
 from magma_jax.inference.decoding.streams import (
     STREAMS,
+    Given,
     Place,
     StreamRows,
     StreamRules,
     StreamTokens,
     decode_streams,
 )
+from magma_jax.models.references import Places, References
 from magma_jax.nn.modules import Definition, merge
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.typing import Array, Int, Params
@@ -32,6 +35,7 @@ class Request:
 
     Attributes:
         streams: ids of its prompts, one for each stream.
+        given: what stands beside each of them, for a model with ``references``; empty for nothing.
         limit: maximum number of new tokens.
         end: id that ends the answer.
         place: where the first new token stands.
@@ -46,6 +50,7 @@ class Request:
     """
 
     streams: tuple[Int[np.ndarray, " S"], ...]
+    given: tuple[Beside, ...] = ()
     limit: int
     end: int
     place: Place
@@ -114,6 +119,7 @@ def run_requests(
         first=jnp.asarray(np.array([request.interval[0] for request in padded], np.float32)),
         last=jnp.asarray(np.array([request.interval[1] for request in padded], np.float32)),
     )
+    given = _given(padded, streams, length, rules) if requests[0].given else None
     limit = max(request.limit for request in requests)
     found = _decode(
         graphdef,
@@ -123,6 +129,7 @@ def run_requests(
         jnp.stack([seed_key(request.seed) for request in padded]),
         sampling_rows([request.sampling for request in padded]),
         rows,
+        given,
         rules=rules,
         steps=limit if limit == rules.image_tokens else PROMPTS.fit(limit),
     )
@@ -141,8 +148,24 @@ def _decode(
     keys: jax.Array,
     sampling: SamplingRows,
     rows: StreamRows,
+    given: Given | None,
     *,
     rules: StreamRules,
     steps: int,
 ) -> StreamTokens:
-    return decode_streams(merge(graphdef, params), tokens, lengths, keys, sampling, rows, rules, steps=steps)
+    model = merge(graphdef, params)
+    return decode_streams(model, tokens, lengths, keys, sampling, rows, rules, steps=steps, given=given)
+
+
+def _given(requests: Sequence[Request], streams: int, length: int, rules: StreamRules) -> Given:
+    """What stands beside the prompts, padded to ``length``; after a prompt comes the first drawn one."""
+    read = np.full((streams * len(requests), length), -1, np.int32)
+    drawn = read.copy()
+    beside = [request.given[number] for number in range(streams) for request in requests]
+    for row, one in enumerate(beside):
+        request, end = requests[row % len(requests)], len(one.places)
+        read[row, :end] = one.places
+        drawn[row, : end - 1] = one.places[1:]
+        drawn[row, end - 1] = rules.image_tokens - request.left if request.place == Place.IMAGE else -1
+    references = References(*(jnp.asarray(np.stack([one[part] for one in beside])) for part in (0, 1)))
+    return Given(references, Places(jnp.asarray(read), jnp.asarray(drawn)))

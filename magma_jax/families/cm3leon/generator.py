@@ -14,28 +14,31 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from magma_jax.data.documents.document import MOST_RETRIEVED
 from magma_jax.data.images import ImageInput
 from magma_jax.families.cm3leon.decoding import Request, Result, run_requests
 from magma_jax.families.cm3leon.image_codes import tokenizer_params
 from magma_jax.families.cm3leon.loading import Loaded, load_cm3leon
+from magma_jax.families.cm3leon.media import Hidden, Item, Media, Pair
 from magma_jax.families.cm3leon.options import DrawOptions
 from magma_jax.families.cm3leon.prompts import (
     EDIT,
     Codes,
     Gap,
     Infilling,
+    Missing,
     Segment,
+    beside,
     check_sentinels,
     document_prefix,
     drawing_streams,
     edit_streams,
+    edit_streams_beside,
     lay_out_gaps,
 )
 from magma_jax.families.vqgan.generator import ImageTokenizer
@@ -52,26 +55,8 @@ T = TypeVar("T")
 # Gaps of ``infill``.
 GAP, IMAGE_GAP = Gap("text"), Gap("image")
 
-# A retrieved document: a text and its image.
-Pair: TypeAlias = tuple[str, "ImageInput | Image.Image | Codes"]
-
 # Examples per batch.
 EXAMPLES = 8
-
-
-class Hidden:
-    """An image of which a part is missing, for ``CM3Leon.infill``.
-
-    Args:
-        image: the image.
-        mask: (height, width), True where it is missing; a code is missing if any of its pixels is.
-    """
-
-    def __init__(self, image: ImageInput | Image.Image, mask: np.ndarray):
-        self.image, self.mask = image, np.asarray(mask, bool)
-
-
-Item: TypeAlias = "str | Gap | ImageInput | Image.Image | Hidden | Codes"
 
 
 class CM3Leon:
@@ -86,6 +71,7 @@ class CM3Leon:
         self.images: ImageTokenizer | None = None
         if self.config.tokenizer is not None:
             self.images = ImageTokenizer(self.config.tokenizer, tokenizer_params(self.params))
+        self.media = Media(self.config, self.tokenizer, self.images)
         self.makes: frozenset[Makes] = frozenset({"text", "image", "edit"} if self.images else {"text"})
 
     @classmethod
@@ -135,18 +121,51 @@ class CM3Leon:
         wanted = DrawOptions(
             n=n, guidance=guidance, temperature=(temperature, temperature), top_p=top_p, seed=seed, **options
         )
-        return self._images(self.draw_codes([text], wanted, documents=[documents])[0])
+        return self.media.images_of(self.draw_codes([text], wanted, documents=[documents])[0])
 
     def caption(
         self,
         image: ImageInput | Image.Image | Codes,
         *,
+        documents: Sequence[Pair] = (),
         max_new_tokens: int = 64,
         sampling: SamplingConfig = SamplingConfig(),
         seed: int = 0,
     ) -> str:
-        """Describes an image: its text is the gap before it."""
-        return str(self.infill([GAP, image], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)[0])
+        """Describes an image: its text is the gap before it. ``documents`` are retrieved by the image."""
+        return self.captions(
+            [image], documents=[documents], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
+        )[0]
+
+    def captions(
+        self,
+        images: Sequence[ImageInput | Image.Image | Codes],
+        *,
+        documents: Sequence[Sequence[Pair]] = (),
+        max_new_tokens: int = 64,
+        sampling: SamplingConfig = SamplingConfig(),
+        seed: int = 0,
+    ) -> list[str]:
+        """Describes many images in batches, as ``caption``."""
+        requests = []
+        for image, pairs in zip(images, self._documents(documents, len(images)), strict=True):
+            ids, laid = self._with_gaps([GAP, Codes(self.media.codes(image))], pairs)
+            ids = np.append(ids, self.config.vocabulary.sentinel(0)).astype(np.int32)
+            requests.append(
+                self._request(
+                    [ids],
+                    pairs,
+                    laid.gaps,
+                    limit=max_new_tokens,
+                    end=self.config.vocabulary.eoss,
+                    place=Place.TEXT,
+                    texts=True,
+                    sampling=sampling,
+                    seed=seed,
+                )
+            )
+        layout = self.config.vocabulary
+        return [self.tokenizer.decode(layout.to_text(one.ids).tolist()) for one in self._run(requests, "conditional")]
 
     def edit(
         self,
@@ -181,7 +200,7 @@ class CM3Leon:
             seed=seed,
             **options,
         )
-        return self._images(self._codes_of(self._edited([(image, instruction)], wanted, template)[0]))
+        return self.media.images_of(self._codes_of(self._edited([(image, instruction)], wanted, template)[0]))
 
     def infill(
         self,
@@ -204,7 +223,7 @@ class CM3Leon:
         Raises:
             ValueError: no gap, or no room in the context.
         """
-        return self._join(self._fill(parts, max_new_tokens, sampling, seed)[0])
+        return self.media.join(self._fill(parts, max_new_tokens, sampling, seed)[0])
 
     def answers(
         self,
@@ -248,7 +267,7 @@ class CM3Leon:
         """
         for prompt in prompts:
             check_sentinels(prompt, self.config.vocabulary)
-        made = [Request(streams=(prompt,), **one) for prompt, one in zip(prompts, requests, strict=True)]
+        made = [self._request([prompt], (), **one) for prompt, one in zip(prompts, requests, strict=True)]
         return self._run(made, combine, **rules)
 
     def canvases(self, prompt: Prompt, options: ImageOptions, *, previews: int = 0) -> Iterator[Canvas]:
@@ -267,53 +286,100 @@ class CM3Leon:
             list(self.canvases(["a"], DrawOptions(n=min(size, rows), guidance=2.0)))
             size *= 2
 
+    def edit_codes(
+        self, edits: Sequence[tuple[Any, str]], options: DrawOptions, *, template: str = EDIT
+    ) -> list[Int[np.ndarray, "N T"]]:
+        """Codes of the changed images of many pairs of image and instruction, in batches; as ``edit``."""
+        return [self._codes_of(found) for found in self._edited(edits, options, template)]
+
     def _edited(
         self, edits: Sequence[tuple[Any, str]], options: DrawOptions, template: str = EDIT
     ) -> list[list[Result]]:
         """The best results of every edit."""
-        streams = [
-            edit_streams(
-                self._encode(template),
-                self._codes(image),
-                self._encode(instruction),
-                self.config.vocabulary,
-                self.config.image_tokens,
-            )
-            for image, instruction in edits
-        ]
+        media, config = self.media, self.config
+        sources = [Codes(media.codes(image)) for image, _ in edits]
+        words, texts = media.encode(template), [media.encode(instruction) for _, instruction in edits]
+        if config.references is None:
+            streams = [
+                edit_streams(words, source.codes, text, config.vocabulary, config.image_tokens)
+                for source, text in zip(sources, texts, strict=True)
+            ]
+            pairs = [[[], [], []]] * len(edits)
+        else:
+            streams = [edit_streams_beside(words, text, config.vocabulary) for text in texts]
+            pairs = [[[[words, source]], [[words, source]], []] for source in sources]
         if options.cd_k:
             raise ValueError("an edit is guided by image and instruction; leave cd_k out")
         if options.guidance == options.image_guidance == 1:
-            return self._draw([one[:1] for one in streams], options, "conditional")
+            return self._draw([one[:1] for one in streams], pairs, options, "conditional")
         self._warn_unless_sentinels()
-        return self._draw(streams, options, "edit")
+        return self._draw(streams, pairs, options, "edit")
 
     def _of_texts(
         self, texts: Sequence[str], options: DrawOptions, documents: Sequence[Sequence[Pair]]
     ) -> list[list[Result]]:
         """The best results of every text."""
         layout, size = self.config.vocabulary, self.config.image_tokens
-        pairs = [self._pairs(found) for found in documents] or [[]] * len(texts)
-        if len(pairs) != len(texts):
-            raise ValueError(f"there are documents for {len(pairs)} texts, but {len(texts)} texts")
+        pairs = self._documents(documents, len(texts))
+        by_side = self.config.references is not None
         streams = [
-            drawing_streams(self._encode(text), found, layout, size, null=options.null)
+            drawing_streams(self.media.encode(text), found, layout, size, null=options.null, beside=by_side)
             for text, found in zip(texts, pairs, strict=True)
         ]
+        by_stream = [[found, found] for found in pairs]
         if options.guidance == 1 and not options.cd_k:
-            return self._draw([pair[:1] for pair in streams], options, "conditional")
+            return self._draw([pair[:1] for pair in streams], by_stream, options, "conditional")
         self._warn_unless_sentinels()
-        return self._draw(streams, options, "contrast" if options.cd_k else "guide")
+        return self._draw(streams, by_stream, options, "contrast" if options.cd_k else "guide")
+
+    def _documents(self, documents: Sequence[Sequence[Pair]], count: int) -> list[list[list[Segment]]]:
+        """Segments of the documents of ``count`` prompts."""
+        pairs = [self.media.pairs(found) for found in documents] or [[]] * count
+        if len(pairs) != count:
+            raise ValueError(f"there are documents for {len(pairs)} prompts, but {count} prompts")
+        return pairs
+
+    def _with_gaps(
+        self, segments: Sequence[Segment], pairs: Sequence[Sequence[Segment]] = ()
+    ) -> tuple[Int[np.ndarray, " S"], Infilling]:
+        """Ids of a document with gaps behind retrieved ones, and the document alone."""
+        layout, size = self.config.vocabulary, self.config.image_tokens
+        laid = lay_out_gaps(segments, layout, size)
+        prefix = document_prefix(pairs, layout, size, beside=self.config.references is not None)
+        return np.concatenate([prefix, laid.ids[1:]]).astype(np.int32), laid
+
+    def _request(
+        self,
+        streams: Sequence[Int[np.ndarray, " S"]],
+        pairs: Sequence[Sequence[Segment]] | Sequence[Sequence[Sequence[Segment]]],
+        gaps: Sequence[Missing] = (),
+        *,
+        each: bool = False,
+        **fields: Any,
+    ) -> Request:
+        """A request with what stands beside its streams; ``pairs`` are those of ``each`` of them, or of all."""
+        by_stream: Any = pairs if each else [pairs] * len(streams)
+        found = [
+            beside(ids, one, self.config, gaps) for ids, one in zip(streams, by_stream[: len(streams)], strict=True)
+        ]
+        return Request(streams=tuple(streams), given=tuple(one for one in found if one is not None), **fields)
 
     def _draw(
-        self, streams: Sequence[tuple[np.ndarray, ...]], options: DrawOptions, combine: Combine
+        self,
+        streams: Sequence[tuple[np.ndarray, ...]],
+        pairs: Sequence[Sequence[Sequence[Sequence[Segment]]]],
+        options: DrawOptions,
+        combine: Combine,
     ) -> list[list[Result]]:
-        """``options.n`` images of every prompt, each the likeliest of its candidates."""
+        """``options.n`` images of every prompt, each the likeliest of its candidates; ``pairs`` are the documents of
+        each of its streams."""
         size, each = self.config.image_tokens, options.n * options.candidates
         sampling = _sampling(options)
         requests = [
-            Request(
-                streams=prompt,
+            self._request(
+                prompt,
+                found,
+                each=True,
                 limit=size,
                 end=self.config.vocabulary.eos,
                 place=Place.IMAGE,
@@ -324,7 +390,7 @@ class CM3Leon:
                 image_weight=options.image_guidance,
                 interval=options.interval,
             )
-            for prompt in streams
+            for prompt, found in zip(streams, pairs, strict=True)
             for i in range(each)
         ]
         found = self._run(
@@ -363,7 +429,7 @@ class CM3Leon:
         return [
             [
                 Answer(parts=(image,), tokens=(), logprob=result.logprob, finish="stop")
-                for image, result in zip(self._images(self._codes_of(results[i])), results[i], strict=True)
+                for image, result in zip(self.media.images_of(self._codes_of(results[i])), results[i], strict=True)
             ]
             for i in range(len(prompts))
         ]
@@ -378,7 +444,7 @@ class CM3Leon:
         answers = []
         for i in range(options.n):
             filled, logprob = self._fill(parts, 0, _sampling(options), options.seed + i)
-            images = tuple(part for part in self._join(filled) if not isinstance(part, str))
+            images = tuple(part for part in self.media.join(filled) if not isinstance(part, str))
             answers.append(Answer(parts=images, tokens=(), logprob=logprob, finish="stop"))
         return answers
 
@@ -387,6 +453,7 @@ class CM3Leon:
             raise ValueError("a cm3leon model answers by sampling; leave out beams, choices and stop")
         layout, requests = self.config.vocabulary, []
         for prompt in prompts:
+            gaps: Sequence[Missing] = ()
             if not prompt or not any(item if isinstance(item, str) else True for item in prompt):
                 raise ValueError("the prompt is empty: give at least one image or one word")
             images = sum(not isinstance(item, str) for item in prompt)
@@ -395,21 +462,23 @@ class CM3Leon:
                 words = _texts(prompt)
                 image = next(item for item in prompt if not isinstance(item, str))
                 laid = lay_out_gaps(
-                    [*([self._encode(words)] if words else []), GAP, Codes(self._codes(image))],
+                    [*([self.media.encode(words)] if words else []), GAP, Codes(self.media.codes(image))],
                     layout,
                     self.config.image_tokens,
                 )
-                ids, end, place = np.append(laid.ids, layout.sentinel(0)), layout.eoss, Place.TEXT
+                ids, end, place, gaps = np.append(laid.ids, layout.sentinel(0)), layout.eoss, Place.TEXT, laid.gaps
             else:
-                segments = self._segments(prompt)
+                segments = self.media.segments(prompt)
                 prefix = document_prefix([segments], layout, self.config.image_tokens)
                 # After a text it goes on; after an image something new begins.
                 goes_on = isinstance(segments[-1], np.ndarray)
                 ids = np.array(prefix[:-1] if goes_on else prefix, np.int32)
                 end, place, more = layout.eos, Place.TEXT if goes_on else Place.BEGIN, self.images is not None
             requests += [
-                Request(
-                    streams=(ids,),
+                self._request(
+                    [ids],
+                    (),
+                    gaps,
                     limit=options.max_new_tokens,
                     end=end,
                     place=place,
@@ -428,15 +497,17 @@ class CM3Leon:
     ) -> tuple[list[Segment], float]:
         """The segments of a document with its gaps filled in, and the log-probability of these."""
         layout, size = self.config.vocabulary, self.config.image_tokens
-        segments = self._segments(parts)
+        segments = self.media.segments(parts)
         laid: Infilling = lay_out_gaps(segments, layout, size)
         ids, total = laid.ids, 0.0
         codes = {i: part.codes.copy() for i, part in enumerate(segments) if isinstance(part, Codes)}
         filled = list(segments)
         for number, gap in enumerate(laid.gaps):
             ids = np.append(ids, layout.sentinel(number)).astype(np.int32)
-            request = Request(
-                streams=(ids,),
+            request = self._request(
+                [ids],
+                (),
+                laid.gaps,
                 limit=gap.count or max_new_tokens,
                 end=layout.eoss,
                 place=Place.TEXT if gap.kind == "text" else Place.IMAGE,
@@ -463,96 +534,11 @@ class CM3Leon:
             found += run_requests(self.graphdef, self.params, batch, static, self.config.context_length)
         return found
 
-    def _segments(self, parts: Sequence[Item]) -> list[Segment]:
-        """Tokens and codes of a document; neighbouring texts are one."""
-        segments: list[Segment] = []
-        for part in parts:
-            if isinstance(part, str):
-                words = self._encode(part)
-                if segments and isinstance(segments[-1], np.ndarray):
-                    segments[-1] = np.concatenate([segments[-1], words])
-                else:
-                    segments.append(words)
-            elif isinstance(part, Gap):
-                segments.append(part)
-            elif isinstance(part, Hidden):
-                segments.append(Codes(self._codes(part.image), self._hidden(part.mask)))
-            elif isinstance(part, Codes):
-                segments.append(part)
-            else:
-                segments.append(Codes(self._codes(part)))
-        return segments
-
-    def _split(self, ids: Int[np.ndarray, " S"]) -> list[Segment]:
-        """The texts and images of drawn ids."""
-        layout = self.config.vocabulary
-        breaks = np.flatnonzero(ids == layout.brk)
-        pieces = np.split(ids, breaks)
-        segments: list[Segment] = []
-        for piece in pieces:
-            piece = piece[piece != layout.brk]
-            if len(piece) and layout.is_image(piece[:1])[0]:
-                segments.append(Codes(layout.to_codes(piece)))
-            elif len(piece):
-                segments.append(layout.to_text(piece))
-        return segments
-
-    def _join(self, segments: Sequence[Segment]) -> list[str | Image.Image]:
-        """Texts and images; neighbouring texts are one."""
-        parts: list[str | Image.Image] = []
-        words: list[int] = []
-        for segment in [*segments, None]:
-            if isinstance(segment, np.ndarray):
-                words += segment.tolist()
-                continue
-            if words or (segment is None and not parts):
-                parts.append(self.tokenizer.decode(words))
-                words = []
-            if isinstance(segment, Codes):
-                parts += self._images(segment.codes[None])
-        return parts
-
     def _answer(self, result: Result) -> Answer:
-        parts = self._join(self._split(result.ids))
+        parts = self.media.join(self.media.split(result.ids))
         words = tuple(self.tokenizer.encode("".join(part for part in parts if isinstance(part, str))))
         finish = "stop" if result.ended else "length"
         return Answer(parts=tuple(parts), tokens=words, logprob=result.logprob, finish=finish)
-
-    def _pairs(self, documents: Sequence[Pair]) -> list[list[Segment]]:
-        if len(documents) > MOST_RETRIEVED:
-            raise ValueError(f"at most {MOST_RETRIEVED} documents are taken, got {len(documents)}")
-        return [self._segments(pair) for pair in documents]
-
-    def _encode(self, text: str) -> Int[np.ndarray, " S"]:
-        return np.array(self.tokenizer.encode(text), np.int32)
-
-    def _codes(self, image: Any) -> Int[np.ndarray, " T"]:
-        if isinstance(image, Codes):
-            return image.codes
-        codes, config = self._tokenizer("reads images"), self.config.tokenizer
-        assert config is not None  # the model has a tokenizer
-        source = image if isinstance(image, ImageInput) else ImageInput(image)
-        return codes.encode(source.pixels(config.image_size)[None])[0]
-
-    def _images(self, codes: Int[np.ndarray, "N T"]) -> list[Image.Image]:
-        return [Image.fromarray(pixels) for pixels in self._tokenizer("draws images").decode(codes)]
-
-    def _hidden(self, mask: np.ndarray) -> np.ndarray:
-        """Which codes have a pixel of a mask."""
-        if mask.ndim != 2 or not mask.any():
-            raise ValueError("mask has the image's height and width, and is True where it is drawn anew")
-        config = self.config.tokenizer
-        side = round(self.config.image_tokens**0.5) if config is None else config.image_size // config.factor
-        rows = np.minimum(np.arange(mask.shape[0]) * side // mask.shape[0], side - 1)
-        columns = np.minimum(np.arange(mask.shape[1]) * side // mask.shape[1], side - 1)
-        hidden = np.zeros((side, side), bool)
-        np.logical_or.at(hidden, (rows[:, None], columns[None, :]), mask)
-        return hidden.ravel()
-
-    def _tokenizer(self, what: str) -> ImageTokenizer:
-        if self.images is None:
-            raise ValueError(f"this model has no image tokenizer, which {what}; train it with model.tokenizer")
-        return self.images
 
     def _warn_unless_sentinels(self) -> None:
         if not self._saw_sentinels:

@@ -36,11 +36,12 @@ def code_loader(program: Any, dataset: Any, params: Mapping[str, Any]) -> Callab
     flat = _encode_all(dataset.images, config.tokenizer, tokenizer_params(params), program.mesh).ravel()
     start = config.vocabulary.image_ids.start
 
-    def filled(tokens: Int[np.ndarray, "B S"]) -> Int[np.ndarray, "B S"]:
+    def filled(tokens: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         places = tokens - start
         return np.where(places < 0, tokens, start + flat[np.maximum(places, 0)]).astype(tokens.dtype)
 
-    return lambda batch: batch | {name: filled(batch[name]) for name in ("tokens", "labels")}
+    names = ("tokens", "labels", "references")
+    return lambda batch: batch | {name: filled(batch[name]) for name in names if name in batch}
 
 
 def tokenizer_params(params: Mapping[str, Any]) -> Params:

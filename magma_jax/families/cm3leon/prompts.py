@@ -7,11 +7,13 @@ edit              <eos> template <break> codes <break> instruction <break>   the
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from magma_jax.data.documents.beside import caption_rows
 from magma_jax.data.tokenizers.layout import VocabLayout
+from magma_jax.models.cm3leon import CM3LeonConfig
 from magma_jax.typing import Int
 
 # Template of InstructPix2Pix (table 5).
@@ -96,10 +98,78 @@ def lay_out_gaps(segments: Sequence[Segment], layout: VocabLayout, image_tokens:
     return Infilling(np.array([one for piece in pieces for one in piece], np.int32), tuple(gaps))
 
 
-def document_prefix(pairs: Sequence[Sequence[Segment]], layout: VocabLayout, image_tokens: int) -> list[int]:
-    """``<eos>``, and every part of retrieved documents with the ``<break>`` after it."""
+class Beside(NamedTuple):
+    """Retrieved images beside a prompt, see ``models.references``: their codes (K, T), the captions (K + 1, L), and the
+    places (S,) of the prompt's tokens in the grid, -1 for those that are no codes."""
+
+    codes: Int[np.ndarray, "K T"]
+    captions: Int[np.ndarray, "K1 L"]
+    places: Int[np.ndarray, " S"]
+
+
+def beside(
+    ids: Int[np.ndarray, " S"],
+    pairs: Sequence[Sequence[Segment]],
+    config: CM3LeonConfig,
+    gaps: Sequence[Missing] = (),
+) -> Beside | None:
+    """What stands beside a prompt that begins with ``document_prefix``; None for a model without ``references``.
+
+    Raises:
+        ValueError: more retrieved images than the model takes.
+    """
+    if config.references is None:
+        return None
+    images, layout = config.references.images, config.vocabulary
+    if len(pairs) > images:
+        raise ValueError(f"this model takes {images} retrieved documents, got {len(pairs)}")
+    start = len(document_prefix(pairs, layout, config.image_tokens, beside=True))
+    codes = np.full((images, config.image_tokens), layout.pad, np.int32)
+    captions = []
+    for row, pair in enumerate(pairs):
+        words, image = pair
+        if not isinstance(image, Codes) or not isinstance(words, np.ndarray):
+            raise ValueError("a retrieved document is a text and its image")
+        codes[row] = _segment_ids(image, layout, config.image_tokens)
+        captions.append(layout.from_text(words))
+    own = [int(one) for one in ids[start : _moved_from(ids, layout)] if one in layout.text_ids]
+    rows = caption_rows([np.array(own, np.int32), *captions], images, config.references.caption_tokens)
+    return Beside(codes, rows, _places(ids, start, layout, gaps))
+
+
+def _moved_from(ids: Int[np.ndarray, " S"], layout: VocabLayout) -> int:
+    """Where the contents of the first gap begin: at the first sentinel that is repeated."""
+    seen = set()
+    for place, one in enumerate(ids.tolist()):
+        if one in seen:
+            return place
+        if one in layout.sentinel_ids:
+            seen.add(one)
+    return len(ids)
+
+
+def _places(ids: Int[np.ndarray, " S"], start: int, layout: VocabLayout, gaps: Sequence[Missing]) -> np.ndarray:
+    """Place of every code in its image, also behind and in a gap."""
+    places, seen, place = np.full(len(ids), -1, np.int32), set(), 0
+    for number, one in enumerate(ids[start:].tolist(), start):
+        if one in layout.image_ids:
+            places[number] = place
+            place += 1
+        elif one in layout.sentinel_ids and one - layout.sentinel_ids.start < len(gaps):
+            gap = gaps[one - layout.sentinel_ids.start].places
+            place = gap.start if one in seen else place + len(gap)
+            seen.add(one)
+        elif one not in layout.text_ids:
+            place = 0
+    return places
+
+
+def document_prefix(
+    pairs: Sequence[Sequence[Segment]], layout: VocabLayout, image_tokens: int, *, beside: bool = False
+) -> list[int]:
+    """``<eos>``, and every part of retrieved documents with the ``<break>`` after it; without images ``beside`` it."""
     ids = [layout.eos]
-    for part in (part for pair in pairs for part in pair):
+    for part in (part for pair in pairs for part in pair if not (beside and isinstance(part, Codes))):
         ids += [*_segment_ids(part, layout, image_tokens), layout.brk]
     return ids
 
@@ -111,11 +181,17 @@ def drawing_streams(
     image_tokens: int,
     *,
     null: Literal["sentinel", "documents"],
+    beside: bool = False,
 ) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " T"]]:
-    """The prompt of a drawing with its text, and without it; ``null`` as in ``options``."""
-    prefix = document_prefix(pairs, layout, image_tokens)
+    """The prompt of a drawing with its text, and without it; ``null`` as in ``options``.
+
+    Documents with images ``beside`` the prompt stay in the one without its text.
+    """
+    prefix = document_prefix(pairs, layout, image_tokens, beside=beside)
     with_text = [*prefix, *layout.from_text(text).tolist(), layout.brk]
     without = prefix if null == "documents" else [layout.eos, layout.sentinel(0), layout.brk]
+    if beside:
+        without = [*prefix, layout.sentinel(0), layout.brk]
     return np.array(with_text, np.int32), np.array(without, np.int32)
 
 
@@ -134,6 +210,17 @@ def edit_streams(
     both = [*first, *codes, layout.brk, *words, layout.brk]
     alone = [*first, *codes, layout.brk, *missing[0], layout.brk]
     neither = [*first, *missing[0], layout.brk, *missing[1], layout.brk]
+    return np.array(both, np.int32), np.array(alone, np.int32), np.array(neither, np.int32)
+
+
+def edit_streams_beside(
+    template: Int[np.ndarray, " S"], instruction: Int[np.ndarray, " I"], layout: VocabLayout
+) -> tuple[Int[np.ndarray, " A"], Int[np.ndarray, " B"], Int[np.ndarray, " C"]]:
+    """As ``edit_streams``, with the image beside the prompts; it is that of a document whose text is the template."""
+    first = [layout.eos, *layout.from_text(template).tolist(), layout.brk]
+    both = [*first, *layout.from_text(instruction).tolist(), layout.brk]
+    alone = [*first, layout.sentinel(0), layout.brk]
+    neither = [layout.eos, layout.sentinel(0), layout.brk]
     return np.array(both, np.int32), np.array(alone, np.int32), np.array(neither, np.int32)
 
 

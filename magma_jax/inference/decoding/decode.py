@@ -6,6 +6,7 @@ depend on the other rows. ``generate`` runs a batch of prompts to their ends; th
 (``inference.batching.engine``) keeps rows alive and lets requests join and leave.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -141,8 +142,12 @@ def run_prompts(
     *,
     slots: int,
     prefix: KVCache | None = None,
+    head: Callable[[Float[Array, "B D"]], Float[Array, "B V"]] | None = None,
 ) -> tuple[KVCache, Float[Array, "B V"]]:
-    """The cache of prompts, with ``slots`` slots, and their next-token logits; ``prefix`` as in ``prefill``."""
+    """The cache of prompts, with ``slots`` slots, and their next-token logits.
+
+    ``prefix`` is that of ``prefill``; ``head`` makes logits of final hidden states, by default ``lm.logits``.
+    """
     batch, length, _ = embeddings.shape
     cache, start = lm.init_cache(batch, slots, embeddings.dtype), 0
     if prefix is not None:
@@ -152,7 +157,7 @@ def run_prompts(
     output = lm(embeddings, positions=positions, cache=cache)
     last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     assert output.cache is not None  # one was given
-    return output.cache, lm.logits(last)
+    return output.cache, (head or lm.logits)(last)
 
 
 def advance(

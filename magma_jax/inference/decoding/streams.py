@@ -10,7 +10,8 @@ be followed by images is up to the request.
 
 import dataclasses
 import enum
-from typing import Literal, NamedTuple
+import functools
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from magma_jax.inference.decoding.decode import run_prompts
 from magma_jax.inference.decoding.guidance import contrast, guide, guide_edit
 from magma_jax.inference.decoding.sampling import MASKED, SamplingRows, apply_temperature, sample
 from magma_jax.models.language.decoder import Decoder
+from magma_jax.models.references import Places, References
 from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.typing import Array, Bool, Float, Int, Key
 
@@ -117,6 +119,44 @@ class _State(NamedTuple):
     done: Array
 
 
+class Given(NamedTuple):
+    """What stands beside the prompts, a row for each; see ``models.references``."""
+
+    references: References
+    places: Places
+
+
+@dataclasses.dataclass(frozen=True)
+class _With:
+    """A decoder and what stands beside its prompts."""
+
+    lm: Any
+    given: Given | None
+    image_tokens: int
+    dtype: Any
+
+    def embed(self, ids: Int[Array, "R S"], places: Places | None) -> Float[Array, "R S D"]:
+        if self.given is None:
+            return self.lm.embed(ids, self.dtype)
+        return self.lm.embed_with(ids, self.given.references, places, self.dtype)
+
+    def after(self, place: Int[Array, " R"], left: Int[Array, " R"]) -> Int[Array, " R"]:
+        """Place in the grid of the token that is drawn next; -1 outside an image."""
+        return jnp.where(place == Place.IMAGE, self.image_tokens - left, -1)
+
+    def logits(self, drawn: Int[Array, " R"], hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
+        if self.given is not None:
+            hidden = self.lm.head_input(hidden[:, None], self.given.references, drawn[:, None])[:, 0]
+        return self.lm.logits(hidden)
+
+
+def _read_place(token: Int[Array, " B"], left: Int[Array, " R"], rules: StreamRules, streams: int) -> Int[Array, " R"]:
+    """Place in the grid of the newest tokens; -1 for those that are no codes."""
+    ids = jnp.tile(token, streams)
+    is_image = (ids >= rules.layout.image_ids.start) & (ids < rules.layout.image_ids.stop)
+    return jnp.where(is_image, rules.image_tokens - 1 - left, -1)
+
+
 def decode_streams(
     lm: Decoder,
     tokens: Int[Array, "R S"],
@@ -127,6 +167,7 @@ def decode_streams(
     rules: StreamRules,
     *,
     steps: int,
+    given: Given | None = None,
 ) -> StreamTokens:
     """Continues every example by up to ``steps`` tokens.
 
@@ -139,6 +180,7 @@ def decode_streams(
         rows: what is asked for.
         rules: static.
         steps: N, static.
+        given: retrieved images beside the prompts of a ``CM3LeonModel`` that takes them.
 
     Raises:
         ValueError: the rows are not those of as many streams as ``rules.combine`` takes.
@@ -150,7 +192,11 @@ def decode_streams(
         )
     dtype = lm.wte.weight[...].dtype
     dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
-    cache, logits = run_prompts(lm, lm.embed(tokens, dtype), lengths, slots=tokens.shape[1] + steps)
+    model = _With(lm, given, rules.image_tokens, dtype)
+    places = None if given is None else given.places
+    embedded = model.embed(tokens, places)
+    head = functools.partial(model.logits, model.after(jnp.tile(rows.place, streams), jnp.tile(rows.left, streams)))
+    cache, logits = run_prompts(lm, embedded, lengths, slots=tokens.shape[1] + steps, head=head)
     zeros = jnp.zeros(batch, jnp.int32)
     no = jnp.zeros(batch, bool)
     state = _State(cache, zeros, lengths - 1, rows.place, rows.left, zeros, no, rows.limit < 1)
@@ -166,9 +212,12 @@ def decode_streams(
         state, logprob = _draw(logits, state, keys, sampling, rows, rules)
         ids = ids.at[:, step].set(jnp.where(before, rules.layout.pad, state.token))
         logprobs = logprobs.at[:, step].set(jnp.where(before, 0.0, logprob))
-        embedded = lm.embed(jnp.tile(state.token, streams)[:, None], dtype)
+        where, left = jnp.tile(state.place, streams), jnp.tile(state.left, streams)
+        read = _read_place(state.token, left, rules, streams)
+        drawn = model.after(where, left)
+        embedded = model.embed(jnp.tile(state.token, streams)[:, None], Places(read[:, None], drawn[:, None]))
         output = lm(embedded, positions=state.position[:, None], cache=state.cache)
-        return step + 1, state._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), (ids, logprobs)
+        return step + 1, state._replace(cache=output.cache), model.logits(drawn, output.hidden[:, 0]), (ids, logprobs)
 
     _, state, _, (ids, logprobs) = jax.lax.while_loop(going, body, (jnp.int32(0), state, logits, drawn))
     return StreamTokens(ids, state.count, state.ended, logprobs)

@@ -1,0 +1,264 @@
+"""Documents whose retrieved images stand beside the sequence: one document a row, with the codes of these images.
+
+    <eos> T1 <break> T2 <break> T <break> I <eos>
+
+T1 and T2 are the texts of retrieved images, T and I the text and image to learn. The codes of the retrieved images are
+an array of their own, see ``magma_jax.models.references``.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from magma_jax.data.batches.batching import Batch
+from magma_jax.data.documents.document import Image, Parts, Text
+from magma_jax.data.documents.spans import Span, SpanConfig, clip_spans, draw_spans, move_spans
+from magma_jax.data.format.records import DataError
+from magma_jax.data.tokenizers.layout import VocabLayout
+from magma_jax.typing import IGNORED, Int
+
+# Streams of random numbers of one seed.
+_CHOICE, _DRAW = 0, 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BesideConfig:
+    """How documents with retrieved images beside them are drawn.
+
+    Attributes:
+        images: retrieved images a document; 0 for retrieved documents in the sequence.
+        caption_tokens: tokens of a caption; None for the model's.
+        by_image: folder of an annotation by image, for documents whose text is moved: retrieved by their own text, they
+            would give it away. None for the same annotation.
+        skipped: how often a retrieved image is left out.
+        masked: share of the codes of a retrieved image that are left out, at most; a share is drawn for every image.
+        any_order: whether retrieved images come in any order, instead of the best first.
+        weights: sampling weights of people of known or open gender and hands, and of everything else.
+    """
+
+    images: int = 0
+    caption_tokens: int | None = None
+    by_image: str | None = None
+    skipped: float = 0.05
+    masked: float = 0.0
+    any_order: bool = False
+    weights: tuple[float, float] = (0.75, 0.25)
+
+    def __post_init__(self):
+        for name in ("skipped", "masked"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.beside.{name} must be 0 to 1, got {getattr(self, name)}")
+        if self.images < 0:
+            raise ValueError(f"data.beside.images must be at least 0, got {self.images}")
+
+
+class Row(NamedTuple):
+    """A row of a batch: tokens and places (S,), codes of retrieved images (K, T), captions (K + 1, L)."""
+
+    tokens: Int[np.ndarray, " S"]
+    places: Int[np.ndarray, " S"]
+    references: Int[np.ndarray, "K T"]
+    captions: Int[np.ndarray, "K1 L"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BesideDocuments:
+    """Documents to learn, and what may be retrieved for them.
+
+    Attributes:
+        queries: texts and image of every document; the image is the last part.
+        memory: pairs of text and image.
+        neighbours: rows of ``memory`` for every query, best first.
+        by_image: the same, found by image; None for ``neighbours``.
+        groups: rows of the queries of each sampling group.
+        layout, image_tokens, images, caption_tokens: sizes.
+    """
+
+    queries: Sequence[Parts]
+    memory: Sequence[Parts]
+    neighbours: Sequence[Any]
+    by_image: Sequence[Any] | None
+    groups: Sequence[Sequence[int]]
+    layout: VocabLayout
+    image_tokens: int
+    images: int
+    caption_tokens: int
+
+    def row(
+        self,
+        number: int,
+        rng: np.random.Generator | None,
+        config: BesideConfig,
+        spans: SpanConfig | None,
+    ) -> tuple[Row, int]:
+        """A document's row, and where the part to learn begins; without ``rng`` nothing is left out or moved."""
+        layout = self.layout
+        parts = self.queries[number]
+        query, kinds = _query(parts, layout)
+        places = np.where(kinds >= 0, kinds, -1)
+        text = kinds == -2
+        moved: list[Span] = []
+        if rng is not None and spans is not None:
+            segments = _segments(query, layout.brk)
+            drawn = draw_spans(len(query), segments, rng, spans, most=len(layout.sentinel_ids))
+            moved = clip_spans(drawn, segments)
+        hidden = np.zeros(len(query), bool)
+        for start, stop in moved:
+            hidden[start:stop] = True
+        lists = self.neighbours
+        if self.by_image is not None and text.any() and hidden[text].all():
+            lists = self.by_image
+        chosen = [self.memory[row] for row in self._choose(np.asarray(lists[number]), rng, config)]
+        prefix = [layout.eos]
+        for pair in chosen:
+            prefix += [*_text(pair, layout).tolist(), layout.brk]
+        tokens = np.concatenate([prefix, query[1:]]).astype(np.int32)
+        spots = np.concatenate([np.full(len(prefix), -1), places[1:]]).astype(np.int32)
+        shift = len(prefix) - 1
+        spans_here = [(start + shift, stop + shift) for start, stop in moved]
+        length = len(tokens) + 3 * len(moved)
+        tokens, spots = (
+            move_spans(array, spans_here, marks, end, length=length)
+            for array, marks, end in (
+                (tokens, layout.sentinel_ids, layout.eoss),
+                (spots, [-1] * len(layout.sentinel_ids), -1),
+            )
+        )
+        references = np.full((self.images, self.image_tokens), layout.pad, np.int32)
+        for place, pair in enumerate(chosen):
+            references[place] = _codes(pair, layout)
+            if rng is not None and config.masked:
+                references[place, rng.random(self.image_tokens) < rng.random() * config.masked] = layout.pad
+        captions = caption_rows(
+            [query[text & ~hidden], *(_text(pair, layout) for pair in chosen)], self.images, self.caption_tokens
+        )
+        return Row(tokens, spots, references, captions), shift
+
+    def _choose(self, found: Int[np.ndarray, " K"], rng: np.random.Generator | None, config: BesideConfig) -> list[int]:
+        if len(found) < self.images:
+            raise DataError(
+                f"a sample has {len(found)} retrieved documents, not {self.images}; retrieve more, or lower "
+                "data.beside.images"
+            )
+        if rng is None:
+            return found[: self.images].tolist()
+        if config.any_order:
+            found = rng.permutation(found)
+        kept = [int(row) for row in found[: self.images] if rng.random() >= config.skipped]
+        return kept
+
+
+def caption_rows(texts: Sequence[Int[np.ndarray, " N"]], images: int, size: int) -> Int[np.ndarray, "K1 L"]:
+    """Ids of captions, right-aligned and padded on the left; of longer ones the last tokens are taken."""
+    found = np.zeros((images + 1, size), np.int32)
+    for row, text in enumerate(texts):
+        text = text[-size:]
+        found[row, size - len(text) :] = text
+    return found
+
+
+class BesideRows:
+    """Endless batches of rows, padded to ``length`` + 1 tokens; an iterable whose iterator resumes by its position."""
+
+    def __init__(
+        self,
+        documents: BesideDocuments,
+        config: BesideConfig,
+        spans: SpanConfig | None,
+        length: int,
+        *,
+        batch_size: int,
+        seed: int,
+        rows: Sequence[int],
+    ):
+        self._documents, self._config, self._spans = documents, config, spans
+        self._length, self._batch_size, self._seed, self._rows = length, batch_size, seed, rows
+        self._position = 0
+
+    def __iter__(self) -> "BesideRows":
+        return self
+
+    def __next__(self) -> Batch:
+        first = self._position
+        self._position += self._batch_size
+        return as_batch([self._row(first + row) for row in self._rows], self._length, self._documents.layout.pad)
+
+    def get_state(self) -> dict[str, Any]:
+        """Position after the last returned batch."""
+        return {"position": self._position}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues after the batch at which ``get_state`` returned ``state``."""
+        self._position = state["position"]
+
+    def close(self) -> None:
+        """There are no processes to end."""
+
+    def _row(self, position: int) -> Row:
+        rng = np.random.default_rng((self._seed, _DRAW, position))
+        groups = self._documents.groups
+        weights = np.array([len(group) and weight for group, weight in zip(groups, self._config.weights, strict=True)])
+        group = groups[int(rng.choice(len(groups), p=weights / weights.sum()))]
+        # Every group is gone through in shuffled order on average; a draw with replacement needs no state.
+        number = int(group[int(rng.integers(len(group)))])
+        return self._documents.row(number, rng, self._config, self._spans)[0]
+
+
+def as_batch(rows: Sequence[Row], length: int, pad: int, starts: Sequence[int] | None = None) -> Batch:
+    """Rows as arrays of ``length`` + 1 tokens; labels begin at ``starts``."""
+    size = length + 1
+    tokens = np.full((len(rows), size), pad, np.int32)
+    places = np.full((len(rows), size), -1, np.int32)
+    for number, row in enumerate(rows):
+        if len(row.tokens) > size:
+            raise DataError(f"a document has {len(row.tokens)} tokens, more than data.length + 1 = {size}; raise it")
+        tokens[number, : len(row.tokens)] = row.tokens
+        places[number, : len(row.tokens)] = row.places
+    labels = np.where(tokens == pad, IGNORED, tokens)
+    for number, start in enumerate(starts or ()):
+        labels[number, :start] = IGNORED
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "places": places,
+        "references": np.stack([row.references for row in rows]),
+        "captions": np.stack([row.captions for row in rows]),
+    }
+
+
+def _query(parts: Parts, layout: VocabLayout) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a document, and the place of every image code; -1 for other ids, -2 for those of texts."""
+    ids, kinds = [np.array([layout.eos])], [np.array([-1])]
+    for number, part in enumerate(parts):
+        if number:
+            ids.append(np.array([layout.brk]))
+            kinds.append(np.array([-1]))
+        if isinstance(part, Image):
+            ids.append(layout.from_codes(part.codes))
+            kinds.append(np.arange(len(part.codes)))
+        else:
+            ids.append(layout.from_text(part.tokens))
+            kinds.append(np.full(len(part.tokens), -2))
+    ids.append(np.array([layout.eos]))
+    kinds.append(np.array([-1]))
+    return np.concatenate(ids).astype(np.int32), np.concatenate(kinds).astype(np.int32)
+
+
+def _segments(query: Int[np.ndarray, " S"], brk: int) -> list[Span]:
+    """Texts and images, without the ``<eos>`` at both ends."""
+    breaks = [int(place) for place in np.flatnonzero(query == brk)]
+    return list(zip([1, *(place + 1 for place in breaks)], [*breaks, len(query) - 1], strict=True))
+
+
+def _text(pair: Parts, layout: VocabLayout) -> Int[np.ndarray, " N"]:
+    part = pair[0]
+    assert isinstance(part, Text)  # a pair is a text and its image
+    return layout.from_text(part.tokens)
+
+
+def _codes(pair: Parts, layout: VocabLayout) -> Int[np.ndarray, " T"]:
+    part = pair[-1]
+    assert isinstance(part, Image)
+    return layout.from_codes(part.codes)

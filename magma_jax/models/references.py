@@ -1,0 +1,129 @@
+"""Additions to CM3Leon that are not the paper's: retrieved images beside the sequence instead of in it.
+
+Where an image is read or drawn, the codes of retrieved images at the same place of the grid are added to the
+embeddings, and so is a vector of each caption. A document is then as long as its texts and one image.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from magma_jax.config import check_sizes
+from magma_jax.nn.layers import Embedding, Linear, normal
+from magma_jax.nn.modules import LanguageParam
+from magma_jax.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferencesConfig:
+    """What is added.
+
+    Attributes:
+        images: number of retrieved images (K).
+        codes: where their codes are added: ``next``, that of the place whose code is predicted; ``both``, also that of
+            the place that is read; ``none``.
+        captions: whether a vector of each caption, the document's own and those of the retrieved images, is added
+            at every place of an image.
+        copy: whether a learned gate adds the codes that it copies to the final hidden states.
+        caption_tokens: tokens of a caption, at most; of longer ones the last are taken.
+    """
+
+    images: int = 2
+    codes: Literal["none", "next", "both"] = "both"
+    captions: bool = True
+    copy: bool = True
+    caption_tokens: int = 24
+
+    def __post_init__(self):
+        check_sizes(self, "images", "caption_tokens")
+
+
+class References(NamedTuple):
+    """Retrieved images of every row; padding stands for a missing code or token.
+
+    Attributes:
+        codes: (B, K, T) ids of the retrieved images' codes.
+        captions: (B, K + 1, L) ids of the document's own caption and theirs, right-aligned.
+    """
+
+    codes: Array
+    captions: Array
+
+
+class Places(NamedTuple):
+    """Where tokens stand.
+
+    Attributes:
+        read: (B, S) place of every token in the grid of its image; -1 for other tokens.
+        drawn: (B, S) that of the token after it.
+    """
+
+    read: Array
+    drawn: Array
+
+
+class ReferenceLayers(nnx.Module):
+    """The parameters of the additions."""
+
+    token: Linear | None = None
+    order: Embedding | None = None
+    gate: Linear | None = None
+
+    def __init__(self, config: ReferencesConfig, width: int, std: float, *, rngs: nnx.Rngs):
+        self.config = config
+        start = _share(1 / config.images)
+
+        def linear(init) -> Linear:
+            return Linear(width, width, param=LanguageParam, use_bias=False, weight_init=init, rngs=rngs)
+
+        self.drawn = nnx.List([linear(start) for _ in range(config.images)] if config.codes != "none" else [])
+        self.read = nnx.List([linear(normal(std)) for _ in range(config.images)] if config.codes == "both" else [])
+        self.caption = nnx.List([])
+        if config.captions:
+            self.token = linear(normal(width**-0.5))
+            self.order = Embedding(
+                config.caption_tokens, width, param=LanguageParam, weight_init=normal(std), rngs=rngs
+            )
+            self.caption = nnx.List([linear(normal(std)) for _ in range(config.images + 1)])
+        if config.copy:
+            self.gate = Linear(width, config.images, param=LanguageParam, weight_init=normal(std), rngs=rngs)
+
+    def embeddings(self, table: Float[Array, "V D"], given: References, places: Places) -> Float[Array, "B S D"]:
+        """What is added to the embeddings of tokens; ``table`` is the embedding table, with padding in row 0."""
+        total = jnp.zeros((*places.read.shape, table.shape[1]), table.dtype)
+        for layers, where in ((self.drawn, places.drawn), (self.read, places.read)):
+            for number, layer in enumerate(layers):
+                total += layer(_codes(table, given, number, where))
+        if self.token is not None and self.order is not None:
+            known = (given.captions > 0)[..., None]
+            words = jax.nn.relu(self.token(table[given.captions] + self.order.weight[...].astype(table.dtype)))
+            pooled = jnp.where(known, words, 0).sum(2)
+            vector = sum(layer(pooled[:, number]) for number, layer in enumerate(self.caption))
+            seen = (places.read >= 0) | (places.drawn >= 0)
+            total += jnp.where(seen[..., None], vector[:, None], 0)
+        return total
+
+    def copied(
+        self, hidden: Float[Array, "B S D"], table: Float[Array, "V D"], given: References, drawn: Int[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
+        """The final hidden states with the codes that the gate copies."""
+        if self.gate is None:
+            return hidden
+        gates = self.gate(hidden)
+        for number in range(self.config.images):
+            hidden = hidden + gates[..., number, None] * _codes(table, given, number, drawn)
+        return hidden
+
+
+def _codes(table: Array, given: References, number: int, where: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """Embeddings of a retrieved image's codes at places of the grid; zeros where there is none."""
+    ids = jnp.take_along_axis(given.codes[:, number], jnp.maximum(where, 0), axis=1)
+    return jnp.where(((where >= 0) & (ids > 0))[..., None], table[ids], 0)
+
+
+def _share(scale: float):
+    """The identity times a number."""
+    return lambda key, shape, dtype: scale * jnp.eye(*shape, dtype=dtype)
