@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     # Imported here: JAX takes seconds to import, and --help does not need it.
     from magma_jax.evaluation.command import run_comparison, run_perplexity, run_tasks
-    from magma_jax.evaluation.own_split import evaluate_run
-    from magma_jax.families import open_token_generator
+    from magma_jax.families import evaluate_run, open_token_generator
     from magma_jax.runtime.distributed import distributed_run
 
     if arguments.task:
@@ -60,11 +59,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         run_perplexity(open_token_generator, arguments)
     else:
         evaluate_run(
-            open_token_generator,
             arguments.workdir,
             arguments.split,
             arguments.limit,
-            arguments.overview,
+            overview=arguments.overview,
+            settings=arguments.set,
             ema=arguments.ema,
         )
 

@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     # Imported here: JAX takes seconds to import, and --help does not need it.
     from magma_jax.config import apply_overrides, config_name, load_config_file, settings
-    from magma_jax.evaluation.own_split import evaluate_run
-    from magma_jax.families import family_of, open_token_generator, run_config
+    from magma_jax.families import evaluate_run, family_of, run_config
     from magma_jax.output import printable
     from magma_jax.runtime.distributed import distributed_run
     from magma_jax.training.loop import train
@@ -73,7 +72,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return commands.STOPPED
     # Evaluation runs in one process.
     if config.evaluate and not arguments.distributed:
-        evaluate_run(open_token_generator, workdir)
+        evaluate_run(workdir)
         print(f"\nReport: {workdir / 'report.html'}")
         print(f"An image of your own: python -m magma_jax.generate --checkpoint {workdir} image.png")
     return 0

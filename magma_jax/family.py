@@ -47,6 +47,8 @@ class Family:
             ``slots=None`` means the context length. None for a family that does not decode token by token.
         token_generator: whether ``open`` returns a ``TokenGenerator``, if the model decodes token by token.
         panel: ``(run, writing)`` to the sample display of a training run, or None.
+        evaluate: ``(workdir, split, limit, settings, *, ema)``: evaluates a run with figures of the family's own,
+            prints them and writes their files. None for those of ``evaluation.own_split``.
     """
 
     name: str
@@ -72,3 +74,4 @@ class Family:
     decode_program: Callable[[Any, int, int | None], tuple[Any, tuple[Any, ...]]] | None
     panel: Callable[..., Any] | None
     token_generator: bool = True
+    evaluate: Callable[..., Any] | None = None

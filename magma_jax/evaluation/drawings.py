@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from magma_jax.data.openmoji.drawings import DEFAULT_TONE, Drawing
+from magma_jax.data.openmoji.drawings import DEFAULT_TONE, Drawing, tones_of
 from magma_jax.evaluation.features import Features
 from magma_jax.typing import Bool, Float, Int, UInt8
 
@@ -70,7 +70,7 @@ class DrawingJudge:
         self._counts = np.stack([skin_counts(image) for image in images])
         self._variants: dict[tuple[str, int], list[int]] = defaultdict(list)
         for row, record in enumerate(records):
-            self._variants[record.base, len(_tones_of(record))].append(row)
+            self._variants[record.base, len(tones_of(record))].append(row)
         self._concepts = sorted({record.concept for record in records})
         self._mean, self._weights = self._probe(features(images))
 
@@ -89,11 +89,11 @@ class DrawingJudge:
         nearest = self.nearest(images)
         by_tones: dict[int, list[bool]] = {0: [], 1: [], 2: []}
         for image, drawing in zip(images, truth, strict=True):
-            variants = self._variants[drawing.base, len(_tones_of(drawing))]
+            variants = self._variants[drawing.base, len(tones_of(drawing))]
             if len(variants) > 1:
                 distances = np.abs(self._counts[variants] - skin_counts(image)).sum(1)
                 seen = self._records[variants[int(distances.argmin())]]
-                by_tones[len(_tones_of(drawing))].append(seen.tones == drawing.tones)
+                by_tones[len(tones_of(drawing))].append(seen.tones == drawing.tones)
         concepts = zip(truth, self.concepts(images), strict=True)
         gendered = [i for i, drawing in enumerate(truth) if drawing.gender is not None]
         return Verdict(
@@ -124,13 +124,6 @@ def skin_counts(image: UInt8[np.ndarray, "H W 3"]) -> Int[np.ndarray, " 12"]:
     nearest = np.where(distances.min(-1) <= NEAR, distances.argmin(-1), len(SKIN))
     halves = np.array_split(nearest, 2, axis=1)
     return np.concatenate([np.bincount(half.ravel(), minlength=len(SKIN) + 1)[: len(SKIN)] for half in halves])
-
-
-def _tones_of(drawing: Drawing) -> tuple[str, ...]:
-    """Tones of a drawing; one person or hand without a modifier has the default one."""
-    if drawing.tones or drawing.kind not in ("person", "hand", "body part"):
-        return drawing.tones
-    return (DEFAULT_TONE,)
 
 
 def _flat(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N C"]:

@@ -1,5 +1,6 @@
 """The model families. A new one is a package below this one and one row here."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict
 
 from magma_jax.config import ConfigError, Settings
 from magma_jax.data.write.encoding import ImageEncoder
+from magma_jax.evaluation import own_split
 from magma_jax.families.cm3leon import CM3LEON
 from magma_jax.families.language import LANGUAGE
 from magma_jax.families.magma import MAGMA
@@ -106,6 +108,31 @@ def open_token_generator(
             f"({names})"
         )
     return family.open(path, dtype=dtype, mesh=mesh, ema=ema)
+
+
+def evaluate_run(
+    workdir: str | Path,
+    split: str = "test",
+    limit: int | None = None,
+    *,
+    overview: str | Path | None = None,
+    settings: Sequence[str] = (),
+    ema: bool | None = None,
+) -> None:
+    """Evaluates a run of any family and writes its files, see ``Family.evaluate`` and ``own_split.evaluate_run``.
+
+    Raises:
+        ConfigError: an overview or settings that the family's evaluation does not have. Also its own errors.
+    """
+    family = family_of_checkpoint(Path(workdir))
+    if family.evaluate is None:
+        if settings:
+            raise ConfigError(f"--set {settings[0]}: a {family.name} run is evaluated without settings; give a --task")
+        own_split.evaluate_run(open_token_generator, workdir, split, limit, overview, ema=ema)
+        return
+    if overview is not None:
+        raise ConfigError(f"--overview: a {family.name} run has none; see its report.html")
+    family.evaluate(workdir, split, limit, settings, ema=ema)
 
 
 def _opens_token_generator(family: Family) -> bool:

@@ -117,10 +117,19 @@ def test_one_draw_masks_both_in_opposite_directions():
     assert abs(shares[True]) < 0.2
 
 
+def test_targets_are_a_random_part_of_the_masked_codes():
+    places, words = jnp.ones((2000, 16), bool), jnp.ones((2000, 8), bool)
+    masks = draw_masks(row_keys(jnp.arange(2000), 0), places, words, independent=False, limit=4)
+    assert not (masks.targets & ~masks.image).any()
+    np.testing.assert_array_equal(masks.targets.sum(-1), jnp.minimum(masks.image.sum(-1), 4))
+    share = masks.targets.mean(0)
+    np.testing.assert_allclose(share, np.full(16, share.mean()), atol=0.04)
+
+
 def test_nested_masks_lie_within_the_first():
     places, words = jnp.ones((200, 16), bool), jnp.ones((200, 8), bool)
     first = draw_masks(row_keys(jnp.arange(200), 0), places, words, independent=False)
-    second = draw_masks(row_keys(jnp.arange(200), 1), *first, independent=False, nested=True)
+    second = draw_masks(row_keys(jnp.arange(200), 1), first.image, first.text, independent=False, nested=True)
     for outer, inner in zip(first, second, strict=True):
         assert not (inner & ~outer).any()
         assert bool((inner.sum(-1) >= 1).all())
@@ -191,6 +200,23 @@ def test_terms_of_a_task(task, counted, model):
             np.testing.assert_array_equal(other[name].count, term.count, err_msg=name)
             if "accuracy" not in name:
                 np.testing.assert_allclose(other[name].total, term.total, rtol=1e-4, err_msg=name)
+
+
+def test_a_loss_of_some_targets_is_that_of_their_logits(model):
+    definition, params = split(model)
+    rows = batch(TEXT_TO_IMAGE)
+    task = {"task_weights": (1.0, 0.0, 0.0), "unroll_weight": 0.0, "mixsel_weight": 0.0, "label_smoothing": 0.0}
+    options = MagvltOptions(**task, image_targets=3)
+    found = jax.jit(lambda p: magvlt_loss(merge(definition, p), rows, None, options=options))(params)["image"]
+    words = jnp.arange(8) < rows["lengths"][:, None]
+    masks = draw_masks(row_keys(rows["seeds"], 0), jnp.ones((4, 16), bool), words, independent=False, limit=3)
+    canvas = canvas_of(rows["codes"], rows["tokens"], rows["lengths"], image_masked=masks.image)
+    log_probs = jax.nn.log_softmax(model.logits(model.hidden("text_first", canvas).image, "image"))
+    right = jnp.take_along_axis(log_probs, rows["codes"][..., None], -1)[..., 0]
+    assert found.count == masks.targets.sum()
+    np.testing.assert_allclose(found.total, -(right * masks.targets).sum(), rtol=1e-5)
+    with pytest.raises(ValueError, match="image_targets must not be negative, got -1"):
+        MagvltOptions(image_targets=-1)
 
 
 def test_ablations_save_their_passes(model):

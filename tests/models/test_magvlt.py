@@ -12,7 +12,7 @@ from flax import nnx
 from magma_jax.families.magvlt.sharding import SHARDINGS, roles
 from magma_jax.models.magvlt.config import BASE, LARGE, MagvltConfig
 from magma_jax.models.magvlt.layout import layout_of
-from magma_jax.models.magvlt.model import MagvltModel, canvas_of
+from magma_jax.models.magvlt.model import MagvltModel, canvas_of, joined, parted
 from magma_jax.nn.modules import abstract, parameter_count
 from magma_jax.published.keymap.engine import to_theirs
 from magma_jax.published.magvlt_keys import transformer_table
@@ -99,6 +99,31 @@ def test_a_caption_vector_is_of_the_visible_text_and_only_for_drawing():
     np.testing.assert_array_equal(code("image_first", plain), code("image_first", other))
     hidden = (canvas._replace(text_masked=masked) for canvas in (plain, other))
     np.testing.assert_array_equal(*(code("text_first", canvas) for canvas in hidden))
+
+
+def test_codes_that_share_a_position():
+    """Four positions instead of sixteen; every code has its place, before the first layer and in the head."""
+    config = dataclasses.replace(TINY, image_patch=2, layers=1)
+    assert config.length == config.image_places + 12 == 16
+    model = MagvltModel(config, rngs=nnx.Rngs(0))
+    grid = jnp.arange(16.0)[None, :, None]
+    places = joined(config, grid)
+    assert places[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    np.testing.assert_array_equal(parted(config, places), grid)
+    first = canvas()
+    start = layout_of(config, "text_first").image
+    for code, place in ((5, 0), (6, 1), (15, 3)):
+        other = first._replace(image=first.image.at[0, code].add(-1) % 37)
+        a, b = (model.embed("text_first", either)[0, start:] for either in (first, other))
+        assert (np.abs(a - b).max(-1) > 0).tolist() == [i == place for i in range(4)]
+    for order in ("text_first", "image_first"):
+        hidden = model.hidden(order, first)
+        assert model.logits(hidden.image, "image").shape == (2, 16, 37)
+        assert hidden.text.shape == (2, 8, 32)
+    for path in abstract(lambda: MagvltModel(config, rngs=nnx.Rngs(0)))[1]:
+        assert len([pattern for pattern, _ in (*SHARDINGS, *SHARED) if re.fullmatch(pattern, path)]) == 1, path
+    with pytest.raises(ValueError, match="image_patch 3 does not divide the 4 codes of a row"):
+        dataclasses.replace(TINY, image_patch=3)
 
 
 def test_attention_is_bidirectional(model):

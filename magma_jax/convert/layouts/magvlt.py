@@ -83,6 +83,11 @@ def published(folder: str | Path) -> dict[str, Any]:
     config, params = open_folder(folder)
     if config.caption_vector:
         raise CheckpointError(f"{folder}: the published layout has no caption vector, but the model has one")
+    if config.image_patch > 1:
+        raise CheckpointError(
+            f"{folder}: in the published layout every code has a position, but in the model {config.image_patch**2} "
+            "codes share one"
+        )
     if config.tokenizer is not None and config.tokenizer.patch > 1:
         raise CheckpointError(
             f"{folder}: the published layout has no patches, but the image tokenizer's are of {config.tokenizer.patch} "

@@ -304,6 +304,13 @@ def _records(keys: list[str]) -> list[Drawing]:
     return images
 
 
+def tones_of(drawing: Drawing) -> tuple[str, ...]:
+    """Tones of a drawing; one person or hand without a modifier has the default one."""
+    if drawing.tones or drawing.kind not in ("person", "hand", "body part"):
+        return drawing.tones
+    return (DEFAULT_TONE,)
+
+
 def captions(images: Iterable[Drawing]) -> list[Sample]:
     """One caption per image, with the prompt "A picture of"."""
     return [Sample(p.index, "A picture of", f" {p.caption}", "caption") for p in images]

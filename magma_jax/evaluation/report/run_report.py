@@ -70,7 +70,7 @@ def write_report(
         table=html_table(cells(figures)),
         protocol=escape(f"{decoding[0].upper()}{decoding[1:]}."),
         kinds=_kinds(evaluation),
-        charts=_charts(Path(metrics_file)),
+        charts=training_charts(Path(metrics_file)),
         options="".join(f"<option>{escape(kind)}</option>" for kind in kinds),
         cards="\n".join(_cards(evaluation, dataset)),
         attribution=attribution,
@@ -100,7 +100,8 @@ def _kinds(evaluation: Evaluation) -> str:
     return f'<div class="wide kinds">{html_table(rows)}</div>'
 
 
-def _charts(metrics_file: Path) -> str:
+def training_charts(metrics_file: Path) -> str:
+    """Charts of a run's metrics, as HTML."""
     lines, unreadable = read_lines(metrics_file)
     if not lines:
         return f"<p>No training metrics: {escape(metrics_file.name)} is missing or empty.</p>"

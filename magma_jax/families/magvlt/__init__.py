@@ -7,6 +7,7 @@ from flax import nnx
 from magma_jax.data.code_pairs import CodePairsConfig
 from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig
 from magma_jax.families.magvlt.config import base_may_differ, batch_shapes, complete, count, step_flops
+from magma_jax.families.magvlt.evaluating.run import evaluate_run
 from magma_jax.families.magvlt.generator import Magvlt
 from magma_jax.families.magvlt.loss import magvlt_loss
 from magma_jax.families.magvlt.options import MagvltOptions
@@ -53,4 +54,5 @@ MAGVLT = Family(
     open=Magvlt.from_checkpoint,
     decode_program=None,
     panel=Panel,
+    evaluate=evaluate_run,
 )

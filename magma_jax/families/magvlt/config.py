@@ -22,6 +22,7 @@ INPUTS = (
     (re.compile(r"layers/.*weight"), "positions"),
     (re.compile(r"head_proj/weight"), "predicted"),
     (re.compile(r"caption_proj/weight"), "caption"),
+    (re.compile(r"(join|part)_proj/weight"), "places"),
 )
 
 
@@ -93,7 +94,10 @@ def step_flops(
     unrolled = "unroll_seeds" in batch
     passes = 1 + unrolled + ("mixed_codes" in batch)
     frozen, trained = matrix_flops(
-        shapes, labels, INPUTS, {"positions": config.length, "predicted": codes, "caption": 1}
+        shapes,
+        labels,
+        INPUTS,
+        {"positions": config.length, "predicted": codes, "places": config.image_places, "caption": 1},
     )
     head = 2 * codes * config.width * config.image_rows
     # The guesses that UnrollMask draws take the head's forward pass once more.

@@ -167,7 +167,7 @@ class Magvlt:
             found = np.asarray(canvas.tokens)
             if step in shown and step < steps:
                 rows = np.arange(options.n) * options.candidates
-                yield Canvas(self._unfinished(found[rows], np.asarray(canvas.masked)[rows]))
+                yield Canvas(self.unfinished(found[rows], np.asarray(canvas.masked)[rows]))
         scores = text_likelihood(self.model, found, text, ends)[:count]
         yield Canvas(self.decode(found[best(scores, options.candidates)]), "stop")
 
@@ -227,7 +227,7 @@ class Magvlt:
             return image.tokens, text.tokens, None
 
         codes, tokens, _ = in_parts(part, seed, n)
-        return list(zip(self.decode(codes), [self._text(row) for row in tokens], strict=True))
+        return list(zip(self.decode(codes), [self.text(row) for row in tokens], strict=True))
 
     def write(
         self,
@@ -350,17 +350,19 @@ class Magvlt:
         ended = np.flatnonzero(tokens == self.tokenizer.pad_id)
         ids = tokens[: ended[0]] if len(ended) else tokens
         return Answer(
-            parts=(self._text(tokens),),
+            parts=(self.text(tokens),),
             tokens=tuple(map(int, ids)),
             logprob=score,
             finish="stop" if len(ended) else "length",
         )
 
-    def _text(self, tokens: np.ndarray) -> str:
+    def text(self, tokens: np.ndarray) -> str:
+        """The text of tokens (T,), up to its end."""
         ended = np.flatnonzero(tokens == self.tokenizer.pad_id)
         return self.tokenizer.decode((tokens[: ended[0]] if len(ended) else tokens).tolist())
 
-    def _unfinished(self, codes: np.ndarray, masked: np.ndarray) -> list[Image.Image]:
+    def unfinished(self, codes: np.ndarray, masked: np.ndarray) -> list[Image.Image]:
+        """Images of codes (N, I), grey where they are masked."""
         rows, columns = self.config.grid
         pixels = self._tokenizer().decode(codes)
         hidden = masked.reshape(-1, rows, columns).repeat(self.image_size // rows, 1)

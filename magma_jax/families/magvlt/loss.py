@@ -62,13 +62,16 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
     everywhere = jnp.ones(first[0].shape, bool)
 
     def masks(keys: Array, image: Array, text: Array, *, nested: bool = False) -> Masks:
-        drawn = draw_masks(keys, image, text, independent=options.independent_ratios, nested=nested)
+        drawn = draw_masks(
+            keys, image, text, independent=options.independent_ratios, nested=nested, limit=options.image_targets
+        )
         # Counts are outside of the branches: accumulation asks for them alone, without a pass through the model.
-        return Masks(drawn.image & (task != IMAGE_TO_TEXT), drawn.text & (task != TEXT_TO_IMAGE))
+        of_image = task != IMAGE_TO_TEXT
+        return Masks(drawn.image & of_image, drawn.text & (task != TEXT_TO_IMAGE), drawn.targets & of_image)
 
     drawn = {"": masks(row_keys(seeds, MASK), everywhere, words)}
     if options.unroll_weight and options.unroll_mask == "nested":
-        drawn["unroll_"] = masks(row_keys(batch["unroll_seeds"], MASK), *drawn[""], nested=True)
+        drawn["unroll_"] = masks(row_keys(batch["unroll_seeds"], MASK), drawn[""].image, drawn[""].text, nested=True)
     elif options.unroll_weight:
         drawn["unroll_"] = masks(row_keys(batch["unroll_seeds"], MASK), everywhere, words)
     mixed = None
@@ -87,8 +90,9 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
 
     def branch(order: Order, predicted: tuple[Modality, ...]) -> Callable[[], dict[str, Totals]]:
         def run() -> dict[str, Totals]:
-            def totals(hidden: Hidden, canvas: Canvas, **lengths: bool) -> Totals:
-                return hidden_totals(model, hidden, canvas, predicted, options=options, **lengths)
+            def totals(hidden: Hidden, canvas: Canvas, kind: str = "", **lengths: bool) -> Totals:
+                targets = drawn[kind].targets
+                return hidden_totals(model, hidden, canvas, predicted, targets=targets, options=options, **lengths)
 
             def hidden_of(canvas: Canvas, key: PRNGKey | None) -> Hidden:
                 return model.hidden(
@@ -103,9 +107,9 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
                 )
                 # The guesses are seen, the truth is predicted.
                 truth = canvas._replace(image_masked=drawn["unroll_"].image, text_masked=drawn["unroll_"].text)
-                found["unroll_"] = totals(hidden_of(guessed, keys[1]), truth)
+                found["unroll_"] = totals(hidden_of(guessed, keys[1]), truth, "unroll_")
             if mixed is not None:
-                found["mixsel_"] = totals(hidden_of(mixed, keys[2]), mixed)
+                found["mixsel_"] = totals(hidden_of(mixed, keys[2]), mixed, "mixsel_")
             return found
 
         return run
@@ -116,8 +120,8 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
     weights = {"": 1.0, "unroll_": options.unroll_weight, "mixsel_": options.mixsel_weight}
     terms: dict[str, Any] = {}
     for kind, masks_ in drawn.items():
-        for name in ("image", "text"):
-            count = getattr(masks_, name).sum(dtype=jnp.int32)
+        for name, counted in (("image", masks_.targets), ("text", masks_.text)):
+            count = counted.sum(dtype=jnp.int32)
             terms[kind + name] = Term(getattr(totals[kind], name), count, weights[kind])
             terms[f"{kind}{name}_accuracy"] = Term(getattr(totals[kind], f"{name}_right"), count, 0.0)
     count = jnp.where(task == TEXT_TO_IMAGE, 0, jnp.int32(len(seeds)))
@@ -147,19 +151,24 @@ def hidden_totals(
     predicted: Collection[Modality],
     *,
     options: MagvltOptions,
+    targets: Array | None = None,
     lengths: bool = False,
 ) -> Totals:
     """Sums of one pass over the masked tokens of the ``predicted`` modalities, and over ``lengths``.
 
-    The head of a modality that is not predicted is not computed.
+    Of images only ``targets`` (B, I) count, if given. The head of a modality that is not predicted is not computed.
     """
     sums = {name: jnp.zeros(()) for name in ("image", "text", "length")}
     right = {name: jnp.zeros((), jnp.int32) for name in sums}
     for name in predicted:
-        labels = jnp.where(getattr(canvas, f"{name}_masked"), getattr(canvas, name), IGNORED)
+        places = getattr(canvas, f"{name}_masked") if name == "text" or targets is None else targets
+        states, labels = getattr(hidden, name), jnp.where(places, getattr(canvas, name), IGNORED)
+        if name == "image" and 0 < options.image_targets < labels.shape[1]:
+            chosen = jnp.argsort(~places, axis=1, stable=True)[:, : options.image_targets]
+            states, labels = (jnp.take_along_axis(x, i, 1) for x, i in ((states, chosen[..., None]), (labels, chosen)))
         sums[name], _, right[name] = cross_entropy(
             lambda h, name=name: model.logits(h, name),
-            getattr(hidden, name),
+            states,
             labels,
             label_smoothing=options.label_smoothing,
         )

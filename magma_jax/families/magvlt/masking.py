@@ -13,10 +13,11 @@ from magma_jax.typing import Array, Bool, Float, Int, Key
 
 
 class Masks(NamedTuple):
-    """Masked places of images (B, I) and texts (B, T)."""
+    """Masked places of images (B, I) and texts (B, T), and those of images that the loss is of."""
 
     image: Array
     text: Array
+    targets: Array  # (B, I)
 
 
 def row_keys(seeds: Int[Array, " B"], stream: int) -> Key[Array, " B"]:
@@ -50,6 +51,7 @@ def draw_masks(
     *,
     independent: bool,
     nested: bool = False,
+    limit: int = 0,
 ) -> Masks:
     """Masks of images and texts, all maskable places equally likely.
 
@@ -59,6 +61,7 @@ def draw_masks(
         text: maskable places of texts.
         independent: whether the two shares are drawn apart instead of from one r.
         nested: whether the places are those of a first mask, see ``nested_count``.
+        limit: masked places of an image that are targets, at most; 0 for all.
     """
 
     def draw(key, image, text):
@@ -73,4 +76,7 @@ def draw_masks(
         counts = nested_count(mask_ratio("cosine", r), codes), nested_count(text_r, words)
     else:
         counts = image_count(r, codes), text_count(text_r, words)
-    return Masks(image=highest(image_scores, image, counts[0]), text=highest(text_scores, text, counts[1]))
+    masked = highest(image_scores, image, counts[0])
+    # The highest among the highest, so they are as random as these.
+    targets = highest(image_scores, masked, jnp.minimum(counts[0], limit)) if limit else masked
+    return Masks(image=masked, text=highest(text_scores, text, counts[1]), targets=targets)

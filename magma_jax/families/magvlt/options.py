@@ -18,6 +18,8 @@ class MagvltOptions:
 
     Attributes:
         task_weights: shares of batches of the tasks text to image, image to text, and both; see ``batch["task"]``.
+        image_targets: masked codes of an image that its loss is the mean of, drawn anew for each batch; 0 for all of
+            them, as in the original. A small model spends much of its time on the head.
         label_smoothing: of the token losses; the length has none.
         length_weight: weight of the length's loss (TL); 0 leaves it out of the gradient.
         unroll_weight: weight of the step-unrolled loss (UnrollMask); 0 saves its pass.
@@ -31,6 +33,7 @@ class MagvltOptions:
     """
 
     task_weights: tuple[float, float, float] = (8.0, 1.0, 1.0)
+    image_targets: int = 0
     label_smoothing: float = 0.1
     length_weight: float = 0.01
     unroll_weight: float = 1.0
@@ -51,6 +54,8 @@ class MagvltOptions:
         for name in ("length_weight", "unroll_weight", "mixsel_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"loss: {name} must not be negative, got {getattr(self, name)}")
+        if self.image_targets < 0:
+            raise ValueError(f"loss: image_targets must not be negative, got {self.image_targets}")
         if min(self.task_weights) < 0 or not sum(self.task_weights) > 0:
             raise ValueError(f"loss: task_weights must not be negative, and one above 0, got {self.task_weights}")
 

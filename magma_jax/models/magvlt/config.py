@@ -27,6 +27,8 @@ class MagvltConfig:
         dtype: dtype of the stored weights.
         caption_vector: whether a projection of the mean of the text's embeddings is added at every code where the text
             comes first; not the original's, for small models.
+        image_patch: side of the square of codes that share one position of the sequence; above 1 is not the original's,
+            and makes a small model's pass several times cheaper.
         tokenizer: the image tokenizer that the model holds, frozen; None for a model of codes alone.
     """
 
@@ -41,14 +43,18 @@ class MagvltConfig:
     residual_dropout: float = 0.1
     dtype: str = "float32"
     caption_vector: bool = False
+    image_patch: int = 1
     tokenizer: VQGANConfig | None = None
     kind: Literal["magvlt"] = "magvlt"
 
     def __post_init__(self):
         check_sizes(self, "layers", "width", "heads", "image_rows", "text_rows", "image_positions", "text_positions")
+        check_sizes(self, "image_patch")
         check_dtype("model: dtype", self.dtype)
         if self.width % self.heads:
             raise ValueError(f"model: {self.heads} heads do not divide the width {self.width}")
+        if self.image_patch > 1 and self.grid[0] % self.image_patch:
+            raise ValueError(f"model: image_patch {self.image_patch} does not divide the {self.grid[0]} codes of a row")
         for name in ("attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model: {name} must be at least 0 and below 1, got {getattr(self, name)}")
@@ -70,9 +76,14 @@ class MagvltConfig:
         return side, side
 
     @property
+    def image_places(self) -> int:
+        """Positions of a sequence that an image takes (P): one for each square of codes."""
+        return self.image_positions // self.image_patch**2
+
+    @property
     def length(self) -> int:
         """Positions of a sequence (S): image, text and four special tokens."""
-        return self.image_positions + self.text_positions + 4
+        return self.image_places + self.text_positions + 4
 
     def trunk(self) -> TrunkConfig:
         """Pre-norm layers with biases everywhere, exact GELU and no norm after the last."""

@@ -54,7 +54,7 @@ def layout_of(config: MagvltConfig, order: Order) -> Layout:
     if order == "text_first":
         return Layout(order, image=config.text_positions + 4, text=2, bot=1, specials=(BOC, BOT, BOG, BOI))
     if order == "image_first":
-        middle = config.image_positions + 2
+        middle = config.image_places + 2
         return Layout(order, image=2, text=middle + 2, bot=middle + 1, specials=(BOC, BOI, BOG, BOT))
     raise ValueError(f"order {order!r} is none of text_first, image_first")
 

@@ -40,7 +40,7 @@ class Canvas(NamedTuple):
 class Hidden(NamedTuple):
     """Hidden states after the last layer, which no norm follows."""
 
-    image: Array  # (B, I, D)
+    image: Array  # (B, I, D), one for each code
     text: Array  # (B, T, D)
     bot: Array  # (B, D); the length head reads it, in the order image_first
 
@@ -63,9 +63,9 @@ class MagvltModel(Trunk):
 
         self.wte = table(config.image_rows + config.text_rows)
         self.special = table(SPECIAL_ROWS)
-        self.image_positions = table(config.image_positions)
+        self.image_positions = table(config.image_places)
         self.text_positions = table(config.text_positions)
-        # As many rows as positions, of which only the first ``image_positions`` (or four) are used.
+        # As many rows as positions, of which only the first ``image_places`` (or four) are used.
         self.special_positions = table(config.length)
         super().__init__(config.trunk(), rngs=rngs)
         self.head_proj = Linear(
@@ -84,6 +84,9 @@ class MagvltModel(Trunk):
         )
         square = {"param": TransformerParam, "weight_init": normal(STD), "dtype": config.dtype, "rngs": rngs}
         self.caption_proj = Linear(width, width, **square) if config.caption_vector else None
+        codes = config.image_patch**2
+        self.join_proj = Linear(codes * width, width, **square) if codes > 1 else None
+        self.part_proj = Linear(width, codes * width, **square) if codes > 1 else None
         self.image_tokenizer = None if config.tokenizer is None else VQGAN(config.tokenizer, rngs=rngs)
 
     def embed(self, order: Order, canvas: Canvas, dtype: Any = jnp.float32) -> Float[Array, "B S D"]:
@@ -94,11 +97,14 @@ class MagvltModel(Trunk):
         """
         config, layout = self.config, layout_of(self.config, order)
         special, positions = self.special.weight[...], self.special_positions.weight[...]
-        image = jnp.where(
-            canvas.image_masked[..., None],
-            special[MASK_IMAGE] + positions[: config.image_positions],
-            self.wte.weight[...][canvas.image],
-        )
+        codes = self.wte.weight[...][canvas.image]
+        if self.join_proj is None:
+            masked = special[MASK_IMAGE] + positions[: config.image_positions]
+            image = jnp.where(canvas.image_masked[..., None], masked, codes)
+        else:
+            # Codes of one position have a matrix each, which knows their places.
+            codes = jnp.where(canvas.image_masked[..., None], special[MASK_IMAGE], codes)
+            image = self.join_proj(joined(config, codes))
         text = jnp.where(
             canvas.text_masked[..., None],
             special[MASK_TEXT] + positions[: config.text_positions],
@@ -143,8 +149,11 @@ class MagvltModel(Trunk):
             dropout_key=dropout_key,
             remat=remat,
         ).hidden
+        image = x[:, layout.image : layout.image + config.image_places]
+        if self.part_proj is not None:
+            image = parted(config, self.part_proj(image))
         return Hidden(
-            image=x[:, layout.image : layout.image + config.image_positions],
+            image=image,
             text=x[:, layout.text : layout.text + config.text_positions],
             bot=x[:, layout.bot],
         )
@@ -165,6 +174,20 @@ class MagvltModel(Trunk):
     def length_logits(self, bot: Float[Array, "... D"]) -> Float[Array, "... T"]:
         """fp32 logits of the text's length from the hidden state at BOT; class c is a length of c + 1."""
         return self.length_head(bot, jnp.float32)
+
+
+def joined(config: MagvltConfig, codes: Float[Array, "B I D"]) -> Float[Array, "B P E"]:
+    """Vectors of the codes that share a position, side by side: E = D image_patch^2, in the order of rows."""
+    side, patch = config.grid[0] // config.image_patch, config.image_patch
+    x = codes.reshape(len(codes), side, patch, side, patch, -1).swapaxes(2, 3)
+    return x.reshape(len(codes), side * side, -1)
+
+
+def parted(config: MagvltConfig, places: Float[Array, "B P E"]) -> Float[Array, "B I D"]:
+    """The inverse of ``joined``."""
+    side, patch = config.grid[0] // config.image_patch, config.image_patch
+    x = places.reshape(len(places), side, side, patch, patch, -1).swapaxes(2, 3)
+    return x.reshape(len(places), config.image_positions, -1)
 
 
 def canvas_of(

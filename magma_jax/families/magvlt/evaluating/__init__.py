@@ -1,0 +1,1 @@
+"""Figures of a run on OpenMoji's drawings: drawing, describing, and changing an attribute, each beside controls."""
