@@ -131,19 +131,19 @@ class CM3LeonModel(Decoder):
             self.references = ReferenceLayers(config.references, config.width, config.embedding_std, rngs=rngs)
 
     def embed_with(
-        self, ids: Int[Array, "B S"], given: References | None, places: Places | None, dtype: Any = jnp.float32
+        self, ids: Int[Array, "B S"], given: References, places: Places, dtype: Any = jnp.float32
     ) -> Float[Array, "B S D"]:
-        """Embeddings of tokens, with what belongs to retrieved images if there are any."""
+        """Embeddings of tokens, with what belongs to retrieved images beside them."""
         embedded = self.embed(ids, dtype)
-        if self.references is None or given is None or places is None:
+        if self.references is None:
             return embedded
         return embedded + self.references.embeddings(self.wte.weight[...].astype(dtype), given, places)
 
     def head_input(
-        self, hidden: Float[Array, "B S D"], given: References | None, drawn: Int[Array, "B S"] | None
+        self, hidden: Float[Array, "B S D"], given: References, drawn: Int[Array, "B S"]
     ) -> Float[Array, "B S D"]:
         """The final hidden states that ``logits`` takes, with codes that are copied from retrieved images."""
-        if self.references is None or given is None or drawn is None:
+        if self.references is None:
             return hidden
         return self.references.copied(hidden, self.wte.weight[...].astype(hidden.dtype), given, drawn)
 

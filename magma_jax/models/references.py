@@ -26,19 +26,21 @@ class ReferencesConfig:
         codes: where their codes are added: ``next``, that of the place whose code is predicted; ``both``, also that of
             the place that is read; ``none``.
         captions: whether a vector of each caption, the document's own and those of the retrieved images, is added
-            at every place of an image.
+            at every place of an image, and one of the words in which the own one agrees with each, from the end.
         copy: whether a learned gate adds the codes that it copies to the final hidden states.
-        caption_tokens: tokens of a caption, at most; of longer ones the last are taken.
+        caption_words: words of a caption, at most; of longer ones the last are taken.
+        word_rows: rows of their table; words are hashed.
     """
 
     images: int = 2
     codes: Literal["none", "next", "both"] = "both"
     captions: bool = True
     copy: bool = True
-    caption_tokens: int = 24
+    caption_words: int = 16
+    word_rows: int = 4096
 
     def __post_init__(self):
-        check_sizes(self, "images", "caption_tokens")
+        check_sizes(self, "images", "caption_words", "word_rows")
 
 
 class References(NamedTuple):
@@ -46,7 +48,7 @@ class References(NamedTuple):
 
     Attributes:
         codes: (B, K, T) ids of the retrieved images' codes.
-        captions: (B, K + 1, L) ids of the document's own caption and theirs, right-aligned.
+        captions: (B, K + 1, L) hashed words of the document's own caption and of theirs, right-aligned.
     """
 
     codes: Array
@@ -68,6 +70,7 @@ class Places(NamedTuple):
 class ReferenceLayers(nnx.Module):
     """The parameters of the additions."""
 
+    words: Embedding | None = None
     token: Linear | None = None
     order: Embedding | None = None
     gate: Linear | None = None
@@ -81,13 +84,25 @@ class ReferenceLayers(nnx.Module):
 
         self.drawn = nnx.List([linear(start) for _ in range(config.images)] if config.codes != "none" else [])
         self.read = nnx.List([linear(normal(std)) for _ in range(config.images)] if config.codes == "both" else [])
-        self.caption = nnx.List([])
+        self.caption, self.agreement = nnx.List([]), nnx.List([])
         if config.captions:
+            self.words = Embedding(config.word_rows, width, param=LanguageParam, weight_init=normal(std), rngs=rngs)
             self.token = linear(normal(width**-0.5))
-            self.order = Embedding(
-                config.caption_tokens, width, param=LanguageParam, weight_init=normal(std), rngs=rngs
-            )
+            self.order = Embedding(config.caption_words, width, param=LanguageParam, weight_init=normal(std), rngs=rngs)
             self.caption = nnx.List([linear(normal(std)) for _ in range(config.images + 1)])
+            self.agreement = nnx.List(
+                [
+                    Linear(
+                        config.caption_words,
+                        width,
+                        param=LanguageParam,
+                        use_bias=False,
+                        weight_init=normal(std),
+                        rngs=rngs,
+                    )
+                    for _ in range(config.images)
+                ]
+            )
         if config.copy:
             self.gate = Linear(width, config.images, param=LanguageParam, weight_init=normal(std), rngs=rngs)
 
@@ -97,11 +112,16 @@ class ReferenceLayers(nnx.Module):
         for layers, where in ((self.drawn, places.drawn), (self.read, places.read)):
             for number, layer in enumerate(layers):
                 total += layer(_codes(table, given, number, where))
-        if self.token is not None and self.order is not None:
+        if self.words is not None and self.token is not None and self.order is not None:
             known = (given.captions > 0)[..., None]
-            words = jax.nn.relu(self.token(table[given.captions] + self.order.weight[...].astype(table.dtype)))
+            words = jax.nn.relu(
+                self.token(self.words(given.captions, table.dtype) + self.order.weight[...].astype(table.dtype))
+            )
             pooled = jnp.where(known, words, 0).sum(2)
             vector = sum(layer(pooled[:, number]) for number, layer in enumerate(self.caption))
+            own = given.captions[:, 0]
+            for number, layer in enumerate(self.agreement, 1):
+                vector += layer(((own == given.captions[:, number]) & (own > 0)).astype(table.dtype))
             seen = (places.read >= 0) | (places.drawn >= 0)
             total += jnp.where(seen[..., None], vector[:, None], 0)
         return total

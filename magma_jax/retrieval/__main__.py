@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument(
         "--by-image", default="train", help="splits whose images are queries too, by commas; default: %(default)s"
     )
+    two.add_argument("--images-only", action="store_true", help="search by no text; all splits are those of --by-image")
     two.add_argument("--max-similarity", type=float, default=0.9, help="largest cosine; default: %(default)s")
     two.add_argument("--dropout", type=float, default=0.2, help="share of words left out; default: %(default)s")
     two.add_argument(

@@ -30,6 +30,7 @@ def annotate(
     *,
     splits: Collection[str],
     count: int = 2,
+    by_text: bool = True,
     by_image: Collection[str] = (TRAIN,),
     candidates: int = 128,
     max_similarity: float = MAX_SIMILARITY,
@@ -52,6 +53,7 @@ def annotate(
         out: folder; an interrupted annotation continues there.
         splits: splits to annotate.
         count: documents per query.
+        by_text: whether texts are queries; captions that are to be found must not be.
         by_image: splits whose images are queries too. For a sample whose image is to be drawn, it is not known.
         candidates: documents among which those are chosen.
         max_similarity: see ``selection``.
@@ -68,6 +70,8 @@ def annotate(
     check_encoder(bank, encoder)
     if count < 1 or candidates < count:
         raise DataError(f"there are {candidates} candidates for {count} documents; give at least as many")
+    if not by_text and not set(splits) <= set(by_image):
+        raise DataError("without texts every split needs its images as queries; name all splits in by_image")
     if not 0 <= decay <= 1:
         raise DataError(f"decay must be 0 to 1, got {decay}")
     rows = [row for row, entry in enumerate(documents.entries) if entry.split in splits]
@@ -87,6 +91,7 @@ def annotate(
         "samples": len(rows),
         "splits": sorted(splits),
         "documents": count,
+        "by_text": by_text,
         "by_image": sorted(by_image),
         "candidates": candidates,
         "max_similarity": max_similarity,
@@ -108,6 +113,7 @@ def annotate(
             encoder,
             index,
             count=count,
+            by_text=by_text,
             by_image=by_image,
             candidates=candidates,
             max_similarity=max_similarity,
@@ -138,6 +144,7 @@ def _retrieve(
     index: Index,
     *,
     count: int,
+    by_text: bool,
     by_image: Collection[str],
     candidates: int,
     max_similarity: float,
@@ -150,18 +157,20 @@ def _retrieve(
     images = None if pixels is None else encoder.images(pixels)
     own = document_vectors(encoder.texts([entry.text for entry in entries]), images)
     queries = encoder.texts([drop_words(entry.text, entry.id, dropout, seed) for entry in entries])
-    by_text = index.search(queries, candidates)
+    by_words = index.search(queries, candidates)
     by_pixels = None if images is None else index.search(images, candidates)
     found: list[list[str]] = []
     scores: list[list[float]] = []
     for i, entry in enumerate(entries):
         itself = {bank.rows[entry.id]} if entry.id in bank.rows else set()
         chosen: dict[int, float] = {}
-        lists = [by_text] + ([by_pixels] if by_pixels is not None and entry.split in by_image else [])
+        lists = ([by_words] if by_text else []) + (
+            [by_pixels] if by_pixels is not None and entry.split in by_image else []
+        )
         for result in lists:
             score = dict(zip(result.rows[i].tolist(), result.scores[i].tolist(), strict=True))
             ordered = result.rows[i]
-            if decay < 1 and result is by_text:
+            if decay < 1 and result is by_words:
                 others = [row for row in ordered.tolist() if row not in itself]
                 ordered = cover(others, bank.vectors, queries[i], decay, count)
             new = select_documents(

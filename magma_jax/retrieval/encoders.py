@@ -14,6 +14,8 @@ _WORD = re.compile(r"[\w'-]+")
 
 # Weights of words in names of drawings, beside 1 for those that say what is drawn.
 GENDER, TONE = 2.0, 0.25
+# Brightest channel of a pixel of an outline, at most.
+BLACK = 80
 _GENDERS = frozenset(["man", "woman", "person", "men", "women", "people"])
 _TONES = frozenset(["light", "medium-light", "medium", "medium-dark", "dark"])
 _UNNAMED = frozenset(["a", "an", "the", "of", "and", "with", "skin", "tone"])
@@ -79,14 +81,17 @@ class HashedEncoder:
 
 
 class NamesEncoder(HashedEncoder):
-    """Names of OpenMoji's drawings: what is drawn counts most, then of which gender, and least in which skin tones.
+    """OpenMoji's drawings: by name what is drawn counts most, then of which gender, and least in which skin tones.
 
     The words of a tone have ``TONE`` as their weight, each together with the word before it, so that the left and the
-    right tone of two people differ; words that all names share have none.
+    right tone of two people differ; words that all names share have none. An image is found by its black outlines,
+    which are the same in all tones: their share of every cell of a grid of 16 x 16.
     """
 
     def __init__(self, words: int = 4096):
         super().__init__(words)
+        self._cells = 16
+        self.width = words + self._cells**2
         self.name = f"names-{words}"
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
@@ -99,6 +104,14 @@ class NamesEncoder(HashedEncoder):
                 elif word not in _UNNAMED:
                     self._count(found[row], word, GENDER if word in _GENDERS else 1.0)
                 before = word
+        return unit(found)
+
+    def images(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N D"]:
+        found = np.zeros((len(images), self.width), np.float32)
+        step = images.shape[1] // self._cells
+        dark = (images.max(-1) < BLACK).astype(np.float32)
+        cells = dark.reshape(len(images), self._cells, step, self._cells, step).mean((2, 4))
+        found[:, self._words :] = cells.reshape(len(images), -1)
         return unit(found)
 
 

@@ -209,7 +209,7 @@ def test_interleaved_answers_have_whole_images(model):
     for limit in (14, 13):
         found = model.continue_ids([prompt] * 8, [asked | {"limit": limit, "seed": s} for s in range(8)], "conditional")
         for result in found:
-            pieces = model._split(result.ids)
+            pieces = model.media.split(result.ids)
             assert all(isinstance(piece, Codes) and len(piece.codes) == GRID for piece in pieces)
             counts.setdefault(limit, set()).add(len(pieces))
     assert counts == {14: {1, 2, 3}, 13: {1, 2}}

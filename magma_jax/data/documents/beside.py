@@ -7,20 +7,26 @@ an array of their own, see ``magma_jax.models.references``.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from magma_jax.data.batches.batching import Batch
+from magma_jax.data.batches.held_out import spaced_samples
 from magma_jax.data.documents.document import Image, Parts, Text
 from magma_jax.data.documents.spans import Span, SpanConfig, clip_spans, draw_spans, move_spans
 from magma_jax.data.format.records import DataError
 from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.typing import IGNORED, Int
 
-# Streams of random numbers of one seed.
-_CHOICE, _DRAW = 0, 1
+# Streams of random numbers of one seed; the first two are those of packed blocks.
+_DRAW = 2
+
+# Sizes of captions where a model does not say other ones.
+CAPTION_WORDS, WORD_ROWS = 16, 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +35,8 @@ class BesideConfig:
 
     Attributes:
         images: retrieved images a document; 0 for retrieved documents in the sequence.
-        caption_tokens: tokens of a caption; None for the model's.
+        caption_words: words of a caption; None for the model's.
+        word_rows: rows of the table of words; None for the model's.
         by_image: folder of an annotation by image, for documents whose text is moved: retrieved by their own text, they
             would give it away. None for the same annotation.
         skipped: how often a retrieved image is left out.
@@ -39,7 +46,8 @@ class BesideConfig:
     """
 
     images: int = 0
-    caption_tokens: int | None = None
+    caption_words: int | None = None
+    word_rows: int | None = None
     by_image: str | None = None
     skipped: float = 0.05
     masked: float = 0.0
@@ -73,7 +81,10 @@ class BesideDocuments:
         neighbours: rows of ``memory`` for every query, best first.
         by_image: the same, found by image; None for ``neighbours``.
         groups: rows of the queries of each sampling group.
-        layout, image_tokens, images, caption_tokens: sizes.
+        decode: tokens to a text.
+        layout, image_tokens: vocabulary, and codes of every image.
+        config: how they are drawn; its sizes are set.
+        least: retrieved images that every document must have; None for as many as it may.
     """
 
     queries: Sequence[Parts]
@@ -83,18 +94,18 @@ class BesideDocuments:
     groups: Sequence[Sequence[int]]
     layout: VocabLayout
     image_tokens: int
-    images: int
-    caption_tokens: int
+    decode: Callable[[list[int]], str]
+    config: BesideConfig
+    least: int | None = None
 
     def row(
         self,
         number: int,
         rng: np.random.Generator | None,
-        config: BesideConfig,
         spans: SpanConfig | None,
     ) -> tuple[Row, int]:
         """A document's row, and where the part to learn begins; without ``rng`` nothing is left out or moved."""
-        layout = self.layout
+        layout, config = self.layout, self.config
         parts = self.queries[number]
         query, kinds = _query(parts, layout)
         places = np.where(kinds >= 0, kinds, -1)
@@ -110,7 +121,7 @@ class BesideDocuments:
         lists = self.neighbours
         if self.by_image is not None and text.any() and hidden[text].all():
             lists = self.by_image
-        chosen = [self.memory[row] for row in self._choose(np.asarray(lists[number]), rng, config)]
+        chosen = [self.memory[row] for row in self._choose(np.asarray(lists[number]), rng)]
         prefix = [layout.eos]
         for pair in chosen:
             prefix += [*_text(pair, layout).tolist(), layout.brk]
@@ -126,37 +137,51 @@ class BesideDocuments:
                 (spots, [-1] * len(layout.sentinel_ids), -1),
             )
         )
-        references = np.full((self.images, self.image_tokens), layout.pad, np.int32)
+        references = np.full((config.images, self.image_tokens), layout.pad, np.int32)
         for place, pair in enumerate(chosen):
             references[place] = _codes(pair, layout)
             if rng is not None and config.masked:
                 references[place, rng.random(self.image_tokens) < rng.random() * config.masked] = layout.pad
+        texts = [query[text & ~hidden], *(_text(pair, layout) for pair in chosen)]
         captions = caption_rows(
-            [query[text & ~hidden], *(_text(pair, layout) for pair in chosen)], self.images, self.caption_tokens
+            [self.decode(layout.to_text(ids).tolist()) for ids in texts],
+            config.images,
+            config.caption_words or CAPTION_WORDS,
+            config.word_rows or WORD_ROWS,
         )
         return Row(tokens, spots, references, captions), shift
 
-    def _choose(self, found: Int[np.ndarray, " K"], rng: np.random.Generator | None, config: BesideConfig) -> list[int]:
-        if len(found) < self.images:
+    def _choose(self, found: Int[np.ndarray, " K"], rng: np.random.Generator | None) -> list[int]:
+        config = self.config
+        least = config.images if self.least is None else self.least
+        if len(found) < least:
             raise DataError(
-                f"a sample has {len(found)} retrieved documents, not {self.images}; retrieve more, or lower "
+                f"a sample has {len(found)} retrieved documents, not {least}; retrieve more, or lower "
                 "data.beside.images"
             )
         if rng is None:
-            return found[: self.images].tolist()
+            return found[: config.images].tolist()
         if config.any_order:
             found = rng.permutation(found)
-        kept = [int(row) for row in found[: self.images] if rng.random() >= config.skipped]
-        return kept
+        return [int(row) for row in found[: config.images] if rng.random() >= config.skipped]
 
 
-def caption_rows(texts: Sequence[Int[np.ndarray, " N"]], images: int, size: int) -> Int[np.ndarray, "K1 L"]:
-    """Ids of captions, right-aligned and padded on the left; of longer ones the last tokens are taken."""
+def caption_rows(texts: Sequence[str], images: int, size: int, rows: int) -> Int[np.ndarray, "K1 L"]:
+    """Hashed words of captions, 1 to ``rows`` - 1, at the right of their rows; of longer captions the last words.
+
+    Words instead of tokens, so that the same slot of two names, such as the left one of two skin tones, is as far from
+    the end.
+    """
     found = np.zeros((images + 1, size), np.int32)
     for row, text in enumerate(texts):
-        text = text[-size:]
-        found[row, size - len(text) :] = text
+        words = [_word_id(word, rows) for word in text.split()[-size:]]
+        found[row, size - len(words) :] = words
     return found
+
+
+@functools.cache
+def _word_id(word: str, rows: int) -> int:
+    return 1 + int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little") % (rows - 1)
 
 
 class BesideRows:
@@ -165,7 +190,6 @@ class BesideRows:
     def __init__(
         self,
         documents: BesideDocuments,
-        config: BesideConfig,
         spans: SpanConfig | None,
         length: int,
         *,
@@ -173,7 +197,7 @@ class BesideRows:
         seed: int,
         rows: Sequence[int],
     ):
-        self._documents, self._config, self._spans = documents, config, spans
+        self._documents, self._spans = documents, spans
         self._length, self._batch_size, self._seed, self._rows = length, batch_size, seed, rows
         self._position = 0
 
@@ -199,11 +223,13 @@ class BesideRows:
     def _row(self, position: int) -> Row:
         rng = np.random.default_rng((self._seed, _DRAW, position))
         groups = self._documents.groups
-        weights = np.array([len(group) and weight for group, weight in zip(groups, self._config.weights, strict=True)])
+        weights = np.array(
+            [len(group) and weight for group, weight in zip(groups, self._documents.config.weights, strict=True)]
+        )
         group = groups[int(rng.choice(len(groups), p=weights / weights.sum()))]
         # Every group is gone through in shuffled order on average; a draw with replacement needs no state.
         number = int(group[int(rng.integers(len(group)))])
-        return self._documents.row(number, rng, self._config, self._spans)[0]
+        return self._documents.row(number, rng, self._spans)[0]
 
 
 def as_batch(rows: Sequence[Row], length: int, pad: int, starts: Sequence[int] | None = None) -> Batch:
@@ -226,6 +252,39 @@ def as_batch(rows: Sequence[Row], length: int, pad: int, starts: Sequence[int] |
         "references": np.stack([row.references for row in rows]),
         "captions": np.stack([row.captions for row in rows]),
     }
+
+
+def beside_batches(documents: BesideDocuments, config: Any) -> Callable[[int, int, Sequence[int]], BesideRows]:
+    """Creates the ``Dataset.batches`` of documents; ``config`` has the fields of ``packing.BlockConfig``."""
+
+    def batches(batch_size: int, seed: int, rows: Sequence[int]) -> BesideRows:
+        return BesideRows(documents, config.spans, config.length, batch_size=batch_size, seed=seed, rows=rows)
+
+    return batches
+
+
+def held_out_beside(
+    splits: Mapping[str, BesideDocuments], length: int
+) -> Callable[[str, int, int, Sequence[int]], list[Batch]]:
+    """Creates the ``Dataset.validation_batches`` of documents in splits, without moved spans."""
+
+    def batches(split: str, limit: int, batch_size: int, rows: Sequence[int]) -> list[Batch]:
+        numbers = spaced_samples({name: range(len(one.queries)) for name, one in splits.items()}, split, limit)
+        documents = splits[split]
+        found = [documents.row(number, None, None) for number in numbers]
+        size = -(-len(found) // batch_size) * batch_size  # the last batch is filled with rows without labels
+        batch = as_batch([row for row, _ in found], length, documents.layout.pad, [start for _, start in found])
+        empty = {"labels": IGNORED, "places": -1}
+        padded = {
+            name: np.concatenate(
+                [array, np.full((size - len(array), *array.shape[1:]), empty.get(name, documents.layout.pad), np.int32)]
+            )
+            for name, array in batch.items()
+        }
+        parts = [np.arange(first, first + batch_size)[list(rows)] for first in range(0, size, batch_size)]
+        return [{name: array[part] for name, array in padded.items()} for part in parts]
+
+    return batches
 
 
 def _query(parts: Parts, layout: VocabLayout) -> tuple[np.ndarray, np.ndarray]:

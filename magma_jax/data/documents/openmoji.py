@@ -1,24 +1,23 @@
 """OpenMoji's drawings as documents: a name, then the drawing."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from magma_jax.data.batches.held_out import spaced_samples
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.documents.annotation import open_annotation
-from magma_jax.data.documents.beside import BesideConfig, BesideDocuments, BesideRows, as_batch
+from magma_jax.data.documents.beside import BesideConfig, BesideDocuments, beside_batches, held_out_beside
 from magma_jax.data.documents.document import Image, Parts, RetrievedDocuments, Text
 from magma_jax.data.documents.settings import DocumentsConfig, block_batches, held_out_documents
 from magma_jax.data.openmoji import drawings
 from magma_jax.data.openmoji.dataset import QUICKSTART_TOKENIZER
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.data.tokenizers.layout import VocabLayout
-from magma_jax.typing import IGNORED, UInt8
+from magma_jax.typing import UInt8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +43,9 @@ class OpenmojiDocumentsConfig(DocumentsConfig):
         super().__post_init__()
         if self.beside.images and self.retrieved:
             raise ValueError("data.beside.images puts retrieved documents beside the sequence; set data.retrieved to 0")
+        self._check_beside()
+
+    def _check_beside(self) -> None:
         if self.beside.images and not self.annotation:
             raise ValueError("data.beside.images: set data.annotation to a folder of magma_jax.retrieval annotate")
 
@@ -91,7 +93,16 @@ def open_openmoji_documents(config: OpenmojiDocumentsConfig) -> Dataset:
             split: annotation.rows([record.codepoints for record in found], rows) for split, found in members.items()
         }
     if config.beside.images:
-        return _beside(config, members, pairs, placeholders, image_tokens, tokenizer, images, records)
+        by_side = _beside(config, members, pairs, placeholders, tokenizer)
+        return Dataset(
+            tokenizer=tokenizer,
+            batches=beside_batches(by_side["train"], config),
+            images=images,
+            learned=[record.index for record in members["train"]],
+            evaluation=members,
+            records=records,
+            validation_batches=held_out_beside(by_side, config.length),
+        )
     documents = {
         split: RetrievedDocuments(
             queries=found,
@@ -114,54 +125,31 @@ def open_openmoji_documents(config: OpenmojiDocumentsConfig) -> Dataset:
     )
 
 
-def _beside(config, members, pairs, layout, image_tokens, tokenizer, images, records) -> Dataset:
-    memory = pairs["train"]
+def _beside(
+    config: OpenmojiDocumentsConfig,
+    members: Mapping[str, Sequence[drawings.Drawing]],
+    pairs: Mapping[str, Sequence[Parts]],
+    layout: VocabLayout,
+    tokenizer: Tokenizer,
+) -> dict[str, BesideDocuments]:
+    """Documents with retrieved images beside them, by split."""
     rows = {record.codepoints: row for row, record in enumerate(members["train"])}
+    assert config.annotation is not None  # checked by the config
     by_text = open_annotation(config.annotation)
     by_image = open_annotation(config.beside.by_image) if config.beside.by_image else None
     documents = {}
     for split, found in members.items():
         ids = [record.codepoints for record in found]
-        living = [row for row, record in enumerate(found) if record.kind not in ("thing", "flag")]
         others = [row for row, record in enumerate(found) if record.kind in ("thing", "flag")]
         documents[split] = BesideDocuments(
             queries=pairs[split],
-            memory=memory,
+            memory=pairs["train"],
             neighbours=by_text.rows(ids, rows),
             by_image=None if by_image is None else by_image.rows(ids, rows),
-            groups=(living, others),
+            groups=(sorted(set(range(len(found))) - set(others)), others),
             layout=layout,
-            image_tokens=image_tokens,
-            images=config.beside.images,
-            caption_tokens=config.beside.caption_tokens or 24,
+            image_tokens=config.layout()[1],
+            decode=tokenizer.decode,
+            config=config.beside,
         )
-
-    def batches(batch_size, seed, rows):
-        return BesideRows(
-            documents["train"], config.beside, config.spans, config.length, batch_size=batch_size, seed=seed, rows=rows
-        )
-
-    def validation(split, limit, batch_size, rows):
-        numbers = spaced_samples({name: range(len(one.queries)) for name, one in documents.items()}, split, limit)
-        found = [documents[split].row(number, None, config.beside, None) for number in numbers]
-        size = -(-len(found) // batch_size) * batch_size
-        batch = as_batch([row for row, _ in found], config.length, layout.pad, [start for _, start in found])
-        empty = {"labels": IGNORED, "places": -1}
-        padded = {
-            name: np.concatenate(
-                [array, np.full((size - len(array), *array.shape[1:]), empty.get(name, layout.pad), array.dtype)]
-            )
-            for name, array in batch.items()
-        }
-        parts = [np.arange(first, first + batch_size)[list(rows)] for first in range(0, size, batch_size)]
-        return [{name: array[part] for name, array in padded.items()} for part in parts]
-
-    return Dataset(
-        tokenizer=tokenizer,
-        batches=batches,
-        images=images,
-        learned=[record.index for record in members["train"]],
-        evaluation=members,
-        records=records,
-        validation_batches=validation,
-    )
+    return documents

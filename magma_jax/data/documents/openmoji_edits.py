@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from magma_jax.data.dataset import Dataset
+from magma_jax.data.documents.beside import BesideDocuments, beside_batches, held_out_beside
 from magma_jax.data.documents.document import Image, Parts, RetrievedDocuments, Text
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig, load_drawings
 from magma_jax.data.documents.settings import block_batches, held_out_documents
@@ -29,6 +30,9 @@ class OpenmojiEditsConfig(OpenmojiDocumentsConfig):
     length: int = 640
     template: str = "edit"
     kind: Literal["openmoji_edits"] = "openmoji_edits"
+
+    def _check_beside(self) -> None:
+        """Nothing is retrieved: beside an edit stands the drawing to change."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,18 +106,44 @@ def open_openmoji_edits(config: OpenmojiEditsConfig) -> Dataset:
         )
 
     splits = {split: edits(records, split) for split in ("train", "validation", "test")}
-    documents = {
-        split: RetrievedDocuments(
-            queries=[document(edit) for edit in found], layout=layout, image_tokens=image_tokens, retrieved=0
-        )
-        for split, found in splits.items()
-    }
+    if config.beside.images:
+        # The first text of the template belongs to the drawing to change, as its name would.
+        given = [
+            (Text(np.array(tokenizer.encode(template.segments[0]))), Image(codes(row))) for row in range(len(records))
+        ]
+        by_side = {
+            split: BesideDocuments(
+                queries=[
+                    (Text(np.array(tokenizer.encode(edit.instruction))), Image(codes(edit.target))) for edit in found
+                ],
+                memory=given,
+                neighbours=[(edit.source,) for edit in found],
+                by_image=None,
+                groups=(range(len(found)), ()),
+                layout=layout,
+                image_tokens=image_tokens,
+                decode=tokenizer.decode,
+                config=config.beside,
+                least=1,
+            )
+            for split, found in splits.items()
+        }
+        batches, validation = beside_batches(by_side["train"], config), held_out_beside(by_side, config.length)
+    else:
+        documents = {
+            split: RetrievedDocuments(
+                queries=[document(edit) for edit in found], layout=layout, image_tokens=image_tokens, retrieved=0
+            )
+            for split, found in splits.items()
+        }
+        batches = block_batches(documents["train"], config)
+        validation = held_out_documents(documents, config.length)
     return Dataset(
         tokenizer=tokenizer,
-        batches=block_batches(documents["train"], config),
+        batches=batches,
         images=images,
         learned=[record.index for record in records if record.split == "train"],
         evaluation=splits,
         records=records,
-        validation_batches=held_out_documents(documents, config.length),
+        validation_batches=validation,
     )

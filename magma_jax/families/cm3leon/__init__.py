@@ -9,6 +9,7 @@ from magma_jax.data.documents.folders import DocumentFoldersConfig
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig
 from magma_jax.data.documents.openmoji_edits import OpenmojiEditsConfig
 from magma_jax.families.cm3leon.config import SHARDINGS, batch_shapes, complete, count, flops, roles
+from magma_jax.families.cm3leon.evaluating.run import evaluate_run
 from magma_jax.families.cm3leon.generator import CM3Leon
 from magma_jax.families.cm3leon.image_codes import code_loader
 from magma_jax.families.cm3leon.loss import CM3LeonOptions, cm3leon_loss
@@ -53,4 +54,5 @@ CM3LEON = Family(
     decode_program=functools.partial(decode_program, lambda model: model),
     panel=None,
     token_generator=False,
+    evaluate=evaluate_run,
 )

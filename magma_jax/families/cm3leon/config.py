@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from magma_jax.data.documents.beside import BesideConfig
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig
 from magma_jax.family import ShardingRow
 from magma_jax.models.cm3leon import CM3LeonConfig
@@ -26,9 +27,9 @@ SHARDINGS: tuple[ShardingRow, ...] = TOKENIZER_SHARDINGS
 # Batches hold codes, so the step does not run the tokenizer.
 INPUTS = (
     (re.compile(rf"{TOKENIZER}/.*"), None),
-    (re.compile(r"references/order/weight"), None),
+    (re.compile(r"references/(order|words)/weight"), None),
     (re.compile(r"references/token/weight"), "words"),
-    (re.compile(r"references/caption/.*weight"), "captions"),
+    (re.compile(r"references/(caption|agreement)/.*weight"), "captions"),
     (re.compile(r"references/.*weight"), "positions"),
     *LANGUAGE_INPUTS,
 )
@@ -67,7 +68,18 @@ def complete(config: RunConfig) -> RunConfig:
         given = getattr(data, name)
         if given is not None and given != mine:
             raise ValueError(f"data.{name} is {given}, but the model's is {mine}; leave data.{name} out")
+    beside = getattr(data, "beside", BesideConfig())
+    wanted = model.references
+    if beside.images != (0 if wanted is None else wanted.images):
+        raise ValueError(
+            f"data.beside.images is {beside.images}, but model.references "
+            + ("is None; set both or neither" if wanted is None else f"has {wanted.images} images; make them equal")
+        )
+    if config.loss.ranges and wanted is None:
+        raise ValueError("loss.ranges needs rows of one document, as data.beside makes them; set it to False")
     changes: dict[str, Any] = {"vocabulary": model.vocabulary, "image_tokens": model.image_tokens}
+    if wanted is not None:
+        changes["beside"] = dataclasses.replace(beside, caption_words=wanted.caption_words, word_rows=wanted.word_rows)
     if isinstance(data, OpenmojiDocumentsConfig):
         if model.tokenizer is None:
             raise ValueError("data.kind openmoji_documents has images, not codes: set model.tokenizer")
@@ -86,7 +98,7 @@ def batch_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
         batch, images = program.config.batch_size, references.images
         found["places"] = found["tokens"]
         found["references"] = ((batch, images, program.config.model.image_tokens), jnp.int32)
-        found["captions"] = ((batch, images + 1, references.caption_tokens), jnp.int32)
+        found["captions"] = ((batch, images + 1, references.caption_words), jnp.int32)
     return found
 
 

@@ -145,6 +145,7 @@ class CM3Leon:
         max_new_tokens: int = 64,
         sampling: SamplingConfig = SamplingConfig(),
         seed: int = 0,
+        batch: int = EXAMPLES,
     ) -> list[str]:
         """Describes many images in batches, as ``caption``."""
         requests = []
@@ -165,7 +166,8 @@ class CM3Leon:
                 )
             )
         layout = self.config.vocabulary
-        return [self.tokenizer.decode(layout.to_text(one.ids).tolist()) for one in self._run(requests, "conditional")]
+        found = self._run(requests, "conditional", batch=batch)
+        return [self.tokenizer.decode(layout.to_text(one.ids).tolist()) for one in found]
 
     def edit(
         self,
@@ -248,10 +250,15 @@ class CM3Leon:
                 yield from self._written(checked, options)
 
     def draw_codes(
-        self, texts: Sequence[str], options: DrawOptions, *, documents: Sequence[Sequence[Pair]] = ()
+        self,
+        texts: Sequence[str],
+        options: DrawOptions,
+        *,
+        documents: Sequence[Sequence[Pair]] = (),
+        batch: int = EXAMPLES,
     ) -> list[Int[np.ndarray, "N T"]]:
         """Codes of the images of every text; ``documents`` are the retrieved pairs of each. As ``generate_image``."""
-        return [self._codes_of(found) for found in self._of_texts(texts, options, documents)]
+        return [self._codes_of(found) for found in self._of_texts(texts, options, documents, batch)]
 
     def continue_ids(
         self,
@@ -287,13 +294,18 @@ class CM3Leon:
             size *= 2
 
     def edit_codes(
-        self, edits: Sequence[tuple[Any, str]], options: DrawOptions, *, template: str = EDIT
+        self,
+        edits: Sequence[tuple[Any, str]],
+        options: DrawOptions,
+        *,
+        template: str = EDIT,
+        batch: int = EXAMPLES,
     ) -> list[Int[np.ndarray, "N T"]]:
         """Codes of the changed images of many pairs of image and instruction, in batches; as ``edit``."""
-        return [self._codes_of(found) for found in self._edited(edits, options, template)]
+        return [self._codes_of(found) for found in self._edited(edits, options, template, batch)]
 
     def _edited(
-        self, edits: Sequence[tuple[Any, str]], options: DrawOptions, template: str = EDIT
+        self, edits: Sequence[tuple[Any, str]], options: DrawOptions, template: str = EDIT, batch: int = EXAMPLES
     ) -> list[list[Result]]:
         """The best results of every edit."""
         media, config = self.media, self.config
@@ -311,12 +323,16 @@ class CM3Leon:
         if options.cd_k:
             raise ValueError("an edit is guided by image and instruction; leave cd_k out")
         if options.guidance == options.image_guidance == 1:
-            return self._draw([one[:1] for one in streams], pairs, options, "conditional")
+            return self._draw([one[:1] for one in streams], options, "conditional", documents=pairs, batch=batch)
         self._warn_unless_sentinels()
-        return self._draw(streams, pairs, options, "edit")
+        return self._draw(streams, options, "edit", documents=pairs, batch=batch)
 
     def _of_texts(
-        self, texts: Sequence[str], options: DrawOptions, documents: Sequence[Sequence[Pair]]
+        self,
+        texts: Sequence[str],
+        options: DrawOptions,
+        documents: Sequence[Sequence[Pair]],
+        batch: int = EXAMPLES,
     ) -> list[list[Result]]:
         """The best results of every text."""
         layout, size = self.config.vocabulary, self.config.image_tokens
@@ -328,9 +344,10 @@ class CM3Leon:
         ]
         by_stream = [[found, found] for found in pairs]
         if options.guidance == 1 and not options.cd_k:
-            return self._draw([pair[:1] for pair in streams], by_stream, options, "conditional")
+            return self._draw([pair[:1] for pair in streams], options, "conditional", documents=by_stream, batch=batch)
         self._warn_unless_sentinels()
-        return self._draw(streams, by_stream, options, "contrast" if options.cd_k else "guide")
+        combine: Combine = "contrast" if options.cd_k else "guide"
+        return self._draw(streams, options, combine, documents=by_stream, batch=batch)
 
     def _documents(self, documents: Sequence[Sequence[Pair]], count: int) -> list[list[list[Segment]]]:
         """Segments of the documents of ``count`` prompts."""
@@ -360,19 +377,24 @@ class CM3Leon:
         """A request with what stands beside its streams; ``pairs`` are those of ``each`` of them, or of all."""
         by_stream: Any = pairs if each else [pairs] * len(streams)
         found = [
-            beside(ids, one, self.config, gaps) for ids, one in zip(streams, by_stream[: len(streams)], strict=True)
+            beside(ids, one, self.config, self.tokenizer.decode, gaps)
+            for ids, one in zip(streams, by_stream[: len(streams)], strict=True)
         ]
         return Request(streams=tuple(streams), given=tuple(one for one in found if one is not None), **fields)
 
     def _draw(
         self,
         streams: Sequence[tuple[np.ndarray, ...]],
-        pairs: Sequence[Sequence[Sequence[Sequence[Segment]]]],
         options: DrawOptions,
         combine: Combine,
+        *,
+        documents: Sequence[Sequence[Sequence[Sequence[Segment]]]] = (),
+        batch: int = EXAMPLES,
     ) -> list[list[Result]]:
-        """``options.n`` images of every prompt, each the likeliest of its candidates; ``pairs`` are the documents of
-        each of its streams."""
+        """``options.n`` images of every prompt, each the likeliest of its candidates.
+
+        ``documents`` are those of each of its streams; none for no documents.
+        """
         size, each = self.config.image_tokens, options.n * options.candidates
         sampling = _sampling(options)
         requests = [
@@ -390,7 +412,7 @@ class CM3Leon:
                 image_weight=options.image_guidance,
                 interval=options.interval,
             )
-            for prompt, found in zip(streams, pairs, strict=True)
+            for prompt, found in zip(streams, documents or [[[]] * len(one) for one in streams], strict=True)
             for i in range(each)
         ]
         found = self._run(
@@ -398,6 +420,7 @@ class CM3Leon:
             combine,
             k=max(options.cd_k, 1),
             alpha=options.cd_alpha,
+            batch=batch,
             amateur_temperature=options.amateur_temperature,
         )
         best = [max(group, key=lambda result: result.logprob) for group in _batched(found, options.candidates)]
@@ -527,11 +550,13 @@ class CM3Leon:
             ids = np.concatenate([ids, result.ids, [layout.eoss]]).astype(np.int32)
         return filled, total
 
-    def _run(self, requests: Sequence[Request], combine: Combine, **rules: Any) -> list[Result]:
+    def _run(
+        self, requests: Sequence[Request], combine: Combine, *, batch: int = EXAMPLES, **rules: Any
+    ) -> list[Result]:
         static = StreamRules(self.config.vocabulary, self.config.image_tokens, combine, **rules)
         found: list[Result] = []
-        for batch in _batched(requests, EXAMPLES):
-            found += run_requests(self.graphdef, self.params, batch, static, self.config.context_length)
+        for part in _batched(requests, batch):
+            found += run_requests(self.graphdef, self.params, part, static, self.config.context_length)
         return found
 
     def _answer(self, result: Result) -> Answer:

@@ -1,12 +1,14 @@
 """Next-token loss of text and image tokens."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 
 from magma_jax.models.cm3leon import CM3LeonModel
 from magma_jax.models.references import Places, References
+from magma_jax.nn.layers import product
 from magma_jax.nn.stack import Remat
 from magma_jax.training.step.cross_entropy import cross_entropy_of_each
 from magma_jax.training.step.terms import Term, Terms, label_terms
@@ -21,10 +23,14 @@ class CM3LeonOptions:
     Attributes:
         remat: remat policy of the layers, see ``nn.stack``.
         activations: dtype of activations; weights keep theirs.
+        ranges: whether image codes are predicted among codes, and other tokens among the others, which makes the head
+            of a small model much cheaper; only for rows of one document, with as many codes as an image has. Decoding
+            restricts the vocabulary in the same way.
     """
 
     remat: Remat = "none"
     activations: Literal["float32", "bfloat16"] = "float32"
+    ranges: bool = False
 
     may_change: ClassVar[tuple[str, ...]] = ("remat",)
     adds_up: ClassVar[bool] = True
@@ -45,18 +51,45 @@ def cm3leon_loss(model: CM3LeonModel, batch: Batch, key: PRNGKey | None, *, opti
     """
     config: Any = model.config  # CM3LeonConfig; the module's attribute has the type of every decoder's config
     tokens, labels = batch["tokens"][:, :-1], batch["labels"][:, 1:]
-    given = places = None
-    if "references" in batch:
+    dtype, by_side = jnp.dtype(options.activations), "references" in batch
+    if by_side:
         given = References(batch["references"], batch["captions"])
         places = Places(batch["places"][:, :-1], batch["places"][:, 1:])
-    embedded = model.embed_with(tokens, given, places, jnp.dtype(options.activations))
-    hidden = model(embedded, remat=options.remat, dropout_key=key if config.dropout else None).hidden
-    hidden = model.head_input(hidden, given, places and places.drawn)
-    loss, count, predicted, losses = cross_entropy_of_each(model.logits, hidden, labels)
+        embedded = model.embed_with(tokens, given, places, dtype)
+    else:
+        embedded = model.embed(tokens, dtype)
+    hidden = model(embedded, remat=options.remat, dropout_key=key).hidden
+    if by_side:
+        hidden = model.head_input(hidden, given, places.drawn)
     codes = config.vocabulary.image_ids
     image = (labels >= codes.start) & (labels < codes.stop)
+    if options.ranges and by_side:
+        order = jnp.argsort(~image, axis=1, stable=True)  # the codes of the row's image come first
+        hidden, labels = (_in_order(array, order) for array in (hidden, labels))
+        image = _in_order(image, order)
+        size, table = config.image_tokens, model.wte.weight[...].astype(hidden.dtype)
+        parts = [
+            _part(table[codes.start : codes.stop], hidden[:, :size], labels[:, :size], codes.start),
+            _part(table[: codes.start], hidden[:, size:], labels[:, size:], 0),
+        ]
+        loss, count, predicted = (sum(part[i] for part in parts) for i in range(3))
+        losses = jnp.concatenate([part[3] for part in parts], axis=1)
+    else:
+        loss, count, predicted, losses = cross_entropy_of_each(model.logits, hidden, labels)
     text = (labels != IGNORED) & ~image
     return label_terms(loss, count, predicted) | {
         name: Term(jnp.where(part, losses, 0).sum(), part.sum(), weight=0.0)
         for name, part in (("image_loss", image), ("text_loss", text))
     }
+
+
+def _in_order(array: Any, order: Any) -> Any:
+    """Positions (B, S, ...) in another order (B, S)."""
+    return jnp.take_along_axis(array, order[..., None] if array.ndim > 2 else order, axis=1)
+
+
+def _part(rows: Any, hidden: Any, labels: Any, first: int) -> Any:
+    """The losses of labels among the ids from ``first`` on that ``rows`` belong to; others are ignored."""
+    own = (labels >= first) & (labels < first + rows.shape[0])
+    project = functools.partial(product, weight=rows, preferred_element_type=jnp.float32)
+    return cross_entropy_of_each(project, hidden, jnp.where(own, labels - first, IGNORED))

@@ -6,7 +6,7 @@ edit              <eos> template <break> codes <break> instruction <break>   the
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -111,6 +111,7 @@ def beside(
     ids: Int[np.ndarray, " S"],
     pairs: Sequence[Sequence[Segment]],
     config: CM3LeonConfig,
+    decode: Callable[[list[int]], str],
     gaps: Sequence[Missing] = (),
 ) -> Beside | None:
     """What stands beside a prompt that begins with ``document_prefix``; None for a model without ``references``.
@@ -131,9 +132,10 @@ def beside(
         if not isinstance(image, Codes) or not isinstance(words, np.ndarray):
             raise ValueError("a retrieved document is a text and its image")
         codes[row] = _segment_ids(image, layout, config.image_tokens)
-        captions.append(layout.from_text(words))
-    own = [int(one) for one in ids[start : _moved_from(ids, layout)] if one in layout.text_ids]
-    rows = caption_rows([np.array(own, np.int32), *captions], images, config.references.caption_tokens)
+        captions.append(decode(words.tolist()))
+    kept = ids[start : _moved_from(ids, layout)]
+    own = decode(layout.to_text(kept[layout.is_text(kept)]).tolist())
+    rows = caption_rows([own, *captions], images, config.references.caption_words, config.references.word_rows)
     return Beside(codes, rows, _places(ids, start, layout, gaps))
 
 

@@ -1,0 +1,148 @@
+"""The report of a run that draws with retrieved documents: figures with their controls, drawings and edits."""
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from magma_jax.evaluation.report.pages import fill_page
+from magma_jax.evaluation.report.run_report import IMAGE_SIZE, OPENMOJI, png, training_charts
+from magma_jax.evaluation.tables import html_table, text_table
+from magma_jax.evaluation.tasks.examples import spaced
+from magma_jax.families.cm3leon.evaluating.measure import Material, Measured
+from magma_jax.output import replace_file
+from magma_jax.typing import UInt8
+
+# Edits that are shown.
+EDITS = 24
+
+MEASURES = {"exact": "exact", "concept": "concept", "tone": "tone", "two_tones": "two tones", "gender": "gender"}
+CONDITIONS = {
+    "retrieved": "retrieved documents",
+    "unguided": "the same without guidance",
+    "cd_k": "the same by CD-K",
+    "oracle": "documents by metadata",
+    "random": "random documents",
+    "none": "no documents",
+    "other_text": "right documents, another text",
+    "shuffled": "judged as another text",
+    "document": "the retrieved drawing itself",
+    "round_trip": "true drawing, encoded and decoded",
+}
+TEXTS = {
+    "retrieved": "documents by image",
+    "random": "random documents",
+    "none": "no documents",
+    "document": "text of the document",
+    "shuffled": "another image's text",
+}
+EDITED = {
+    "model": "exact",
+    "other_instruction": "another instruction",
+    "source": "unchanged",
+    "true_codes": "true codes",
+    "kept": "kept codes",
+    "made": "made codes",
+}
+
+
+def rows_of(figures: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    """Tables by name, headings first."""
+    tables: dict[str, list[list[str]]] = {}
+    if "drawing" in figures:
+        drawing = figures["drawing"]
+        measures = [name for name in MEASURES if name in drawing["retrieved"]]
+        rows = [["text to drawing, %", *(MEASURES[name] for name in measures)]]
+        for name, shown in CONDITIONS.items():
+            if name in drawing:
+                rows.append([shown, *(_cell(drawing[name].get(key)) for key in measures)])
+        tables["drawing"] = [*rows, ["", *(f"n = {drawing['n'][name]}" for name in measures)]]
+        perplexity = figures["perplexity"]
+        tables["perplexity"] = [
+            ["perplexity of image codes", *(CONDITIONS[name] for name in perplexity)],
+            ["held-out drawings", *(f"{value:.3f}" for value in perplexity.values())],
+        ]
+        text = figures["text"]
+        names = [name for name in TEXTS if name in text]
+        tables["text"] = [
+            ["drawing to text, %", *(TEXTS[name] for name in names), "n"],
+            ["exact", *(_cell(text[name]) for name in names), str(text["n"])],
+        ]
+    if "edit" in figures:
+        rows = [["edits, %", *EDITED.values(), "n"]]
+        for kind, values in figures["edit"].items():
+            rows.append([kind, *(_cell(values[name]) for name in EDITED), str(values["n"])])
+        tables["edit"] = rows
+    return tables
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The figures as text."""
+    return "\n\n".join(text_table(rows) for rows in rows_of(figures).values())
+
+
+def write_page(
+    path: Path, found: Measured, material: Material, protocol: Mapping[str, Any], metrics_file: Path
+) -> None:
+    """Writes the page, atomically."""
+    tables = {name: html_table(rows) for name, rows in rows_of(found.figures).items()}
+    said = f"Step {protocol['checkpoint_step']}, training seed {protocol['training_seed']}, split {protocol['split']}. "
+    said += ", ".join(f"{name} {value}" for name, value in protocol["settings"].items())
+    page = fill_page(
+        "retrieved",
+        title="What the model makes of names that it was not trained on",
+        protocol=escape(said) + ".",
+        edits="\n".join(_edits(found, material)),
+        charts=training_charts(metrics_file),
+        cards="\n".join(_cards(found, material)),
+        attribution=OPENMOJI,
+        **{name: tables.get(name, "") for name in ("drawing", "perplexity", "text", "edit")},
+    )
+    replace_file(path, page.encode())
+
+
+def _cards(found: Measured, material: Material) -> list[str]:
+    """Each text with its documents, its drawing and the true one, and the text that the model gives to that."""
+    cards = []
+    if found.verdict is None:
+        return cards
+    for i, row in enumerate(material.rows):
+        exact, concept = bool(found.verdict.exact[i]), bool(found.verdict.concept[i])
+        mark = "right" if exact else "partly" if concept else "wrong"
+        truth, said = material.records[row].caption, found.said[i]
+        figures = _figure(found.drawn["retrieved"][i], "drawn") + _figure(material.images[row], "true")
+        figures += "".join(_figure(material.images[one], material.records[one].caption) for one in found.shown[i])
+        told = f'<p class="{"right" if said.strip() == truth else "wrong"}">described as: '
+        told += f'<span class="said">{escape(said)}</span></p>'
+        heading = f'<article class="card pair" data-mark="{mark}"><h3>{escape(truth)}</h3>'
+        cards.append(f"{heading}<div>{figures}</div>{told}</article>")
+    return cards
+
+
+def _edits(found: Measured, material: Material) -> list[str]:
+    """Given drawing, result, true drawing."""
+    cards = []
+    for i in spaced(len(found.edits), EDITS):
+        edit = found.edits[i]
+        mark = "right" if found.changed[i] else "wrong"
+        figures = _figure(material.images[edit.source], "given") + _figure(found.edited[i], "result")
+        figures += _figure(material.images[edit.target], "true")
+        cards.append(
+            f'<article class="card pair" data-mark="{mark}"><h3>{escape(edit.instruction)}</h3><div>{figures}</div>'
+            f'<p class="soft">{escape(material.records[edit.source].caption)}</p></article>'
+        )
+    return cards
+
+
+def _figure(pixels: UInt8[np.ndarray, "h w 3"], caption: str) -> str:
+    data = base64.b64encode(png(pixels)).decode()
+    size = f'width="{IMAGE_SIZE}" height="{IMAGE_SIZE}"'
+    image = f'<img src="data:image/png;base64,{data}" {size} alt="{escape(caption)}">'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
