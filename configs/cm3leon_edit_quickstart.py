@@ -14,7 +14,15 @@ def get_config() -> ConfigDict:
     config = load_config_file(Path(__file__).with_name("cm3leon_quickstart.py"))
     del config.weights
     config.base = "runs/cm3leon_quickstart"
-    config.data = ConfigDict({"kind": "openmoji_edits", "length": 640})
-    config.optim.update({"learning_rate": 5e-4, "warmup_steps": 20})
+    # Beside the sequence stands the drawing to change.
+    config.data = ConfigDict(
+        {
+            "kind": "openmoji_edits",
+            "length": 288,
+            "spans": {"mean": 0.1, "rotation": 1.0},
+            "beside": {"images": 2, "weights": (1.0, 0.0)},
+        }
+    )
+    config.optim.update({"learning_rate": 1.5e-3, "warmup_steps": 20})
     config.steps = 500
     return config

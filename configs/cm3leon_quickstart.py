@@ -1,14 +1,16 @@
-"""CM3Leon learns to draw and name OpenMoji's people and things: 3 million parameters, 256 codes a drawing.
+"""CM3Leon learns to draw and to name OpenMoji's people and things from retrieved drawings: 2 million parameters.
 
+    python -m magma_jax.retrieval build data/openmoji_bank --data openmoji --encoder names
+    python -m magma_jax.retrieval annotate data/openmoji_bank data/openmoji_by_name --data openmoji --encoder names \\
+        --documents 4 --by-image "" --max-similarity 1 --dropout 0 --decay 0.5
+    python -m magma_jax.retrieval annotate data/openmoji_bank data/openmoji_by_image --data openmoji --encoder names \\
+        --documents 4 --images-only --max-similarity 1 --dropout 0
     python train.py --config configs/cm3leon_quickstart.py
+    python eval.py --workdir runs/cm3leon_quickstart
 
-The package has the tokenizer's weights; configs/vqgan_quickstart.py trains it. With retrieved drawings in front, the
-paper's form (docs/retrieval.md):
-
-    python -m magma_jax.retrieval build data/openmoji_bank --data openmoji
-    python -m magma_jax.retrieval annotate data/openmoji_bank data/openmoji_retrieved --data openmoji
-    python train.py --config configs/cm3leon_quickstart.py --workdir runs/cm3leon_retrieval \
-        --set data.retrieved=1 data.annotation=data/openmoji_retrieved
+Retrieved drawings stand beside the sequence (``models/references.py``), which is not the paper's form; that is
+configs/cm3leon_paper_quickstart.py. The package has the image tokenizer's weights, which configs/vqgan_quickstart.py
+trains.
 """
 
 from pathlib import Path
@@ -24,25 +26,38 @@ def get_config() -> ConfigDict:
         {
             "model": {
                 "kind": "cm3leon",
-                "layers": 6,
-                "width": 192,
-                "heads": 6,
-                "feed_forward": 768,
+                "layers": 4,
+                "width": 128,
+                "heads": 2,
+                "feed_forward": 512,
                 # The package's tokenizer has 2,048 texts.
                 "vocab_rows": 3200,
                 "vocabulary": {"text": 2048, "image": tokenizer.codes, "sentinels": 16},
                 "context_length": 1024,
+                # Not the paper's: codes of two retrieved drawings at the same places, vectors of captions, a copy gate.
+                "references": {"images": 2},
                 # Wider than the paper's, which is for 1,024 and more entries.
                 "embedding_std": 0.02,
                 "image_tokens": 256,
                 "tokenizer": tokenizer.to_dict(),
             },
-            # Two documents a block, and room for three spans.
-            "data": {"kind": "openmoji_documents", "length": 576},
+            "data": {
+                "kind": "openmoji_documents",
+                "length": 320,
+                "annotation": "data/openmoji_by_name",
+                "spans": {"mean": 0.2, "rotation": 1.0},
+                "beside": {
+                    "images": 2,
+                    "by_image": "data/openmoji_by_image",
+                    "captions": 0.2,
+                    "weights": (0.85, 0.15),
+                },
+            },
+            "loss": {"ranges": True, "text_weight": 4.0},
             "weights": {"image_tokenizer": "quickstart_vqgan"},
-            "optim": {"learning_rate": 2e-3, "warmup_steps": 50, "b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0},
-            "steps": 1500,
+            "optim": {"learning_rate": 3e-3, "warmup_steps": 50, "b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0},
+            "steps": 2000,
             "batch_size": 8,
-            "validation": {"every": 250, "samples": 64},
+            "validation": {"every": 500, "samples": 64},
         }
     )

@@ -39,6 +39,8 @@ class BesideConfig:
         word_rows: rows of the table of words; None for the model's.
         by_image: folder of an annotation by image, for documents whose text is moved: retrieved by their own text, they
             would give it away. None for the same annotation.
+        captions: how often the text is moved behind the image as a whole, before any spans are drawn, so that the model
+            learns to describe.
         skipped: how often a retrieved image is left out.
         masked: share of the codes of a retrieved image that are left out, at most; a share is drawn for every image.
         any_order: whether retrieved images come in any order, instead of the best first.
@@ -49,13 +51,14 @@ class BesideConfig:
     caption_words: int | None = None
     word_rows: int | None = None
     by_image: str | None = None
+    captions: float = 0.0
     skipped: float = 0.05
     masked: float = 0.0
     any_order: bool = False
     weights: tuple[float, float] = (0.75, 0.25)
 
     def __post_init__(self):
-        for name in ("skipped", "masked"):
+        for name in ("captions", "skipped", "masked"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.beside.{name} must be 0 to 1, got {getattr(self, name)}")
         if self.images < 0:
@@ -111,7 +114,9 @@ class BesideDocuments:
         places = np.where(kinds >= 0, kinds, -1)
         text = kinds == -2
         moved: list[Span] = []
-        if rng is not None and spans is not None:
+        if rng is not None and rng.random() < config.captions:
+            moved = [(int(np.flatnonzero(text)[0]), int(np.flatnonzero(text)[-1]) + 1)]
+        elif rng is not None and spans is not None:
             segments = _segments(query, layout.brk)
             drawn = draw_spans(len(query), segments, rng, spans, most=len(layout.sentinel_ids))
             moved = clip_spans(drawn, segments)
@@ -207,7 +212,9 @@ class BesideRows:
     def __next__(self) -> Batch:
         first = self._position
         self._position += self._batch_size
-        return as_batch([self._row(first + row) for row in self._rows], self._length, self._documents.layout.pad)
+        found = [self._row(first + row) for row in self._rows]
+        starts = [start for _, start in found]
+        return as_batch([row for row, _ in found], self._length, self._documents.layout.pad, starts)
 
     def get_state(self) -> dict[str, Any]:
         """Position after the last returned batch."""
@@ -220,20 +227,20 @@ class BesideRows:
     def close(self) -> None:
         """There are no processes to end."""
 
-    def _row(self, position: int) -> Row:
+    def _row(self, position: int) -> tuple[Row, int]:
         rng = np.random.default_rng((self._seed, _DRAW, position))
         groups = self._documents.groups
         weights = np.array(
             [len(group) and weight for group, weight in zip(groups, self._documents.config.weights, strict=True)]
         )
         group = groups[int(rng.choice(len(groups), p=weights / weights.sum()))]
-        # Every group is gone through in shuffled order on average; a draw with replacement needs no state.
+        # With replacement, so that the position is all that a resumed run needs.
         number = int(group[int(rng.integers(len(group)))])
-        return self._documents.row(number, rng, self._spans)[0]
+        return self._documents.row(number, rng, self._spans)
 
 
-def as_batch(rows: Sequence[Row], length: int, pad: int, starts: Sequence[int] | None = None) -> Batch:
-    """Rows as arrays of ``length`` + 1 tokens; labels begin at ``starts``."""
+def as_batch(rows: Sequence[Row], length: int, pad: int, starts: Sequence[int]) -> Batch:
+    """Rows as arrays of ``length`` + 1 tokens; labels begin at ``starts``, behind the texts of retrieved images."""
     size = length + 1
     tokens = np.full((len(rows), size), pad, np.int32)
     places = np.full((len(rows), size), -1, np.int32)
@@ -243,7 +250,7 @@ def as_batch(rows: Sequence[Row], length: int, pad: int, starts: Sequence[int] |
         tokens[number, : len(row.tokens)] = row.tokens
         places[number, : len(row.tokens)] = row.places
     labels = np.where(tokens == pad, IGNORED, tokens)
-    for number, start in enumerate(starts or ()):
+    for number, start in enumerate(starts):
         labels[number, :start] = IGNORED
     return {
         "tokens": tokens,

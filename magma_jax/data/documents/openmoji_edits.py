@@ -64,6 +64,26 @@ def edits(records: Sequence[Drawing], split: str) -> list[Edit]:
     ]
 
 
+def examples(records: Sequence[Drawing], found: Sequence[Edit]) -> list[int | None]:
+    """A training drawing for every edit that has the name that its answer will have, in another skin tone.
+
+    A retriever of names finds it by the name of the drawing to change with the word that the instruction changes; the
+    answer itself is never one. None where there is no other.
+    """
+    by_base: dict[str, list[Drawing]] = defaultdict(list)
+    for record in records:
+        if record.split == "train" and len(record.tones) <= 1:
+            by_base[record.base].append(record)
+    chosen: list[int | None] = []
+    for edit in found:
+        source, target = records[edit.source], records[edit.target]
+        others = [one for one in by_base[target.base] if one.index not in (edit.source, edit.target)]
+        # In the tones of the drawing to change if there is such a one.
+        others.sort(key=lambda one: one.tones != source.tones)
+        chosen.append(others[0].index if others else None)
+    return chosen
+
+
 def _groups(record: Drawing) -> Iterator[tuple]:
     """Names of the groups whose members differ from a drawing by one attribute alone."""
     if record.kind not in ("person", "hand", "body part") or len(record.tones) > 1:
@@ -111,13 +131,17 @@ def open_openmoji_edits(config: OpenmojiEditsConfig) -> Dataset:
         given = [
             (Text(np.array(tokenizer.encode(template.segments[0]))), Image(codes(row))) for row in range(len(records))
         ]
+        named = [(Text(np.array(tokenizer.encode(record.caption))), Image(codes(record.index))) for record in records]
         by_side = {
             split: BesideDocuments(
                 queries=[
                     (Text(np.array(tokenizer.encode(edit.instruction))), Image(codes(edit.target))) for edit in found
                 ],
-                memory=given,
-                neighbours=[(edit.source,) for edit in found],
+                memory=[*given, *named],
+                neighbours=[
+                    (edit.source,) if example is None else (edit.source, len(given) + example)
+                    for edit, example in zip(found, examples(records, found), strict=True)
+                ],
                 by_image=None,
                 groups=(range(len(found)), ()),
                 layout=layout,

@@ -299,13 +299,22 @@ class CM3Leon:
         options: DrawOptions,
         *,
         template: str = EDIT,
+        documents: Sequence[Sequence[Pair]] = (),
         batch: int = EXAMPLES,
     ) -> list[Int[np.ndarray, "N T"]]:
-        """Codes of the changed images of many pairs of image and instruction, in batches; as ``edit``."""
-        return [self._codes_of(found) for found in self._edited(edits, options, template, batch)]
+        """Codes of the changed images of many pairs of image and instruction, in batches.
+
+        ``documents`` are further retrieved images of each, for a model with ``references``; the rest is as ``edit``.
+        """
+        return [self._codes_of(found) for found in self._edited(edits, options, template, documents, batch)]
 
     def _edited(
-        self, edits: Sequence[tuple[Any, str]], options: DrawOptions, template: str = EDIT, batch: int = EXAMPLES
+        self,
+        edits: Sequence[tuple[Any, str]],
+        options: DrawOptions,
+        template: str = EDIT,
+        documents: Sequence[Sequence[Pair]] = (),
+        batch: int = EXAMPLES,
     ) -> list[list[Result]]:
         """The best results of every edit."""
         media, config = self.media, self.config
@@ -317,9 +326,16 @@ class CM3Leon:
                 for source, text in zip(sources, texts, strict=True)
             ]
             pairs = [[[], [], []]] * len(edits)
+            if any(documents):
+                raise ValueError("documents of an edit stand beside the sequence; this model has no references")
         else:
-            streams = [edit_streams_beside(words, text, config.vocabulary) for text in texts]
-            pairs = [[[[words, source]], [[words, source]], []] for source in sources]
+            more = self._documents(documents, len(edits))
+            shown = [[[words, source], *found] for source, found in zip(sources, more, strict=True)]
+            streams = [
+                edit_streams_beside(text, found, config.vocabulary, config.image_tokens)
+                for text, found in zip(texts, shown, strict=True)
+            ]
+            pairs = [[found, found, []] for found in shown]
         if options.cd_k:
             raise ValueError("an edit is guided by image and instruction; leave cd_k out")
         if options.guidance == options.image_guidance == 1:

@@ -26,14 +26,22 @@ class CM3LeonOptions:
         ranges: whether image codes are predicted among codes, and other tokens among the others, which makes the head
             of a small model much cheaper; only for rows of one document, with as many codes as an image has. Decoding
             restricts the vocabulary in the same way.
+        text_weight: weight of a label that is no code, with ``ranges``; most labels are codes.
     """
 
     remat: Remat = "none"
     activations: Literal["float32", "bfloat16"] = "float32"
     ranges: bool = False
+    text_weight: float = 1.0
 
     may_change: ClassVar[tuple[str, ...]] = ("remat",)
     adds_up: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not self.text_weight >= 0:
+            raise ValueError(f"loss.text_weight must be at least 0, got {self.text_weight}")
+        if self.text_weight != 1 and not self.ranges:
+            raise ValueError("loss.text_weight needs loss.ranges, which computes codes and other labels apart")
 
     def for_validation(self) -> "CM3LeonOptions":
         """The same options."""
@@ -72,7 +80,8 @@ def cm3leon_loss(model: CM3LeonModel, batch: Batch, key: PRNGKey | None, *, opti
             _part(table[codes.start : codes.stop], hidden[:, :size], labels[:, :size], codes.start),
             _part(table[: codes.start], hidden[:, size:], labels[:, size:], 0),
         ]
-        loss, count, predicted = (sum(part[i] for part in parts) for i in range(3))
+        weights = 1.0, options.text_weight
+        loss, count, predicted = (sum(w * part[i] for w, part in zip(weights, parts, strict=True)) for i in range(3))
         losses = jnp.concatenate([part[3] for part in parts], axis=1)
     else:
         loss, count, predicted, losses = cross_entropy_of_each(model.logits, hidden, labels)

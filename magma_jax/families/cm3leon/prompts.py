@@ -216,10 +216,10 @@ def edit_streams(
 
 
 def edit_streams_beside(
-    template: Int[np.ndarray, " S"], instruction: Int[np.ndarray, " I"], layout: VocabLayout
+    instruction: Int[np.ndarray, " I"], pairs: Sequence[Sequence[Segment]], layout: VocabLayout, image_tokens: int
 ) -> tuple[Int[np.ndarray, " A"], Int[np.ndarray, " B"], Int[np.ndarray, " C"]]:
-    """As ``edit_streams``, with the image beside the prompts; it is that of a document whose text is the template."""
-    first = [layout.eos, *layout.from_text(template).tolist(), layout.brk]
+    """As ``edit_streams``, with the image beside the prompts: that of the first pair, whose text is the template."""
+    first = document_prefix(pairs, layout, image_tokens, beside=True)
     both = [*first, *layout.from_text(instruction).tolist(), layout.brk]
     alone = [*first, layout.sentinel(0), layout.brk]
     neither = [layout.eos, layout.sentinel(0), layout.brk]

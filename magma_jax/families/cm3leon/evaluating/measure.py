@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from magma_jax.data.documents.openmoji_edits import Edit
+from magma_jax.data.documents.openmoji_edits import Edit, examples
 from magma_jax.data.openmoji.drawings import Drawing
 from magma_jax.evaluation.drawings import DrawingJudge, Verdict
 from magma_jax.evaluation.tasks.examples import spaced
@@ -192,14 +192,23 @@ def _edit(
 ) -> tuple[dict[str, Any], UInt8[np.ndarray, "E H W 3"], list[bool]]:
     sources, targets = code.codes([one.source for one in edits]), code.codes([one.target for one in edits])
     asked = [(Codes(codes), one.instruction) for codes, one in zip(sources, edits, strict=True)]
-    made = np.concatenate(model.edit_codes(asked, settings.edit_options(), batch=settings.batch))
-    others = [one.instruction for one in edits]
-    other = [(asked[i][0], others[(i + 1) % len(others)]) for i in range(len(edits))]
-    control = np.concatenate(model.edit_codes(other, settings.edit_options(), batch=settings.batch))
+    other = [(image, edits[(i + 1) % len(edits)].instruction) for i, (image, _) in enumerate(asked)]
+    found = [[] if one is None else [one] for one in examples(material.records, edits)]
+    shown = code.documents(material.records, found if model.config.references else [[] for _ in edits])
+    runs = {"model": (asked, shown), "other_instruction": (other, shown)}
+    if any(shown):
+        runs["source_alone"] = asked, [[] for _ in edits]
+    codes = {
+        name: np.concatenate(
+            model.edit_codes(wanted, settings.edit_options(), documents=documents, batch=settings.batch)
+        )
+        for name, (wanted, documents) in runs.items()
+    }
+    made = codes["model"]
     rows = [one.target for one in edits]
     figures: dict[str, Any] = {}
     kinds = np.array([_attribute(one.instruction) for one in edits])
-    pixels = {"model": code.pixels(made), "other_instruction": code.pixels(control)}
+    pixels = {name: code.pixels(one) for name, one in codes.items()}
     pixels |= {"source": code.pixels(sources), "true_codes": code.pixels(targets)}
     exact = {name: material.judge.judge(found, rows).exact for name, found in pixels.items()}
     same = sources == targets

@@ -41,6 +41,7 @@ TEXTS = {
 }
 EDITED = {
     "model": "exact",
+    "source_alone": "given drawing alone",
     "other_instruction": "another instruction",
     "source": "unchanged",
     "true_codes": "true codes",
@@ -74,7 +75,7 @@ def rows_of(figures: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     if "edit" in figures:
         rows = [["edits, %", *EDITED.values(), "n"]]
         for kind, values in figures["edit"].items():
-            rows.append([kind, *(_cell(values[name]) for name in EDITED), str(values["n"])])
+            rows.append([kind, *(_cell(values.get(name)) for name in EDITED), str(values["n"])])
         tables["edit"] = rows
     return tables
 

@@ -1,4 +1,4 @@
-"""Losses of the image codes of true drawings, under any documents."""
+"""Losses of the image codes of true drawings among all codes, under any documents."""
 
 import functools
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import numpy as np
 from magma_jax.families.cm3leon.generator import CM3Leon
 from magma_jax.families.cm3leon.prompts import Beside, beside, drawing_streams
 from magma_jax.models.references import Places, References
+from magma_jax.nn.layers import product
 from magma_jax.nn.modules import Definition, merge
 from magma_jax.training.step.cross_entropy import cross_entropy_of_each
 from magma_jax.typing import IGNORED, Array, Int, Params
@@ -44,7 +45,7 @@ def image_perplexity(
             ids = prompts[number]
             tokens[row, : len(ids)] = ids
             if start + row < len(prompts):
-                labels[row, len(ids) - size : len(ids)] = ids[-size:]
+                labels[row, len(ids) - size : len(ids)] = layout.to_codes(ids[-size:])
         side = [one for number in part.tolist() if (one := given[number]) is not None]
         places = np.full((batch, longest), -1, np.int32)
         for row, one in enumerate(side):
@@ -68,4 +69,8 @@ def _loss(
         where = Places(places[:, :-1], places[:, 1:])
         hidden = model(model.embed_with(tokens[:, :-1], references, where)).hidden
         hidden = model.head_input(hidden, references, where.drawn)
-    return cross_entropy_of_each(model.logits, hidden, labels[:, 1:])[0]
+    codes = model.config.vocabulary.image_ids
+    project = functools.partial(
+        product, weight=model.wte.weight[...][codes.start : codes.stop], preferred_element_type=jnp.float32
+    )
+    return cross_entropy_of_each(project, hidden, labels[:, 1:])[0]
