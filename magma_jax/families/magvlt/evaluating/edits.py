@@ -45,7 +45,7 @@ def edits_of(
         target = records[int(row)]
         tones = tones_of(target)
         sources = [drawing for drawing in learned if len(tones) == 1 and drawing.base == target.base]
-        sources = [drawing for drawing in sources if tones_of(drawing) not in ((), tones)]
+        sources = [drawing for drawing in sources if len(tones_of(drawing)) == 1 and drawing.tones != target.tones]
         if sources:
             source = sources[len(found) % len(sources)]
             colour = np.array(SKIN[tones_of(source)[0]], np.float32)
