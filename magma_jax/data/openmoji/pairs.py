@@ -28,7 +28,7 @@ class OpenmojiPairsConfig:
         clean_up: clean-up of the captions, see ``data.tokenizers.captions``.
         bpe_dropout: rate at which the tokenizer clip skips a merge in training.
         too_long: captions of more than ``length`` tokens are cut, or an error.
-        weights: sampling weights of people of known or open gender, and of everything else.
+        weights: sampling weights of people, hands and other parts of the body, and of everything else.
         cache_dir: cache folder of rasterised drawings.
     """
 
@@ -74,8 +74,9 @@ def open_openmoji_pairs(config: OpenmojiPairsConfig) -> Dataset:
 
     splits = ("train", "validation", "test")
     evaluation = {split: drawings.captions([record for record in records if record.split == split]) for split in splits}
-    people = [sample for sample in evaluation["train"] if records[sample.image].gender is not None]
-    things = [sample for sample in evaluation["train"] if records[sample.image].gender is None]
+    people, things = [], []
+    for sample in evaluation["train"]:
+        (things if records[sample.image].kind in ("thing", "flag") else people).append(sample)
 
     def batches(batch_size: int, seed: int, rows: Sequence[int]) -> grain.IterDataset:
         sources = [people, things]

@@ -10,8 +10,8 @@ from magma_jax.data.openmoji.drawings import Drawing, tones_of
 from magma_jax.evaluation.drawings import NEAR, SKIN
 from magma_jax.typing import Bool, UInt8
 
-# Part of the height, from the top, in which hair and beard are.
-HEAD = 0.6
+# Part of the height, from the top, in which hair and beard are; long hair lies on the shoulders.
+HEAD = 0.75
 _HAIR = re.compile(r"^(man|woman|person) (bald|beard|.* hair)$")
 
 
@@ -37,8 +37,7 @@ def edits_of(
 ) -> list[Edit]:
     """An edit for each drawing of ``rows`` that differs from a training drawing in skin tone or hair alone.
 
-    For a tone, the codes with a pixel of the source's skin colour are drawn anew; for hair, those of the upper part
-    with a pixel that is not white.
+    For a tone, the codes with a pixel of the source's skin colour are drawn anew; for hair, the upper three quarters.
     """
     learned = [record for record in records if record.split == "train"]
     found = []
@@ -46,7 +45,7 @@ def edits_of(
         target = records[int(row)]
         tones = tones_of(target)
         sources = [drawing for drawing in learned if len(tones) == 1 and drawing.base == target.base]
-        sources = [drawing for drawing in sources if tones_of(drawing) not in ((), tones)]
+        sources = [drawing for drawing in sources if len(tones_of(drawing)) == 1 and drawing.tones != target.tones]
         if sources:
             source = sources[len(found) % len(sources)]
             colour = np.array(SKIN[tones_of(source)[0]], np.float32)
@@ -59,9 +58,9 @@ def edits_of(
             sources = [drawing for drawing in sources if drawing.base != target.base]
             if sources:
                 source = sources[len(found) % len(sources)]
-                drawn = (images[source.index] < 250).any(-1)
-                drawn[round(HEAD * len(drawn)) :] = False
-                found.append(Edit("hair", source.index, target.index, _around(_codes(drawn, grid), grid)))
+                upper = np.zeros(grid, bool)
+                upper[: round(HEAD * grid[0])] = True
+                found.append(Edit("hair", source.index, target.index, upper.reshape(-1)))
     return [edit for edit in found if edit.places.any()]
 
 
@@ -70,11 +69,3 @@ def _codes(pixels: Bool[np.ndarray, "H W"], grid: tuple[int, int]) -> Bool[np.nd
     rows, columns = grid
     height, width = pixels.shape
     return pixels.reshape(rows, height // rows, columns, width // columns).any((1, 3)).reshape(-1)
-
-
-def _around(places: Bool[np.ndarray, " I"], grid: tuple[int, int]) -> Bool[np.ndarray, " I"]:
-    """The places and their neighbours: other hair may be longer."""
-    padded = np.pad(places.reshape(grid), 1)
-    rows, columns = grid
-    shifted = [padded[y : y + rows, x : x + columns] for y in range(3) for x in range(3)]
-    return np.any(shifted, 0).reshape(-1)
