@@ -19,9 +19,9 @@ from magma_jax.retrieval import command
 from magma_jax.retrieval.__main__ import main as retrieval
 from magma_jax.retrieval.annotate import annotate
 from magma_jax.retrieval.build import build_bank
-from magma_jax.retrieval.encoders import HashedEncoder, open_encoder
+from magma_jax.retrieval.encoders import HashedEncoder, NamesEncoder, open_encoder
 from magma_jax.retrieval.search import CHUNK, ExactIndex, make_index, recall_at
-from magma_jax.retrieval.selection import drop_words, select_documents
+from magma_jax.retrieval.selection import cover, drop_words, select_documents
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 
@@ -97,6 +97,36 @@ def test_selection_leaves_out_itself_and_near_copies():
     assert select_documents([0, 1, 2, 3, 4], vectors, 9, exclude={0}) == [2, 3]
     assert select_documents([1, 2, 3], vectors, 9, query=np.array([1.0, 0.0])) == [2, 3]
     assert select_documents([1, 2, 3, 4], vectors, 1, max_similarity=1.0) == [1]
+
+
+def test_documents_that_cover_a_query_together():
+    """Of two equally good documents that repeat each other, the second gives way to one with what is missing."""
+    vectors = np.array([[1, 1, 0], [1, 1, 0], [1, 0, 0.9], [0, 0, 1]], np.float16)
+    query = np.array([1.0, 0.5, 0.5])
+    assert cover([0, 1, 2, -1], vectors, query, 1.0, 3) == [0, 1, 2]
+    assert cover([0, 1, 2, 3], vectors, query, 0.5, 2) == [0, 2, 1, 3]
+
+
+def test_names_are_found_by_what_is_drawn_then_gender_then_tones():
+    encoder = NamesEncoder(words=512)
+    names = [
+        "a man cook with dark skin tone",
+        "a woman cook with light skin tone",
+        "a man guard with light skin tone",
+        "a kiss with light and dark skin tone",
+        "a kiss with dark and light skin tone",
+    ]
+    scores = (
+        encoder.texts(names)
+        @ encoder.texts(["a man cook with light skin tone", "a kiss with light and dark skin tone"]).T
+    )
+    assert scores[:3, 0].argsort().tolist() == [1, 2, 0]
+    assert scores[3, 1] > scores[4, 1] > scores[:3, 1].max()
+    pixels = np.full((2, 64, 64, 3), 255, np.uint8)
+    pixels[:, 8:12, :] = 0
+    pixels[1, 20:40, 20:40] = (250, 220, 188)  # filled with a skin colour, which is no outline
+    first, second = encoder.images(pixels)
+    np.testing.assert_array_equal(first, second)
 
 
 def test_dropped_words_depend_on_the_name_alone():
