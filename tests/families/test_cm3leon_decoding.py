@@ -12,7 +12,7 @@ from flax import nnx
 
 from magma_jax.data.tokenizers.byte_level import train_bpe
 from magma_jax.data.tokenizers.layout import VocabLayout
-from magma_jax.families.cm3leon import generator as generator_module
+from magma_jax.families.cm3leon import engine as engine_module
 from magma_jax.families.cm3leon.decoding import Request, run_requests
 from magma_jax.families.cm3leon.generator import GAP, IMAGE_GAP, CM3Leon, Codes, Hidden
 from magma_jax.families.cm3leon.loading import Loaded
@@ -111,7 +111,7 @@ def test_every_code_is_the_best_of_the_full_forward_pass(model, combine):
     if combine == "edit":
         streams = [edit_streams(ids("Edit"), PICTURE.codes, ids(text), LAYOUT, GRID) for text in texts]
         options = DrawOptions(guidance=2.0, image_guidance=1.5, temperature=(0.0, 0.0))
-        drawn = [model._codes_of(found) for found in model._draw(streams, options, "edit")]
+        drawn = [model.engine.codes_of(found) for found in model.engine.draw(streams, options, "edit")]
     else:
         streams = [drawing_streams(ids(text), [], LAYOUT, GRID, null="sentinel") for text in texts]
         options = DrawOptions(guidance=2.0, temperature=(0.0, 0.0), cd_k=3 * (combine == "contrast"))
@@ -136,12 +136,13 @@ def test_guidance_of_one_is_the_conditional_stream(model):
     plain = model.draw_codes(WORDS, dataclasses.replace(OPTIONS, guidance=1.0))
     streams = [drawing_streams(ids(text), [], LAYOUT, GRID, null="sentinel") for text in WORDS]
     coupled = [
-        model._codes_of(one) for one in model._draw(streams, dataclasses.replace(OPTIONS, guidance=1.0), "guide")
+        model.engine.codes_of(one)
+        for one in model.engine.draw(streams, dataclasses.replace(OPTIONS, guidance=1.0), "guide")
     ]
     np.testing.assert_array_equal(np.stack(plain), np.stack(coupled))
     # So is guidance outside of its interval, from the first code on.
     late = dataclasses.replace(OPTIONS, interval=(0.999, 1.0))
-    late = [model._codes_of(one) for one in model._draw(streams, late, "guide")]
+    late = [model.engine.codes_of(one) for one in model.engine.draw(streams, late, "guide")]
     np.testing.assert_array_equal(np.stack(plain), np.stack(late))
 
 
@@ -165,7 +166,7 @@ def test_gaps_are_filled_in_order_and_kept_parts_stay(model):
     mask = np.zeros((2, 2), bool)
     mask[1, 0] = True
     sampling = SamplingConfig(temperature=1.0)
-    filled, logprob = model._fill([GAP, " cat", Hidden(PICTURE, mask)], 6, sampling, 3)
+    filled, logprob = model.engine.fill([GAP, " cat", Hidden(PICTURE, mask)], 6, sampling, 3)
     text, rest, image = filled
     assert LAYOUT.from_text(text).tolist()  # a text token
     np.testing.assert_array_equal(rest, ids(" cat"))
@@ -177,7 +178,7 @@ def test_gaps_are_filled_in_order_and_kept_parts_stay(model):
     check_sentinels(np.array(prompt), LAYOUT)
     logprobs = jax.nn.log_softmax(last_logits(model, [prompt])[0][0])
     assert logprob < float(logprobs[LAYOUT.from_codes(image.codes[2:3])[0]])
-    whole = model._fill(["red", IMAGE_GAP], 6, sampling, 3)[0]
+    whole = model.engine.fill(["red", IMAGE_GAP], 6, sampling, 3)[0]
     assert whole[1].codes.shape == (GRID,)
 
 
@@ -225,7 +226,7 @@ def test_answers_of_texts_and_images(model):
 
 
 def test_guidance_without_sentinels_warns_once(model):
-    generator_module._warn_once.cache_clear()
+    engine_module._warn_once.cache_clear()
     never = CM3Leon(Loaded(CONFIG, model.graphdef, model.params, BPE, False))
     with pytest.warns(UserWarning, match="never saw an empty prompt"):
         never.draw_codes(["red"], OPTIONS)

@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 from magma_jax.config import ConfigError
+from magma_jax.convert.layouts import cm3leon as layout
 from magma_jax.data.documents.beside import BesideConfig, BesideDocuments, BesideRows, caption_rows, held_out_beside
 from magma_jax.data.documents.document import Image, Text
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig
+from magma_jax.data.documents.openmoji_edits import OpenmojiEditsConfig, open_openmoji_edits
 from magma_jax.data.documents.spans import SpanConfig
 from magma_jax.data.format.records import DataError
 from magma_jax.data.tokenizers.byte_level import train_bpe
@@ -26,6 +28,7 @@ from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.models.cm3leon import CM3LeonConfig, CM3LeonModel
 from magma_jax.models.references import Places, References, ReferencesConfig
 from magma_jax.nn.modules import abstract, merge, split
+from magma_jax.storage.model_folder import CheckpointError
 from magma_jax.training.run.config import RunConfig, completed
 from magma_jax.typing import IGNORED
 
@@ -228,7 +231,29 @@ def test_places_of_gaps_follow_the_grid():
     assert not found.captions.any()
 
 
-def test_misfits_are_refused():
+def test_beside_an_edit_stands_the_drawing_to_change():
+    config = OpenmojiEditsConfig(
+        beside=BESIDE,
+        length=60,
+        image_size=32,
+        vocabulary=VocabLayout(text=2048, image=64, sentinels=4),
+        image_tokens=4,
+    )
+    found = open_openmoji_edits(config)
+    edit = found.evaluation["test"][0]
+    (batch,) = found.validation_batches("test", 1, 1, range(1))
+    first = batch["references"][0, 0] - config.vocabulary.image_ids.start
+    answer = batch["tokens"][batch["places"] >= 0] - config.vocabulary.image_ids.start
+    assert first.tolist() == [4 * edit.source + i for i in range(4)]
+    assert answer.tolist() == [4 * edit.target + i for i in range(4)]
+    assert (batch["references"][0, 1] > 0).all()
+
+
+def test_misfits_are_refused(monkeypatch):
+    monkeypatch.setattr(layout, "open_folder", lambda folder: (CONFIG, {}))
+    with pytest.raises(CheckpointError, match=r"model\.references are additions of this library"):
+        layout.published("folder")
+
     def run(**changes):
         values = {"beside": BESIDE, "annotation": "x", "length": 60} | changes
         return RunConfig(model=CONFIG, data=OpenmojiDocumentsConfig(**values), loss=CM3LeonOptions())

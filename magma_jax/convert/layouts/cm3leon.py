@@ -67,7 +67,13 @@ def published(folder: str | Path) -> dict[str, Any]:
 
     The image tokenizer has a layout of its own and is left out.
     """
-    source, params = read_source(folder), open_folder(folder)[1]
+    config, params = open_folder(folder)
+    if config.references is not None:
+        raise CheckpointError(
+            f"{folder}: its model.references are additions of this library, which no published layout has; only a "
+            "model without them is converted"
+        )
+    source = read_source(folder)
     decoder = {path: tensor for path, tensor in params.items() if not path.startswith("image_tokenizer/")}
     module = to_theirs(cm3leon_table(source.get("layout", "opt")), decoder)
     return in_order(join(module) if source.get("joint") else module, source["keys"])
@@ -77,7 +83,8 @@ def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
     """Writes a model folder or a run as a PyTorch file.
 
     Raises:
-        FileExistsError: ``checkpoint`` already exists. CheckpointError: not such a folder.
+        FileExistsError: ``checkpoint`` already exists. CheckpointError: not such a folder, or a model with
+            ``references``.
     """
     absent(checkpoint)
     module, counters = published(folder), read_source(folder)["counters"]

@@ -9,19 +9,17 @@
 Calls change no state, so the same call gives the same answer.
 """
 
-import functools
-import itertools
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
 from magma_jax.data.images import ImageInput
-from magma_jax.families.cm3leon.decoding import Request, Result, run_requests
+from magma_jax.families.cm3leon.decoding import Result
+from magma_jax.families.cm3leon.engine import EXAMPLES, GAP, IMAGE_GAP, Engine, batched, sampling_of
 from magma_jax.families.cm3leon.image_codes import tokenizer_params
 from magma_jax.families.cm3leon.loading import Loaded, load_cm3leon
 from magma_jax.families.cm3leon.media import Hidden, Item, Media, Pair
@@ -29,34 +27,22 @@ from magma_jax.families.cm3leon.options import DrawOptions
 from magma_jax.families.cm3leon.prompts import (
     EDIT,
     Codes,
-    Gap,
-    Infilling,
     Missing,
-    Segment,
-    beside,
     check_sentinels,
     document_prefix,
-    drawing_streams,
-    edit_streams,
-    edit_streams_beside,
     lay_out_gaps,
 )
 from magma_jax.families.vqgan.generator import ImageTokenizer
 from magma_jax.inference.answers import Answer, AnswerOptions, Canvas, ImageOptions
-from magma_jax.inference.decoding.config import SEED_BITS, SamplingConfig
-from magma_jax.inference.decoding.streams import Combine, Place, StreamRules
+from magma_jax.inference.decoding.config import SamplingConfig
+from magma_jax.inference.decoding.streams import Combine, Place
 from magma_jax.inference.generator import Makes
 from magma_jax.inference.prompts import Prompt, check_prompt
 from magma_jax.runtime.compile import trim_after_compile
 from magma_jax.typing import Int
 
-T = TypeVar("T")
-
-# Gaps of ``infill``.
-GAP, IMAGE_GAP = Gap("text"), Gap("image")
-
-# Examples per batch.
-EXAMPLES = 8
+# What callers of ``infill`` need too.
+__all__ = ["GAP", "IMAGE_GAP", "CM3Leon", "Codes", "Hidden"]
 
 
 class CM3Leon:
@@ -65,13 +51,13 @@ class CM3Leon:
     def __init__(self, loaded: Loaded):
         trim_after_compile()
         self.config, self.graphdef, self.params, self.tokenizer = loaded[:4]
-        self._saw_sentinels = loaded.saw_sentinels
         self.image_tokens = self.config.image_tokens
         self.image_size = 0 if self.config.tokenizer is None else self.config.tokenizer.image_size
         self.images: ImageTokenizer | None = None
         if self.config.tokenizer is not None:
             self.images = ImageTokenizer(self.config.tokenizer, tokenizer_params(self.params))
         self.media = Media(self.config, self.tokenizer, self.images)
+        self.engine = Engine(loaded, self.media)
         self.makes: frozenset[Makes] = frozenset({"text", "image", "edit"} if self.images else {"text"})
 
     @classmethod
@@ -148,25 +134,10 @@ class CM3Leon:
         batch: int = EXAMPLES,
     ) -> list[str]:
         """Describes many images in batches, as ``caption``."""
-        requests = []
-        for image, pairs in zip(images, self._documents(documents, len(images)), strict=True):
-            ids, laid = self._with_gaps([GAP, Codes(self.media.codes(image))], pairs)
-            ids = np.append(ids, self.config.vocabulary.sentinel(0)).astype(np.int32)
-            requests.append(
-                self._request(
-                    [ids],
-                    pairs,
-                    laid.gaps,
-                    limit=max_new_tokens,
-                    end=self.config.vocabulary.eoss,
-                    place=Place.TEXT,
-                    texts=True,
-                    sampling=sampling,
-                    seed=seed,
-                )
-            )
+        found = self.engine.captioned(
+            images, documents, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, batch=batch
+        )
         layout = self.config.vocabulary
-        found = self._run(requests, "conditional", batch=batch)
         return [self.tokenizer.decode(layout.to_text(one.ids).tolist()) for one in found]
 
     def edit(
@@ -202,7 +173,9 @@ class CM3Leon:
             seed=seed,
             **options,
         )
-        return self.media.images_of(self._codes_of(self._edited([(image, instruction)], wanted, template)[0]))
+        return self.media.images_of(
+            self.engine.codes_of(self.engine.edited([(image, instruction)], wanted, template)[0])
+        )
 
     def infill(
         self,
@@ -225,7 +198,7 @@ class CM3Leon:
         Raises:
             ValueError: no gap, or no room in the context.
         """
-        return self.media.join(self._fill(parts, max_new_tokens, sampling, seed)[0])
+        return self.media.join(self.engine.fill(parts, max_new_tokens, sampling, seed)[0])
 
     def answers(
         self,
@@ -242,7 +215,7 @@ class CM3Leon:
         ``AnswerOptions``: the answer to one image is the end of the text before it, as in "Question: ... Answer:";
         anything else is continued, by images too if the model has a tokenizer and ``max_new_tokens`` leave room.
         """
-        for batch in _batched(prompts, EXAMPLES):
+        for batch in batched(prompts, EXAMPLES):
             checked = [check_prompt(prompt) for prompt in batch]
             if isinstance(options, ImageOptions):
                 yield from self._drawn(checked, options)
@@ -258,7 +231,7 @@ class CM3Leon:
         batch: int = EXAMPLES,
     ) -> list[Int[np.ndarray, "N T"]]:
         """Codes of the images of every text; ``documents`` are the retrieved pairs of each. As ``generate_image``."""
-        return [self._codes_of(found) for found in self._of_texts(texts, options, documents, batch)]
+        return [self.engine.codes_of(found) for found in self.engine.of_texts(texts, options, documents, batch)]
 
     def continue_ids(
         self,
@@ -274,8 +247,8 @@ class CM3Leon:
         """
         for prompt in prompts:
             check_sentinels(prompt, self.config.vocabulary)
-        made = [self._request([prompt], (), **one) for prompt, one in zip(prompts, requests, strict=True)]
-        return self._run(made, combine, **rules)
+        made = [self.engine.request([prompt], (), **one) for prompt, one in zip(prompts, requests, strict=True)]
+        return self.engine.run(made, combine, **rules)
 
     def canvases(self, prompt: Prompt, options: ImageOptions, *, previews: int = 0) -> Iterator[Canvas]:
         """The finished images of a prompt, as ``answers``; there are no unfinished ones to show."""
@@ -306,144 +279,7 @@ class CM3Leon:
 
         ``documents`` are further retrieved images of each, for a model with ``references``; the rest is as ``edit``.
         """
-        return [self._codes_of(found) for found in self._edited(edits, options, template, documents, batch)]
-
-    def _edited(
-        self,
-        edits: Sequence[tuple[Any, str]],
-        options: DrawOptions,
-        template: str = EDIT,
-        documents: Sequence[Sequence[Pair]] = (),
-        batch: int = EXAMPLES,
-    ) -> list[list[Result]]:
-        """The best results of every edit."""
-        media, config = self.media, self.config
-        sources = [Codes(media.codes(image)) for image, _ in edits]
-        words, texts = media.encode(template), [media.encode(instruction) for _, instruction in edits]
-        if config.references is None:
-            streams = [
-                edit_streams(words, source.codes, text, config.vocabulary, config.image_tokens)
-                for source, text in zip(sources, texts, strict=True)
-            ]
-            pairs = [[[], [], []]] * len(edits)
-            if any(documents):
-                raise ValueError("documents of an edit stand beside the sequence; this model has no references")
-        else:
-            more = self._documents(documents, len(edits))
-            shown = [[[words, source], *found] for source, found in zip(sources, more, strict=True)]
-            streams = [
-                edit_streams_beside(text, found, config.vocabulary, config.image_tokens)
-                for text, found in zip(texts, shown, strict=True)
-            ]
-            pairs = [[found, found, []] for found in shown]
-        if options.cd_k:
-            raise ValueError("an edit is guided by image and instruction; leave cd_k out")
-        if options.guidance == options.image_guidance == 1:
-            return self._draw([one[:1] for one in streams], options, "conditional", documents=pairs, batch=batch)
-        self._warn_unless_sentinels()
-        return self._draw(streams, options, "edit", documents=pairs, batch=batch)
-
-    def _of_texts(
-        self,
-        texts: Sequence[str],
-        options: DrawOptions,
-        documents: Sequence[Sequence[Pair]],
-        batch: int = EXAMPLES,
-    ) -> list[list[Result]]:
-        """The best results of every text."""
-        layout, size = self.config.vocabulary, self.config.image_tokens
-        pairs = self._documents(documents, len(texts))
-        by_side = self.config.references is not None
-        streams = [
-            drawing_streams(self.media.encode(text), found, layout, size, null=options.null, beside=by_side)
-            for text, found in zip(texts, pairs, strict=True)
-        ]
-        by_stream = [[found, found] for found in pairs]
-        if options.guidance == 1 and not options.cd_k:
-            return self._draw([pair[:1] for pair in streams], options, "conditional", documents=by_stream, batch=batch)
-        self._warn_unless_sentinels()
-        combine: Combine = "contrast" if options.cd_k else "guide"
-        return self._draw(streams, options, combine, documents=by_stream, batch=batch)
-
-    def _documents(self, documents: Sequence[Sequence[Pair]], count: int) -> list[list[list[Segment]]]:
-        """Segments of the documents of ``count`` prompts."""
-        pairs = [self.media.pairs(found) for found in documents] or [[]] * count
-        if len(pairs) != count:
-            raise ValueError(f"there are documents for {len(pairs)} prompts, but {count} prompts")
-        return pairs
-
-    def _with_gaps(
-        self, segments: Sequence[Segment], pairs: Sequence[Sequence[Segment]] = ()
-    ) -> tuple[Int[np.ndarray, " S"], Infilling]:
-        """Ids of a document with gaps behind retrieved ones, and the document alone."""
-        layout, size = self.config.vocabulary, self.config.image_tokens
-        laid = lay_out_gaps(segments, layout, size)
-        prefix = document_prefix(pairs, layout, size, beside=self.config.references is not None)
-        return np.concatenate([prefix, laid.ids[1:]]).astype(np.int32), laid
-
-    def _request(
-        self,
-        streams: Sequence[Int[np.ndarray, " S"]],
-        pairs: Sequence[Sequence[Segment]] | Sequence[Sequence[Sequence[Segment]]],
-        gaps: Sequence[Missing] = (),
-        *,
-        each: bool = False,
-        **fields: Any,
-    ) -> Request:
-        """A request with what stands beside its streams; ``pairs`` are those of ``each`` of them, or of all."""
-        by_stream: Any = pairs if each else [pairs] * len(streams)
-        found = [
-            beside(ids, one, self.config, self.tokenizer.decode, gaps)
-            for ids, one in zip(streams, by_stream[: len(streams)], strict=True)
-        ]
-        return Request(streams=tuple(streams), given=tuple(one for one in found if one is not None), **fields)
-
-    def _draw(
-        self,
-        streams: Sequence[tuple[np.ndarray, ...]],
-        options: DrawOptions,
-        combine: Combine,
-        *,
-        documents: Sequence[Sequence[Sequence[Sequence[Segment]]]] = (),
-        batch: int = EXAMPLES,
-    ) -> list[list[Result]]:
-        """``options.n`` images of every prompt, each the likeliest of its candidates.
-
-        ``documents`` are those of each of its streams; none for no documents.
-        """
-        size, each = self.config.image_tokens, options.n * options.candidates
-        sampling = _sampling(options)
-        requests = [
-            self._request(
-                prompt,
-                found,
-                each=True,
-                limit=size,
-                end=self.config.vocabulary.eos,
-                place=Place.IMAGE,
-                left=size,
-                seed=options.seed + i,
-                sampling=sampling,
-                weight=options.guidance,
-                image_weight=options.image_guidance,
-                interval=options.interval,
-            )
-            for prompt, found in zip(streams, documents or [[[]] * len(one) for one in streams], strict=True)
-            for i in range(each)
-        ]
-        found = self._run(
-            requests,
-            combine,
-            k=max(options.cd_k, 1),
-            alpha=options.cd_alpha,
-            batch=batch,
-            amateur_temperature=options.amateur_temperature,
-        )
-        best = [max(group, key=lambda result: result.logprob) for group in _batched(found, options.candidates)]
-        return list(_batched(best, options.n))
-
-    def _codes_of(self, results: Sequence[Result]) -> Int[np.ndarray, "N T"]:
-        return np.stack([self.config.vocabulary.to_codes(result.ids) for result in results])
+        return [self.engine.codes_of(found) for found in self.engine.edited(edits, options, template, documents, batch)]
 
     def _drawn(self, prompts: Sequence[list[Any]], options: ImageOptions) -> list[list[Answer]]:
         if options.steps is not None:
@@ -462,16 +298,21 @@ class CM3Leon:
         edits = [i for i, found in enumerate(images) if found]
         results: dict[int, list[Result]] = {}
         if plain:
-            results |= dict(zip(plain, self._of_texts([texts[i] for i in plain], wanted, ()), strict=True))
+            results |= dict(zip(plain, self.engine.of_texts([texts[i] for i in plain], wanted, ()), strict=True))
         if edits:
-            results |= dict(zip(edits, self._edited([(images[i][0], texts[i]) for i in edits], wanted), strict=True))
-        return [
-            [
-                Answer(parts=(image,), tokens=(), logprob=result.logprob, finish="stop")
-                for image, result in zip(self.media.images_of(self._codes_of(results[i])), results[i], strict=True)
-            ]
-            for i in range(len(prompts))
-        ]
+            results |= dict(
+                zip(edits, self.engine.edited([(images[i][0], texts[i]) for i in edits], wanted), strict=True)
+            )
+        answers = []
+        for i in range(len(prompts)):
+            drawn = self.media.images_of(self.engine.codes_of(results[i]))
+            answers.append(
+                [
+                    Answer(parts=(image,), tokens=(), logprob=result.logprob, finish="stop")
+                    for image, result in zip(drawn, results[i], strict=True)
+                ]
+            )
+        return answers
 
     def _completed(self, prompt: list[Any], options: DrawOptions) -> list[Answer]:
         if options.mask is None or not any(not isinstance(item, str) for item in prompt):
@@ -482,7 +323,7 @@ class CM3Leon:
         parts = sorted(parts, key=lambda part: not isinstance(part, str))  # the text comes first, as in training
         answers = []
         for i in range(options.n):
-            filled, logprob = self._fill(parts, 0, _sampling(options), options.seed + i)
+            filled, logprob = self.engine.fill(parts, 0, sampling_of(options), options.seed + i)
             images = tuple(part for part in self.media.join(filled) if not isinstance(part, str))
             answers.append(Answer(parts=images, tokens=(), logprob=logprob, finish="stop"))
         return answers
@@ -514,7 +355,7 @@ class CM3Leon:
                 ids = np.array(prefix[:-1] if goes_on else prefix, np.int32)
                 end, place, more = layout.eos, Place.TEXT if goes_on else Place.BEGIN, self.images is not None
             requests += [
-                self._request(
+                self.engine.request(
                     [ids],
                     (),
                     gaps,
@@ -528,52 +369,8 @@ class CM3Leon:
                 )
                 for i in range(options.n)
             ]
-        answers = [self._answer(result) for result in self._run(requests, "conditional")]
-        return list(_batched(answers, options.n))
-
-    def _fill(
-        self, parts: Sequence[Item], max_new_tokens: int, sampling: SamplingConfig, seed: int
-    ) -> tuple[list[Segment], float]:
-        """The segments of a document with its gaps filled in, and the log-probability of these."""
-        layout, size = self.config.vocabulary, self.config.image_tokens
-        segments = self.media.segments(parts)
-        laid: Infilling = lay_out_gaps(segments, layout, size)
-        ids, total = laid.ids, 0.0
-        codes = {i: part.codes.copy() for i, part in enumerate(segments) if isinstance(part, Codes)}
-        filled = list(segments)
-        for number, gap in enumerate(laid.gaps):
-            ids = np.append(ids, layout.sentinel(number)).astype(np.int32)
-            request = self._request(
-                [ids],
-                (),
-                laid.gaps,
-                limit=gap.count or max_new_tokens,
-                end=layout.eoss,
-                place=Place.TEXT if gap.kind == "text" else Place.IMAGE,
-                left=gap.count or 0,
-                texts=gap.kind == "text",
-                seed=_seed_of_gap(seed, number),
-                sampling=sampling,
-            )
-            result = self._run([request], "conditional")[0]
-            total += result.logprob
-            if gap.kind == "text":
-                filled[gap.segment] = layout.to_text(result.ids)
-            else:
-                image = codes.setdefault(gap.segment, np.zeros(size, np.int32))
-                image[gap.places.start : gap.places.stop] = layout.to_codes(result.ids)
-                filled[gap.segment] = Codes(image)
-            ids = np.concatenate([ids, result.ids, [layout.eoss]]).astype(np.int32)
-        return filled, total
-
-    def _run(
-        self, requests: Sequence[Request], combine: Combine, *, batch: int = EXAMPLES, **rules: Any
-    ) -> list[Result]:
-        static = StreamRules(self.config.vocabulary, self.config.image_tokens, combine, **rules)
-        found: list[Result] = []
-        for part in _batched(requests, batch):
-            found += run_requests(self.graphdef, self.params, part, static, self.config.context_length)
-        return found
+        answers = [self._answer(result) for result in self.engine.run(requests, "conditional")]
+        return list(batched(answers, options.n))
 
     def _answer(self, result: Result) -> Answer:
         parts = self.media.join(self.media.split(result.ids))
@@ -581,37 +378,6 @@ class CM3Leon:
         finish = "stop" if result.ended else "length"
         return Answer(parts=tuple(parts), tokens=words, logprob=result.logprob, finish=finish)
 
-    def _warn_unless_sentinels(self) -> None:
-        if not self._saw_sentinels:
-            _warn_once(
-                "this model was trained left to right and never saw an empty prompt, so guidance has nothing to "
-                "compare with; use guidance 1, or train it with data.spans"
-            )
-
-
-def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of up to ``size`` items, consumed lazily."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
-
-
-def _seed_of_gap(seed: int, number: int) -> int:
-    """A seed for every gap of a document, which of the first one is the document's."""
-    return seed if number == 0 else int(np.random.SeedSequence((seed % 2**SEED_BITS, number)).generate_state(1)[0])
-
 
 def _texts(prompt: Sequence[Any]) -> str:
     return "".join(item for item in prompt if isinstance(item, str))
-
-
-def _sampling(options: ImageOptions) -> SamplingConfig:
-    first, last = options.temperature or (1.0, 1.0)
-    if first != last:
-        raise ValueError("temperature: a cm3leon model draws with one temperature; give the same value twice")
-    return SamplingConfig(temperature=first, top_p=options.top_p)
