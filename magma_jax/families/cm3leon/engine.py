@@ -258,6 +258,7 @@ class Engine:
     def run(
         self, requests: Sequence[Request], combine: Combine, *, batch: int = EXAMPLES, **rules: Any
     ) -> list[Result]:
+        """Results of requests, in batches; ``rules`` are fields of ``StreamRules``."""
         static = StreamRules(self.config.vocabulary, self.config.image_tokens, combine, **rules)
         found: list[Result] = []
         for part in batched(requests, batch):
