@@ -55,4 +55,5 @@ MAGVLT = Family(
     decode_program=drawing_step,
     panel=Panel,
     decodes="steps of an image",
+    token_generator=False,
 )
