@@ -118,7 +118,9 @@ class ReferenceLayers(nnx.Module):
                 self.token(self.words(given.captions, table.dtype) + self.order.weight[...].astype(table.dtype))
             )
             pooled = jnp.where(known, words, 0).sum(2)
-            vector = sum(layer(pooled[:, number]) for number, layer in enumerate(self.caption))
+            vector = jnp.zeros(pooled[:, 0].shape, table.dtype)
+            for number, layer in enumerate(self.caption):
+                vector += layer(pooled[:, number])
             own = given.captions[:, 0]
             for number, layer in enumerate(self.agreement, 1):
                 vector += layer(((own == given.captions[:, number]) & (own > 0)).astype(table.dtype))

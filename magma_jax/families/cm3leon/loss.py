@@ -80,8 +80,8 @@ def cm3leon_loss(model: CM3LeonModel, batch: Batch, key: PRNGKey | None, *, opti
             _part(table[codes.start : codes.stop], hidden[:, :size], labels[:, :size], codes.start),
             _part(table[: codes.start], hidden[:, size:], labels[:, size:], 0),
         ]
-        weights = 1.0, options.text_weight
-        loss, count, predicted = (sum(w * part[i] for w, part in zip(weights, parts, strict=True)) for i in range(3))
+        weight = options.text_weight
+        loss, count, predicted = (parts[0][i] + weight * parts[1][i] for i in range(3))
         losses = jnp.concatenate([part[3] for part in parts], axis=1)
     else:
         loss, count, predicted, losses = cross_entropy_of_each(model.logits, hidden, labels)
