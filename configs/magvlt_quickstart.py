@@ -1,7 +1,7 @@
 """MAGVLT's quick start: it learns to draw and to describe OpenMoji's drawings, in minutes on a CPU.
 
 python train.py --config configs/magvlt_quickstart.py
-python -m magma_jax.generate --checkpoint runs/magvlt_quickstart --make image --prompt "a woman firefighter" --output out.png
+python -m magma_jax.generate --checkpoint runs/magvlt_quickstart --make image --prompt "a woman cook" --output out.png
 """
 
 from ml_collections import ConfigDict
