@@ -1,7 +1,7 @@
 """MAGVLT's quick start: it learns to draw and to describe OpenMoji's drawings, in minutes on a CPU.
 
 python train.py --config configs/magvlt_quickstart.py
-python -m magma_jax.generate --checkpoint runs/magvlt_quickstart --make image "a red apple" --output out.png
+python -m magma_jax.generate --checkpoint runs/magvlt_quickstart --make image --prompt "a woman cook" --output out.png
 """
 
 from ml_collections import ConfigDict
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
                 },
             },
             # The quick starts' 2,048 tokens make the head much cheaper than CLIP's 49,408 would.
-            "data": {"kind": "openmoji_pairs", "tokenizer": "quickstart", "weights": (0.85, 0.15)},
+            "data": {"kind": "openmoji_pairs", "tokenizer": "quickstart", "weights": (0.95, 0.05)},
             # Helper losses cost a pass each; captions are left out at times, so that guidance works.
             "loss": {
                 "task_weights": (14.0, 5.0, 1.0),
@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
             "ema": {"decay": 0.998},
             # Part of the package, made by configs/vqgan_quickstart.py.
             "weights": {"image_tokenizer": "quickstart_vqgan"},
-            "steps": 9000,
+            "steps": 7000,
             "batch_size": 8,
             "log_every": 100,
             "checkpoint_every": 1000,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax.config import to_dict
 from magma_jax.convert.__main__ import main as convert
 from magma_jax.families import family_of_checkpoint, open_generator
 from magma_jax.families.magvlt import MAGVLT
@@ -14,6 +15,7 @@ from magma_jax.models.magvlt.model import MagvltModel
 from magma_jax.nn.modules import abstract
 from magma_jax.published.keymap.engine import to_theirs
 from magma_jax.published.open_magvlt import magvlt_table
+from magma_jax.storage.model_folder import write_model_folder
 from magma_jax.storage.torch.reader import open_torch_file, state_dict
 from magma_jax.storage.torch.writer import write_torch_file
 from tests.families.magvlt_tiny import TOKENIZER
@@ -98,3 +100,19 @@ def test_refused(folder, golden_checkpoint, tmp_path, capsys):
         str(tmp_path / "bare.ckpt"), out, "--model-config", str(settings)
     )
     assert "90 rows, which is not 49408 text tokens" in refused(str(tmp_path / "bare.ckpt"), out)
+
+
+def test_the_published_layout_refuses_what_is_not_the_originals(tmp_path, capsys):
+    sizes = {"layers": 1, "width": 32, "heads": 1, "image_rows": 8, "text_rows": 8, "text_positions": 4}
+    for changes, said in (
+        ({"image_patch": 2}, "every code has a position, but in the model 4 codes share one"),
+        ({"caption_vector": True}, "the published layout has no caption vector"),
+    ):
+        config = MagvltConfig(image_positions=16, **sizes, **changes)
+        folder = tmp_path / next(iter(changes))
+        shapes = abstract(lambda config=config: MagvltModel(config, rngs=nnx.Rngs(0)))[1]
+        params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}
+        write_model_folder(folder, {"model": to_dict(config)}, params)
+        assert convert(["to-torch", str(folder), str(tmp_path / "back.ckpt")]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "back.ckpt").exists()
