@@ -92,7 +92,7 @@ def complete(config: RunConfig) -> RunConfig:
 def batch_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Shapes and dtypes of a batch: blocks of the length that the model reads, and one more token, the last label."""
     rows = (program.config.batch_size, program.config.data.length + 1)
-    found: dict[str, tuple[tuple[int, ...], Any]] = {name: (rows, jnp.int32) for name in ("tokens", "labels")}
+    found: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(("tokens", "labels"), (rows, jnp.int32))
     references = program.config.model.references
     if references is not None:
         batch, images = program.config.batch_size, references.images
