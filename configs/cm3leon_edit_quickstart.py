@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         {
             "kind": "openmoji_edits",
-            "length": 288,
+            "length": 320,
             "spans": {"mean": 0.1, "rotation": 1.0},
             "beside": {"images": 2, "weights": (1.0, 0.0)},
         }

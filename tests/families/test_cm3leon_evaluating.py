@@ -121,6 +121,7 @@ def test_figures_and_page(data, tmp_path):
     assert found.figures["perplexity"]["retrieved"] == found.figures["perplexity"]["oracle"]
     assert found.figures["edit"]["all"]["n"] == 4
     assert len(found.said) == 4
+    assert found.figures["retrieval"]["by text"] == {"first": 100.0, "any": 100.0}
     assert "documents by metadata" in table(found.figures)
 
     protocol = {"checkpoint_step": 3, "training_seed": 0, "split": "test", "settings": {"guidance": 2.0}}

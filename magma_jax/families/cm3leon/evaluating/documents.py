@@ -39,6 +39,15 @@ def shown_rows(
     return [one[:count].tolist() for one in found]
 
 
+def same_name(records: Sequence[Drawing], rows: Sequence[int], shown: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Percent of drawings whose first document, or any of whose documents, has their name in other tones."""
+    right = [[records[one].base == records[row].base for one in found] for row, found in zip(rows, shown, strict=True)]
+    return {
+        "first": 100 * float(np.mean([one[:1] == [True] for one in right])),
+        "any": 100 * float(np.mean([any(one) for one in right])),
+    }
+
+
 def _oracle(record: Drawing, training: Sequence[Drawing], count: int) -> list[int]:
     """Drawings of the same name, of which the first ones have the left and the right tone between them."""
     others = [one for one in training if one.base == record.base and one is not record]

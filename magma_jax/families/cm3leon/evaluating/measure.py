@@ -16,7 +16,7 @@ from magma_jax.data.documents.openmoji_edits import Edit, examples
 from magma_jax.data.openmoji.drawings import Drawing
 from magma_jax.evaluation.drawings import DrawingJudge, Verdict
 from magma_jax.evaluation.tasks.examples import spaced
-from magma_jax.families.cm3leon.evaluating.documents import shown_rows
+from magma_jax.families.cm3leon.evaluating.documents import same_name, shown_rows
 from magma_jax.families.cm3leon.evaluating.perplexity import image_perplexity
 from magma_jax.families.cm3leon.evaluating.settings import SHOWN, EvaluationSettings
 from magma_jax.families.cm3leon.generator import CM3Leon
@@ -81,11 +81,16 @@ def measure(model: CM3Leon, material: Material, settings: EvaluationSettings) ->
     code = _Coder(model, material.images)
     drawn: dict[str, Any] = {}
     found: dict[str, Any] = {"verdict": None, "shown": [], "said": []}
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"documents": material.documents}
     if len(material.rows):
         figures["drawing"], drawn, found["verdict"], found["shown"] = _draw(model, material, settings, code)
         figures["perplexity"] = _perplexity(model, material, settings, code)
         figures["text"], found["said"] = _describe(model, material, settings, code)
+        if material.annotation and material.by_image:
+            shown = {"by text": found["shown"], "by image": _shown("retrieved", material, settings, by_image=True)}
+            figures["retrieval"] = {
+                name: same_name(material.records, material.rows, one) for name, one in shown.items()
+            }
     edits = [material.edits[i] for i in spaced(len(material.edits), settings.edits)]
     edited, changed = material.images[:0], []
     if edits:

@@ -66,6 +66,12 @@ def rows_of(figures: Mapping[str, Any]) -> dict[str, list[list[str]]]:
             ["perplexity of image codes", *(CONDITIONS[name] for name in perplexity)],
             ["held-out drawings", *(f"{value:.3f}" for value in perplexity.values())],
         ]
+        if "retrieval" in figures:
+            rows = [["retrieved, % of the same name", "the first", f"any of {figures['documents']}"]]
+            rows += [
+                [name, *(_cell(value) for value in found.values())] for name, found in figures["retrieval"].items()
+            ]
+            tables["retrieval"] = rows
         text = figures["text"]
         names = [name for name in TEXTS if name in text]
         tables["text"] = [
@@ -100,7 +106,7 @@ def write_page(
         charts=training_charts(metrics_file),
         cards="\n".join(_cards(found, material)),
         attribution=OPENMOJI,
-        **{name: tables.get(name, "") for name in ("drawing", "perplexity", "text", "edit")},
+        **{name: tables.get(name, "") for name in ("drawing", "retrieval", "perplexity", "text", "edit")},
     )
     replace_file(path, page.encode())
 
