@@ -1,72 +1,8 @@
-"""Evaluates a run of train.py on a held-out split, or any checkpoint on a task.
+"""Evaluates a run of train.py, or any checkpoint on a task. See ``magma_jax/cli/evaluate.py``."""
 
-    python eval.py
-    python eval.py --workdir runs/quickstart --split validation --limit 50
-    python eval.py --workdir runs/quickstart --task own_questions own_captions --shots 0 1 2 4
-    python eval.py --checkpoint models/magma_long --task vqav2 --data data/vqa_val --shot-data data/vqa_train
-    python eval.py --compare runs/a runs/b
-    python eval.py --workdir runs/quickstart --perplexity text.txt
-
-Without --task it prints the table and writes results.json, predictions.jsonl and report.html into the run folder;
-a split other than test, or a limit, is part of their names. docs/evaluation.md describes tasks and their files.
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from magma_jax import commands
-from magma_jax.evaluation.arguments import add_other_options, add_task_options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Reads the command line and evaluates; returns the exit status, see ``commands``."""
-    parser = commands.ArgumentParser(
-        prog="eval.py",
-        description="Evaluates a run that train.py made, or any checkpoint on a task.",
-        epilog="docs/evaluation.md describes tasks, protocols and files.",
-    )
-    parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    parser.add_argument("--split", default="test", help="default: %(default)s")
-    parser.add_argument("--limit", type=int, help="maximum number of captions and of questions; default: all")
-    parser.add_argument("--overview", type=Path, metavar="PNG", help="also draw twelve images with their texts")
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        help="use the moving averages of a run's weights, or the weights; default: as the run was validated",
-    )
-    add_task_options(parser)
-    add_other_options(parser)
-    arguments = parser.parse_args(argv)
-    if arguments.checkpoint and not (arguments.task or arguments.perplexity):
-        parser.error("--checkpoint is asked a --task or for its --perplexity; a run's own split is that of --workdir")
-    return commands.run("eval.py", lambda: _evaluate(arguments))
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    # Imported here: JAX takes seconds to import, and --help does not need it.
-    from magma_jax.evaluation.command import run_comparison, run_perplexity, run_tasks
-    from magma_jax.families import evaluate_run, open_token_generator
-    from magma_jax.runtime.distributed import distributed_run
-
-    if arguments.task:
-        with distributed_run(arguments.distributed):
-            run_tasks(open_token_generator, arguments)
-    elif arguments.compare:
-        run_comparison(arguments)
-    elif arguments.perplexity:
-        run_perplexity(open_token_generator, arguments)
-    else:
-        evaluate_run(
-            arguments.workdir,
-            arguments.split,
-            arguments.limit,
-            overview=arguments.overview,
-            settings=arguments.set,
-            ema=arguments.ema,
-        )
-
+from magma_jax.cli.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main())

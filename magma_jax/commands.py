@@ -6,9 +6,10 @@ which the same command continues. A bug gives a traceback.
 """
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from magma_jax.output import FailedError, error_line, printable
 
@@ -20,8 +21,27 @@ FOUND, UNUSABLE, INTERRUPTED, STOPPED = 1, 2, 130, 143
 ERRORS = (ValueError, OSError, MemoryError, FloatingPointError, FailedError)
 
 
+# The command as its user wrote it, if not by the module's own name.
+_called: str | None = None
+
+
+@contextlib.contextmanager
+def called(name: str) -> Iterator[None]:
+    """Usage texts and errors speak of the command by this name."""
+    global _called
+    before, _called = _called, name
+    try:
+        yield
+    finally:
+        _called = before
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Argument parser with one-line errors."""
+
+    def __init__(self, prog: str | None = None, **options: Any):
+        # Subcommands get the name of their parent, which is right already.
+        super().__init__(prog=prog if _called is None or (prog or "").startswith(_called) else _called, **options)
 
     def error(self, message: str) -> NoReturn:
         name = self.prog.removeprefix("python -m ")
@@ -36,6 +56,7 @@ def run(name: str, work: Callable[[], int | None], *, resumable: bool = False) -
         work: body of the command; ``ERRORS`` that it raises are reported in one line.
         resumable: whether rerunning the same command continues after an interruption.
     """
+    name = _called or name
     try:
         return work() or 0
     except ERRORS as error:

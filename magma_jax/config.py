@@ -114,6 +114,7 @@ def check_dtype(name: str, dtype: str, others: Sequence[str] = ()) -> None:
 def load_config_file(path: str | Path) -> ml_collections.ConfigDict:
     """Executes a config file and returns the result of its ``get_config()``.
 
+    A name without a folder and ending, such as ``quickstart``, is that of a config that ships with the package.
     ``FILE.py:NAME`` gives ``get_config("NAME")``: one file may describe several runs. Without a NAME the function's
     default applies, if it has one.
 
@@ -122,7 +123,7 @@ def load_config_file(path: str | Path) -> ml_collections.ConfigDict:
     """
     file, name = _split_name(path)
     if not file.is_file():
-        raise ConfigError(f"{path}: no such config file; see configs/ for those that ship")
+        raise ConfigError(f"{path}: no such config file; these are known by name: {', '.join(config_names())}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path}: not a Python file; a config is a .py file with a function get_config()")
@@ -150,9 +151,24 @@ def config_name(path: str | Path) -> str:
     return file.stem if name is None else f"{file.stem}-{name}"
 
 
+def configs_folder() -> Path:
+    """The folder of the configs that ship: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def config_names() -> list[str]:
+    """Names of the configs that ship."""
+    return sorted(file.stem for file in configs_folder().glob("*.py"))
+
+
 def _split_name(path: str | Path) -> tuple[Path, str | None]:
-    head, colon, name = str(path).rpartition(".py:")
-    return (Path(head + ".py"), name) if colon else (Path(path), None)
+    """The file of a config and the name of one of its runs."""
+    head, colon, name = str(path).rpartition(":")
+    file, run = (Path(head), name) if colon and (head.endswith(".py") or "/" not in head) else (Path(path), None)
+    if not file.suffix and file.parent == Path() and not file.exists():
+        file = configs_folder() / f"{file}.py"
+    return file, run
 
 
 def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:

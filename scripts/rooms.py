@@ -25,6 +25,7 @@ LAYERS = (
     ("evaluation", "retrieval"),
     ("families",),
     ("convert", "plan", "serve", "generate"),
+    ("cli",),
 )
 
 
@@ -61,7 +62,7 @@ def layer(module: str) -> int:
     _, _, inner = module.partition(".")
     if not inner:
         return len(LAYERS)
-    if inner.endswith(".__main__"):  # a command
+    if inner.endswith("__main__"):  # a command
         return len(LAYERS) - 1
     room = inner.split(".")[0]
     for number, rooms in enumerate(LAYERS):

@@ -1,7 +1,10 @@
 """Every command: bad input is one line and status 2, an interruption 130, and --help needs no JAX."""
 
 import importlib
+import importlib.util
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import magma_jax
 from magma_jax import commands
+from magma_jax.__main__ import COMMANDS
+from magma_jax.__main__ import main as magma_jax_main
 from magma_jax.inference.pending import EngineError
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +88,7 @@ def test_an_unknown_option_is_one_line_and_status_2(command, capsys):
 def test_no_command_is_left_out():
     modules = sorted(ROOT.glob("magma_jax/**/__main__.py"))
     named = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in modules} | {"train", "eval"}
-    assert named == UNUSABLE.keys()
+    assert named == UNUSABLE.keys() | {"magma_jax.__main__"}  # which holds the others, see below
 
 
 def test_help_needs_no_jax():
@@ -139,3 +145,48 @@ def test_a_run_that_a_signal_stopped_is_not_complete(monkeypatch, tmp_path):
     monkeypatch.setattr("magma_jax.training.loop.train", lambda *arguments, **options: run)
     train = importlib.import_module("train")
     assert train.main(["--workdir", str(tmp_path)]) == commands.STOPPED == 128 + signal.SIGTERM
+
+
+def test_all_commands_have_one_name(capsys):
+    assert set(COMMANDS) >= {"train", "eval", "generate", "serve", "convert", "data", "plan", "retrieval"}
+    for module, _ in COMMANDS.values():
+        assert importlib.util.find_spec(module)
+    assert magma_jax_main([]) == 0
+    assert "magma-jax COMMAND --help" in capsys.readouterr().out
+    assert magma_jax_main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{magma_jax.__version__}\n"
+    assert magma_jax_main(["trian"]) == 2
+    assert capsys.readouterr().err.startswith("magma-jax: no command 'trian'; there are train, eval, generate")
+
+
+@pytest.mark.parametrize("words", [["train", "--config", "no.py"], ["eval", "--workdir", "no"], ["data", "show", "no"]])
+def test_errors_and_usage_name_the_command_as_it_was_called(words, capsys):
+    assert magma_jax_main(words) == 2
+    assert capsys.readouterr().err.startswith(f"magma-jax {words[0]}: ")
+    for more in ([], words[1:2] if words[0] == "data" else []):
+        with pytest.raises(SystemExit):
+            magma_jax_main([words[0], *more, "--help"])
+        assert capsys.readouterr().out.startswith(" ".join(["usage: magma-jax", words[0], *more]))
+    with pytest.raises(SystemExit):
+        magma_jax_main([words[0], "--no-such-option"])
+    assert capsys.readouterr().err.startswith(f"magma-jax {words[0]}: ")
+
+
+# Builds in a fresh environment, which pip fills from the package index.
+@pytest.mark.slow
+def test_an_installed_package_knows_its_configs(tmp_path):
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    for name in ("configs", "magma_jax"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "requirements.txt"):
+        shutil.copy(ROOT / name, source / name)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", "-q", "-t", installed, source], check=True)
+    command = ["from magma_jax.__main__ import main; main(['train', '--config', 'magma_v2', '--show'])"]
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, "-c", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "model.lm" in done.stdout
+    names = {path.name for path in (installed / "magma_jax/configs").iterdir() if path.is_file()}
+    assert names == {path.name for path in (ROOT / "configs").iterdir() if path.is_file()}
+    assert (installed / "bin/magma-jax").exists()

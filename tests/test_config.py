@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from magma_jax.config import ConfigError, apply_overrides, from_dict, load_config_file, settings
+from magma_jax.config import ConfigError, apply_overrides, config_name, from_dict, load_config_file, settings
 from magma_jax.families import run_config
 from magma_jax.models.magma import MagmaConfig
 
@@ -90,3 +90,15 @@ def test_a_run_is_chosen_by_name_or_is_the_default(tmp_path):
     file.write_text(f"def get_config(name):\n    '''runs: a, b'''\n{body}")
     with pytest.raises(ConfigError, match=r"describes several runs; choose one: .*:NAME, runs: a, b"):
         load_config_file(file)
+
+
+def test_a_config_that_ships_is_known_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config_file("magma_v2").batch_size == 256
+    assert config_name("magma_v2") == "magma_v2"
+    assert config_name("paper_table1:frozen") == "paper_table1-frozen"
+    with pytest.raises(ConfigError, match="magma_v9: no such config file; these are known by name: cm3leon_350m"):
+        load_config_file("magma_v9")
+    (tmp_path / "magma_v2").write_text("mine")  # a file of that name comes first
+    with pytest.raises(ConfigError, match=r"not a Python file; a config is a \.py file"):
+        load_config_file("magma_v2")

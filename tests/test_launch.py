@@ -63,7 +63,7 @@ def test_commands_name_configs_and_settings_that_exist(page):
 
 def options(program: str) -> set[str]:
     """The options that a program knows, as its source names them."""
-    path = "train.py" if program == "train" else program.replace(".", "/") + "/__main__.py"
+    path = "magma_jax/cli/train.py" if program == "train" else program.replace(".", "/") + "/__main__.py"
     return set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', (ROOT / path).read_text()))
 
 

@@ -61,6 +61,7 @@ OF_FAMILIES = ("families", "models", "published", "convert")
 # Elsewhere, each with its reason.
 NAMED = {
     "magma_jax": "the public names",
+    "magma_jax.__main__": "the name of the command",
     "magma_jax.data.readers": "the format of the original's datasets",
     "magma_jax.data.readers.folders": "the format of the original's datasets",
     "magma_jax.serve.command": "what a model without a name is called, part of the interface over the wire",
