@@ -20,7 +20,7 @@ from magma_jax.evaluation.drawings import DrawingJudge
 from magma_jax.evaluation.features import efficientnet_features
 from magma_jax.evaluation.tables import text_table
 from magma_jax.evaluation.tasks.examples import spaced
-from magma_jax.families.magvlt.evaluating.settings import EvaluationSettings, describe, draw
+from magma_jax.families.magvlt.evaluating.settings import describe, draw, read_settings
 from magma_jax.families.magvlt.generator import Magvlt
 from magma_jax.storage.model_folder import read_model_json
 from magma_jax.training.checkpoints.checkpoint import CHECKPOINTS
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--limit", type=int, default=100, help="held-out drawings; default: %(default)s")
     parser.add_argument("--steps", type=int, nargs="*", help="checkpoints; default: all")
-    parser.add_argument("--guidance", type=float, default=EvaluationSettings.guidance)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the sampler")
     parser.add_argument("--output", type=Path, default=Path("curve.png"), help="default: %(default)s")
     arguments = parser.parse_args()
     dataset = load_dataset(read_stored_config(read_model_json(arguments.workdir)["run"]["data"]))
@@ -87,9 +87,9 @@ def main() -> None:
     judge = DrawingJudge(dataset.records, images, efficientnet_features)
     lines, _ = read_lines(arguments.workdir / "metrics.jsonl")
     seconds = {line["step"]: line["seconds"] for line in lines if "seconds" in line}
-    settings = EvaluationSettings(guidance=arguments.guidance)
+    settings = read_settings(arguments.set)
     kept = sorted(int(folder.name) for folder in (arguments.workdir / CHECKPOINTS).iterdir() if folder.name.isdigit())
-    points = []
+    points: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as temporary:
         for step in arguments.steps or kept:
             model = Magvlt.from_checkpoint(at_step(arguments.workdir, step, Path(temporary) / str(step)))
@@ -103,6 +103,7 @@ def main() -> None:
             point = {"step": step, "minutes": seconds[nearest] / 60} | {name: 100 * shares[name] for name in NAMES}
             points.append(point)
             print(json.dumps({name: round(value, 1) for name, value in point.items()}), flush=True)
+    points.sort(key=lambda point: point["step"])
     print(text_table([list(points[0]), *([f"{value:.1f}" for value in point.values()] for point in points)]))
     chart(points).save(arguments.output)
 

@@ -24,5 +24,6 @@ def get_config() -> ConfigDict:
         }
     )
     config.optim.update({"learning_rate": 1.5e-3, "warmup_steps": 20})
-    config.steps = 500
+    config.steps = 250
+    config.validation.every = 0
     return config

@@ -197,7 +197,9 @@ def _edit(
 ) -> tuple[dict[str, Any], UInt8[np.ndarray, "E H W 3"], list[bool]]:
     sources, targets = code.codes([one.source for one in edits]), code.codes([one.target for one in edits])
     asked = [(Codes(codes), one.instruction) for codes, one in zip(sources, edits, strict=True)]
-    other = [(image, edits[(i + 1) % len(edits)].instruction) for i, (image, _) in enumerate(asked)]
+    instructions = sorted({instruction for _, instruction in asked})
+    following = dict(zip(instructions, [*instructions[1:], *instructions[:1]], strict=True))
+    other = [(image, following[instruction]) for image, instruction in asked]
     found = [[] if one is None else [one] for one in examples(material.records, edits)]
     shown = code.documents(material.records, found if model.config.references else [[] for _ in edits])
     runs = {"model": (asked, shown), "other_instruction": (other, shown)}

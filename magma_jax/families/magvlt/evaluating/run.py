@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
+from magma_jax.config import ConfigError, to_dict
 from magma_jax.data.datasets import load_dataset, read_stored_config
 from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig
 from magma_jax.evaluation.drawings import DrawingJudge
@@ -17,7 +16,7 @@ from magma_jax.evaluation.results.names import file_stem
 from magma_jax.evaluation.tasks.examples import spaced
 from magma_jax.families.magvlt.evaluating.measure import Measured, measure
 from magma_jax.families.magvlt.evaluating.page import table, write_page
-from magma_jax.families.magvlt.evaluating.settings import EvaluationSettings
+from magma_jax.families.magvlt.evaluating.settings import EvaluationSettings, read_settings
 from magma_jax.families.magvlt.generator import Magvlt
 from magma_jax.output import printable, replace_file
 from magma_jax.storage.model_folder import CheckpointError, read_model_json
@@ -49,9 +48,7 @@ def evaluate_run(
             split, or a run on other data or without images.
     """
     workdir = Path(workdir)
-    chosen = from_dict(
-        EvaluationSettings, apply_overrides(ConfigDict(to_dict(EvaluationSettings())), settings), "--set"
-    )
+    chosen = read_settings(settings)
     run = read_model_json(workdir).get("run")
     if run is None or not (workdir / CHECKPOINTS).is_dir():
         raise CheckpointError(f"{workdir}: holds no checkpoint of a run; give the --workdir that train.py trained in")
