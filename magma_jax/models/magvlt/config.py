@@ -27,6 +27,8 @@ class MagvltConfig:
         dtype: dtype of the stored weights.
         caption_vector: whether a projection of the mean of the text's embeddings is added at every code where the text
             comes first; not the original's, for small models.
+        causal: whether a position sees only those before it, and predicts the next: ARGVLT, the paper's autoregressive
+            baseline. It has the same parameters, of which length head and rows of masks have no effect.
         tokenizer: the image tokenizer that the model holds, frozen; None for a model of codes alone.
     """
 
@@ -41,6 +43,7 @@ class MagvltConfig:
     residual_dropout: float = 0.1
     dtype: str = "float32"
     caption_vector: bool = False
+    causal: bool = False
     tokenizer: VQGANConfig | None = None
     kind: Literal["magvlt"] = "magvlt"
 
