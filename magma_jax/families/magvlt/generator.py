@@ -322,6 +322,17 @@ class Magvlt:
         """Number of tokens of a text."""
         return len(self.tokenizer.encode(text))
 
+    def sampler(self, options: ImageOptions) -> dict[str, Any]:
+        """The settings that images are drawn with, see ``inference.generator.ImageGenerator``."""
+        found: dict[str, Any] = {"top_p": options.top_p, "guidance": f"u + s (c - u), s = {options.guidance:g}"}
+        if self.config.causal:
+            run = _code_run(options)
+            steps = {"steps": self.image_tokens, "temperature": list(run.temperature), "top_k": run.top_k}
+            return {"sampler": "code by code"} | steps | found
+        settings = _image_run(options).settings
+        steps = {name: getattr(settings, name) for name in ("steps", "temperature", "noise")}
+        return {"sampler": options.places, "schedule": options.schedule} | steps | found
+
     def warm_up(self, rows: int) -> None:
         """Compiles the programs for up to ``rows`` images per prompt."""
         steps = None if self.config.causal else 2
