@@ -13,12 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jaxlib.version
 import jaxtyping
 import pytest
 
 # Eight devices are for the tests of sharding. Tests compile a lot and compute little, so the compiler optimizes less.
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]
+# The older emitters compile three times faster; newer releases have lost them, and would refuse the flag.
+if jaxlib.version.__version_info__ < (0, 11):
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests, and the processes that they start, compile many programs several times: each is compiled once per run. Programs
