@@ -27,8 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="MAGVLT beside ARGVLT: passes, images and captions a second, as JSON.")
     parser.add_argument("--batch", type=int, default=8, help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
-    parser.add_argument("--layers", type=int, default=12, help="of the random models; default %(default)s")
-    parser.add_argument("--width", type=int, default=512, help="of the random models; default %(default)s")
+    parser.add_argument("--layers", type=int, default=6, help="of the random models; default %(default)s")
+    parser.add_argument("--width", type=int, default=256, help="of the random models; default %(default)s")
     parser.add_argument("--text-positions", type=int, default=64, help="of the random models; default %(default)s")
     parser.add_argument("--checkpoints", nargs=2, metavar=("MAGVLT", "ARGVLT"), help="a run of each")
     parser.add_argument("--samples", type=int, default=64, help="held-out drawings for quality; default %(default)s")
@@ -84,7 +84,7 @@ def _opened(arguments: argparse.Namespace) -> dict[str, Any]:
     from magma_jax.models.magvlt.model import MagvltModel
     from magma_jax.nn.modules import split
 
-    sizes = {"layers": arguments.layers, "width": arguments.width, "heads": max(1, arguments.width // 128)}
+    sizes = {"layers": arguments.layers, "width": arguments.width, "heads": max(1, arguments.width // 64)}
     found = {}
     for name in ("magvlt", "argvlt"):
         config = MagvltConfig(**sizes, text_positions=arguments.text_positions, causal=name == "argvlt")

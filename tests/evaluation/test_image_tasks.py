@@ -11,7 +11,7 @@ from PIL import Image
 from magma_jax.config import ConfigError
 from magma_jax.data.format.records import DataError
 from magma_jax.evaluation.command import configure_images
-from magma_jax.evaluation.images import drawing
+from magma_jax.evaluation.images import drawing, inception, nets
 from magma_jax.evaluation.images.nets import ImageNet, Seen, efficientnet
 from magma_jax.evaluation.images.task import IMAGE_TASKS, ImageTaskConfig
 from magma_jax.evaluation.results.provenance import stamp
@@ -19,6 +19,7 @@ from magma_jax.evaluation.tasks.describing import describe_task
 from magma_jax.evaluation.tasks.task import TASKS
 from magma_jax.inference.answers import Answer, ImageOptions
 from tests.evaluation.conftest import DATA
+from tests.fixtures import make_inception_golden
 
 
 class Toy:
@@ -134,3 +135,30 @@ def test_refused_tasks(net, folders):
         drawing.draw_task(writer, task)
     with pytest.raises(DataError, match="no data; give the dataset folder with --data"):
         drawing.draw_task(Toy(), ImageTaskConfig("own_drawings"))
+
+
+@pytest.mark.slow
+def test_inception_equals_torch_fidelity(golden, tmp_path):
+    """On seeded weights, read from a file; compiling takes ten seconds."""
+    with np.load(golden / "inception.npz") as file:
+        arrays = dict(file)
+    names = inception.convolutions()
+    tensors = make_inception_golden.seeded(names, arrays["shapes"].tolist())
+    torch = pytest.importorskip("torch")
+    torch.save({name: torch.tensor(array) for name, array in tensors.items()}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"its SHA-256 begins with [0-9a-f]{8}, that of pt_inception-2015-12-05"):
+        inception.read_inception(tmp_path / "weights.pth")
+    weights = inception.read_inception(tmp_path / "weights.pth", "")
+    features, probabilities = inception.look(weights, make_inception_golden.image())
+    np.testing.assert_allclose(features, arrays["features"], atol=2e-4)
+    np.testing.assert_allclose(probabilities, arrays["probabilities"], atol=1e-5)
+
+
+def test_official_weights_that_are_missing(net, tmp_path):
+    with pytest.raises(ValueError, match=r"no such file\. FID takes .*\.pth \(its SHA-256 begins with 6726825d"):
+        nets.inception(str(tmp_path / "absent.pth"))
+    assert len(inception.convolutions()) == 94
+    with pytest.raises(ValueError, match="net inception needs its file: set weights"):
+        ImageTaskConfig("coco_30k", net="inception")
+    with pytest.raises(ValueError, match="weights: efficientnet_lite0 has those of an installed package"):
+        ImageTaskConfig("coco_30k", weights="x.pth")

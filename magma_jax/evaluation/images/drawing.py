@@ -13,7 +13,7 @@ from tqdm import tqdm
 from magma_jax.config import to_dict
 from magma_jax.data.datasets import Dataset
 from magma_jax.data.format.records import DataError
-from magma_jax.evaluation.images.nets import BATCH, ImageNet, Seen, efficientnet
+from magma_jax.evaluation.images.nets import BATCH, ImageNet, Seen, efficientnet, inception
 from magma_jax.evaluation.images.task import ImageTaskConfig
 from magma_jax.evaluation.metrics.image import feature_statistics, frechet_distance, inception_score, precision_recall
 from magma_jax.evaluation.results.names import file_stem
@@ -81,12 +81,12 @@ def draw_task(
     """
     if "image" not in model.makes:
         raise DataError(f"task {task.name}: this model draws no images; give a checkpoint of one that does")
+    net = _net(task)  # first, so that a missing file is reported at once
     examples, of = _examples(task, dataset, workers)
     rows = [examples[number] for number in spaced(len(examples), task.limit)]
     least = max(task.splits, NEIGHBOURS + 1)
     if len(rows) < least:
         raise DataError(f"task {task.name}: {len(rows)} captions are too few to compare sets; it takes {least}")
-    net = _net(task)
     real = _look(net, _real(examples, rows, task.image_size), len(rows), "real images")
     close(examples.images)
     drawn = _look(net, _drawn(model, rows, task), len(rows), "drawing")
@@ -150,7 +150,7 @@ def _named(what: str, net: str) -> str:
 
 
 def _net(task: ImageTaskConfig) -> ImageNet:
-    return efficientnet(task.image_size)
+    return efficientnet(task.image_size) if task.weights is None else inception(task.weights)
 
 
 def _examples(task: ImageTaskConfig, dataset: Dataset | None, workers: int) -> tuple[Examples, int]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from magma_jax.evaluation.images.inception import look, read_inception
 from magma_jax.models.vision.catalog import normalize_for
 from magma_jax.models.vision.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
 from magma_jax.nn.modules import abstract, merge
@@ -51,6 +52,12 @@ def efficientnet(side: int) -> ImageNet:
         return in_batches(lambda part: run(params, normalize_for(config, part)), images)
 
     return ImageNet("efficientnet_lite0", look)
+
+
+def inception(path: str) -> ImageNet:
+    """Inception v3 of 2015 with the official weights; errors as ``read_inception``."""
+    weights = read_inception(path)
+    return ImageNet("inception-2015-12-05", lambda images: in_batches(lambda part: look(weights, part), images))
 
 
 def in_batches(run: Callable[[Any], tuple[Any, Any]], images: UInt8[np.ndarray, "N H W 3"]) -> Seen:
