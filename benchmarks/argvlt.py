@@ -71,10 +71,11 @@ def _opened(arguments: argparse.Namespace) -> dict[str, Any]:
     from magma_jax import Magvlt
 
     if arguments.checkpoints:
-        models = dict(zip(("magvlt", "argvlt"), map(Magvlt.from_checkpoint, arguments.checkpoints), strict=True))
-        for (name, model), causal in zip(models.items(), (False, True), strict=True):
-            if model.config.causal != causal:
-                raise SystemExit(f"--checkpoints: the {'second' if causal else 'first'} must be a run of {name}")
+        models: dict[str, Any] = {}
+        for name, path in zip(("magvlt", "argvlt"), arguments.checkpoints, strict=True):
+            models[name] = Magvlt.from_checkpoint(path)
+            if models[name].config.causal != (name == "argvlt"):
+                raise SystemExit(f"--checkpoints: {path} is no run of {name}")
         return models
     import jax
     from flax import nnx
@@ -130,6 +131,7 @@ def _quality(model: Any, run: str, count: int) -> dict[str, Any]:
     from magma_jax.storage.model_folder import read_model_json
 
     dataset = load_dataset(read_stored_config(read_model_json(Path(run))["run"]["data"]))
+    assert isinstance(dataset.images, np.ndarray)  # of OpenMoji, in memory
     judge = DrawingJudge(dataset.records, dataset.images, efficientnet_features)
     held_out = dataset.evaluation["test"]
     samples = [held_out[row] for row in np.linspace(0, len(held_out) - 1, count).astype(int)]

@@ -118,14 +118,17 @@ def run_tasks(open_token_model: OpenModel, open_any: Callable[..., Generator], a
                 print(printable(f"wrote {written}\n\n{sweep_table(results, list(choices))}\n"))
             barrier("sweep written")
         return
+    evaluated = {}
     for task in tasks:
         result = evaluate(task)
+        # A model that describes without a prompt changes this setting.
+        evaluated[json.dumps(result.task.settings)] = result.task.settings
         if is_main():
             drawings = task.data is None and isinstance(own, OpenmojiConfig)
             print(f"wrote {write_result(folder, result, OPENMOJI if drawings else '')}")
         # Other processes must not wait too long in the next task's collectives.
         barrier("result written")
-    for settings in {json.dumps(task.settings): task.settings for task in tasks}.values() if is_main() else ():
+    for settings in evaluated.values() if is_main() else ():
         card = write_card(folder, checkpoint, settings)
         print(printable(f"wrote {card}\n\n{card.read_text()}"))
 

@@ -58,7 +58,7 @@ Weights = Mapping[str, Array]
 
 def convolutions() -> list[str]:
     """Names of all convolutions."""
-    found = list(STEM)
+    found: list[str] = [*STEM]
     for block, branches in BLOCKS.items():
         for branch in branches:
             for step in branch:

@@ -11,9 +11,10 @@ import numpy as np
 from magma_jax.families.magvlt.decoding.arguments import ids_of, lengths_of
 from magma_jax.families.magvlt.decoding.image import blank
 from magma_jax.families.magvlt.decoding.open_model import OpenModel, activations
+from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.guidance import guide
 from magma_jax.inference.decoding.masked import Filled
-from magma_jax.inference.decoding.sampling import SamplingRows, sample
+from magma_jax.inference.decoding.sampling import SamplingRows, sample, sampling_rows
 from magma_jax.models.magvlt.layout import Order, layout_of
 from magma_jax.models.magvlt.model import MagvltModel, canvas_of
 from magma_jax.nn.masks import Mask
@@ -55,9 +56,7 @@ def draw_codes(model: OpenModel, text: Any, text_lengths: Any, keys: Any, run: C
     text = ids_of("text", text, (rows, config.text_positions), config.text_rows)
     lengths = lengths_of(text_lengths, rows, config.text_positions)
     first, last = run.temperature
-    values = {"temperature": first, "top_k": run.top_k, "top_p": run.top_p, "min_p": 0.0, "repetition_penalty": 1.0}
-    sampling = SamplingRows(**{name: np.full(rows, value, np.float32) for name, value in values.items()})
-    sampling = sampling._replace(top_k=sampling.top_k.astype(np.int32))
+    sampling = sampling_rows([SamplingConfig(temperature=first, top_k=run.top_k, top_p=run.top_p)] * rows)
     return _continue(
         *(model.definition, model.params, blank(config, rows)[0], text, lengths),
         *(np.int32(model.pad_id), np.full(rows, run.guidance, np.float32)),
