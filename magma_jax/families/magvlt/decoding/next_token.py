@@ -127,7 +127,10 @@ def _continue(
         positions = jnp.broadcast_to(start + jnp.arange(x.shape[1]), x.shape[:2])
         output = model(x, positions=positions, mask=Mask("causal", queries=positions, extra=seen), cache=cache)
         logits = model.logits(output.hidden[:, -1], modality)
-        return output.cache, guide(*jnp.split(logits, 2), guidance) if guided else logits
+        if not guided:
+            return output.cache, logits
+        given, empty = jnp.split(logits, 2)
+        return output.cache, guide(given, empty, guidance)
 
     def draw(step: Any, logits: Array, ended: Array) -> tuple[Array, Array, Array]:
         heat = sampling.temperature + (last - sampling.temperature) * step / (count - 1)
