@@ -1,6 +1,7 @@
 """The autoregressive baseline: opened and trained as MAGVLT; cached decoding equals the full forward pass."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,9 @@ def test_refusals(model, folder, tmp_path):
             call()
     with pytest.raises(ValueError, match="no pairs from nothing"):
         model.generate_pair()
+    planned = SimpleNamespace(config=SimpleNamespace(model=CAUSAL))
+    with pytest.raises(ConfigError, match=r"model\.causal: decoding is planned for the masked model alone"):
+        MAGVLT.decode_program(planned, 4, None)
     with pytest.raises(CheckpointError, match="but this one is causal"):
         published(folder)
     with pytest.raises(ConfigError, match=r"model\.causal: has neither masks nor a length to predict; set loss"):
