@@ -32,6 +32,8 @@ COUNTS = {
     "cm3leon_quickstart.py": (1_989_122, 712_672),
     "cm3leon_edit_quickstart.py": (1_989_122, 712_672),
     "cm3leon_paper_quickstart.py": (1_327_360, 712_672),
+    "argvlt_base.py": (371_533_056, F16),
+    "finetune_magvlt_coco.py": (371_533_056, F16),
     "magvlt_base.py": (371_533_056, F16),
     "magvlt_large.py": (795_228_672, F16),
     "magvlt_quickstart.py": MAGVLT_QUICKSTART,

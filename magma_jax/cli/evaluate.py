@@ -46,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     # Imported here: JAX takes seconds to import, and --help does not need it.
     from magma_jax.evaluation.command import run_comparison, run_perplexity, run_tasks
-    from magma_jax.families import evaluate_run, open_token_generator
+    from magma_jax.families import evaluate_run, open_generator, open_token_generator
     from magma_jax.runtime.distributed import distributed_run
 
     if arguments.task:
         with distributed_run(arguments.distributed):
-            run_tasks(open_token_generator, arguments)
+            run_tasks(open_token_generator, open_generator, arguments)
     elif arguments.compare:
         run_comparison(arguments)
     elif arguments.perplexity:

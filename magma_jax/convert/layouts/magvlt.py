@@ -81,6 +81,8 @@ def published(folder: str | Path) -> dict[str, Any]:
         CheckpointError: not such a folder, or a model that the published layout cannot hold.
     """
     config, params = open_folder(folder)
+    if config.causal:
+        raise CheckpointError(f"{folder}: the published layout is of bidirectional models, but this one is causal")
     if config.caption_vector:
         raise CheckpointError(f"{folder}: the published layout has no caption vector, but the model has one")
     if config.image_patch > 1:

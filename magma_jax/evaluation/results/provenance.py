@@ -25,7 +25,6 @@ def stamp(result: Mapping[str, Any]) -> str:
         each = "one draw for all" if task["shot_policy"] == "run" else "drawn for every query"
         drawn = f"{task['shots']} of {shots['data']}, {each}, seed {task['seed']}, {shots['dropped']} dropped"
         drawn += f"; the prompt, {task['before_answer']!r}, the answer, {task['after_answer']!r}"
-    past = result["longest_prompt"] + task["max_new_tokens"] > result["context"]
     score = first_score(result, "scores")
     words = [
         title(task),
@@ -36,14 +35,21 @@ def stamp(result: Mapping[str, Any]) -> str:
         f"  shots       {drawn}",
         f"  decoding    {result['decoding']}, at most {task['max_new_tokens']} new tokens",
         f"  truncation  {task['truncation']}",
-        f"  positions   up to {result['longest_prompt']} of {result['context']}"
-        + (", beyond what the model was trained on" if past else ""),
+        *([] if result["context"] is None else [_positions(result)]),
         *([f"  constant    always {score['constant']['answer']!r}, the most frequent true answer"] if score else []),
         *(f"  intervals   {note}" for note in (rarity_note(score["scores"]) if score else ())),
         *([] if not task["blind"] else ["  images    black"]),
         f"  checkpoint  {', '.join(f'{key} {value}' for key, value in result['checkpoint'].items())}",
     ]
     return "\n".join(words)
+
+
+def _positions(result: Mapping[str, Any]) -> str:
+    """Not of a model that describes an image without a prompt, whose context is None."""
+    past = result["longest_prompt"] + result["task"]["max_new_tokens"] > result["context"]
+    return f"  positions   up to {result['longest_prompt']} of {result['context']}" + (
+        ", beyond what the model was trained on" if past else ""
+    )
 
 
 def _scores(score: Mapping[str, Any]) -> str:

@@ -116,10 +116,10 @@ def evaluate_task(
     Raises:
         DataError: data that is missing or does not fit the task. PromptError: prompts that exceed the context.
     """
-    queries, pool = open_examples(task, model, dataset, workers)
+    queries, pool = open_examples(task, model.images.size, dataset, workers)
     numbers = spaced(len(queries), task.limit)
     examples = [queries[number] for number in numbers]
-    _check_ids(examples, queries.name)
+    check_ids(examples, queries.name)
     shots = choose_shots(task, queries, pool, examples)
     same = pool.images is queries.images
     images = queries.images if same else JoinedImages(queries.images, pool.images)
@@ -188,14 +188,14 @@ def finish(
 
 
 def open_examples(
-    task: TaskConfig, model: TokenGenerator, dataset: Dataset | None, workers: int = 0
+    task: TaskConfig, image_size: int, dataset: Dataset | None, workers: int = 0
 ) -> tuple[Examples, Examples]:
-    """Examples for queries and for shots; the same object if both use the same data.
+    """Examples for queries and for shots, images of ``image_size``; the same object if both use the same data.
 
     Raises:
         DataError: no data.
     """
-    open_folder = functools.partial(StoredExamples, kind=task.kind, image_size=model.images.size, workers=workers)
+    open_folder = functools.partial(StoredExamples, kind=task.kind, image_size=image_size, workers=workers)
     if task.data is not None:
         queries = open_folder(task.data)
         if task.shot_data is None or Path(task.shot_data).resolve() == Path(task.data).resolve():
@@ -253,7 +253,8 @@ def _decoding(task: TaskConfig) -> str:
     return "greedy" if task.sampling.temperature == 0 else f"sampled, seed {task.seed}"
 
 
-def _check_ids(examples: Sequence[Example], name: str) -> None:
+def check_ids(examples: Sequence[Example], name: str) -> None:
+    """Raises DataError if an id is there twice."""
     seen: set[str] = set()
     for example in examples:
         if example.id in seen:

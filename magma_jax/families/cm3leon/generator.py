@@ -259,6 +259,17 @@ class CM3Leon:
         """Number of tokens of a text."""
         return len(self.tokenizer.encode(text))
 
+    def sampler(self, options: ImageOptions) -> dict[str, Any]:
+        """The settings that images are drawn with, see ``inference.generator.ImageGenerator``."""
+        drawn = _sampling(options)
+        return {
+            "sampler": "code by code",
+            "steps": self.image_tokens,
+            "temperature": drawn.temperature,
+            "top_p": drawn.top_p,
+            "guidance": f"u + s (c - u), s = {options.guidance:g}",
+        }
+
     def warm_up(self, rows: int) -> None:
         """Compiles the programs for up to ``rows`` images per prompt."""
         size = 1

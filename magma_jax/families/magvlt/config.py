@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig
+from magma_jax.families.magvlt.options import BOTH, MagvltOptions
 from magma_jax.models.magvlt.config import MagvltConfig
 from magma_jax.training.run.config import RunConfig
 from magma_jax.training.run.program import Program
@@ -38,6 +39,8 @@ def complete(config: RunConfig) -> RunConfig:
             "weights.image_tokenizer: the model's image tokenizer is frozen, so it needs trained weights; name the "
             "folder of a VQ-GAN, or a file of one"
         )
+    if model.causal:
+        _check_causal(config.loss)
     wanted = {"length": model.text_positions}
     if isinstance(data, OpenmojiPairsConfig):
         if model.tokenizer is None:
@@ -47,6 +50,17 @@ def complete(config: RunConfig) -> RunConfig:
         if getattr(data, name) not in (None, size):
             raise ValueError(f"data.{name} is {getattr(data, name)}, but the model has {size}; leave it out")
     return dataclasses.replace(config, data=dataclasses.replace(data, **wanted))
+
+
+def _check_causal(loss: MagvltOptions) -> None:
+    """Raises ValueError for losses that need masks or a length."""
+    wanted = {"unroll_weight": 0.0, "mixsel_weight": 0.0, "length_weight": 0.0, "image_targets": 0}
+    if any(getattr(loss, name) != value for name, value in wanted.items()) or loss.task_weights[BOTH]:
+        settings = " ".join(f"loss.{name}={value}" for name, value in wanted.items())
+        raise ValueError(
+            f"model.causal: has neither masks nor a length to predict; set {settings} and the last of "
+            "loss.task_weights to 0"
+        )
 
 
 def batch_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:

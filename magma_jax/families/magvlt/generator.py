@@ -5,6 +5,8 @@
     texts = model.caption(ImageInput("car.png"))
     images = model.inpaint(ImageInput("car.png"), mask, "a blue car")
 
+A causal model (ARGVLT) draws and describes, token by token; it does not in-paint, fill in texts or make pairs.
+
 Calls change no state, so the same call gives the same answer; the seed of the i-th result is ``seed`` + i.
 """
 
@@ -23,6 +25,7 @@ from magma_jax.data.images import ImageInput
 from magma_jax.data.tokenizers.captions import CLEAN_UPS
 from magma_jax.data.tokenizers.text import TextTokenizer, TooLong
 from magma_jax.families.magvlt.decoding.image import ImageRun, blank, canvases, inpaint
+from magma_jax.families.magvlt.decoding.next_token import CodeRun, draw_codes, write_texts
 from magma_jax.families.magvlt.decoding.open_model import OpenModel
 from magma_jax.families.magvlt.decoding.pairs import draw_pairs, pair_length_logits
 from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, infill_text, length_logits, text_likelihood
@@ -45,6 +48,8 @@ from magma_jax.typing import Array, Params
 
 # The original's text sampler: temperature of its sampling config, and likeliest tokens that are drawn from.
 SAMPLING = SamplingConfig(temperature=0.1, top_k=32)
+# Likeliest codes that a causal model draws from, as in the original's helpers.
+CODES_TOP_K = 256
 # Colour of what is not drawn yet.
 GREY = 128
 
@@ -88,7 +93,7 @@ class Magvlt:
         definition = abstract(lambda: MagvltModel(inner, rngs=nnx.Rngs(0)))[0]
         rest = {path: leaf for path, leaf in params.items() if not path.startswith(below)}
         self.model = OpenModel(inner, definition, rest, tokenizer.pad_id)
-        makes: tuple[Makes, ...] = ("text", "image", "edit")
+        makes: tuple[Makes, ...] = ("text", "image") if config.causal else ("text", "image", "edit")
         self.makes: frozenset[Makes] = frozenset(makes if config.tokenizer is not None else ())
         self.image_size = 0 if config.tokenizer is None else config.tokenizer.image_size
         self.image_tokens = config.image_positions
@@ -130,12 +135,17 @@ class Magvlt:
             ValueError: a prompt or options that the model does not support. ImageError: a bad image.
         """
         codes, places, tokens, lengths = self._arguments(prompt, options)
+        if self.config.causal and trace:
+            raise ValueError("a causal model draws code by code, so there is no trace of steps; leave it out")
         run = dataclasses.replace(_image_run(options), record=trace)
         count = options.n * options.candidates
 
         def part(rows: slice, keys: Array) -> tuple[Any, ...]:
             image, editable, text, ends = (repeated(array, len(keys)) for array in (codes, places, tokens, lengths))
-            filled = inpaint(self.model, image, editable, text, ends, keys, run)
+            if self.config.causal:
+                filled = draw_codes(self.model, text, ends, keys, _code_run(options))
+            else:
+                filled = inpaint(self.model, image, editable, text, ends, keys, run)
             return filled.tokens, text_likelihood(self.model, filled.tokens, text, ends), filled.trace
 
         found, scores, traces = in_parts(part, options.seed, count)
@@ -146,7 +156,7 @@ class Magvlt:
     def canvases(self, prompt: Prompt, options: ImageOptions, *, previews: int = 0) -> Iterator[Canvas]:
         """The images of a prompt while they are drawn: at most ``previews`` unfinished canvases, and the images.
 
-        What is not drawn yet is grey.
+        What is not drawn yet is grey. A causal model shows no unfinished canvas.
 
         Raises:
             ValueError, ImageError: as ``draw``.
@@ -156,7 +166,7 @@ class Magvlt:
         run = _image_run(options)
         steps = int(run.settings.steps)
         shown = set(np.linspace(0, steps, previews + 2).astype(int)[1:-1].tolist()) - {0}
-        if not shown or count > ROWS.sizes[-1]:
+        if not shown or count > ROWS.sizes[-1] or self.config.causal:
             yield Canvas(self.draw(prompt, options).images, "stop")
             return
         every = ROWS.fit(count)
@@ -215,6 +225,8 @@ class Magvlt:
 
     def generate_pair(self, seed: int = 0, n: int = 1, **options: Any) -> list[tuple[Image.Image, str]]:
         """Images and texts drawn together, from nothing; ``options`` are those of ``ImageOptions``."""
+        if self.config.causal:
+            raise ValueError("a causal model draws images of texts; it has no pairs from nothing")
         wanted = ImageOptions(n=n, seed=seed, **options)
         run = _image_run(wanted)
 
@@ -251,10 +263,14 @@ class Magvlt:
                 f"candidates must be at least 1, and lengths 1 to {self.config.text_positions}; got {candidates} and "
                 f"{lengths}"
             )
+        if self.config.causal and (text is not None or lengths != 1 or run != TextRun()):
+            raise ValueError("a causal model writes from the first token to the end: leave out [MASK], lengths and run")
         code = self.encode([image])
         sampling = SAMPLING if options.sampling == SamplingConfig() else options.sampling
         count = options.n * candidates
-        if text is None:
+        if self.config.causal:
+            every, words = np.ones(candidates, int), None
+        elif text is None:
             order = np.argsort(-np.asarray(length_logits(self.model, code))[0], kind="stable")[:lengths] + 1
             every = np.resize(order, candidates)
             words = None
@@ -265,7 +281,9 @@ class Magvlt:
         def part(rows: slice, keys: Array) -> tuple[Any, ...]:
             images, setting = np.repeat(code, len(keys), 0), sampling_rows([sampling] * len(keys))
             wanted = every[np.minimum(np.arange(rows.start, rows.start + len(keys)), count - 1) % candidates]
-            if words is None:
+            if self.config.causal:
+                filled = write_texts(self.model, images, keys, setting)
+            elif words is None:
                 filled, _ = image_to_text(self.model, images, keys, setting, run, lengths=wanted)
             else:
                 given, masked = (repeated(array[None], len(keys)) for array in words[:2])
@@ -304,11 +322,23 @@ class Magvlt:
         """Number of tokens of a text."""
         return len(self.tokenizer.encode(text))
 
+    def sampler(self, options: ImageOptions) -> dict[str, Any]:
+        """The settings that images are drawn with, see ``inference.generator.ImageGenerator``."""
+        found: dict[str, Any] = {"top_p": options.top_p, "guidance": f"u + s (c - u), s = {options.guidance:g}"}
+        if self.config.causal:
+            run = _code_run(options)
+            steps = {"steps": self.image_tokens, "temperature": list(run.temperature), "top_k": run.top_k}
+            return {"sampler": "code by code"} | steps | found
+        settings = _image_run(options).settings
+        steps = {name: getattr(settings, name) for name in ("steps", "temperature", "noise")}
+        return {"sampler": options.places, "schedule": options.schedule} | steps | found
+
     def warm_up(self, rows: int) -> None:
         """Compiles the programs for up to ``rows`` images per prompt."""
+        steps = None if self.config.causal else 2
         for size in ROWS.sizes:
             if size <= ROWS.fit(min(rows, ROWS.sizes[-1])):
-                list(self.canvases(["a"], ImageOptions(n=size, steps=2), previews=1))
+                list(self.canvases(["a"], ImageOptions(n=size, steps=steps), previews=1))
 
     def encode(self, images: Sequence[ImageInput]) -> np.ndarray:
         """Codes (N, I) of images.
@@ -336,6 +366,8 @@ class Magvlt:
             raise ValueError("the prompt has no text; say what the image shows")
         tokens, lengths = self._encode_texts([parts.text], "error")
         codes, places = blank(self.config, 1)
+        if self.config.causal:
+            _check_causal(options)
         if parts.image is None and options.mask is not None:
             raise ValueError("a mask marks the pixels of an image; give the image too")
         if parts.image is not None and options.mask is not None:
@@ -379,3 +411,16 @@ def _image_run(options: ImageOptions) -> ImageRun:
     )
     rule = ImageRule(options.places, options.schedule)
     return ImageRun(settings=settings, guidance=options.guidance, rule=rule)
+
+
+def _check_causal(options: ImageOptions) -> None:
+    """Raises ValueError for options of models that draw in steps, or that keep parts of an image."""
+    names = [name for name in ("steps", "mask") if getattr(options, name) is not None]
+    names += [name for name in ("schedule", "places") if getattr(options, name) != getattr(ImageOptions, name)]
+    if names:
+        raise ValueError(f"this model is causal and draws code by code, from the first: leave out {', '.join(names)}")
+
+
+def _code_run(options: ImageOptions) -> CodeRun:
+    heat = CodeRun().temperature if options.temperature is None else options.temperature
+    return CodeRun(temperature=heat, top_k=CODES_TOP_K, top_p=options.top_p, guidance=options.guidance)

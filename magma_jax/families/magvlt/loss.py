@@ -2,6 +2,8 @@
 
 A batch has one task. Its loss takes up to three passes: over the masked batch; over the same batch with the first
 pass's guesses in place of its masks and new masks among them (UnrollMask); and over mixed contexts (MixSel).
+
+A causal model has one pass, nothing is masked, and every token of the second modality is predicted from those before.
 """
 
 from collections.abc import Callable, Collection
@@ -53,18 +55,23 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
         options: see ``MagvltOptions``.
 
     Returns:
-        ``image`` and ``text``, over the masked tokens of the task's modalities; ``length``, over rows in which the
-        image comes first; the accuracy of each, with weight 0; and ``unroll_...`` and ``mixsel_...`` of the others.
+        ``image`` and ``text``, over the masked tokens of the task's modalities, in a causal model over all of them;
+        ``length``, over rows in which the image comes first, not of a causal model; the accuracy of each, with weight
+        0; and ``unroll_...`` and ``mixsel_...`` of the others.
     """
     task, seeds = batch["task"][0], batch["seeds"]
     first = batch["codes"], batch["tokens"], batch["lengths"]
     words = jnp.arange(first[1].shape[1]) < first[2][:, None]
     everywhere = jnp.ones(first[0].shape, bool)
 
+    causal = model.config.causal
+
     def masks(keys: Array, image: Array, text: Array, *, nested: bool = False) -> Masks:
-        drawn = draw_masks(
-            keys, image, text, independent=options.independent_ratios, nested=nested, limit=options.image_targets
-        )
+        drawn = Masks(image, text, image)
+        if not causal:
+            drawn = draw_masks(
+                keys, image, text, independent=options.independent_ratios, nested=nested, limit=options.image_targets
+            )
         # Counts are outside of the branches: accumulation asks for them alone, without a pass through the model.
         of_image = task != IMAGE_TO_TEXT
         return Masks(drawn.image & of_image, drawn.text & (task != TEXT_TO_IMAGE), drawn.targets & of_image)
@@ -99,8 +106,8 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
                     order, canvas, dtype=jnp.dtype(options.activations), dropout_key=key, remat=options.remat
                 )
 
-            hidden = hidden_of(canvas, keys[0])
-            found = {"": totals(hidden, canvas, lengths=order == "image_first")}
+            hidden = hidden_of(canvas_of(*first) if causal else canvas, keys[0])
+            found = {"": totals(hidden, canvas, lengths=order == "image_first" and not causal)}
             if "unroll_" in drawn:
                 guessed = unrolled(
                     model, canvas, hidden, predicted, row_keys(batch["unroll_seeds"], GUESS), drawn["unroll_"]
@@ -124,6 +131,8 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
             count = counted.sum(dtype=jnp.int32)
             terms[kind + name] = Term(getattr(totals[kind], name), count, weights[kind])
             terms[f"{kind}{name}_accuracy"] = Term(getattr(totals[kind], f"{name}_right"), count, 0.0)
+    if causal:
+        return terms
     count = jnp.where(task == TEXT_TO_IMAGE, 0, jnp.int32(len(seeds)))
     terms["length"] = Term(totals[""].length, count, options.length_weight)
     terms["length_accuracy"] = Term(totals[""].length_right, count, 0.0)

@@ -27,6 +27,11 @@ def complete(config: RunConfig) -> RunConfig:
     model, data = config.model, config.data
     if model.training is None:
         model = dataclasses.replace(model, training=TrainingParts())
+    weights = dict(config.weights)
+    if model.training.perceptual is not None:
+        if config.base is not None:
+            raise ValueError("model.training.perceptual: a run from a base cannot add it; leave one of them out")
+        weights.setdefault("perceptual", f"lpips_{model.training.perceptual}")
     if data.pack > 1:
         raise ValueError("data.pack: images are not packed; set it to 1")
     if isinstance(data, FoldersConfig):
@@ -40,7 +45,7 @@ def complete(config: RunConfig) -> RunConfig:
         )
     elif data.image_size != model.image_size:
         raise ValueError(f"data.image_size is {data.image_size}, but model.image_size is {model.image_size}")
-    return dataclasses.replace(config, model=model, data=data)
+    return dataclasses.replace(config, model=model, data=data, weights=weights)
 
 
 def batch_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -60,16 +65,18 @@ def step_flops(
 ) -> StepFlops:
     """Operations of a step, see ``training.step.flops``: three forward passes of every part that learns.
 
-    A discriminator scores true and decoded images, and once more passes the gradient on to the latter.
+    A discriminator scores true and decoded images, and once more passes the gradient on to the latter. LPIPS, which is
+    frozen, sees both and passes the gradient on to the latter.
     """
     rows, *image = batch["images"]
-    tokenizer, discriminator = _forward_flops(config, tuple(image))
-    return StepFlops(frozen=0, trained=rows * (3 * tokenizer + 8 * discriminator), attention=0, encoder=0)
+    tokenizer, discriminator, both = _forward_flops(config, tuple(image))
+    trained = rows * (3 * tokenizer + 8 * discriminator)
+    return StepFlops(frozen=rows * both * 3 // 2, trained=trained, attention=0, encoder=0)
 
 
 @functools.lru_cache
-def _forward_flops(config: VQGANModelConfig, image: tuple[int, ...]) -> tuple[int, int]:
-    """Operations of the tokenizer and of the discriminator for one image, forward."""
+def _forward_flops(config: VQGANModelConfig, image: tuple[int, ...]) -> tuple[int, int, int]:
+    """Operations of the tokenizer and of the discriminator for one image, and of LPIPS for two, forward."""
     graphdef, shapes, _ = abstract(lambda: build(config, nnx.Rngs(0)))
     images = jax.ShapeDtypeStruct((1, *image), jnp.uint8)
 
@@ -81,5 +88,13 @@ def _forward_flops(config: VQGANModelConfig, image: tuple[int, ...]) -> tuple[in
         return discriminator(from_pixels(images), "frozen")
 
     tokenizer = operations(lambda params, images: merge(graphdef, params)(from_pixels(images)).images)
-    has_judge = config.training is not None and config.training.discriminator is not None
-    return tokenizer, operations(judge) if has_judge else 0
+
+    def compare(params: Any, images: Any) -> Any:
+        return merge(graphdef, params).perceptual(from_pixels(images), from_pixels(images))
+
+    parts = config.training or TrainingParts()
+    return (
+        tokenizer,
+        operations(judge) if parts.discriminator is not None else 0,
+        operations(compare) if parts.perceptual is not None else 0,
+    )

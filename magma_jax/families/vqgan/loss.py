@@ -32,6 +32,7 @@ class VQGANOptions:
     Attributes:
         l1: weight of the mean absolute difference of images.
         l2: weight of the mean squared difference of images.
+        perceptual_weight: weight of LPIPS, if the model has its network.
         codebook_loss: ``taming`` or ``vqvae``, which say which term ``beta`` multiplies, see ``quantizer``.
         beta: weight of the smaller one of the codebook's two terms.
         codebook_weight: weight of both.
@@ -45,6 +46,7 @@ class VQGANOptions:
 
     l1: float = 1.0
     l2: float = 0.0
+    perceptual_weight: float = 1.0
     codebook_loss: CodebookLoss = "taming"
     beta: float = 0.25
     codebook_weight: float = 1.0
@@ -59,7 +61,7 @@ class VQGANOptions:
     adds_up: ClassVar[bool] = False
 
     def __post_init__(self):
-        for name in ("l1", "l2", "beta", "codebook_weight", "gan_weight", "gan_start"):
+        for name in ("l1", "l2", "perceptual_weight", "beta", "codebook_weight", "gan_weight", "gan_start"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} must not be negative, got {getattr(self, name)}")
         if not self.l1 and not self.l2:
@@ -78,9 +80,10 @@ def vqgan_loss(model: VQGANModel, batch: Batch, key: PRNGKey | None, *, options:
 
     In training the model's averages are updated and its unused codes restart, see ``training.step.train_step``.
 
-    Terms, by name: ``l1``, ``l2``, ``commitment`` (moves the encoder to its codes), ``codebook`` (moves codes to the
-    encoder's outputs), ``generator``, ``discriminator``; only logged: ``psnr`` in dB, ``codes_used`` (a share) and
-    ``perplexity`` of the codes' average use (in validation of the batch), ``restarted`` codes, ``gan_weight``.
+    Terms, by name: ``l1``, ``l2``, ``lpips``, ``commitment`` (moves the encoder to its codes), ``codebook`` (moves
+    codes to the encoder's outputs), ``generator``, ``discriminator``; only logged: ``psnr`` in dB, ``codes_used`` (a
+    share) and ``perplexity`` of the codes' average use (in validation of the batch), ``restarted`` codes,
+    ``gan_weight``.
     """
     images = from_pixels(batch["images"])
     latents = model.latents(images)
@@ -104,6 +107,8 @@ def vqgan_loss(model: VQGANModel, batch: Batch, key: PRNGKey | None, *, options:
         "codebook": _mean(to_latents, options.codebook_weight * weights[1]),
         "psnr": Term(jnp.minimum(psnr(decoded, images), LARGEST_PSNR).sum(), rows, weight=0.0),
     }
+    if model.perceptual is not None:
+        terms["lpips"] = _mean(model.perceptual(decoded, images), options.perceptual_weight)
     if model.discriminator is not None:
         terms |= _adversarial(model, images, decoded, (features, passed), options)
     terms |= _codebook_terms(model, latents, codes, to_codes.mean(-1), key, options)
@@ -140,7 +145,10 @@ def _adversarial(
         return model.to_images(pixels, latents)
 
     def reconstruction(decoded: Array) -> Array:
-        return reconstruction_loss(decoded, images, l1=options.l1, l2=options.l2)
+        loss = reconstruction_loss(decoded, images, l1=options.l1, l2=options.l2)
+        if model.perceptual is not None and options.perceptual_weight:
+            loss = loss + options.perceptual_weight * model.perceptual(decoded, images).mean()
+        return loss
 
     factor = adversarial_factor(model.passes[...], options.gan_start, options.gan_weight)
     factor_of_images = factor * adaptive_weight(

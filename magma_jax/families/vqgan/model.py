@@ -6,10 +6,11 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
+from magma_jax.models.vision.lpips import SMALLEST, Lpips, PerceptualNet
 from magma_jax.models.vision.patchgan import PatchGAN, PatchGANConfig
 from magma_jax.models.vision.vqgan import SHARDINGS as TOKENIZER_SHARDINGS
 from magma_jax.models.vision.vqgan import VQGAN, VQGANConfig
-from magma_jax.nn.modules import DiscriminatorParam, Statistic, TokenizerParam
+from magma_jax.nn.modules import DiscriminatorParam, PerceptualParam, Statistic, TokenizerParam
 from magma_jax.training.step.optim import Group
 
 # Together, exactly one row matches each parameter.
@@ -17,6 +18,7 @@ SHARDINGS = (
     *TOKENIZER_SHARDINGS,
     (r"discriminator/conv\w*/weight", ("fsdp", None, None, None)),
     (r"discriminator/(conv\w*/bias|bn\d+/.*)", ()),
+    (r"perceptual/.*", ()),
     (r"usage|passes", ()),
 )
 
@@ -27,9 +29,11 @@ class TrainingParts:
 
     Attributes:
         discriminator: judges decoded images; None to train without one.
+        perceptual: network whose features LPIPS compares; None to train without it.
     """
 
     discriminator: PatchGANConfig | None = None
+    perceptual: PerceptualNet | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,11 @@ class VQGANModelConfig(VQGANConfig):
     def __post_init__(self):
         super().__post_init__()
         parts = self.training
+        if parts is not None and parts.perceptual is not None and self.image_size < SMALLEST[parts.perceptual]:
+            raise ValueError(
+                f"model.training.perceptual: {parts.perceptual} needs images of at least {SMALLEST[parts.perceptual]} "
+                f"pixels, got image_size {self.image_size}"
+            )
         if parts is not None and parts.discriminator is not None and self.image_size < parts.discriminator.smallest:
             raise ValueError(
                 f"model.training.discriminator of {parts.discriminator.layers} layers needs images of at least "
@@ -59,7 +68,7 @@ class VQGANModelConfig(VQGANConfig):
 
 
 class VQGANModel(VQGAN):
-    """A VQ-GAN, its discriminator, and running averages of training.
+    """A VQ-GAN, its discriminator, the network of LPIPS, and running averages of training.
 
     ``usage`` is a moving average of how often a batch uses each code, ``passes`` the number of training passes.
     """
@@ -74,6 +83,8 @@ class VQGANModel(VQGAN):
         self.passes = Statistic(jnp.zeros((), jnp.int32))
         discriminator = config.training.discriminator
         self.discriminator = None if discriminator is None else PatchGAN(discriminator, rngs=rngs)
+        net = config.training.perceptual
+        self.perceptual = None if net is None else Lpips(net, rngs=rngs)
 
 
 def build(config: VQGANModelConfig, rngs: nnx.Rngs) -> VQGANModel:
@@ -81,9 +92,11 @@ def build(config: VQGANModelConfig, rngs: nnx.Rngs) -> VQGANModel:
     return VQGANModel(config, rngs=rngs)
 
 
-def roles(config: VQGANModelConfig) -> dict[str, Group]:
+def roles(config: VQGANModelConfig) -> dict[str, Literal["frozen"] | Group]:
     """Roles of the parameters; the discriminator learns in the same step as the tokenizer, in a group of its own."""
-    groups = {TokenizerParam.role: Group()}
+    groups: dict[str, Literal["frozen"] | Group] = {TokenizerParam.role: Group()}
+    if config.training is not None and config.training.perceptual is not None:
+        groups[PerceptualParam.role] = "frozen"
     if config.training is not None and config.training.discriminator is not None:
         groups[DiscriminatorParam.role] = Group()
     return groups

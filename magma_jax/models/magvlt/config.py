@@ -29,6 +29,8 @@ class MagvltConfig:
             comes first; not the original's, for small models.
         image_patch: side of the square of codes that share one position of the sequence; above 1 is not the original's,
             and makes a small model's pass several times cheaper.
+        causal: whether a position sees only those before it, and predicts the next: ARGVLT, the paper's autoregressive
+            baseline. It has the same parameters, of which length head and rows of masks have no effect.
         tokenizer: the image tokenizer that the model holds, frozen; None for a model of codes alone.
     """
 
@@ -44,6 +46,7 @@ class MagvltConfig:
     dtype: str = "float32"
     caption_vector: bool = False
     image_patch: int = 1
+    causal: bool = False
     tokenizer: VQGANConfig | None = None
     kind: Literal["magvlt"] = "magvlt"
 
@@ -55,6 +58,8 @@ class MagvltConfig:
             raise ValueError(f"model: {self.heads} heads do not divide the width {self.width}")
         if self.image_patch > 1 and self.grid[0] % self.image_patch:
             raise ValueError(f"model: image_patch {self.image_patch} does not divide the {self.grid[0]} codes of a row")
+        if self.image_patch > 1 and self.causal:
+            raise ValueError(f"model: a causal model predicts code by code; set image_patch=1, got {self.image_patch}")
         for name in ("attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model: {name} must be at least 0 and below 1, got {getattr(self, name)}")

@@ -10,6 +10,9 @@ Attention is bidirectional, except around text of length n < T:
 - text first: a padded position sees only itself, and is seen by no other;
 - image first: a padded position is not seen. BOT sees no text, so that it cannot count the tokens whose number it
   predicts.
+
+In a causal model a position sees those before it; padding is behind a text that comes second, and hidden in one that
+comes first.
 """
 
 import dataclasses
@@ -66,7 +69,10 @@ def attention_mask(config: MagvltConfig, order: Order, text_lengths: Int[Array, 
         # Each padded position is a segment of its own, so it sees itself: a row without keys has no softmax.
         places = jnp.arange(config.length) - layout.text
         padded = (places >= text_lengths[:, None]) & (places < config.text_positions)
-        return Mask("full", segments=jnp.where(padded, 1 + places, 0).astype(jnp.int32))
+        kind = "causal" if config.causal else "full"
+        return Mask(kind, segments=jnp.where(padded, 1 + places, 0).astype(jnp.int32))
+    if config.causal:
+        return Mask("causal")
     seen = np.ones((1, config.length, config.length), bool)
     seen[0, layout.bot, layout.text :] = False
     return Mask("full", lengths=layout.text + text_lengths, extra=jnp.asarray(seen))

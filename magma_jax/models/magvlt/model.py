@@ -38,7 +38,10 @@ class Canvas(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """Hidden states after the last layer, which no norm follows."""
+    """Hidden states after the last layer, which no norm follows, at the positions that predict the tokens.
+
+    A token is predicted at its own position; in a causal model at the one before.
+    """
 
     image: Array  # (B, I, D), one for each code
     text: Array  # (B, T, D)
@@ -112,9 +115,7 @@ class MagvltModel(Trunk):
         )
         if self.caption_proj is not None and order == "text_first":
             # Not where the image comes first: BOT would see the text by way of the image.
-            seen = (jnp.arange(config.text_positions) < canvas.text_lengths[:, None]) & ~canvas.text_masked
-            total = jnp.where(seen[..., None], text, 0).sum(1) / jnp.maximum(seen.sum(1), 1)[:, None]
-            image = image + self.caption_proj(total)[:, None]
+            image = image + self._caption_vector(canvas, text)
         image = image + self.image_positions.weight[...]
         text = text + self.text_positions.weight[...]
         first, second = (image, text) if order == "image_first" else (text, image)
@@ -123,6 +124,25 @@ class MagvltModel(Trunk):
             ids = ids.at[:, 2].set(canvas.selectors)
         four = special[ids] + positions[:4]
         return jnp.concatenate([four[:, :2], first, four[:, 2:], second], axis=1).astype(dtype)
+
+    def embed_next(
+        self, order: Order, tokens: Int[Array, " B"], index: Int[Array, ""], canvas: Canvas, dtype: Any = jnp.float32
+    ) -> Float[Array, "B 1 D"]:
+        """Embeddings of the second modality's tokens of one index, as in ``embed``; ``canvas`` holds the first's."""
+        if order == "image_first":
+            x = self.wte.weight[...][self.config.image_rows + tokens][:, None] + self.text_positions.weight[...][index]
+            return x.astype(dtype)
+        x = self.wte.weight[...][tokens][:, None]
+        if self.caption_proj is not None:
+            x = x + self._caption_vector(canvas, self.wte.weight[...][self.config.image_rows + canvas.text])
+        return (x + self.image_positions.weight[...][index]).astype(dtype)
+
+    def _caption_vector(self, canvas: Canvas, text: Float[Array, "B T D"]) -> Float[Array, "B 1 D"]:
+        """Projection of the mean of a text's embeddings."""
+        assert self.caption_proj is not None  # the config has it
+        seen = (jnp.arange(self.config.text_positions) < canvas.text_lengths[:, None]) & ~canvas.text_masked
+        total = jnp.where(seen[..., None], text, 0).sum(1) / jnp.maximum(seen.sum(1), 1)[:, None]
+        return self.caption_proj(total)[:, None]
 
     def hidden(
         self,
@@ -149,12 +169,13 @@ class MagvltModel(Trunk):
             dropout_key=dropout_key,
             remat=remat,
         ).hidden
-        image = x[:, layout.image : layout.image + config.image_places]
+        start, text = layout.image - config.causal, layout.text - config.causal
+        image = x[:, start : start + config.image_places]
         if self.part_proj is not None:
             image = parted(config, self.part_proj(image))
         return Hidden(
             image=image,
-            text=x[:, layout.text : layout.text + config.text_positions],
+            text=x[:, text : text + config.text_positions],
             bot=x[:, layout.bot],
         )
 

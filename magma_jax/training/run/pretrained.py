@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from magma_jax.config import ConfigError
 from magma_jax.family import Family
+from magma_jax.models.vision import lpips
 from magma_jax.published import efficientnet_lite
 from magma_jax.storage.files import open_tensors
 from magma_jax.storage.hub import local_path
@@ -87,6 +88,8 @@ SOURCES: dict[str, Callable[[Params], Params]] = {
     "quickstart_lm": functools.partial(_part_of_the_package, QUICKSTART_LM),
     "quickstart_vqgan": functools.partial(_part_of_the_package, QUICKSTART_VQGAN),
     "efficientnet_lite0": efficientnet_lite.read_weights,
+    "lpips_alexnet": lambda wanted: lpips.read_weights("alexnet"),
+    "lpips_vgg16": lambda wanted: lpips.read_weights("vgg16"),
 }
 
 

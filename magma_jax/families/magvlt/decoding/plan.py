@@ -23,8 +23,10 @@ def drawing_step(program: Program, rows: int, slots: int | None) -> tuple[Any, t
     """A guided step of ``rows`` images, two passes each, and the shapes of its arguments.
 
     Raises:
-        ConfigError: ``slots`` are given, but the model has no cache.
+        ConfigError: ``slots`` are given, but the model has no cache; or the model is causal.
     """
+    if program.config.model.causal:
+        raise ConfigError("model.causal: decoding is planned for the masked model alone; plan a training step")
     if slots is not None:
         raise ConfigError("--slots: this model sees whole images and has no cache")
     config, mesh = program.config.model, program.mesh

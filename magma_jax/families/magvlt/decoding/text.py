@@ -122,7 +122,9 @@ def infill_text(
 
 
 def text_likelihood(model: OpenModel, image: Any, text: Any, lengths: Any) -> np.ndarray:
-    """Log-probability (B,) of texts given images, all tokens masked at once: how well the model finds that they match.
+    """Log-probability (B,) of texts given images: how well the model finds that they match.
+
+    All tokens are masked at once; in a causal model each is predicted from those before it.
 
     Raises:
         ValueError: as ``text_to_image``.
@@ -160,7 +162,7 @@ def dummy_length_logits(definition, params, image, lengths, image_masked):
 def _text_likelihood(definition, params, image, text, lengths):
     model: MagvltModel = merge(definition, params)
     words = jnp.arange(text.shape[1]) < lengths[:, None]
-    canvas = canvas_of(image, text, lengths, text_masked=words)
+    canvas = canvas_of(image, text, lengths, text_masked=None if model.config.causal else words)
     hidden = model.hidden("image_first", canvas, dtype=activations(params))
     log_probs = jax.nn.log_softmax(model.logits(hidden.text, "text"), -1)
     chosen = jnp.take_along_axis(log_probs, text[..., None], -1)[..., 0]
