@@ -59,14 +59,22 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED_LANGUAGE_MODELS)
+def sizes():
+    """The published names: the first of each kind, and the others for the slow tests."""
+    kinds = set()
+    for name, config in PUBLISHED_LANGUAGE_MODELS.items():
+        yield pytest.param(name, marks=pytest.mark.slow) if config.kind in kinds else name
+        kinds.add(config.kind)
+
+
+@pytest.mark.parametrize("name", sizes())
 def test_published_sizes(name):
     config = PUBLISHED_LANGUAGE_MODELS[name]
     _, shapes, types = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     assert parameter_count(shapes) == COUNTS[name]
     assert set(types.values()) == {LanguageParam}
     # A tied head is one leaf.
-    assert ("lm_head/weight" in shapes) == (config.kind in ("gptj", "gpt_neox"))
+    assert ("lm_head/weight" in shapes) == (config.head != "tied")
 
 
 def fresh(name, mlp=None, attn=None):
