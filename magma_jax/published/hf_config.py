@@ -71,6 +71,8 @@ def from_hf_config(values: Any) -> LanguageModelConfig:
         LanguageModelError: an unsupported model or setting, or a field that is not known.
     """
     kind = values.get("model_type") if isinstance(values, Mapping) else None
+    if kind == gated.GEMMA3_WITH_IMAGES:
+        kind, values = "gemma3_text", gated.text_part(Fields(values))
     if kind not in list(CONFIGS):
         raise LanguageModelError(f"model_type {shown(kind)} is none of the language models here: {', '.join(CONFIGS)}")
     config, convert = CONFIGS[kind]

@@ -17,7 +17,9 @@ def language_model_table(config: LanguageModelConfig, keys: Iterable[str] | None
     """Key table of a language model. ``keys`` are a file's keys, which may have another root prefix than usual."""
     table, roots = TABLES[config.kind]
     names = None if keys is None else list(keys)
-    found = (root for root in roots if names is None or any(name.startswith(root) for name in names))
+    if names is None:
+        return table(config, roots[0])
+    found = (root for root in sorted(roots, key=len, reverse=True) if any(name.startswith(root) for name in names))
     return table(config, next(found, ""))
 
 
@@ -147,11 +149,17 @@ def _gated_table(config: LanguageModelConfig, root: str) -> list[Entry]:
     ]
 
 
+def _gemma3_table(config: LanguageModelConfig, root: str) -> list[Entry]:
+    """The text part's names, and those of the image encoder that Gemma 3 has from 4B on, which is left out."""
+    parts = [f"{at}{part}" for at in ("", "model.") for part in ("vision_tower", "multi_modal_projector")]
+    return [*_gated_table(config, root), *(Ignored(part + ".{rest...}") for part in parts)]
+
+
 def _head(config: LanguageModelConfig, embedding: str) -> Entry:
     return Alias("lm_head.weight", embedding) if config.head == "tied" else Rule("lm_head.weight", "lm_head/weight")
 
 
-_GATED = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "phi3")
+_GATED = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma2", "olmo2", "phi3")
 # Table of each kind, and root prefixes of all keys except the head's: the usual one first. Files of bare models have
 # none of them.
 TABLES: dict[str, tuple[Callable[[LanguageModelConfig, str], list[Entry]], tuple[str, ...]]] = {
@@ -161,6 +169,7 @@ TABLES: dict[str, tuple[Callable[[LanguageModelConfig, str], list[Entry]], tuple
     "gpt_neox": (_gpt_neox_table, ("gpt_neox.",)),
     "opt": (_opt_table, ("model.decoder.", "decoder.")),
     **dict.fromkeys(_GATED, (_gated_table, ("model.",))),
+    "gemma3_text": (_gemma3_table, ("model.", "model.language_model.", "language_model.model.")),
 }
 
 

@@ -17,6 +17,7 @@ from magma_jax.published.hf_config import LanguageModelError, from_hf_config, re
 from magma_jax.published.keymap.engine import KeyMapError, check_table, to_theirs
 from magma_jax.published.language_model_keys import TABLES, language_model_table
 from magma_jax.published.language_model_sources import open_lm
+from tests.models.language_tiny import LANGUAGE_MODELS
 
 GPT2_JSON = {
     "model_type": "gpt2",
@@ -176,6 +177,36 @@ def test_published_configs(name, values):
 def test_written_configs_are_read_again(name):
     config = PUBLISHED_LANGUAGE_MODELS[name]
     assert from_hf_config(json.loads(json.dumps(to_hf_config(config)))) == config
+
+
+def test_the_text_part_of_a_gemma_3_with_images(tmp_path):
+    """From 4B on, published files hold an image encoder too, and the config leaves out what are defaults."""
+    scaling = {"factor": 8.0, "rope_type": "linear"}
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    text |= {"rope_scaling": scaling, "sliding_window": 1024}
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}, "mm_tokens_per_image": 256}
+    assert from_hf_config(whole) == PUBLISHED_LANGUAGE_MODELS["google/gemma-3-4b-pt"]
+    with pytest.raises(LanguageModelError, match="not known here: 'fusion'"):
+        from_hf_config(whole | {"fusion": 1})
+    with pytest.raises(LanguageModelError, match="text_config None is not that of a gemma3_text"):
+        from_hf_config({"model_type": "gemma3"})
+
+    config = LANGUAGE_MODELS["gemma3"]
+    _, params = split(Decoder(config, rngs=nnx.Rngs(0)))
+    tensors = {key: tensor.read() for key, tensor in to_theirs(language_model_table(config), params).items()}
+    del tensors["lm_head.weight"]
+    for number, root in enumerate(("language_model.model.", "model.language_model.")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        renamed = {key.replace("model.", root, 1): tensor for key, tensor in tensors.items()}
+        write(
+            folder,
+            {"model_type": "gemma3", "text_config": to_hf_config(config)},
+            renamed | {f"{'model.' * number}vision_tower.embeddings.weight": np.zeros(3, np.float32)},
+        )
+        with open_lm(folder, config) as (plan, _):
+            assert plan.keys() == params.keys()
+            assert all(tensor.read().tobytes() == np.asarray(params[path]).tobytes() for path, tensor in plan.items())
 
 
 def test_other_settings_are_read():

@@ -7,6 +7,15 @@ from magma_jax.foreign import shown
 from magma_jax.models.language.decoder import MAX_LAYERS
 from magma_jax.published.hf.fields import Fields, LanguageModelError, activation, of_layers, shortest_period
 
+# ``model_type`` of a Gemma 3 with an image encoder, and what its text part's fields are where they are left out.
+GEMMA3_WITH_IMAGES = "gemma3"
+_GEMMA3_DEFAULTS = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 262_208,
+    "max_position_embeddings": 131_072,
+}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -82,6 +91,21 @@ def gemma3(hf: Fields) -> dict[str, Any]:
     if near["rotary_scaling"] is not None:
         raise LanguageModelError(f"rope_parameters of {SLIDING} are scaled, which is not offered here")
     return fields | far | {"local_rotary_base": near["rotary_base"]}
+
+
+def text_part(hf: Fields) -> dict[str, Any]:
+    """The text part of a Gemma 3 that has an image encoder, which is left out; its fields with their defaults.
+
+    Raises:
+        LanguageModelError: no text part, or a field that is not known.
+    """
+    hf.skip("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index")
+    hf.require(tie_word_embeddings=(True, True))
+    text = hf.get("text_config")
+    if not isinstance(text, Mapping) or text.get("model_type") != "gemma3_text":
+        raise LanguageModelError(f"text_config {shown(text)} is not that of a gemma3_text")
+    hf.check_all_read()
+    return {**_GEMMA3_DEFAULTS, **text}
 
 
 def _gemma(hf: Fields, pattern: Any) -> dict[str, Any]:
