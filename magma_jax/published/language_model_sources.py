@@ -98,7 +98,8 @@ def _vocabulary(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
         words = Tokenizer.load(file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: no vocabulary of this language model ({error}); fetch it too") from None
-    if (again := words.decode(words.encode(_TEXT))) != _TEXT:
+    again = b"".join(map(words.token_bytes, words.encode(_TEXT))).decode(errors="replace")
+    if again != _TEXT:
         raise ConfigError(
             f"{file}: turns the text {_TEXT!r} into {again!r}; vocabularies that change spaces, such as Llama 2's, are "
             "not offered"
