@@ -103,7 +103,7 @@ def test_a_vocabulary_of_its_own_must_be_there(tmp_path):
     ):
         read_tokenizer(tmp_path, dataclasses.replace(config, vocab_rows=262))
     pieces(prepend=True).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ConfigError, match=r"tokenizer\.json: .* vocabularies that change spaces .* are not offered"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: .* vocabularies that change spaces, .* are not offered"):
         read_tokenizer(tmp_path, config)
 
 
