@@ -41,9 +41,9 @@ def to_hf_config(config: LanguageModelConfig) -> dict[str, Any]:
 
     It has a single vocabulary size, the rows of the head.
     """
-    write: Callable[[Any], dict[str, Any]] = _gated if isinstance(config, GatedConfig) else _OLDER[type(config)]
+    own = _gated(config) if isinstance(config, GatedConfig) else _OLDER[type(config)](config)
     shared = {"architectures": [ARCHITECTURES[config.kind]], "model_type": config.kind, "vocab_size": config.head_rows}
-    return {**shared, **write(config), "initializer_range": config.embedding_std}
+    return {**shared, **own, "initializer_range": config.embedding_std}
 
 
 def _gptj(config: GPTJConfig) -> dict[str, Any]:
