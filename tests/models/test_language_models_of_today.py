@@ -76,8 +76,11 @@ def test_files_there_and_back(name, tmp_path):
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in SOON else pytest.mark.slow) for n in LANGUAGE_MODELS]
 )
-def test_logits(name, tmp_path):
-    """Whole rows, a ragged batch of prompts, and cached decoding behind each of them."""
+def test_logits(name, tmp_path, record_property):
+    """Whole rows, a ragged batch of prompts, and cached decoding behind each of them.
+
+    ``--junitxml=FILE`` writes the largest difference of each, as a part of the largest logit.
+    """
     config, theirs, params = LANGUAGE_MODELS[name], pytorch_model(name), parameters(name, tmp_path)
     definition = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))[0]
 
@@ -102,8 +105,11 @@ def test_logits(name, tmp_path):
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids)).logits.numpy()
     whole, prompts, steps = (np.asarray(logits) for logits in run(params, ids))
-    close = {"rtol": 0, "atol": TOLERANCE * np.abs(expected).max()}
-    np.testing.assert_allclose(whole, expected, **close)
-    for row, length in enumerate(LENGTHS):
-        np.testing.assert_allclose(prompts[row, :length], expected[row, :length], **close)
-        np.testing.assert_allclose(steps[:, row], expected[row, length : length + NEW], **close)
+    differences = {
+        "whole rows": np.abs(whole - expected).max(),
+        "prompts": max(np.abs(prompts[row, :n] - expected[row, :n]).max() for row, n in enumerate(LENGTHS)),
+        "decoding": max(np.abs(steps[:, row] - expected[row, n : n + NEW]).max() for row, n in enumerate(LENGTHS)),
+    }
+    for part, difference in differences.items():
+        record_property(part, f"{difference / np.abs(expected).max():.1e}")
+        assert difference <= TOLERANCE * np.abs(expected).max(), part
