@@ -7,6 +7,7 @@ Pairs are neighbours, (0,1), (2,3), ... (GPT-J), or a feature of the first half 
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -15,22 +16,33 @@ from magma_jax.typing import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotaryScaling:
-    """Llama 3's frequency scaling for contexts longer than the pretraining context.
+    """Frequency scaling for contexts longer than the pretraining context.
 
-    Frequencies whose wavelength exceeds ``context / low`` are divided by ``factor``, those whose wavelength is below
-    ``context / high`` are unchanged, and those between are interpolated.
+    ``linear`` divides all frequencies by ``factor``. With ``llama3``, frequencies whose wavelength exceeds
+    ``context / low`` are divided by ``factor``, those whose wavelength is below ``context / high`` are unchanged, and
+    those between are interpolated.
 
     Attributes:
-        factor: divisor of the low frequencies.
+        factor: divisor of the frequencies that are scaled.
         low: periods within ``context`` at and below which a frequency is divided by the whole ``factor``.
         high: periods within ``context`` from which on a frequency is unchanged.
         context: pretraining context in positions.
+        method: see above.
     """
 
     factor: float
     low: float = 1.0
     high: float = 4.0
     context: int = 8192
+    method: Literal["llama3", "linear"] = "llama3"
+
+    def __post_init__(self):
+        if self.factor < 1:
+            raise ValueError(f"rotary: scaling.factor must be at least 1, got {self.factor}")
+        if self.method == "llama3" and not (0 < self.low < self.high and self.context > 0):
+            raise ValueError(
+                f"rotary: scaling needs 0 < low < high and context > 0, got {self.low}, {self.high}, {self.context}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +75,9 @@ def rotary_table(
 ) -> tuple[Float[Array, "B S R"], Float[Array, "B S R"]]:
     """Sines and cosines of every position; R = features / 2."""
     frequencies = 1.0 / base ** (jnp.arange(0, features, 2, dtype=jnp.float32) / features)
-    if scaling is not None:
+    if scaling is not None and scaling.method == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None:
         waves = scaling.context * frequencies / (2 * math.pi)
         kept = jnp.clip((waves - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
         frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor

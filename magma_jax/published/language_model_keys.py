@@ -14,13 +14,16 @@ Entry = Rule | Alias | Ignored
 
 
 def language_model_table(config: LanguageModelConfig, keys: Iterable[str] | None = None) -> list[Entry]:
-    """Key table of a language model. ``keys`` are a file's keys, which may lack the usual root prefix."""
-    table, root = TABLES[config.kind]
-    has_root = keys is None or any(key.startswith(root) for key in keys)
-    return table(root if has_root else "")
+    """Key table of a language model. ``keys`` are a file's keys, which may have another root prefix than usual."""
+    table, roots = TABLES[config.kind]
+    names = None if keys is None else list(keys)
+    if names is None:
+        return table(config, roots[0])
+    found = (root for root in sorted(roots, key=len, reverse=True) if any(name.startswith(root) for name in names))
+    return table(config, next(found, ""))
 
 
-def _gptj_table(root: str) -> list[Entry]:
+def _gptj_table(config: LanguageModelConfig, root: str) -> list[Entry]:
     layer = root + "h.{layer}."
     return [
         Rule(f"{root}wte.weight", "wte/weight"),
@@ -37,7 +40,7 @@ def _gptj_table(root: str) -> list[Entry]:
     ]
 
 
-def _gpt2_table(root: str) -> list[Entry]:
+def _gpt2_table(config: LanguageModelConfig, root: str) -> list[Entry]:
     layer = root + "h.{layer}."
     names = {
         "attn.c_attn": "attn/qkv_proj",
@@ -54,7 +57,7 @@ def _gpt2_table(root: str) -> list[Entry]:
     ]
 
 
-def _gpt_neo_table(root: str) -> list[Entry]:
+def _gpt_neo_table(config: LanguageModelConfig, root: str) -> list[Entry]:
     layer = root + "h.{layer}."
     attention = f"{layer}attn.attention."
     return [
@@ -70,7 +73,7 @@ def _gpt_neo_table(root: str) -> list[Entry]:
     ]
 
 
-def _gpt_neox_table(root: str) -> list[Entry]:
+def _gpt_neox_table(config: LanguageModelConfig, root: str) -> list[Entry]:
     layer = root + "layers.{layer}."
     names = {
         "input_layernorm": "ln_1",
@@ -90,12 +93,83 @@ def _gpt_neox_table(root: str) -> list[Entry]:
     ]
 
 
-# Table of each kind, and the root prefix of all keys except the head's; GPT-2 files may lack it.
-TABLES: dict[str, tuple[Callable[[str], list[Entry]], str]] = {
-    "gptj": (_gptj_table, "transformer."),
-    "gpt2": (_gpt2_table, "transformer."),
-    "gpt_neo": (_gpt_neo_table, "transformer."),
-    "gpt_neox": (_gpt_neox_table, "gpt_neox."),
+def _opt_table(config: LanguageModelConfig, root: str) -> list[Entry]:
+    layer = root + "layers.{layer}."
+    names = {
+        "self_attn_layer_norm": "ln_1",
+        **{f"self_attn.{name}": f"attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
+        "final_layer_norm": "ln_2",
+        "fc1": "mlp/c_fc",
+        "fc2": "mlp/c_proj",
+    }
+    return [
+        Rule(f"{root}embed_tokens.weight", "wte/weight"),
+        Alias("lm_head.weight", f"{root}embed_tokens.weight"),
+        Rule(f"{root}embed_positions.weight", "wpe/weight"),
+        *(rule for theirs, ours in names.items() for rule in _pair(layer + theirs, f"layers/{ours}")),
+        *_pair(f"{root}final_layer_norm", "ln_f"),
+        Ignored(f"{root}version"),
+    ]
+
+
+# Norms by ``BlockConfig.residual``.
+_NORMS = {
+    "sequential": {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2"},
+    "post": {"post_attention_layernorm": "ln_1_out", "post_feedforward_layernorm": "ln_2_out"},
+    "sandwich": {
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_1_out",
+        "pre_feedforward_layernorm": "ln_2",
+        "post_feedforward_layernorm": "ln_2_out",
+    },
+}
+
+
+def _gated_table(config: LanguageModelConfig, root: str) -> list[Entry]:
+    """Llama's names, and those of its relatives, as the block's config has them."""
+    block, layer = config.trunk().block, root + "layers.{layer}."
+    projections = ("q", "k", "v") if block.projections == "separate" else ("qkv",)
+    names = {
+        **_NORMS[block.residual],
+        **{f"self_attn.{name}_proj": f"attn/{name}_proj" for name in projections},
+        "self_attn.o_proj": "attn/out_proj",
+        **({f"self_attn.{name}_norm": f"attn/ln_{name}" for name in ("q", "k")} if block.qk_norm else {}),
+        **({"mlp.gate_up_proj": "mlp/c_fc"} if block.gate == "joint" else {}),
+        **({"mlp.gate_proj": "mlp/c_gate", "mlp.up_proj": "mlp/c_fc"} if block.gate == "separate" else {}),
+        "mlp.down_proj": "mlp/c_proj",
+    }
+    biases = [f"{name}_proj" for name in projections] if "qkv" in block.biases else []
+    return [
+        Rule(f"{root}embed_tokens.weight", "wte/weight"),
+        *(Rule(f"{layer}{theirs}.weight", f"layers/{ours}/weight", stack="layer") for theirs, ours in names.items()),
+        *(Rule(f"{layer}self_attn.{name}.bias", f"layers/attn/{name}/bias", stack="layer") for name in biases),
+        Rule(f"{root}norm.weight", "ln_f/weight"),
+        _head(config, f"{root}embed_tokens.weight"),
+        Ignored(f"{layer}self_attn.rotary_emb.inv_freq"),
+    ]
+
+
+def _gemma3_table(config: LanguageModelConfig, root: str) -> list[Entry]:
+    """The text part's names, and those of the image encoder that Gemma 3 has from 4B on, which is left out."""
+    parts = [f"{at}{part}" for at in ("", "model.") for part in ("vision_tower", "multi_modal_projector")]
+    return [*_gated_table(config, root), *(Ignored(part + ".{rest...}") for part in parts)]
+
+
+def _head(config: LanguageModelConfig, embedding: str) -> Entry:
+    return Alias("lm_head.weight", embedding) if config.head == "tied" else Rule("lm_head.weight", "lm_head/weight")
+
+
+_GATED = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma2", "olmo2", "phi3")
+# Table of each kind, and root prefixes of all keys except the head's: the usual one first. Files of bare models have
+# none of them.
+TABLES: dict[str, tuple[Callable[[LanguageModelConfig, str], list[Entry]], tuple[str, ...]]] = {
+    "gptj": (_gptj_table, ("transformer.",)),
+    "gpt2": (_gpt2_table, ("transformer.",)),
+    "gpt_neo": (_gpt_neo_table, ("transformer.",)),
+    "gpt_neox": (_gpt_neox_table, ("gpt_neox.",)),
+    "opt": (_opt_table, ("model.decoder.", "decoder.")),
+    **dict.fromkeys(_GATED, (_gated_table, ("model.",))),
+    "gemma3_text": (_gemma3_table, ("model.", "model.language_model.", "language_model.model.")),
 }
 
 

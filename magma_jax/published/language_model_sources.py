@@ -30,6 +30,8 @@ from magma_jax.storage.files import open_tensors
 # Config fields that this library chooses, not the published model.
 _FREE = ("vocab_rows", "head_rows", "context_length", "embedding_std", "dtype")
 _GPT2_VOCABULARY = ("gptj", "gpt2", "gpt_neo")
+# A vocabulary must give it back: prompts are encoded in parts, and answers are decoded token by token.
+_TEXT = " a  b,\n\u00e9 \u732b"
 # Parameters whose row count a config field gives.
 _TABLES = {"vocab_rows": ("wte/weight",), "head_rows": ("lm_head/weight", "lm_head/bias")}
 
@@ -75,16 +77,34 @@ def read_tokenizer(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
     """Vocabulary of a published language model: GPT-2's, or the ``tokenizer.json`` beside the weights.
 
     Raises:
-        ConfigError: a model with a vocabulary of its own, and no readable ``tokenizer.json``.
+        ConfigError: a model with a vocabulary of its own, and no readable ``tokenizer.json``; one with more words than
+            the embedding table has rows; one that does not give a text back as it was.
     """
+    words = _vocabulary(path, config)
+    if config.kind not in _GPT2_VOCABULARY and words.vocab_size > config.vocab_rows:
+        raise ConfigError(
+            f"{path}: tokenizer.json has {words.vocab_size} words, but model.lm.vocab_rows is {config.vocab_rows}; it "
+            "belongs to another model"
+        )
+    return words
+
+
+def _vocabulary(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
     if config.kind in _GPT2_VOCABULARY:
         return gpt2_tokenizer()
     path = Path(path)
     file = (path if path.is_dir() else path.parent) / "tokenizer.json"
     try:
-        return Tokenizer.load(file)
+        words = Tokenizer.load(file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: no vocabulary of this language model ({error}); fetch it too") from None
+    again = b"".join(map(words.token_bytes, words.encode(_TEXT))).decode(errors="replace")
+    if again != _TEXT:
+        raise ConfigError(
+            f"{file}: turns the text {_TEXT!r} into {again!r}; vocabularies that change spaces, such as Llama 2's, are "
+            "not offered"
+        )
+    return words
 
 
 def _compare(path: Path, found: LanguageModelConfig, config: LanguageModelConfig) -> None:
@@ -119,6 +139,6 @@ def _cut(path: Path, tensor: Deferred, config: LanguageModelConfig, field: str) 
             f"{path}: has {found} rows where model.lm.{field} asks for {wanted}; set it to {found} "
             "(<|image|> needs no row, and rows are not made up)"
         )
-    if wanted < (words := read_tokenizer(path, config).vocab_size):
+    if wanted < (words := _vocabulary(path, config).vocab_size):
         raise ConfigError(f"{path}: model.lm.{field} {wanted} would cut off words; the vocabulary has {words}")
     return dataclasses.replace(tensor, shape=(wanted, *tensor.shape[1:]), read=lambda: tensor.read()[:wanted])

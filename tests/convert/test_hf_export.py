@@ -15,12 +15,17 @@ from magma_jax.convert.hf_export import to_hf
 from magma_jax.convert.magma_checkpoint import from_torch, to_safetensors, to_torch
 from magma_jax.convert.open_folder import open_model_folder
 from magma_jax.convert.verify import read_model_config
+from magma_jax.data.tokenizers.byte_level import gpt2_tokenizer
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.published.hf_config import read_config
+from magma_jax.published.language_model_sources import open_lm
+from magma_jax.published.open_magma import model_shapes
 from magma_jax.storage.files import open_tensors
 from magma_jax.storage.model_folder import write_model_folder
 from tests import tiny
+from tests.models.language_tiny import LANGUAGE_MODELS
+from tests.published import published
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +119,24 @@ def test_files_keep_a_vocabulary_that_is_not_gpt2s(own_words, tmp_path, capsys):
     assert main([*command, str(tmp_path / "own"), "--tokenizer", str(folder / "model" / "tokenizer")]) == 0
     assert "--tokenizer" not in capsys.readouterr().err
     assert Magma.from_checkpoint(tmp_path / "own").tokenizer.to_json() == words.to_json()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2"])
+def test_other_language_models(name, tmp_path):
+    """With a tied head, which is stored once, and without; the adapters are left out."""
+    config = dataclasses.replace(tiny.MODEL, lm=LANGUAGE_MODELS[name])
+    params = published.noise(model_shapes(config))
+    words = gpt2_tokenizer()
+    write_model_folder(
+        tmp_path / "model", {"model": to_dict(config)}, params, lambda made: words.save(made / "tokenizer")
+    )
+    to_hf(tmp_path / "model", tmp_path / "hf")
+    assert read_config(tmp_path / "hf") == config.lm
+    with open_lm(tmp_path / "hf", config.lm) as (plan, _):
+        expected = {f"lm/{path}": tensor.read().tobytes() for path, tensor in plan.items()}
+    assert expected == {
+        path: leaf.tobytes() for path, leaf in params.items() if path.startswith("lm/") and "_adapter/" not in path
+    }
 
 
 def test_nothing_is_overwritten(exported, capsys):

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import magma_jax.data.tokenizers.byte_level
 from magma_jax.data.tokenizers.byte_level import EOS, IMAGE, Tokenizer, gpt2_tokenizer, train_bpe
+from tests.data.vocabularies import pieces
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures/golden/tokenizer.json").read_text())
 CORPUS = [f"a {colour} {thing} on the {place}" for colour in ("red", "green", "blue", "grey")
@@ -116,18 +117,37 @@ def test_a_copy_sent_to_a_worker_behaves_alike(gpt2):
 
 
 def test_other_vocabularies_get_an_image_token_and_need_an_eos(tmp_path):
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "</s>": 1, "b": 2}, merges=[]))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "<end>": 1, "b": 2}, merges=[]))
     backend.enable_padding(length=9)
     backend.enable_truncation(1)
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"no end-of-text token '<\|endoftext\|>'"):
         Tokenizer.load(tmp_path)
-    loaded = Tokenizer.load(tmp_path, eos="</s>")
+    loaded = Tokenizer.load(tmp_path, eos="<end>")
     assert (loaded.eos_id, loaded.image_id, len(loaded)) == (1, 3, 4)
     assert loaded.encode("ab") == [0, 2]  # the file's padding and truncation do not apply
     (tmp_path / "page.json").write_text("<html>")
     with pytest.raises(ValueError, match=r"page\.json' is not a tokenizer\.json"):
         Tokenizer.load(tmp_path / "page.json")
+    settings = tmp_path / "tokenizer_config.json"
+    for named in ("<end>", {"content": "<end>", "lstrip": False}):
+        settings.write_text(json.dumps({"eos_token": named}))
+        assert Tokenizer.load(tmp_path) is loaded
+    # Saved with its end of text.
+    assert Tokenizer.load(loaded.save(tmp_path / "again")).eos_id == 1
+    settings.write_text('{"eos_token": 3}')
+    with pytest.raises(ValueError, match=r"has an eos_token in its tokenizer_config\.json that is no text"):
+        Tokenizer.load(tmp_path)
+
+
+def test_vocabularies_of_pieces():
+    words = Tokenizer.from_json(pieces().to_str())
+    assert (words.eos, words.eos_id, words.image_id) == ("<eos>", 0, 263)
+    for text in (" a  b,\n", "caf\u00e9 \u732b", "<0x41>"):
+        ids = words.encode(text)
+        assert words.decode(ids) == text
+        assert b"".join(map(words.token_bytes, [*ids, words.eos_id])) == text.encode()
+        assert len(ids) * words.longest >= len(text.encode())
 
 
 def test_an_eos_with_id_zero_works():

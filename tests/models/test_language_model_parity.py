@@ -14,6 +14,7 @@ from magma_jax.inference.decoding.sampling import row_keys, sampling_rows
 from magma_jax.models.language.catalog import PUBLISHED_LANGUAGE_MODELS
 from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.modules import abstract, merge, parameter_count
+from magma_jax.published.hf.write import to_hf_config
 from magma_jax.published.hf_config import read_config
 from magma_jax.published.keymap.engine import to_theirs
 from magma_jax.published.language_model_keys import language_model_table
@@ -150,39 +151,15 @@ def test_conversion_back_gives_the_same_bits(both):
             assert written[key].read().tobytes() == tensor.read().tobytes(), key
 
 
-HF_SETTINGS = {
-    "gptj": lambda c: transformers.GPTJConfig(
-        n_layer=c.layers,
-        n_embd=c.width,
-        n_head=c.heads,
-        rotary_dim=c.rotary_dim,
-        vocab_size=c.vocab_rows,
-        tie_word_embeddings=False,
-    ),
-    "gpt2": lambda c: transformers.GPT2Config(n_layer=c.layers, n_embd=c.width, n_head=c.heads),
-    "gpt_neo": lambda c: transformers.GPTNeoConfig(
-        num_layers=c.layers,
-        hidden_size=c.width,
-        num_heads=c.heads,
-        attention_types=[[["global", "local"], c.layers // 2]],
-    ),
-    "gpt_neox": lambda c: transformers.GPTNeoXConfig(
-        num_hidden_layers=c.layers,
-        hidden_size=c.width,
-        num_attention_heads=c.heads,
-        intermediate_size=c.feed_forward,
-        vocab_size=c.vocab_rows,
-    ),
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED_LANGUAGE_MODELS)
 def test_full_size_counts(name):
     """Keys, shapes and the number of parameters of the full-size model, without memory."""
     config = PUBLISHED_LANGUAGE_MODELS[name]
     with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(HF_SETTINGS[config.kind](config))
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**to_hf_config(config))
+        )
     shapes = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))[1]
     assert parameter_count(shapes) == sum(parameter.numel() for parameter in theirs.parameters())
     ours = {key: tuple(tensor.shape) for key, tensor in to_theirs(language_model_table(config), shapes).items()}

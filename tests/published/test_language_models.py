@@ -12,10 +12,12 @@ from magma_jax.models.language.decoder import Decoder
 from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.nn.modules import split
+from magma_jax.published.hf.write import to_hf_config
 from magma_jax.published.hf_config import LanguageModelError, from_hf_config, read_config
 from magma_jax.published.keymap.engine import KeyMapError, check_table, to_theirs
 from magma_jax.published.language_model_keys import TABLES, language_model_table
 from magma_jax.published.language_model_sources import open_lm
+from tests.models.language_tiny import LANGUAGE_MODELS
 
 GPT2_JSON = {
     "model_type": "gpt2",
@@ -81,9 +83,85 @@ GPTJ_JSON = {
 }
 
 
+LLAMA_JSON = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+QWEN2_JSON = {
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+GEMMA3_JSON = {
+    "model_type": "gemma3_text",
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "cache_implementation": "hybrid",
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262144,
+}
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
+        ("meta-llama/Llama-3.1-8B", LLAMA_JSON),
+        ("Qwen/Qwen2.5-1.5B", QWEN2_JSON),
+        ("google/gemma-3-1b-pt", GEMMA3_JSON),
         ("gpt2", GPT2_JSON),
         ("EleutherAI/gpt-neo-1.3B", GPT_NEO_JSON),
         ("EleutherAI/pythia-410m", PYTHIA_JSON),
@@ -93,6 +171,42 @@ GPTJ_JSON = {
 )
 def test_published_configs(name, values):
     assert from_hf_config(values) == PUBLISHED_LANGUAGE_MODELS[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_LANGUAGE_MODELS)
+def test_written_configs_are_read_again(name):
+    config = PUBLISHED_LANGUAGE_MODELS[name]
+    assert from_hf_config(json.loads(json.dumps(to_hf_config(config)))) == config
+
+
+def test_the_text_part_of_a_gemma_3_with_images(tmp_path):
+    """From 4B on, published files hold an image encoder too, and the config leaves out what are defaults."""
+    scaling = {"factor": 8.0, "rope_type": "linear"}
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    text |= {"rope_scaling": scaling, "sliding_window": 1024}
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}, "mm_tokens_per_image": 256}
+    assert from_hf_config(whole) == PUBLISHED_LANGUAGE_MODELS["google/gemma-3-4b-pt"]
+    with pytest.raises(LanguageModelError, match="not known here: 'fusion'"):
+        from_hf_config(whole | {"fusion": 1})
+    with pytest.raises(LanguageModelError, match="text_config None is not that of a gemma3_text"):
+        from_hf_config({"model_type": "gemma3"})
+
+    config = LANGUAGE_MODELS["gemma3"]
+    _, params = split(Decoder(config, rngs=nnx.Rngs(0)))
+    tensors = {key: tensor.read() for key, tensor in to_theirs(language_model_table(config), params).items()}
+    del tensors["lm_head.weight"]
+    for number, root in enumerate(("language_model.model.", "model.language_model.")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        renamed = {key.replace("model.", root, 1): tensor for key, tensor in tensors.items()}
+        write(
+            folder,
+            {"model_type": "gemma3", "text_config": to_hf_config(config)},
+            renamed | {f"{'model.' * number}vision_tower.embeddings.weight": np.zeros(3, np.float32)},
+        )
+        with open_lm(folder, config) as (plan, _):
+            assert plan.keys() == params.keys()
+            assert all(tensor.read().tobytes() == np.asarray(params[path]).tobytes() for path, tensor in plan.items())
 
 
 def test_other_settings_are_read():
@@ -107,7 +221,7 @@ def test_other_settings_are_read():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is none of the language models here: gptj, gpt2, gpt_neo"),
+        ({"model_type": "falcon"}, "model_type 'falcon' is none of the language models here: gptj, gpt2, gpt_neo"),
         ([], "model_type None is none of"),
         ({k: v for k, v in GPT2_JSON.items() if k != "n_head"}, "a gpt2 config lacks 'n_head'"),
         (GPT2_JSON | {"n_head": 5}, "5 heads do not divide the width 768"),
@@ -120,6 +234,20 @@ def test_other_settings_are_read():
         (GPT_NEO_JSON | {"attention_types": [[["sparse"], 24]]}, r"do not fit 24 layers"),
         (PYTHIA_JSON | {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling .* is not offered"),
         (PYTHIA_JSON | {"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not offered"),
+        (
+            LLAMA_JSON | {"key_scale": 2, "quantization_config": {}},
+            "not known here: 'key_scale', 'quantization_config'",
+        ),
+        (LLAMA_JSON | {"attention_bias": True}, "attention_bias True is not offered here, only False"),
+        (LLAMA_JSON | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not offered"),
+        (LLAMA_JSON | {"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "not known here: 'beta'"),
+        (LLAMA_JSON | {"rope_scaling": {"type": "linear", "factor": 0.5}}, "scaling.factor must be at least 1"),
+        (LLAMA_JSON | {"num_key_value_heads": 5}, "5 kv_heads do not divide 32 heads"),
+        (QWEN2_JSON | {"use_sliding_window": True}, "use_sliding_window True is not offered"),
+        (QWEN2_JSON | {"layer_types": ["sliding_attention"] * 28}, r"layer_types .* do not fit 28 layers of full_att"),
+        (GEMMA3_JSON | {"num_hidden_layers": 10**12}, "layer_types .* do not fit 1000000000000 layers"),
+        (GEMMA3_JSON | {"num_hidden_layers": 0}, "attention names no kind of layer"),
+        (GEMMA3_JSON | {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not offered"),
     ],
 )
 def test_what_does_not_fit_is_named(values, message):

@@ -17,6 +17,7 @@ from magma_jax.published.encoder_sources import open_encoder
 from magma_jax.published.keymap.engine import KeyMapError
 from magma_jax.published.language_model_sources import open_lm, read_tokenizer
 from magma_jax.storage.torch.writer import write_torch_file
+from tests.data.vocabularies import pieces
 from tests.published import published
 
 VIT = CLIPViTConfig(layers=2, width=32, heads=2, patch=8, image_size=32, embedding_width=16)
@@ -94,6 +95,15 @@ def test_a_language_model_that_lacks_a_tensor(gptj):
 def test_a_vocabulary_of_its_own_must_be_there(tmp_path):
     config = GPTNeoXConfig()
     with pytest.raises(ConfigError, match=r"tokenizer.json: no vocabulary"):
+        read_tokenizer(tmp_path, config)
+    pieces().save(str(tmp_path / "tokenizer.json"))
+    assert read_tokenizer(tmp_path, config).eos == "<eos>"
+    with pytest.raises(
+        ConfigError, match=r"has 263 words, but model\.lm\.vocab_rows is 262; it belongs to another model"
+    ):
+        read_tokenizer(tmp_path, dataclasses.replace(config, vocab_rows=262))
+    pieces(prepend=True).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: .* vocabularies that change spaces, .* are not offered"):
         read_tokenizer(tmp_path, config)
 
 

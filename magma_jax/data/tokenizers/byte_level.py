@@ -1,17 +1,28 @@
-"""Byte-level BPE tokenizers: GPT-2's, from packaged merges, and newly trained ones."""
+"""BPE tokenizers: GPT-2's, from packaged merges, newly trained ones, and those of published language models.
+
+Tokens are bytes (GPT-2, Llama 3, Qwen), or pieces of text with a token for each byte beside them (Gemma).
+"""
 
 import functools
+import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from magma_jax.foreign import read_text
+from magma_jax.foreign import read_json, read_text
 
 EOS = "<|endoftext|>"
 IMAGE = "<|image|>"
+# End-of-text tokens of published vocabularies, for files without a ``tokenizer_config.json``.
+_EOS_NAMES = (EOS, "<|end_of_text|>", "<eos>", "</s>")
+# Beside ``tokenizer.json``, as in Hugging Face's folders: names the end of text.
+_SETTINGS_FILE = "tokenizer_config.json"
+# Bytes and spaces in the tokens of a vocabulary of pieces.
+_BYTE, _SPACE = re.compile(r"<0x([0-9A-F]{2})>"), "\u2581"
 
 # Replacements of ``clean_up``, in this order: the space before English punctuation and contractions is removed, as in
 # the original's transformers 4.6 by default.
@@ -50,8 +61,9 @@ class Tokenizer:
         added = self._parsing.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
         self._rows = max(vocabulary.values()) + 1
+        self._of_bytes = isinstance(backend.decoder, decoders.ByteLevel)
         # Each character of a byte-level token represents one byte.
-        self.longest: int = max(map(len, vocabulary))
+        self.longest: int = max(len(symbols) if self._of_bytes else len(symbols.encode()) for symbols in vocabulary)
 
     def __reduce__(self):
         # The backend's pickling loses the property that special tokens in text are not parsed.
@@ -92,6 +104,9 @@ class Tokenizer:
         symbols = self._parsing.id_to_token(token)
         if symbols is None or token in self.special_ids:
             return b""
+        if not self._of_bytes:
+            byte = _BYTE.fullmatch(symbols)
+            return bytes.fromhex(byte[1]) if byte else symbols.replace(_SPACE, " ").encode()
         known = _symbol_bytes()
         # Tokens added to a vocabulary, such as runs of spaces, are plain text.
         return bytes(known[symbol] for symbol in symbols) if known.keys() >= set(symbols) else symbols.encode()
@@ -101,15 +116,20 @@ class Tokenizer:
         return self._parsing.to_str()
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Writes ``folder/tokenizer.json`` (the ``tokenizers`` format) and returns its path."""
+        """Writes ``folder/tokenizer.json`` (the ``tokenizers`` format) and returns its path.
+
+        An end-of-text token other than GPT-2's is named in a ``tokenizer_config.json`` beside it.
+        """
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.to_json(), encoding="utf-8")
+        if self.eos != EOS:
+            path.with_name(_SETTINGS_FILE).write_text(json.dumps({"eos_token": self.eos}) + "\n", encoding="utf-8")
         return path
 
     @classmethod
-    def from_json(cls, text: str, eos: str = EOS, image: str = IMAGE) -> "Tokenizer":
-        """Inverse of ``to_json``.
+    def from_json(cls, text: str, eos: str | None = None, image: str = IMAGE) -> "Tokenizer":
+        """Inverse of ``to_json``; by default the end of text is the first of the usual ones that it has.
 
         Raises:
             ValueError: not in the ``tokenizers`` format, or no ``eos`` in it.
@@ -117,8 +137,11 @@ class Tokenizer:
         return _from_json(text, eos, image)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, eos: str = EOS, image: str = IMAGE) -> "Tokenizer":
+    def load(cls, path: str | os.PathLike, eos: str | None = None, image: str = IMAGE) -> "Tokenizer":
         """Reads a ``tokenizer.json``, or the one in a folder.
+
+        By default the end of text is that of the ``tokenizer_config.json`` beside it, if there is one, or as
+        ``from_json`` finds it.
 
         Raises:
             ValueError: not such a file, or no ``eos`` in it.
@@ -126,19 +149,33 @@ class Tokenizer:
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
-            return cls.from_json(read_text(path), eos, image)
+            return cls.from_json(read_text(path), eos or _named_eos(path.with_name(_SETTINGS_FILE)), image)
         except ValueError as error:
             raise ValueError(f"{str(path)!r} {error}") from None
 
 
 # GPT-2's takes half a second to parse, and a process may open many folders with it.
 @functools.lru_cache(maxsize=4)
-def _from_json(text: str, eos: str, image: str) -> Tokenizer:
+def _from_json(text: str, eos: str | None, image: str) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the binding raises plain Exception
         raise ValueError(f"is not a tokenizer.json: {error}") from None
+    if eos is None:
+        eos = next((name for name in _EOS_NAMES if backend.token_to_id(name) is not None), EOS)
     return Tokenizer(backend, eos, image)
+
+
+def _named_eos(settings: Path) -> str | None:
+    """The end of text that a ``tokenizer_config.json`` names; None if there is none. Raises ValueError."""
+    if not settings.is_file():
+        return None
+    content = read_json(settings)
+    name = content.get("eos_token") if isinstance(content, dict) else None
+    name = name.get("content") if isinstance(name, dict) else name
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"has an eos_token in its {settings.name} that is no text")
+    return name
 
 
 @functools.cache

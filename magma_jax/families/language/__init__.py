@@ -36,7 +36,7 @@ def _flops(config: LanguageModelConfig, shapes: Any, labels: Any, batch: Any) ->
     # The last token predicts nothing and is not run.
     vectors = {"positions": length - 1, "predicted": length - 1}
     frozen, trained = matrix_flops(shapes, labels, LANGUAGE_INPUTS, vectors)
-    attention = attention_flops(config.width, config.layers, length - 1)
+    attention = attention_flops(config.trunk().block.query_width, config.layers, length - 1)
     return StepFlops(rows * frozen, rows * trained, rows * attention, 0)
 
 

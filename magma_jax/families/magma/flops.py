@@ -59,7 +59,7 @@ def step_flops(
     encoder_learns = any(path.startswith(ENCODER) for path in learning_paths(labels))
     # Only a trained encoder needs a gradient with respect to the features.
     frozen, trained = matrix_flops(shapes, labels, INPUTS, vectors, first=() if encoder_learns else ("features",))
-    attention = attention_flops(config.lm.width, config.lm.layers, vectors["positions"])
+    attention = attention_flops(config.lm.trunk().block.query_width, config.lm.layers, vectors["positions"])
     if config.prefix.mapping == "transformer":
         attention += pack * attention_flops(config.lm.width, config.prefix.transformer_layers, image)
     encoder = 0 if cached else (3 if encoder_learns else 1) * pack * encoder_flops(config.encoder)

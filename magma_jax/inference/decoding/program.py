@@ -37,7 +37,8 @@ def decode_program(
         return jax.ShapeDtypeStruct((rows,), dtype, sharding=by_rows)
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    cache = (lm.layers, rows, lm.heads, slots or lm.context_length, lm.width // lm.heads)
+    block = lm.trunk().block
+    cache = (lm.layers, rows, block.key_heads, slots or lm.context_length, block.size)
     kept: Any = jax.ShapeDtypeStruct(cache, dtype, sharding=by_heads)
     key_rows: Any = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=by_rows)
     state = DecodeState(

@@ -4,7 +4,7 @@ Each kind of language model is a config whose ``trunk`` describes its blocks.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -41,6 +41,8 @@ class DecoderConfig:
         context_length: positions the model was trained on, in tokens.
         embedding_std: standard deviation of a fresh embedding table.
         dtype: dtype of the stored weights; int8 and int4 apply to matrices, see ``nn.quantized``.
+        embedding_scale: factor of word embeddings (Gemma).
+        logit_cap: soft limit of the logits, ``cap * tanh(logit / cap)``; None for no limit (Gemma 2).
     """
 
     kind: str
@@ -54,7 +56,9 @@ class DecoderConfig:
     layernorm_eps: float
     embedding_std: float
     dtype: str
-    head: ClassVar[Head]
+    head: Head
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
 
     def trunk(self) -> TrunkConfig:
         """Config of the layers between embeddings and final hidden states, without adapters."""
@@ -112,13 +116,18 @@ class Decoder(Trunk):
     def embed(self, ids: Int[Array, "B S"], dtype: Any = jnp.float32) -> Float[Array, "B S D"]:
         """Word embeddings; ids must be below ``vocab_rows`` (JAX clamps others)."""
         # Two steps: the table is sharded by width, and one reshard cannot turn its slices into rows of whole vectors.
-        return split_rows(split_rows(self.wte(ids, dtype), features="model"))
+        vectors = split_rows(split_rows(self.wte(ids, dtype), features="model"))
+        scale = self.config.embedding_scale
+        return vectors if scale == 1 else vectors * jnp.asarray(scale, vectors.dtype)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """fp32 logits of the final hidden states, whatever their dtype."""
         if self.lm_head is not None:
-            return self.lm_head(hidden, jnp.float32)
-        return product(hidden, self.wte.weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
+            logits = self.lm_head(hidden, jnp.float32)
+        else:
+            logits = product(hidden, self.wte.weight[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.logit_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def block_config(config: DecoderConfig, **changes: Any) -> BlockConfig:
@@ -133,11 +142,14 @@ def block_config(config: DecoderConfig, **changes: Any) -> BlockConfig:
     )
 
 
-def check_heads(config: DecoderConfig) -> None:
-    """Raises ValueError if there are more than ``MAX_LAYERS`` layers, or the heads do not divide the width."""
+def check_heads(config: DecoderConfig, *, divide: bool = True) -> None:
+    """Raises ValueError if there are more than ``MAX_LAYERS`` layers, or the heads do not divide the width.
+
+    With ``divide=False`` they need not.
+    """
     check_sizes(config, "layers", "width", "heads", "feed_forward", "vocab_rows", "head_rows", "context_length")
     check_dtype("language model: dtype", config.dtype, QUANTIZED)
     if config.layers > MAX_LAYERS:
         raise ValueError(f"language model: {config.layers} layers are more than {MAX_LAYERS}")
-    if config.width % config.heads:
+    if divide and config.width % config.heads:
         raise ValueError(f"language model: {config.heads} heads do not divide the width {config.width}")

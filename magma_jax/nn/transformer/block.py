@@ -119,17 +119,26 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two linear layers with an activation between them: ``W_2 f(W_1 x)``, gated ``W_2 (f(W_g x) * W_1 x)``."""
+    """Two linear layers with an activation between them: ``W_2 f(W_1 x)``, gated ``W_2 (f(W_g x) * W_1 x)``.
+
+    With a joint gate, ``c_fc`` holds ``W_g`` and below it ``W_1``.
+    """
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         self.activation = config.activation
         gated = ACTIVATIONS[config.activation].gated
-        self.c_fc = linear(config, config.width, config.feed_forward, "mlp_in", rngs=rngs)
+        self.joint = gated and config.gate == "joint"
+        inner = config.feed_forward * (2 if self.joint else 1)
+        self.c_fc = linear(config, config.width, inner, "mlp_in", rngs=rngs)
         self.c_proj = linear(config, config.feed_forward, config.width, "mlp_out", rngs=rngs)
-        self.c_gate = linear(config, config.width, config.feed_forward, "mlp_in", rngs=rngs) if gated else None
+        separate = gated and not self.joint
+        self.c_gate = linear(config, config.width, config.feed_forward, "mlp_in", rngs=rngs) if separate else None
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         activation = ACTIVATIONS[self.activation].function
+        if self.joint:
+            gate, up = jnp.split(self.c_fc(x), 2, axis=-1)
+            return self.c_proj(activation(gate) * up)
         inner = activation(self.c_fc(x)) if self.c_gate is None else activation(self.c_gate(x)) * self.c_fc(x)
         return self.c_proj(inner)
 

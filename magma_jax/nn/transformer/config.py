@@ -81,6 +81,7 @@ class BlockConfig:
             ``joint_by_head``, one matrix with query, key and value of the first head, then of the second, and so on.
         biases: linear layers with a bias.
         activation: activation of the MLP; a gated one adds a third layer, ``c_gate``.
+        gate: whether ``c_gate`` is a matrix of its own (``separate``) or the first half of ``c_fc`` (``joint``, Phi-3).
         rotary: rotary embedding of queries and keys; None for none.
         score_divisor: divisor of the scores; None for sqrt(K).
         score_cap: soft limit of the scores, ``cap * tanh(score / cap)`` (Gemma 2); None for no limit.
@@ -104,6 +105,7 @@ class BlockConfig:
     projections: Literal["separate", "joint", "joint_by_head"] = "separate"
     biases: tuple[Place, ...] = PLACES
     activation: ActivationName = "gelu_tanh"
+    gate: Literal["separate", "joint"] = "separate"
     rotary: RotaryConfig | None = None
     score_divisor: float | None = None
     score_cap: float | None = None
@@ -141,6 +143,11 @@ class BlockConfig:
         """Key/value heads (G)."""
         return self.kv_heads or self.heads
 
+    @property
+    def query_width(self) -> int:
+        """Features of all query heads together (H K)."""
+        return self.heads * self.size
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PositionTable:
@@ -167,6 +174,8 @@ class TrunkConfig:
         positions: table of learned positions; None for none.
         windows: per layer, the number of positions that a query sees, itself included, or None for all; None if no
             layer has a window.
+        rotary: per layer, its rotary embedding, or None for none (SmolLM3, Gemma 3); None if all have the block's. They
+            rotate as many features as the block's.
         final_norm: whether a norm follows the last layer.
     """
 
@@ -174,9 +183,18 @@ class TrunkConfig:
     layers: int
     positions: PositionTable | None = None
     windows: tuple[int | None, ...] | None = None
+    rotary: tuple[RotaryConfig | None, ...] | None = None
     final_norm: bool = True
 
     def __post_init__(self):
         check_sizes(self, "layers")
         if self.windows is not None and len(self.windows) != self.layers:
             raise ValueError(f"trunk: {len(self.windows)} windows for {self.layers} layers; give one a layer")
+        if self.rotary is None:
+            return
+        if len(self.rotary) != self.layers:
+            raise ValueError(f"trunk: {len(self.rotary)} rotary embeddings for {self.layers} layers; give one a layer")
+        shapes = {(own.features, own.interleaved) for own in self.rotary if own is not None}
+        rotary = self.block.rotary
+        if rotary is None or shapes - {(rotary.features, rotary.interleaved)}:
+            raise ValueError("trunk: rotary embeddings of layers must rotate the block's features, paired alike")

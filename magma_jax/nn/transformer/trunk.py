@@ -49,7 +49,7 @@ class _Sequence(NamedTuple):
 
     positions: Array  # (B, S)
     mask: Mask
-    rotary: tuple[Array, Array] | None
+    rotary: tuple[Array, Array] | None  # sines and cosines (B, S, R); (N, B, S, R) if layers choose among N tables
     cache_rows: Array | None
 
 
@@ -66,6 +66,7 @@ class _Layer(NamedTuple):
 
     number: Any
     window: Array | None
+    rotary: Array | None  # row of the rotary tables
     dropout_key: Array | None
 
 
@@ -170,7 +171,18 @@ class Trunk(nnx.Module):
         rotary = self.trunk.block.rotary
         if self.trunk.windows is not None and not cached:
             mask = dataclasses.replace(mask, positions=positions)
-        return _Sequence(positions, mask, None if rotary is None else rotary.table(positions), cache_rows)
+        if rotary is None:
+            tables = None
+        elif self.trunk.rotary is None:
+            tables = rotary.table(positions)
+        else:
+            # An angle of zero leaves a layer without rotary embedding as it is, bit for bit.
+            found = [
+                rotary.table(jnp.zeros_like(positions)) if own is None else own.table(positions)
+                for own in dict.fromkeys(self.trunk.rotary)
+            ]
+            tables = jnp.stack([sin for sin, _ in found]), jnp.stack([cos for _, cos in found])
+        return _Sequence(positions, mask, tables, cache_rows)
 
     def _run_layers(
         self,
@@ -188,6 +200,7 @@ class Trunk(nnx.Module):
         own = _Layer(
             number=range(count) if isinstance(self.layers, nnx.List) else jnp.arange(count),
             window=windows,
+            rotary=None if self.trunk.rotary is None else _rows(self.trunk.rotary),
             dropout_key=None if dropout_key is None else jax.random.split(dropout_key, count),
         )
         step = functools.partial(_run_layer, sequence=sequence, collect=collect, reduce=reduce)
@@ -202,6 +215,12 @@ class Trunk(nnx.Module):
         for layers in self.layers if isinstance(self.layers, nnx.List) else [self.layers]:
             layers.mlp_adapter = None
             layers.attn_adapter = None
+
+
+def _rows(values: tuple[Any, ...]) -> Int[Array, " L"]:
+    """Index of each value among the distinct ones, in order of appearance."""
+    distinct = list(dict.fromkeys(values))
+    return jnp.array([distinct.index(value) for value in values])
 
 
 def _run_layer(
@@ -219,7 +238,7 @@ def _run_layer(
     output = layer(
         split_rows(carry.x),
         sequence.mask if own.window is None else sequence.mask.with_window(own.window),
-        sequence.rotary,
+        sequence.rotary if own.rotary is None else jax.tree.map(lambda table: table[own.rotary], sequence.rotary),
         cached,
         weights=reduce is not None or "attentions" in collect,
         dropout_key=own.dropout_key,
