@@ -114,7 +114,8 @@ def check_dtype(name: str, dtype: str, others: Sequence[str] = ()) -> None:
 def load_config_file(path: str | Path) -> ml_collections.ConfigDict:
     """Executes a config file and returns the result of its ``get_config()``.
 
-    ``FILE.py:NAME`` gives ``get_config("NAME")``: one file may describe several runs.
+    ``FILE.py:NAME`` gives ``get_config("NAME")``: one file may describe several runs. Without a NAME the function's
+    default applies, if it has one.
 
     Raises:
         ConfigError: no such file, no ``get_config``, or a NAME that the file does not know.
@@ -129,7 +130,10 @@ def load_config_file(path: str | Path) -> ml_collections.ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path}: has no function get_config()")
-    takes_name = bool(inspect.signature(module.get_config).parameters)
+    parameters = list(inspect.signature(module.get_config).parameters.values())
+    takes_name = bool(parameters)
+    if takes_name and name is None and parameters[0].default is not parameters[0].empty:
+        return module.get_config()
     if takes_name and name is None:
         raise ConfigError(f"{path}: describes several runs; choose one: {path}:NAME, {module.get_config.__doc__}")
     if name is not None and not takes_name:

@@ -44,7 +44,8 @@ class Family:
             context of arrays by path and the files they are read from.
         open: ``(path, *, dtype, mesh, ema)`` to a model ready for inference (``inference.generator.Generator``).
         decode_program: ``(program, rows, slots)`` to a jitted decoding step and its argument shapes, for plans;
-            ``slots=None`` means the context length. None for a family that does not decode token by token.
+            ``slots=None`` means the context length. None for a family that does not decode.
+        decodes: what a decoding step yields for each row.
         token_generator: whether ``open`` returns a ``TokenGenerator``, if the model decodes token by token.
         panel: ``(run, writing)`` to the sample display of a training run, or None.
         evaluate: ``(workdir, split, limit, settings, *, ema)``: evaluates a run with figures of the family's own,
@@ -74,4 +75,5 @@ class Family:
     decode_program: Callable[[Any, int, int | None], tuple[Any, tuple[Any, ...]]] | None
     panel: Callable[..., Any] | None
     token_generator: bool = True
+    decodes: str = "tokens"
     evaluate: Callable[..., Any] | None = None

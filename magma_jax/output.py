@@ -120,12 +120,21 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def size_text(nbytes: int) -> str:
+    """A size in the unit that fits: ``812 B``, ``4.1 MB``, ``12.60 GB``."""
+    if nbytes < 1000:
+        return f"{nbytes} B"
+    if nbytes < 1e6:
+        return f"{nbytes / 1e3:.1f} kB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB"
+
+
 def check_room(folder: str | os.PathLike, nbytes: int) -> None:
     """Raises OutputError if the disk of ``folder`` has less than ``nbytes`` free."""
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise OutputError(
-            f"{folder}: {nbytes / 1e9:.2f} GB are needed, but only {free / 1e9:.2f} GB are free; "
+            f"{folder}: {size_text(nbytes)} are needed, but only {size_text(free)} are free; "
             "free some space or choose another disk"
         )
 

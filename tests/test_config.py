@@ -79,3 +79,14 @@ def test_files_that_are_no_configs(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ConfigError, match="has no function get_config"):
         load_config_file(tmp_path / "empty.py")
+
+
+def test_a_run_is_chosen_by_name_or_is_the_default(tmp_path):
+    file = tmp_path / "runs.py"
+    body = "    return {'a': {'steps': 1}, 'b': {'steps': 2}}[name]\n"
+    file.write_text(f"def get_config(name='b'):\n{body}")
+    assert load_config_file(file) == {"steps": 2}
+    assert load_config_file(f"{file}:a") == {"steps": 1}
+    file.write_text(f"def get_config(name):\n    '''runs: a, b'''\n{body}")
+    with pytest.raises(ConfigError, match=r"describes several runs; choose one: .*:NAME, runs: a, b"):
+        load_config_file(file)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from magma_jax.output import OutputError, check_room, error_line, printable, whole_output
+from magma_jax.output import OutputError, check_room, error_line, printable, size_text, whole_output
 
 
 def test_what_a_terminal_may_be_given():
@@ -97,6 +97,14 @@ def test_a_lock_whose_file_was_removed_locks_nothing(tmp_path, monkeypatch):
         assert (tmp_path / ".x.lock").exists()
         partial.write_text("x")
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (4_100, "4.1 kB"), (2_850_000, "2.9 MB"), (12_600_000_000, "12.60 GB")],
+)
+def test_sizes_have_a_unit_that_fits(nbytes, text):
+    assert size_text(nbytes) == text
 
 
 def test_no_room(tmp_path):

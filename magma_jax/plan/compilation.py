@@ -63,11 +63,11 @@ def compile_decode(program: Program, rows: int, slots: int | None = None) -> Com
     """Compiles one decoding step of ``rows`` rows with ``slots`` cache slots each (None: the context).
 
     Raises:
-        ConfigError: the family is not autoregressive.
+        ConfigError: the family does not decode, or has no cache that ``slots`` could set.
     """
     family = program.family
     if family.decode_program is None:
-        raise ConfigError(f"a {family.name} model does not decode token by token; plan its training (--what train)")
+        raise ConfigError(f"a {family.name} model does not decode; plan its training (--what train)")
     function, arguments = family.decode_program(program, rows, slots)
     return _compile(function, *arguments)
 

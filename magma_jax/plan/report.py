@@ -37,6 +37,7 @@ class Plan:
         terms: seconds of compute, memory and links, each taken alone.
         mfu: model FLOPs (frozen count) / (devices x peak x seconds); None for decoding.
         gathers_of_frozen: number of all-gathers of frozen weights inside loops, counted per execution.
+        decodes: what a decoding step yields for each row.
     """
 
     topology: Topology
@@ -47,6 +48,7 @@ class Plan:
     costs: Costs | None
     model_flops: StepFlops | None
     gathers_of_frozen: int
+    decodes: str
 
     @property
     def fits(self) -> bool:
@@ -102,7 +104,17 @@ def make_plan(program: Program, topology: Topology, compiled: Compiled, what: st
         shapes = {name: shape for name, (shape, _) in program.family.batch_shapes(program).items()}
         flops = program.family.flops(config.model, program.params, program.labels, shapes)
     gathers = frozen_gathers(program, costs)
-    return Plan(topology, what, dict(program.mesh.shape), batch, compiled, costs, flops, gathers)
+    return Plan(
+        topology=topology,
+        what=what,
+        mesh=dict(program.mesh.shape),
+        batch=batch,
+        compiled=compiled,
+        costs=costs,
+        model_flops=flops,
+        gathers_of_frozen=gathers,
+        decodes=program.family.decodes,
+    )
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -170,7 +182,7 @@ def to_text(plan: Plan) -> str:
         formula = f"frozen count / ({devices} devices x {chip.peak_flops:.3g} x {plan.seconds:.4f} s)"
         lines.append(f"MFU at most {plan.mfu:.1%} = {formula}")
     elif plan.seconds:
-        lines.append(f"at most {plan.batch / plan.seconds:.0f} tokens/s over all rows")
+        lines.append(f"at most {plan.batch / plan.seconds:.0f} {plan.decodes}/s over all rows")
     if plan.costs.unknown_loops:
         lines.append(f"{plan.costs.unknown_loops} loops of unknown length are counted once")
     return "\n".join(lines)

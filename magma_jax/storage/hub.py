@@ -30,6 +30,7 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from magma_jax.foreign import read_json
+from magma_jax.output import size_text
 
 SCHEME = "hf://"
 
@@ -178,8 +179,8 @@ def _download(where: str, url: str, metadata: HfFileMetadata, blob: Path) -> Non
             return
         have = partial.stat().st_size if partial.exists() else 0
         _check_space(where, metadata.size, have, blob.parent)
-        begun = f", {have / 1e9:.2f} GB of it are here already" if have else ""
-        print(f"fetching {where} ({(metadata.size or 0) / 1e9:.2f} GB{begun})", file=sys.stderr)
+        begun = f", {size_text(have)} of it are here already" if have else ""
+        print(f"fetching {where} ({size_text(metadata.size or 0)}{begun})", file=sys.stderr)
         try:
             with partial.open("ab") as file:
                 http_get(
@@ -200,7 +201,7 @@ def _check_space(where: str, size: int | None, have: int, folder: Path) -> None:
     needed, free = (size or 0) - have, shutil.disk_usage(folder).free
     if needed > free:
         raise HubError(
-            f"{where}: needs {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; "
+            f"{where}: needs {size_text(needed)}, but {folder} has {size_text(free)} free; "
             "make room, or set HF_HUB_CACHE to another disk"
         )
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from magma_jax.output import size_text
+
 
 @contextlib.contextmanager
 def writing(path: str | Path, nbytes: int) -> Iterator[Callable[[int], None]]:
     """Prints the output's path and size on standard error; yields a callback that takes the bytes written."""
     existing = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
     free = shutil.disk_usage(existing).free
-    print(f"{path}: writing {nbytes / 1e9:.2f} GB, {free / 1e9:.1f} GB are free", file=sys.stderr)
+    print(f"{path}: writing {size_text(nbytes)}, {size_text(free)} are free", file=sys.stderr)
     # disable=None: no bar in a log file.
     with tqdm(total=nbytes, unit="B", unit_scale=True, disable=None, leave=False, file=sys.stderr) as bar:
 

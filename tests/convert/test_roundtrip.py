@@ -177,5 +177,5 @@ def test_a_disk_without_room(golden, golden_checkpoint, tmp_path, monkeypatch, c
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
     command = ["from-torch", str(golden_checkpoint("none")), str(tmp_path / "model")]
     assert main([*command, "--model-config", str(golden / "none.json")]) == 2
-    assert "but only 0.00 GB are free" in capsys.readouterr().err
+    assert "but only 1.0 MB are free" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

@@ -24,6 +24,9 @@ from magma_jax.inference.answers import AnswerOptions, ImageOptions
 from magma_jax.models.magvlt.config import BASE, LARGE
 from magma_jax.models.vision.vqgan import VQGANS
 from magma_jax.nn.modules import abstract, parameter_count
+from magma_jax.plan.chips import CHIPS, Topology
+from magma_jax.plan.compilation import compile_decode
+from magma_jax.plan.report import make_plan, to_text
 from magma_jax.runtime.compilations import compilations_of_process
 from magma_jax.runtime.sharding import SHARED, MeshConfig, make_mesh
 from magma_jax.training.checkpoints.early_stopping import ValidationConfig
@@ -31,6 +34,7 @@ from magma_jax.training.loop import train
 from magma_jax.training.monitor.writers import WatchConfig
 from magma_jax.training.run import setup
 from magma_jax.training.run.config import completed
+from magma_jax.training.run.program import build_program
 from magma_jax.training.step.optim import label_parameters, partition
 from tests.families import magvlt_tiny
 from tests.families.magvlt_tiny import MODEL, NAMES, run_config
@@ -251,6 +255,20 @@ def test_it_resumes_to_the_bit(finished, tokenizer, tmp_path):
     resumed = train(MAGVLT, run_config(tokenizer, steps=STEPS, validation=validation), tmp_path / "run", ONE)
     for path, leaf in finished.state.trainable.items():
         np.testing.assert_array_equal(leaf, resumed.state.trainable[path], err_msg=path)
+
+
+def test_a_step_of_drawing_is_planned(tokenizer):
+    config = run_config(tokenizer, mesh=MeshConfig(fsdp=8))
+    program = build_program(MAGVLT, config, make_mesh(config.mesh))
+    topology = Topology("v5e:2x4", CHIPS["v5e"], tuple(jax.devices()))
+    plan = make_plan(program, topology, compile_decode(program, 8), "generate", 8)
+    assert plan.fits
+    matrices = sum(leaf.size for path, leaf in program.params.items() if re.match("layers/", path) and leaf.ndim > 2)
+    # Eight images on eight devices: each runs one image, twice with guidance.
+    assert plan.costs.flops > 2 * 2 * matrices * (MODEL.image_positions + MODEL.text_positions)
+    assert "steps of an image/s over all rows" in to_text(plan)
+    with pytest.raises(ConfigError, match="--slots: this model sees whole images and has no cache"):
+        compile_decode(program, 8, 64)
 
 
 @pytest.mark.parametrize(("config", "learning"), [(BASE, 371_533_056), (LARGE, 795_228_672)], ids=["base", "large"])

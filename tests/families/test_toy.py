@@ -151,7 +151,7 @@ def test_a_family_that_makes_no_text_is_refused_by_the_commands_in_one_line(fini
     assert capsys.readouterr().err == f"magma_jax.serve: {run}: {neither}\n"
     with pytest.raises(ValueError, match="a toy model does not write text token by token"):
         evaluate_run(open_token_generator, finished.workdir)
-    with pytest.raises(ConfigError, match="a toy model does not decode token by token; plan its training"):
+    with pytest.raises(ConfigError, match="a toy model does not decode; plan its training"):
         compile_decode(build_program(TOY, run_config(), make_mesh(MeshConfig(), jax.devices()[:1])), 2)
 
 

@@ -71,7 +71,7 @@ def test_fetches_a_file_once(hub, tmp_path, capsys):
     path = fetch(ADDRESS)
     assert path.read_bytes() == CONTENT
     assert path.is_relative_to(tmp_path / "cache/models--owner--model/snapshots" / COMMIT)
-    assert f"fetching {ADDRESS} (0.00 GB)" in capsys.readouterr().err
+    assert f"fetching {ADDRESS} (300.0 kB)" in capsys.readouterr().err
     assert fetch(ADDRESS) == path
     assert len(hub.downloads("weights.pt")) == 2  # the address and where it leads
     assert blobs(tmp_path) == [hashlib.sha256(CONTENT).hexdigest()]
@@ -158,7 +158,7 @@ def test_a_web_page_in_place_of_the_hub(hub):
 
 def test_a_full_disk(hub, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=1000))
-    refused(ADDRESS, "needs 0.0 GB", "HF_HUB_CACHE")
+    refused(ADDRESS, "needs 300.0 kB", "has 1.0 kB free", "HF_HUB_CACHE")
     assert not hub.downloads("weights.pt")
 
 

@@ -13,6 +13,7 @@ import importlib.metadata
 import io
 import os
 import re
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from magma_jax.data.format.records import Sample
 from magma_jax.typing import UInt8
@@ -224,10 +226,17 @@ def load(cache_dir: str | os.PathLike, size: int = 128) -> tuple[list[Drawing], 
 def _write(path: Path, size: int) -> None:
     names = _names()
     drawings = {key: path for key, path in sorted(_drawings().items()) if key in names}
-    pixels = {key: _draw(path, _COMPARED_SIZE) for key, path in drawings.items()}
+    print(f"{path}: rendering {len(drawings)} drawings, once", file=sys.stderr)
+
+    def render(keys: Iterable[str], size: int) -> dict[str, np.ndarray]:
+        # disable=None: no bar in a log file.
+        bar = tqdm(list(keys), desc=f"{size} pixels", unit="drawing", disable=None, leave=False)
+        return {key: _draw(drawings[key], size) for key in bar}
+
+    pixels = render(drawings, _COMPARED_SIZE)
     kept = _distinct(pixels, names)
     if size != _COMPARED_SIZE:
-        pixels = {key: _draw(drawings[key], size) for key in kept}
+        pixels = render(kept, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npz")
     try:

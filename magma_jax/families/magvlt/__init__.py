@@ -7,6 +7,7 @@ from flax import nnx
 from magma_jax.data.code_pairs import CodePairsConfig
 from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig
 from magma_jax.families.magvlt.config import base_may_differ, batch_shapes, complete, count, step_flops
+from magma_jax.families.magvlt.decoding.plan import drawing_step
 from magma_jax.families.magvlt.evaluating.run import evaluate_run
 from magma_jax.families.magvlt.generator import Magvlt
 from magma_jax.families.magvlt.loss import magvlt_loss
@@ -52,7 +53,9 @@ MAGVLT = Family(
     base_may_differ=base_may_differ,
     parts={TOKENIZER: _open_tokenizer},
     open=Magvlt.from_checkpoint,
-    decode_program=None,
+    decode_program=drawing_step,
     panel=Panel,
+    decodes="steps of an image",
+    token_generator=False,
     evaluate=evaluate_run,
 )
