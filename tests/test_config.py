@@ -97,7 +97,7 @@ def test_a_config_that_ships_is_known_by_its_name(tmp_path, monkeypatch):
     assert load_config_file("magma_v2").batch_size == 256
     assert config_name("magma_v2") == "magma_v2"
     assert config_name("paper_table1:frozen") == "paper_table1-frozen"
-    with pytest.raises(ConfigError, match="magma_v9: no such config file; these are known by name: cm3leon_350m"):
+    with pytest.raises(ConfigError, match="magma_v9: no such config file; these are known by name: argvlt_base"):
         load_config_file("magma_v9")
     (tmp_path / "magma_v2").write_text("mine")  # a file of that name comes first
     with pytest.raises(ConfigError, match=r"not a Python file; a config is a \.py file"):

@@ -182,6 +182,8 @@ def test_it_draws_what_it_has_learned(model, codes):
     assert [image.size for image in images] == [(SIDE, SIDE)] * 2
     red = TEXTS.index("half red")
     np.testing.assert_array_equal(np.asarray(images[1]), model.images.decode(codes[red][None])[0])
+    settings = model.sampler(ImageOptions(temperature=(0.5, 0.5), guidance=2))
+    assert (settings["steps"], settings["temperature"], settings["guidance"][-3:]) == (len(codes[red]), 0.5, "= 2")
 
 
 def test_it_describes_completes_and_answers(model, codes):

@@ -261,7 +261,7 @@ class CM3Leon:
 
     def sampler(self, options: ImageOptions) -> dict[str, Any]:
         """The settings that images are drawn with, see ``inference.generator.ImageGenerator``."""
-        drawn = _sampling(options)
+        drawn = sampling_of(options)
         return {
             "sampler": "code by code",
             "steps": self.image_tokens,

@@ -86,7 +86,11 @@ class Grammars:
             raise ConstraintError("the server has no llguidance; pip install llguidance")
         tokens = [self._tokenizer.token_bytes(token) for token in range(self._table_rows)]
         spelled = (self._tokenizer.decode([token]) for token in range(self._table_rows))
-        if any(one.decode(errors="replace") != other for one, other in zip(tokens, spelled, strict=True)):
+        # A vocabulary of words spells none of the characters that a grammar asks for one by one.
+        letters = {bytes([letter]) for letter in range(128)} <= set(tokens)
+        if not letters or any(
+            one.decode(errors="replace") != other for one, other in zip(tokens, spelled, strict=True)
+        ):
             raise ConstraintError("the model's tokenizer does not spell bytes, so answers cannot be constrained")
         tokens += [b""] * (self._ids - self._table_rows)
         special, eos_id = sorted(self._tokenizer.special_ids), self._tokenizer.eos_id

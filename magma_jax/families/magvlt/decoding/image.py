@@ -109,7 +109,7 @@ def canvases(
     codes, places, *rest = _image_arguments(model, image, editable, text, text_lengths, run)
     canvas = Canvas(codes, places, np.zeros(codes.shape, np.float32))
     for step in range(int(run.settings.steps)):
-        canvas = draw_step(
+        canvas = _draw_step(
             model.definition, model.params, canvas, places, *rest, keys, np.int32(step), rule=run.rule, draw=run.draw
         )
         yield canvas
@@ -139,13 +139,15 @@ def _draw_image(
     return fill_image(predict, image, editable, keys, settings, rule=rule, draw=draw, record=record)
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "rule", "draw"))
 def draw_step(
     definition, params, canvas, editable, text, lengths, pad_id, guidance, settings, keys, step, *, rule, draw
 ):
     """The canvas after one step; argument shapes as in ``inpaint``."""
     predict = _guided(definition, params, text, lengths, pad_id, guidance)
     return image_step(predict, canvas, editable, step, keys, settings, rule=rule, draw=draw)[0]
+
+
+_draw_step = jax.jit(draw_step, static_argnames=("definition", "rule", "draw"))
 
 
 def _guided(

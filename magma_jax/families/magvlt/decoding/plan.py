@@ -52,5 +52,5 @@ def drawing_step(program: Program, rows: int, slots: int | None) -> tuple[Any, t
         row(keys.dtype),
         shared(jnp.int32(0)),
     )
-    step = functools.partial(draw_step.__wrapped__, definition, rule=run.rule, draw=run.draw)
+    step = functools.partial(draw_step, definition, rule=run.rule, draw=run.draw)
     return jax.jit(step, donate_argnums=1), arguments
