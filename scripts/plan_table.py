@@ -125,6 +125,8 @@ def main() -> None:
     page = PAGE.read_text()
     for name, cases in TABLES.items():
         rows = [(case, results[case.key]) for case in cases if case.key in results]
+        if not rows:
+            continue
         start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
         table = _renderer(name)(rows)
         page = page[: page.index(start) + len(start)] + table + page[page.index(end) :]
