@@ -16,11 +16,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from magma_jax.data.datasets import load_dataset, read_stored_config
+from magma_jax.evaluation.drawing_run import read_settings
 from magma_jax.evaluation.drawings import DrawingJudge
 from magma_jax.evaluation.features import efficientnet_features
 from magma_jax.evaluation.tables import text_table
 from magma_jax.evaluation.tasks.examples import spaced
-from magma_jax.families.magvlt.evaluating.settings import describe, draw, read_settings
+from magma_jax.families.magvlt.evaluating.settings import EvaluationSettings, describe, draw
 from magma_jax.families.magvlt.generator import Magvlt
 from magma_jax.storage.model_folder import read_model_json
 from magma_jax.training.checkpoints.checkpoint import CHECKPOINTS
@@ -87,7 +88,7 @@ def main() -> None:
     judge = DrawingJudge(dataset.records, images, efficientnet_features)
     lines, _ = read_lines(arguments.workdir / "metrics.jsonl")
     seconds = {line["step"]: line["seconds"] for line in lines if "seconds" in line}
-    settings = read_settings(arguments.set)
+    settings = read_settings(EvaluationSettings(), arguments.set)
     kept = sorted(int(folder.name) for folder in (arguments.workdir / CHECKPOINTS).iterdir() if folder.name.isdigit())
     points: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,20 +1,16 @@
 """The report of a run that draws with retrieved documents: figures with their controls, drawings and edits."""
 
-import base64
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from magma_jax.evaluation.report.pages import fill_page
-from magma_jax.evaluation.report.run_report import IMAGE_SIZE, OPENMOJI, png, training_charts
+from magma_jax.evaluation.report.drawn import cell, drawing_card, edit_card, figure, protocol_line
+from magma_jax.evaluation.report.pages import fill, fill_page
+from magma_jax.evaluation.report.run_report import OPENMOJI, training_charts
 from magma_jax.evaluation.tables import html_table, text_table
 from magma_jax.evaluation.tasks.examples import spaced
 from magma_jax.families.cm3leon.evaluating.measure import Material, Measured
 from magma_jax.output import replace_file
-from magma_jax.typing import UInt8
 
 # Edits that are shown.
 EDITS = 24
@@ -59,7 +55,7 @@ def rows_of(figures: Mapping[str, Any]) -> dict[str, list[list[str]]]:
         rows = [["text to drawing, %", *(MEASURES[name] for name in measures)]]
         for name, shown in CONDITIONS.items():
             if name in drawing:
-                rows.append([shown, *(_cell(drawing[name].get(key)) for key in measures)])
+                rows.append([shown, *(cell(drawing[name].get(key)) for key in measures)])
         tables["drawing"] = [*rows, ["", *(f"n = {drawing['n'][name]}" for name in measures)]]
         perplexity = figures["perplexity"]
         tables["perplexity"] = [
@@ -68,20 +64,18 @@ def rows_of(figures: Mapping[str, Any]) -> dict[str, list[list[str]]]:
         ]
         if "retrieval" in figures:
             rows = [["retrieved, % of the same name", "the first", f"any of {figures['documents']}"]]
-            rows += [
-                [name, *(_cell(value) for value in found.values())] for name, found in figures["retrieval"].items()
-            ]
+            rows += [[name, *(cell(value) for value in found.values())] for name, found in figures["retrieval"].items()]
             tables["retrieval"] = rows
         text = figures["text"]
         names = [name for name in TEXTS if name in text]
         tables["text"] = [
             ["drawing to text, %", *(TEXTS[name] for name in names), "n"],
-            ["exact", *(_cell(text[name]) for name in names), str(text["n"])],
+            ["exact", *(cell(text[name]) for name in names), str(text["n"])],
         ]
     if "edit" in figures:
         rows = [["edits, %", *EDITED.values(), "n"]]
         for kind, values in figures["edit"].items():
-            rows.append([kind, *(_cell(values.get(name)) for name in EDITED), str(values["n"])])
+            rows.append([kind, *(cell(values.get(name)) for name in EDITED), str(values["n"])])
         tables["edit"] = rows
     return tables
 
@@ -96,15 +90,13 @@ def write_page(
 ) -> None:
     """Writes the page, atomically."""
     tables = {name: html_table(rows) for name, rows in rows_of(found.figures).items()}
-    said = f"Step {protocol['checkpoint_step']}, training seed {protocol['training_seed']}, split {protocol['split']}. "
-    said += ", ".join(f"{name} {value}" for name, value in protocol["settings"].items())
     page = fill_page(
         "retrieved",
         title="What the model makes of names that it was not trained on",
-        protocol=escape(said) + ".",
+        protocol=protocol_line(protocol),
         edits="\n".join(_edits(found, material)),
         charts=training_charts(metrics_file),
-        cards="\n".join(_cards(found, material)),
+        drawings=fill("drawing_cards", cards="\n".join(_cards(found, material))),
         attribution=OPENMOJI,
         **{name: tables.get(name, "") for name in ("drawing", "retrieval", "perplexity", "text", "edit")},
     )
@@ -117,15 +109,10 @@ def _cards(found: Measured, material: Material) -> list[str]:
     if found.verdict is None:
         return cards
     for i, row in enumerate(material.rows):
+        figures = figure(found.drawn["retrieved"][i], "drawn") + figure(material.images[row], "true")
+        figures += "".join(figure(material.images[one], material.records[one].caption) for one in found.shown[i])
         exact, concept = bool(found.verdict.exact[i]), bool(found.verdict.concept[i])
-        mark = "right" if exact else "partly" if concept else "wrong"
-        truth, said = material.records[row].caption, found.said[i]
-        figures = _figure(found.drawn["retrieved"][i], "drawn") + _figure(material.images[row], "true")
-        figures += "".join(_figure(material.images[one], material.records[one].caption) for one in found.shown[i])
-        told = f'<p class="{"right" if said.strip() == truth else "wrong"}">described as: '
-        told += f'<span class="said">{escape(said)}</span></p>'
-        heading = f'<article class="card pair" data-mark="{mark}"><h3>{escape(truth)}</h3>'
-        cards.append(f"{heading}<div>{figures}</div>{told}</article>")
+        cards.append(drawing_card(material.records[row].caption, figures, found.said[i], exact=exact, concept=concept))
     return cards
 
 
@@ -134,22 +121,8 @@ def _edits(found: Measured, material: Material) -> list[str]:
     cards = []
     for i in spaced(len(found.edits), EDITS):
         edit = found.edits[i]
-        mark = "right" if found.changed[i] else "wrong"
-        figures = _figure(material.images[edit.source], "given") + _figure(found.edited[i], "result")
-        figures += _figure(material.images[edit.target], "true")
-        cards.append(
-            f'<article class="card pair" data-mark="{mark}"><h3>{escape(edit.instruction)}</h3><div>{figures}</div>'
-            f'<p class="soft">{escape(material.records[edit.source].caption)}</p></article>'
-        )
+        figures = figure(material.images[edit.source], "given") + figure(found.edited[i], "result")
+        figures += figure(material.images[edit.target], "true")
+        given = material.records[edit.source].caption
+        cards.append(edit_card(edit.instruction, figures, given, right=bool(found.changed[i])))
     return cards
-
-
-def _figure(pixels: UInt8[np.ndarray, "h w 3"], caption: str) -> str:
-    data = base64.b64encode(png(pixels)).decode()
-    size = f'width="{IMAGE_SIZE}" height="{IMAGE_SIZE}"'
-    image = f'<img src="data:image/png;base64,{data}" {size} alt="{escape(caption)}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

@@ -1,6 +1,5 @@
 """The report of a run that draws: figures with their controls, drawings, how they fill in, and in-painting."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from magma_jax.data.openmoji.drawings import Drawing
-from magma_jax.evaluation.report.pages import fill_page
-from magma_jax.evaluation.report.run_report import IMAGE_SIZE, OPENMOJI, png, training_charts
+from magma_jax.evaluation.report.drawn import cell, drawing_card, edit_card, figure, image, protocol_line
+from magma_jax.evaluation.report.pages import fill, fill_page
+from magma_jax.evaluation.report.run_report import OPENMOJI, training_charts
 from magma_jax.evaluation.tables import html_table, text_table
 from magma_jax.families.magvlt.evaluating.measure import Measured
 from magma_jax.families.magvlt.evaluating.settings import EvaluationSettings
@@ -57,16 +57,16 @@ def rows_of(figures: Mapping[str, Any]) -> list[list[list[str]]]:
     measures = [name for name in MEASURES if any(name in drawing[condition] for condition in CONDITIONS)]
     counts = [f"n = {drawing['n'][name]}" if name in drawing["n"] else "" for name in measures]
     drawn = [["text to drawing, %", *(MEASURES[name] for name in measures)]]
-    drawn += [[shown, *(_cell(drawing[name].get(key)) for key in measures)] for name, shown in CONDITIONS.items()]
+    drawn += [[shown, *(cell(drawing[name].get(key)) for key in measures)] for name, shown in CONDITIONS.items()]
     drawn.append(["", *counts])
     text = [["drawing to text, %", *TEXTS.values(), "n"]]
-    text.append(["exact", *(_cell(figures["text"][name]) for name in TEXTS), str(figures["text"]["n"])])
+    text.append(["exact", *(cell(figures["text"][name]) for name in TEXTS), str(figures["text"]["n"])])
     edit = [["in-painting, % changed", *EDITED.values(), "kept codes", "n"]]
     for attribute in ("tone", "hair"):
         if attribute in figures["edit"]:
             values = figures["edit"][attribute]
-            shown = (_cell(values[name]) for name in EDITED)
-            edit.append([attribute, *shown, _cell(figures["edit"]["kept_codes"]), str(values["n"])])
+            shown = (cell(values[name]) for name in EDITED)
+            edit.append([attribute, *shown, cell(figures["edit"]["kept_codes"]), str(values["n"])])
     return [drawn, text, edit]
 
 
@@ -87,19 +87,17 @@ def write_page(
 ) -> None:
     """Writes the page, atomically."""
     drawn, text, edit = rows_of(found.figures)
-    said = f"Step {protocol['checkpoint_step']}, training seed {protocol['training_seed']}, split {protocol['split']}. "
-    said += ", ".join(f"{name} {value}" for name, value in protocol["settings"].items())
     page = fill_page(
         "drawings",
         title="What the model draws of names that it was not trained on",
-        protocol=escape(said) + ".",
+        protocol=protocol_line(protocol),
         drawing=html_table(drawn),
         text=html_table(text),
         edit=html_table(edit),
         strips="\n".join(_strips(found, records, model, settings)),
         edits="\n".join(_edits(found, records, images, model)),
         charts=training_charts(metrics_file),
-        cards="\n".join(_cards(found, records, images)),
+        drawings=fill("drawing_cards", cards="\n".join(_cards(found, records, images))),
         attribution=OPENMOJI,
     )
     replace_file(path, page.encode())
@@ -109,15 +107,9 @@ def _cards(found: Measured, records: Sequence[Drawing], images: UInt8[np.ndarray
     """Each text with its drawing, the true one, and the text that the model gives to that."""
     cards = []
     for i, (row, said) in enumerate(zip(found.rows, found.said, strict=True)):
+        figures = figure(found.drawn[i], "drawn") + figure(images[row], "true")
         exact, concept = bool(found.verdict.exact[i]), bool(found.verdict.concept[i])
-        mark = "right" if exact else "partly" if concept else "wrong"
-        truth = records[row].caption
-        told = f'<p class="{"right" if said.strip() == truth else "wrong"}">described as: '
-        told += f'<span class="said">{escape(said)}</span></p>'
-        cards.append(
-            f'<article class="card pair" data-mark="{mark}"><h3>{escape(truth)}</h3>'
-            f"<div>{_figure(found.drawn[i], 'drawn')}{_figure(images[row], 'true')}</div>{told}</article>"
-        )
+        cards.append(drawing_card(records[row].caption, figures, said, exact=exact, concept=concept))
     return cards
 
 
@@ -135,7 +127,7 @@ def _strips(found: Measured, records: Sequence[Drawing], model: Magvlt, settings
             schedule=settings.schedule,
         )
         canvases = list(model.canvases([text], options, previews=min(settings.steps, SHOWN_STEPS) - 1))
-        shown = "".join(_image(np.asarray(canvas.images[0]), text) for canvas in canvases)
+        shown = "".join(image(np.asarray(canvas.images[0]), text) for canvas in canvases)
         strips.append(f'<div class="strip"><p>{escape(text)}</p><div>{shown}</div></div>')
     return strips
 
@@ -154,25 +146,8 @@ def _edits(
             assert model.image_tokenizer is not None  # refused before
             code = model.image_tokenizer.encode(images[edit.source][None])
             (hole,) = model.unfinished(code, edit.places[None])
-            mark = "right" if found.changed[i] else "wrong"
-            figures = _figure(images[edit.source], "given") + _figure(np.asarray(hole), "drawn anew")
-            figures += _figure(found.edited[i], "result") + _figure(images[edit.target], "true")
-            cards.append(
-                f'<article class="card pair" data-mark="{mark}"><h3>{escape(records[edit.target].caption)}</h3>'
-                f'<div>{figures}</div><p class="soft">given: {escape(records[edit.source].caption)}</p></article>'
-            )
+            figures = figure(images[edit.source], "given") + figure(np.asarray(hole), "drawn anew")
+            figures += figure(found.edited[i], "result") + figure(images[edit.target], "true")
+            given = f"given: {records[edit.source].caption}"
+            cards.append(edit_card(records[edit.target].caption, figures, given, right=bool(found.changed[i])))
     return cards
-
-
-def _figure(pixels: UInt8[np.ndarray, "h w 3"], caption: str) -> str:
-    return f"<figure>{_image(pixels, caption)}<figcaption>{caption}</figcaption></figure>"
-
-
-def _image(pixels: UInt8[np.ndarray, "h w 3"], alt: str) -> str:
-    data = base64.b64encode(png(pixels)).decode()
-    size = f'width="{IMAGE_SIZE}" height="{IMAGE_SIZE}"'
-    return f'<img src="data:image/png;base64,{data}" {size} alt="{escape(alt)}">'
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

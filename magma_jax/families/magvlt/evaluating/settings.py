@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from magma_jax.config import apply_overrides, from_dict, to_dict
 from magma_jax.families.magvlt.decoding.image import ImageRun, blank, inpaint
 from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, length_logits, text_likelihood
 from magma_jax.families.magvlt.generator import Magvlt
@@ -60,12 +58,6 @@ class EvaluationSettings:
         """The sampler's settings."""
         steps = ImageSteps(steps=self.steps, temperature=self.temperature, noise=self.noise)
         return ImageRun(settings=steps, guidance=self.guidance, rule=ImageRule(self.places, self.schedule))
-
-
-def read_settings(changes: Sequence[str]) -> EvaluationSettings:
-    """Settings from ``KEY=VALUE``; raises ConfigError for an unknown one, or a value of a wrong type."""
-    values = apply_overrides(ConfigDict(to_dict(EvaluationSettings())), changes)
-    return from_dict(EvaluationSettings, values, "--set")
 
 
 def draw(
