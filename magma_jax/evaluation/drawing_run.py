@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -17,14 +17,9 @@ from magma_jax.output import replace_file
 from magma_jax.storage.model_folder import CheckpointError, read_model_json
 from magma_jax.training.checkpoints.checkpoint import CHECKPOINTS, RunCheckpoints
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
-Settings = TypeVar("Settings", bound="DataclassInstance")
-
-
-def read_settings(defaults: Settings, changes: Sequence[str]) -> Settings:
-    """Settings from ``KEY=VALUE``; raises ConfigError for an unknown one, or a value of a wrong type."""
+def read_settings(defaults: Any, changes: Sequence[str]) -> Any:
+    """Settings of the class of ``defaults`` from ``KEY=VALUE``; raises ConfigError for an unknown one, or a value of a wrong type."""
     return from_dict(type(defaults), apply_overrides(ConfigDict(to_dict(defaults)), changes), "--set")
 
 

@@ -42,7 +42,7 @@ def evaluate_run(
         CheckpointError: the folder holds no run, or none with a checkpoint. ConfigError: a wrong setting, no such
             split, or a run on other data or without images.
     """
-    chosen = read_settings(EvaluationSettings(), settings)
+    chosen: EvaluationSettings = read_settings(EvaluationSettings(), settings)
     run = open_drawing_run(workdir, split, limit, chosen, data=OpenmojiDocumentsConfig, ema=ema)
     config, dataset = run.config, run.dataset
     on_edits = isinstance(config, OpenmojiEditsConfig)
