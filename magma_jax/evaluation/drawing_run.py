@@ -19,7 +19,7 @@ from magma_jax.training.checkpoints.checkpoint import CHECKPOINTS, RunCheckpoint
 
 
 def read_settings(defaults: Any, changes: Sequence[str]) -> Any:
-    """Settings of the class of ``defaults`` from ``KEY=VALUE``; raises ConfigError for an unknown one, or a value of a wrong type."""
+    """``defaults`` with ``KEY=VALUE`` changes; raises ConfigError for an unknown key, or a value of a wrong type."""
     return from_dict(type(defaults), apply_overrides(ConfigDict(to_dict(defaults)), changes), "--set")
 
 
