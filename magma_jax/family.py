@@ -45,6 +45,8 @@ class Family:
         open: ``(path, *, dtype, mesh, ema)`` to a model ready for inference (``inference.generator.Generator``).
         decode_program: ``(program, rows, slots)`` to a jitted decoding step and its argument shapes, for plans;
             ``slots=None`` means the context length. None for a family that does not decode.
+        begin: model config to the id of the token before every sequence, which the tokenizer names; None for a family
+            whose sequences have none.
         decodes: what a decoding step yields for each row.
         token_generator: whether ``open`` returns a ``TokenGenerator``, if the model decodes token by token.
         panel: ``(run, writing)`` to the sample display of a training run, or None.
@@ -75,5 +77,6 @@ class Family:
     decode_program: Callable[[Any, int, int | None], tuple[Any, tuple[Any, ...]]] | None
     panel: Callable[..., Any] | None
     token_generator: bool = True
+    begin: Callable[[Any], int | None] | None = None
     decodes: str = "tokens"
     evaluate: Callable[..., Any] | None = None

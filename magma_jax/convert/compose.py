@@ -25,6 +25,7 @@ from magma_jax.storage.progress import writing
 from magma_jax.training.run.config import RunConfig, completed
 from magma_jax.training.run.pretrained import open_weights
 from magma_jax.training.run.program import create_model
+from magma_jax.training.run.setup import check_begin
 from magma_jax.training.step.optim import label_parameters, partition
 from magma_jax.typing import Params
 from magma_jax.version import __version__
@@ -60,6 +61,7 @@ def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Compos
         raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
     lm_path = local_path(lm)
     tokenizer = read_tokenizer(lm_path, config.model.lm)
+    check_begin(tokenizer, config.model.begin)
     _, shapes, types = abstract(functools.partial(create_model, MAGMA, config))
     names = {"lm": str(lm_path), "image_prefix/encoder": encoder}
     with open_weights(MAGMA, config.model, names, shapes) as pretrained:

@@ -9,6 +9,7 @@ import numpy as np
 
 from magma_jax.convert.open_folder import open_model_folder
 from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.data.tokenizers.settings import CHAT_TEMPLATE_FILE, SETTINGS_FILE
 from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.output import OutputError, whole_output
 from magma_jax.published.hf.write import to_hf_config
@@ -47,7 +48,8 @@ def to_hf(folder: str | Path, out: str | Path) -> None:
         partial.mkdir()
         dtype = np.dtype(plain["wte/weight"].dtype).name
         words = model.tokenizer
-        special = {"bos_token_id": words.eos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
+        begin = words.eos_id if words.begin_id is None else words.begin_id
+        special = {"bos_token_id": begin, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
         _write_json(partial / "config.json", {**to_hf_config(config), "dtype": dtype, **special})
         _write_json(partial / "generation_config.json", special)
         _write_tokenizer(partial, words, config)
@@ -59,15 +61,20 @@ def _write_tokenizer(folder: Path, words: Tokenizer, config: LanguageModelConfig
     # Most models have no row for the image token, so its id would be out of range.
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < config.head_rows]
     _write_json(folder / "tokenizer.json", content)
+    published = words.settings_to_save
+    names = {"bos_token": words.begin or words.eos, **published.special, "eos_token": words.eos}
     settings = {
         # Uses tokenizer.json unchanged; GPT2TokenizerFast would rebuild it from its parts.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), words.eos),
+        **dict.fromkeys(("pad_token", "unk_token"), words.eos),
+        **names,
         "model_max_length": config.context_length,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",  # required for batched generation
     }
-    _write_json(folder / "tokenizer_config.json", settings)
+    _write_json(folder / SETTINGS_FILE, settings)
+    if published.chat_template is not None:
+        (folder / CHAT_TEMPLATE_FILE).write_text(published.chat_template, encoding="utf-8", newline="")
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -16,7 +16,14 @@ from magma_jax.models.magma import MagmaConfig
 from magma_jax.published.keymap import engine as keymap
 from magma_jax.published.keymap.rules import Rule
 from magma_jax.published.magma_keys import attention_buffers, is_weight, magma_table
-from magma_jax.published.open_magma import CONFIG_KEY, TOKENIZER_KEY, OpenMagma, check_vocabulary, open_torch_magma
+from magma_jax.published.open_magma import (
+    CONFIG_KEY,
+    SETTINGS_KEY,
+    TOKENIZER_KEY,
+    OpenMagma,
+    check_vocabulary,
+    open_torch_magma,
+)
 from magma_jax.storage.deferred import alias_key
 from magma_jax.storage.hashing import hashing
 from magma_jax.storage.model_folder import BUFFER_FILE, TORCH_FILE, CheckpointError, nbytes_of, write_model_folder
@@ -124,7 +131,7 @@ def to_safetensors(folder: str | Path, out: str | Path) -> None:
     tensors = keymap.to_theirs(rules, model.params)
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(to_dict(model.config)), "magma_jax": __version__}
     if (words := model.tokenizer.to_json()) != gpt2_tokenizer().to_json():
-        metadata[TOKENIZER_KEY] = words
+        metadata |= {TOKENIZER_KEY: words, SETTINGS_KEY: model.tokenizer.settings_to_save.as_json()}
     with writing(out, nbytes_of(tensors)) as progress:
         write_safetensors(out, tensors, metadata, progress)
 

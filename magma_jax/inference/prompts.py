@@ -17,6 +17,13 @@ from magma_jax.typing import Array, Bool, Float, Int
 
 Prompt: TypeAlias = Sequence[str | ImageInput]
 
+
+class ChatText(str):
+    """Text of a chat template, which writes special tokens by name; all texts of such a prompt are ``ChatText``."""
+
+    __slots__ = ()
+
+
 # Identifier of an image: its row in a source of images (int), or a keyed hash of its pixels (bytes).
 ImageKey: TypeAlias = Any
 
@@ -137,6 +144,9 @@ def lay_out(
 ) -> PromptLayout:
     """The layout of texts and images; each text is tokenized separately.
 
+    A sequence begins with the tokenizer's begin of text, if it has one. A chat (``ChatText``) is tokenized as a whole,
+    with images as special tokens, and begins as its template says.
+
     Args:
         items: texts and image identifiers.
         tokenizer: tokenizer of the texts.
@@ -144,18 +154,16 @@ def lay_out(
         pixels: pixels of images that are identified by hash.
         salt: see ``PromptLayout``.
     """
+    is_chat = any(isinstance(item, ChatText) for item in items)
+    images = [item for item in items if not isinstance(item, str)]
     tokens: list[int] = []
     places: list[int] = []
-    images: list[ImageKey] = []
-    for item in items:
-        if isinstance(item, str):
-            ids = tokenizer.encode(item)
-            tokens += ids
-            places += [WORD] * len(ids)
-        else:
+    for number, ids in enumerate((_chat_stretches if is_chat else _stretches)(items, tokenizer)):
+        tokens += ids
+        places += [WORD] * len(ids)
+        if number < len(images):
             tokens += [0] * positions
-            places += range(len(images) * positions, (len(images) + 1) * positions)
-            images.append(item)
+            places += range(number * positions, (number + 1) * positions)
     return PromptLayout(
         tokens=np.array(tokens, np.int32),
         places=np.array(places, np.int32),
@@ -164,6 +172,29 @@ def lay_out(
         pixels=pixels or {},
         salt=salt,
     )
+
+
+def _stretches(items: Sequence[str | ImageKey], tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids before each image, and those behind the last one."""
+    stretches: list[list[int]] = [[] if tokenizer.begin_id is None else [tokenizer.begin_id]]
+    first = True
+    for item in items:
+        if not isinstance(item, str):
+            stretches.append([])
+        elif item:
+            stretches[-1] += tokenizer.encode(item, first=first)
+            first = False
+    return stretches
+
+
+def _chat_stretches(items: Sequence[str | ImageKey], tokenizer: Tokenizer) -> list[list[int]]:
+    stretches: list[list[int]] = [[]]
+    for token in tokenizer.encode_chat("".join(item if isinstance(item, str) else tokenizer.image for item in items)):
+        if token == tokenizer.image_id:
+            stretches.append([])
+        else:
+            stretches[-1].append(token)
+    return stretches
 
 
 def lay_out_prompt(
@@ -192,7 +223,7 @@ def lay_out_prompt(
         else:
             items.append(item)
     layout = lay_out(items, tokenizer, spec.positions, pixels=pixels, salt=salt)
-    if not len(layout):
+    if not len(layout) or all(item == "" for item in items):
         raise ValueError(f"{name} is empty: give at least one image or one word")
     if max_images is not None and len(pixels) > max_images:
         raise ValueError(f"{name} has {len(pixels)} images, at most {max_images} are taken")

@@ -43,6 +43,7 @@ class MagmaConfig:
         mlp_adapter: adapter after (or parallel to) every MLP; None for none.
         attn_adapter: adapter of every attention; None for none.
         classes: outputs of a classification head on the last text token (paper, 4.1.3); 0 for none.
+        begin: id of the token that the language model's tokenizer puts before every sequence; None for none.
         dtype: dtype of activations; LayerNorm, softmax, rotary angles, logits and loss are fp32 regardless.
     """
 
@@ -52,6 +53,7 @@ class MagmaConfig:
     mlp_adapter: AdapterConfig | None = None
     attn_adapter: AdapterConfig | None = None
     classes: int = 0
+    begin: int | None = None
     dtype: str = "float32"
     kind: Literal["magma"] = "magma"
 
@@ -59,6 +61,8 @@ class MagmaConfig:
         check_dtype("dtype", self.dtype)
         if not 0 <= self.classes < 2**31:
             raise ValueError(f"classes must not be negative, got {self.classes}")
+        if self.begin is not None and not 0 <= self.begin < self.lm.vocab_rows:
+            raise ValueError(f"begin {self.begin} is none of the {self.lm.vocab_rows} ids of the language model")
 
 
 class MagmaModel(nnx.Module):
@@ -140,7 +144,7 @@ class MagmaModel(nnx.Module):
         The first token is predicted from the last position of the image. Right padding does not affect the tokens
         before it, so S is any length that holds the batch.
         """
-        prefix = self.embed_features(features, dropout_key=dropout_key)
+        prefix = self._opening(features, dropout_key)
         # The last token's prediction is not needed, so it is not run.
         embeddings = jnp.concatenate([prefix, self.embed_tokens(tokens[:, :-1])], axis=1)
         hidden = self(embeddings, remat=remat).hidden
@@ -171,7 +175,7 @@ class MagmaModel(nnx.Module):
              .  .  .  .  .  .  1
         """
         batch, slots, *shape = features.shape
-        prefix = self.embed_features(features.reshape(batch * slots, *shape), dropout_key=dropout_key)
+        prefix = self._opening(features.reshape(batch * slots, *shape), dropout_key)
         size = prefix.shape[1]
         embeddings = jnp.concatenate([prefix.reshape(batch, slots * size, -1), self.embed_tokens(tokens)], axis=1)
 
@@ -187,6 +191,14 @@ class MagmaModel(nnx.Module):
         before = slots * size - 1 + jnp.arange(tokens.shape[1])
         predictor = jnp.where((positions == 0) & (segments > 0), end_of_image, before)
         return jnp.take_along_axis(hidden, predictor[:, :, None], axis=1)
+
+    def _opening(self, features: Float[Array, "B ..."], dropout_key: PRNGKey | None) -> Float[Array, "B P D"]:
+        """What stands before the words of a sample: the begin of text, if there is one, and the image."""
+        image = self.embed_features(features, dropout_key=dropout_key)
+        if self.config.begin is None:
+            return image
+        begin = self.embed_tokens(jnp.full((image.shape[0], 1), self.config.begin))
+        return jnp.concatenate([begin, image], axis=1)
 
     def class_logits(self, embeddings: Float[Array, "B S D"], lengths: Int[Array, " B"]) -> Float[Array, "B classes"]:
         """fp32 class scores from the last-layer embedding of each row's last token (position ``lengths`` - 1)."""

@@ -17,6 +17,7 @@ from flax import nnx
 
 from magma_jax.config import ConfigError
 from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
+from magma_jax.foreign import read_json, shown
 from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.modules import abstract
@@ -77,8 +78,9 @@ def read_tokenizer(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
     """Vocabulary of a published language model: GPT-2's, or the ``tokenizer.json`` beside the weights.
 
     Raises:
-        ConfigError: a model with a vocabulary of its own, and no readable ``tokenizer.json``; one with more words than
-            the embedding table has rows; one that does not give a text back as it was.
+        ConfigError: a model with a vocabulary of its own, and no readable tokenizer; one of another model, with more
+            words than the embedding table has rows or a word for the end of text that ``config.json`` names; one that
+            does not give a text back as it was.
     """
     words = _vocabulary(path, config)
     if config.kind not in _GPT2_VOCABULARY and words.vocab_size > config.vocab_rows:
@@ -86,7 +88,24 @@ def read_tokenizer(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
             f"{path}: tokenizer.json has {words.vocab_size} words, but model.lm.vocab_rows is {config.vocab_rows}; it "
             "belongs to another model"
         )
+    if config.kind not in _GPT2_VOCABULARY:
+        _check_ends(path, words)
     return words
+
+
+def _check_ends(path: str | Path, words: Tokenizer) -> None:
+    """Raises ConfigError if an end of text in ``config.json`` is a usual word of the vocabulary."""
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    values = read_json(file) if file.is_file() else {}
+    ends = values.get("eos_token_id") if isinstance(values, Mapping) else None
+    for token in ends if isinstance(ends, list) else [ends]:
+        if isinstance(token, int) and 0 <= token < words.vocab_size and token not in words.special_ids:
+            word = words.decode([token], skip_special=False)
+            raise ConfigError(
+                f"{file}: has the end of text {token}, which the tokenizer beside it reads as {shown(word, 40)}; it "
+                "belongs to another model"
+            )
 
 
 def _vocabulary(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
@@ -101,8 +120,7 @@ def _vocabulary(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
     again = b"".join(map(words.token_bytes, words.encode(_TEXT))).decode(errors="replace")
     if again != _TEXT:
         raise ConfigError(
-            f"{file}: turns the text {_TEXT!r} into {again!r}; vocabularies that change spaces, such as Llama 2's, are "
-            "not offered"
+            f"{file}: turns the text {_TEXT!r} into {again!r}; vocabularies that change texts are not offered"
         )
     return words
 

@@ -14,6 +14,7 @@ from flax import nnx
 
 from magma_jax.config import ConfigError, from_dict
 from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
+from magma_jax.data.tokenizers.settings import settings_of
 from magma_jax.foreign import ForeignError, parse_json, shown
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.modules import abstract
@@ -29,6 +30,8 @@ from magma_jax.typing import Params
 CONFIG_KEY = "magma_config"
 # Metadata key of the vocabulary, unless it is GPT-2's.
 TOKENIZER_KEY = "magma_tokenizer"
+# Metadata key of its settings.
+SETTINGS_KEY = "magma_tokenizer_settings"
 
 
 def model_shapes(config: MagmaConfig) -> dict[str, Any]:
@@ -159,8 +162,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _tokenizer_in(others: Mapping[Any, Any]) -> Tokenizer:
-    words = others.get(TOKENIZER_KEY)
-    return Tokenizer.from_json(words) if isinstance(words, str) else gpt2_tokenizer()
+    words, settings = others.get(TOKENIZER_KEY), others.get(SETTINGS_KEY)
+    if not isinstance(words, str):
+        return gpt2_tokenizer()
+    found = parse_json(settings) if isinstance(settings, str) else {}
+    if not isinstance(found, dict):
+        raise ForeignError(f"{SETTINGS_KEY} holds no settings, but {shown(found, 40)}")
+    return Tokenizer.from_json(words, settings=settings_of(found))
 
 
 def _check_types(tensors: Mapping[str, Any]) -> None:

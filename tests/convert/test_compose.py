@@ -165,6 +165,10 @@ def test_the_command_line(sources, tmp_path, capsys):
         ([*command, str(tmp_path / "new"), "--set", "model.encoder.layers=2"], "it has layers 1, not 2"),
         ([*command, str(tmp_path / "new"), "--set", "model.lm.vocab_rows=999"], "has 310 rows"),
         (
+            [*command, str(tmp_path / "new"), "--set", "model.begin=3"],
+            "puts no token before every sequence, but model.b",
+        ),
+        (
             ["compose", "--lm", str(tmp_path / "no"), *command[3:], str(tmp_path / "new")],
             "is no file or folder",
         ),

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 import magma_jax.data.tokenizers.byte_level
 from magma_jax.data.tokenizers.byte_level import EOS, IMAGE, Tokenizer, gpt2_tokenizer, train_bpe
-from tests.data.vocabularies import pieces
+from tests.data.vocabularies import bytes_alone, pieces, published
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures/golden/tokenizer.json").read_text())
 CORPUS = [f"a {colour} {thing} on the {place}" for colour in ("red", "green", "blue", "grey")
@@ -132,7 +132,7 @@ def test_other_vocabularies_get_an_image_token_and_need_an_eos(tmp_path):
     settings = tmp_path / "tokenizer_config.json"
     for named in ("<end>", {"content": "<end>", "lstrip": False}):
         settings.write_text(json.dumps({"eos_token": named}))
-        assert Tokenizer.load(tmp_path) is loaded
+        assert Tokenizer.load(tmp_path).eos_id == 1
     # Saved with its end of text.
     assert Tokenizer.load(loaded.save(tmp_path / "again")).eos_id == 1
     settings.write_text('{"eos_token": 3}')
@@ -156,3 +156,88 @@ def test_an_eos_with_id_zero_works():
     assert tokenizer.eos_id == 0
     assert tokenizer.pad_id == 0
     assert tokenizer.decode([1, 0]) == "a"
+
+
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+def test_vocabularies_that_put_a_space_before_a_text(kind, tmp_path):
+    """As Llama 2's and that of Mistral 0.3: the first text of a sequence equals transformers', parts join exactly."""
+    published(tmp_path, pieces(**{kind: True}), LLAMA, begin="<s>")
+    ours, theirs = Tokenizer.load(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert (ours.begin, ours.begin_id) == ("<s>", theirs.bos_token_id)
+    for text in ("a b", " a", "caf\u00e9, a", ""):
+        assert [ours.begin_id, *ours.encode(text, first=True)] == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == text
+        assert b"".join(map(ours.token_bytes, ours.encode(text))) == text.encode()
+    assert ours.encode("a a") + ours.encode(" a") == ours.encode("a a a")
+    for text in ("<s>a</s> b", "a<s>b"):
+        assert ours.encode_chat(text) == theirs.encode(text, add_special_tokens=False)
+    for copy in (Tokenizer.load(ours.save(tmp_path / "again")), pickle.loads(pickle.dumps(ours))):
+        assert copy.encode("a b", first=True) == ours.encode("a b", first=True)
+        assert (copy.begin_id, copy.settings, copy.to_json()) == (ours.begin_id, ours.settings, ours.to_json())
+
+
+@pytest.mark.parametrize(("begin", "expected"), [(None, None), ("<s>", "<s>")])
+def test_the_begin_of_text_stands_where_transformers_puts_it(begin, expected, tmp_path):
+    """By ``tokenizer.json``; ``add_bos_token`` beside it has no effect, as in transformers 5."""
+    published(tmp_path, bytes_alone(), LLAMA, begin=begin, add_bos_token=begin is None)
+    ours, theirs = Tokenizer.load(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert ours.begin == expected
+    first = [] if ours.begin_id is None else [ours.begin_id]
+    assert [*first, *ours.encode("a")] == theirs.encode("a")
+    assert Tokenizer.load(ours.save(tmp_path / "again")).begin_id == ours.begin_id
+
+
+def test_opts_files(tmp_path):
+    """GPT-2's vocabulary behind four tokens of its own, as two files."""
+    words = {name: number for number, name in enumerate(["<s>", "<pad>", "</s>", "<unk>"])}
+    symbols = [token for token, _ in sorted(gpt2_tokenizer()._published.get_vocab().items(), key=lambda one: one[1])]
+    words |= {token: 4 + number for number, token in enumerate(symbols[:50256])}
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    merges = Path(magma_jax.data.tokenizers.byte_level.__file__).parent / "gpt2" / "merges.txt"
+    (tmp_path / "merges.txt").write_bytes(merges.read_bytes())
+    special = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "</s>"}
+    special = {key: {"__type": "AddedToken", "content": value, "special": True} for key, value in special.items()}
+    settings = {**special, "add_bos_token": True, "add_prefix_space": False, "tokenizer_class": "GPT2Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = Tokenizer.load(tmp_path), GPT2Tokenizer.from_pretrained(tmp_path)
+    assert (ours.eos_id, ours.begin_id, ours.vocab_size) == (2, 2, 50260)
+    for text in ("A picture of a cat, isn't it?\n", " caf\u00e9"):
+        assert [ours.begin_id, *ours.encode(text)] == theirs.encode(text)
+        assert [token - 4 for token in ours.encode(text)] == gpt2_tokenizer().encode(text)
+    (tmp_path / "merges.txt").write_text("a b c\n")
+    with pytest.raises(ValueError, match=r"merges\.txt that is none of a byte-level tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"bos_token": 3}, "bos_token in its tokenizer_config.json that is no text"),
+        ({"chat_template": 3}, "chat_template that is no text"),
+        ({"chat_template": "x" * 300_000}, "chat_template of more than 262144 characters"),
+    ],
+)
+def test_settings_that_cannot_be_used(settings, says, tmp_path):
+    published(tmp_path, bytes_alone(), LLAMA, **settings)
+    with pytest.raises(ValueError, match=says) as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_behind_every_text_are_refused():
+    backend = bytes_alone()
+    backend.add_special_tokens([EOS])
+    around = tokenizers.processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 256)])
+    backend.post_processor = around
+    with pytest.raises(ValueError, match="puts more around a text than one token before it"):
+        Tokenizer(backend)
+
+
+def test_texts_that_spell_special_tokens_of_a_chat(tmp_path):
+    words = Tokenizer.load(published(tmp_path, bytes_alone(), LLAMA))
+    assert words.eos_id in words.encode_chat("a</s>")
+    assert not words.special_ids & set(words.encode_chat(words.spell_out("<s>a</s><|image|><s</s>>")))
+    assert words.spell_out("a < b") == "a < b"

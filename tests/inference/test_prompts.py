@@ -5,10 +5,12 @@ import pytest
 from PIL import Image
 
 from magma_jax.data.images import ImageInput
+from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.inference.answers import Answer
 from magma_jax.inference.buckets import CHOICES, EVALUATION, SEQUENCES, Buckets
 from magma_jax.inference.prompts import WORD, ImageSpec, lay_out, lay_out_prompt, lay_out_tokens, pad_layouts
 from tests import tiny
+from tests.data.vocabularies import pieces, published
 
 TOKENIZER = tiny.dataset().tokenizer
 SPEC = ImageSpec(size=8, positions=3)
@@ -49,6 +51,15 @@ def test_places_point_into_a_table_of_images():
     asked.clear()  # of images before the start nobody asks
     assert layout.table_places(lambda key: asked.append(key) or 0, start=6).tolist() == [1, 2]
     assert asked == [71]
+
+
+def test_a_sequence_begins_as_the_tokenizer_says(tmp_path):
+    words = Tokenizer.load(published(tmp_path, pieces(prepend=True), {"eos_token": "<eos>"}, begin="<unk>"))
+    (a,), (space_a,) = words.encode("a"), words.encode(" a")
+    for items, ids in {("a", "a"): [space_a, a], ("", "a"): [space_a], (7, "a", 8, "a"): [0, space_a, 0, a]}.items():
+        assert lay_out(items, words, 1).tokens.tolist() == [1, *ids]
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        lay_out_prompt([""], words, SPEC)
 
 
 def test_layouts_are_padded_to_one_length():

@@ -61,8 +61,8 @@ def test_every_mapping_gives_word_like_vectors(mapping, output):
 
 
 @functools.cache
-def _model(classes=0):
-    return MagmaModel(dataclasses.replace(tiny.MODEL, classes=classes), rngs=nnx.Rngs(0))
+def _model(classes=0, begin=None):
+    return MagmaModel(dataclasses.replace(tiny.MODEL, classes=classes, begin=begin), rngs=nnx.Rngs(0))
 
 
 def test_caption_logits_are_those_of_the_whole_sequence():
@@ -73,6 +73,22 @@ def test_caption_logits_are_those_of_the_whole_sequence():
     whole = model(jnp.concatenate([prefix, model.embed_tokens(tokens)], axis=1)).hidden
     expected = model.logits(whole)[:, prefix.shape[1] - 1 : -1]
     np.testing.assert_allclose(model.logits(model.caption_hidden(features, tokens)), expected, atol=1e-5)
+
+
+def test_a_begin_of_text_stands_before_the_image():
+    """In training, packed or not, as in the layout of a prompt."""
+    model = _model(begin=5)
+    tokens = jax.random.randint(jax.random.key(0), (2, 7), 0, 300)
+    features = jax.random.normal(jax.random.key(1), (2, 4, 32))
+    begin, prefix = model.embed_tokens(jnp.full((2, 1), 5)), model.embed_features(features)
+    whole = model(jnp.concatenate([begin, prefix, model.embed_tokens(tokens)], axis=1)).hidden
+    expected = whole[:, prefix.shape[1] : -1]
+    np.testing.assert_allclose(model.caption_hidden(features, tokens), expected, atol=1e-5)
+    segments, places = jnp.repeat(jnp.array([[1, 2]]), 7, axis=1), jnp.tile(jnp.arange(7), 2)[None]
+    packed = model.packed_hidden(features[None], tokens.reshape(1, 14), segments, places)
+    np.testing.assert_allclose(packed.reshape(2, 7, -1), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="begin 300 is none of the 300 ids"):
+        dataclasses.replace(tiny.MODEL, begin=300)
 
 
 def test_padding_on_the_right_changes_nothing_before_it():

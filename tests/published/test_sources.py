@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from magma_jax.config import ConfigError
 from magma_jax.data.tokenizers.byte_level import train_bpe
@@ -102,8 +103,17 @@ def test_a_vocabulary_of_its_own_must_be_there(tmp_path):
         ConfigError, match=r"has 263 words, but model\.lm\.vocab_rows is 262; it belongs to another model"
     ):
         read_tokenizer(tmp_path, dataclasses.replace(config, vocab_rows=262))
-    pieces(prepend=True).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ConfigError, match=r"tokenizer\.json: .* vocabularies that change spaces, .* are not offered"):
+    (tmp_path / "config.json").write_text('{"eos_token_id": [0, 260]}')
+    with pytest.raises(
+        ConfigError, match=r"has the end of text 260, which the tokenizer beside it reads as 'b'; it bel"
+    ):
+        read_tokenizer(tmp_path, config)
+    (tmp_path / "config.json").write_text('{"eos_token_id": [0, 999]}')  # one that the model has and the text lacks
+    read_tokenizer(tmp_path, config)
+    backend = pieces()
+    backend.normalizer = tokenizers.normalizers.NFD()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: turns the text .* that change texts are not offered"):
         read_tokenizer(tmp_path, config)
 
 

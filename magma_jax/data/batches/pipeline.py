@@ -36,8 +36,8 @@ def encode_sample(
     Raises:
         ValueError: the sample is longer than ``length`` (samples are never cut silently), or its answer is not a class.
     """
-    prompt = tokenizer.encode(sample.prompt)
-    answer = [] if classes else tokenizer.encode(sample.answer)
+    prompt = tokenizer.encode(sample.prompt, first=True)
+    answer = [] if classes else tokenizer.encode(sample.answer, first=not prompt)
     excess = len(prompt) + len(answer) + 1 - length
     if excess > 0 and overlong == "error":
         text = sample.prompt + sample.answer

@@ -1,26 +1,28 @@
 """BPE tokenizers: GPT-2's, from packaged merges, newly trained ones, and those of published language models.
 
-Tokens are bytes (GPT-2, Llama 3, Qwen), or pieces of text with a token for each byte beside them (Gemma).
+Tokens are bytes (GPT-2, Llama 3, Qwen), or pieces of text with a token for each byte beside them (Gemma, Llama 2).
 """
 
+import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from magma_jax.foreign import read_json, read_text
+from magma_jax.data.tokenizers.settings import TokenizerSettings, read_fields, read_settings
+from magma_jax.data.tokenizers.spaces import take_out_space
+from magma_jax.foreign import ForeignError, read_json, read_text
 
 EOS = "<|endoftext|>"
 IMAGE = "<|image|>"
 # End-of-text tokens of published vocabularies, for files without a ``tokenizer_config.json``.
 _EOS_NAMES = (EOS, "<|end_of_text|>", "<eos>", "</s>")
-# Beside ``tokenizer.json``, as in Hugging Face's folders: names the end of text.
-_SETTINGS_FILE = "tokenizer_config.json"
+# A byte-level tokenizer in older folders without ``tokenizer.json``, such as OPT's.
+_VOCABULARY_FILE, _MERGES_FILE = "vocab.json", "merges.txt"
 # Bytes and spaces in the tokens of a vocabulary of pieces.
 _BYTE, _SPACE = re.compile(r"<0x([0-9A-F]{2})>"), "\u2581"
 
@@ -36,24 +38,36 @@ class Tokenizer:
     if the vocabulary lacks it, as in the original.
 
     Attributes:
-        eos: text of the end-of-text token.
+        eos, image: text of the end-of-text token and of the image placeholder.
+        begin, begin_id: token that a published tokenizer puts before every sequence, and its id; None for none.
+        settings: names of special tokens and the chat template.
         longest: bytes of the longest token: a text of N bytes has at least N / ``longest`` tokens.
         special_ids: ids that ``decode`` skips: these two, and the other special tokens of the vocabulary.
 
     Raises:
-        ValueError: the vocabulary has no ``eos`` token.
+        ValueError: the vocabulary has no ``eos`` token, or puts several tokens around a text.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos: str = EOS, image: str = IMAGE):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        eos: str = EOS,
+        image: str = IMAGE,
+        settings: TokenizerSettings = TokenizerSettings(),
+    ):
         if backend.token_to_id(eos) is None:
             raise ValueError(f"the vocabulary has no end-of-text token {eos!r}; name its own with eos=...")
-        self._names = eos, image
-        # Two copies, because parsing of special tokens is a property of the object, not an argument.
-        self._parsing = _without_padding(backend.to_str())
-        self._parsing.add_special_tokens([eos, image])
+        self._arguments, self.settings = (eos, image, settings), settings
+        # Copies, because parsing of special tokens is a property of the object, not an argument.
+        self._published = _without_padding(backend.to_str())
+        self._published.add_special_tokens([eos, image])
+        self._parsing = _without_padding(self._published.to_str())
+        self._space_before = take_out_space(self._parsing)
         self._plain = _without_padding(self._parsing.to_str())
         self._plain.encode_special_tokens = True
-        self.eos = eos
+        self.eos, self.image = eos, image
+        self.begin = _begin(self._published)
+        self.begin_id: int | None = None if self.begin is None else self._published.token_to_id(self.begin)
         vocabulary = self._parsing.get_vocab(with_added_tokens=True)
         self.eos_id: int = vocabulary[eos]
         self.pad_id: int = self.eos_id
@@ -67,7 +81,7 @@ class Tokenizer:
 
     def __reduce__(self):
         # The backend's pickling loses the property that special tokens in text are not parsed.
-        return _rebuild, (self._parsing.to_str(), *self._names)
+        return _rebuild, (self.to_json(), *self._arguments)
 
     def __len__(self) -> int:
         """Number of ids, ``<|image|>`` included: the rows of an embedding table."""
@@ -78,14 +92,30 @@ class Tokenizer:
         """Number of ids without ``<|image|>``, as the original counts (50257 for GPT-2)."""
         return len(self) - 1
 
-    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+    def encode(self, text: str, parse_special: bool = False, *, first: bool = False) -> list[int]:
         """Ids of ``text``, without added tokens.
 
         By default the spelling of a special token is plain text, so that a caption cannot contain an end or an image
-        token. With ``parse_special`` it becomes the token, as in the original.
+        token. With ``parse_special`` it becomes the token, as in the original. ``first`` marks the first text of a
+        sequence, before which some vocabularies put a space.
         """
         backend = self._parsing if parse_special else self._plain
+        if first and text and (self._space_before == "always" or (self._space_before and text[0] not in " " + _SPACE)):
+            text = f" {text}"
         return backend.encode(text, add_special_tokens=False).ids
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Ids of a chat in which a template has written the special tokens, as the published tokenizer gives them."""
+        return self._published.encode(text, add_special_tokens=False).ids
+
+    def spell_out(self, text: str) -> str:
+        """``text`` with a zero-width space in every spelling of a special token, so that ``encode_chat`` finds none."""
+        return self._specials.sub(lambda found: f"{found[0][0]}\u200b{found[0][1:]}", text)
+
+    @functools.cached_property
+    def _specials(self) -> re.Pattern[str]:
+        names = sorted(filter(None, map(self._published.id_to_token, self.special_ids)), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, clean_up: bool = False) -> str:
         """Text of ``ids``; ids beyond the vocabulary are the empty string.
@@ -113,69 +143,108 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The tokenizer as JSON text, in the ``tokenizers`` format."""
-        return self._parsing.to_str()
+        return self._published.to_str()
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes ``folder/tokenizer.json`` (the ``tokenizers`` format) and returns its path.
 
-        An end-of-text token other than GPT-2's is named in a ``tokenizer_config.json`` beside it.
+        Names of special tokens and the chat template are in a ``tokenizer_config.json`` and a ``chat_template.jinja``
+        beside it, if there are any, as is an end of text other than GPT-2's.
         """
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.to_json(), encoding="utf-8")
-        if self.eos != EOS:
-            path.with_name(_SETTINGS_FILE).write_text(json.dumps({"eos_token": self.eos}) + "\n", encoding="utf-8")
+        self.settings_to_save.write(path.parent)
         return path
 
+    @property
+    def settings_to_save(self) -> TokenizerSettings:
+        """``settings`` that name the end of text too, unless it is GPT-2's."""
+        names = {**self.settings.special, **({} if self.eos == EOS else {"eos_token": self.eos})}
+        return dataclasses.replace(self.settings, names=tuple(names.items()))
+
     @classmethod
-    def from_json(cls, text: str, eos: str | None = None, image: str = IMAGE) -> "Tokenizer":
-        """Inverse of ``to_json``; by default the end of text is the first of the usual ones that it has.
+    def from_json(
+        cls,
+        text: str,
+        eos: str | None = None,
+        image: str = IMAGE,
+        settings: TokenizerSettings = TokenizerSettings(),
+    ) -> "Tokenizer":
+        """Inverse of ``to_json``; by default the end of text is that of ``settings``, or the first of the usual ones.
 
         Raises:
             ValueError: not in the ``tokenizers`` format, or no ``eos`` in it.
         """
-        return _from_json(text, eos, image)
+        return _from_json(text, eos or settings.special.get("eos_token"), image, settings)
 
     @classmethod
     def load(cls, path: str | os.PathLike, eos: str | None = None, image: str = IMAGE) -> "Tokenizer":
-        """Reads a ``tokenizer.json``, or the one in a folder.
+        """Reads a ``tokenizer.json``, or the one in a folder, with the settings beside it, see ``TokenizerSettings``.
 
-        By default the end of text is that of the ``tokenizer_config.json`` beside it, if there is one, or as
-        ``from_json`` finds it.
+        A folder may hold a byte-level ``vocab.json`` and ``merges.txt`` instead. By default the end of text is that of
+        the settings, or as ``from_json`` finds it.
 
         Raises:
-            ValueError: not such a file, or no ``eos`` in it.
+            ValueError: not such a file, or no ``eos`` in it. OSError: no such file.
         """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
+        folder = path.parent
         try:
-            return cls.from_json(read_text(path), eos or _named_eos(path.with_name(_SETTINGS_FILE)), image)
+            settings = read_settings(folder)
+            parts = not path.exists() and path.name == "tokenizer.json" and (folder / _MERGES_FILE).is_file()
+            text = _from_parts(folder, settings.special) if parts else read_text(path)
+            return cls.from_json(text, eos, image, settings)
         except ValueError as error:
             raise ValueError(f"{str(path)!r} {error}") from None
 
 
 # GPT-2's takes half a second to parse, and a process may open many folders with it.
 @functools.lru_cache(maxsize=4)
-def _from_json(text: str, eos: str | None, image: str) -> Tokenizer:
+def _from_json(text: str, eos: str | None, image: str, settings: TokenizerSettings) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the binding raises plain Exception
         raise ValueError(f"is not a tokenizer.json: {error}") from None
     if eos is None:
         eos = next((name for name in _EOS_NAMES if backend.token_to_id(name) is not None), EOS)
-    return Tokenizer(backend, eos, image)
+    return Tokenizer(backend, eos, image, settings)
 
 
-def _named_eos(settings: Path) -> str | None:
-    """The end of text that a ``tokenizer_config.json`` names; None if there is none. Raises ValueError."""
-    if not settings.is_file():
-        return None
-    content = read_json(settings)
-    name = content.get("eos_token") if isinstance(content, dict) else None
-    name = name.get("content") if isinstance(name, dict) else name
-    if name is not None and not isinstance(name, str):
-        raise ValueError(f"has an eos_token in its {settings.name} that is no text")
-    return name
+def _from_parts(folder: Path, special: dict[str, str]) -> str:
+    """The tokenizer of ``vocab.json`` and ``merges.txt`` as JSON text; its settings say whether a text has a begin.
+
+    Raises:
+        ValueError: files of another kind, or that do not fit each other.
+    """
+    vocabulary = read_json(folder / _VOCABULARY_FILE)
+    lines = read_text(folder / _MERGES_FILE).splitlines()
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    if not isinstance(vocabulary, dict) or any(len(pair) != 2 for pair in merges):
+        raise ForeignError(f"has a {_VOCABULARY_FILE} or {_MERGES_FILE} that is none of a byte-level tokenizer")
+    try:
+        backend = _byte_level(models.BPE(vocab=vocabulary, merges=[(left, right) for left, right in merges]))
+    except Exception as error:  # the binding raises plain Exception
+        raise ForeignError(f"has a {_VOCABULARY_FILE} and {_MERGES_FILE} that do not fit ({error})") from None
+    backend.add_special_tokens([name for name in dict.fromkeys(special.values()) if name in vocabulary])
+    begin = special.get("bos_token")
+    if read_fields(folder).get("add_bos_token") is True and begin is not None:
+        if begin not in vocabulary:
+            raise ForeignError(f"has no word {begin!r} in its {_VOCABULARY_FILE}, which goes before every text")
+        pair = (begin, vocabulary[begin])
+        backend.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[pair])
+    return backend.to_str()
+
+
+def _begin(backend: tokenizers.Tokenizer) -> str | None:
+    """The token that a tokenizer puts before every text. Raises ValueError if it puts other tokens around it."""
+    plain, added = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    first = added[: len(added) - len(plain)]
+    if added != first + plain or len(first) > 1:
+        shown = [backend.id_to_token(token) for token in added]
+        raise ValueError(f"puts more around a text than one token before it, which is not offered: 'a' is {shown}")
+    return backend.id_to_token(first[0]) if first else None
 
 
 @functools.cache
@@ -237,8 +306,8 @@ def _symbol_bytes() -> dict[str, int]:
     return dict(zip(symbols, [*printable, *others], strict=True))
 
 
-def _rebuild(serialized: str, eos: str, image: str) -> Tokenizer:
-    return Tokenizer(tokenizers.Tokenizer.from_str(serialized), eos, image)
+def _rebuild(serialized: str, eos: str, image: str, settings: TokenizerSettings) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(serialized), eos, image, settings)
 
 
 def _without_padding(serialized: str) -> tokenizers.Tokenizer:

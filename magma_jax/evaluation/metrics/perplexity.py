@@ -40,7 +40,9 @@ def perplexity(model: TokenGenerator, text: str, *, batch_size: int = 4) -> Perp
     Raises:
         DataError: fewer than two tokens.
     """
-    ids = np.array(model.tokenizer.encode(text), np.int32)
+    tokenizer = model.tokenizer
+    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
+    ids = np.array([*begin, *tokenizer.encode(text, first=True)], np.int32)
     if len(ids) < 2:
         raise DataError(f"the text has {len(ids)} tokens; perplexity needs at least two")
     window = model.lm_config.context_length

@@ -47,6 +47,7 @@ MAGMA = Family(
     loss=caption_loss,
     shardings=SHARDINGS,
     vocab_rows=lambda config: config.lm.vocab_rows,
+    begin=lambda config: config.begin,
     batch_shapes=batch_shapes,
     count=count_batch,
     flops=step_flops,

@@ -50,7 +50,7 @@ def step_flops(
     image = grid or config.prefix.image_positions
     vectors = {
         # The last token predicts nothing; in unpacked rows it is not run.
-        "positions": pack * image + length - (0 if packed else 1),
+        "positions": pack * (image + (config.begin is not None)) + length - (0 if packed else 1),
         "predicted": length,  # the image's last position predicts the first token
         "image": pack * image,
         "features": pack * (grid or 1),

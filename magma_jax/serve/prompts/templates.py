@@ -11,7 +11,6 @@ prompt. Templates run in Jinja's sandbox.
 
 import dataclasses
 import functools
-import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -20,11 +19,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
-from jinja2.exceptions import SecurityError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.data.tokenizers.settings import read_settings
 from magma_jax.serve.errors import RequestError
+from magma_jax.serve.prompts.chat import ChatTemplate
+from magma_jax.serve.prompts.sandbox import TemplateError, compiled, rendered, sandbox
 from magma_jax.serve.prompts.wording import asks_for_caption, bare_question, is_worded
 from magma_jax.serve.requests.schema import ImagePart, ImageURL, Items, Message, MessagesRequest, contents
 from magma_jax.storage.model_folder import MODEL_FILE, read_model_json
@@ -35,12 +35,8 @@ TEMPLATE_FILE = "template.jinja"
 # Kind of the quick start's data, and its default template.
 OPENMOJI, OPENMOJI_TEMPLATE = "openmoji", "qa"
 MAX_TEMPLATE_BYTES = 64 * 2**10
-# Limit on a template's output in characters; far more than a prompt can hold.
-MAX_WRITTEN = 4 * 2**20
-
-
-class TemplateError(ValueError):
-    """Template that cannot be read or run; one line."""
+# Name of the chat template of a model's tokenizer.
+CHAT = "chat"
 
 
 class Template(Protocol):
@@ -72,11 +68,7 @@ class JinjaTemplate:
     """
 
     def __init__(self, source: str, name: str):
-        self._name = name
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(f"{name}: line {error.lineno}: {error.message}") from None
+        self._template = compiled(_environment(), source, name)
         sample = Message(role="user", content=[ImagePart(type="image_url", image_url=ImageURL(url=""))])
         try:
             self([sample, Message(role="assistant", content="a"), Message(role="user", content="a?")])
@@ -88,19 +80,9 @@ class JinjaTemplate:
         mark = f"\ufffc{secrets.token_hex(8)}:"
         images: list[ImageURL] = []
         seen = [_shown(message, mark, images) for message in messages]
-        written, size = [], 0
-        try:
-            for piece in self._template.generate(messages=seen, **_ALSO_GIVEN):
-                written.append(piece)
-                size += len(piece)
-                if size > MAX_WRITTEN:
-                    raise RequestError(f"the template writes more than {MAX_WRITTEN} characters")
-        except RequestError:
-            raise
-        except Exception as error:  # a template may raise anything
-            raise RequestError(f"the server's template cannot take these messages ({error!s:.200})") from None
+        written = rendered(self._template, "the server's template", {"messages": seen, **_ALSO_GIVEN})
         # Texts and image numbers alternate.
-        parts = re.split(f"{mark}(\\d+)\ufffc", "".join(written))
+        parts = re.split(f"{mark}(\\d+)\ufffc", written)
         missing = set(range(len(images))) - {int(number) for number in parts[1::2]}
         if missing:
             raise RequestError(f"the server's template leaves out image {min(missing) + 1} of {len(images)}")
@@ -146,26 +128,39 @@ class Templates:
 def templates_for(checkpoint: str | Path, wanted: str | None = None) -> Templates:
     """Templates for serving ``checkpoint``; ``wanted`` is a name or a file.
 
-    The default is the checkpoint's ``template.jinja``, else ``qa`` for a run on the quick start's drawings, else
-    ``raw``.
+    The default is the checkpoint's ``template.jinja``, else ``qa`` for a run on the quick start's drawings, else the
+    ``chat`` template of its tokenizer, else ``raw``.
 
     Raises:
         TemplateError: no such template, or an unusable one.
     """
-    if wanted in (RAW, *shipped()):
-        return Templates(wanted)
+    chat = _chat_of(Path(checkpoint) / "tokenizer")
+    if wanted in (RAW, *shipped(), *chat):
+        return Templates(wanted, chat)
     file = Path(checkpoint) / TEMPLATE_FILE if wanted is None else Path(wanted)
     if file.is_file():
-        return Templates(file.name, {file.name: _read_template(file)})
+        return Templates(file.name, {**chat, file.name: _read_template(file)})
     if wanted is not None:
-        raise TemplateError(f"{wanted}: neither a file nor one of {', '.join([RAW, *shipped()])}")
+        raise TemplateError(f"{wanted}: neither a file nor one of {', '.join([RAW, *shipped(), *chat])}")
     if (Path(checkpoint) / MODEL_FILE).is_file():
         run = read_model_json(checkpoint).get("run")
         data = run.get("data") if isinstance(run, dict) else None
         # Release 0.1 stored it as name.
         if isinstance(data, dict) and OPENMOJI in (data.get("kind"), data.get("name")):
-            return Templates(OPENMOJI_TEMPLATE)
-    return Templates()
+            return Templates(OPENMOJI_TEMPLATE, chat)
+    return Templates(CHAT if chat else RAW, chat)
+
+
+def _chat_of(folder: Path) -> dict[str, Template]:
+    """The chat template of a tokenizer's folder by its name; none if it has none."""
+    try:
+        if read_settings(folder).chat_template is None:
+            return {}
+        return {CHAT: ChatTemplate(Tokenizer.load(folder))}
+    except TemplateError as error:
+        raise TemplateError(f"{folder}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise TemplateError(f"{folder}: no tokenizer with a chat template ({error})") from None
 
 
 @functools.cache
@@ -215,36 +210,8 @@ def _shown(message: Message, mark: str, images: list[ImageURL]) -> dict[str, Any
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    # Same restrictions as in transformers: no Python internals, immutable arguments, bounded ranges, and only the
-    # listed globals.
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], undefined=jinja2.StrictUndefined
-    )
-    made.globals = {"range": made.globals["range"], "namespace": _Namespace, "raise_exception": _raise}
-    made.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    made = sandbox(jinja2.StrictUndefined)
     made.filters["question"] = bare_question
     made.tests["worded"] = is_worded
     made.tests["caption_request"] = asks_for_caption
     return made
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Namespace without dunder names such as ``__class__``, which Jinja's own accepts."""
-
-    def __init__(*arguments: Any, **attributes: Any):
-        for name in dict(*arguments[1:], **attributes):
-            _check_name(name)
-        jinja2.utils.Namespace.__init__(*arguments, **attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        jinja2.utils.Namespace.__setitem__(self, name, value)
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or name.startswith("_"):
-        raise SecurityError(f"namespace: {name!r} is no name, or begins with an underscore")
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)

@@ -8,6 +8,7 @@ from typing import Any
 from magma_jax.config import ConfigError
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.datasets import load_dataset
+from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.family import Family
 from magma_jax.nn.modules import parameter_count
 from magma_jax.runtime.compile import trim_after_compile
@@ -98,4 +99,16 @@ def _check_vocabulary(program: Program, dataset: Dataset) -> None:
     if size > rows:
         raise ConfigError(
             f"the tokenizer has {size} tokens, but the model embeds {rows}; set data.tokenizer to that of the model"
+        )
+    if program.family.begin is not None and isinstance(dataset.tokenizer, Tokenizer):
+        check_begin(dataset.tokenizer, program.family.begin(program.config.model))
+
+
+def check_begin(tokenizer: Tokenizer, begin: int | None) -> None:
+    """Raises ConfigError unless sequences begin with the token ``begin`` as the tokenizer says."""
+    if tokenizer.begin_id != begin:
+        puts = "no token" if tokenizer.begin is None else f"{tokenizer.begin!r} (id {tokenizer.begin_id})"
+        raise ConfigError(
+            f"the tokenizer puts {puts} before every sequence, but model.begin is {begin}; set it to "
+            f"{tokenizer.begin_id}, or take the model's own tokenizer"
         )
