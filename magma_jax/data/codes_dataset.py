@@ -13,7 +13,7 @@ from magma_jax.data.batches.held_out import held_out_batches
 from magma_jax.data.batches.pipeline import encode_sample, form_batches, text_padding
 from magma_jax.data.batches.sources import FolderSamples, JoinedSamples, SourceConfig, sources_by_split
 from magma_jax.data.dataset import Dataset, SamplesConfig
-from magma_jax.data.folder_dataset import load_tokenizer
+from magma_jax.data.tokenizers.load import load_tokenizer
 from magma_jax.data.format.code_folder import Codes, StoredCodes
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import grain
@@ -16,7 +15,7 @@ from magma_jax.data.batches.pipeline import encode_sample, form_batches, text_pa
 from magma_jax.data.batches.sources import FolderSamples, JoinedSamples, SourceConfig, sources_by_split
 from magma_jax.data.batches.stored_images import Augment, Decode, ImageOptions, StoredImages
 from magma_jax.data.dataset import Dataset, SamplesConfig
-from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
+from magma_jax.data.tokenizers.load import load_tokenizer
 from magma_jax.data.workers import cores
 
 
@@ -26,7 +25,7 @@ class FoldersConfig(SamplesConfig):
 
     Attributes:
         folders: split to the folders mixed in it, each a path or a ``SourceConfig``.
-        tokenizer: ``gpt2``, a ``tokenizer.json`` or its folder; None for the tokenizer of the run's ``base``, or
+        tokenizer: ``gpt2``, a ``tokenizer.json`` or its folder, or a GGUF file; None for the tokenizer of the run's ``base``, or
             ``gpt2`` without one.
         classes: class names for classification; every answer must be one of them, and the model has a head of this
             size.
@@ -114,19 +113,3 @@ def open_folders(config: FoldersConfig) -> Dataset:
         validation_batches=held_out_batches(evaluation, encode, config.length, padding),
         counted=config.counted,
     )
-
-
-def load_tokenizer(name: str | None) -> Tokenizer:
-    """The tokenizer that a config names: ``gpt2`` or None, a ``tokenizer.json``, or a folder with one.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    if name in (None, "gpt2"):
-        return gpt2_tokenizer()
-    path = Path(name)
-    # A model folder has its vocabulary in tokenizer/.
-    path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
-    if not path.exists():
-        raise ConfigError(f"data.tokenizer: {path} is not there; give gpt2, a tokenizer.json or its folder")
-    return Tokenizer.load(path)

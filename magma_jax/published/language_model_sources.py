@@ -1,6 +1,7 @@
 """Published language models as the frozen part of a model.
 
-Sizes that tensors do not show (heads, rotary features, eps) are compared with the ``config.json`` beside the weights.
+Sizes that tensors do not show (heads, rotary features, eps) are compared with the ``config.json`` beside the weights,
+or with the metadata of a GGUF file.
 The embedding table and the head may be cut to the config's rows: GPT-J's 50,400 rows are GPT-2's 50,257 tokens plus
 untrained padding, of which MAGMA keeps one row for ``<|image|>``, which makes 50,258. Rows are never added: MAGMA
 replaces ``<|image|>`` by the image's vectors, so the token needs no row, and a new row in a table tied to the head
@@ -17,16 +18,19 @@ from flax import nnx
 
 from magma_jax.config import ConfigError
 from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
+from magma_jax.data.tokenizers.gguf import read_gguf_tokenizer
 from magma_jax.foreign import read_json, shown
 from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.modules import abstract
+from magma_jax.published.gguf.open import open_gguf_model
 from magma_jax.published.hf_config import read_config
 from magma_jax.published.keymap.engine import KeyMapError, to_ours
 from magma_jax.published.language_model_keys import language_model_table
 from magma_jax.published.mesh_transformer import is_mesh_transformer, mesh_transformer_files, open_mesh_transformer
 from magma_jax.storage.deferred import Deferred
 from magma_jax.storage.files import open_tensors
+from magma_jax.storage.gguf.tensors import is_gguf
 
 # Config fields that this library chooses, not the published model.
 _FREE = ("vocab_rows", "head_rows", "context_length", "embedding_std", "dtype")
@@ -42,7 +46,7 @@ def open_lm(path: str | Path, config: LanguageModelConfig) -> Iterator[tuple[dic
     """Opens a language model's weights: a lazy tensor for every parameter of ``config``, and the files.
 
     Args:
-        path: a Hugging Face folder (or one of its files), or a slim checkpoint of mesh-transformer-jax.
+        path: a Hugging Face folder (or one of its files), a GGUF file, or a slim checkpoint of mesh-transformer-jax.
         config: config and dtype of the model; it may have fewer rows than the file, see above.
 
     Raises:
@@ -57,6 +61,10 @@ def open_lm(path: str | Path, config: LanguageModelConfig) -> Iterator[tuple[dic
                 raise ConfigError(f"{path}: holds a gptj, but the config's language model is a {config.kind}")
             tensors: Mapping[str, Any] = open_mesh_transformer(path)
             files = mesh_transformer_files(path)
+        elif is_gguf(path):
+            found, tensors = stack.enter_context(open_gguf_model(path))
+            files = (path,)
+            _compare(path, found, config)
         else:
             _compare(path, read_config(path), config)
             weights = stack.enter_context(open_tensors(path))
@@ -75,20 +83,21 @@ def open_lm(path: str | Path, config: LanguageModelConfig) -> Iterator[tuple[dic
 
 
 def read_tokenizer(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
-    """Vocabulary of a published language model: GPT-2's, or the ``tokenizer.json`` beside the weights.
+    """Vocabulary of a published language model: GPT-2's, the one in a GGUF file, or the ``tokenizer.json`` beside the
+    weights.
 
     Raises:
-        ConfigError: a model with a vocabulary of its own, and no readable tokenizer; one of another model, with more
-            words than the embedding table has rows or a word for the end of text that ``config.json`` names; one that
-            does not give a text back as it was.
+        ConfigError: a model with a vocabulary of its own, and no readable one; one of another model, with more words
+            than the embedding table has rows or a word for the end of text that ``config.json`` names; one that does
+            not give a text back as it was.
     """
     words = _vocabulary(path, config)
     if config.kind not in _GPT2_VOCABULARY and words.vocab_size > config.vocab_rows:
         raise ConfigError(
-            f"{path}: tokenizer.json has {words.vocab_size} words, but model.lm.vocab_rows is {config.vocab_rows}; it "
+            f"{path}: the vocabulary has {words.vocab_size} words, but model.lm.vocab_rows is {config.vocab_rows}; it "
             "belongs to another model"
         )
-    if config.kind not in _GPT2_VOCABULARY:
+    if config.kind not in _GPT2_VOCABULARY and not is_gguf(Path(path)):
         _check_ends(path, words)
     return words
 
@@ -112,6 +121,8 @@ def _vocabulary(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
     if config.kind in _GPT2_VOCABULARY:
         return gpt2_tokenizer()
     path = Path(path)
+    if is_gguf(path):
+        return read_gguf_tokenizer(path)
     file = (path if path.is_dir() else path.parent) / "tokenizer.json"
     try:
         words = Tokenizer.load(file)

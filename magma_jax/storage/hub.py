@@ -31,6 +31,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from magma_jax.foreign import read_json
 from magma_jax.output import size_text
+from magma_jax.storage import package_file
 
 SCHEME = "hf://"
 
@@ -54,10 +55,15 @@ class HubError(ValueError):
 def local_path(source: str | Path) -> Path:
     """Local path of a source; an ``hf://`` address is downloaded, a path is returned unchanged.
 
+    ``package://NAME/FILE`` is a file of an installed Python package, see ``storage.package_file``.
+
     Raises:
         HubError: the address is malformed, or the file does not exist, cannot be fetched or arrives incomplete.
+        PackageFileError: a package that is not installed, or that lacks the file.
     """
     source = str(source)
+    if source.startswith(package_file.SCHEME):
+        return package_file.package_path(source)
     return fetch(source) if source.startswith(SCHEME) else Path(source)
 
 

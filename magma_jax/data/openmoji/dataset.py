@@ -15,6 +15,7 @@ from magma_jax.data.batches.pipeline import encode_sample, sample_batches, text_
 from magma_jax.data.dataset import Dataset, SamplesConfig
 from magma_jax.data.openmoji import drawings, text
 from magma_jax.data.tokenizers.byte_level import Tokenizer, train_bpe
+from magma_jax.data.tokenizers.load import load_tokenizer
 from magma_jax.typing import IGNORED
 
 # Vocabulary of the language model in the repository.
@@ -27,6 +28,7 @@ class OpenmojiConfig(SamplesConfig):
 
     Attributes:
         image_size: pixels per side of an image.
+        tokenizer: tokenizer, see ``data.tokenizers.load``; None for that of the quick start's language model.
         cache_dir: cache folder of rasterised drawings.
         weights: sampling weights of the sources: captions of people of known or open gender, captions of everything
             else, questions; 0 leaves a source out.
@@ -35,6 +37,7 @@ class OpenmojiConfig(SamplesConfig):
     """
 
     image_size: int = 128
+    tokenizer: str | None = None
     cache_dir: str = "~/.cache/magma_jax"
     weights: tuple[float, ...] = (0.375, 0.125, 0.5)
     questions: tuple[str, ...] = ("tone", "gender", "hair", "facing", "what", "count", "hand", "flag")
@@ -68,8 +71,7 @@ class OpenmojiTextConfig:
 def open_openmoji(config: OpenmojiConfig) -> Dataset:
     """Loads the drawings and creates their samples."""
     records, images = drawings.load(Path(config.cache_dir).expanduser(), config.image_size)
-    with resources.as_file(resources.files("magma_jax") / QUICKSTART_TOKENIZER) as path:
-        tokenizer = Tokenizer.load(path)
+    tokenizer = _quickstart_tokenizer() if config.tokenizer is None else load_tokenizer(config.tokenizer)
     learned = [record for record in records if record.split == "train"]
     captions = drawings.captions(learned)
     living = [sample for sample in captions if records[sample.image].gender is not None]
@@ -109,6 +111,11 @@ def open_openmoji(config: OpenmojiConfig) -> Dataset:
         validation_batches=held_out_batches(evaluation, encode, config.length, text_padding(tokenizer)),
         counted=config.counted,
     )
+
+
+def _quickstart_tokenizer() -> Tokenizer:
+    with resources.as_file(resources.files("magma_jax") / QUICKSTART_TOKENIZER) as path:
+        return Tokenizer.load(path)
 
 
 def open_openmoji_text(config: OpenmojiTextConfig) -> Dataset:

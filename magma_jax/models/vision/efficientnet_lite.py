@@ -69,7 +69,9 @@ class EfficientNetLiteConfig:
     """EfficientNet-Lite0.
 
     Attributes:
-        image_size: pixels per side, a multiple of 32; the grid has image_size / 32 positions per side.
+        image_size: pixels per side, a multiple of 32.
+        grid: positions per side of the grid, a divisor of image_size / 32; None for image_size / 32. Fewer make the
+            sequence of a large language model shorter.
         taps: layers whose outputs, averaged over each grid cell, are concatenated to one feature vector per cell:
             "stem", the index of a block from 0 to 15, or "head" (the last layer).
         statistics: layers whose mean and standard deviation per channel over the whole image are appended to the
@@ -81,6 +83,7 @@ class EfficientNetLiteConfig:
     image_size: int = 128
     taps: tuple[str | int, ...] = ("head",)
     statistics: tuple[str | int, ...] = ()
+    grid: int | None = None
     kind: Literal["efficientnet_lite"] = "efficientnet_lite"
 
     def __post_init__(self):
@@ -90,6 +93,8 @@ class EfficientNetLiteConfig:
         check_sizes(self, "image_size")
         if self.image_size % 32:
             raise ValueError(f"image_size {self.image_size} is no multiple of 32")
+        if self.grid is not None and (self.grid < 1 or self.image_size // 32 % self.grid):
+            raise ValueError(f"grid {self.grid} does not divide the {self.image_size // 32} cells per side")
 
     @property
     def channels(self) -> int:
@@ -100,7 +105,12 @@ class EfficientNetLiteConfig:
     @property
     def positions(self) -> int:
         """Positions of the grid."""
-        return (self.image_size // 32) ** 2
+        return self.side**2
+
+    @property
+    def side(self) -> int:
+        """Positions per side of the grid."""
+        return self.grid or self.image_size // 32
 
 
 def same_padding(x: Float[Array, "B h w C"], kernel: int, stride: int) -> Float[Array, "B h2 w2 C"]:
@@ -179,7 +189,7 @@ class EfficientNetLite(nnx.Module):
     ) -> Float[Array, "B P C"]:
         """Normalised images to the grid, row by row."""
         outputs = self.layers(images, batch_norm, remat)
-        side = self.config.image_size // 32
+        side = self.config.side
         parts = [_cells(outputs[tap], side) for tap in self.config.taps]
         for layer in self.config.statistics:
             for statistic in (outputs[layer].mean((1, 2)), outputs[layer].std((1, 2))):
