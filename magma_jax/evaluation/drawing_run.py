@@ -59,7 +59,7 @@ def open_drawing_run(
     """Opens a run on drawings.
 
     Args:
-        workdir: the run folder.
+        workdir: the run folder, or one derived from a run.
         split: split of the drawings.
         limit: maximum number of samples, evenly spaced; None for all.
         settings: settings of the evaluation, a dataclass with defaults.
@@ -71,8 +71,10 @@ def open_drawing_run(
             2, or a run on other data.
     """
     workdir = Path(workdir)
-    run = read_model_json(workdir).get("run")
-    if run is None or not (workdir / CHECKPOINTS).is_dir():
+    metadata, has_steps = read_model_json(workdir), (workdir / CHECKPOINTS).is_dir()
+    run = metadata.get("run")
+    # A folder derived from a run, such as a quantized one, names its source and holds all trained parameters.
+    if run is None or not (has_steps or "source" in metadata):
         raise CheckpointError(f"{workdir}: holds no checkpoint of a run; give the --workdir that train.py trained in")
     config = read_stored_config(run["data"])
     if not isinstance(config, data):
@@ -83,10 +85,11 @@ def open_drawing_run(
     samples = dataset.evaluation.get(split)
     if not samples:
         raise ConfigError(f"--split {split}: there are {', '.join(dataset.evaluation)}")
-    with RunCheckpoints(workdir) as checkpoints:
-        step = checkpoints.result_step()
     chosen, defaults = to_dict(settings), to_dict(type(settings)())
-    protocol: dict[str, Any] = {"split": split, "limit": limit, "training_seed": run["seed"], "checkpoint_step": step}
+    protocol: dict[str, Any] = {"split": split, "limit": limit, "training_seed": run["seed"]}
+    if has_steps:
+        with RunCheckpoints(workdir) as checkpoints:
+            protocol["checkpoint_step"] = checkpoints.result_step()
     protocol |= {"settings": chosen, "judge": "nearest drawing, skin colours, probe on EfficientNet-Lite0"}
     averaged = {} if ema is None else {"ema": ema}
     names: dict[str, Any] = {"split": split} if split != "test" else {}

@@ -3,6 +3,8 @@
 python -m magma_jax.retrieval build data/bank --data openmoji
 python -m magma_jax.retrieval annotate data/bank data/retrieved --data openmoji
 python -m magma_jax.retrieval search data/bank "a woman firefighter with dark skin tone"
+python -m magma_jax.retrieval fit data/projection.safetensors --data openmoji
+python -m magma_jax.retrieval recall --data openmoji --encoder minilm --weights data/projection.safetensors
 """
 
 import argparse
@@ -11,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from magma_jax import commands
+
+# Weight of the penalty of ``fit``.
+RIDGE = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return RUN[arguments.command](arguments)
 
-    return commands.run("magma_jax.retrieval", work, resumable=arguments.command != "search")
+    return commands.run("magma_jax.retrieval", work, resumable=arguments.command in ("build", "annotate"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("text", nargs="*", help="texts to search by")
     three.add_argument("--image", type=Path, action="append", default=[], help="image file to search by")
     three.add_argument("-k", type=int, default=5, help="documents to print; default: %(default)s")
-    for command in (one, two, three):
+    four = subparsers.add_parser("fit", help="fit the projection of the encoder minilm to pairs of text and image")
+    four.add_argument("out", type=Path, help="file to write, .safetensors")
+    _add_data(four, bank=False)
+    four.add_argument("--splits", default="train", help="splits to fit to, by commas; default: %(default)s")
+    four.add_argument("--ridge", type=float, default=RIDGE, help="weight of the penalty; default: %(default)s")
+    five = subparsers.add_parser("recall", help="how often a text finds its own image among those of a split")
+    _add_data(five, bank=False)
+    five.add_argument("--splits", default="test", help="splits of the pairs, by commas; default: %(default)s")
+    five.add_argument("-k", type=int, default=2, help="images, or texts, that are found; default: %(default)s")
+    for command in (one, two, three, five):
         command.add_argument("--encoder", default="hashed", help="encoder of texts and images; default: %(default)s")
         command.add_argument("--weights", help="file of the encoder's weights, if it needs one")
     for command in (two, three):
@@ -73,13 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_data(command: argparse.ArgumentParser) -> None:
+def _add_data(command: argparse.ArgumentParser, *, bank: bool = True) -> None:
     command.add_argument("--data", required=True, help="openmoji, or a dataset folder with captions")
     command.add_argument("--split", default="train", help="split that a dataset folder holds; default: %(default)s")
     command.add_argument("--cache-dir", default="~/.cache/magma_jax", help="of openmoji; default: %(default)s")
-    command.add_argument(
-        "--with-evaluation", action="store_true", help="allow a bank with items of a split other than train"
-    )
+    if bank:
+        command.add_argument(
+            "--with-evaluation", action="store_true", help="allow a bank with items of a split other than train"
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from magma_jax.output import printable
 from magma_jax.retrieval.annotate import annotate, check_encoder
 from magma_jax.retrieval.build import build_bank
 from magma_jax.retrieval.encoders import open_encoder
+from magma_jax.retrieval.recall import pair_recall
 from magma_jax.retrieval.search import ExactIndex, Index, make_index, recall_at
 from magma_jax.retrieval.sources import open_documents
 from magma_jax.typing import Float
@@ -84,6 +85,26 @@ def _search(options: argparse.Namespace) -> int:
     return 0
 
 
+def _fit(options: argparse.Namespace) -> int:
+    from magma_jax.retrieval.bi_encoder import fit_projection  # here: other commands need no networks
+
+    documents = open_documents(options.data, options.split, cache_dir=options.cache_dir)
+    count = fit_projection(documents, options.out, splits=_names(options.splits), ridge=options.ridge)
+    print(f"{options.out}: fitted to {count:,} pairs of {documents.name}")
+    return 0
+
+
+def _recall(options: argparse.Namespace) -> int:
+    documents = open_documents(options.data, options.split, cache_dir=options.cache_dir)
+    encoder = open_encoder(options.encoder, options.weights)
+    found = pair_recall(documents, encoder, options.k, _names(options.splits))
+    print(
+        f"{encoder.name}, {found.pairs:,} pairs: recall@{options.k} of images by text {found.by_text:.3f}, "
+        f"of texts by image {found.by_image:.3f}; by chance {min(options.k / found.pairs, 1):.3f}"
+    )
+    return 0
+
+
 def _print_recall(bank: MemoryBank, index: Index, queries: Float[np.ndarray, "Q D"], k: int) -> None:
     exact = ExactIndex(bank.vectors).search(queries, k)
     share = recall_at(index.search(queries, k).rows, exact.rows)
@@ -95,4 +116,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 # Functions by subcommand; each returns the exit status.
-RUN: dict[str, Callable[[argparse.Namespace], int]] = {"build": _build, "annotate": _annotate, "search": _search}
+RUN: dict[str, Callable[[argparse.Namespace], int]] = {
+    "build": _build,
+    "annotate": _annotate,
+    "search": _search,
+    "fit": _fit,
+    "recall": _recall,
+}

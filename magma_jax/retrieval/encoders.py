@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -115,18 +115,39 @@ class NamesEncoder(HashedEncoder):
         return unit(found)
 
 
+def _clip(weights: str | None, activation: Any = None) -> Encoder:
+    from magma_jax.published.text.clip import read_clip  # here: most encoders need no networks
+
+    return read_clip(_given(weights, "clip needs CLIP's weights: --weights ViT-B-32.pt"), activation)
+
+
+def _minilm(weights: str | None) -> Encoder:
+    from magma_jax.retrieval.bi_encoder import BiEncoder
+
+    return BiEncoder(_given(weights, "minilm needs its projection: --weights FILE of magma_jax.retrieval fit"))
+
+
+def _given(weights: str | None, otherwise: str) -> str:
+    if weights is None:
+        raise ValueError(otherwise)
+    return weights
+
+
 # Encoders by name; each takes the path of its weights, or None.
 ENCODERS: dict[str, Callable[[str | None], Encoder]] = {
     "hashed": lambda weights: HashedEncoder(),
     "names": lambda weights: NamesEncoder(),
+    "clip": _clip,
+    "clip_gelu": lambda weights: _clip(weights, "gelu"),
+    "minilm": _minilm,
 }
 
 
 def open_encoder(name: str, weights: str | None = None) -> Encoder:
-    """The encoder of a name.
+    """The encoder of a name, with the file of its ``weights``.
 
     Raises:
-        ValueError: no such encoder.
+        ValueError: no such encoder, or one without the weights that it needs. Reading these raises errors of its own.
     """
     if name not in ENCODERS:
         raise ValueError(f"no encoder {name!r}; there are {', '.join(ENCODERS)}")

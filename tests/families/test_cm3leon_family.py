@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from magma_jax.config import ConfigError
+from magma_jax.convert.__main__ import main as convert
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.documents.document import Image as ImagePart
 from magma_jax.data.documents.document import RetrievedDocuments, Text
@@ -26,6 +27,7 @@ from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.families import open_generator, open_token_generator
 from magma_jax.families.cm3leon import CM3LEON
 from magma_jax.families.cm3leon.generator import Codes, Hidden
+from magma_jax.families.cm3leon.loading import read_cm3leon
 from magma_jax.families.cm3leon.options import DrawOptions
 from magma_jax.inference.answers import AnswerOptions, ImageOptions
 from magma_jax.inference.generator import ImageGenerator
@@ -186,6 +188,31 @@ def test_it_draws_what_it_has_learned(model, codes):
     assert (settings["steps"], settings["temperature"], settings["guidance"][-3:]) == (len(codes[red]), 0.5, "= 2")
 
 
+def test_it_draws_the_same_in_8_bits(finished, model, codes, tmp_path, capsys):
+    folder = tmp_path / "int8"
+    assert convert(["quantize", str(finished.workdir), str(folder)]) == 0
+    small = open_generator(folder)
+    assert small.config.dtype == "int8"
+    stored = {path: leaf.dtype.name for path, leaf in small.params.items()}
+    assert {dtype for path, dtype in stored.items() if path.endswith("_proj/weight")} == {"int8"}
+    assert stored["wte/weight"] == stored["layers/mlp/c_fc/weight_scale"] == "float32"
+    for path in ("wte/weight", "image_tokenizer/codebook/weight"):
+        np.testing.assert_array_equal(small.params[path], model.params[path])
+    texts = [f"a {text} square" for text in TEXTS]
+    np.testing.assert_array_equal(np.concatenate(small.draw_codes(texts, DrawOptions(temperature=(0.0, 0.0)))), codes)
+    # Others than matrices may be had in bfloat16; scales stay.
+    half = read_cm3leon(folder, "bfloat16")[1]
+    assert half["wte/weight"].dtype == jnp.bfloat16
+    assert half["layers/mlp/c_fc/weight_scale"].dtype == jnp.float32
+    capsys.readouterr()
+    assert convert(["quantize", str(folder), str(tmp_path / "again")]) == 2
+    assert "its language model is in int8 already" in capsys.readouterr().err
+    assert convert(["to-torch", str(folder), str(tmp_path / "out.pt")]) == 2
+    assert "its matrices are in int8, which no published layout has" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="weights in int8 are made by python -m magma_jax"):
+        open_generator(finished.workdir, dtype="int8")
+
+
 def test_it_describes_completes_and_answers(model, codes):
     """All of these see what was memorised: its text, its codes."""
     blue = TEXTS.index("plain blue")
@@ -298,6 +325,10 @@ def test_it_is_no_model_of_texts_alone(finished, capsys):
         (
             {"optim": OptimConfig(groups={"tokenizer": Group()})},
             "optim.groups.tokenizer: batches hold codes, so the image tokenizer cannot learn here",
+        ),
+        (
+            {"model": dataclasses.replace(MODEL, dtype="int8")},
+            "model.dtype: the decoder learns, which it cannot in int8",
         ),
         (
             {"model": dataclasses.replace(MODEL, tokenizer=None)},

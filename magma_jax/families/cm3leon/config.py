@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from magma_jax.config import QUANTIZED
 from magma_jax.data.documents.beside import BesideConfig
 from magma_jax.data.documents.openmoji import OpenmojiDocumentsConfig
 from magma_jax.family import ShardingRow
@@ -50,6 +51,11 @@ def complete(config: RunConfig) -> RunConfig:
         ValueError: data and model do not fit.
     """
     model, data = config.model, config.data
+    if model.dtype in QUANTIZED:
+        raise ValueError(
+            f"model.dtype: the decoder learns, which it cannot in {model.dtype}; train it in float32 or bfloat16 and "
+            "quantize the run"
+        )
     if config.optim.groups.get(TokenizerParam.role, "frozen") != "frozen":
         raise ValueError(
             "optim.groups.tokenizer: batches hold codes, so the image tokenizer cannot learn here; set it to frozen, "

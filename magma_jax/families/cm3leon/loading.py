@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from magma_jax.config import from_dict
+from magma_jax.config import QUANTIZED, from_dict
 from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
 from magma_jax.families.cm3leon.config import SHARDINGS
 from magma_jax.foreign import shown
@@ -21,7 +21,7 @@ from magma_jax.published.open_magma import load_tokenizer
 from magma_jax.runtime.sharding import parameter_shardings, parameter_spec, placed
 from magma_jax.storage.files import holds_weights
 from magma_jax.storage.hub import local_path
-from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, in_dtype, read_model_json
+from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, in_dtype, open_params, read_model_json
 from magma_jax.training.checkpoints.checkpoint import open_trained_params, read_trained_params
 from magma_jax.typing import Params
 
@@ -72,15 +72,24 @@ def read_cm3leon(
     ``model_config`` and ``any_vocabulary`` are those of ``open_torch_cm3leon``; the rest as for ``load_cm3leon``.
     """
     path = Path(path)
+    if dtype in QUANTIZED:
+        raise CheckpointError(
+            f"{path}: weights in {dtype} are made by python -m magma_jax.convert quantize; open those"
+        )
     if not (path / MODEL_FILE).exists() and holds_weights(path):
         dtype = dtype or "float32"
         with open_torch_cm3leon(path, model_config, dtype, any_vocabulary=any_vocabulary) as model:
             params = {name: _place(name, tensor.read(), mesh) for name, tensor in model.params.items()}
             return dataclasses.replace(model.config, dtype=dtype), params
     config = read_cm3leon_config(path)
-    config = dataclasses.replace(config, dtype=dtype or config.dtype)
+    if config.dtype in QUANTIZED:
+        # The matrices stay as they are; the rest has the dtype that it is stored in, and gives that of activations.
+        others = dtype or open_params(path)["wte/weight"].dtype
+    else:
+        others = dtype or config.dtype
+        config = dataclasses.replace(config, dtype=others)
     _, shapes, types = abstract(lambda: CM3LeonModel(config, rngs=nnx.Rngs(0)))
-    shapes = in_dtype(shapes, jnp.dtype(config.dtype))
+    shapes = in_dtype(shapes, jnp.dtype(others))
     if mesh is not None:
         shapes = placed(shapes, parameter_shardings(shapes, mesh, SHARDINGS))
     return config, read_trained_params(path, shapes, types, ema=ema)
