@@ -98,7 +98,11 @@ def base_may_differ(base: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def step_flops(
-    config: MagvltConfig, shapes: Mapping[str, Any], labels: Mapping[str, str], batch: Mapping[str, tuple[int, ...]]
+    config: MagvltConfig,
+    shapes: Mapping[str, Any],
+    labels: Mapping[str, str],
+    batch: Mapping[str, tuple[int, ...]],
+    options: MagvltOptions,
 ) -> StepFlops:
     """Operations of a step of the task text to image, see ``training.step.flops``: most steps are, by default.
 
@@ -106,16 +110,18 @@ def step_flops(
     """
     rows, codes = batch["codes"]
     unrolled = "unroll_seeds" in batch
+    # UnrollMask draws all masked codes of the first pass, the losses take some.
+    predicted = min(options.image_targets or codes, codes)
     passes = 1 + unrolled + ("mixed_codes" in batch)
     frozen, trained = matrix_flops(
         shapes,
         labels,
         INPUTS,
-        {"positions": config.length, "predicted": codes, "places": config.image_places, "caption": 1},
+        {"positions": config.length, "predicted": predicted, "places": config.image_places, "caption": 1},
     )
-    head = 2 * codes * config.width * config.image_rows
-    # The guesses that UnrollMask draws take the head's forward pass once more.
-    guesses = unrolled * (head + 2 * codes * config.width**2)
+    head = 2 * predicted * config.width * config.image_rows
+    # The guesses that UnrollMask draws take the head's forward pass once more, over all codes.
+    guesses = unrolled * 2 * codes * config.width * (config.image_rows + config.width)
     attention = attention_flops(config.width, config.layers, config.length)
     return StepFlops(
         frozen=rows * passes * frozen,

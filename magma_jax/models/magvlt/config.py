@@ -86,6 +86,11 @@ class MagvltConfig:
         return self.image_positions // self.image_patch**2
 
     @property
+    def dummy_length(self) -> int:
+        """Masked tokens of the text beside which a length is predicted: 16 of 64 in the original."""
+        return max(1, self.text_positions // 4)
+
+    @property
     def length(self) -> int:
         """Positions of a sequence (S): image, text and four special tokens."""
         return self.image_places + self.text_positions + 4

@@ -229,3 +229,11 @@ def canvas_of(
         jnp.zeros(text.shape, bool) if text_masked is None else text_masked,
         selectors,
     )
+
+
+def untold(
+    config: MagvltConfig, image: Int[Array, "B I"], image_masked: Bool[Array, "B I"], lengths: Int[Array, " B"]
+) -> Canvas:
+    """Images with texts of these lengths that are masked as a whole."""
+    masked = jnp.arange(config.text_positions) < lengths[:, None]
+    return Canvas(image, jnp.zeros(masked.shape, jnp.int32), lengths, image_masked, masked)
