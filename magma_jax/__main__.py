@@ -9,6 +9,7 @@ from magma_jax import __version__, commands
 # Command to the module whose ``main`` it is, and what it does.
 COMMANDS = {
     "train": ("magma_jax.cli.train", "trains a model from a config"),
+    "sweep": ("magma_jax.cli.sweep", "trains one run for every combination of config values"),
     "eval": ("magma_jax.cli.evaluate", "evaluates a run, or a checkpoint on a task"),
     "generate": ("magma_jax.generate.__main__", "asks a model about images, or for images"),
     "serve": ("magma_jax.serve.__main__", "serves a model over HTTP"),

@@ -36,6 +36,12 @@ def called(name: str) -> Iterator[None]:
         _called = before
 
 
+def script(name: str) -> str:
+    """How to call train.py or eval.py, in messages: by the one command that holds all others if that was called."""
+    installed, _, _ = (_called or "").partition(" ")
+    return f"{installed} {name}" if installed else f"python {name}.py"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Argument parser with one-line errors."""
 

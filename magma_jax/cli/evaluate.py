@@ -4,7 +4,7 @@
     python eval.py --workdir runs/quickstart --split validation --limit 50
     python eval.py --workdir runs/quickstart --task own_questions own_captions --shots 0 1 2 4
     python eval.py --checkpoint models/magma_long --task vqav2 --data data/vqa_val --shot-data data/vqa_train
-    python eval.py --compare runs/a runs/b
+    python eval.py --compare runs/a runs/b runs/c --html comparison.html
     python eval.py --workdir runs/quickstart --perplexity text.txt
 
 Without --task it prints the table and writes results.json, predictions.jsonl and report.html into the run folder;

@@ -33,6 +33,9 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
 def add_other_options(parser: argparse.ArgumentParser) -> None:
     """The other options of eval.py."""
     group = parser.add_argument_group("other")
-    group.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results, or folders of results")
+    group.add_argument(
+        "--compare", nargs="+", type=Path, metavar="RESULT", help="two results or more, or runs and folders of results"
+    )
+    group.add_argument("--html", type=Path, metavar="FILE", help="with --compare: also write a page")
     group.add_argument("--json", action="store_true", help="with --compare or --perplexity: print JSON")
     group.add_argument("--perplexity", type=Path, metavar="FILE", help="of a text file, with and without adapters")

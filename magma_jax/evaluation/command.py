@@ -19,6 +19,7 @@ from magma_jax.evaluation.images.drawing import draw_task, options_of, write_ima
 from magma_jax.evaluation.images.task import IMAGE_TASKS, ImageTaskConfig
 from magma_jax.evaluation.metrics.perplexity import measure
 from magma_jax.evaluation.report import comparison
+from magma_jax.evaluation.report.comparison_page import write_comparison
 from magma_jax.evaluation.report.results_card import write_card
 from magma_jax.evaluation.report.run_report import OPENMOJI
 from magma_jax.evaluation.report.task_files import write_result
@@ -39,11 +40,11 @@ OpenModel: TypeAlias = Callable[..., TokenGenerator]
 
 
 def run_comparison(arguments: argparse.Namespace) -> None:
-    """``--compare``: tests whether one of two results is better."""
-    first, second = arguments.compare
-    found = comparison.compare_results(first, second)
-    shown = json.dumps(comparison.to_json(found), indent=2) if arguments.json else None
-    print(shown or printable(comparison.table(first, second, found)))
+    """``--compare``: tests whether one result is better than another."""
+    found = comparison.compare_results(arguments.compare)
+    if arguments.html is not None:
+        write_comparison(arguments.html, found)
+    print(json.dumps(found.to_json(), indent=2) if arguments.json else printable(found.table()))
 
 
 def run_perplexity(open_model: OpenModel, arguments: argparse.Namespace) -> None:

@@ -197,7 +197,7 @@ def figures_of(samples: Sequence[Any], predictions: Sequence[str]) -> dict[str, 
         coco = METRICS["coco"](texts, truths).total
         figures |= {
             "caption_exact": METRICS["exact_match"](texts, truths).total["accuracy"],
-            "bleu4": coco["BLEU-4"],
+            "bleu4": coco.get("BLEU-4"),
             "cider": coco["CIDEr"],
             "rouge_l": coco["ROUGE-L"],
         }

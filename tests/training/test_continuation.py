@@ -52,7 +52,8 @@ def test_the_message_says_what_differs(folder):
         continued_config(family_of(changed.model), changed, workdir)
     assert str(caught.value) == (
         f"{workdir}: holds a run with another config (data.length is 32 there and 16 here, seed is 0 there and 3 here, "
-        "validation.samples is 512 there and 7 here); choose another --workdir"
+        "validation.samples is 512 there and 7 here); choose another --workdir, and to start from this run's result "
+        f"there add --set base={workdir}"
     )
 
 

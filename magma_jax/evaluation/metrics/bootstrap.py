@@ -9,6 +9,9 @@ from magma_jax.typing import Int
 
 DRAWS = 1000
 
+# Why a score of captions has no BLEU-4, see ``by_protocol.nlgeval``.
+SHORT_CAPTIONS = "BLEU-4 is left out: most true captions have fewer than four words, so it would say nothing."
+
 
 class Interval(NamedTuple):
     """A 95 % interval."""
@@ -36,10 +39,13 @@ def intervals(
     }
 
 
-def rarity_note(metrics: Iterable[str]) -> list[str]:
-    """Notes to show next to intervals of these metrics."""
-    note = "CIDEr weighs words by their rarity in the whole set, in every draw of the bootstrap too."
-    return [note] if "CIDEr" in metrics else []
+def notes_on(metrics: Iterable[str]) -> list[str]:
+    """Notes to show next to scores of these metrics and their intervals."""
+    names = set(metrics)
+    if "CIDEr" not in names:
+        return []
+    notes = ["CIDEr weighs words by their rarity in the whole set, in every draw of the bootstrap too."]
+    return notes if "BLEU-4" in names else [*notes, SHORT_CAPTIONS]
 
 
 class Comparison(NamedTuple):

@@ -74,12 +74,19 @@ def coco(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sco
 
 
 def nlgeval(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """The same scores on unprocessed captions, with case and punctuation (nlg-eval, used for MAGMA's table)."""
+    """The same scores on unprocessed captions, with case and punctuation (nlg-eval, used for MAGMA's table).
+
+    BLEU-n is left out if most samples have no reference of n words: the official program gives about 1e-9 for equal
+    captions of three words.
+    """
     _check(predictions, references)
     counts = bleu_counts(predictions, references)
     per_sample = {"CIDEr": cider_d(predictions, references), "ROUGE-L": rouge_l(predictions, references)}
     means = {name: float(values.mean()) for name, values in per_sample.items()}
-    return Scores(_named_bleu(counts.sum(0)) | means, per_sample, counts, _named_bleu)
+    words = sorted(max(len(caption.split()) for caption in captions) for captions in references)
+    longest = words[len(words) // 2]
+    bleu = dict(list(_named_bleu(counts.sum(0)).items())[: max(1, longest)])
+    return Scores(bleu | means, per_sample, counts, _named_bleu)
 
 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:

@@ -90,13 +90,13 @@ def _summary(result: TaskResult, shown: int) -> str:
 
 
 def _table(result: TaskResult) -> str:
-    rows = [["protocol", "metric", "score", "95 % interval", "constant"]]
+    rows = [["protocol", "metric", "score", "95 % interval", "commonest"]]
     for which, found in (("", result.scores), (", first line alone", result.first_line)):
         for name, score in found.items():
             for metric, value in score.scores.items():
                 low, high = score.intervals[metric]
-                constant = score.constant["scores"][metric]
-                rows.append([f"{name}{which}", metric, f"{value:.4g}", f"{low:.4g} to {high:.4g}", f"{constant:.4g}"])
+                commonest = score.commonest["scores"][metric]
+                rows.append([f"{name}{which}", metric, f"{value:.4g}", f"{low:.4g} to {high:.4g}", f"{commonest:.4g}"])
     return html_table(rows) if len(rows) > 1 else ""
 
 

@@ -63,7 +63,7 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
 
 def rows_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[Column, float]]:
     """Row to column to figure: the model's own rows, then those of the paper that have one of its columns."""
-    rows: dict[str, dict[Column, float]] = {"this model": {}, "first line": {}, "constant": {}}
+    rows: dict[str, dict[Column, float]] = {"this model": {}, "first line": {}, "commonest": {}}
     for result in results:
         score, line = first_score(result, "scores"), first_score(result, "first_line")
         if score is None:
@@ -73,7 +73,7 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[Column, floa
             if line is not None:
                 rows["first line"][column] = figure(line, column)
             if column.group in ("", "all"):
-                rows["constant"][column] = figure(score["constant"], column)
+                rows["commonest"][column] = figure(score["commonest"], column)
     columns = rows["this model"]
     paper = {name: {c: v for c, v in row.items() if c in columns} for name, row in FIGURES.items()}
     return {name: row for name, row in (rows | paper).items() if row}

@@ -55,6 +55,8 @@ def read_result(path: Path) -> dict[str, Any]:
     task = result.get("task") if isinstance(result, dict) else None
     if not isinstance(task, dict) or not {"name", "shots", "protocols"} <= task.keys():
         raise DataError(f"{path}: no result of eval.py --task; give one, or remove it")
+    if any("commonest" not in score for score in result.get("scores", {}).values()):
+        raise DataError(f"{path}: was written by another version; evaluate again, or remove it")
     return result
 
 

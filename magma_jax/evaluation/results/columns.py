@@ -28,8 +28,9 @@ def columns_of(result: Mapping[str, Any]) -> list[Column]:
     if score is None:
         return []
     metrics = [metric for metric in PERCENT if metric in score["scores"]]
-    # Domains are included if they are scored as separate sets.
-    domains = [name for name, values in score["groups"].get("domain", {}).items() if set(metrics) <= values.keys()]
+    # Domains are included if they are scored as separate sets; means over images have no BLEU.
+    needed = {*metrics, *({"BLEU-1"} & score["scores"].keys())}
+    domains = [name for name, values in score["groups"].get("domain", {}).items() if needed <= values.keys()]
     groups = [*domains, "all"] if domains else [""]
     return [Column(task["name"], task["shots"], metric, group) for metric in metrics for group in groups]
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from magma_jax.evaluation.metrics.bootstrap import rarity_note
+from magma_jax.evaluation.metrics.bootstrap import notes_on
 from magma_jax.evaluation.results.columns import first_score
 
 
@@ -36,8 +36,8 @@ def stamp(result: Mapping[str, Any]) -> str:
         f"  decoding    {result['decoding']}, at most {task['max_new_tokens']} new tokens",
         f"  truncation  {task['truncation']}",
         *([] if result["context"] is None else [_positions(result)]),
-        *([f"  constant    always {score['constant']['answer']!r}, the most frequent true answer"] if score else []),
-        *(f"  intervals   {note}" for note in (rarity_note(score["scores"]) if score else ())),
+        *([f"  commonest   always {score['commonest']['answer']!r}, the most frequent true answer"] if score else []),
+        *(f"  note        {note}" for note in (notes_on(score["scores"]) if score else ())),
         *([] if not task["blind"] else ["  images    black"]),
         f"  checkpoint  {', '.join(f'{key} {value}' for key, value in result['checkpoint'].items())}",
     ]

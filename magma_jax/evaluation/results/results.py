@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from magma_jax.evaluation.metrics.bootstrap import SHORT_CAPTIONS
 from magma_jax.evaluation.tables import text_table
 from magma_jax.output import replace_file
 
@@ -75,7 +76,9 @@ def cells(figures: Mapping[str, Any]) -> list[list[str]]:
 
 def table(figures: Mapping[str, Any]) -> str:
     """The metrics as text: one row per condition, one column per metric, under a summary of the samples."""
-    return f"{summary(figures)}:\n\n{text_table(cells(figures))}"
+    lacks_bleu = figures["bleu4"] is None and figures["caption_exact"] is not None
+    note = f"\n\n{SHORT_CAPTIONS}" if lacks_bleu else ""
+    return f"{summary(figures)}:\n\n{text_table(cells(figures))}{note}"
 
 
 def summary(figures: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from magma_jax.data.format.records import DataError
 from magma_jax.evaluation.metrics import gqa
-from magma_jax.evaluation.metrics.bootstrap import DRAWS, Interval, intervals, rarity_note
+from magma_jax.evaluation.metrics.bootstrap import DRAWS, Interval, intervals, notes_on
 from magma_jax.evaluation.metrics.by_protocol import Scores
 from magma_jax.evaluation.scoring.protocols import (
     PROTOCOLS,
@@ -31,7 +31,7 @@ class Score:
         scores: score by name.
         intervals: 95 % bootstrap interval by name.
         groups: kind of group to group to its number of samples and scores.
-        constant: the most frequent true answer, and its scores as a constant prediction.
+        commonest: the most frequent true answer, and its scores as a constant prediction.
         measures: GQA's measures, see ``gqa.gqa_measures``.
         left_out: number of references that are not scored: no label, or (GQA) not balanced.
     """
@@ -41,7 +41,7 @@ class Score:
     scores: dict[str, float]
     intervals: dict[str, Interval]
     groups: dict[str, dict[str, dict[str, float | int]]]
-    constant: dict[str, Any]
+    commonest: dict[str, Any]
     measures: dict[str, float] = dataclasses.field(default_factory=dict)
     left_out: int = 0
 
@@ -50,23 +50,23 @@ class Score:
         return dataclasses.asdict(self)
 
     def table(self) -> str:
-        """Text table: scores with intervals and the constant baseline, then every group."""
+        """Text table: scores with intervals and the baseline of the commonest answer, then every group."""
         without = f", {self.left_out} left out (no label, or not balanced)" if self.left_out else ""
-        rows = [["", "score", "95 % interval", "constant"]]
+        rows = [["", "score", "95 % interval", "commonest"]]
         for name, value in self.scores.items():
             low, high = self.intervals[name]
-            rows.append([name, f"{value:.4g}", f"{low:.4g} to {high:.4g}", f"{self.constant['scores'][name]:.4g}"])
+            rows.append([name, f"{value:.4g}", f"{low:.4g} to {high:.4g}", f"{self.commonest['scores'][name]:.4g}"])
         lines = [f"{self.protocol}, {self.samples} samples{without}", "", text_table(rows), ""]
-        lines += [f"constant: always {self.constant['answer']!r}, the most frequent true answer"]
-        lines += rarity_note(self.scores)
+        lines += [f"commonest: always {self.commonest['answer']!r}, the most frequent true answer"]
+        lines += notes_on(self.scores)
         lines += [f"{name}: {value:.4g}" for name, value in self.measures.items()]
         for kind, groups in self.groups.items():
-            names = list(next(iter(groups.values())))
+            # A group of short captions has no BLEU-4.
+            names = list(dict.fromkeys(name for values in groups.values() for name in values))
             rows = [[f"by {kind}", *names]]
-            rows += [
-                [group, str(values["samples"]), *(f"{values[name]:.4g}" for name in names[1:])]
-                for group, values in groups.items()
-            ]
+            for group, values in groups.items():
+                cells = (f"{values[name]:.4g}" if name in values else "-" for name in names[1:])
+                rows.append([group, str(values["samples"]), *cells])
             lines += ["", text_table(rows)]
         return "\n".join(lines)
 
@@ -114,14 +114,14 @@ def score(protocol: str, predictions: Sequence[str], references: Sequence[Refere
     chosen = PROTOCOLS[protocol]
     scores = judge(chosen, predictions, references)
     answer = commonest_answer(references)
-    constant = judge(chosen, [answer] * len(references), references)
+    commonest = judge(chosen, [answer] * len(references), references)
     return Score(
         protocol,
         len(references),
         scores.total,
         intervals(scores.resampled, len(references), draws=draws),
         _groups(chosen, predictions, references, scores),
-        {"answer": answer, "scores": constant.total},
+        {"answer": answer, "scores": commonest.total},
     )
 
 

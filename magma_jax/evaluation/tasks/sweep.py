@@ -60,7 +60,7 @@ def run_sweep(
 
 def sweep_table(results: Sequence[TaskResult], swept: Sequence[str]) -> str:
     """Text table: one row per combination, with the score under the task's first protocol."""
-    rows = [[*swept, "metric", "score", "95 % interval", "first line", "constant"]]
+    rows = [[*swept, "metric", "score", "95 % interval", "first line", "commonest"]]
     for result in results:
         values = result.to_dict()
         score, line = first_score(values, "scores"), first_score(values, "first_line")
@@ -70,8 +70,8 @@ def sweep_table(results: Sequence[TaskResult], swept: Sequence[str]) -> str:
         for metric, value in score["scores"].items():
             low, high = score["intervals"][metric]
             first = "same" if line is None else f"{line['scores'][metric]:.4g}"
-            constant = score["constant"]["scores"][metric]
-            rows.append([*settings, metric, f"{value:.4g}", f"{low:.4g} to {high:.4g}", first, f"{constant:.4g}"])
+            commonest = score["commonest"]["scores"][metric]
+            rows.append([*settings, metric, f"{value:.4g}", f"{low:.4g} to {high:.4g}", first, f"{commonest:.4g}"])
     return text_table(rows, left=len(swept) + 1)
 
 

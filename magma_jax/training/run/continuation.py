@@ -63,7 +63,10 @@ def continued_config(
     }
     if differing:
         listed = ", ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in differing.items())
-        raise ConfigError(f"{workdir}: holds a run with another config ({listed:.400}); choose another --workdir")
+        raise ConfigError(
+            f"{workdir}: holds a run with another config ({listed:.400}); choose another --workdir, and to start from "
+            f"this run's result there add --set base={workdir}"
+        )
     return config, notes
 
 
@@ -76,7 +79,8 @@ def _schedule_note(config: RunConfig, workdir: Path) -> str:
     if not any(rates):
         raise ConfigError(
             f"{workdir}: the run's schedule ({optim.schedule}) has fallen to zero after {optim.steps} steps, so that "
-            f"further steps would change nothing; train {config.steps} steps in another --workdir"
+            f"further steps would change nothing; train {config.steps} steps in another --workdir, which starts from "
+            f"this run's result with --set base={workdir}"
         )
     return f"{note}; after them they stay at {' and '.join(f'{rate:.3g}' for rate in rates)}"
 
