@@ -104,6 +104,21 @@ def test_several_images_of_a_text_are_those_of_their_seeds(model, guided):
     assert likeliest[0].tolist() in several.tolist()
 
 
+def test_a_pool_of_guided_and_contrasted_candidates(model):
+    """Candidates have the seeds of single requests of their kind, and the likeliest of all is kept."""
+    pool = dataclasses.replace(OPTIONS, candidates=3, cd_k=3, contrasted=2)
+    kinds = [{"seed": 5}, {"seed": 6, "cd_k": 3}, {"seed": 7, "cd_k": 3}]
+    alone = [model.engine.of_texts(WORDS[:2], dataclasses.replace(OPTIONS, **kind), ()) for kind in kinds]
+    for number, (best,) in enumerate(model.engine.of_texts(WORDS[:2], pool, ())):
+        likeliest = max((found[number][0] for found in alone), key=lambda one: one.logprob)
+        np.testing.assert_array_equal(best.ids, likeliest.ids)
+    every = model.engine.of_texts(WORDS[:1], dataclasses.replace(pool, contrasted=0), ())[0][0]
+    top_p = model.engine.of_texts(WORDS[:1], dataclasses.replace(OPTIONS, candidates=3), ())[0][0]
+    np.testing.assert_array_equal(every.ids, top_p.ids)
+    with pytest.raises(ValueError, match="contrasted 4: give cd_k, and a number up to that of the candidates, 3"):
+        dataclasses.replace(pool, contrasted=4)
+
+
 @pytest.mark.parametrize("combine", ["guide", "contrast", "edit"])
 def test_every_code_is_the_best_of_the_full_forward_pass(model, combine):
     """Greedy decoding with a cache, step by step compared with uncached logits of all streams."""
@@ -111,10 +126,11 @@ def test_every_code_is_the_best_of_the_full_forward_pass(model, combine):
     if combine == "edit":
         streams = [edit_streams(ids("Edit"), PICTURE.codes, ids(text), LAYOUT, GRID) for text in texts]
         options = DrawOptions(guidance=2.0, image_guidance=1.5, temperature=(0.0, 0.0))
-        drawn = [model.engine.codes_of(found) for found in model.engine.draw(streams, options, "edit")]
+        drawn = [model.engine.codes_of(found) for found in model.engine.draw(texts, streams, options, "edit")]
     else:
         streams = [drawing_streams(ids(text), [], LAYOUT, GRID, null="sentinel") for text in texts]
-        options = DrawOptions(guidance=2.0, temperature=(0.0, 0.0), cd_k=3 * (combine == "contrast"))
+        by_contrast = combine == "contrast"  # in place of guidance, so whatever its weight is
+        options = DrawOptions(guidance=2.0 - by_contrast, temperature=(0.0, 0.0), cd_k=3 * by_contrast)
         drawn = model.draw_codes(texts, options)
     is_image = np.zeros(CONFIG.vocab_rows, bool)
     is_image[LAYOUT.image_ids.start : LAYOUT.image_ids.stop] = True
@@ -137,12 +153,12 @@ def test_guidance_of_one_is_the_conditional_stream(model):
     streams = [drawing_streams(ids(text), [], LAYOUT, GRID, null="sentinel") for text in WORDS]
     coupled = [
         model.engine.codes_of(one)
-        for one in model.engine.draw(streams, dataclasses.replace(OPTIONS, guidance=1.0), "guide")
+        for one in model.engine.draw(WORDS, streams, dataclasses.replace(OPTIONS, guidance=1.0), "guide")
     ]
     np.testing.assert_array_equal(np.stack(plain), np.stack(coupled))
     # So is guidance outside of its interval, from the first code on.
     late = dataclasses.replace(OPTIONS, interval=(0.999, 1.0))
-    late = [model.engine.codes_of(one) for one in model.engine.draw(streams, late, "guide")]
+    late = [model.engine.codes_of(one) for one in model.engine.draw(WORDS, streams, late, "guide")]
     np.testing.assert_array_equal(np.stack(plain), np.stack(late))
 
 

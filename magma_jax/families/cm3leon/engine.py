@@ -1,5 +1,6 @@
 """Results of prompts: requests for drawings, edits, texts and gaps, and what stands beside them."""
 
+import dataclasses
 import functools
 import itertools
 import warnings
@@ -29,6 +30,7 @@ from magma_jax.families.cm3leon.prompts import (
 from magma_jax.inference.answers import ImageOptions
 from magma_jax.inference.decoding.config import SEED_BITS, SamplingConfig
 from magma_jax.inference.decoding.streams import Combine, Place, StreamRules
+from magma_jax.inference.ranking import best_candidates
 from magma_jax.typing import Int
 
 T = TypeVar("T")
@@ -63,7 +65,8 @@ class Engine:
         """The best results of every edit."""
         media, config = self.media, self.config
         sources = [Codes(media.codes(image)) for image, _ in edits]
-        words, texts = media.encode(template), [media.encode(instruction) for _, instruction in edits]
+        asked = [instruction for _, instruction in edits]
+        words, texts = media.encode(template), [media.encode(instruction) for instruction in asked]
         if config.references is None:
             streams = [
                 edit_streams(words, source.codes, text, config.vocabulary, config.image_tokens)
@@ -83,9 +86,9 @@ class Engine:
         if options.cd_k:
             raise ValueError("an edit is guided by image and instruction; leave cd_k out")
         if options.guidance == options.image_guidance == 1:
-            return self.draw([one[:1] for one in streams], options, "conditional", documents=pairs, batch=batch)
+            return self.draw(asked, [one[:1] for one in streams], options, "conditional", documents=pairs, batch=batch)
         self._warn_unless_sentinels()
-        return self.draw(streams, options, "edit", documents=pairs, batch=batch)
+        return self.draw(asked, streams, options, "edit", documents=pairs, batch=batch)
 
     def of_texts(
         self,
@@ -104,10 +107,10 @@ class Engine:
         ]
         by_stream = [[found, found] for found in pairs]
         if options.guidance == 1 and not options.cd_k:
-            return self.draw([pair[:1] for pair in streams], options, "conditional", documents=by_stream, batch=batch)
+            alone = [pair[:1] for pair in streams]
+            return self.draw(texts, alone, options, "conditional", documents=by_stream, batch=batch)
         self._warn_unless_sentinels()
-        combine: Combine = "contrast" if options.cd_k else "guide"
-        return self.draw(streams, options, combine, documents=by_stream, batch=batch)
+        return self.draw(texts, streams, options, "guide", documents=by_stream, batch=batch)
 
     def _documents(self, documents: Sequence[Sequence[Pair]], count: int) -> list[list[list[Segment]]]:
         """Segments of the documents of ``count`` prompts."""
@@ -144,6 +147,7 @@ class Engine:
 
     def draw(
         self,
+        texts: Sequence[str],
         streams: Sequence[tuple[np.ndarray, ...]],
         options: DrawOptions,
         combine: Combine,
@@ -151,9 +155,10 @@ class Engine:
         documents: Sequence[Sequence[Sequence[Sequence[Segment]]]] = (),
         batch: int = EXAMPLES,
     ) -> list[list[Result]]:
-        """``options.n`` images of every prompt, each the likeliest of its candidates.
+        """``options.n`` images of every prompt, each the best of its candidates; with ``cd_k`` by CD-K or from both.
 
-        ``documents`` are those of each of its streams; none for no documents.
+        ``texts`` say what an ``options.score`` compares images with. ``documents`` are those of each of the streams;
+        none for no documents.
         """
         size, each = self.config.image_tokens, options.n * options.candidates
         sampling = sampling_of(options)
@@ -175,16 +180,29 @@ class Engine:
             for prompt, found in zip(streams, documents or [[[]] * len(one) for one in streams], strict=True)
             for i in range(each)
         ]
-        found = self.run(
-            requests,
-            combine,
-            k=max(options.cd_k, 1),
-            alpha=options.cd_alpha,
-            batch=batch,
-            amateur_temperature=options.amateur_temperature,
+        found: dict[int, Result] = {}
+        by_contrast = _contrasted(len(requests), options)
+        for contrast in (False, True):
+            places = [place for place in range(len(requests)) if (place in by_contrast) == contrast]
+            mine = [requests[place] for place in places]
+            if contrast:
+                # A weight of 1, as in images outside of the interval, would take the stream with the text alone.
+                mine = [dataclasses.replace(request, weight=0.0) for request in mine]
+                rules = {"k": options.cd_k, "alpha": options.cd_alpha}
+                rules["amateur_temperature"] = options.amateur_temperature
+                results = self.run(mine, "contrast", batch=batch, **rules)
+            else:
+                results = self.run(mine, combine, batch=batch)
+            found |= dict(zip(places, results, strict=True))
+        pool = [found[place] for place in range(len(requests))]
+        best = best_candidates(
+            [result.logprob for result in pool],
+            options.candidates,
+            [text for text in texts for _ in range(options.n)],
+            lambda: self.media.images_of(self.codes_of(pool)),
+            options.score,
         )
-        best = [max(group, key=lambda result: result.logprob) for group in batched(found, options.candidates)]
-        return list(batched(best, options.n))
+        return list(batched([pool[place] for place in best], options.n))
 
     def codes_of(self, results: Sequence[Result]) -> Int[np.ndarray, "N T"]:
         """Codes of drawn images."""
@@ -278,6 +296,14 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
+
+
+def _contrasted(count: int, options: DrawOptions) -> set[int]:
+    """Places of the candidates that are drawn by CD-K: the last ones of every image."""
+    each = options.candidates if options.contrasted is None else options.contrasted
+    if not options.cd_k:
+        return set()
+    return {place for place in range(count) if place % options.candidates >= options.candidates - each}
 
 
 @functools.cache
