@@ -74,11 +74,6 @@ def test_masks_mark_transparent_or_light_pixels(files):
     ("arguments", "message"),
     [
         (["a cat"], "--make image needs --output FILE.png"),
-        (
-            ["a cat", "--clip", "ViT-B-32.pt", "--output", "{}/out.png"],
-            "--clip chooses among candidates, but there is one",
-        ),
-        (["a cat", "--clip", "{}/red.png", "--candidates", "2", "--output", "{}/out.png"], "red.png"),
         (["a cat", "--output", "{}/out.jpg"], "give a name that ends in .png"),
         (["a cat", "--output", "{}/no/out.png"], "no such folder; make it first"),
         ([" ", "--output", "{}/out.png"], "the prompt is empty; say what the image shows"),

@@ -75,7 +75,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="steps of a masked model; default: the model's")
     add("--guidance", type=float, default=1.0, help="s of u + s (c - u), with and without the prompt; default: 1, none")
     add("--candidates", type=int, default=1, help="images drawn for each one; the likeliest is kept; default: 1")
-    add("--clip", metavar="FILE", help="CLIP's weights, which choose among candidates in place of the model")
     add("--schedule", default="cosine", help="cosine, linear or arccos; default: %(default)s")
     add(
         "--places",

@@ -1,7 +1,6 @@
 """Images from the command line: ``--make image``."""
 
 import argparse
-import dataclasses
 import io
 import os
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from magma_jax.families import open_generator
 from magma_jax.generate.questions import read_parts
 from magma_jax.inference.answers import ImageOptions
 from magma_jax.output import replace_file
-from magma_jax.published.text.clip import read_clip
 from magma_jax.runtime.compile import enable_compilation_cache
 
 
@@ -41,8 +39,6 @@ def draw(arguments: argparse.Namespace) -> int:
     # Before the weights are read, so that a bad image is reported at once.
     prompt = [ImageInput(part.load()) if isinstance(part, ImageInput) else part for part in parts]
     enable_compilation_cache(not arguments.no_program_cache)
-    if arguments.clip:
-        options = dataclasses.replace(options, score=read_clip(arguments.clip).scores)
     model = open_generator(arguments.checkpoint, dtype=arguments.dtype)
     wanted = "edit" if images else "image"
     if wanted not in model.makes:
@@ -69,8 +65,6 @@ def image_options(arguments: argparse.Namespace, mask: np.ndarray | None) -> Ima
     for name in ("beams", "choices", "stop", "attention", "stream", "top_k", "min_p"):
         if getattr(arguments, name):
             raise ValueError(f"--{name.replace('_', '-')} is for texts; leave it out with --make image")
-    if arguments.clip and arguments.candidates == 1:
-        raise ValueError("--clip chooses among candidates, but there is one; give --candidates")
     heat = arguments.temperature
     return ImageOptions(
         n=arguments.n,

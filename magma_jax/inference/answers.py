@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -10,9 +10,6 @@ from PIL.Image import Image
 
 from magma_jax.inference.decoding.config import SamplingConfig, check_seed
 from magma_jax.inference.decoding.schedules import Schedule, Strategy
-
-# Scores of images for a text, a number for each; the largest is the best. ``published.text.clip.CLIP.scores`` is one.
-Score: TypeAlias = Callable[[Sequence[Image], str], Sequence[float] | np.ndarray]
 
 # How choices are compared. sum: log-probability of the answer; mean: per token, which does not favour short answers.
 Measure: TypeAlias = Literal["sum", "mean"]
@@ -62,8 +59,7 @@ class ImageOptions:
     Attributes:
         n: images per prompt.
         seed: seed of the first image; the next ones have ``seed`` + 1, ...
-        candidates: images drawn for each returned one, of which the best is returned.
-        score: what tells the best one by image and text, such as CLIP; None for the model's own likelihood.
+        candidates: images drawn for each returned one; the best by the model's own likelihood is returned.
         guidance: factor s of ``u + s (c - u)``, from logits with (c) and without the prompt (u); 1 for none.
         temperature: divides the logits; first and last value of a line over the steps, and None for the family's own.
         top_p: draws from the likeliest tokens of this mass; 1 for all.
@@ -83,7 +79,6 @@ class ImageOptions:
     schedule: Schedule = "cosine"
     places: Strategy = "multinomial-maskgit"
     mask: np.ndarray | None = dataclasses.field(default=None, compare=False)
-    score: Score | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
         for name in ("n", "candidates"):

@@ -1,6 +1,5 @@
 """The best of several drawn candidates: by the model's own likelihood, or by a score of images against the text."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -31,10 +30,8 @@ def best_candidates(
     starts = range(0, len(likelihoods), candidates)
     if score is None or candidates == 1:
         return [start + int(np.argmax(likelihoods[start : start + candidates])) for start in starts]
-    made, chosen = images(), []
-    for start, text in zip(starts, texts, strict=True):
-        values = [float(value) for value in score(made[start : start + candidates], text)]
-        if len(values) != candidates or any(map(math.isnan, values)):
-            raise ValueError(f"score gives {values} for {candidates} images; it must give a number for each of them")
-        chosen.append(start + int(np.argmax(values)))
-    return chosen
+    asked = [text for text in texts for _ in range(candidates)]
+    values = np.asarray(score(images(), asked), np.float64)
+    if values.shape != (len(asked),) or np.isnan(values).any():
+        raise ValueError(f"score gives {values.tolist()} for {len(asked)} images; it must give a number for each of them")
+    return best_candidates(values.tolist(), candidates, texts, images, None)

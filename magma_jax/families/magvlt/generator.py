@@ -39,7 +39,6 @@ from magma_jax.inference.decoding.masked import ImageRule, ImageSteps, Trace
 from magma_jax.inference.decoding.sampling import sampling_rows
 from magma_jax.inference.generator import Makes
 from magma_jax.inference.prompts import Prompt
-from magma_jax.inference.ranking import best_candidates
 from magma_jax.models.magvlt.config import MagvltConfig
 from magma_jax.models.magvlt.model import MagvltModel
 from magma_jax.models.vision.vqgan import TOKENIZER
@@ -150,7 +149,7 @@ class Magvlt:
             return filled.tokens, text_likelihood(self.model, filled.tokens, text, ends), filled.trace
 
         found, scores, traces = in_parts(part, options.seed, count)
-        chosen = self._chosen(found, scores, prompt, options)
+        chosen = best(scores, options.candidates)
         kept = None if traces is None else Trace(*(np.asarray(array)[:, chosen] for array in traces))
         return Drawn(images=self.decode(found[chosen]), codes=found[chosen], scores=scores[chosen], trace=kept)
 
@@ -180,14 +179,7 @@ class Magvlt:
                 rows = np.arange(options.n) * options.candidates
                 yield Canvas(self.unfinished(found[rows], np.asarray(canvas.masked)[rows]))
         scores = text_likelihood(self.model, found, text, ends)[:count]
-        yield Canvas(self.decode(found[self._chosen(found[:count], scores, prompt, options)]), "stop")
-
-    def _chosen(self, codes: np.ndarray, scores: np.ndarray, prompt: Prompt, options: ImageOptions) -> list[int]:
-        """The rows of the best candidates."""
-        text = "".join(part for part in prompt if isinstance(part, str))
-        return best_candidates(
-            scores.tolist(), options.candidates, [text] * options.n, lambda: self.decode(codes), options.score
-        )
+        yield Canvas(self.decode(found[best(scores, options.candidates)]), "stop")
 
     def caption(
         self,
