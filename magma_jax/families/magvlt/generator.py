@@ -24,12 +24,13 @@ from PIL import Image
 from magma_jax.data.images import ImageInput
 from magma_jax.data.tokenizers.captions import CLEAN_UPS
 from magma_jax.data.tokenizers.text import TextTokenizer, TooLong
+from magma_jax.families.magvlt.classifying import class_logits
 from magma_jax.families.magvlt.decoding.image import ImageRun, blank, canvases, inpaint
 from magma_jax.families.magvlt.decoding.next_token import CodeRun, draw_codes, write_texts
 from magma_jax.families.magvlt.decoding.open_model import OpenModel
 from magma_jax.families.magvlt.decoding.pairs import draw_pairs, pair_length_logits
 from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, infill_text, length_logits, text_likelihood
-from magma_jax.families.magvlt.loading import load_magvlt
+from magma_jax.families.magvlt.loading import load_magvlt, read_class_names
 from magma_jax.families.magvlt.prompts import encode_texts, masked_words, parts_of, places_of_mask
 from magma_jax.families.magvlt.rows import ROWS, best, in_parts, keys_of, repeated
 from magma_jax.families.vqgan.generator import ImageTokenizer
@@ -78,12 +79,13 @@ class Magvlt:
         makes: what its answers are; without an image tokenizer nothing, since it knows codes alone.
         image_size: pixels per side of its images.
         image_tokens: codes of an image.
+        classes: the number of answers that its classifier knows; such a model answers questions about images.
     """
 
     # Images are described without a text.
     default_prompt = ""
 
-    def __init__(self, config: MagvltConfig, params: Params, tokenizer: TextTokenizer):
+    def __init__(self, config: MagvltConfig, params: Params, tokenizer: TextTokenizer, class_names: Sequence[str] = ()):
         trim_after_compile()
         below = f"{TOKENIZER}/"
         self.config, self.tokenizer = config, tokenizer
@@ -97,13 +99,15 @@ class Magvlt:
         self.makes: frozenset[Makes] = frozenset(makes if config.tokenizer is not None else ())
         self.image_size = 0 if config.tokenizer is None else config.tokenizer.image_size
         self.image_tokens = config.image_positions
+        self.classes, self.class_names = len(class_names), tuple(class_names)
 
     @classmethod
     def from_checkpoint(
         cls, path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None, ema: bool | None = None
     ) -> "Magvlt":
         """Loads a run folder, a model folder or a file in the published layout; arguments as for ``Family.open``."""
-        return cls(*load_magvlt(path, dtype, mesh, ema))
+        config, params, tokenizer = load_magvlt(path, dtype, mesh, ema)
+        return cls(config, params, tokenizer, read_class_names(path, config))
 
     def generate_image(self, text: str, n: int = 1, **options: Any) -> list[Image.Image]:
         """Images of a text; ``options`` are those of ``ImageOptions``.
@@ -223,6 +227,21 @@ class Magvlt:
         options = AnswerOptions(n=n, seed=seed, sampling=sampling)
         return [answer.text for answer in self.write(image, text, options)]
 
+    def answer(self, image: ImageInput, question: str, n: int = 1) -> list[tuple[str, float]]:
+        """The likeliest answers to a question about an image, each with its log-probability.
+
+        Raises:
+            ValueError: a model without a classifier of answers, an empty question, or one of too many tokens.
+            ImageError: a bad image.
+        """
+        if not self.classes:
+            raise ValueError("this model has no classifier of answers; finetune it on questions")
+        tokens, lengths = self._encode_texts([question], "error")
+        logits = class_logits(self.model, self.encode([image]), tokens, lengths)[0].astype(np.float64)
+        log_probs = logits - np.logaddexp.reduce(logits)
+        order = np.argsort(-log_probs, kind="stable")[:n]
+        return [(self.class_names[number], float(log_probs[number])) for number in order]
+
     def generate_pair(self, seed: int = 0, n: int = 1, **options: Any) -> list[tuple[Image.Image, str]]:
         """Images and texts drawn together, from nothing; ``options`` are those of ``ImageOptions``."""
         if self.config.causal:
@@ -303,7 +322,7 @@ class Magvlt:
         """The answers to every prompt, see ``inference.generator.Generator``.
 
         ``ImageOptions`` ask for images of a text, or of an image and a text; ``AnswerOptions`` for texts of an image,
-        which with a text fill in its words ``[MASK]``.
+        which with a text fill in its words ``[MASK]``, or of a model with classes are the likeliest answers to it.
         """
         for prompt in prompts:
             if isinstance(options, ImageOptions):
@@ -316,6 +335,10 @@ class Magvlt:
             parts = parts_of(prompt)
             if parts.image is None:
                 raise ValueError("the prompt has no image to describe; give one, or ask for an image")
+            if self.classes and parts.text is not None:
+                found = self.answer(parts.image, parts.text, options.n)
+                yield [Answer(parts=(name,), tokens=(), logprob=score, finish="stop") for name, score in found]
+                continue
             yield self.write(parts.image, parts.text, options)
 
     def text_tokens(self, text: str) -> int:
