@@ -4,9 +4,9 @@ score = ClipScorer("ViT-B-32.pt")
 images = model.generate_image("a red car", candidates=8, score=score)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from PIL import Image
 
 from magma_jax.data.images import to_uint8
 from magma_jax.data.tokenizers.clip_text import clip_tokens
+from magma_jax.inference.buckets import Buckets
 from magma_jax.models.clip import CLIP, CLIPConfig
 from magma_jax.models.vision.catalog import normalize_for
 from magma_jax.nn.modules import abstract, merge
@@ -23,11 +24,8 @@ from magma_jax.published.open_clip import open_clip
 from magma_jax.storage.hub import local_path
 from magma_jax.typing import Float
 
-# Images, and the text of each, to a score of each; the higher, the better they fit.
-Score: TypeAlias = Callable[[Sequence[Image.Image], Sequence[str]], Float[np.ndarray, " N"]]
-
 # Pairs of a compiled program.
-BATCH = 32
+ROWS = Buckets((1, 8, 32))
 
 
 class ClipScorer:
@@ -65,10 +63,10 @@ class ClipScorer:
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images, but {len(texts)} texts: each image needs its text")
         size, length = self.config.image.image_size, self.config.text.positions
-        found = []
-        for start in range(0, len(images), BATCH):
+        found, count = [], ROWS.fit(min(len(images), ROWS.sizes[-1]))
+        for start in range(0, len(images), count):
             # The last batch repeats its last pair, so that one program serves all.
-            rows = np.minimum(np.arange(start, start + BATCH), len(images) - 1)
+            rows = np.minimum(np.arange(start, start + count), len(images) - 1)
             pixels = np.stack([to_uint8(images[row], size) for row in rows])
             tokens = clip_tokens([texts[row] for row in rows], length)
             found.append(np.asarray(self._cosines(self._params, normalize_for(self.config.image, pixels), tokens)))

@@ -71,7 +71,7 @@ class CLIPText(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B E"]:
         """Embeddings of texts, padded behind their end, which is the highest id."""
         x = self.token_embedding(tokens, jnp.float32) + self.positional_embedding[...]
-        x, _ = scan(self.blocks, lambda block, x, _: (block(x, Mask("causal")), None), x)
+        x, _ = scan(self.blocks, lambda block, x, _: (block(x, Mask("causal")), None), x, remat="none")
         ends = jnp.argmax(tokens, axis=1)
         return self.ln_final(x[jnp.arange(len(x)), ends]) @ self.proj[...]
 

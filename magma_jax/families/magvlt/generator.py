@@ -34,7 +34,7 @@ from magma_jax.families.magvlt.loading import load_magvlt, read_class_names
 from magma_jax.families.magvlt.prompts import encode_texts, masked_words, parts_of, places_of_mask
 from magma_jax.families.magvlt.rows import ROWS, best, in_parts, keys_of, repeated
 from magma_jax.families.vqgan.generator import ImageTokenizer
-from magma_jax.inference.answers import Answer, AnswerOptions, Canvas, ImageOptions
+from magma_jax.inference.answers import Answer, AnswerOptions, Canvas, ImageOptions, Score
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.masked import ImageRule, ImageSteps, Trace
 from magma_jax.inference.decoding.sampling import sampling_rows
@@ -62,7 +62,8 @@ class Drawn:
     Attributes:
         images: the images.
         codes: (N, I) their codes.
-        scores: log-probability of the prompt given each image, all of its tokens masked at once; see ``candidates``.
+        scores: by ``ImageOptions.score``; without one the log-probability of the prompt given each image, all of its
+            tokens masked at once.
         trace: places, tokens and probabilities of every step, (steps, N, I) each, if asked for.
     """
 
@@ -150,7 +151,7 @@ class Magvlt:
                 filled = draw_codes(self.model, text, ends, keys, _code_run(options))
             else:
                 filled = inpaint(self.model, image, editable, text, ends, keys, run)
-            return filled.tokens, text_likelihood(self.model, filled.tokens, text, ends), filled.trace
+            return filled.tokens, self._scores(prompt, options, filled.tokens, text, ends), filled.trace
 
         found, scores, traces = in_parts(part, options.seed, count)
         chosen = best(scores, options.candidates)
@@ -182,7 +183,7 @@ class Magvlt:
             if step in shown and step < steps:
                 rows = np.arange(options.n) * options.candidates
                 yield Canvas(self.unfinished(found[rows], np.asarray(canvas.masked)[rows]))
-        scores = text_likelihood(self.model, found, text, ends)[:count]
+        scores = self._scores(prompt, options, found, text, ends)[:count]
         yield Canvas(self.decode(found[best(scores, options.candidates)]), "stop")
 
     def caption(
@@ -196,6 +197,7 @@ class Magvlt:
         sampling: SamplingConfig = SAMPLING,
         run: TextRun = TextRun(),
         clean_up: str = "none",
+        score: Score | None = None,
     ) -> list[str]:
         """Texts of an image.
 
@@ -208,12 +210,13 @@ class Magvlt:
             sampling: temperature and filters.
             run: steps, and which tokens are masked again.
             clean_up: see ``data.tokenizers.captions``.
+            score: keeps the best candidate by this score instead, such as a ``ClipScorer``.
 
         Raises:
             ValueError: an option out of range. ImageError: a bad image.
         """
         options = AnswerOptions(n=n, seed=seed, sampling=sampling)
-        found = self.write(image, None, options, candidates=candidates, lengths=lengths, run=run)
+        found = self.write(image, None, options, candidates=candidates, lengths=lengths, run=run, score=score)
         return [CLEAN_UPS[clean_up](answer.text) for answer in found]
 
     def infill_text(
@@ -269,6 +272,7 @@ class Magvlt:
         candidates: int = 1,
         lengths: int = 1,
         run: TextRun = TextRun(),
+        score: Score | None = None,
     ) -> list[Answer]:
         """Texts of an image, see ``caption``; with a ``text`` they fill in its words ``[MASK]``.
 
@@ -310,6 +314,8 @@ class Magvlt:
             return filled.tokens, filled.log_probs.sum(-1), None
 
         tokens, scores, _ = in_parts(part, options.seed, count)
+        if score is not None:
+            scores = np.asarray(score([image.load()] * count, [self.text(row) for row in tokens]))
         return [self._answer(tokens[row], float(scores[row])) for row in best(scores, candidates)]
 
     def answers(
@@ -397,6 +403,14 @@ class Magvlt:
             places = places_of_mask(options.mask, parts.image.load(), self.image_size, self.config.grid)[None]
             codes = self.encode([parts.image])
         return codes, places, tokens, lengths
+
+    def _scores(
+        self, prompt: Prompt, options: ImageOptions, codes: Any, text: np.ndarray, ends: np.ndarray
+    ) -> np.ndarray:
+        """Scores of the candidates ``codes`` (N, I), see ``Drawn``."""
+        if options.score is None:
+            return text_likelihood(self.model, np.asarray(codes), text, ends)
+        return np.asarray(options.score(self.decode(codes), [str(parts_of(prompt).text)] * len(codes)))
 
     def _encode_texts(self, texts: Sequence[str], too_long: TooLong) -> tuple[np.ndarray, np.ndarray]:
         return encode_texts(texts, self.tokenizer, self.config.text_positions, too_long)
