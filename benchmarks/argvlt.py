@@ -127,6 +127,7 @@ def _quality(model: Any, run: str, count: int) -> dict[str, Any]:
     from magma_jax.data.datasets import load_dataset, read_stored_config
     from magma_jax.evaluation.drawings import DrawingJudge
     from magma_jax.evaluation.features import efficientnet_features
+    from magma_jax.evaluation.tasks.examples import spaced
     from magma_jax.inference.answers import ImageOptions
     from magma_jax.storage.model_folder import read_model_json
 
@@ -134,7 +135,7 @@ def _quality(model: Any, run: str, count: int) -> dict[str, Any]:
     assert isinstance(dataset.images, np.ndarray)  # of OpenMoji, in memory
     judge = DrawingJudge(dataset.records, dataset.images, efficientnet_features)
     held_out = dataset.evaluation["test"]
-    samples = [held_out[row] for row in np.linspace(0, len(held_out) - 1, count).astype(int)]
+    samples = [held_out[row] for row in spaced(len(held_out), count)]
     truths, rows = [sample.answer.strip() for sample in samples], [int(sample.image) for sample in samples]
     drawn = [model.draw([truth], ImageOptions()).images[0] for truth in truths]
     verdict = judge.judge(np.stack([np.asarray(image) for image in drawn]), rows)

@@ -33,8 +33,9 @@ class Family:
         vocab_rows: model config to the number of token ids that the model embeds.
         batch_shapes: ``(program)`` to names, shapes and dtypes of the longest batch of a run.
         count: ``(batch, pad_id)`` to the samples and tokens of a host batch.
-        flops: ``(config, shapes, labels, batch)`` to the operations of a step (``training.step.flops.StepFlops``);
-            ``batch`` holds the shape of every array of the global batch.
+        flops: ``(config, shapes, labels, batch, options)`` to the operations of a step
+            (``training.step.flops.StepFlops``); ``batch`` holds the shape of every array of the global batch,
+            ``options`` are those of the loss.
         prepare: ``(program, dataset, params)`` to a function from a dataset's batch to the loss's batch.
         first_values: ``(program, dataset, params)`` to parameters computed from data before the first step.
         fresh: path pattern of parameters that published weights of a part lack, such as adapters.

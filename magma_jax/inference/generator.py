@@ -89,8 +89,10 @@ class ImageGenerator(Generator, Protocol):
         image_size: pixels per side of its images.
         image_tokens: tokens of an image.
         tokenizer: its tokenizer of texts.
+        classes: answers that its classifier of questions about images knows; 0 without one.
     """
 
+    classes: int
     image_size: int
     image_tokens: int
     tokenizer: Any

@@ -102,7 +102,7 @@ def make_plan(program: Program, topology: Topology, compiled: Compiled, what: st
     flops = None
     if what == "train":
         shapes = {name: shape for name, (shape, _) in program.family.batch_shapes(program).items()}
-        flops = program.family.flops(config.model, program.params, program.labels, shapes)
+        flops = program.family.flops(config.model, program.params, program.labels, shapes, config.loss)
     gathers = frozen_gathers(program, costs)
     return Plan(
         topology=topology,

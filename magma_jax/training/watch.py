@@ -174,7 +174,7 @@ class Watch:
         whole = {name: (config.batch_size, *array.shape[1:]) for name, array in self._batch.items()}
         shapes = tuple(sorted(whole.items()))
         if shapes not in self._flops:
-            flops = program.family.flops(config.model, program.params, program.labels, whole)
+            flops = program.family.flops(config.model, program.params, program.labels, whole, config.loss)
             self._flops[shapes] = flops.total
         samples, tokens = program.family.count(self._batch, self._run.dataset.tokenizer.pad_id)
         share = len(next(iter(self._batch.values()))) / config.batch_size

@@ -1,11 +1,16 @@
 """The losses: equal to the golden ones on given masks, counts by task, masks by ratio, and a model that learns."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax.families.magvlt import MAGVLT
+from magma_jax.families.magvlt.decoding.open_model import OpenModel
+from magma_jax.families.magvlt.decoding.text import length_logits
 from magma_jax.families.magvlt.loss import magvlt_loss, pass_totals
 from magma_jax.families.magvlt.masking import draw_masks, image_count, nested_count, row_keys, text_count
 from magma_jax.families.magvlt.mixing import Halves, mixed
@@ -19,6 +24,7 @@ from magma_jax.published.keymap.engine import to_ours
 from magma_jax.published.magvlt_keys import transformer_table
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, on_mesh, parameter_shardings, place_batch
 from magma_jax.storage.torch.reader import open_torch_file, state_dict
+from magma_jax.training.step.flops import matmul_flops
 from magma_jax.training.step.terms import learned_counts, term_means
 
 TINY = MagvltConfig(layers=2, width=32, heads=4, image_rows=37, text_rows=53, image_positions=16, text_positions=8)
@@ -126,6 +132,18 @@ def test_targets_are_a_random_part_of_the_masked_codes():
     np.testing.assert_allclose(share, np.full(16, share.mean()), atol=0.04)
 
 
+def test_some_images_are_masked_as_a_whole():
+    """Masks of the others stay as they are."""
+    places, words = jnp.ones((2000, 16), bool), jnp.ones((2000, 8), bool)
+    plain, some = (
+        draw_masks(row_keys(jnp.arange(2000), 0), places, words, independent=False, blank=blank).image
+        for blank in (0.0, 0.3)
+    )
+    changed = np.asarray((plain != some).any(-1))
+    assert np.asarray(some)[changed].all()
+    assert changed.mean() == pytest.approx(0.3 * (1 - float(plain.all(-1).mean())), abs=0.04)
+
+
 def test_nested_masks_lie_within_the_first():
     places, words = jnp.ones((200, 16), bool), jnp.ones((200, 8), bool)
     first = draw_masks(row_keys(jnp.arange(200), 0), places, words, independent=False)
@@ -219,6 +237,19 @@ def test_a_loss_of_some_targets_is_that_of_their_logits(model):
         MagvltOptions(image_targets=-1)
 
 
+def test_the_length_is_learned_beside_the_text_that_inference_shows(model):
+    """Beside the dummy text its loss does not depend on the image's own text, and is that of ``length_logits``."""
+    options = MagvltOptions(task_weights=(0.0, 1.0, 0.0), unroll_weight=0.0, mixsel_weight=0.0, length_text="dummy")
+    loss = jax.jit(lambda rows: magvlt_loss(model, rows, None, options=options)["length"])
+    rows = batch(IMAGE_TO_TEXT)
+    opened = OpenModel(TINY, *split(model), PAD)
+    log_probs = jax.nn.log_softmax(length_logits(opened, rows["codes"]), -1)
+    right = jnp.take_along_axis(log_probs, rows["lengths"][:, None] - 1, -1)
+    np.testing.assert_allclose(loss(rows).total, -right.sum(), rtol=1e-5)
+    own = dataclasses.replace(options, length_text="own")
+    assert abs(float(magvlt_loss(model, rows, None, options=own)["length"].total + right.sum())) > 1e-3
+
+
 def test_ablations_save_their_passes(model):
     definition, params = split(model)
 
@@ -233,6 +264,25 @@ def test_ablations_save_their_passes(model):
     none, mixsel = flops(unroll_weight=0.0, mixsel_weight=0.0), flops(unroll_weight=0.0)
     assert mixsel > 1.8 * none
     assert flops(unroll_mask="nested") > 1.4 * mixsel
+
+
+@pytest.mark.parametrize("targets", [0, 4])
+@pytest.mark.parametrize("unroll", [0.0, 1.0])
+def test_operations_of_a_step(targets, unroll, model):
+    """Those of its matmuls, with the head over the codes that the loss is of."""
+    options = MagvltOptions((1.0, 0.0, 0.0), image_targets=targets, unroll_weight=unroll, mixsel_weight=0.0)
+    definition, params = split(model)
+    rows = {name: array for name, array in batch(TEXT_TO_IMAGE).items() if unroll or name != "unroll_seeds"}
+    rows = {name: array for name, array in rows.items() if not name.startswith("mixed_")}
+
+    def loss(params):
+        return term_means(magvlt_loss(merge(definition, params), rows, None, options=options))["loss"]
+
+    counted = MAGVLT.flops(
+        TINY, params, dict.fromkeys(params, "all"), {name: array.shape for name, array in rows.items()}, options
+    )
+    traced = matmul_flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+    assert counted.total == pytest.approx(traced, rel=0.01)
 
 
 def test_counts_cost_no_pass(model):
@@ -259,7 +309,13 @@ def test_dropout_comes_from_the_key_and_masks_from_the_seeds(model):
 
 @pytest.mark.parametrize(
     "change",
-    [{"label_smoothing": 1.0}, {"length_weight": -1.0}, {"caption_dropout": 1.0}, {"task_weights": (0.0, 0.0, 0.0)}],
+    [
+        {"blank_images": 1.5},
+        {"label_smoothing": 1.0},
+        {"length_weight": -1.0},
+        {"caption_dropout": 1.0},
+        {"task_weights": (0.0, 0.0, 0.0)},
+    ],
 )
 def test_impossible_options(change):
     with pytest.raises(ValueError, match=next(iter(change))):

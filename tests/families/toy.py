@@ -109,7 +109,7 @@ INPUTS = (
 )
 
 
-def flops(config, shapes, labels, batch):
+def flops(config, shapes, labels, batch, options):
     rows, length = batch["tokens"]
     frozen, trained = matrix_flops(shapes, labels, INPUTS, {"positions": length, "row": 1})
     head = 6 * length * config.width * config.vocab_rows

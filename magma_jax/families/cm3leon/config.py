@@ -113,7 +113,7 @@ def count(batch: Mapping[str, np.ndarray], pad_id: int) -> tuple[int, int]:
     return len(batch["tokens"]), int((batch["labels"] != IGNORED).sum())
 
 
-def flops(config: CM3LeonConfig, shapes: Any, labels: Any, batch: Any) -> StepFlops:
+def flops(config: CM3LeonConfig, shapes: Any, labels: Any, batch: Any, options: Any = None) -> StepFlops:
     """Operations of a step, see ``training.step.flops``."""
     rows, length = batch["tokens"]
     vectors = {"positions": length - 1, "predicted": length - 1}  # the last token is only a label

@@ -49,6 +49,9 @@ __all__ = ["GAP", "IMAGE_GAP", "CM3Leon", "Codes", "Hidden"]
 class CM3Leon:
     """A CM3Leon model with its weights and tokenizers."""
 
+    # It answers by writing, not by a classifier.
+    classes = 0
+
     def __init__(self, loaded: Loaded):
         trim_after_compile()
         self.config, self.graphdef, self.params, self.tokenizer = loaded[:4]

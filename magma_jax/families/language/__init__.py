@@ -31,7 +31,7 @@ def _batch_shapes(program: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
     return dict.fromkeys(names, (rows, jnp.int32))
 
 
-def _flops(config: LanguageModelConfig, shapes: Any, labels: Any, batch: Any) -> StepFlops:
+def _flops(config: LanguageModelConfig, shapes: Any, labels: Any, batch: Any, options: Any = None) -> StepFlops:
     rows, length = batch["tokens"]
     # The last token predicts nothing and is not run.
     vectors = {"positions": length - 1, "predicted": length - 1}

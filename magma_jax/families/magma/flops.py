@@ -36,7 +36,11 @@ INPUTS = (
 
 
 def step_flops(
-    config: MagmaConfig, shapes: Mapping[str, Any], labels: Mapping[str, str], batch: Mapping[str, tuple[int, ...]]
+    config: MagmaConfig,
+    shapes: Mapping[str, Any],
+    labels: Mapping[str, str],
+    batch: Mapping[str, tuple[int, ...]],
+    options: Any = None,
 ) -> StepFlops:
     """Counts the operations of one optimizer step; ``batch`` has the shapes of the whole batch.
 

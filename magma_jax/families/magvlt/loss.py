@@ -1,9 +1,11 @@
 """Losses of MAGVLT: masked tokens of each modality, the length of the text, and both helper losses.
 
 A batch has one task. Its loss takes up to three passes: over the masked batch; over the same batch with the first
-pass's guesses in place of its masks and new masks among them (UnrollMask); and over mixed contexts (MixSel).
+pass's guesses in place of its masks and new masks among them (UnrollMask); and over mixed contexts (MixSel). A further
+one over images beside the dummy text of the length prediction is an option.
 
 A causal model has one pass, nothing is masked, and every token of the second modality is predicted from those before.
+A model with classes has another loss, see ``classifying``.
 """
 
 from collections.abc import Callable, Collection
@@ -12,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from magma_jax.families.magvlt.classifying import class_loss
 from magma_jax.families.magvlt.masking import Masks, draw_masks, row_keys
 from magma_jax.families.magvlt.options import BOTH, IMAGE_TO_TEXT, TEXT_TO_IMAGE, MagvltOptions
 from magma_jax.models.magvlt.layout import Order
-from magma_jax.models.magvlt.model import Canvas, Hidden, MagvltModel, Modality, canvas_of
+from magma_jax.models.magvlt.model import Canvas, Hidden, MagvltModel, Modality, canvas_of, untold
 from magma_jax.training.step.cross_entropy import cross_entropy
 from magma_jax.training.step.draw_labels import draw_labels
 from magma_jax.training.step.terms import Term, Terms
@@ -30,6 +33,8 @@ TASKS: dict[int, tuple[Order, tuple[Modality, ...]]] = {
 }
 # Random streams of a row's seed.
 MASK, GUESS, MIXSEL_MASK = range(3)
+# Number of the pass beside the dummy text, whose dropout has a key of its own; the others are 0 to 2.
+DUMMY_PASS = 3
 
 
 class Totals(NamedTuple):
@@ -57,8 +62,10 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
     Returns:
         ``image`` and ``text``, over the masked tokens of the task's modalities, in a causal model over all of them;
         ``length``, over rows in which the image comes first, not of a causal model; the accuracy of each, with weight
-        0; and ``unroll_...`` and ``mixsel_...`` of the others.
+        0; and ``unroll_...`` and ``mixsel_...`` of the others. With classes the terms of ``class_loss``.
     """
+    if model.config.classes:
+        return class_loss(model, batch, key, options=options)
     task, seeds = batch["task"][0], batch["seeds"]
     first = batch["codes"], batch["tokens"], batch["lengths"]
     words = jnp.arange(first[1].shape[1]) < first[2][:, None]
@@ -70,7 +77,13 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
         drawn = Masks(image, text, image)
         if not causal:
             drawn = draw_masks(
-                keys, image, text, independent=options.independent_ratios, nested=nested, limit=options.image_targets
+                keys,
+                image,
+                text,
+                independent=options.independent_ratios,
+                nested=nested,
+                limit=options.image_targets,
+                blank=options.blank_images,
             )
         # Counts are outside of the branches: accumulation asks for them alone, without a pass through the model.
         of_image = task != IMAGE_TO_TEXT
@@ -97,9 +110,9 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
 
     def branch(order: Order, predicted: tuple[Modality, ...]) -> Callable[[], dict[str, Totals]]:
         def run() -> dict[str, Totals]:
-            def totals(hidden: Hidden, canvas: Canvas, kind: str = "", **lengths: bool) -> Totals:
+            def totals(hidden: Hidden, canvas: Canvas, kind: str = "", **bot: Any) -> Totals:
                 targets = drawn[kind].targets
-                return hidden_totals(model, hidden, canvas, predicted, targets=targets, options=options, **lengths)
+                return hidden_totals(model, hidden, canvas, predicted, targets=targets, options=options, **bot)
 
             def hidden_of(canvas: Canvas, key: PRNGKey | None) -> Hidden:
                 return model.hidden(
@@ -107,7 +120,12 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
                 )
 
             hidden = hidden_of(canvas_of(*first) if causal else canvas, keys[0])
-            found = {"": totals(hidden, canvas, lengths=order == "image_first" and not causal)}
+            bot = hidden.bot if order == "image_first" and not causal else None
+            if bot is not None and options.length_text == "dummy":
+                lengths = jnp.full_like(canvas.text_lengths, model.config.dummy_length)
+                alone = untold(model.config, canvas.image, canvas.image_masked, lengths)
+                bot = hidden_of(alone, None if key is None else jax.random.fold_in(key, DUMMY_PASS)).bot
+            found = {"": totals(hidden, canvas, bot=bot)}
             if "unroll_" in drawn:
                 guessed = unrolled(
                     model, canvas, hidden, predicted, row_keys(batch["unroll_seeds"], GUESS), drawn["unroll_"]
@@ -150,7 +168,8 @@ def pass_totals(
 ) -> Totals:
     """Sums of one pass over masked tokens of the ``predicted`` modalities, with the image first also over lengths."""
     hidden = model.hidden(order, canvas, dropout_key=dropout_key, remat=options.remat)
-    return hidden_totals(model, hidden, canvas, predicted, options=options, lengths=order == "image_first")
+    bot = hidden.bot if order == "image_first" else None
+    return hidden_totals(model, hidden, canvas, predicted, options=options, bot=bot)
 
 
 def hidden_totals(
@@ -161,11 +180,12 @@ def hidden_totals(
     *,
     options: MagvltOptions,
     targets: Array | None = None,
-    lengths: bool = False,
+    bot: Array | None = None,
 ) -> Totals:
-    """Sums of one pass over the masked tokens of the ``predicted`` modalities, and over ``lengths``.
+    """Sums of one pass over the masked tokens of the ``predicted`` modalities, and over lengths.
 
-    Of images only ``targets`` (B, I) count, if given. The head of a modality that is not predicted is not computed.
+    Lengths are predicted from ``bot`` (B, D), states at BOT; None for no lengths. Of images only ``targets`` (B, I)
+    count, if given. The head of a modality that is not predicted is not computed.
     """
     sums = {name: jnp.zeros(()) for name in ("image", "text", "length")}
     right = {name: jnp.zeros((), jnp.int32) for name in sums}
@@ -181,9 +201,9 @@ def hidden_totals(
             labels,
             label_smoothing=options.label_smoothing,
         )
-    if lengths:
+    if bot is not None:
         classes = canvas.text_lengths[:, None] - 1
-        sums["length"], _, right["length"] = cross_entropy(model.length_logits, hidden.bot[:, None], classes)
+        sums["length"], _, right["length"] = cross_entropy(model.length_logits, bot[:, None], classes)
     return Totals(**sums, **{f"{name}_right": value for name, value in right.items()})
 
 

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from magma_jax.inference.decoding.schedules import highest, mask_ratio, masked_count
 from magma_jax.typing import Array, Bool, Float, Int, Key
 
+# Stream of a row's key that says whether its image is masked as a whole; those of ``split`` are below.
+BLANK = 4
+
 
 class Masks(NamedTuple):
     """Masked places of images (B, I) and texts (B, T), and those of images that the loss is of."""
@@ -52,6 +55,7 @@ def draw_masks(
     independent: bool,
     nested: bool = False,
     limit: int = 0,
+    blank: float = 0.0,
 ) -> Masks:
     """Masks of images and texts, all maskable places equally likely.
 
@@ -62,12 +66,15 @@ def draw_masks(
         independent: whether the two shares are drawn apart instead of from one r.
         nested: whether the places are those of a first mask, see ``nested_count``.
         limit: masked places of an image that are targets, at most; 0 for all.
+        blank: share of rows whose image is masked as a whole.
     """
 
     def draw(key, image, text):
         image_r, text_r, image_key, text_key = jax.random.split(key, 4)
         r = jax.random.uniform(image_r)
         other = jax.random.uniform(text_r) if independent else r
+        if blank:
+            r = jnp.where(jax.random.uniform(jax.random.fold_in(key, BLANK)) < blank, 0.0, r)
         return r, other, jax.random.uniform(image_key, image.shape), jax.random.uniform(text_key, text.shape)
 
     r, text_r, image_scores, text_scores = jax.vmap(draw)(keys, image, text)

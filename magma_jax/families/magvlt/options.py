@@ -10,6 +10,8 @@ TEXT_TO_IMAGE, IMAGE_TO_TEXT, BOTH = range(3)
 
 # Places that the second pass of UnrollMask masks: drawn anew among all, or among those of the first pass.
 UnrollMask = Literal["independent", "nested"]
+# Text beside the image whose text's length is predicted.
+LengthText = Literal["own", "dummy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +22,12 @@ class MagvltOptions:
         task_weights: shares of batches of the tasks text to image, image to text, and both; see ``batch["task"]``.
         image_targets: masked codes of an image that its loss is the mean of, drawn anew for each batch; 0 for all of
             them, as in the original. A small model spends much of its time on the head.
+        blank_images: share of the images that are masked as a whole instead of by a random share; not the original's.
+            Then the text alone says what to draw, which small models learn last.
         label_smoothing: of the token losses; the length has none.
         length_weight: weight of the length's loss (TL); 0 leaves it out of the gradient.
+        length_text: text that the length is learned beside: the image's ``own``, as in the original, whose tokens the
+            length head then learns to count; or the ``dummy`` that inference shows, which takes a further pass.
         unroll_weight: weight of the step-unrolled loss (UnrollMask); 0 saves its pass.
         unroll_mask: which places its second pass masks.
         mixsel_weight: weight of the loss on mixed contexts (MixSel); 0 saves its pass.
@@ -34,8 +40,10 @@ class MagvltOptions:
 
     task_weights: tuple[float, float, float] = (8.0, 1.0, 1.0)
     image_targets: int = 0
+    blank_images: float = 0.0
     label_smoothing: float = 0.1
     length_weight: float = 0.01
+    length_text: LengthText = "own"
     unroll_weight: float = 1.0
     unroll_mask: UnrollMask = "independent"
     mixsel_weight: float = 0.5
@@ -48,6 +56,8 @@ class MagvltOptions:
     adds_up: ClassVar[bool] = True
 
     def __post_init__(self):
+        if not 0 <= self.blank_images <= 1:
+            raise ValueError(f"loss: blank_images must be from 0 to 1, got {self.blank_images}")
         for name in ("label_smoothing", "caption_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"loss: {name} must be at least 0 and below 1, got {getattr(self, name)}")

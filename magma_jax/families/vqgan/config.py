@@ -61,7 +61,11 @@ def base_may_differ(base: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def step_flops(
-    config: VQGANModelConfig, shapes: Mapping[str, Any], labels: Mapping[str, str], batch: Mapping[str, tuple[int, ...]]
+    config: VQGANModelConfig,
+    shapes: Mapping[str, Any],
+    labels: Mapping[str, str],
+    batch: Mapping[str, tuple[int, ...]],
+    options: Any = None,
 ) -> StepFlops:
     """Operations of a step, see ``training.step.flops``: three forward passes of every part that learns.
 

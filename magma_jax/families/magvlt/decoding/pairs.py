@@ -10,7 +10,7 @@ import numpy as np
 from magma_jax.families.magvlt.decoding.arguments import check_steps, lengths_of
 from magma_jax.families.magvlt.decoding.image import ImageRun, blank, steps_of
 from magma_jax.families.magvlt.decoding.open_model import OpenModel, activations
-from magma_jax.families.magvlt.decoding.text import DUMMY_PART, dummy_length_logits
+from magma_jax.families.magvlt.decoding.text import dummy_length_logits
 from magma_jax.inference.decoding.masked import Canvas, Filled, Text, image_step, remasked, text_step
 from magma_jax.inference.decoding.sampling import SamplingRows
 from magma_jax.inference.decoding.schedules import Remask
@@ -46,7 +46,7 @@ def draw_pairs(
 def pair_length_logits(model: OpenModel, rows: int) -> Array:
     """Logits (B, T) of the lengths of texts of unknown images."""
     codes, masked = blank(model.config, rows)
-    lengths = np.full(rows, max(1, model.config.text_positions // DUMMY_PART), np.int32)
+    lengths = np.full(rows, model.config.dummy_length, np.int32)
     return dummy_length_logits(model.definition, model.params, codes, lengths, masked)
 
 

@@ -13,14 +13,12 @@ from magma_jax.families.magvlt.decoding.open_model import OpenModel, activations
 from magma_jax.inference.decoding.masked import Draw, Filled, draw_tokens, fill_text
 from magma_jax.inference.decoding.sampling import SamplingRows
 from magma_jax.inference.decoding.schedules import Remask
-from magma_jax.models.magvlt.model import MagvltModel, canvas_of
+from magma_jax.models.magvlt.model import MagvltModel, canvas_of, untold
 from magma_jax.nn.modules import merge
 from magma_jax.typing import Array
 
 # Steps of the original's text sampler.
 TEXT_STEPS = 12
-# The dummy text of the length prediction takes this part of the text positions, 16 of 64 in the original.
-DUMMY_PART = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +47,11 @@ def length_logits(model: OpenModel, image: Any, *, dummy: int | None = None) -> 
     Args:
         model: the model.
         image: (B, I) codes.
-        dummy: length of the dummy text; None for the original's, a quarter of the text positions.
+        dummy: length of the dummy text; None for the model's, a quarter of the text positions.
     """
     config = model.config
     image = ids_of("image", image, (len(image), config.image_positions), config.image_rows)
-    dummy = max(1, config.text_positions // DUMMY_PART) if dummy is None else dummy
+    dummy = config.dummy_length if dummy is None else dummy
     lengths = lengths_of(np.full(len(image), dummy), len(image), config.text_positions)
     return dummy_length_logits(model.definition, model.params, image, lengths, np.zeros(image.shape, bool))
 
@@ -152,9 +150,7 @@ def _draw_text(definition, params, image, text, editable, lengths, keys, steps, 
 def dummy_length_logits(definition, params, image, lengths, image_masked):
     """The program of ``length_logits``, for images that may be masked and dummy texts of these lengths."""
     model: MagvltModel = merge(definition, params)
-    masked = jnp.arange(model.config.text_positions) < lengths[:, None]
-    text = jnp.zeros(masked.shape, jnp.int32)
-    canvas = canvas_of(image, text, lengths, image_masked=image_masked, text_masked=masked)
+    canvas = untold(model.config, image, image_masked, lengths)
     return model.length_logits(model.hidden("image_first", canvas, dtype=activations(params)).bot)
 
 

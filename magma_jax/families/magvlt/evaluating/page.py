@@ -12,6 +12,7 @@ from magma_jax.evaluation.report.drawn import cell, drawing_card, edit_card, fig
 from magma_jax.evaluation.report.pages import fill, fill_page
 from magma_jax.evaluation.report.run_report import OPENMOJI, training_charts
 from magma_jax.evaluation.tables import html_table, text_table
+from magma_jax.evaluation.tasks.examples import spaced
 from magma_jax.families.magvlt.evaluating.measure import Measured
 from magma_jax.families.magvlt.evaluating.settings import EvaluationSettings
 from magma_jax.families.magvlt.generator import Magvlt
@@ -116,7 +117,7 @@ def _cards(found: Measured, records: Sequence[Drawing], images: UInt8[np.ndarray
 def _strips(found: Measured, records: Sequence[Drawing], model: Magvlt, settings: EvaluationSettings) -> list[str]:
     """Canvases of some texts after each step."""
     strips = []
-    for i in np.unique(np.linspace(0, len(found.rows) - 1, STRIPS).astype(int)).tolist():
+    for i in spaced(len(found.rows), STRIPS):
         text = records[found.rows[i]].caption
         options = ImageOptions(
             seed=settings.seed + i,
@@ -139,9 +140,8 @@ def _edits(
     cards = []
     for attribute in ("hair", "tone"):
         mine = [i for i, edit in enumerate(found.edits) if edit.attribute == attribute]
-        for i in (
-            [mine[j] for j in np.unique(np.linspace(0, len(mine) - 1, EDITS).astype(int)).tolist()] if mine else []
-        ):
+        for j in spaced(len(mine), EDITS):
+            i = mine[j]
             edit = found.edits[i]
             assert model.image_tokenizer is not None  # refused before
             code = model.image_tokenizer.encode(images[edit.source][None])
