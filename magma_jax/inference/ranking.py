@@ -33,5 +33,7 @@ def best_candidates(
     asked = [text for text in texts for _ in range(candidates)]
     values = np.asarray(score(images(), asked), np.float64)
     if values.shape != (len(asked),) or np.isnan(values).any():
-        raise ValueError(f"score gives {values.tolist()} for {len(asked)} images; it must give a number for each of them")
+        raise ValueError(
+            f"score gives {values.tolist()} for {len(asked)} images; it must give a number for each of them"
+        )
     return best_candidates(values.tolist(), candidates, texts, images, None)
