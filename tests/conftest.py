@@ -85,8 +85,8 @@ def golden() -> Path:
 
 
 @pytest.fixture
-def modified_resnet(monkeypatch):
-    """open_clip's class, imported without the package's own start: that needs a torchvision that fits torch."""
+def open_clip_module(monkeypatch):
+    """Imports modules of open_clip without the package's own start: that needs a torchvision that fits torch."""
     torch = pytest.importorskip("torch")
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
@@ -98,8 +98,21 @@ def modified_resnet(monkeypatch):
     vision["torchvision.ops.misc"].FrozenBatchNorm2d = torch.nn.Module
     for name, module in vision.items():
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("open_clip.utils", "open_clip.modified_resnet"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("open_clip.modified_resnet").ModifiedResNet
-    for name in ("open_clip.utils", "open_clip.modified_resnet"):
-        sys.modules.pop(name, None)
+    # Its tokenizer repairs damaged texts by this package.
+    repair = types.ModuleType("ftfy")
+    repair.fix_text = lambda text: text
+    monkeypatch.setitem(sys.modules, "ftfy", repair)
+
+    def forget():
+        for name in [name for name in sys.modules if name.startswith("open_clip.")]:
+            sys.modules.pop(name)
+
+    forget()
+    yield lambda name: importlib.import_module(f"open_clip.{name}")
+    forget()
+
+
+@pytest.fixture
+def modified_resnet(open_clip_module):
+    """open_clip's class."""
+    return open_clip_module("modified_resnet").ModifiedResNet

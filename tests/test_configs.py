@@ -34,6 +34,8 @@ COUNTS = {
     "cm3leon_paper_quickstart.py": (1_327_360, 712_672),
     "argvlt_base.py": (371_533_056, F16),
     "finetune_magvlt_coco.py": (371_533_056, F16),
+    # A classifier of 3,129 answers.
+    "finetune_magvlt_vqa.py": (371_533_056 + 1025 * 3129, F16),
     "magvlt_base.py": (371_533_056, F16),
     "magvlt_large.py": (795_228_672, F16),
     "magvlt_quickstart.py": MAGVLT_QUICKSTART,

@@ -1,4 +1,4 @@
-"""Converts datasets from their released formats to the library's own, encodes images, and trains tokenizers.
+"""Converts datasets from their released formats to the library's own, encodes images, trains tokenizers, lists answers.
 
 python -m magma_jax.data convert --from coco captions_val2014.json data/coco_val --images val2014
 python -m magma_jax.data convert --from vqav2 v2_OpenEnded_mscoco_val2014_questions.json data/vqa --images val2014
@@ -7,6 +7,7 @@ python -m magma_jax.data convert --from table my.jsonl data/mine --split train=0
 python -m magma_jax.data encode data/mine data/mine_codes --tokenizer runs/vqgan_quickstart
 python -m magma_jax.data show data/mine
 python -m magma_jax.data tokenizer captions.txt tokenizer.json --vocab-size 56320
+python -m magma_jax.data answers data/vqa_train data/vqa_answers.json --count 3129
 """
 
 import argparse
@@ -81,6 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     four.add_argument("--batch-size", type=int, default=64, help="images at a time; default: %(default)s")
     four.add_argument("--workers", type=int, help="decoding processes, 0 for this process; default: one per core")
     four.add_argument("--max-skipped", type=float, default=0.05, help="largest fraction; default: %(default)s")
+    five = subparsers.add_parser(
+        "answers",
+        help="write the commonest answers of a dataset folder",
+        description="Writes the commonest answers of a dataset folder, the classes of a classifier, as a JSON array.",
+    )
+    five.add_argument("folder", type=Path, help="dataset folder with questions")
+    five.add_argument("out", type=Path, help="JSON file to write")
+    # As is usual for VQAv2: those that at least nine of its training questions have.
+    five.add_argument("--count", type=int, default=3129, help="answers; default: %(default)s")
     arguments = parser.parse_args(argv)
     resumable = arguments.command in ("convert", "encode")
     return commands.run("magma_jax.data", lambda: _run(arguments), resumable=resumable)

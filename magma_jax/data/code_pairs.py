@@ -1,4 +1,4 @@
-"""Folders of codes as image-text pairs, for models that draw and describe."""
+"""Folders of codes as image-text pairs, for models that draw, describe, and answer questions by classes."""
 
 import dataclasses
 import random
@@ -15,6 +15,7 @@ from magma_jax.data.dataset import Dataset
 from magma_jax.data.format.code_folder import Codes, StoredCodes
 from magma_jax.data.tokenizers.captions import CLEAN_UPS
 from magma_jax.data.tokenizers.text import TextTokenizerName, TooLong, encode_padded, text_tokenizer
+from magma_jax.typing import IGNORED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class CodePairsConfig:
         clean_up: clean-up of the captions, see ``data.tokenizers.captions``.
         bpe_dropout: rate at which the tokenizer clip skips a merge in training.
         too_long: captions of more than ``length`` tokens are cut, or an error.
+        classes: answers to questions, in the order of a classifier's outputs; the pairs are then the folders'
+            questions, not their captions. Other answers teach nothing.
     """
 
     folders: dict[str, tuple[SourceConfig | str, ...]] = dataclasses.field(default_factory=dict)
@@ -36,6 +39,7 @@ class CodePairsConfig:
     clean_up: Literal["none", "pre_caption"] = "pre_caption"
     bpe_dropout: float = 0.0
     too_long: TooLong = "cut"
+    classes: tuple[str, ...] = ()
     kind: Literal["code_pairs"] = "code_pairs"
 
     may_change: ClassVar[tuple[str, ...]] = ()
@@ -45,13 +49,16 @@ class CodePairsConfig:
             raise ValueError(f"data.bpe_dropout must be at least 0 and below 1, got {self.bpe_dropout}")
         if self.bpe_dropout and self.tokenizer != "clip":
             raise ValueError(f"data.bpe_dropout {self.bpe_dropout}: only data.tokenizer=clip drops merges; set it to 0")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("data.classes: an answer is there twice")
         object.__setattr__(self, "folders", sources_by_split(self.folders))
 
 
 def open_code_pairs(config: CodePairsConfig) -> Dataset:
-    """Opens the folders; samples are ``tokens``, ``lengths`` and ``codes``.
+    """Opens the folders; samples are ``tokens``, ``lengths`` and ``codes``, and with classes ``labels``.
 
-    In training an image gives one of its views and one of its captions, drawn anew each time.
+    In training an image gives one of its views and one of its captions, drawn anew each time; with classes one of the
+    answers to a question, whose label is ``IGNORED`` if it is no class.
 
     Raises:
         ConfigError: a config without folders. DataError: folders that cannot be read, or of different tokenizers.
@@ -61,8 +68,10 @@ def open_code_pairs(config: CodePairsConfig) -> Dataset:
     if config.length is None:
         raise ConfigError("data.length must be set")
     tokenizer, length = text_tokenizer(config.tokenizer), config.length
+    numbers = {name: number for number, name in enumerate(config.classes)}
+    texts = {"texts": "questions", "question_prompt": "{}"} if numbers else {"texts": "captions", "caption_prompt": ""}
     sources = {
-        split: [dataclasses.replace(source, texts="captions", caption_prompt="") for source in members]
+        split: [dataclasses.replace(source, **texts) for source in members]
         for split, members in sources_by_split(config.folders).items()
     }
     stored = {source.path: StoredCodes(source.path) for members in sources.values() for source in members}
@@ -80,14 +89,15 @@ def open_code_pairs(config: CodePairsConfig) -> Dataset:
             source, row = given
             sample = source.draw(row, np.random.default_rng(rng.getrandbits(64)))
             draw = np.asarray(rng.getrandbits(62))
-        caption = CLEAN_UPS[config.clean_up](sample.answer.strip())
+        caption = CLEAN_UPS[config.clean_up]((sample.prompt if numbers else sample.answer).strip())
         dropout = 0.0 if rng is None else config.bpe_dropout
         text = encode_padded(tokenizer, caption, length, too_long=config.too_long, dropout=dropout, rng=rng)
-        return {
+        found = {
             "tokens": np.array(text.ids, np.int32),
             "lengths": np.int32(text.length),
             "codes": codes.of(np.asarray(sample.image), draw),
         }
+        return found | ({"labels": np.int32(numbers.get(sample.answer.strip(), IGNORED))} if numbers else {})
 
     def batches(batch_size: int, seed: int, rows: Sequence[int]) -> grain.IterDataset:
         weights = [float(source.source.weight or len(source)) for source in splits["train"]]

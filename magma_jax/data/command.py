@@ -11,6 +11,7 @@ from magma_jax.data.format.record_folder import StoredRecords
 from magma_jax.data.format.records import EXPECTED, DataError
 from magma_jax.data.readers import READERS, SELF_CONTAINED, read
 from magma_jax.data.tokenizers.training import train_tokenizer
+from magma_jax.data.write.answers import write_answers
 from magma_jax.data.write.beam import convert_with_beam
 from magma_jax.data.write.conversion import ConvertOptions, convert
 from magma_jax.data.write.prepare import PrepareOptions
@@ -19,12 +20,12 @@ from magma_jax.output import printable
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Converts a dataset, shows the content of a folder, or trains a tokenizer.
+    """Converts a dataset, shows the content of a folder, trains a tokenizer, or lists answers.
 
     Raises:
         ValueError, OSError: one-line errors.
     """
-    {"convert": _convert, "show": _show, "tokenizer": _tokenizer}[arguments.command](arguments)
+    {"convert": _convert, "show": _show, "tokenizer": _tokenizer, "answers": _answers}[arguments.command](arguments)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -97,3 +98,8 @@ def _show(arguments: argparse.Namespace) -> None:
 def _tokenizer(arguments: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(arguments.files, arguments.out, arguments.vocab_size)
     print(printable(f"{arguments.out}: {len(tokenizer)} entries, the longest of {tokenizer.longest} bytes"))
+
+
+def _answers(arguments: argparse.Namespace) -> None:
+    answers = write_answers(arguments.folder, arguments.out, arguments.count)
+    print(printable(f"{arguments.out}: {len(answers)} answers, the commonest: {', '.join(answers[:5])}"))

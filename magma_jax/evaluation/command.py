@@ -66,8 +66,8 @@ def run_perplexity(open_model: OpenModel, arguments: argparse.Namespace) -> None
 def run_tasks(open_token_model: OpenModel, open_any: Callable[..., Generator], arguments: argparse.Namespace) -> None:
     """Evaluates, writes the files and prints the card; ``open_...`` are those of ``families``.
 
-    Captions without shots are asked of any family, images of those that draw, all else of those that write token by
-    token.
+    Captions and questions without shots are asked of any family, images of those that draw, all else of those that
+    write token by token.
 
     Raises:
         ValueError: one line that says what is wrong. Errors of the package are subclasses.
@@ -82,7 +82,7 @@ def run_tasks(open_token_model: OpenModel, open_any: Callable[..., Generator], a
     path = local_path(arguments.checkpoint or arguments.workdir)
     checkpoint = identify(path) | ({"dtype": arguments.dtype} if arguments.dtype else {})
     checkpoint |= {} if arguments.ema is None else {"ema": arguments.ema}
-    described = all(task.kind == "caption" and not task.shots for task in tasks)
+    described = all(task.kind in ("caption", "question") and not task.shots for task in tasks)
     opened = (open_any if described else open_token_model)(path, dtype=arguments.dtype, mesh=mesh, ema=arguments.ema)
     tasks = [with_classes_of(task, path) for task in tasks]
     own = own_data(path) if any(task.data is None for task in (*tasks, *drawn)) else None

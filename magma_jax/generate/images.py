@@ -1,6 +1,7 @@
 """Images from the command line: ``--make image``."""
 
 import argparse
+import dataclasses
 import io
 import os
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from magma_jax.data.images import ImageInput, load_image
 from magma_jax.families import open_generator
 from magma_jax.generate.questions import read_parts
 from magma_jax.inference.answers import ImageOptions
+from magma_jax.inference.clip_scores import ClipScorer
 from magma_jax.output import replace_file
 from magma_jax.runtime.compile import enable_compilation_cache
 
@@ -39,6 +41,8 @@ def draw(arguments: argparse.Namespace) -> int:
     # Before the weights are read, so that a bad image is reported at once.
     prompt = [ImageInput(part.load()) if isinstance(part, ImageInput) else part for part in parts]
     enable_compilation_cache(not arguments.no_program_cache)
+    if arguments.clip:
+        options = dataclasses.replace(options, score=ClipScorer(arguments.clip))
     model = open_generator(arguments.checkpoint, dtype=arguments.dtype)
     wanted = "edit" if images else "image"
     if wanted not in model.makes:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -10,9 +10,13 @@ from PIL.Image import Image
 
 from magma_jax.inference.decoding.config import SamplingConfig, check_seed
 from magma_jax.inference.decoding.schedules import Schedule, Strategy
+from magma_jax.typing import Float
 
 # How choices are compared. sum: log-probability of the answer; mean: per token, which does not favour short answers.
 Measure: TypeAlias = Literal["sum", "mean"]
+
+# How well images fit the text of each, the higher the better, such as ``inference.clip_scores.ClipScorer``.
+Score: TypeAlias = Callable[[Sequence[Image], Sequence[str]], Float[np.ndarray, " N"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,8 @@ class ImageOptions:
     Attributes:
         n: images per prompt.
         seed: seed of the first image; the next ones have ``seed`` + 1, ...
-        candidates: images drawn for each returned one; the best by the model's own likelihood is returned.
+        candidates: images drawn for each returned one; the best by ``score`` is returned.
+        score: score of the candidates, given the prompt's text; None for the model's own likelihood.
         guidance: factor s of ``u + s (c - u)``, from logits with (c) and without the prompt (u); 1 for none.
         temperature: divides the logits; first and last value of a line over the steps, and None for the family's own.
         top_p: draws from the likeliest tokens of this mass; 1 for all.
@@ -72,6 +77,7 @@ class ImageOptions:
     n: int = 1
     seed: int = 0
     candidates: int = 1
+    score: Score | None = dataclasses.field(default=None, compare=False)
     guidance: float = 1.0
     temperature: tuple[float, float] | None = None
     top_p: float = 1.0

@@ -4,7 +4,7 @@
 engine, beam search, choices, attention maps and evaluation need; one that draws returns an ``ImageGenerator``.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from magma_jax.data.tokenizers.byte_level import Tokenizer
@@ -89,8 +89,10 @@ class ImageGenerator(Generator, Protocol):
         image_size: pixels per side of its images.
         image_tokens: tokens of an image.
         tokenizer: its tokenizer of texts.
+        classes: answers that its classifier of questions about images knows; 0 without one.
     """
 
+    classes: int
     image_size: int
     image_tokens: int
     tokenizer: Any
@@ -115,4 +117,56 @@ class ImageGenerator(Generator, Protocol):
 
     def warm_up(self, rows: int) -> None:
         """Compiles the programs for up to ``rows`` images per prompt."""
+        ...
+
+
+class ImageBatch(Protocol):
+    """A running batch of drawings that requests join and leave; each is drawn as it is alone. Not thread-safe.
+
+    Attributes:
+        room: whether another request would be drawn and not only wait.
+        busy: whether there is something to draw.
+    """
+
+    @property
+    def room(self) -> bool: ...
+
+    @property
+    def busy(self) -> bool: ...
+
+    def takes(self, options: ImageOptions) -> bool:
+        """Whether requests with these options may join; others are drawn alone by ``canvases``."""
+        ...
+
+    def begin(self, key: Any, prompt: Prompt, options: ImageOptions) -> None:
+        """Accepts a request; errors as of ``ImageGenerator.canvases``."""
+        ...
+
+    def step(self) -> list[tuple[Any, Callable[[], Canvas]]]:
+        """Draws some tokens; the keys of requests that ended, and what makes their images."""
+        ...
+
+    def cancel(self, key: Any) -> None:
+        """Ends a request."""
+        ...
+
+    def reset(self) -> None:
+        """Ends all requests and begins anew, after a failure that may have destroyed the batch's state."""
+        ...
+
+    def warm_up(self) -> None:
+        """Compiles the most frequent programs. No request may be running."""
+        ...
+
+
+@runtime_checkable
+class BatchedImageGenerator(ImageGenerator, Protocol):
+    """A model that draws requests of many callers together."""
+
+    def image_batch(self, slots: int, context: int | None = None) -> ImageBatch:
+        """A batch of ``slots`` rows of ``context`` positions; None for the model's context.
+
+        Raises:
+            ValueError: too few slots, or too many positions.
+        """
         ...

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -115,10 +115,10 @@ class NamesEncoder(HashedEncoder):
         return unit(found)
 
 
-def _clip(weights: str | None, activation: Any = None) -> Encoder:
-    from magma_jax.published.text.clip import read_clip  # here: most encoders need no networks
+def _clip(weights: str | None) -> Encoder:
+    from magma_jax.retrieval.clip_encoder import ClipEncoder  # here: most encoders need no networks
 
-    return read_clip(_given(weights, "clip needs CLIP's weights: --weights ViT-B-32.pt"), activation)
+    return ClipEncoder(_given(weights, "clip needs CLIP's weights: --weights ViT-B-32.pt"))
 
 
 def _minilm(weights: str | None) -> Encoder:
@@ -138,7 +138,6 @@ ENCODERS: dict[str, Callable[[str | None], Encoder]] = {
     "hashed": lambda weights: HashedEncoder(),
     "names": lambda weights: NamesEncoder(),
     "clip": _clip,
-    "clip_gelu": lambda weights: _clip(weights, "gelu"),
     "minilm": _minilm,
 }
 

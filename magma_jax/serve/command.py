@@ -119,7 +119,7 @@ def _engine(arguments: argparse.Namespace) -> Engine | ImageQueue:
         )
         return Engine(model, sizes)
     if isinstance(model, ImageGenerator) and "image" in model.makes:
-        return ImageQueue(model, arguments.queue)
+        return ImageQueue(model, arguments.queue, slots=arguments.slots, context=arguments.context)
     raise CheckpointError(
         f"{arguments.checkpoint}: neither writes text token by token nor draws images; a model that draws "
         "needs its image tokenizer"

@@ -26,9 +26,10 @@ class Toy:
     """Draws the colour of a text's length, and describes every image alike."""
 
     makes = frozenset({"text", "image"})
-    image_size, image_tokens, tokenizer = 16, 4, DATA.tokenizer
+    image_size, image_tokens, tokenizer, classes = 16, 4, DATA.tokenizer, 0
 
     def answers(self, prompts, options, *, count=None):
+        self.options = options
         for (part,) in prompts:
             if isinstance(options, ImageOptions):
                 image = Image.new("RGB", (16, 16), (len(part) * 9 % 256, 5, 200))
@@ -83,6 +84,32 @@ def test_drawings_are_compared_and_the_result_says_how_they_were_made(net, folde
     assert "toy" in result.table()
 
 
+def test_a_clip_scores_the_drawings_and_chooses_them(net, folders, monkeypatch):
+    """The score is of the drawings as they are compared; negative cosines count as 0."""
+    seen = []
+
+    class Scorer:
+        name = "toy clip"
+
+        def __init__(self, path):
+            assert path == "clip.pt"
+
+        def __call__(self, images, texts):
+            seen.extend(zip(images, texts, strict=True))
+            return np.array([-0.5, *[0.3] * (len(texts) - 1)], np.float32)
+
+    monkeypatch.setattr(drawing, "ClipScorer", Scorer)
+    settings = ["splits=2", "candidates=2", "clip=clip.pt", "rerank=clip", f"data={folders / 'val'}"]
+    task = configure_images("coco_30k", arguments(*settings, limit=5))
+    model = Toy()
+    result = drawing.draw_task(model, task)
+    assert result.scores["clip_score"] == pytest.approx(100 * 0.3 * 4 / 5)
+    assert (result.stamp["clip"], result.stamp["re-ranking"]) == ("toy clip", "best of 2 by the CLIP score")
+    assert isinstance(model.options.score, Scorer)
+    assert [image.size for image, _ in seen] == [(256, 256)] * 5
+    assert len({text for _, text in seen}) == 5
+
+
 def test_a_set_equals_itself():
     images = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
     scores = drawing.compare(colours(images), colours(images), "inception-2015-12-05", splits=2)
@@ -118,6 +145,7 @@ def test_captions_of_a_model_without_prompts(folders):
         (["limit=1"], "limit must be at least 2"),
         (["image_size=100"], "image_size must be a multiple of 32, got 100"),
         (["candidates=0"], "candidates must be at least 1"),
+        (["rerank=clip"], "rerank clip needs the file of a CLIP: set clip"),
         (["name=x"], "the task's name stays coco_30k"),
     ],
 )

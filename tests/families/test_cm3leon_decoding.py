@@ -13,7 +13,10 @@ from flax import nnx
 from magma_jax.data.tokenizers.byte_level import train_bpe
 from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.families.cm3leon import engine as engine_module
+from magma_jax.families.cm3leon import slots as batch_programs
+from magma_jax.families.cm3leon.batch import StreamBatch
 from magma_jax.families.cm3leon.decoding import Request, run_requests
+from magma_jax.families.cm3leon.engine import Plan
 from magma_jax.families.cm3leon.generator import GAP, IMAGE_GAP, CM3Leon, Codes, Hidden
 from magma_jax.families.cm3leon.loading import Loaded
 from magma_jax.families.cm3leon.options import DrawOptions
@@ -23,6 +26,7 @@ from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.guidance import contrast, guide, guide_edit
 from magma_jax.inference.decoding.sampling import MASKED
 from magma_jax.inference.decoding.streams import Place, StreamRules, combined
+from magma_jax.inference.pending import EngineError
 from magma_jax.models.cm3leon import CM3LeonConfig, CM3LeonModel
 from magma_jax.nn.modules import abstract, merge, split
 
@@ -104,6 +108,21 @@ def test_several_images_of_a_text_are_those_of_their_seeds(model, guided):
     assert likeliest[0].tolist() in several.tolist()
 
 
+def test_a_pool_of_guided_and_contrasted_candidates(model):
+    """Candidates have the seeds of single requests of their kind, and the likeliest of all is kept."""
+    pool = dataclasses.replace(OPTIONS, candidates=3, cd_k=3, contrasted=2)
+    kinds = [{"seed": 5}, {"seed": 6, "cd_k": 3}, {"seed": 7, "cd_k": 3}]
+    alone = [model.engine.of_texts(WORDS[:2], dataclasses.replace(OPTIONS, **kind), ()) for kind in kinds]
+    for number, (best,) in enumerate(model.engine.of_texts(WORDS[:2], pool, ())):
+        likeliest = max((found[number][0] for found in alone), key=lambda one: one.logprob)
+        np.testing.assert_array_equal(best.ids, likeliest.ids)
+    every = model.engine.of_texts(WORDS[:1], dataclasses.replace(pool, contrasted=0), ())[0][0]
+    top_p = model.engine.of_texts(WORDS[:1], dataclasses.replace(OPTIONS, candidates=3), ())[0][0]
+    np.testing.assert_array_equal(every.ids, top_p.ids)
+    with pytest.raises(ValueError, match="contrasted 4: give cd_k, and a number up to that of the candidates, 3"):
+        dataclasses.replace(pool, contrasted=4)
+
+
 @pytest.mark.parametrize("combine", ["guide", "contrast", "edit"])
 def test_every_code_is_the_best_of_the_full_forward_pass(model, combine):
     """Greedy decoding with a cache, step by step compared with uncached logits of all streams."""
@@ -111,10 +130,14 @@ def test_every_code_is_the_best_of_the_full_forward_pass(model, combine):
     if combine == "edit":
         streams = [edit_streams(ids("Edit"), PICTURE.codes, ids(text), LAYOUT, GRID) for text in texts]
         options = DrawOptions(guidance=2.0, image_guidance=1.5, temperature=(0.0, 0.0))
-        drawn = [model.engine.codes_of(found) for found in model.engine.draw(streams, options, "edit")]
+        nothing = [[[]] * 3] * len(texts)
+        drawn = [
+            model.engine.codes_of(found) for found in model.engine.draw(Plan(texts, streams, "edit", nothing), options)
+        ]
     else:
         streams = [drawing_streams(ids(text), [], LAYOUT, GRID, null="sentinel") for text in texts]
-        options = DrawOptions(guidance=2.0, temperature=(0.0, 0.0), cd_k=3 * (combine == "contrast"))
+        by_contrast = combine == "contrast"  # in place of guidance, so whatever its weight is
+        options = DrawOptions(guidance=2.0 - by_contrast, temperature=(0.0, 0.0), cd_k=3 * by_contrast)
         drawn = model.draw_codes(texts, options)
     is_image = np.zeros(CONFIG.vocab_rows, bool)
     is_image[LAYOUT.image_ids.start : LAYOUT.image_ids.stop] = True
@@ -135,14 +158,14 @@ def test_every_code_is_the_best_of_the_full_forward_pass(model, combine):
 def test_guidance_of_one_is_the_conditional_stream(model):
     plain = model.draw_codes(WORDS, dataclasses.replace(OPTIONS, guidance=1.0))
     streams = [drawing_streams(ids(text), [], LAYOUT, GRID, null="sentinel") for text in WORDS]
+    plan = Plan(WORDS, streams, "guide", [[[]] * 2] * len(WORDS))
     coupled = [
-        model.engine.codes_of(one)
-        for one in model.engine.draw(streams, dataclasses.replace(OPTIONS, guidance=1.0), "guide")
+        model.engine.codes_of(one) for one in model.engine.draw(plan, dataclasses.replace(OPTIONS, guidance=1.0))
     ]
     np.testing.assert_array_equal(np.stack(plain), np.stack(coupled))
     # So is guidance outside of its interval, from the first code on.
     late = dataclasses.replace(OPTIONS, interval=(0.999, 1.0))
-    late = [model.engine.codes_of(one) for one in model.engine.draw(streams, late, "guide")]
+    late = [model.engine.codes_of(one) for one in model.engine.draw(plan, late)]
     np.testing.assert_array_equal(np.stack(plain), np.stack(late))
 
 
@@ -160,6 +183,85 @@ def test_a_stream_that_is_lost_is_an_error(model):
     request = Request(streams=(stream,), limit=GRID, end=LAYOUT.eos, place=Place.IMAGE, left=GRID)
     with pytest.raises(ValueError, match="a request has 1 streams, but guide takes 2"):
         run_requests(model.graphdef, model.params, [request], StreamRules(LAYOUT, GRID, "guide"), CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    """A batch of five slots, few enough for requests to wait."""
+    return StreamBatch(CONFIG, model.graphdef, model.params, count=5, steps=3)
+
+
+def drained(batch, found=()):
+    found = dict(found)
+    while batch.busy:
+        found |= {key: finish() for key, finish in batch.step()}
+    return found
+
+
+def codes_of(model, results):
+    return np.stack([LAYOUT.to_codes(result.ids) for result in results])
+
+
+def test_requests_that_join_a_running_batch_equal_single_ones(model, batch):
+    """Guided, unguided and edits together, of which some join while others are drawn."""
+    plain, edit = dataclasses.replace(OPTIONS, guidance=1.0, n=2), dataclasses.replace(OPTIONS, image_guidance=1.5)
+    engine = model.engine
+    plans = [(engine.plan_texts([text], OPTIONS), OPTIONS) for text in WORDS[:3]]
+    plans += [(engine.plan_texts(["two dogs"], plain), plain), (engine.plan_edits([(PICTURE, "red")], edit), edit)]
+    plans += [(engine.plan_texts(["the sea at night"], OPTIONS), OPTIONS)]
+    found = {}
+    for number, (plan, options) in enumerate(plans):
+        batch.begin(number, engine.drawings(plan, options), list)
+        found |= {key: finish() for key, finish in batch.step()}
+    assert batch.busy
+    assert not batch.room
+    found = drained(batch, found)
+    assert batch.room
+    for number, (plan, options) in enumerate(plans):
+        alone = engine.draw(plan, options)[0]
+        np.testing.assert_array_equal(codes_of(model, found[number]), codes_of(model, alone))
+        for one, other in zip(found[number], alone, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+
+
+def test_a_common_beginning_is_run_once(model, batch):
+    """Images of one text, and the stream that holds its retrieved documents alone."""
+    batch.reset()
+    options = dataclasses.replace(OPTIONS, n=3, null="documents")
+    documents = [[("red", PICTURE), ("green", PICTURE)]]
+    plan = model.engine.plan_texts(["blue"], options, documents)
+    expected = codes_of(model, model.engine.draw(plan, options)[0])
+    before = batch.computed, batch.reused
+    batch.begin("one", model.engine.drawings(plan, options), list)
+    np.testing.assert_array_equal(codes_of(model, drained(batch)["one"]), expected)
+    total = 3 * sum(map(len, plan.streams[0]))
+    assert batch.computed - before[0] + batch.reused - before[1] == total
+    # The first image runs both of its prompts, the others no more than what differs from a slot's.
+    assert batch.computed - before[0] < total / 2
+
+
+def test_a_request_is_cancelled_and_a_lost_stream_is_an_error(model, batch):
+    batch.reset()
+    plan = model.engine.plan_texts(["red"], OPTIONS)
+    requests = model.engine.drawings(plan, OPTIONS)
+    for key in ("kept", "gone", "waiting"):
+        batch.begin(key, requests, list)
+    batch.step()
+    batch.cancel("gone")
+    batch.cancel("waiting")
+    assert drained(batch).keys() == {"kept"}
+    batch.begin("lost", requests, list)
+    batch._admit()
+    (running,) = batch._running
+    batch._state = batch_programs.release(batch._state, np.arange(5) == running.slots[1])
+    with pytest.raises(EngineError, match="a request lost one of its streams"):
+        batch.step()
+    batch.reset()
+    with pytest.raises(ValueError, match="2 slots are fewer than the 3 of an edit"):
+        StreamBatch(CONFIG, model.graphdef, model.params, count=2)
+    long = dataclasses.replace(requests[0], limit=CONTEXT)
+    with pytest.raises(ValueError, match=f"but the context holds {CONTEXT}"):
+        batch.begin("long", [long], list)
 
 
 def test_gaps_are_filled_in_order_and_kept_parts_stay(model):

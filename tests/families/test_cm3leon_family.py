@@ -188,6 +188,26 @@ def test_it_draws_what_it_has_learned(model, codes):
     assert (settings["steps"], settings["temperature"], settings["guidance"][-3:]) == (len(codes[red]), 0.5, "= 2")
 
 
+def test_a_score_of_image_and_text_chooses_among_candidates(model):
+    options = DrawOptions(temperature=(1.0, 1.0), candidates=2, n=2)
+    asked = []
+
+    def score(images, texts):
+        asked.extend(zip(texts, (image.size for image in images), strict=True))
+        return np.array([0.0, 1.0] * 4)
+
+    prompts = [["a half red square"], ["a plain blue square"]]
+    found = list(model.answers(prompts, dataclasses.replace(options, score=score)))
+    assert asked == [(text, (SIDE, SIDE)) for (text,) in prompts for _ in range(4)]
+    every = list(model.answers(prompts, dataclasses.replace(options, candidates=1, n=4)))
+    for chosen, all_ in zip(found, every, strict=True):
+        for one, second in zip(chosen, all_[1::2], strict=True):
+            np.testing.assert_array_equal(np.asarray(one.parts[0]), np.asarray(second.parts[0]))
+    wrong = dataclasses.replace(options, n=1, score=lambda images, texts: [np.nan, 1.0])
+    with pytest.raises(ValueError, match=r"score gives \[nan, 1.0\] for 2 images; it must give a number for each"):
+        next(model.answers(prompts[:1], wrong))
+
+
 def test_it_draws_the_same_in_8_bits(finished, model, codes, tmp_path, capsys):
     folder = tmp_path / "int8"
     assert convert(["quantize", str(finished.workdir), str(folder)]) == 0

@@ -1,5 +1,6 @@
 """Retrieval: exact search, selection, banks and annotations that continue after a kill, and what is refused."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,9 @@ from PIL import Image
 from magma_jax.data.documents.annotation import open_annotation
 from magma_jax.data.documents.bank import Entry, open_bank
 from magma_jax.data.format.records import DataError
+from magma_jax.data.images import to_uint8
+from magma_jax.inference.clip_scores import ClipScorer
+from magma_jax.models.clip import CLIPConfig
 from magma_jax.retrieval import bi_encoder, command
 from magma_jax.retrieval.__main__ import main as retrieval
 from magma_jax.retrieval.annotate import annotate, check_encoder
@@ -23,6 +27,8 @@ from magma_jax.retrieval.encoders import HashedEncoder, NamesEncoder, open_encod
 from magma_jax.retrieval.recall import pair_recall
 from magma_jax.retrieval.search import CHUNK, ExactIndex, make_index, recall_at
 from magma_jax.retrieval.selection import cover, drop_words, select_documents
+from tests.inference.test_clip_scores import TEXT, TEXTS, VIT, pictures
+from tests.inference.test_clip_scores import write as write_clip
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
 
@@ -313,6 +319,18 @@ def test_a_projection_learns_which_texts_belong_to_images(tmp_path, monkeypatch)
         bi_encoder.fit_projection(Colours(), file, ridge=0.0, texts=Sentences())
     with pytest.raises(ValueError, match="k must be at least 1"):
         pair_recall(Colours(), encoder, 0, ("test",))
+
+
+def test_clip_is_an_encoder(tmp_path):
+    """Its inner products are the scores of the same file, which equal open_clip's."""
+    write_clip(tmp_path / "clip.safetensors", CLIPConfig(VIT, dataclasses.replace(TEXT, rows=49408)))
+    encoder = open_encoder("clip", str(tmp_path / "clip.safetensors"))
+    assert (encoder.width, encoder.image_size, encoder.name[:20]) == (48, 32, "clip_vit-quick_gelu-")
+    images, texts = pictures(), TEXTS
+    pixels = np.stack([to_uint8(image, 32) for image in images])
+    expected = ClipScorer(tmp_path / "clip.safetensors")(images, texts)
+    np.testing.assert_allclose((encoder.texts(texts) * encoder.images(pixels)).sum(1), expected, atol=1e-5)
+    assert encoder.texts([]).shape == (0, 48)
 
 
 def test_recall_of_an_encoder_that_knows_nothing(capsys, monkeypatch):

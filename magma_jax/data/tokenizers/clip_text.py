@@ -1,47 +1,46 @@
-"""CLIP's own text tokenizer, with its splitting of words; MAGVLT's has another (``clip_bpe``)."""
+"""CLIP's own tokenizer, for its text encoder; that of MAGVLT, with the same vocabulary, is ``clip_bpe``."""
 
 import functools
 import html
-import re
 from collections.abc import Sequence
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 from magma_jax.data.tokenizers.byte_level import EOS, byte_symbols, packaged_merges
 from magma_jax.data.tokenizers.clip_bpe import END_OF_WORD, START
 from magma_jax.typing import Int
 
-_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_SPACES = re.compile(r"\s+")
+# Contractions, runs of letters, single digits, runs of other characters.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
-def clip_text_ids(texts: Sequence[str], length: int = 77) -> tuple[Int[np.ndarray, "N S"], Int[np.ndarray, " N"]]:
-    """Ids of texts, padded with 0 to ``length``, and the place of each end token. Longer texts are cut before it.
+def clip_tokens(texts: Sequence[str], length: int) -> Int[np.ndarray, "N {length}"]:
+    """Ids of texts with start and end, zeros behind the end; a longer text is cut, and its last id is the end.
 
-    HTML entities are resolved and white space becomes single spaces, as in CLIP; its repair of wrongly decoded
-    characters (``ftfy``) is left out.
+    As the original's but for texts whose encoding was damaged, which it repairs by the package ftfy.
     """
-    backend = _tokenizer()
-    start, end = backend.token_to_id(START), backend.token_to_id(EOS)
-    ids, ends = np.zeros((len(texts), length), np.int32), np.zeros(len(texts), np.int32)
-    for row, text in enumerate(texts):
-        clean = _SPACES.sub(" ", html.unescape(html.unescape(text))).strip().lower()
-        found = backend.encode(clean).ids[: length - 2]
-        ends[row] = len(found) + 1
-        ids[row, : len(found) + 2] = [start, *found, end]
-    return ids, ends
+    encoder = _encoder()
+    start, end = encoder.token_to_id(START), encoder.token_to_id(EOS)
+    found = np.zeros((len(texts), length), np.int32)
+    cleaned = [" ".join(html.unescape(html.unescape(text)).split()).lower() for text in texts]
+    for row, encoded in zip(found, encoder.encode_batch(cleaned, add_special_tokens=False), strict=True):
+        ids = [start, *encoded.ids[: length - 2], end]
+        row[: len(ids)] = ids
+    return found
 
 
 @functools.cache
-def _tokenizer() -> Tokenizer:
+def _encoder() -> tokenizers.Tokenizer:
     merges = packaged_merges("clip")
-    symbols = [*byte_symbols()]
-    symbols += [symbol + END_OF_WORD for symbol in symbols]
-    symbols += [*(left + right for left, right in merges), START, EOS]
-    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
-    backend = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=END_OF_WORD, unk_token=EOS))
-    backend.normalizer = normalizers.Lowercase()
-    split = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    return backend
+    symbols = byte_symbols()
+    names = [*symbols, *(symbol + END_OF_WORD for symbol in symbols), *(a + b for a, b in merges), START, EOS]
+    encoder = tokenizers.Tokenizer(
+        models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges, end_of_word_suffix=END_OF_WORD)
+    )
+    split = pre_tokenizers.Split(tokenizers.Regex(_WORDS), "removed", invert=True)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return encoder

@@ -19,7 +19,8 @@ from magma_jax.evaluation.metrics.image import feature_statistics, frechet_dista
 from magma_jax.evaluation.results.names import file_stem
 from magma_jax.evaluation.tables import text_table
 from magma_jax.evaluation.tasks.examples import Example, Examples, OwnExamples, StoredExamples, close, spaced
-from magma_jax.inference.answers import ImageOptions
+from magma_jax.inference.answers import ImageOptions, Score
+from magma_jax.inference.clip_scores import ClipScorer
 from magma_jax.inference.generator import ImageGenerator
 from magma_jax.output import replace_file
 from magma_jax.typing import UInt8
@@ -87,10 +88,13 @@ def draw_task(
     least = max(task.splits, NEIGHBOURS + 1)
     if len(rows) < least:
         raise DataError(f"task {task.name}: {len(rows)} captions are too few to compare sets; it takes {least}")
+    clip = None if task.clip is None else ClipScorer(task.clip)
     real = _look(net, _real(examples, rows, task.image_size), len(rows), "real images")
     close(examples.images)
-    drawn = _look(net, _drawn(model, rows, task), len(rows), "drawing")
-    scores = compare(real, drawn, net.name, splits=task.splits)
+    seen = _SeenByClip(clip, [example.answers[0] for example in rows])
+    ranked = options_of(task) if task.rerank == "model" else dataclasses.replace(options_of(task), score=clip)
+    drawn = _look(net, seen.watch(_drawn(model, rows, task, ranked)), len(rows), "drawing")
+    scores = compare(real, drawn, net.name, splits=task.splits) | seen.scores()
     found = {
         "data": examples.name,
         "n": len(rows),
@@ -101,7 +105,9 @@ def draw_task(
         "sampler": model.sampler(options_of(task)),
         "re-ranking": "none"
         if task.candidates == 1
-        else f"best of {task.candidates} by the model's own likelihood of the caption",
+        else f"best of {task.candidates} by "
+        + ("the model's own likelihood of the caption" if task.rerank == "model" else "the CLIP score"),
+        **({} if clip is None else {"clip": clip.name}),
         **(stamp or {}),
     }
     return ImageResult(task, scores, found)
@@ -169,11 +175,41 @@ def _real(examples: Examples, rows: Sequence[Example], size: int) -> Iterator[UI
         yield from (_sized(image, size) for image in pixels)
 
 
+class _SeenByClip:
+    """Cosines of the drawings that pass by with their captions; none without a CLIP."""
+
+    def __init__(self, clip: Score | None, captions: Sequence[str]):
+        self._clip, self._captions = clip, captions
+        self._waiting: list[tuple[Image.Image, str]] = []
+        self._cosines: list[np.ndarray] = []
+
+    def watch(self, drawings: Iterator[UInt8[np.ndarray, "H W 3"]]) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+        """The drawings, in the order of the captions."""
+        for caption, pixels in zip(self._captions, drawings, strict=True):
+            self._waiting.append((Image.fromarray(pixels), caption))
+            if len(self._waiting) == BATCH:
+                self._score()
+            yield pixels
+        self._score()
+
+    def scores(self) -> dict[str, float]:
+        """100 times the mean of the cosines that are above 0, as torchmetrics has it (Hessel et al., 2021)."""
+        if self._clip is None:
+            return {}
+        return {"clip_score": 100 * float(np.maximum(np.concatenate(self._cosines), 0).mean())}
+
+    def _score(self) -> None:
+        if self._clip is not None and self._waiting:
+            images, captions = zip(*self._waiting, strict=True)
+            self._cosines.append(self._clip(images, captions))
+        self._waiting.clear()
+
+
 def _drawn(
-    model: ImageGenerator, rows: Sequence[Example], task: ImageTaskConfig
+    model: ImageGenerator, rows: Sequence[Example], task: ImageTaskConfig, options: ImageOptions
 ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
     prompts = ([example.answers[0]] for example in rows)
-    for answers in model.answers(prompts, options_of(task), count=len(rows)):
+    for answers in model.answers(prompts, options, count=len(rows)):
         (image,) = (part for part in answers[0].parts if isinstance(part, Image.Image))
         yield _sized(np.asarray(image), task.image_size)
 

@@ -24,7 +24,9 @@ class ImageTaskConfig:
         weights: file of the network's weights, for ``inception``.
         splits: parts of the Inception score.
         seed: seed of every drawing.
-        candidates: images drawn for each caption; the best by the model's own likelihood of the caption is scored.
+        clip: file of a CLIP, OpenAI's or open_clip's, for the CLIP score; None for no such score.
+        candidates: images drawn for each caption, of which the best is scored.
+        rerank: which is the best: by the model's own likelihood of the caption, or by ``clip``.
         guidance: factor s of ``u + s (c - u)``; 1 for none.
         temperature: first and last value of a line over the steps; None for the family's own.
         top_p: draws from the likeliest tokens of this mass.
@@ -40,7 +42,9 @@ class ImageTaskConfig:
     weights: str | None = None
     splits: int = 10
     seed: int = 0
+    clip: str | None = None
     candidates: int = 1
+    rerank: Literal["model", "clip"] = "model"
     guidance: float = 1.0
     temperature: tuple[float, float] | None = None
     top_p: float = 1.0
@@ -58,11 +62,14 @@ class ImageTaskConfig:
         if self.net != "inception" and self.weights is not None:
             raise ValueError(f"weights: {self.net} has those of an installed package; leave it out")
 
+        if self.rerank == "clip" and self.clip is None:
+            raise ValueError("rerank clip needs the file of a CLIP: set clip")
+
     @property
     def settings(self) -> dict[str, Any]:
         """Settings that differ from the task's defaults; plain JSON values."""
         usual = to_dict(IMAGE_TASKS.get(self.name, self))
-        places = ("name", "data", "weights")
+        places = ("name", "data", "weights", "clip")
         return {name: value for name, value in to_dict(self).items() if name not in places and value != usual[name]}
 
 

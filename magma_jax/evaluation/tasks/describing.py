@@ -1,4 +1,4 @@
-"""Runs a caption task on a model that describes an image without a prompt, such as a masked one."""
+"""Runs a task on a model that describes an image without a prompt, or answers by a classifier, such as a masked one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,31 +28,35 @@ def describe_task(
     workers: int = 0,
     stamp: Mapping[str, Any] | None = None,
 ) -> TaskResult:
-    """Describes every image of a task, one after another, and scores the texts; arguments as for ``evaluate_task``.
+    """Describes every image of a task, or answers its question, one after another, and scores the texts.
 
-    The prompt of the task is left out. Default sampling parameters mean the family's own.
+    Arguments as for ``evaluate_task``. The prompt of the task is left out: a classifier sees the question alone.
+    Default sampling parameters mean the family's own.
 
     Raises:
-        DataError: no caption task, a task with shots, or data that is missing or does not fit; or a model that
-            writes no texts.
+        DataError: a task that the model cannot do, with shots, or whose data is missing or does not fit; or a model
+            that writes no texts.
     """
-    if task.kind != "caption" or task.shots:
-        raise DataError(f"task {task.name}: this model describes images, without shots; take a caption task")
+    wanted = "question" if model.classes else "caption"
+    if task.kind != wanted or task.shots:
+        can = "answers questions by a classifier" if model.classes else "describes images"
+        raise DataError(f"task {task.name}: this model {can}, without shots; take a {wanted} task")
     if "text" not in model.makes:
         raise DataError(f"task {task.name}: this model writes no texts")
-    task = dataclasses.replace(task, prompt="")
+    task = dataclasses.replace(task, prompt="{}" if model.classes else "")
     queries, _ = open_examples(task, model.image_size, dataset, workers)
     examples = [queries[number] for number in spaced(len(queries), task.limit)]
     check_ids(examples, queries.name)
     shown = BlackImages(len(queries.images), model.image_size) if task.blind else queries.images
     options = AnswerOptions(max_new_tokens=task.max_new_tokens, sampling=task.sampling, seed=task.seed)
     prompts = (
-        [ImageInput(Image.fromarray(shown[np.array([example.image])][0]))]
-        for example in tqdm(examples, desc="describing", unit="image", disable=None if is_main() else True)
+        [ImageInput(Image.fromarray(shown[np.array([example.image])][0])), *([example.text] if model.classes else [])]
+        for example in tqdm(examples, desc=wanted, unit="image", disable=None if is_main() else True)
     )
     outputs = [answers[0].text for answers in model.answers(prompts, options, count=len(examples))]
     close(queries.images)
     own = "the family's own sampler" if task.sampling == SamplingConfig() else "sampled"
+    decoding = f"likeliest of {model.classes} answers" if model.classes else f"{own}, seed {task.seed}"
     found = {
         "samples": len(examples),
         "of": len(queries),
@@ -60,7 +64,7 @@ def describe_task(
         "shots": None,
         "longest_prompt": None,
         "context": None,
-        "decoding": f"{own}, seed {task.seed}",
+        "decoding": decoding,
         **(stamp or {}),
     }
     return finish(task, model.tokenizer, examples, [[] for _ in examples], outputs, queries.images, found)

@@ -86,14 +86,7 @@ def run_requests(
     for request in requests:
         if len(request.streams) != streams:
             raise ValueError(f"a request has {len(request.streams)} streams, but {rules.combine} takes {streams}")
-        if request.sampling.repetition_penalty != 1 or request.sampling.compat is not None:
-            raise ValueError("repetition_penalty and compat are not for models of texts and images; leave them out")
-        longest = max(map(len, request.streams))
-        if longest + request.limit > context:
-            raise ValueError(
-                f"the prompt and {request.limit} new tokens take {longest + request.limit} positions, but the context "
-                f"holds {context}; shorten the prompt, give fewer documents or ask for fewer tokens"
-            )
+        check_request(request, context)
     # A power of two, with rows that are already done.
     size = 1 << (len(requests) - 1).bit_length()
     padded = [*requests, *[dataclasses.replace(requests[-1], limit=0)] * (size - len(requests))]
@@ -104,21 +97,6 @@ def run_requests(
         stream = request.streams[number]
         tokens[row, : len(stream)], lengths[row] = stream, len(stream)
 
-    def column(name: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(request, name) for request in padded], dtype)
-
-    rows = StreamRows(
-        place=jnp.asarray(column("place", np.int32)),
-        left=jnp.asarray(column("left", np.int32)),
-        images=jnp.asarray(column("images", bool)),
-        texts=jnp.asarray(column("texts", bool)),
-        end=jnp.asarray(column("end", np.int32)),
-        limit=jnp.asarray(column("limit", np.int32)),
-        weight=jnp.asarray(column("weight", np.float32)),
-        image_weight=jnp.asarray(column("image_weight", np.float32)),
-        first=jnp.asarray(np.array([request.interval[0] for request in padded], np.float32)),
-        last=jnp.asarray(np.array([request.interval[1] for request in padded], np.float32)),
-    )
     given = _given(padded, streams, length, rules) if requests[0].given else None
     limit = max(request.limit for request in requests)
     found = _decode(
@@ -128,7 +106,7 @@ def run_requests(
         jnp.asarray(lengths),
         jnp.stack([seed_key(request.seed) for request in padded]),
         sampling_rows([request.sampling for request in padded]),
-        rows,
+        stream_rows(padded),
         given,
         rules=rules,
         steps=limit if limit == rules.image_tokens else PROMPTS.fit(limit),
@@ -137,6 +115,45 @@ def run_requests(
     return [
         Result(ids[i, : counts[i] - ended[i]], bool(ended[i]), float(logprobs[i].sum())) for i in range(len(requests))
     ]
+
+
+def check_request(request: Request, context: int) -> None:
+    """Raises ValueError for more tokens than the ``context`` has positions, or sampling that these models lack."""
+    if request.sampling.repetition_penalty != 1 or request.sampling.compat is not None:
+        raise ValueError("repetition_penalty and compat are not for models of texts and images; leave them out")
+    total = max(map(len, request.streams)) + request.limit
+    if total > context:
+        raise ValueError(
+            f"the prompt and {request.limit} new tokens take {total} positions, but the context "
+            f"holds {context}; shorten the prompt, give fewer documents or ask for fewer tokens"
+        )
+
+
+def stream_rows(requests: Sequence[Request]) -> StreamRows:
+    """What requests ask for, as arrays."""
+
+    def column(name: str, dtype: type) -> Array:
+        return jnp.asarray(np.array([getattr(request, name) for request in requests], dtype))
+
+    return StreamRows(
+        place=column("place", np.int32),
+        left=column("left", np.int32),
+        images=column("images", bool),
+        texts=column("texts", bool),
+        end=column("end", np.int32),
+        limit=column("limit", np.int32),
+        weight=column("weight", np.float32),
+        image_weight=column("image_weight", np.float32),
+        first=jnp.asarray(np.array([request.interval[0] for request in requests], np.float32)),
+        last=jnp.asarray(np.array([request.interval[1] for request in requests], np.float32)),
+    )
+
+
+def given_places(request: Request, stream: int, rules: StreamRules) -> tuple[np.ndarray, np.ndarray]:
+    """Places (S,) of a prompt's tokens in the grid of their image, and of the tokens after them, see ``Places``."""
+    read = request.given[stream].places
+    after = rules.image_tokens - request.left if request.place == Place.IMAGE else -1
+    return read, np.append(read[1:], after).astype(np.int32)
 
 
 @platform_jit(static_argnames=("graphdef", "rules", "steps"))
@@ -161,11 +178,10 @@ def _given(requests: Sequence[Request], streams: int, length: int, rules: Stream
     """What stands beside the prompts, padded to ``length``; after a prompt comes the first drawn one."""
     read = np.full((streams * len(requests), length), -1, np.int32)
     drawn = read.copy()
-    beside = [request.given[number] for number in range(streams) for request in requests]
-    for row, one in enumerate(beside):
-        request, end = requests[row % len(requests)], len(one.places)
-        read[row, :end] = one.places
-        drawn[row, : end - 1] = one.places[1:]
-        drawn[row, end - 1] = rules.image_tokens - request.left if request.place == Place.IMAGE else -1
+    asked = [(request, number) for number in range(streams) for request in requests]
+    for row, (request, number) in enumerate(asked):
+        places = given_places(request, number, rules)
+        read[row, : len(places[0])], drawn[row, : len(places[1])] = places
+    beside = [request.given[number] for request, number in asked]
     references = References(*(jnp.asarray(np.stack([one[part] for one in beside])) for part in (0, 1)))
     return Given(references, Places(jnp.asarray(read), jnp.asarray(drawn)))

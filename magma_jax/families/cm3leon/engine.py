@@ -1,10 +1,11 @@
 """Results of prompts: requests for drawings, edits, texts and gaps, and what stands beside them."""
 
+import dataclasses
 import functools
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from magma_jax.families.cm3leon.prompts import (
 from magma_jax.inference.answers import ImageOptions
 from magma_jax.inference.decoding.config import SEED_BITS, SamplingConfig
 from magma_jax.inference.decoding.streams import Combine, Place, StreamRules
+from magma_jax.inference.ranking import best_candidates
 from magma_jax.typing import Int
 
 T = TypeVar("T")
@@ -38,6 +40,22 @@ GAP, IMAGE_GAP = Gap("text"), Gap("image")
 
 # Examples per batch.
 EXAMPLES = 8
+
+
+class Plan(NamedTuple):
+    """Prompts of drawings or edits.
+
+    Attributes:
+        texts: what each asks for, as ``DrawOptions.score`` sees it.
+        streams: ids of its streams.
+        combine: how their logits are combined.
+        documents: segments of the documents of each stream.
+    """
+
+    texts: Sequence[str]
+    streams: Sequence[tuple[np.ndarray, ...]]
+    combine: Combine
+    documents: Sequence[Sequence[Sequence[Sequence[Segment]]]]
 
 
 class Engine:
@@ -61,9 +79,20 @@ class Engine:
         batch: int = EXAMPLES,
     ) -> list[list[Result]]:
         """The best results of every edit."""
+        return self.draw(self.plan_edits(edits, options, template, documents), options, batch=batch)
+
+    def plan_edits(
+        self,
+        edits: Sequence[tuple[Any, str]],
+        options: DrawOptions,
+        template: str = EDIT,
+        documents: Sequence[Sequence[Pair]] = (),
+    ) -> Plan:
+        """Prompts of edits."""
         media, config = self.media, self.config
         sources = [Codes(media.codes(image)) for image, _ in edits]
-        words, texts = media.encode(template), [media.encode(instruction) for _, instruction in edits]
+        asked = [instruction for _, instruction in edits]
+        words, texts = media.encode(template), [media.encode(instruction) for instruction in asked]
         if config.references is None:
             streams = [
                 edit_streams(words, source.codes, text, config.vocabulary, config.image_tokens)
@@ -83,9 +112,9 @@ class Engine:
         if options.cd_k:
             raise ValueError("an edit is guided by image and instruction; leave cd_k out")
         if options.guidance == options.image_guidance == 1:
-            return self.draw([one[:1] for one in streams], options, "conditional", documents=pairs, batch=batch)
+            return Plan(asked, [one[:1] for one in streams], "conditional", pairs)
         self._warn_unless_sentinels()
-        return self.draw(streams, options, "edit", documents=pairs, batch=batch)
+        return Plan(asked, streams, "edit", pairs)
 
     def of_texts(
         self,
@@ -95,6 +124,10 @@ class Engine:
         batch: int = EXAMPLES,
     ) -> list[list[Result]]:
         """The best results of every text."""
+        return self.draw(self.plan_texts(texts, options, documents), options, batch=batch)
+
+    def plan_texts(self, texts: Sequence[str], options: DrawOptions, documents: Sequence[Sequence[Pair]] = ()) -> Plan:
+        """Prompts of drawings."""
         layout, size = self.config.vocabulary, self.config.image_tokens
         pairs = self._documents(documents, len(texts))
         by_side = self.config.references is not None
@@ -104,10 +137,9 @@ class Engine:
         ]
         by_stream = [[found, found] for found in pairs]
         if options.guidance == 1 and not options.cd_k:
-            return self.draw([pair[:1] for pair in streams], options, "conditional", documents=by_stream, batch=batch)
+            return Plan(texts, [pair[:1] for pair in streams], "conditional", by_stream)
         self._warn_unless_sentinels()
-        combine: Combine = "contrast" if options.cd_k else "guide"
-        return self.draw(streams, options, combine, documents=by_stream, batch=batch)
+        return Plan(texts, streams, "guide", by_stream)
 
     def _documents(self, documents: Sequence[Sequence[Pair]], count: int) -> list[list[list[Segment]]]:
         """Segments of the documents of ``count`` prompts."""
@@ -142,22 +174,31 @@ class Engine:
         ]
         return Request(streams=tuple(streams), given=tuple(one for one in found if one is not None), **fields)
 
-    def draw(
-        self,
-        streams: Sequence[tuple[np.ndarray, ...]],
-        options: DrawOptions,
-        combine: Combine,
-        *,
-        documents: Sequence[Sequence[Sequence[Sequence[Segment]]]] = (),
-        batch: int = EXAMPLES,
-    ) -> list[list[Result]]:
-        """``options.n`` images of every prompt, each the likeliest of its candidates.
+    def draw(self, plan: Plan, options: DrawOptions, *, batch: int = EXAMPLES) -> list[list[Result]]:
+        """``options.n`` images of every prompt, each the best of its candidates; with ``cd_k`` by CD-K or from both."""
+        requests = self.drawings(plan, options)
+        found: dict[int, Result] = {}
+        by_contrast = _contrasted(len(requests), options)
+        for contrast in (False, True):
+            places = [place for place in range(len(requests)) if (place in by_contrast) == contrast]
+            mine = [requests[place] for place in places]
+            if contrast:
+                # A weight of 1, as in images outside of the interval, would take the stream with the text alone.
+                mine = [dataclasses.replace(request, weight=0.0) for request in mine]
+                rules = {"k": options.cd_k, "alpha": options.cd_alpha}
+                rules["amateur_temperature"] = options.amateur_temperature
+                results = self.run(mine, "contrast", batch=batch, **rules)
+            else:
+                results = self.run(mine, plan.combine, batch=batch)
+            found |= dict(zip(places, results, strict=True))
+        pool = [found[place] for place in range(len(requests))]
+        return self.best(plan, pool, options)
 
-        ``documents`` are those of each of its streams; none for no documents.
-        """
-        size, each = self.config.image_tokens, options.n * options.candidates
+    def drawings(self, plan: Plan, options: DrawOptions) -> list[Request]:
+        """Requests for all candidates of all images of every prompt, in order."""
+        size = self.config.image_tokens
         sampling = sampling_of(options)
-        requests = [
+        return [
             self.request(
                 prompt,
                 found,
@@ -172,19 +213,20 @@ class Engine:
                 image_weight=options.image_guidance,
                 interval=options.interval,
             )
-            for prompt, found in zip(streams, documents or [[[]] * len(one) for one in streams], strict=True)
-            for i in range(each)
+            for prompt, found in zip(plan.streams, plan.documents, strict=True)
+            for i in range(options.n * options.candidates)
         ]
-        found = self.run(
-            requests,
-            combine,
-            k=max(options.cd_k, 1),
-            alpha=options.cd_alpha,
-            batch=batch,
-            amateur_temperature=options.amateur_temperature,
+
+    def best(self, plan: Plan, pool: Sequence[Result], options: DrawOptions) -> list[list[Result]]:
+        """Of the results of ``drawings`` the best candidate of every image, by prompt."""
+        best = best_candidates(
+            [result.logprob for result in pool],
+            options.candidates,
+            [text for text in plan.texts for _ in range(options.n)],
+            lambda: self.media.images_of(self.codes_of(pool)),
+            options.score,
         )
-        best = [max(group, key=lambda result: result.logprob) for group in batched(found, options.candidates)]
-        return list(batched(best, options.n))
+        return list(batched([pool[place] for place in best], options.n))
 
     def codes_of(self, results: Sequence[Result]) -> Int[np.ndarray, "N T"]:
         """Codes of drawn images."""
@@ -278,6 +320,14 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
+
+
+def _contrasted(count: int, options: DrawOptions) -> set[int]:
+    """Places of the candidates that are drawn by CD-K: the last ones of every image."""
+    each = options.candidates if options.contrasted is None else options.contrasted
+    if not options.cd_k:
+        return set()
+    return {place for place in range(count) if place % options.candidates >= options.candidates - each}
 
 
 @functools.cache

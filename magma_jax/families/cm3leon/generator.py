@@ -19,7 +19,8 @@ from PIL import Image
 
 from magma_jax.data.images import ImageInput
 from magma_jax.families.cm3leon.decoding import Result
-from magma_jax.families.cm3leon.engine import EXAMPLES, GAP, IMAGE_GAP, Engine, batched, sampling_of
+from magma_jax.families.cm3leon.drawing_batch import DrawingBatch
+from magma_jax.families.cm3leon.engine import EXAMPLES, GAP, IMAGE_GAP, Engine, Plan, batched, sampling_of
 from magma_jax.families.cm3leon.image_codes import tokenizer_params
 from magma_jax.families.cm3leon.loading import Loaded, load_cm3leon
 from magma_jax.families.cm3leon.media import Hidden, Item, Media, Pair
@@ -47,6 +48,9 @@ __all__ = ["GAP", "IMAGE_GAP", "CM3Leon", "Codes", "Hidden"]
 
 class CM3Leon:
     """A CM3Leon model with its weights and tokenizers."""
+
+    # It answers by writing, not by a classifier.
+    classes = 0
 
     def __init__(self, loaded: Loaded):
         trim_after_compile()
@@ -292,19 +296,22 @@ class CM3Leon:
         """
         return [self.engine.codes_of(found) for found in self.engine.edited(edits, options, template, documents, batch)]
 
+    def image_batch(self, slots: int, context: int | None = None) -> DrawingBatch:
+        """A running batch of drawings and edits, see ``inference.generator.BatchedImageGenerator``."""
+        return DrawingBatch(self, slots, context)
+
+    def plan_drawing(self, prompt: Prompt, options: ImageOptions) -> tuple[Plan, DrawOptions]:
+        """The streams of a drawing or, if the prompt has an image, of an edit; errors as of ``answers``."""
+        wanted, (text, images) = _wanted(options), _checked(check_prompt(prompt))
+        if images:
+            return self.engine.plan_edits([(images[0], text)], wanted), wanted
+        return self.engine.plan_texts([text], wanted), wanted
+
     def _drawn(self, prompts: Sequence[list[Any]], options: ImageOptions) -> list[list[Answer]]:
-        if options.steps is not None:
-            raise ValueError("steps are those of a masked model; this one draws code by code: leave it out")
-        wanted = options if isinstance(options, DrawOptions) else DrawOptions(**vars(options))
+        wanted = _wanted(options)
         if wanted.mask is not None:
             return [self._completed(prompt, wanted) for prompt in prompts]
-        texts = [_texts(prompt) for prompt in prompts]
-        images = [[item for item in prompt if not isinstance(item, str)] for prompt in prompts]
-        for text, found in zip(texts, images, strict=True):
-            if len(found) > 1:
-                raise ValueError(f"a drawing takes a text, or one image and an instruction, not {len(found)} images")
-            if not text.strip():
-                raise ValueError("a drawing needs a text that says what to draw, or what to change")
+        texts, images = zip(*(_checked(prompt) for prompt in prompts), strict=True)
         plain = [i for i, found in enumerate(images) if not found]
         edits = [i for i, found in enumerate(images) if found]
         results: dict[int, list[Result]] = {}
@@ -388,6 +395,23 @@ class CM3Leon:
         words = tuple(self.tokenizer.encode("".join(part for part in parts if isinstance(part, str))))
         finish = "stop" if result.ended else "length"
         return Answer(parts=tuple(parts), tokens=words, logprob=result.logprob, finish=finish)
+
+
+def _wanted(options: ImageOptions) -> DrawOptions:
+    """Options with the family's own."""
+    if options.steps is not None:
+        raise ValueError("steps are those of a masked model; this one draws code by code: leave it out")
+    return options if isinstance(options, DrawOptions) else DrawOptions(**vars(options))
+
+
+def _checked(prompt: Sequence[Any]) -> tuple[str, list[Any]]:
+    """The text of a drawing's prompt, and its image, if there is one."""
+    text, images = _texts(prompt), [item for item in prompt if not isinstance(item, str)]
+    if len(images) > 1:
+        raise ValueError(f"a drawing takes a text, or one image and an instruction, not {len(images)} images")
+    if not text.strip():
+        raise ValueError("a drawing needs a text that says what to draw, or what to change")
+    return text, images
 
 
 def _texts(prompt: Sequence[Any]) -> str:

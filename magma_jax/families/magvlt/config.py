@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from magma_jax.data.code_pairs import CodePairsConfig
 from magma_jax.data.openmoji.pairs import OpenmojiPairsConfig
 from magma_jax.families.magvlt.options import BOTH, MagvltOptions
 from magma_jax.models.magvlt.config import MagvltConfig
@@ -21,6 +22,7 @@ INPUTS = (
     (re.compile(r"image_tokenizer/.*|.*(ln_\d|head_norm)/weight"), None),
     (re.compile(r"(wte|special|(image|text|special)_positions|length_head)/weight"), None),
     (re.compile(r"layers/.*weight"), "positions"),
+    (re.compile(r"class_head/weight"), "row"),
     (re.compile(r"head_proj/weight"), "predicted"),
     (re.compile(r"caption_proj/weight"), "caption"),
     (re.compile(r"(join|part)_proj/weight"), "places"),
@@ -41,6 +43,14 @@ def complete(config: RunConfig) -> RunConfig:
         )
     if model.causal:
         _check_causal(config.loss)
+    names = data.classes if isinstance(data, CodePairsConfig) else ()
+    if len(names) != model.classes:
+        raise ValueError(
+            f"model.classes is {model.classes}, but data.classes names {len(names)} answers; python -m magma_jax.data "
+            "answers writes those of a dataset"
+        )
+    if model.classes:
+        _check_classes(config.loss)
     wanted = {"length": model.text_positions}
     if isinstance(data, OpenmojiPairsConfig):
         if model.tokenizer is None:
@@ -63,6 +73,14 @@ def _check_causal(loss: MagvltOptions) -> None:
         )
 
 
+def _check_classes(loss: MagvltOptions) -> None:
+    """Raises ValueError for losses that a classifier of answers has not."""
+    wanted = {"unroll_weight": 0.0, "mixsel_weight": 0.0, "length_weight": 0.0, "task_weights": (0.0, 1.0, 0.0)}
+    if any(getattr(loss, name) != value for name, value in wanted.items()):
+        settings = " ".join(f'"loss.{name}={value}"' for name, value in wanted.items())
+        raise ValueError(f"model.classes: questions have the loss of their answers alone; set {settings}")
+
+
 def batch_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Shapes and dtypes of a run's batches, as ``families.magvlt.prepare`` makes them."""
     model, rows = program.config.model, program.config.batch_size
@@ -70,9 +88,11 @@ def batch_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "codes": (codes, jnp.int32),
         "tokens": (tokens, jnp.int32),
-        **dict.fromkeys(("lengths", "task"), ((rows,), jnp.int32)),
-        "seeds": ((rows,), jnp.uint32),
+        **dict.fromkeys(("lengths", "labels" if model.classes else "task"), ((rows,), jnp.int32)),
     }
+    if model.classes:
+        return shapes
+    shapes["seeds"] = (rows,), jnp.uint32
     if program.config.loss.mixsel_weight:
         shapes |= {
             "mixed_codes": (codes, jnp.int32),
@@ -93,8 +113,9 @@ def count(batch: Mapping[str, np.ndarray], pad_id: int) -> tuple[int, int]:
 
 
 def base_may_differ(base: Mapping[str, Any]) -> tuple[str, ...]:
-    """Fields in which a base may differ: how the model is run and stored."""
-    return ("dtype", "attention_dropout", "residual_dropout")
+    """Fields in which a base may differ: how the model is run and stored, and an added classifier."""
+    names = ("dtype", "attention_dropout", "residual_dropout")
+    return names if base.get("classes") else (*names, "classes")
 
 
 def step_flops(
@@ -106,18 +127,20 @@ def step_flops(
 ) -> StepFlops:
     """Operations of a step of the task text to image, see ``training.step.flops``: most steps are, by default.
 
+    With classes those of the pass that the classifier reads.
+
     Every helper loss that the batch is prepared for takes a further pass.
     """
     rows, codes = batch["codes"]
     unrolled = "unroll_seeds" in batch
     # UnrollMask draws all masked codes of the first pass, the losses take some.
-    predicted = min(options.image_targets or codes, codes)
+    predicted = 0 if config.classes else min(options.image_targets or codes, codes)
     passes = 1 + unrolled + ("mixed_codes" in batch)
     frozen, trained = matrix_flops(
         shapes,
         labels,
         INPUTS,
-        {"positions": config.length, "predicted": predicted, "places": config.image_places, "caption": 1},
+        {"positions": config.length, "predicted": predicted, "places": config.image_places, "caption": 1, "row": 1},
     )
     head = 2 * predicted * config.width * config.image_rows
     # The guesses that UnrollMask draws take the head's forward pass once more, over all codes.

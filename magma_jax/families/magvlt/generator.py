@@ -24,16 +24,17 @@ from PIL import Image
 from magma_jax.data.images import ImageInput
 from magma_jax.data.tokenizers.captions import CLEAN_UPS
 from magma_jax.data.tokenizers.text import TextTokenizer, TooLong
+from magma_jax.families.magvlt.classifying import class_logits
 from magma_jax.families.magvlt.decoding.image import ImageRun, blank, canvases, inpaint
 from magma_jax.families.magvlt.decoding.next_token import CodeRun, draw_codes, write_texts
 from magma_jax.families.magvlt.decoding.open_model import OpenModel
 from magma_jax.families.magvlt.decoding.pairs import draw_pairs, pair_length_logits
 from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, infill_text, length_logits, text_likelihood
-from magma_jax.families.magvlt.loading import load_magvlt
+from magma_jax.families.magvlt.loading import load_magvlt, read_class_names
 from magma_jax.families.magvlt.prompts import encode_texts, masked_words, parts_of, places_of_mask
 from magma_jax.families.magvlt.rows import ROWS, best, in_parts, keys_of, repeated
 from magma_jax.families.vqgan.generator import ImageTokenizer
-from magma_jax.inference.answers import Answer, AnswerOptions, Canvas, ImageOptions
+from magma_jax.inference.answers import Answer, AnswerOptions, Canvas, ImageOptions, Score
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.masked import ImageRule, ImageSteps, Trace
 from magma_jax.inference.decoding.sampling import sampling_rows
@@ -61,7 +62,8 @@ class Drawn:
     Attributes:
         images: the images.
         codes: (N, I) their codes.
-        scores: log-probability of the prompt given each image, all of its tokens masked at once; see ``candidates``.
+        scores: by ``ImageOptions.score``; without one the log-probability of the prompt given each image, all of its
+            tokens masked at once.
         trace: places, tokens and probabilities of every step, (steps, N, I) each, if asked for.
     """
 
@@ -78,12 +80,13 @@ class Magvlt:
         makes: what its answers are; without an image tokenizer nothing, since it knows codes alone.
         image_size: pixels per side of its images.
         image_tokens: codes of an image.
+        classes: the number of answers that its classifier knows; such a model answers questions about images.
     """
 
     # Images are described without a text.
     default_prompt = ""
 
-    def __init__(self, config: MagvltConfig, params: Params, tokenizer: TextTokenizer):
+    def __init__(self, config: MagvltConfig, params: Params, tokenizer: TextTokenizer, class_names: Sequence[str] = ()):
         trim_after_compile()
         below = f"{TOKENIZER}/"
         self.config, self.tokenizer = config, tokenizer
@@ -97,13 +100,15 @@ class Magvlt:
         self.makes: frozenset[Makes] = frozenset(makes if config.tokenizer is not None else ())
         self.image_size = 0 if config.tokenizer is None else config.tokenizer.image_size
         self.image_tokens = config.image_positions
+        self.classes, self.class_names = len(class_names), tuple(class_names)
 
     @classmethod
     def from_checkpoint(
         cls, path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None, ema: bool | None = None
     ) -> "Magvlt":
         """Loads a run folder, a model folder or a file in the published layout; arguments as for ``Family.open``."""
-        return cls(*load_magvlt(path, dtype, mesh, ema))
+        config, params, tokenizer = load_magvlt(path, dtype, mesh, ema)
+        return cls(config, params, tokenizer, read_class_names(path, config))
 
     def generate_image(self, text: str, n: int = 1, **options: Any) -> list[Image.Image]:
         """Images of a text; ``options`` are those of ``ImageOptions``.
@@ -146,7 +151,7 @@ class Magvlt:
                 filled = draw_codes(self.model, text, ends, keys, _code_run(options))
             else:
                 filled = inpaint(self.model, image, editable, text, ends, keys, run)
-            return filled.tokens, text_likelihood(self.model, filled.tokens, text, ends), filled.trace
+            return filled.tokens, self._scores(prompt, options, filled.tokens, text, ends), filled.trace
 
         found, scores, traces = in_parts(part, options.seed, count)
         chosen = best(scores, options.candidates)
@@ -178,7 +183,7 @@ class Magvlt:
             if step in shown and step < steps:
                 rows = np.arange(options.n) * options.candidates
                 yield Canvas(self.unfinished(found[rows], np.asarray(canvas.masked)[rows]))
-        scores = text_likelihood(self.model, found, text, ends)[:count]
+        scores = self._scores(prompt, options, found, text, ends)[:count]
         yield Canvas(self.decode(found[best(scores, options.candidates)]), "stop")
 
     def caption(
@@ -192,6 +197,7 @@ class Magvlt:
         sampling: SamplingConfig = SAMPLING,
         run: TextRun = TextRun(),
         clean_up: str = "none",
+        score: Score | None = None,
     ) -> list[str]:
         """Texts of an image.
 
@@ -204,12 +210,13 @@ class Magvlt:
             sampling: temperature and filters.
             run: steps, and which tokens are masked again.
             clean_up: see ``data.tokenizers.captions``.
+            score: keeps the best candidate by this score instead, such as a ``ClipScorer``.
 
         Raises:
             ValueError: an option out of range. ImageError: a bad image.
         """
         options = AnswerOptions(n=n, seed=seed, sampling=sampling)
-        found = self.write(image, None, options, candidates=candidates, lengths=lengths, run=run)
+        found = self.write(image, None, options, candidates=candidates, lengths=lengths, run=run, score=score)
         return [CLEAN_UPS[clean_up](answer.text) for answer in found]
 
     def infill_text(
@@ -222,6 +229,21 @@ class Magvlt:
         """
         options = AnswerOptions(n=n, seed=seed, sampling=sampling)
         return [answer.text for answer in self.write(image, text, options)]
+
+    def answer(self, image: ImageInput, question: str, n: int = 1) -> list[tuple[str, float]]:
+        """The likeliest answers to a question about an image, each with its log-probability.
+
+        Raises:
+            ValueError: a model without a classifier of answers, an empty question, or one of too many tokens.
+            ImageError: a bad image.
+        """
+        if not self.classes:
+            raise ValueError("this model has no classifier of answers; finetune it on questions")
+        tokens, lengths = self._encode_texts([question], "error")
+        logits = class_logits(self.model, self.encode([image]), tokens, lengths)[0].astype(np.float64)
+        log_probs = logits - np.logaddexp.reduce(logits)
+        order = np.argsort(-log_probs, kind="stable")[:n]
+        return [(self.class_names[number], float(log_probs[number])) for number in order]
 
     def generate_pair(self, seed: int = 0, n: int = 1, **options: Any) -> list[tuple[Image.Image, str]]:
         """Images and texts drawn together, from nothing; ``options`` are those of ``ImageOptions``."""
@@ -250,6 +272,7 @@ class Magvlt:
         candidates: int = 1,
         lengths: int = 1,
         run: TextRun = TextRun(),
+        score: Score | None = None,
     ) -> list[Answer]:
         """Texts of an image, see ``caption``; with a ``text`` they fill in its words ``[MASK]``.
 
@@ -291,6 +314,8 @@ class Magvlt:
             return filled.tokens, filled.log_probs.sum(-1), None
 
         tokens, scores, _ = in_parts(part, options.seed, count)
+        if score is not None:
+            scores = np.asarray(score([image.load()] * count, [self.text(row) for row in tokens]))
         return [self._answer(tokens[row], float(scores[row])) for row in best(scores, candidates)]
 
     def answers(
@@ -303,7 +328,7 @@ class Magvlt:
         """The answers to every prompt, see ``inference.generator.Generator``.
 
         ``ImageOptions`` ask for images of a text, or of an image and a text; ``AnswerOptions`` for texts of an image,
-        which with a text fill in its words ``[MASK]``.
+        which with a text fill in its words ``[MASK]``, or of a model with classes are the likeliest answers to it.
         """
         for prompt in prompts:
             if isinstance(options, ImageOptions):
@@ -316,6 +341,10 @@ class Magvlt:
             parts = parts_of(prompt)
             if parts.image is None:
                 raise ValueError("the prompt has no image to describe; give one, or ask for an image")
+            if self.classes and parts.text is not None:
+                found = self.answer(parts.image, parts.text, options.n)
+                yield [Answer(parts=(name,), tokens=(), logprob=score, finish="stop") for name, score in found]
+                continue
             yield self.write(parts.image, parts.text, options)
 
     def text_tokens(self, text: str) -> int:
@@ -374,6 +403,14 @@ class Magvlt:
             places = places_of_mask(options.mask, parts.image.load(), self.image_size, self.config.grid)[None]
             codes = self.encode([parts.image])
         return codes, places, tokens, lengths
+
+    def _scores(
+        self, prompt: Prompt, options: ImageOptions, codes: Any, text: np.ndarray, ends: np.ndarray
+    ) -> np.ndarray:
+        """Scores of the candidates ``codes`` (N, I), see ``Drawn``."""
+        if options.score is None:
+            return text_likelihood(self.model, np.asarray(codes), text, ends)
+        return np.asarray(options.score(self.decode(codes), [str(parts_of(prompt).text)] * len(codes)))
 
     def _encode_texts(self, texts: Sequence[str], too_long: TooLong) -> tuple[np.ndarray, np.ndarray]:
         return encode_texts(texts, self.tokenizer, self.config.text_positions, too_long)

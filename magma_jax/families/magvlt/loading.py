@@ -56,6 +56,22 @@ def load_magvlt(
         raise CheckpointError(f"{folder}: no vocabulary ({error}); write the folder again") from None
 
 
+def read_class_names(path: str | Path, config: MagvltConfig) -> tuple[str, ...]:
+    """The answers that a model's classifier knows, in the order of its outputs, as the data of its run name them.
+
+    Raises:
+        CheckpointError: the run does not name as many.
+    """
+    if not config.classes:
+        return ()
+    path = local_path(path)
+    run = read_model_json(path).get("run") if (path / MODEL_FILE).exists() else None
+    names = tuple(map(str, ((run or {}).get("data") or {}).get("classes", ())))
+    if len(names) != config.classes:
+        raise CheckpointError(f"{path}: names {len(names)} answers, but its classifier has {config.classes} classes")
+    return names
+
+
 def open_folder(folder: str | Path) -> tuple[MagvltConfig, Params]:
     """Config of a model folder or a trained run, and its parameters in their stored dtypes, lazy unless trained.
 

@@ -5,6 +5,7 @@ pass's guesses in place of its masks and new masks among them (UnrollMask); and 
 one over images beside the dummy text of the length prediction is an option.
 
 A causal model has one pass, nothing is masked, and every token of the second modality is predicted from those before.
+A model with classes has another loss, see ``classifying``.
 """
 
 from collections.abc import Callable, Collection
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from magma_jax.families.magvlt.classifying import class_loss
 from magma_jax.families.magvlt.masking import Masks, draw_masks, row_keys
 from magma_jax.families.magvlt.options import BOTH, IMAGE_TO_TEXT, TEXT_TO_IMAGE, MagvltOptions
 from magma_jax.models.magvlt.layout import Order
@@ -60,8 +62,10 @@ def magvlt_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, option
     Returns:
         ``image`` and ``text``, over the masked tokens of the task's modalities, in a causal model over all of them;
         ``length``, over rows in which the image comes first, not of a causal model; the accuracy of each, with weight
-        0; and ``unroll_...`` and ``mixsel_...`` of the others.
+        0; and ``unroll_...`` and ``mixsel_...`` of the others. With classes the terms of ``class_loss``.
     """
+    if model.config.classes:
+        return class_loss(model, batch, key, options=options)
     task, seeds = batch["task"][0], batch["seeds"]
     first = batch["codes"], batch["tokens"], batch["lengths"]
     words = jnp.arange(first[1].shape[1]) < first[2][:, None]

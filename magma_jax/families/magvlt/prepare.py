@@ -107,6 +107,8 @@ def _prepared(
     pad_id: int,
     separator: int,
 ) -> Batch:
+    if "labels" in batch:
+        return {name: batch[name] for name in ("codes", "tokens", "lengths", "labels")}
     task = task_of(batch["draws"][0, 0], options)
     if tables is not None:
         batch = batch | {"codes": tables.codes[batch["image_rows"]]}

@@ -16,8 +16,8 @@ SHARDINGS: tuple[ShardingRow, ...] = (
     (r"(special|image_positions|text_positions|special_positions)/weight", (None, ("fsdp", "model"))),
     # The norm that follows needs the whole width.
     (r"(head|caption|join|part)_proj/weight", ("fsdp", "model")),
-    (r"length_head/weight", (None, ("fsdp", "model"))),
-    (r"head_bias|(head|caption|join|part)_proj/bias|head_norm/(weight|bias)", ()),
+    (r"(length|class)_head/weight", (None, ("fsdp", "model"))),
+    (r"head_bias|class_head/bias|(head|caption|join|part)_proj/bias|head_norm/(weight|bias)", ()),
     (r"layers/(ln_[12]/(weight|bias)|attn/out_proj/bias|mlp/c_proj/bias)", ()),
     *TOKENIZER_SHARDINGS,
 )

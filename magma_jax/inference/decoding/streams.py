@@ -106,17 +106,31 @@ class StreamTokens(NamedTuple):
     logprobs: Array
 
 
+class Walk(NamedTuple):
+    """How far examples are, (B,) each.
+
+    Attributes:
+        place: ``Place`` of the next token.
+        left: codes until the image is complete, in an image.
+        count: new tokens.
+        ended: whether the end was drawn.
+        done: whether nothing follows.
+    """
+
+    place: Array
+    left: Array
+    count: Array
+    ended: Array
+    done: Array
+
+
 class _State(NamedTuple):
     """Loop state; ``position`` has a value per stream and example, the others per example."""
 
     cache: KVCache
     token: Array
     position: Array
-    place: Array
-    left: Array
-    count: Array
-    ended: Array
-    done: Array
+    walk: Walk
 
 
 class Given(NamedTuple):
@@ -127,7 +141,7 @@ class Given(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _With:
+class ModelBeside:
     """A decoder and what stands beside its prompts."""
 
     lm: Any
@@ -150,9 +164,8 @@ class _With:
         return self.lm.logits(hidden)
 
 
-def _read_place(token: Int[Array, " B"], left: Int[Array, " R"], rules: StreamRules, streams: int) -> Int[Array, " R"]:
+def read_place(ids: Int[Array, " R"], left: Int[Array, " R"], rules: StreamRules) -> Int[Array, " R"]:
     """Place in the grid of the newest tokens; -1 for those that are no codes."""
-    ids = jnp.tile(token, streams)
     is_image = (ids >= rules.layout.image_ids.start) & (ids < rules.layout.image_ids.stop)
     return jnp.where(is_image, rules.image_tokens - 1 - left, -1)
 
@@ -190,37 +203,35 @@ def decode_streams(
         raise ValueError(
             f"{tokens.shape[0]} prompts are not {streams} streams of {batch} examples, which {rules.combine} takes"
         )
-    dtype = lm.wte.weight[...].dtype
-    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
-    model = _With(lm, given, rules.image_tokens, dtype)
+    model = ModelBeside(lm, given, rules.image_tokens, activations_of(lm))
     places = None if given is None else given.places
     embedded = model.embed(tokens, places)
     head = functools.partial(model.logits, model.after(jnp.tile(rows.place, streams), jnp.tile(rows.left, streams)))
     cache, logits = run_prompts(lm, embedded, lengths, slots=tokens.shape[1] + steps, head=head)
     zeros = jnp.zeros(batch, jnp.int32)
     no = jnp.zeros(batch, bool)
-    state = _State(cache, zeros, lengths - 1, rows.place, rows.left, zeros, no, rows.limit < 1)
+    state = _State(cache, zeros, lengths - 1, Walk(rows.place, rows.left, zeros, no, rows.limit < 1))
     drawn = jnp.full((batch, steps), rules.layout.pad, jnp.int32), jnp.zeros((batch, steps))
 
     def going(carry):
         step, state, *_ = carry
-        return (step < steps) & ~state.done.all()
+        return (step < steps) & ~state.walk.done.all()
 
     def body(carry):
         step, state, logits, (ids, logprobs) = carry
-        before = state.done
+        before = state.walk.done
         state, logprob = _draw(logits, state, keys, sampling, rows, rules)
         ids = ids.at[:, step].set(jnp.where(before, rules.layout.pad, state.token))
         logprobs = logprobs.at[:, step].set(jnp.where(before, 0.0, logprob))
-        where, left = jnp.tile(state.place, streams), jnp.tile(state.left, streams)
-        read = _read_place(state.token, left, rules, streams)
+        where, left = jnp.tile(state.walk.place, streams), jnp.tile(state.walk.left, streams)
+        read = read_place(jnp.tile(state.token, streams), left, rules)
         drawn = model.after(where, left)
         embedded = model.embed(jnp.tile(state.token, streams)[:, None], Places(read[:, None], drawn[:, None]))
         output = lm(embedded, positions=state.position[:, None], cache=state.cache)
         return step + 1, state._replace(cache=output.cache), model.logits(drawn, output.hidden[:, 0]), (ids, logprobs)
 
     _, state, _, (ids, logprobs) = jax.lax.while_loop(going, body, (jnp.int32(0), state, logits, drawn))
-    return StreamTokens(ids, state.count, state.ended, logprobs)
+    return StreamTokens(ids, state.walk.count, state.walk.ended, logprobs)
 
 
 def combined(
@@ -283,32 +294,48 @@ def _draw(
     rules: StreamRules,
 ) -> tuple[_State, Float[Array, " B"]]:
     """Draws the next token of every example; finished ones stay unchanged."""
-    batch, layout = keys.shape[0], rules.layout
+    batch, walk = keys.shape[0], state.walk
     logits = logits.astype(jnp.float32)
-    allowed = allowed_ids(rules, rows, state.place, state.count, logits.shape[-1])
-    share = (rules.image_tokens - state.left) / rules.image_tokens
-    guided = (state.place != Place.IMAGE) | ((share >= rows.first) & (share < rows.last))
-    weights = jnp.where(guided, rows.weight, 1.0), jnp.where(guided, rows.image_weight, 1.0)
-    drawable = combined(logits, allowed, weights, rules)
-    numbered = jax.vmap(jax.random.fold_in)(keys, state.count)
+    allowed = allowed_ids(rules, rows, walk.place, walk.count, logits.shape[-1])
+    drawable = combined(logits, allowed, weights_at(walk, rows, rules), rules)
+    numbered = jax.vmap(jax.random.fold_in)(keys, walk.count)
     token = sample(drawable, numbered, sampling).astype(jnp.int32)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits[:batch]), token[:, None], axis=1)[:, 0]
-
-    is_image = (token >= layout.image_ids.start) & (token < layout.image_ids.stop)
-    begins = is_image & (state.place == Place.BEGIN)
-    left = jnp.where(begins, rules.image_tokens - 1, jnp.where(is_image, state.left - 1, 0))
-    place = jnp.where(is_image, jnp.where(left > 0, Place.IMAGE, Place.AFTER), Place.TEXT)
-    place = jnp.where(token == layout.brk, Place.BEGIN, place)
-    count, ended = state.count + 1, token == rows.end
-    was = state.done
-    moved = jnp.tile(was, STREAMS[rules.combine])
+    moved = jnp.tile(walk.done, STREAMS[rules.combine])
     return _State(
         cache=state.cache,
-        token=jnp.where(was, state.token, token),
+        token=jnp.where(walk.done, state.token, token),
         position=jnp.where(moved, state.position, state.position + 1),
-        place=jnp.where(was, state.place, place),
-        left=jnp.where(was, state.left, left),
-        count=jnp.where(was, state.count, count),
-        ended=jnp.where(was, state.ended, ended),
-        done=was | ended | (count >= rows.limit),
+        walk=walked(walk, token, rows, rules),
     ), logprob
+
+
+def weights_at(walk: Walk, rows: StreamRows, rules: StreamRules) -> tuple[Array, Array]:
+    """Weights of guidance by the prompt and by the image, (B,) each: 1 in images outside of their interval."""
+    share = (rules.image_tokens - walk.left) / rules.image_tokens
+    guided = (walk.place != Place.IMAGE) | ((share >= rows.first) & (share < rows.last))
+    return jnp.where(guided, rows.weight, 1.0), jnp.where(guided, rows.image_weight, 1.0)
+
+
+def walked(walk: Walk, token: Int[Array, " B"], rows: StreamRows, rules: StreamRules) -> Walk:
+    """Where examples are after one more token; finished ones stay unchanged."""
+    layout, was = rules.layout, walk.done
+    is_image = (token >= layout.image_ids.start) & (token < layout.image_ids.stop)
+    begins = is_image & (walk.place == Place.BEGIN)
+    left = jnp.where(begins, rules.image_tokens - 1, jnp.where(is_image, walk.left - 1, 0))
+    place = jnp.where(is_image, jnp.where(left > 0, Place.IMAGE, Place.AFTER), Place.TEXT)
+    place = jnp.where(token == layout.brk, Place.BEGIN, place)
+    count, ended = walk.count + 1, token == rows.end
+    return Walk(
+        place=jnp.where(was, walk.place, place),
+        left=jnp.where(was, walk.left, left),
+        count=jnp.where(was, walk.count, count),
+        ended=jnp.where(was, walk.ended, ended),
+        done=was | ended | (count >= rows.limit),
+    )
+
+
+def activations_of(lm: Decoder) -> Any:
+    """Dtype of activations: that of the embeddings."""
+    dtype = lm.wte.weight[...].dtype
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32

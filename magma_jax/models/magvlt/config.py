@@ -31,6 +31,8 @@ class MagvltConfig:
             and makes a small model's pass several times cheaper.
         causal: whether a position sees only those before it, and predicts the next: ARGVLT, the paper's autoregressive
             baseline. It has the same parameters, of which length head and rows of masks have no effect.
+        classes: answers to questions about images that a linear classifier on the token after BOT knows, see
+            ``MagvltModel.class_logits``; 0 for none.
         tokenizer: the image tokenizer that the model holds, frozen; None for a model of codes alone.
     """
 
@@ -47,6 +49,7 @@ class MagvltConfig:
     caption_vector: bool = False
     image_patch: int = 1
     causal: bool = False
+    classes: int = 0
     tokenizer: VQGANConfig | None = None
     kind: Literal["magvlt"] = "magvlt"
 
@@ -63,6 +66,10 @@ class MagvltConfig:
         for name in ("attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model: {name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.classes < 0:
+            raise ValueError(f"model: classes must not be negative, got {self.classes}")
+        if self.classes and self.causal:
+            raise ValueError("model: a causal model has no classes, since the token after BOT sees no question")
         if self.tokenizer is not None:
             for name, found in (("image_rows", self.tokenizer.codes), ("image_positions", self.tokenizer.tokens)):
                 if getattr(self, name) != found:

@@ -10,7 +10,7 @@ from magma_jax.models.magvlt.layout import MASK_IMAGE, MASK_TEXT, SPECIAL_ROWS, 
 from magma_jax.models.magvlt.parameters import TransformerParam
 from magma_jax.models.vision.vqgan import VQGAN
 from magma_jax.nn.activations import ACTIVATIONS
-from magma_jax.nn.layers import Embedding, LayerNorm, Linear, normal, product
+from magma_jax.nn.layers import Embedding, LayerNorm, Linear, dropout, normal, product
 from magma_jax.nn.modules import HeadParam
 from magma_jax.nn.stack import Remat
 from magma_jax.nn.transformer.trunk import Trunk
@@ -54,7 +54,7 @@ class MagvltModel(Trunk):
     Beside the members of ``Trunk`` it has the table ``wte`` (codes, then text tokens), which is also the head; the
     table ``special``; the position tables ``image_positions``, ``text_positions`` and ``special_positions``; the head's
     transform ``head_proj``, ``head_norm`` and bias ``head_bias``; ``length_head``; and, if the config has them,
-    ``caption_proj`` and the ``image_tokenizer``, which is frozen and not part of the forward pass.
+    ``caption_proj``, ``class_head`` and the ``image_tokenizer``, which is frozen and not part of the forward pass.
     """
 
     def __init__(self, config: MagvltConfig, *, rngs: nnx.Rngs):
@@ -85,6 +85,7 @@ class MagvltModel(Trunk):
             dtype=config.dtype,
             rngs=rngs,
         )
+        self.class_head = Linear(width, config.classes, param=HeadParam, rngs=rngs) if config.classes else None
         square = {"param": TransformerParam, "weight_init": normal(STD), "dtype": config.dtype, "rngs": rngs}
         self.caption_proj = Linear(width, width, **square) if config.caption_vector else None
         codes = config.image_patch**2
@@ -195,6 +196,18 @@ class MagvltModel(Trunk):
     def length_logits(self, bot: Float[Array, "... D"]) -> Float[Array, "... T"]:
         """fp32 logits of the text's length from the hidden state at BOT; class c is a length of c + 1."""
         return self.length_head(bot, jnp.float32)
+
+    def class_logits(self, first: Float[Array, "... D"], dropout_key: PRNGKey | None = None) -> Float[Array, "... C"]:
+        """fp32 logits of the answers from the hidden state of a question's first token, in the order image_first.
+
+        ``dropout_key``, None for none, drops with the rate of the branches.
+
+        Raises:
+            ValueError: the model has no classifier.
+        """
+        if self.class_head is None:
+            raise ValueError("this model has no classifier of answers; build it with MagvltConfig(classes=...)")
+        return self.class_head(dropout(first, self.config.residual_dropout, dropout_key), jnp.float32)
 
 
 def joined(config: MagvltConfig, codes: Float[Array, "B I D"]) -> Float[Array, "B P E"]:

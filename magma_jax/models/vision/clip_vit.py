@@ -81,25 +81,25 @@ class SelfAttention(nnx.Module):
         self.in_proj = Linear(width, 3 * width, **options)
         self.out_proj = Linear(width, width, **options)
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[Array, "B S D"], mask: Mask = Mask("full")) -> Float[Array, "B S D"]:
         q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(self.in_proj(x), 3, axis=-1))
-        out, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), Mask("full"))
+        out, _ = dot_product_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
         return self.out_proj(out.reshape(x.shape))
 
 
 class ResidualBlock(nnx.Module):
     """Pre-LayerNorm transformer block."""
 
-    def __init__(self, config: CLIPViTConfig, *, rngs: nnx.Rngs):
-        width, heads, self.activation = config.width, config.heads, config.activation
+    def __init__(self, width: int, heads: int, activation: str, *, rngs: nnx.Rngs):
+        self.activation = activation
         self.ln_1 = LayerNorm(width, param=EncoderParam)
         self.attn = SelfAttention(width, heads, rngs=rngs)
         self.ln_2 = LayerNorm(width, param=EncoderParam)
         self.c_fc = Linear(width, 4 * width, param=EncoderParam, rngs=rngs)
         self.c_proj = Linear(4 * width, width, param=EncoderParam, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        x = x + self.attn(self.ln_1(x))
+    def __call__(self, x: Float[Array, "B S D"], mask: Mask = Mask("full")) -> Float[Array, "B S D"]:
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.c_proj(ACTIVATIONS[self.activation].function(self.c_fc(self.ln_2(x))))
 
 
@@ -114,7 +114,9 @@ class CLIPViT(nnx.Module):
         self.class_embedding = EncoderParam(scale * jax.random.normal(rngs.params(), (width,)))
         self.positional_embedding = EncoderParam(scale * jax.random.normal(rngs.params(), (patches + 1, width)))
         self.ln_pre = LayerNorm(width, param=EncoderParam)
-        self.blocks = stack(lambda rngs: ResidualBlock(config, rngs=rngs), config.layers, rngs)
+        self.blocks = stack(
+            lambda rngs: ResidualBlock(width, config.heads, config.activation, rngs=rngs), config.layers, rngs
+        )
         self.ln_post = LayerNorm(width, param=EncoderParam)
         self.proj = (
             EncoderParam(scale * jax.random.normal(rngs.params(), (width, config.embedding_width)))

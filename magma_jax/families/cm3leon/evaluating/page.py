@@ -20,6 +20,7 @@ CONDITIONS = {
     "retrieved": "retrieved documents",
     "unguided": "the same without guidance",
     "cd_k": "the same by CD-K",
+    "pool": "likeliest of 2 guided, 2 by CD-K",
     "oracle": "documents by metadata",
     "random": "random documents",
     "none": "no documents",

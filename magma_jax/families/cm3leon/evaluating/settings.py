@@ -12,8 +12,12 @@ Shown = Literal["retrieved", "oracle", "random", "none"]
 SHOWN: tuple[Shown, ...] = get_args(Shown)
 
 # How drawings are made, beside those of ``SHOWN``: with the retrieved documents of the right drawing and the text of
-# another one; without guidance; by CD-K.
-Control = Literal["other_text", "unguided", "cd_k"]
+# another one; without guidance; by CD-K; the likeliest of two guided ones and two by CD-K.
+Control = Literal["other_text", "unguided", "cd_k", "pool"]
+
+
+# Candidates of the row ``pool``.
+POOL = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +70,9 @@ class EvaluationSettings:
         """Options of a row's drawings."""
         return DrawOptions(
             guidance=1.0 if row in ("unguided", "cd_k") else self.guidance,
-            cd_k=self.cd_k if row == "cd_k" else 0,
-            candidates=self.candidates,
+            cd_k=self.cd_k if row in ("cd_k", "pool") else 0,
+            contrasted=POOL // 2 if row == "pool" else None,
+            candidates=POOL if row == "pool" else self.candidates,
             temperature=(self.temperature, self.temperature),
             top_p=self.top_p,
             seed=self.seed,

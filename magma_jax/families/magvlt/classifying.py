@@ -1,0 +1,83 @@
+"""Answers to questions about images as classes, as in the paper's finetuning on VQAv2 (Kim et al., 2023).
+
+The image and the whole question are seen, and a linear classifier with dropout reads the token after BOT, the first of
+the question.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magma_jax.families.magvlt.decoding.arguments import ids_of, lengths_of
+from magma_jax.families.magvlt.decoding.open_model import OpenModel, activations
+from magma_jax.families.magvlt.options import MagvltOptions
+from magma_jax.models.magvlt.model import MagvltModel, canvas_of
+from magma_jax.nn.modules import merge
+from magma_jax.training.step.cross_entropy import cross_entropy
+from magma_jax.training.step.terms import Terms, label_terms
+from magma_jax.training.step.train_step import Batch
+from magma_jax.typing import Array, Float, PRNGKey
+
+
+def class_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, options: MagvltOptions) -> Terms:
+    """Cross-entropy of the answers, and its accuracy.
+
+    Args:
+        model: a model with classes.
+        batch: ``codes`` (B, I); the questions ``tokens`` (B, T) and ``lengths`` (B,), end token included; and
+            ``labels`` (B,), ``IGNORED`` for an answer that is no class.
+        key: feeds dropout; None for none.
+        options: dtype of the activations, remat and label smoothing.
+    """
+    keys = (None, None) if key is None else jax.random.split(key)
+    first = _first(model, batch["codes"], batch["tokens"], batch["lengths"], options, keys[0])
+    return label_terms(
+        *cross_entropy(
+            lambda states: model.class_logits(states, keys[1]),
+            first[:, None],
+            batch["labels"][:, None],
+            label_smoothing=options.label_smoothing,
+        )
+    )
+
+
+def class_logits(model: OpenModel, image: Any, text: Any, lengths: Any) -> Float[np.ndarray, "B C"]:
+    """Logits of the answers to questions about images.
+
+    Args:
+        model: a model with classes.
+        image: (B, I) codes.
+        text: (B, T) tokens of the questions, padded.
+        lengths: (B,) their lengths, end token included.
+
+    Raises:
+        ValueError: arrays of wrong shapes, ids or lengths out of range.
+    """
+    config = model.config
+    image = ids_of("image", image, (len(image), config.image_positions), config.image_rows)
+    text = ids_of("text", text, (len(image), config.text_positions), config.text_rows)
+    lengths = lengths_of(lengths, len(image), config.text_positions)
+    return np.asarray(_class_logits(model.definition, model.params, image, text, lengths))
+
+
+@functools.partial(jax.jit, static_argnames="definition")
+def _class_logits(definition, params, image, text, lengths):
+    model: MagvltModel = merge(definition, params)
+    options = MagvltOptions(activations=jnp.dtype(activations(params)).name)
+    return model.class_logits(_first(model, image, text, lengths, options, None))
+
+
+def _first(
+    model: MagvltModel, image: Array, text: Array, lengths: Array, options: MagvltOptions, key: PRNGKey | None
+) -> Float[Array, "B D"]:
+    """Hidden states of the questions' first tokens."""
+    return model.hidden(
+        "image_first",
+        canvas_of(image, text, lengths),
+        dtype=jnp.dtype(options.activations),
+        dropout_key=key,
+        remat=options.remat,
+    ).text[:, 0]
