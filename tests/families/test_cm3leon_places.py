@@ -14,6 +14,7 @@ from magma_jax.data.documents.places import image_places
 from magma_jax.data.documents.spans import SpanConfig, cm3_block
 from magma_jax.data.tokenizers.byte_level import train_bpe
 from magma_jax.data.tokenizers.layout import VocabLayout
+from magma_jax.families.cm3leon.batch import StreamBatch
 from magma_jax.families.cm3leon.generator import CM3Leon, Codes
 from magma_jax.families.cm3leon.loading import Loaded
 from magma_jax.families.cm3leon.options import DrawOptions
@@ -87,6 +88,12 @@ def test_drawings_behind_documents_read_the_places_that_training_reads():
     conditional, without = (logits[row, len(one) - 1 :][:GRID] for row, one in enumerate(streams))
     guided = (without + 2.0 * (conditional - without))[:, LAYOUT.image_ids.start : LAYOUT.image_ids.stop]
     assert guided.argmax(1).tolist() == drawn[0][0].tolist()
+
+    # A running batch reads them too.
+    batch = StreamBatch(CONFIG, graphdef, params, count=3, steps=2)
+    batch.begin("red", model.engine.drawings(model.engine.plan_texts(["red"], options, [shown]), options), list)
+    found = [finish() for _ in range(GRID) for _, finish in batch.step()]
+    assert LAYOUT.to_codes(found[0][0].ids).tolist() == drawn[0][0].tolist()
 
 
 def test_a_published_layout_has_no_such_vectors_and_grids_are_square(monkeypatch):

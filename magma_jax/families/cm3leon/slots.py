@@ -109,8 +109,7 @@ def empty_slots(
 def admit(graphdef: Definition, params: Params, slots: Slots, new: Admission, *, rules: StreamRules) -> Slots:
     """Runs prompts in the caches of their slots."""
     lm = merge(graphdef, params)
-    given = None if new.references is None else Given(new.references, new.places)
-    model = ModelBeside(lm, given, rules.image_tokens, activations_of(lm))
+    model = ModelBeside(lm, Given(new.references, new.places), rules.image_tokens, activations_of(lm))
     positions = new.start[:, None] + jnp.arange(new.tokens.shape[1])
     embedded = model.embed(new.tokens, new.places)
     output = lm(embedded, positions=positions, cache=slots.cache, cache_rows=new.slot)
@@ -152,8 +151,7 @@ def burst(
         after = walked(walk, token, asked, rules)
         position = jnp.where(walk.done, slots.position, slots.position + 1)
         read = read_place(token, after.left, rules)
-        given = None if slots.references is None else Given(slots.references, Places(read, read))
-        model = ModelBeside(lm, given, rules.image_tokens, activations_of(lm))
+        model = ModelBeside(lm, Given(slots.references, Places(read, read)), rules.image_tokens, activations_of(lm))
         next_ = model.after(after.place, after.left)
         embedded = model.embed(token[:, None], Places(read[:, None], next_[:, None]))
         output = lm(embedded, positions=position[:, None], cache=slots.cache)
