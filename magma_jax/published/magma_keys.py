@@ -167,6 +167,8 @@ def _clip_vit(config: CLIPViTConfig, theirs: str, ours: str) -> Iterator[Rule | 
         yield from _pair(f"{block}mlp.{name}", f"{stack}{name}")
     for name in ("ln_1", "ln_2"):
         yield from _pair(block + name, stack + name)
+    if config.layer_scale:
+        yield from (_rule(f"{block}ls_{i}.gamma", f"{stack}scale_{i}") for i in (1, 2))
 
 
 def _nf_resnet(config: NFResNetConfig, theirs: str, ours: str) -> Iterator[Rule]:

@@ -16,7 +16,8 @@ from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.nn.modules import abstract, merge
 from tests import tiny
 
-# Positions and channels that an image of the published size gives (Radford et al., 2021; EfficientNet at 128 px).
+# Positions and channels that an image of the published size gives (Radford et al., 2021; EfficientNet at 128 px; model
+# cards).
 GRIDS = {
     "RN50": (49, 2048),
     "RN101": (49, 2048),
@@ -31,6 +32,22 @@ GRIDS = {
     "ViT-L/14-grid": (256, 1024),
     "nf_resnet50": (2048,),
     "efficientnet_lite0": (16, 1280),
+    "google/siglip-base-patch16-224": (196, 768),
+    "google/siglip-base-patch16-384": (576, 768),
+    "google/siglip-large-patch16-256": (256, 1024),
+    "google/siglip-so400m-patch14-384": (729, 1152),
+    "google/siglip2-base-patch16-224": (196, 768),
+    "google/siglip2-so400m-patch14-384": (729, 1152),
+    "google/siglip2-base-patch16-naflex": (256, 768),
+    "facebook/dinov2-small": (1369, 384),
+    "facebook/dinov2-base": (1369, 768),
+    "facebook/dinov2-large": (1369, 1024),
+    "facebook/dinov2-giant": (1369, 1536),
+    "facebook/dinov2-with-registers-base": (1369, 768),
+    "facebook/dinov3-vits16-pretrain-lvd1689m": (196, 384),
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": (196, 768),
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": (196, 1024),
+    "facebook/dinov3-vith16plus-pretrain-lvd1689m": (196, 1280),
 }
 
 

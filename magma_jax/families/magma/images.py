@@ -26,7 +26,7 @@ def image_grid(config: MagmaConfig) -> ImageGrid | None:
         notes.append("every position also carries the colours of the whole image")
     if config.prefix.mapping == "transformer":
         notes.append("the prefix mixes the positions before the language model sees them")
-    if config.encoder.kind == "clip_vit":
+    if config.encoder.kind in ("clip_vit", "siglip", "dinov2", "dinov3"):
         notes.append("the encoder's attention mixes the positions")
     side = round(positions**0.5)
     return ImageGrid(side, side, "; ".join(notes))
