@@ -7,7 +7,7 @@ Each kind is a config whose ``layout`` describes the blocks. ``grid`` gives the 
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,9 +165,9 @@ class DINOv3Config(ViTConfig):
         )
 
 
-_SO400M = {"layers": 27, "width": 1152, "heads": 16, "feed_forward": 4304}
-_LARGE = {"layers": 24, "width": 1024, "heads": 16, "feed_forward": 4096}
-_SMALL = {"width": 384, "heads": 6, "feed_forward": 1536}
+_SO400M: dict[str, Any] = {"layers": 27, "width": 1152, "heads": 16, "feed_forward": 4304}
+_LARGE: dict[str, Any] = {"layers": 24, "width": 1024, "heads": 16, "feed_forward": 4096}
+_SMALL: dict[str, Any] = {"width": 384, "heads": 6, "feed_forward": 1536}
 
 # The grids; ``output`` chooses the pooled vector.
 VITS: dict[str, SiglipConfig | DINOv2Config | DINOv3Config] = {
@@ -195,7 +195,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
-        width, options = config.width, {"param": EncoderParam, "weight_init": normal(0.02), "rngs": rngs}
+        width = config.width
+        options: dict[str, Any] = {"param": EncoderParam, "weight_init": normal(0.02), "rngs": rngs}
         self.q_proj = Linear(width, width, **options)
         self.k_proj = Linear(width, width, use_bias=config.layout().key_bias, **options)
         self.v_proj = Linear(width, width, **options)
@@ -214,7 +215,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         layout, inner = config.layout(), config.feed_forward
-        options = {"param": EncoderParam, "weight_init": normal(0.02), "rngs": rngs}
+        options: dict[str, Any] = {"param": EncoderParam, "weight_init": normal(0.02), "rngs": rngs}
         self.layout = layout
         self.c_gate = Linear(config.width, inner, **options) if layout.gate == "beside" else None
         self.c_fc = Linear(config.width, 2 * inner if layout.gate == "joined" else inner, **options)
@@ -248,7 +249,8 @@ class AttentionPool(nnx.Module):
     """SigLIP's head: a learned query reads the patches, and an MLP follows."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        width, options = config.width, {"param": EncoderParam, "weight_init": normal(0.02), "rngs": rngs}
+        width = config.width
+        options: dict[str, Any] = {"param": EncoderParam, "weight_init": normal(0.02), "rngs": rngs}
         self.heads = config.heads
         self.probe = EncoderParam(jax.random.normal(rngs.params(), (width,)))
         self.in_proj, self.out_proj = Linear(width, 3 * width, **options), Linear(width, width, **options)

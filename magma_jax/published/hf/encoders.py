@@ -41,13 +41,14 @@ _WITHOUT_EFFECT = [
     "pos_embed_jitter",
     "pos_embed_rescale",
 ]
+_GELU_TANH = "gelu_pytorch_tanh"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 # What a table ignores when a file holds more than the encoder.
 _OTHER_TOWERS = re.compile(r"text_model\..*|text_projection\..*|logit_(scale|bias)|.*position_ids|mask_token")
 
 
-def encoder_of(values: Mapping[str, Any]) -> ViTConfig | CLIPViTConfig:
-    """The grid encoder of a ``config.json``.
+def encoder_of(values: Mapping[str, Any]) -> Any:
+    """The config (``EncoderConfig``) of the encoder in a ``config.json``, with the grid as output.
 
     Raises:
         LanguageModelError: another model, or a setting that is not known.
@@ -83,7 +84,7 @@ def _sizes(fields: Fields, width: int = 768, patch: int = 16, heads: int = 12) -
 
 
 def _siglip(fields: Fields) -> Read:
-    fields.require(hidden_act=("gelu_pytorch_tanh",) * 2, vision_use_head=(True, True))
+    fields.require(hidden_act=(_GELU_TANH, _GELU_TANH), vision_use_head=(True, True))
     fields.skip("projection_dim")
     inner, eps = fields.get("intermediate_size", 3072), fields.get("layer_norm_eps", 1e-6)
     return SiglipConfig, _sizes(fields) | {"feed_forward": inner, "eps": eps}
@@ -91,7 +92,7 @@ def _siglip(fields: Fields) -> Read:
 
 def _siglip2(fields: Fields) -> Read:
     """NaFlex: patches of any grid; here the square grid of its table of positions."""
-    fields.require(hidden_act=("gelu_pytorch_tanh",) * 2, vision_use_head=(True, True))
+    fields.require(hidden_act=(_GELU_TANH, _GELU_TANH), vision_use_head=(True, True))
     fields.skip("projection_dim", "image_size")
     side = round(fields.get("num_patches", 256) ** 0.5)
     sizes = _sizes(fields) | {"image_size": side * fields.get("patch_size", 16)}
@@ -110,7 +111,13 @@ def _dinov2(fields: Fields, registers: int = 0) -> Read:
 
 def _dinov3(fields: Fields) -> Read:
     gated = fields.get("use_gated_mlp", False)
-    biases = {"query_bias": True, "key_bias": False, "value_bias": True, "proj_bias": True, "mlp_bias": True}
+    biases: dict[str, Any] = {
+        "query_bias": True,
+        "key_bias": False,
+        "value_bias": True,
+        "proj_bias": True,
+        "mlp_bias": True,
+    }
     fields.require(hidden_act=("silu" if gated else "gelu", "gelu"), **{k: (v, v) for k, v in biases.items()})
     return DINOv3Config, _sizes(fields, width=384, heads=6) | {
         "feed_forward": fields.get("intermediate_size", 1536),
@@ -160,7 +167,7 @@ def vit_table(config: ViTConfig, *, flat_patches: bool = False) -> list[Entry]:
 
 def _siglip_table(config: SiglipConfig, flat_patches: bool) -> list[Entry]:
     layer, patch = "encoder.layers.{layer}.", config.patch
-    flat = {
+    flat: dict[str, Any] = {
         "to_ours": lambda rows: rows.reshape(-1, patch, patch, 3).transpose(0, 3, 1, 2),
         "to_theirs": lambda rows: rows.transpose(0, 2, 3, 1).reshape(len(rows), -1),
     }
