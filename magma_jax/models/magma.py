@@ -31,7 +31,8 @@ from magma_jax.typing import Array, Float, Int, PRNGKey, UInt8
 # Shardings of encoder and prefix.
 SHARDINGS: tuple[ShardingRow, ...] = (
     (r"image_prefix/encoder/.*(conv\w*|downsample)/weight", ("fsdp", None, None, None)),
-    (r"image_prefix/.*(proj|proj_in|qkv|c_fc)/weight", ("fsdp", None)),
+    (r"image_prefix/.*(proj|proj_in|qkv|c_fc|c_gate)/weight", ("fsdp", None)),
+    (r"image_prefix/(queries|encoder/position_table)", (None, "fsdp")),
 )
 
 
@@ -61,6 +62,7 @@ class MagmaConfig:
         check_dtype("dtype", self.dtype)
         if not 0 <= self.classes < 2**31:
             raise ValueError(f"classes must not be negative, got {self.classes}")
+        self.prefix.positions(self.encoder.positions)  # raises for an encoder that does not fit
         if self.begin is not None and not 0 <= self.begin < self.lm.vocab_rows:
             raise ValueError(f"begin {self.begin} is none of the {self.lm.vocab_rows} ids of the language model")
 

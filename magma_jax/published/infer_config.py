@@ -208,6 +208,7 @@ def encoder_config(
                 choices=("quick_gelu", "gelu"),
             ),
             output="pooled" if pooled else "grid",
+            layer_scale=f"{root}transformer.resblocks.0.ls_1.gamma" in tensors,
         )
     if f"{root}0.0.conv.weight" in tensors:
         stages = range(4)

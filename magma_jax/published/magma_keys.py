@@ -37,6 +37,8 @@ def magma_table(config: MagmaConfig, buffers: Mapping[str, np.ndarray] | None = 
     ``buffers`` are the attention buffers to write, by the names of ``BUFFERS``; they are ignored on reading.
     """
     _language_model(config)
+    if config.prefix.mapping != "linear" or config.prefix.shuffle > 1:
+        raise ValueError("a prefix that is not linear does not exist in the published layout of MAGMA")
     blocks = list(_blocks(config, buffers or {}))
     mirrored = [Alias(_mirror(entry.theirs), entry.theirs) for entry in blocks]
     return [
@@ -167,6 +169,8 @@ def _clip_vit(config: CLIPViTConfig, theirs: str, ours: str) -> Iterator[Rule | 
         yield from _pair(f"{block}mlp.{name}", f"{stack}{name}")
     for name in ("ln_1", "ln_2"):
         yield from _pair(block + name, stack + name)
+    if config.layer_scale:
+        yield from (_rule(f"{block}ls_{i}.gamma", f"{stack}scale_{i}") for i in (1, 2))
 
 
 def _nf_resnet(config: NFResNetConfig, theirs: str, ours: str) -> Iterator[Rule]:

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from magma_jax.families.magma.flops import step_flops
+from magma_jax.families.magma.images import image_spec
 from magma_jax.models.magma import MagmaModel
-from magma_jax.models.prefix import PrefixConfig
+from magma_jax.models.prefix import PrefixConfig, pixel_shuffle
 from magma_jax.models.vision.catalog import PUBLISHED_ENCODERS, build_encoder
 from magma_jax.models.vision.clip_vit import CLIPViTConfig
-from magma_jax.nn.modules import abstract, merge
+from magma_jax.nn.modules import PrefixParam, abstract, merge
 from tests import tiny
 
-# Positions and channels that an image of the published size gives (Radford et al., 2021; EfficientNet at 128 px).
+# Positions and channels that an image of the published size gives (Radford et al., 2021; EfficientNet at 128 px; model
+# cards).
 GRIDS = {
     "RN50": (49, 2048),
     "RN101": (49, 2048),
@@ -31,6 +34,22 @@ GRIDS = {
     "ViT-L/14-grid": (256, 1024),
     "nf_resnet50": (2048,),
     "efficientnet_lite0": (16, 1280),
+    "google/siglip-base-patch16-224": (196, 768),
+    "google/siglip-base-patch16-384": (576, 768),
+    "google/siglip-large-patch16-256": (256, 1024),
+    "google/siglip-so400m-patch14-384": (729, 1152),
+    "google/siglip2-base-patch16-224": (196, 768),
+    "google/siglip2-so400m-patch14-384": (729, 1152),
+    "google/siglip2-base-patch16-naflex": (256, 768),
+    "facebook/dinov2-small": (1369, 384),
+    "facebook/dinov2-base": (1369, 768),
+    "facebook/dinov2-large": (1369, 1024),
+    "facebook/dinov2-giant": (1369, 1536),
+    "facebook/dinov2-with-registers-base": (1369, 768),
+    "facebook/dinov3-vits16-pretrain-lvd1689m": (196, 384),
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": (196, 768),
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": (196, 1024),
+    "facebook/dinov3-vith16plus-pretrain-lvd1689m": (196, 1280),
 }
 
 
@@ -58,6 +77,59 @@ def test_every_mapping_gives_word_like_vectors(mapping, output):
     assert {types[path].__name__ for path in params if not path.startswith(("lm/", "image_prefix/encoder/"))} == {
         "PrefixParam"
     }
+
+
+@pytest.mark.parametrize(("mapping", "positions"), [("linear", 4), ("mlp", 4), ("transformer", 4), ("resampler", 5)])
+def test_fewer_positions_than_the_grid(mapping, positions):
+    encoder = CLIPViTConfig(1, 32, 2, 16, 64, output="grid")
+    prefix = PrefixConfig(mapping=mapping, image_positions=5, shuffle=2, transformer_heads=2, standardize=True)
+    config = dataclasses.replace(tiny.MODEL, encoder=encoder, prefix=prefix)
+    assert image_spec(config).positions == positions
+    assert (image_spec(config).grid is None) == (mapping == "resampler")
+    graphdef, params, types = abstract(lambda: MagmaModel(config, rngs=nnx.Rngs(0)))
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    embedded = jax.eval_shape(lambda params, images: merge(graphdef, params).embed_images(images), params, images)
+    assert embedded.shape == (2, positions, 32)
+    first = "image_prefix/proj_in/weight" if mapping == "mlp" else "image_prefix/proj/weight"
+    assert params[first].shape == (32, 4 * 32)
+    prefix_types = {
+        types[path] for path in params if path.startswith(("image_prefix/resampler", "image_prefix/queries"))
+    }
+    assert prefix_types == ({PrefixParam} if mapping == "resampler" else set())
+    labels = {path: "frozen" if path.startswith("lm/") else "adapter" for path in params}
+    batch = {"tokens": (2, 8), "images": (2, 64, 64, 3)}
+    assert step_flops(config, params, labels, batch).trained > 0
+
+
+def test_pixel_shuffle_joins_squares():
+    grid = jnp.arange(16).reshape(1, 16, 1).astype(jnp.float32)
+    assert pixel_shuffle(grid, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_a_resampler_reads_every_feature_with_every_query():
+    prefix = PrefixConfig(mapping="resampler", image_positions=3, transformer_heads=2, dropout=0.0)
+    model = MagmaModel(dataclasses.replace(tiny.MODEL, prefix=prefix), rngs=nnx.Rngs(0))
+    features = jax.random.normal(jax.random.key(0), (1, 4, 32))
+    seen = model.embed_features(features)
+    assert not np.allclose(seen[0, 0], seen[0, 1])
+    for place in range(4):
+        changed = model.embed_features(features.at[0, place].add(1.0))
+        assert (jnp.abs(changed - seen).max(-1) > 1e-6).all()
+    # Queries know no order of the features; positions come from the encoder.
+    np.testing.assert_allclose(model.embed_features(features[:, ::-1]), seen, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "encoder", "says"),
+    [
+        (PrefixConfig(shuffle=2), CLIPViTConfig(1, 32, 2, 32, 96, 16, output="grid"), "2 x 2 do not divide .* 9 pos"),
+        (PrefixConfig(shuffle=2), CLIPViTConfig(1, 32, 2, 32, 64, 16), "need an encoder with a grid"),
+        (PrefixConfig(mapping="resampler"), CLIPViTConfig(1, 32, 2, 32, 64, 16), "need an encoder with a grid"),
+    ],
+)
+def test_prefixes_that_do_not_fit_the_encoder(prefix, encoder, says):
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(tiny.MODEL, prefix=prefix, encoder=encoder)
 
 
 @functools.cache

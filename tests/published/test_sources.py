@@ -173,10 +173,18 @@ def test_another_encoder(tmp_path, config, message):
         read(open_encoder(tmp_path / "clip.pt", config))
 
 
-def test_positions_are_not_interpolated(tmp_path):
-    write_torch_file(tmp_path / "clip.pt", published.clip_tensors(VIT)[0])
-    with pytest.raises(ConfigError, match="image_size 32, not 64; position embeddings are not interpolated"):
-        read(open_encoder(tmp_path / "clip.pt", dataclasses.replace(VIT, image_size=64)))
+def test_positions_of_another_image_size(tmp_path):
+    """The class token's stays; ``models.test_encoders_of_today`` compares with PyTorch."""
+    tensors, _ = published.clip_tensors(VIT)
+    write_torch_file(tmp_path / "clip.pt", tensors)
+    found = read(open_encoder(tmp_path / "clip.pt", dataclasses.replace(VIT, image_size=64)))["positional_embedding"]
+    table = np.asarray(tensors["visual.positional_embedding"])
+    assert (len(table), len(found)) == ((32 // VIT.patch) ** 2 + 1, (64 // VIT.patch) ** 2 + 1)
+    np.testing.assert_array_equal(found[0], table[0])
+    tensors["visual.positional_embedding"] = table[:-1]
+    write_torch_file(tmp_path / "cut.pt", tensors)
+    with pytest.raises(ConfigError, match=r"positional_embedding has .* rows, which are no square and 1 more"):
+        read(open_encoder(tmp_path / "cut.pt", VIT))
 
 
 def test_no_encoder_at_all(tmp_path):

@@ -28,7 +28,9 @@ from magma_jax.training.step.flops import (
 # Vectors per row that a path's weights multiply. Encoders are counted by tracing instead.
 INPUTS = (
     (re.compile(r"image_prefix/encoder/.*|image_prefix/(.*/)?ln(_\w+)?/weight"), None),
-    (re.compile(r"image_prefix/transformer/.*weight"), "image"),
+    (re.compile(r"image_prefix/queries"), None),
+    (re.compile(r"image_prefix/transformer/.*weight|image_prefix/resampler/(?!kv_).*weight"), "image"),
+    (re.compile(r"image_prefix/resampler/kv_proj/weight"), "read"),
     (re.compile(r"image_prefix/proj(_in)?/weight"), "features"),
     (re.compile(r"class_head/weight"), "row"),
     *LANGUAGE_INPUTS,
@@ -51,13 +53,14 @@ def step_flops(
     packed, cached = "segments" in batch, "features" in batch
     pack = batch["features" if cached else "images"][1] if packed else 1
     grid = config.encoder.positions
-    image = grid or config.prefix.image_positions
+    image, features = config.prefix.positions(grid), config.prefix.joined(grid) or 1
     vectors = {
         # The last token predicts nothing; in unpacked rows it is not run.
         "positions": pack * (image + (config.begin is not None)) + length - (0 if packed else 1),
         "predicted": length,  # the image's last position predicts the first token
         "image": pack * image,
-        "features": pack * (grid or 1),
+        "features": pack * features,
+        "read": pack * (features + image),
         "row": 1,
     }
     encoder_learns = any(path.startswith(ENCODER) for path in learning_paths(labels))
@@ -66,6 +69,9 @@ def step_flops(
     attention = attention_flops(config.lm.trunk().block.query_width, config.lm.layers, vectors["positions"])
     if config.prefix.mapping == "transformer":
         attention += pack * attention_flops(config.lm.width, config.prefix.transformer_layers, image)
+    elif config.prefix.mapping == "resampler":
+        scores = attention_flops(config.lm.width, config.prefix.transformer_layers, 1)
+        attention += pack * scores * image * (features + image)
     encoder = 0 if cached else (3 if encoder_learns else 1) * pack * encoder_flops(config.encoder)
     return StepFlops(*(rows * count for count in (frozen, trained, attention, encoder)))
 

@@ -8,7 +8,7 @@ def image_spec(config: MagmaConfig) -> ImageSpec:
     """The image input of a model."""
     return ImageSpec(
         size=config.encoder.image_size,
-        positions=config.encoder.positions or config.prefix.image_positions,
+        positions=config.prefix.positions(config.encoder.positions),
         grid=image_grid(config),
     )
 
@@ -18,15 +18,15 @@ def image_grid(config: MagmaConfig) -> ImageGrid | None:
 
     A position's features come from its cell and, by the encoder's receptive field, from its surroundings.
     """
-    positions = config.encoder.positions
-    if positions is None:
+    if config.encoder.positions is None or config.prefix.mapping == "resampler":
         return None
+    positions = config.prefix.positions(config.encoder.positions)
     notes = []
     if getattr(config.encoder, "statistics", ()):
         notes.append("every position also carries the colours of the whole image")
     if config.prefix.mapping == "transformer":
         notes.append("the prefix mixes the positions before the language model sees them")
-    if config.encoder.kind == "clip_vit":
+    if config.encoder.kind in ("clip_vit", "siglip", "dinov2", "dinov3"):
         notes.append("the encoder's attention mixes the positions")
     side = round(positions**0.5)
     return ImageGrid(side, side, "; ".join(notes))

@@ -15,9 +15,18 @@ from magma_jax.models.vision.clip_resnet import CLIP_RESNETS, CLIPResNet, CLIPRe
 from magma_jax.models.vision.clip_vit import CLIP_VITS, CLIPViT, CLIPViTConfig
 from magma_jax.models.vision.efficientnet_lite import LITE_MEAN, LITE_STD, EfficientNetLite, EfficientNetLiteConfig
 from magma_jax.models.vision.nf_resnet import NFResNet, NFResNetConfig
+from magma_jax.models.vision.vit import VITS, DINOv2Config, DINOv3Config, SiglipConfig, VisionTransformer
 from magma_jax.typing import Array, Float, UInt8
 
-EncoderConfig: TypeAlias = CLIPResNetConfig | CLIPViTConfig | NFResNetConfig | EfficientNetLiteConfig
+EncoderConfig: TypeAlias = (
+    CLIPResNetConfig
+    | CLIPViTConfig
+    | NFResNetConfig
+    | EfficientNetLiteConfig
+    | SiglipConfig
+    | DINOv2Config
+    | DINOv3Config
+)
 
 
 class EncoderEntry(NamedTuple):
@@ -28,12 +37,17 @@ class EncoderEntry(NamedTuple):
     std: tuple[float, ...]
 
 
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 ENCODERS = {
     "clip_resnet": EncoderEntry(CLIPResNet, CLIP_MEAN, CLIP_STD),
     "clip_vit": EncoderEntry(CLIPViT, CLIP_MEAN, CLIP_STD),
     # timm's defaults for nf_resnet50: the ImageNet statistics.
-    "nf_resnet": EncoderEntry(NFResNet, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "nf_resnet": EncoderEntry(NFResNet, *_IMAGENET),
     "efficientnet_lite": EncoderEntry(EfficientNetLite, LITE_MEAN, LITE_STD),
+    "siglip": EncoderEntry(VisionTransformer, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "dinov2": EncoderEntry(VisionTransformer, *_IMAGENET),
+    "dinov3": EncoderEntry(VisionTransformer, *_IMAGENET),
 }
 
 
@@ -44,6 +58,7 @@ PUBLISHED_ENCODERS: dict[str, EncoderConfig] = {
     **{f"{name}-grid": dataclasses.replace(config, output="grid") for name, config in CLIP_VITS.items()},
     "nf_resnet50": NFResNetConfig(),
     "efficientnet_lite0": EfficientNetLiteConfig(),
+    **VITS,
 }
 
 

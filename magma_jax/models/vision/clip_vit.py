@@ -34,6 +34,7 @@ class CLIPViTConfig:
         activation: ``quick_gelu`` is the sigmoid approximation of GELU that OpenAI's models use; most that open_clip
             trained use ``gelu``. It cannot be inferred from the weights.
         output: ``pooled`` (projected class token) or ``grid`` (patch tokens after the last LayerNorm, width D).
+        layer_scale: whether a learned factor per channel follows attention and MLP, as in some of open_clip's.
     """
 
     layers: int = 12
@@ -44,6 +45,7 @@ class CLIPViTConfig:
     embedding_width: int = 512
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     output: Literal["pooled", "grid"] = "pooled"
+    layer_scale: bool = False
     kind: Literal["clip_vit"] = "clip_vit"
 
     def __post_init__(self):
@@ -97,10 +99,18 @@ class ResidualBlock(nnx.Module):
         self.ln_2 = LayerNorm(width, param=EncoderParam)
         self.c_fc = Linear(width, 4 * width, param=EncoderParam, rngs=rngs)
         self.c_proj = Linear(4 * width, width, param=EncoderParam, rngs=rngs)
+        scales = [EncoderParam(jnp.ones((width,)), decay=False) if config.layer_scale else None for _ in range(2)]
+        self.scale_1, self.scale_2 = scales
 
     def __call__(self, x: Float[Array, "B S D"], mask: Mask = Mask("full")) -> Float[Array, "B S D"]:
-        x = x + self.attn(self.ln_1(x), mask)
-        return x + self.c_proj(ACTIVATIONS[self.activation].function(self.c_fc(self.ln_2(x))))
+        x = x + scaled(self.attn(self.ln_1(x), mask), self.scale_1)
+        inner = ACTIVATIONS[self.activation].function(self.c_fc(self.ln_2(x)))
+        return x + scaled(self.c_proj(inner), self.scale_2)
+
+
+def scaled(x: Float[Array, "B S D"], scale: EncoderParam | None) -> Float[Array, "B S D"]:
+    """``x`` times a factor per channel; unchanged without one."""
+    return x if scale is None else x * scale[...].astype(x.dtype)
 
 
 class CLIPViT(nnx.Module):
