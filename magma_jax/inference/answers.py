@@ -132,6 +132,14 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Written:
+    """Answers to a prompt, which hold texts, or texts and images."""
+
+    answers: Sequence[Answer]
+    finish: Literal["stop"] = "stop"
+
+
+@dataclasses.dataclass(frozen=True)
 class Canvas:
     """The images of a prompt at one time: unfinished ones, or with ``finish`` the drawn ones."""
 

@@ -3,10 +3,10 @@
 import collections
 import logging
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from magma_jax.data.images import ImageError
-from magma_jax.inference.answers import Canvas, ImageOptions
+from magma_jax.inference.answers import AnswerOptions, Canvas, ImageOptions, Written
 from magma_jax.inference.generator import BatchedImageGenerator, ImageBatch, ImageGenerator
 from magma_jax.inference.pending import EngineError, Pending, QueueFull, UnfinishedError
 from magma_jax.inference.prompts import Prompt
@@ -14,10 +14,10 @@ from magma_jax.inference.prompts import Prompt
 _log = logging.getLogger(__name__)
 
 
-class ImageTicket(Pending[Canvas]):
-    """An accepted request for images."""
+class ImageTicket(Pending[Any]):
+    """An accepted request; its pieces are a ``Canvas`` each, or with ``AnswerOptions`` one that is ``Written``."""
 
-    def __init__(self, prompt: Prompt, options: ImageOptions, previews: int):
+    def __init__(self, prompt: Prompt, options: ImageOptions | AnswerOptions, previews: int):
         super().__init__()
         self.prompt, self.options, self.previews = prompt, options, previews
 
@@ -79,12 +79,12 @@ class ImageQueue:
         else:
             self._batch.warm_up()
 
-    def submit(self, prompt: Prompt, options: ImageOptions, *, previews: int = 0) -> ImageTicket:
+    def submit(self, prompt: Prompt, options: ImageOptions | AnswerOptions, *, previews: int = 0) -> ImageTicket:
         """Accepts a request.
 
         Args:
             prompt: text, or an image and a text.
-            options: options of the images.
+            options: options of the images, or of answers of texts and images.
             previews: number of unfinished canvases to report.
 
         Raises:
@@ -161,7 +161,7 @@ class ImageQueue:
             batch.cancel(ticket)
             self._finish(ticket, EngineError("cancelled"))
         while batch.room and (ticket := self._next()):
-            if not batch.takes(ticket.options):
+            if isinstance(ticket.options, AnswerOptions) or not batch.takes(ticket.options):
                 self._draw_alone(ticket)
                 continue
             try:
@@ -210,7 +210,10 @@ class ImageQueue:
         ticket.put(canvas)
 
     def _draw(self, ticket: ImageTicket) -> None:
-        if not ticket.cancelled:
+        if not ticket.cancelled and isinstance(ticket.options, AnswerOptions):
+            (answers,) = self.model.answers([ticket.prompt], ticket.options, count=1)
+            ticket.put(Written(answers))
+        elif not ticket.cancelled:
             for canvas in self.model.canvases(ticket.prompt, ticket.options, previews=ticket.previews):
                 self._put(ticket, canvas)
                 if ticket.cancelled or canvas.finish is not None:

@@ -30,7 +30,7 @@ def create_app(
 ) -> FastAPI:
     """Creates the application; it warms up the engine in a thread at startup and drains it at shutdown.
 
-    An engine serves chat and text completions, an image queue serves images.
+    An engine serves chat and text completions, an image queue serves images, and chat if its model writes too.
 
     Until the engine is warm, ``/health`` reports "starting" and the model's routes return 503. Then ``begun`` is called
     once, with None or with the error.

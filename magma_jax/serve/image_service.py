@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import dataclasses
+import functools
 import io
 import json
 import time
@@ -25,6 +26,7 @@ from magma_jax.inference.prompts import Prompt
 from magma_jax.serve.arrivals import Arrivals
 from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import QUEUE_FULL, RequestError, busy, error_body
+from magma_jax.serve.interleaved import chat
 from magma_jax.serve.network.body import read_body, receive
 from magma_jax.serve.network.form import read_form
 from magma_jax.serve.prometheus import ServerMetrics
@@ -46,12 +48,15 @@ class ImageService:
     def __init__(self, queue: ImageQueue, config: ServerConfig, metrics: ServerMetrics):
         self.queue, self.config, self.metrics = queue, config, metrics
         self.arrivals = Arrivals(config, queue.limit, lambda: queue.stats().waiting)
-        self._decoders = decoders_of(config.images, config.decoders, queue.limit)
-        self._threads = ThreadPoolExecutor(config.decoders, "edits")
+        self.decoders = decoders_of(config.images, config.decoders, queue.limit)
+        self.threads = ThreadPoolExecutor(config.decoders, "edits")
 
     def routes(self) -> dict[str, Callable[[Request], Awaitable[Response]]]:
         """Handlers by route."""
-        return {"/v1/images/generations": self.generate, "/v1/images/edits": self.edit}
+        found = {"/v1/images/generations": self.generate, "/v1/images/edits": self.edit}
+        if "text" in self.queue.model.makes:
+            found["/v1/chat/completions"] = functools.partial(chat, self)
+        return found
 
     def warm_up(self) -> None:
         """Compiles every program."""
@@ -59,12 +64,12 @@ class ImageService:
 
     def start(self) -> None:
         """Starts the decoders before the first request."""
-        self._decoders.start()
+        self.decoders.start()
 
     def close(self) -> None:
         """Ends the threads and the decoders; waiting requests fail."""
-        self._decoders.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.decoders.close()
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
     async def generate(self, request: Request) -> Response:
         """Handles ``POST /v1/images/generations``."""
@@ -81,7 +86,7 @@ class ImageService:
             body = await receive(request, self.config, hold)
             wanted, files = await anyio.to_thread.run_sync(_read, body, request.headers["content-type"])
             del body
-            image, mask = await self.arrivals.in_thread(self._threads, lambda: self._decode(files, started), started)
+            image, mask = await self.arrivals.in_thread(self.threads, lambda: self._decode(files, started), started)
             reply = self._submit([ImageInput(image), wanted.prompt], wanted, mask, "edit", started)
         return await reply.response(request)
 
@@ -95,7 +100,7 @@ class ImageService:
             try:
                 if len(content) > self.config.images.max_bytes:
                     raise ImageError(f"more than {self.config.images.max_bytes} bytes; send a smaller one")
-                decoded[name] = self._decoders.image(content, deadline)
+                decoded[name] = self.decoders.image(content, deadline)
             except ImageError as error:
                 raise RequestError(f"{name}: {error}", param=name) from None
             except DecoderBusy as error:

@@ -31,6 +31,8 @@ from magma_jax.families.cm3leon.loading import read_cm3leon
 from magma_jax.families.cm3leon.options import DrawOptions
 from magma_jax.inference.answers import AnswerOptions, ImageOptions
 from magma_jax.inference.generator import ImageGenerator
+from magma_jax.inference.image_queue import ImageQueue
+from magma_jax.inference.pending import UnfinishedError
 from magma_jax.models.cm3leon import CM3LEON_SIZES, CM3LeonConfig, CM3LeonModel
 from magma_jax.models.vision.vqgan import VQGAN, VQGANS, VQGANConfig
 from magma_jax.nn.modules import abstract, merge, parameter_count, split
@@ -206,6 +208,27 @@ def test_a_score_of_image_and_text_chooses_among_candidates(model):
     wrong = dataclasses.replace(options, n=1, score=lambda images, texts: [np.nan, 1.0])
     with pytest.raises(ValueError, match=r"score gives \[nan, 1.0\] for 2 images; it must give a number for each"):
         next(model.answers(prompts[:1], wrong))
+
+
+def test_a_served_request_among_others_equals_a_single_one(model):
+    """Guided drawings, one without guidance and an edit share a running batch; a completed image is drawn alone."""
+    guided = ImageOptions(guidance=2.0, temperature=(1.0, 1.0), seed=3)
+    plain = dataclasses.replace(guided, guidance=1)
+    image = ImageInput(Image.fromarray(drawings()[1]))
+    mask = np.broadcast_to(np.arange(SIDE) < SIDE // 2, (SIDE, SIDE))
+    asked = [(["a half red square"], dataclasses.replace(guided, n=2)), (["a plain blue square"], guided)]
+    asked += [([image, "a plain red square"], guided), (["a half blue square"], plain)]
+    asked += [([image, "a half red square"], dataclasses.replace(plain, mask=mask))]
+    with ImageQueue(model, slots=5) as queue:
+        tickets = [queue.submit(prompt, options) for prompt, options in asked]
+        found = [list(ticket)[-1].images for ticket in tickets]
+        with pytest.raises(UnfinishedError, match="a drawing needs a text"):
+            list(queue.submit([" "], guided))
+    for (prompt, options), images in zip(asked, found, strict=True):
+        alone = [answer.parts[0] for answer in next(model.answers([prompt], options))]
+        np.testing.assert_array_equal(np.stack(images), np.stack(alone))
+    with pytest.raises(ValueError, match="2 slots are fewer than the 3 of an edit"):
+        ImageQueue(model, slots=2)
 
 
 def test_it_draws_the_same_in_8_bits(finished, model, codes, tmp_path, capsys):

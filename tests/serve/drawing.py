@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from magma_jax.data.images import ImageInput
-from magma_jax.inference.answers import Canvas
+from magma_jax.inference.answers import Answer, Canvas
 from tests import tiny
 
 SIZE, TOKENS = 32, 16
@@ -19,7 +19,7 @@ class Drawer:
     Its ``go`` holds it up before every canvas while it is cleared; ``drawn`` lists the prompts it began.
     """
 
-    makes = frozenset({"image", "edit"})
+    makes = frozenset({"text", "image", "edit"})
     image_size, image_tokens = SIZE, TOKENS
 
     def __init__(self):
@@ -34,7 +34,13 @@ class Drawer:
         pass
 
     def answers(self, prompts, options=None, *, count=None):
-        raise NotImplementedError
+        """The prompt's texts in capitals, and between them its images."""
+        for prompt in prompts:
+            self.drawn.append((prompt, options))
+            if prompt[-1] == "too long":
+                raise ValueError("the prompt takes more positions than the context holds")
+            parts = [part.upper() if isinstance(part, str) else part.load() for part in prompt]
+            yield [Answer(parts=tuple(parts), tokens=(1, 2), logprob=-1.0, finish="stop")] * options.n
 
     def canvases(self, prompt, options, *, previews=0):
         text = prompt[-1]

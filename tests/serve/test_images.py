@@ -246,7 +246,7 @@ def test_forms_of_other_sites_are_refused(drawing):
 
 def test_other_routes_say_what_is_here(drawing):
     assert drawing.get("/v1/models").json()["data"][0]["id"] == "drawer"
-    assert drawing.chat().status_code == 404
+    assert drawing.http.post("/v1/completions", json={"prompt": "red"}).status_code == 404
     assert drawing.get("/health").json() == {"status": "ok"}
     text = drawing.get("/metrics").text
     assert "magma_images_drawn_total" in text

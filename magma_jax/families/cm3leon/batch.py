@@ -203,12 +203,12 @@ class StreamBatch:
                 break
             chosen: list[tuple[int, int, int]] = []
             for stream in range(len(request.streams)):
-                slot, start, source = self._choose(request, stream, free)
+                # The slots of its own other streams are not run yet.
+                own = [slot for _, slot, _ in chosen]
+                slot, start, source = self._choose(request, stream, free, own)
                 if source is not None and any(entry[2] == source for entry in group):
                     self._run(group)
                     group = []
-                if source is not None and any(entry[1] == source for entry in chosen):
-                    start, source = 0, None  # its own first stream, which is not run yet
                 if source is not None:
                     self._state = programs.copy_cache(self._state, np.int32(source), np.int32(slot))
                 free.remove(slot)
@@ -221,10 +221,12 @@ class StreamBatch:
         if group:
             self._run(group)
 
-    def _choose(self, request: Request, stream: int, free: Sequence[int]) -> tuple[int, int, int | None]:
+    def _choose(
+        self, request: Request, stream: int, free: Sequence[int], own: Sequence[int]
+    ) -> tuple[int, int, int | None]:
         """A slot, how much of the prompt its cache will hold, and the slot to copy that from, if another."""
         prompt, salt = request.streams[stream], _salt(request, stream)
-        common = [_common(held, prompt, salt) for held in self._held]
+        common = [0 if slot in own else _common(held, prompt, salt) for slot, held in enumerate(self._held)]
         best = int(np.argmax(common))
         if common[best] < MIN_REUSED:
             emptiest = min(free, key=lambda slot: common[slot] if self._held[slot] else -1)
