@@ -4,8 +4,11 @@
         --config configs/paper_table1.py:adapters-ff4 models/adapters-ff4
     python train.py --config configs/paper_table1.py:adapters-ff4 --set mesh.fsdp=16
 
-Rows are named after the setting they vary. The encoders of encoder-nf_resnet and frozen start from fresh weights
-(section 3.2), so compose takes no --encoder. RN50x4 has 288 pixels, 81 positions; the paper's 49 belong to 224 pixels.
+    python -m magma_jax.convert compose --lm models/adapters-ff4 --config configs/paper_table1.py:frozen models/frozen
+
+Rows are named after the setting they vary. The first one composed holds the language model; the others take it by its
+folder and do not copy it. The encoders of encoder-nf_resnet and frozen start from fresh weights (section 3.2), so
+compose takes no --encoder. RN50x4 has 288 pixels, 81 positions; the paper's 49 belong to 224 pixels.
 """
 
 from pathlib import Path

@@ -16,7 +16,7 @@ from magma_jax import commands
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the command line and trains; returns the exit status, see ``commands``."""
     parser = commands.ArgumentParser(
-        prog="magma-jax sweep",
+        prog="sweep",
         description="Trains one run for every combination of config values, and prints one table of them.",
     )
     parser.add_argument("--config", type=Path, default=Path("quickstart"), help="as of train; default: %(default)s")
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
-    return commands.run("magma_jax.sweep", lambda: _sweep(arguments), resumable=True)
+    return commands.run("sweep", lambda: _sweep(arguments), resumable=True)
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,9 @@
     python -m magma_jax.convert to-safetensors FOLDER CKPT.safetensors
     python -m magma_jax.convert to-hf FOLDER OUT
     python -m magma_jax.convert export RUN OUT [--to params]
-    python -m magma_jax.convert compose --lm LM --encoder ENCODER --config CONFIG.py OUT [--set KEY=VALUE ...]
+    python -m magma_jax.convert export RUN FILE.safetensors --trained
+    python -m magma_jax.convert put-on FILE.safetensors BASE OUT
+    python -m magma_jax.convert compose --lm LM [--encoder ENCODER] --config CONFIG.py OUT [--set KEY=VALUE ...]
     python -m magma_jax.convert verify A B [--tolerance X] [--json]
     python -m magma_jax.convert verify CKPT --golden FILE.npz [--model-config FILE.json] [--json]
     python -m magma_jax.convert verify FOLDER --checksums [--json]
@@ -61,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = subparsers.add_parser("export", help="run or model folder, of any family, to one folder to share")
     command.add_argument("folder", help="model folder or run folder")
-    command.add_argument("out", help="folder to write; must not exist")
+    command.add_argument("out", help="folder to write, or file with --trained; must not exist")
+    command.add_argument("--trained", action="store_true", help="only what the run trained, as one file for put-on")
     command.add_argument(
         "--to",
         default="safetensors",
@@ -75,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run="export")
 
+    command = subparsers.add_parser("put-on", help="what a run trained, on the frozen weights of another folder")
+    command.add_argument("file", help="file that export --trained wrote")
+    command.add_argument("base", help="model folder or run folder with the same frozen weights")
+    command.add_argument("out", help="model folder to write, which refers to the base; must not exist")
+    command.set_defaults(run="put-on")
+
     command = subparsers.add_parser("quantize", help="model folder with the language model's matrices in 8 or 4 bits")
     command.add_argument("folder", help="model folder or run folder")
     command.add_argument("out", help="model folder to write; must not exist")
@@ -82,8 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run="quantize")
 
     command = subparsers.add_parser("compose", help="published language model and encoder to a model folder to train")
-    command.add_argument("--lm", required=True, help="folder, file or hf:// address, such as hf://EleutherAI/gpt-j-6b")
-    command.add_argument("--encoder", required=True, help="CLIP or NF-ResNet: file or hf:// address")
+    command.add_argument(
+        "--lm",
+        required=True,
+        help="folder, file or hf:// address, as hf://EleutherAI/gpt-j-6b; that of another composed folder is shared",
+    )
+    command.add_argument("--encoder", help="CLIP or NF-ResNet: file or hf:// address; an NF-ResNet may start fresh")
     command.add_argument("--config", required=True, help="Python config of the runs, which is run: configs/magma_v2.py")
     command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the config")
     command.add_argument("out", help="model folder to write; must not exist")

@@ -9,11 +9,12 @@ from magma_jax.config import apply_overrides, load_config_file
 from magma_jax.convert.check_folder import add_checksums, check_folder
 from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.compose import compose
-from magma_jax.convert.export import export
 from magma_jax.convert.hf_export import to_hf
 from magma_jax.convert.layouts import layout_of, layout_of_weights
 from magma_jax.convert.magma_checkpoint import to_safetensors
 from magma_jax.convert.quantize import quantize_folder
+from magma_jax.convert.sharing.export import export
+from magma_jax.convert.sharing.trained import export_trained, put_on
 from magma_jax.convert.verify import read_model_config, verify
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.families import run_config
@@ -54,8 +55,18 @@ def _export(function: Callable[[str, str], None], options: argparse.Namespace) -
 
 
 def _export_folder(options: argparse.Namespace) -> int:
+    if options.trained:
+        count = export_trained(options.folder, options.out, ema=options.ema)
+        print(f"{options.out}: {count:,} parameters, to be put on the frozen ones with convert put-on")
+        return 0
     counts = export(options.folder, options.out, options.to, ema=options.ema)
     print(f"{options.out}: {sum(counts.values()):,} parameters, and a model card to complete in {CARD_FILE}")
+    return 0
+
+
+def _put_on(options: argparse.Namespace) -> int:
+    count = put_on(options.file, options.base, options.out)
+    print(f"{options.out}: {count:,} parameters, the others are those of {options.base}")
     return 0
 
 
@@ -86,6 +97,7 @@ RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "to-safetensors": functools.partial(_export, to_safetensors),
     "to-hf": functools.partial(_export, to_hf),
     "export": _export_folder,
+    "put-on": _put_on,
     "quantize": _quantize,
     "compose": _compose,
     "verify": _verify,

@@ -14,19 +14,30 @@ from typing import Any
 import jax
 
 from magma_jax.config import ConfigError, to_dict
+from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.families.magma import MAGMA
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.nn.modules import abstract, parameter_count, split
 from magma_jax.published.language_model_sources import read_tokenizer
 from magma_jax.storage.hashing import hashing
 from magma_jax.storage.hub import local_path
-from magma_jax.storage.model_folder import CheckpointError, nbytes_of, write_model_folder
+from magma_jax.storage.model_folder import (
+    BASE,
+    MODEL_FILE,
+    CheckpointError,
+    base_reference,
+    nbytes_of,
+    open_params,
+    read_model_json,
+    write_model_folder,
+)
 from magma_jax.storage.progress import writing
 from magma_jax.training.run.config import RunConfig, completed
+from magma_jax.training.run.continuation import differences
 from magma_jax.training.run.pretrained import open_weights
 from magma_jax.training.run.program import create_model
 from magma_jax.training.run.setup import check_begin
-from magma_jax.training.step.optim import label_parameters, partition
+from magma_jax.training.step.optim import FROZEN, label_parameters, partition
 from magma_jax.typing import Params
 from magma_jax.version import __version__
 
@@ -40,14 +51,16 @@ class Composition:
     fresh: int
 
 
-def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Composition:
+def compose(config: RunConfig, lm: str, encoder: str | None, out: str | Path) -> Composition:
     """Writes a model folder to start runs from.
+
+    A language model in a model folder, such as another composed one, is not copied: the new folder refers to it.
 
     Args:
         config: run config; only its model and seed are used.
         lm: a language model, see ``published.language_model_sources``: folder, file or ``hf://`` address.
         encoder: an image encoder, see ``published.encoder_sources``: file or ``hf://`` address, or a name in
-            ``training.run.pretrained.SOURCES``.
+            ``training.run.pretrained.SOURCES``; None for an NF-ResNet that starts from fresh weights.
         out: the model folder; must not exist.
 
     Raises:
@@ -60,13 +73,21 @@ def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Compos
     if Path(out).exists():  # checked again before writing; this check comes before downloading 12 GB
         raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
     lm_path = local_path(lm)
-    tokenizer = read_tokenizer(lm_path, config.model.lm)
-    check_begin(tokenizer, config.model.begin)
+    groups, kind = completed(MAGMA, config).optim.groups, config.model.encoder.kind
+    if encoder is None and (kind != "nf_resnet" or groups["encoder"] == FROZEN):
+        how = "frozen" if groups["encoder"] == FROZEN else "trained"
+        raise ConfigError(
+            f"compose: give --encoder; only a trained nf_resnet starts from fresh weights, this is a {how} {kind}"
+        )
     _, shapes, types = abstract(functools.partial(create_model, MAGMA, config))
-    names = {"lm": str(lm_path), "image_prefix/encoder": encoder}
+    shared = _shared_lm(config, lm_path, shapes) if (lm_path / MODEL_FILE).is_file() else set()
+    tokenizer = Tokenizer.load(lm_path / "tokenizer") if shared else read_tokenizer(lm_path, config.model.lm)
+    check_begin(tokenizer, config.model.begin)
+    names = {} if shared else {"lm": str(lm_path)}
+    names |= {} if encoder is None else {"image_prefix/encoder": encoder}
     with open_weights(MAGMA, config.model, names, shapes) as pretrained:
-        fresh = _fresh(config, [path for path in shapes if path not in pretrained.params])
-        params = {path: {**pretrained.params, **fresh}[path] for path in shapes}
+        fresh = _fresh(config, [path for path in shapes if path not in pretrained.params and path not in shared])
+        params = {path: {**pretrained.params, **fresh}[path] for path in shapes if path not in shared}
         files = [file for group in pretrained.files.values() for file in group]
         with hashing(files) as digest_of, writing(out, nbytes_of(params)) as progress:
 
@@ -80,6 +101,7 @@ def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Compos
                     for prefix, group in pretrained.files.items()
                 }
                 return {
+                    **({BASE: base_reference(lm_path, out)} if shared else {}),
                     "model": to_dict(config.model),
                     "groups": to_dict(config.optim)["groups"],
                     "source": {**sources, "seed": config.seed},
@@ -87,8 +109,25 @@ def compose(config: RunConfig, lm: str, encoder: str, out: str | Path) -> Compos
                 }
 
             write_model_folder(out, metadata, params, lambda folder: tokenizer.save(folder / "tokenizer"), progress)
-    trainable, frozen, _ = partition(shapes, label_parameters(types, completed(MAGMA, config).optim.groups))
+    trainable, frozen, _ = partition(shapes, label_parameters(types, groups))
     return Composition(parameter_count(frozen), parameter_count(trainable), parameter_count(fresh))
+
+
+def _shared_lm(config: RunConfig, folder: Path, shapes: Params) -> set[str]:
+    """Paths of the language model, without adapters, that a model folder has for this config.
+
+    Raises:
+        ConfigError: it has another language model.
+    """
+    theirs, ours = read_model_json(folder)["model"].get("lm"), to_dict(config.model)["lm"]
+    changed = differences(theirs, ours) if isinstance(theirs, dict) else {"kind": ()}
+    paths = {path for path in shapes if path.startswith("lm/") and not re.fullmatch(MAGMA.fresh, path)}
+    stored = open_params(folder)
+    lacking = [path for path in paths if path not in stored or tuple(stored[path].shape) != shapes[path].shape]
+    if changed or lacking:
+        named = ", ".join([*(f"lm.{name}" for name in changed), *lacking][:3])
+        raise ConfigError(f"compose: {folder} holds another language model ({named} differ); take its source for --lm")
+    return paths
 
 
 def _fresh(config: RunConfig, paths: list[str]) -> Params:

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,9 +163,14 @@ def read_model_json(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def base_reference(base: str | Path) -> dict[str, str]:
-    """Entry ``BASE`` of ``model.json``: path and identity of the base folder."""
-    return {"path": str(Path(base).absolute()), "sha256": _identity(base)}
+def base_reference(base: str | Path, folder: str | Path) -> dict[str, str]:
+    """Entry ``BASE`` of ``model.json`` of ``folder``: paths and identity of the base folder.
+
+    The path relative to ``folder`` holds where both are moved together.
+    """
+    base = Path(base).absolute()
+    relative = os.path.relpath(base, Path(folder).absolute())
+    return {"path": str(base), "relative": Path(relative).as_posix(), "sha256": _identity(base)}
 
 
 def base_folder(path: str | Path) -> Path | None:
@@ -177,6 +183,9 @@ def base_folder(path: str | Path) -> Path | None:
     if reference is None:
         return None
     base = Path(reference["path"])
+    # Folders of earlier releases have no relative path.
+    if "relative" in reference and (Path(path) / reference["relative"] / MODEL_FILE).is_file():
+        base = Path(os.path.normpath(Path(path).absolute() / reference["relative"]))  # TensorStore takes no ".."
     if not (base / MODEL_FILE).is_file():
         raise CheckpointError(
             f"{path}: its frozen parameters are in {base}, which is not there; put it back, or correct {BASE}.path in "

@@ -17,8 +17,10 @@ from magma_jax.families.magma import MAGMA
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.models.prefix import PrefixConfig
 from magma_jax.models.vision.clip_vit import CLIPViTConfig
+from magma_jax.models.vision.nf_resnet import NFResNetConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.published.open_magma import model_shapes
+from magma_jax.storage.array_files import open_arrays
 from magma_jax.storage.checksums import SUMS_FILE
 from magma_jax.storage.model_folder import CheckpointError, open_params, read_model_json, read_params
 from magma_jax.storage.torch.writer import write_torch_file
@@ -78,6 +80,30 @@ def test_every_parameter_is_published_or_fresh(sources, composed):
     assert source["image_prefix/encoder"] == {"from": str(folder / "clip.pt"), "sha256": {"clip.pt": digest}}
     assert list(source["lm"]["sha256"]) == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert source["seed"] == 7
+
+
+def test_rows_of_a_table_share_one_language_model(sources, composed, tmp_path):
+    folder, lm, _ = sources
+    encoder = NFResNetConfig(blocks=(1, 1, 1, 1), stage_channels=(8, 8, 16, 16), stem_channels=8, image_size=64)
+    prefix = PrefixConfig(image_positions=2)
+    model = dataclasses.replace(MODEL, encoder=encoder, prefix=prefix, mlp_adapter=None)
+    row = dataclasses.replace(CONFIG, model=model)
+    made = compose(row, str(composed[0]), None, tmp_path / "row")
+    assert made.fresh == made.trainable
+    assert read_model_json(tmp_path / "row")["base"]["path"] == str(composed[0])
+    own, stored = open_arrays(tmp_path / "row/params"), open_params(tmp_path / "row")
+    assert not any(path.startswith("lm/") and "_adapter/" not in path for path in own)
+    for path, leaf in lm.items():
+        np.testing.assert_array_equal(stored[f"lm/{path}"].read(), leaf.astype(stored[f"lm/{path}"].dtype), path)
+    assert read_params(tmp_path / "row", model_shapes(model)).keys() == model_shapes(model).keys()
+
+    other = dataclasses.replace(model, lm=dataclasses.replace(model.lm, dtype="float32"))
+    with pytest.raises(ConfigError, match=r"holds another language model \(lm.dtype differ\)"):
+        compose(dataclasses.replace(CONFIG, model=other), str(composed[0]), None, tmp_path / "other")
+    frozen = dataclasses.replace(row, optim=dataclasses.replace(row.optim, groups={"encoder": "frozen"}))
+    for config, how in ((CONFIG, "trained clip_vit"), (frozen, "frozen nf_resnet")):
+        with pytest.raises(ConfigError, match=f"give --encoder; .* this is a {how}"):
+            compose(config, str(folder / "gptj"), None, tmp_path / "other")
 
 
 def test_fresh_parts_are_those_of_a_run(sources, composed, tmp_path, monkeypatch):

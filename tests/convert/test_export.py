@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from magma_jax import Magma
 from magma_jax.config import to_dict
@@ -15,6 +15,7 @@ from magma_jax.convert.__main__ import main
 from magma_jax.families import open_generator
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
+from magma_jax.storage.array_files import open_arrays
 from magma_jax.storage.model_folder import CheckpointError, write_model_folder
 from tests import tiny
 
@@ -124,3 +125,56 @@ def test_a_model_in_memory_is_saved(trained, tmp_path):
     assert not any("_adapter/" in path for path in bare.params)
     with pytest.raises(CheckpointError, match="already exists"):
         model.save(tmp_path / "saved")
+
+
+@pytest.fixture(scope="module")
+def trained_alone(trained):
+    """What the run has trained, as a file."""
+    out = trained.parent / "adapters.safetensors"
+    assert main(["export", str(trained), str(out), "--trained"]) == 0
+    return out
+
+
+def test_what_was_trained_goes_on_the_same_frozen_weights(trained, trained_alone, exported, tmp_path, capsys):
+    base, model = trained.parent / "base", Magma.from_checkpoint(trained)
+    names = load_file(trained_alone).keys()
+    assert not any(name.startswith("lm/") and "_adapter" not in name for name in names)
+    for number, other in enumerate((base, trained, exported)):  # a model folder, a run, an export
+        out = tmp_path / f"on{number}"
+        assert main(["put-on", str(trained_alone), str(other), str(out)]) == 0
+        assert_same(model, Magma.from_checkpoint(out))
+        assert open_arrays(out / "params").keys() == names
+    assert "the others are those of" in capsys.readouterr().out
+    # Both are moved together.
+    (tmp_path / "moved").mkdir()
+    shutil.copytree(base, tmp_path / "here/base")
+    assert main(["put-on", str(trained_alone), str(tmp_path / "here/base"), str(tmp_path / "here/model")]) == 0
+    (tmp_path / "here").rename(tmp_path / "moved/there")
+    assert_same(model, Magma.from_checkpoint(tmp_path / "moved/there/model"))
+
+
+def test_another_base_is_refused(trained, trained_alone, exported, tmp_path, capsys):
+    def refused(*words):
+        capsys.readouterr()
+        assert main([*map(str, words), str(tmp_path / "out")]) == 2
+        assert not (tmp_path / "out").exists()
+        *notices, error = capsys.readouterr().err.splitlines()
+        assert all("has no SHA256SUMS" in notice for notice in notices)
+        return error
+
+    other = shutil.copytree(exported, tmp_path / "other")
+    (other / "SHA256SUMS").unlink()
+    weights = load_file(other / "model.safetensors")
+    weights["lm/wte/weight"] = weights["lm/wte/weight"] + np.float32(1e-6)
+    save_file(weights, other / "model.safetensors", {"format": "magma_jax"})
+    assert "was trained with other frozen weights than those of" in refused("put-on", trained_alone, other)
+    del weights["lm/wte/weight"]
+    save_file(weights, other / "model.safetensors", {"format": "magma_jax"})
+    assert "belongs to another base" in refused("put-on", trained_alone, other)
+    assert "not a file of convert export" in refused("put-on", exported / "model.safetensors", exported)
+    assert "nothing says what was trained" in refused("export", "--trained", exported)
+    (tmp_path / "cut").write_bytes(trained_alone.read_bytes()[:-9])
+    assert "cut short" in refused("put-on", tmp_path / "cut", exported)
+    for words in (["put-on", trained_alone, exported], ["export", "--trained", trained]):
+        assert main([*map(str, words), str(tmp_path / "cut")]) == 2
+        assert "already exists" in capsys.readouterr().err

@@ -92,14 +92,14 @@ class SelfAttention(nnx.Module):
 class ResidualBlock(nnx.Module):
     """Pre-LayerNorm transformer block."""
 
-    def __init__(self, width: int, heads: int, activation: str, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, activation: str, *, layer_scale: bool = False, rngs: nnx.Rngs):
         self.activation = activation
         self.ln_1 = LayerNorm(width, param=EncoderParam)
         self.attn = SelfAttention(width, heads, rngs=rngs)
         self.ln_2 = LayerNorm(width, param=EncoderParam)
         self.c_fc = Linear(width, 4 * width, param=EncoderParam, rngs=rngs)
         self.c_proj = Linear(4 * width, width, param=EncoderParam, rngs=rngs)
-        scales = [EncoderParam(jnp.ones((width,)), decay=False) if config.layer_scale else None for _ in range(2)]
+        scales = [EncoderParam(jnp.ones((width,)), decay=False) if layer_scale else None for _ in range(2)]
         self.scale_1, self.scale_2 = scales
 
     def __call__(self, x: Float[Array, "B S D"], mask: Mask = Mask("full")) -> Float[Array, "B S D"]:
@@ -125,7 +125,11 @@ class CLIPViT(nnx.Module):
         self.positional_embedding = EncoderParam(scale * jax.random.normal(rngs.params(), (patches + 1, width)))
         self.ln_pre = LayerNorm(width, param=EncoderParam)
         self.blocks = stack(
-            lambda rngs: ResidualBlock(width, config.heads, config.activation, rngs=rngs), config.layers, rngs
+            lambda rngs: ResidualBlock(
+                width, config.heads, config.activation, layer_scale=config.layer_scale, rngs=rngs
+            ),
+            config.layers,
+            rngs,
         )
         self.ln_post = LayerNorm(width, param=EncoderParam)
         self.proj = (

@@ -52,7 +52,7 @@ def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
         trained = _trained_in_base(program, config.base, base_types)
     run = to_dict(config)
     metadata = {"model": run["model"], "groups": run["optim"]["groups"], "run": run}
-    metadata |= {} if config.base is None else {BASE: base_reference(config.base)}
+    metadata |= {} if config.base is None else {BASE: base_reference(config.base, workdir)}
     starting = contextlib.nullcontext(program.params)
     if is_main():
         starting = _starting_params(program, dataset, base_types.keys(), trained)

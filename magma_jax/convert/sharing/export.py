@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from flax import nnx
 
 from magma_jax.config import ConfigError, from_union, to_dict
-from magma_jax.convert.model_card import model_card
+from magma_jax.convert.sharing.model_card import model_card
 from magma_jax.families import family_of_checkpoint
 from magma_jax.nn.modules import abstract
 from magma_jax.storage.exported_weights import EXPORTED_FILE

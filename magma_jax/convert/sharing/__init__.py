@@ -1,0 +1,1 @@
+"""Folders and files to share: exports, model cards, and what a run has trained alone."""
