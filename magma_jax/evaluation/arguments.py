@@ -34,5 +34,8 @@ def add_other_options(parser: argparse.ArgumentParser) -> None:
     """The other options of eval.py."""
     group = parser.add_argument_group("other")
     group.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results, or folders of results")
-    group.add_argument("--json", action="store_true", help="with --compare or --perplexity: print JSON")
+    group.add_argument("--json", action="store_true", help="with --compare, --perplexity or --knowledge: print JSON")
+    group.add_argument(
+        "--knowledge", action="store_true", help="questions about OpenMoji's drawings that no caption answers (--shots)"
+    )
     group.add_argument("--perplexity", type=Path, metavar="FILE", help="of a text file, with and without adapters")
