@@ -18,12 +18,13 @@ def get_config() -> ConfigDict:
                 "encoder": {
                     "kind": "efficientnet_lite",
                     "image_size": 128,
-                    # Four positions: every one costs a pass through 135 million frozen parameters.
+                    # One vector an image: every position costs a pass through 135 million frozen parameters.
                     "grid": 2,
+                    "joined": True,
                     "taps": (4, 10, "head"),
                     "statistics": ("stem", 0, 2),
                 },
-                "prefix": {"dropout": 0.0, "standardize": True},
+                "prefix": {"dropout": 0.0, "image_positions": 8, "standardize": True, "scale": 0.13, "start": "words"},
                 "mlp_adapter": {"downsample_factor": 8, "init": "zero_up"},
                 "attn_adapter": {"downsample_factor": 8, "init": "zero_up"},
             },

@@ -6,6 +6,7 @@
     python eval.py --checkpoint models/magma_long --task vqav2 --data data/vqa_val --shot-data data/vqa_train
     python eval.py --compare runs/a runs/b runs/c --html comparison.html
     python eval.py --workdir runs/quickstart --perplexity text.txt
+    python eval.py --workdir runs/smollm2 --knowledge --shots 0 2 4
 
 Without --task it prints the table and writes results.json, predictions.jsonl and report.html into the run folder;
 a split other than test, or a limit, is part of their names. docs/evaluation.md describes tasks and their files.
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     # Imported here: JAX takes seconds to import, and --help does not need it.
-    from magma_jax.evaluation.command import run_comparison, run_perplexity, run_tasks
+    from magma_jax.evaluation.command import run_comparison, run_knowledge, run_perplexity, run_tasks
     from magma_jax.families import evaluate_run, open_generator, open_token_generator
     from magma_jax.runtime.distributed import distributed_run
 
@@ -54,6 +55,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             run_tasks(open_token_generator, open_generator, arguments)
     elif arguments.compare:
         run_comparison(arguments)
+    elif arguments.knowledge:
+        run_knowledge(open_token_generator, arguments)
     elif arguments.perplexity:
         run_perplexity(open_token_generator, arguments)
     else:

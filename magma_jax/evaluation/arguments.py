@@ -37,5 +37,8 @@ def add_other_options(parser: argparse.ArgumentParser) -> None:
         "--compare", nargs="+", type=Path, metavar="RESULT", help="two results or more, or runs and folders of results"
     )
     group.add_argument("--html", type=Path, metavar="FILE", help="with --compare: also write a page")
-    group.add_argument("--json", action="store_true", help="with --compare or --perplexity: print JSON")
+    group.add_argument("--json", action="store_true", help="with --compare, --perplexity or --knowledge: print JSON")
+    group.add_argument(
+        "--knowledge", action="store_true", help="questions about OpenMoji's drawings that no caption answers (--shots)"
+    )
     group.add_argument("--perplexity", type=Path, metavar="FILE", help="of a text file, with and without adapters")

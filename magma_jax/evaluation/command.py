@@ -17,6 +17,8 @@ from magma_jax.data.openmoji.dataset import OpenmojiConfig
 from magma_jax.data.workers import cores
 from magma_jax.evaluation.images.drawing import draw_task, options_of, write_image_result
 from magma_jax.evaluation.images.task import IMAGE_TASKS, ImageTaskConfig
+from magma_jax.evaluation.knowledge.measure import measure_knowledge
+from magma_jax.evaluation.knowledge.measure import table as knowledge_table
 from magma_jax.evaluation.metrics.perplexity import measure
 from magma_jax.evaluation.report import comparison
 from magma_jax.evaluation.report.comparison_page import write_comparison
@@ -61,6 +63,23 @@ def run_perplexity(open_model: OpenModel, arguments: argparse.Namespace) -> None
                 f"{title if 'without_adapters' in found else 'no adapters':<18}perplexity {values['perplexity']:.4f} "
                 f"a token, {values['bits_per_byte']:.4f} bits a byte, {values['tokens']} tokens"
             )
+
+
+def run_knowledge(open_model: OpenModel, arguments: argparse.Namespace) -> None:
+    """``--knowledge``: asks what no caption says, prints tables and writes ``knowledge-N-shots.json`` a number of shots."""
+    path = Path(arguments.workdir)
+    model = open_model(path, dtype=arguments.dtype, ema=arguments.ema)
+    dataset = load_dataset(own_data(path))
+    folder = arguments.output or path / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    for shots in arguments.shots or [0]:
+        found = measure_knowledge(
+            model, dataset, shots=shots, limit=arguments.limit, batch_size=arguments.batch_size
+        ) | {"checkpoint": identify(path), "limit": arguments.limit}
+        name = f"knowledge-{shots}-shots" + ("" if arguments.limit is None else f"-limit={arguments.limit}")
+        text = json.dumps(found, indent=2)
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        print(text if arguments.json else printable(f"{knowledge_table(found)}\n"))
 
 
 def run_tasks(open_token_model: OpenModel, open_any: Callable[..., Generator], arguments: argparse.Namespace) -> None:

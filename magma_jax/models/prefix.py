@@ -42,6 +42,10 @@ class PrefixConfig:
         standardize: whether features are scaled to zero mean and unit variance per channel, with statistics of
             training images that the run computes once (``families.magma.image_features``); for encoders whose channels
             differ in scale.
+        scale: weights of the LayerNorm at the start: 1 in MAGMA; with the root mean square of the word embeddings (0.13
+            in SmolLM2-135M), images start at the scale of words.
+        start: how the linear map starts: ``random``, or ``words``, regressed on the embeddings of the captions' tokens
+            (``families.magma.word_start``); for runs that start from ``weights``.
     """
 
     mapping: Literal["linear", "mlp", "transformer", "resampler"] = "linear"
@@ -52,6 +56,8 @@ class PrefixConfig:
     standardize: bool = False
     transformer_layers: int = 2
     transformer_heads: int = 8
+    scale: float = 1.0
+    start: Literal["random", "words"] = "random"
 
     def __post_init__(self):
         check_sizes(self, "image_positions", "shuffle", "transformer_layers", "transformer_heads")
@@ -159,7 +165,7 @@ class ImagePrefix(nnx.Module):
             if config.mapping == "transformer"
             else None
         )
-        self.ln = LayerNorm(width, param=PrefixParam) if config.layernorm else None
+        self.ln = LayerNorm(width, param=PrefixParam, scale=config.scale) if config.layernorm else None
 
     def project(self, features: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
         """The mapping to the width: (B, G, C) to (B, G / shuffle^2, D), pooled (B, C) to (B, P * D)."""

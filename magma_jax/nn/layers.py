@@ -118,7 +118,7 @@ class Embedding(nnx.Module):
 class LayerNorm(nnx.Module):
     """LayerNorm over the last axis, computed in fp32, returned in the dtype of its input.
 
-    Without ``affine`` it has no parameters.
+    Without ``affine`` it has no parameters; ``scale`` is what its weights start at.
     """
 
     def __init__(
@@ -128,10 +128,11 @@ class LayerNorm(nnx.Module):
         param: type[nnx.Param],
         eps: float = 1e-5,
         affine: bool = True,
+        scale: float = 1.0,
         dtype: DTypeLike = jnp.float32,
     ):
         self.eps = eps
-        self.weight = param(jnp.ones((width,), dtype), decay=False) if affine else None
+        self.weight = param(jnp.full((width,), scale, dtype), decay=False) if affine else None
         self.bias = param(jnp.zeros((width,), dtype), decay=False) if affine else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

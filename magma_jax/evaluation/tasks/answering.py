@@ -13,7 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from magma_jax.evaluation.tasks.batched_generate import answer_batch, classify_batch, run_common
+from magma_jax.evaluation.tasks.batched_generate import (
+    answer_batch,
+    classify_batch,
+    run_common,
+    score_batch,
+)
 from magma_jax.inference.buckets import EVALUATION
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.generator import TokenGenerator
@@ -22,7 +27,7 @@ from magma_jax.inference.prompts import PromptLayout, lay_out, pad_layouts
 from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.runtime.distributed import is_main
 from magma_jax.runtime.sharding import batch_shards, local_rows, place_batch
-from magma_jax.typing import Array, Int
+from magma_jax.typing import Array, Float, Int
 
 # Size of the feature cache in bytes: 600 images of CLIP RN50x16, or the whole quick start.
 KEPT_NBYTES = 2**30
@@ -133,6 +138,25 @@ class Answerer:
             for i, number in zip(rows, np.asarray(found).tolist(), strict=True):
                 classes[i] = number
         return classes
+
+    def next_tokens(
+        self, prompts: Sequence[Parts], candidates: Sequence[Sequence[int]]
+    ) -> list[Float[np.ndarray, " K"]]:
+        """Log probabilities of candidates for the token after every prompt; each prompt has its own.
+
+        Raises:
+            PromptError: an empty prompt, or one that does not fit the context.
+        """
+        most = max(map(len, candidates), default=0)
+        padded = np.array([[*tokens, *[tokens[0]] * (most - len(tokens))] for tokens in candidates], np.int32)
+        scores: list[Float[np.ndarray, " K"]] = [np.empty(0)] * len(prompts)
+        for rows, arrays in self._batches(self._lay_out(prompts, 0, False)):
+            wanted = padded[np.array(rows)[self._rows]]
+            wanted = wanted if self._mesh is None else place_batch({"": wanted}, self._mesh, self._batch_size)[""]
+            found = score_batch(self.model.graphdef, self.model.params, arrays, wanted, mesh=self._mesh)
+            for i, row in zip(rows, np.asarray(found), strict=True):
+                scores[i] = row[: len(candidates[i])]
+        return scores
 
     def _lay_out(self, prompts: Sequence[Parts], more: int, extrapolate: bool) -> list[PromptLayout]:
         """Layouts of the prompts; each must fit the context together with ``more`` positions."""

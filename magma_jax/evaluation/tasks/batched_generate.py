@@ -70,6 +70,28 @@ def classify_batch(
 
 
 @platform_jit(static_argnames=("graphdef", "mesh"))
+def score_batch(
+    graphdef: Definition,
+    params: Params,
+    batch: dict[str, Any],
+    candidates: Int[Array | np.ndarray, "B K"],
+    *,
+    mesh: Mesh | None,
+) -> Float[Array, "B K"]:
+    """Log probabilities of candidates for the token after each prompt, replicated."""
+
+    def run() -> Array:
+        model = merge(graphdef, params)
+        hidden = model.lm(_embed(model, batch["features"], batch["tokens"], batch["places"])).hidden
+        last = jnp.take_along_axis(hidden, (batch["lengths"] - 1)[:, None, None], axis=1)[:, 0]
+        return jnp.take_along_axis(jax.nn.log_softmax(model.logits(last)), jnp.asarray(candidates), axis=-1)
+
+    if mesh is None:
+        return run()
+    return jax.lax.with_sharding_constraint(on_mesh(run, mesh)(), replicated(mesh))
+
+
+@platform_jit(static_argnames=("graphdef", "mesh"))
 def run_common(
     graphdef: Definition,
     params: Params,

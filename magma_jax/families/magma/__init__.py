@@ -14,6 +14,7 @@ from magma_jax.families.magma.generator import Magma
 from magma_jax.families.magma.image_features import feature_statistics, image_loader
 from magma_jax.families.magma.loss import caption_loss
 from magma_jax.families.magma.panel import Sampler
+from magma_jax.families.magma.word_start import word_start
 from magma_jax.family import Family
 from magma_jax.inference.decoding.program import decode_program
 from magma_jax.models.magma import SHARDINGS, MagmaConfig, MagmaModel
@@ -29,6 +30,8 @@ def _build(config: MagmaConfig, rngs: nnx.Rngs) -> MagmaModel:
 
 
 def _first_values(program: Any, dataset: Any, params: Any) -> dict[str, Any]:
+    if program.config.model.prefix.start == "words":
+        return word_start(program.config.model, dataset, program.graphdef, params)
     if dataset.images is None:
         return {}
     learned = dataset.images if dataset.learned is None else dataset.images[np.asarray(dataset.learned)]

@@ -70,8 +70,9 @@ class EfficientNetLiteConfig:
 
     Attributes:
         image_size: pixels per side, a multiple of 32.
-        grid: positions per side of the grid, a divisor of image_size / 32; None for image_size / 32. Fewer make the
-            sequence of a large language model shorter.
+        grid: cells per side of the grid, a divisor of image_size / 32; None for image_size / 32.
+        joined: whether the cells of an image are one vector, from which a prefix makes ``image_positions`` vectors,
+            each by a map of its own; otherwise every cell is a position.
         taps: layers whose outputs, averaged over each grid cell, are concatenated to one feature vector per cell:
             "stem", the index of a block from 0 to 15, or "head" (the last layer).
         statistics: layers whose mean and standard deviation per channel over the whole image are appended to the
@@ -84,6 +85,7 @@ class EfficientNetLiteConfig:
     taps: tuple[str | int, ...] = ("head",)
     statistics: tuple[str | int, ...] = ()
     grid: int | None = None
+    joined: bool = False
     kind: Literal["efficientnet_lite"] = "efficientnet_lite"
 
     def __post_init__(self):
@@ -98,18 +100,19 @@ class EfficientNetLiteConfig:
 
     @property
     def channels(self) -> int:
-        """Channels of the grid."""
+        """Channels of a cell, or of the joined vector."""
         widths = {"stem": _STEM, "head": _HEAD, **{i: block.out_channels for i, block in enumerate(BLOCKS)}}
-        return sum(widths[tap] for tap in self.taps) + 2 * sum(widths[layer] for layer in self.statistics)
+        cells = self.side**2 if self.joined else 1
+        return cells * sum(widths[tap] for tap in self.taps) + 2 * sum(widths[layer] for layer in self.statistics)
 
     @property
-    def positions(self) -> int:
-        """Positions of the grid."""
-        return self.side**2
+    def positions(self) -> int | None:
+        """Positions of the grid; None if its cells are joined."""
+        return None if self.joined else self.side**2
 
     @property
     def side(self) -> int:
-        """Positions per side of the grid."""
+        """Cells per side of the grid."""
         return self.grid or self.image_size // 32
 
 
@@ -186,14 +189,16 @@ class EfficientNetLite(nnx.Module):
 
     def __call__(
         self, images: Float[Array, "B h w 3"], *, batch_norm: BatchNormMode = "frozen", remat: Remat = "none"
-    ) -> Float[Array, "B P C"]:
-        """Normalised images to the grid, row by row."""
+    ) -> Float[Array, "B ..."]:
+        """Normalised images to the grid (B, P, C), row by row, or to joined vectors (B, C)."""
         outputs = self.layers(images, batch_norm, remat)
         side = self.config.side
         parts = [_cells(outputs[tap], side) for tap in self.config.taps]
+        if self.config.joined:
+            parts = [part.reshape(part.shape[0], -1) for part in parts]
         for layer in self.config.statistics:
             for statistic in (outputs[layer].mean((1, 2)), outputs[layer].std((1, 2))):
-                parts.append(jnp.repeat(statistic[:, None], side * side, axis=1))
+                parts.append(statistic if self.config.joined else jnp.repeat(statistic[:, None], side * side, axis=1))
         return jnp.concatenate(parts, axis=-1)
 
 
