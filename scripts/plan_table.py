@@ -45,6 +45,7 @@ class Case:
         return model + " ".join(self.options) + (f" (effort {self.effort:g})" if self.effort else "")
 
 
+TODAY = ("llama-3.1-8b", "qwen3-8b", "gemma-3-12b")
 SHARDED, REPLICATED = "mesh.frozen=sharded", "mesh.frozen=replicated"
 TABLES = {
     "train": [
@@ -80,6 +81,16 @@ TABLES = {
         for config, accumulate in (("cm3leon_350m", 4), ("cm3leon_760m", 4), ("cm3leon_7b", 8))
         for topology, devices in (("v5e:8x8", 64), ("v5p:4x4x4", 64), ("v6e:8x8", 64), ("tpu7x:2x2x4", 32))
     ],
+    "today": [
+        Case(topology, (f"mesh.fsdp={devices}",), effort=-1, config=f"magma_today:{name}")
+        for name in TODAY
+        for topology, devices in (("v5e:4x4", 16), ("v5p:2x2x2", 8), ("v6e:4x4", 16), ("tpu7x:2x2x1", 8))
+    ],
+    "today generate": [
+        Case("v5e:1x1", (f"model.lm.dtype={dtype}",), rows=1, effort=-1, config=f"magma_today:{name}", slots=1024)
+        for name in TODAY
+        for dtype in ("int8", "bfloat16")
+    ],
     "cm3leon drawing": [
         Case(topology, ("model.dtype=bfloat16", *mesh), rows=rows, effort=-1, config="cm3leon_7b", slots=None)
         for topology, mesh, rows in (
@@ -110,7 +121,7 @@ def main() -> None:
             "-m",
             "magma_jax.plan",
             "--config",
-            f"configs/{case.config}.py",
+            "configs/{}.py{}{}".format(*case.config.partition(":")),
             "--json",
             *case.options,
         ]
@@ -136,7 +147,7 @@ def main() -> None:
 def _renderer(name: str) -> Callable[[list[tuple[Case, dict[str, Any]]]], str]:
     if name.endswith("drawing"):
         return drawing_table
-    if name == "generate":
+    if name.endswith("generate"):
         return generate_table
     return train_table if name in ("train", "tried") else family_table
 
@@ -216,15 +227,19 @@ def drawing_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
 def generate_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
     """Decoding plans, one per row."""
     lines = [
-        "| chips | matrices | rows | total of HBM, GiB | compute / HBM / links, ms | tokens a second at most |",
-        "|---|---|---|---|---|---|",
+        "| model | chips | matrices | rows | total of HBM, GiB | compute / HBM / links, ms | tokens a second at most |",
+        "|---|---|---|---|---|---|---|",
     ]
     for case, plan in rows:
+        matrices = "int8" if "model.lm.dtype=int8" in case.values else "bf16"
+        start = f"| {case.config.split(':')[-1]} | {case.topology} ({plan['devices']}) | {matrices} | {plan['batch']} "
+        if plan["memory"] is None:
+            lines.append(f"{start}| does not fit: {plan['refusal']} | | |")
+            continue
         roofline = plan["roofline"]
         terms = " / ".join(f"{1e3 * roofline[name]:.2f}" for name in ("compute", "hbm", "ici"))
         lines.append(
-            f"| {case.topology} ({plan['devices']}) | {'int8' if 'model.lm.dtype=int8' in case.values else 'bf16'} "
-            f"| {plan['batch']} | {plan['memory']['total'] / GIB:.1f} of "
+            f"{start}| {plan['memory']['total'] / GIB:.1f} of "
             f"{plan['hbm_bytes'] / GIB:.0f} | {terms} | {plan['batch'] / roofline['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"

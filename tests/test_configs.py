@@ -14,7 +14,7 @@ from magma_jax.training.run.program import create_model
 from magma_jax.training.step.optim import label_parameters, partition
 
 FOLDER = Path(__file__).parent.parent / "configs"
-TABLE1 = "paper_table1.py"
+TABLE1, TODAY = "paper_table1.py", "magma_today.py"
 FINETUNING = ("vqa", "okvqa", "gqa", "vizwiz", "snli_ve", "nocaps", "coco")
 GPTJ, V2 = 6_050_301_152, 383_936_912
 MAGVLT_QUICKSTART = (6_212_352, 712_672)
@@ -47,6 +47,10 @@ COUNTS = {
     "vqgan_f16.py": (76_073_859 + PATCHGAN, 0),
     "vqgan_f8.py": (66_890_627 + PATCHGAN, 0),
     **{f"finetune_{name}.py": (V2 + (3 * 4096 + 3) * (name == "snli_ve"), GPTJ) for name in FINETUNING},
+    # SigLIP so400m without its head has 412,987,248 parameters.
+    f"{TODAY}:llama-3.1-8b": (327_991_296, 8_030_261_248 + 412_987_248),
+    f"{TODAY}:qwen3-8b": (361_582_592, 8_190_735_360 + 412_987_248),
+    f"{TODAY}:gemma-3-12b": (408_883_200, 11_766_034_176 + 412_987_248),
     f"{TABLE1}:adapters-none": (148_797_840, GPTJ),
     f"{TABLE1}:adapters-ff2": (618_731_920, GPTJ),
     f"{TABLE1}:adapters-ff4": (383_822_224, GPTJ),
