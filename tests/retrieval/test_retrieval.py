@@ -23,10 +23,11 @@ from magma_jax.retrieval import bi_encoder, command
 from magma_jax.retrieval.__main__ import main as retrieval
 from magma_jax.retrieval.annotate import annotate, check_encoder
 from magma_jax.retrieval.build import build_bank
-from magma_jax.retrieval.encoders import HashedEncoder, NamesEncoder, open_encoder, unit
+from magma_jax.retrieval.encoders import HashedEncoder, NamesEncoder, open_encoder
 from magma_jax.retrieval.recall import pair_recall
 from magma_jax.retrieval.search import CHUNK, ExactIndex, make_index, recall_at
 from magma_jax.retrieval.selection import cover, drop_words, select_documents
+from magma_jax.retrieval.vectors import unit
 from tests.inference.test_clip_scores import TEXT, TEXTS, VIT, pictures
 from tests.inference.test_clip_scores import write as write_clip
 
