@@ -1,0 +1,1 @@
+"""Published encoders of texts, alone or beside one of images."""
