@@ -189,6 +189,11 @@ def test_decoding_equals_the_full_forward_pass_and_single_requests(model):
         found |= {key: model.engine.codes_of(finish()) for key, finish in batch.step()}
     assert [found[number].tolist() for number in range(4)] == [one.tolist() for one in drawn]
 
+    # So is what a memory finds for a text.
+    plan, _ = model.with_memory(lambda text: shown[texts.index(text)]).plan_drawing(["red"], options)
+    found = model.engine.draw(plan, options)[0]
+    assert model.engine.codes_of(found).tolist() == drawn[0].tolist()
+
     pairs = model.media.pairs(shown[0])
     streams = drawing_streams(np.array(BPE.encode("red")), pairs, LAYOUT, GRID, null="sentinel", beside=True)
     new = LAYOUT.from_codes(drawn[0][0])
