@@ -75,6 +75,7 @@ def test_masks_mark_transparent_or_light_pixels(files):
     [
         (["a cat"], "--make image needs --output FILE.png"),
         (["a cat", "--output", "{}/out.jpg"], "give a name that ends in .png"),
+        (["a cat", "--output", "{}/out.png", "--memory", "{}"], "reads no documents; leave it out"),
         (["a cat", "--output", "{}/no/out.png"], "no such folder; make it first"),
         ([" ", "--output", "{}/out.png"], "the prompt is empty; say what the image shows"),
         (["--output", "{}/out.png"], "the prompt is empty; say what the image shows"),

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from magma_jax import commands
+from magma_jax.retrieval.arguments import add_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         default="multinomial-maskgit",
         help="which places a step reveals: multinomial-maskgit (default), maskgit, multinomial, random or halton",
     )
+    add_memory(parser)
     whole = parser.add_argument_group("comparing whole answers")
     add = whole.add_argument
     add("--beams", type=int, default=0, help="width of a beam search; 0 for none (default)")

@@ -16,6 +16,7 @@ from magma_jax.generate.questions import read_parts
 from magma_jax.inference.answers import ImageOptions
 from magma_jax.inference.clip_scores import ClipScorer
 from magma_jax.output import replace_file
+from magma_jax.retrieval.arguments import with_memory
 from magma_jax.runtime.compile import enable_compilation_cache
 
 
@@ -43,7 +44,7 @@ def draw(arguments: argparse.Namespace) -> int:
     enable_compilation_cache(not arguments.no_program_cache)
     if arguments.clip:
         options = dataclasses.replace(options, score=ClipScorer(arguments.clip))
-    model = open_generator(arguments.checkpoint, dtype=arguments.dtype)
+    model = with_memory(open_generator(arguments.checkpoint, dtype=arguments.dtype), arguments)
     wanted = "edit" if images else "image"
     if wanted not in model.makes:
         made = ", ".join(sorted(model.makes)) or "nothing that a prompt asks for"

@@ -20,7 +20,7 @@ from magma_jax.inference.buckets import Buckets
 from magma_jax.models.clip import CLIP, CLIPConfig
 from magma_jax.models.vision.catalog import normalize_for
 from magma_jax.nn.modules import abstract, merge
-from magma_jax.published.open_clip import open_clip
+from magma_jax.published.text.open_clip import open_clip
 from magma_jax.storage.hub import local_path
 from magma_jax.typing import Float
 
@@ -36,7 +36,7 @@ class ClipScorer:
         name: its name in results: encoder and file.
 
     Raises:
-        ConfigError, WeightFileError, TorchFileError, KeyMapError: see ``published.open_clip``.
+        ConfigError, WeightFileError, TorchFileError, KeyMapError: see ``published.text.open_clip``.
     """
 
     def __init__(self, path: str | Path):

@@ -170,3 +170,18 @@ class BatchedImageGenerator(ImageGenerator, Protocol):
             ValueError: too few slots, or too many positions.
         """
         ...
+
+
+@runtime_checkable
+class ReadsDocuments(Protocol):
+    """A model that reads documents, each a text with an image, which were retrieved for a prompt.
+
+    Attributes:
+        image_size: pixels per side of their images.
+    """
+
+    image_size: int
+
+    def with_memory(self, find: Callable[[str], Sequence[tuple[str, Any]]]) -> Any:
+        """The same model, which reads what ``find`` gives for the text of a drawing."""
+        ...

@@ -210,11 +210,14 @@ class ImageQueue:
         ticket.put(canvas)
 
     def _draw(self, ticket: ImageTicket) -> None:
-        if not ticket.cancelled and isinstance(ticket.options, AnswerOptions):
-            (answers,) = self.model.answers([ticket.prompt], ticket.options, count=1)
+        options = ticket.options
+        if ticket.cancelled:
+            pass
+        elif isinstance(options, AnswerOptions):
+            (answers,) = self.model.answers([ticket.prompt], options, count=1)
             ticket.put(Written(answers))
-        elif not ticket.cancelled:
-            for canvas in self.model.canvases(ticket.prompt, ticket.options, previews=ticket.previews):
+        else:
+            for canvas in self.model.canvases(ticket.prompt, options, previews=ticket.previews):
                 self._put(ticket, canvas)
                 if ticket.cancelled or canvas.finish is not None:
                     break

@@ -26,8 +26,8 @@ from magma_jax.nn.modules import abstract, merge
 from magma_jax.output import replace_file
 from magma_jax.published.efficientnet_lite import read_weights
 from magma_jax.published.text.minilm import MiniLM
-from magma_jax.retrieval.encoders import unit
 from magma_jax.retrieval.sources import Documents
+from magma_jax.retrieval.vectors import unit
 from magma_jax.typing import Float, UInt8
 
 # Pixels per side of the images.

@@ -15,7 +15,7 @@ from magma_jax.data.tokenizers.clip_text import clip_tokens
 from magma_jax.models.clip import CLIP
 from magma_jax.models.vision.catalog import normalize_for
 from magma_jax.nn.modules import abstract, merge
-from magma_jax.published.open_clip import open_clip
+from magma_jax.published.text.open_clip import open_clip
 from magma_jax.storage.hub import local_path
 from magma_jax.typing import Float, Params, UInt8
 
@@ -27,7 +27,7 @@ class ClipEncoder:
     """The encoder; see ``encoders.Encoder``. Its name has the activation and the begin of a hash of the projections.
 
     Args:
-        path: the file; errors as of ``published.open_clip``.
+        path: the file; errors as of ``published.text.open_clip``.
     """
 
     def __init__(self, path: str | Path):

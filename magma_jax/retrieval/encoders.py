@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from magma_jax.retrieval.vectors import unit
 from magma_jax.typing import Float, UInt8
 
 # A word of a text, for the hashed encoder.
@@ -158,9 +159,3 @@ def document_vectors(
 ) -> Float[np.ndarray, "N D"]:
     """Vectors of documents: the mean of text and image (section 2.1); of a text alone its own."""
     return texts if images is None else (texts + images) / 2
-
-
-def unit(vectors: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
-    """Vectors of norm 1; those of norm 0 stay."""
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.where(norms > 0, norms, 1)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from magma_jax.retrieval.encoders import unit
+from magma_jax.retrieval.vectors import unit
 from magma_jax.typing import Float, Int
 
 # Documents more similar than this to the query's document or a chosen one are left out (section 2.1: "relevance score

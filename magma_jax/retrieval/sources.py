@@ -94,9 +94,15 @@ class FolderDocuments:
 
 
 def open_documents(
-    data: str, split: str = "train", codes: str | None = None, cache_dir: str = "~/.cache/magma_jax"
+    data: str,
+    split: str = "train",
+    codes: str | None = None,
+    cache_dir: str = "~/.cache/magma_jax",
+    image_size: int = 64,
 ) -> Documents:
     """Documents of ``openmoji``, whose drawings have splits of their own, or of a dataset folder with one ``split``.
+
+    Drawings of ``openmoji`` are drawn with ``image_size`` pixels per side; at another size they are resized.
 
     Raises:
         DataError: no such folder.
@@ -105,7 +111,7 @@ def open_documents(
         return FolderDocuments(data, split, codes)
     if codes is not None:
         raise ValueError("--codes: drawings of openmoji are encoded by the model that learns from them; leave it out")
-    return OpenmojiDocuments(cache_dir)
+    return OpenmojiDocuments(cache_dir, image_size)
 
 
 def _image(pixels: np.ndarray) -> Image.Image:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from magma_jax import commands
 from magma_jax.inference.batching.config import EngineConfig
+from magma_jax.retrieval.arguments import add_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="folder whose images may be named by file: URLs")
     parser.add_argument("--allow-domain", nargs="*", default=[], help="hosts from which images are fetched")
     parser.add_argument("--fetch-timeout", type=float, default=5.0, help="seconds for a fetch; default: %(default)s")
+    add_memory(parser)
     return parser
 
 

@@ -17,6 +17,7 @@ from magma_jax.inference.batching.engine import Engine
 from magma_jax.inference.generator import ImageGenerator, TokenGenerator
 from magma_jax.inference.image_queue import ImageQueue
 from magma_jax.output import error_line
+from magma_jax.retrieval.arguments import with_memory
 from magma_jax.runtime.compile import enable_compilation_cache
 from magma_jax.serve.app import create_app
 from magma_jax.serve.config import ServerConfig
@@ -107,7 +108,7 @@ def _engine(arguments: argparse.Namespace) -> Engine | ImageQueue:
     Raises:
         CheckpointError: a model that does neither. Also the errors of opening a checkpoint.
     """
-    model = open_generator(arguments.checkpoint, dtype=arguments.dtype)
+    model = with_memory(open_generator(arguments.checkpoint, dtype=arguments.dtype), arguments)
     if isinstance(model, TokenGenerator):
         sizes = EngineConfig(
             slots=arguments.slots,

@@ -53,7 +53,10 @@ class ImageService:
 
     def routes(self) -> dict[str, Callable[[Request], Awaitable[Response]]]:
         """Handlers by route."""
-        found = {"/v1/images/generations": self.generate, "/v1/images/edits": self.edit}
+        found: dict[str, Callable[[Request], Awaitable[Response]]] = {
+            "/v1/images/generations": self.generate,
+            "/v1/images/edits": self.edit,
+        }
         if "text" in self.queue.model.makes:
             found["/v1/chat/completions"] = functools.partial(chat, self)
         return found

@@ -6,35 +6,48 @@ import secrets
 import time
 import uuid
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import anyio
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
-from magma_jax.data.decoders import DecoderBusy, DecoderError
+from magma_jax.data.decoders import DecoderBusy, DecoderError, Decoders
 from magma_jax.data.images import ImageError, ImageInput
 from magma_jax.inference.answers import Answer, AnswerOptions, Written
 from magma_jax.inference.decoding.config import SEED_BITS, SamplingConfig
 from magma_jax.inference.generator import ImageGenerator
+from magma_jax.inference.image_queue import ImageQueue
 from magma_jax.inference.pending import EngineError, QueueFull
 from magma_jax.inference.prompts import Prompt
+from magma_jax.serve.arrivals import Arrivals
+from magma_jax.serve.config import ServerConfig
 from magma_jax.serve.errors import QUEUE_FULL, RequestError, busy
 from magma_jax.serve.network.body import read_body
+from magma_jax.serve.prometheus import ServerMetrics
 from magma_jax.serve.prompts.fetch import FetchError
 from magma_jax.serve.prompts.images import RequestImage, data_uri
 from magma_jax.serve.reply import cancel, follow, left
 from magma_jax.serve.requests.schema import ChatRequest, ImagePart
 
-if TYPE_CHECKING:
-    from magma_jax.serve.image_service import ImageService
-
 # New tokens of an answer's text where a request does not say; a text prompt leaves room for one image more.
 TEXT_TOKENS = 64
 
 
-async def chat(service: "ImageService", request: Request) -> Response:
+class Host(Protocol):
+    """What the route needs of the image service."""
+
+    queue: ImageQueue
+    config: ServerConfig
+    metrics: ServerMetrics
+    arrivals: Arrivals
+    decoders: Decoders
+    threads: ThreadPoolExecutor
+
+
+async def chat(service: Host, request: Request) -> Response:
     """Handles ``POST /v1/chat/completions``: continues one message of texts and images.
 
     The message of a choice holds its text as ``content``, and if it has images, also these as ``images``, and texts
@@ -90,7 +103,7 @@ def _check(wanted: ChatRequest) -> None:
             raise RequestError(f"{name}: answers of this model may hold images; leave it out", param=name)
 
 
-def _prompt(service: "ImageService", wanted: ChatRequest, started: float) -> Prompt:
+def _prompt(service: Host, wanted: ChatRequest, started: float) -> Prompt:
     """The message's texts and decoded images."""
     rules, parts = service.config.images, wanted.messages[0].parts
     images = sum(isinstance(part, ImagePart) for part in parts)

@@ -70,6 +70,11 @@ def test_drawings_behind_documents_read_the_places_that_training_reads():
     shown = [("two dogs", Codes(np.array([2, 3, 2, 5])))]
     options = DrawOptions(guidance=2.0, temperature=(0.0, 0.0))
     drawn = model.draw_codes(["red", "two dogs"], options, documents=[shown, []])
+    batch = StreamBatch(CONFIG, graphdef, params, count=3, steps=GRID)
+    plan = model.engine.plan_texts(["red"], options, [shown])
+    batch.begin("red", model.engine.drawings(plan, options), model.engine.codes_of)
+    ((_, finish),) = batch.step()
+    assert finish().tolist() == drawn[0].tolist()
 
     streams = drawing_streams(np.array(BPE.encode("red")), model.media.pairs(shown), LAYOUT, GRID, null="sentinel")
     whole = [np.concatenate([stream, LAYOUT.from_codes(drawn[0][0])]) for stream in streams]

@@ -19,6 +19,7 @@ from magma_jax.data.format.records import DataError
 from magma_jax.data.tokenizers.byte_level import train_bpe
 from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.families.cm3leon import CM3LEON
+from magma_jax.families.cm3leon.batch import StreamBatch
 from magma_jax.families.cm3leon.generator import CM3Leon, Codes
 from magma_jax.families.cm3leon.loading import Loaded
 from magma_jax.families.cm3leon.loss import CM3LeonOptions, cm3leon_loss
@@ -180,6 +181,18 @@ def test_decoding_equals_the_full_forward_pass_and_single_requests(model):
     again = model.draw_codes(texts[::-1], options, documents=shown[::-1])
     assert [one.tolist() for one in again[::-1]] == [one.tolist() for one in drawn]
     assert not np.array_equal(drawn[3], drawn[2])  # documents matter
+    # So is a running batch that has too few slots for all of them.
+    batch, found = StreamBatch(CONFIG, model.graphdef, model.params, count=5, steps=3), {}
+    for number, (text, some) in enumerate(zip(texts, shown, strict=True)):
+        batch.begin(number, model.engine.drawings(model.engine.plan_texts([text], options, [some]), options), list)
+    while batch.busy:
+        found |= {key: model.engine.codes_of(finish()) for key, finish in batch.step()}
+    assert [found[number].tolist() for number in range(4)] == [one.tolist() for one in drawn]
+
+    # So is what a memory finds for a text.
+    plan, _ = model.with_memory(lambda text: shown[texts.index(text)]).plan_drawing(["red"], options)
+    found = model.engine.draw(plan, options)[0]
+    assert model.engine.codes_of(found).tolist() == drawn[0].tolist()
 
     pairs = model.media.pairs(shown[0])
     streams = drawing_streams(np.array(BPE.encode("red")), pairs, LAYOUT, GRID, null="sentinel", beside=True)

@@ -16,7 +16,7 @@ from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
 from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.nn.modules import abstract
 from magma_jax.published.keymap.engine import KeyMapError, to_theirs
-from magma_jax.published.open_clip import clip_table, open_clip
+from magma_jax.published.text.open_clip import clip_table, open_clip
 from tests.published.published import noise, write_safetensors
 
 TEXTS = ["a Red car!!", "it's 2023's café — naïve &amp;amp; 日本語", "I'LL  have\n12345 dogs' toys...", "a " * 100, ""]

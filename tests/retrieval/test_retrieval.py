@@ -23,10 +23,12 @@ from magma_jax.retrieval import bi_encoder, command
 from magma_jax.retrieval.__main__ import main as retrieval
 from magma_jax.retrieval.annotate import annotate, check_encoder
 from magma_jax.retrieval.build import build_bank
-from magma_jax.retrieval.encoders import HashedEncoder, NamesEncoder, open_encoder, unit
+from magma_jax.retrieval.encoders import HashedEncoder, NamesEncoder, open_encoder
+from magma_jax.retrieval.memory import Memory, open_memory
 from magma_jax.retrieval.recall import pair_recall
 from magma_jax.retrieval.search import CHUNK, ExactIndex, make_index, recall_at
 from magma_jax.retrieval.selection import cover, drop_words, select_documents
+from magma_jax.retrieval.vectors import unit
 from tests.inference.test_clip_scores import TEXT, TEXTS, VIT, pictures
 from tests.inference.test_clip_scores import write as write_clip
 
@@ -134,6 +136,28 @@ def test_names_are_found_by_what_is_drawn_then_gender_then_tones():
     pixels[1, 20:40, 20:40] = (250, 220, 188)  # filled with a skin colour, which is no outline
     first, second = encoder.images(pixels)
     np.testing.assert_array_equal(first, second)
+
+
+def test_a_memory_finds_documents_for_a_text(bank, encoder, tmp_path):
+    text = "a red square number 20"
+    (first, codes), (second, _) = Memory(bank, encoder, max_similarity=1.0)(text)
+    assert first == text
+    assert "red" in second
+    np.testing.assert_array_equal(codes, np.arange(4) + 20)
+    # With data the images are those of the data; documents like the first are left out.
+    found = Memory(bank, encoder, Drawings(), image_size=16, count=3, max_similarity=0.5, decay=0.5)(text)
+    assert found[0][0] == text
+    np.testing.assert_array_equal(np.asarray(found[0][1]), Drawings().pixels([20], 16)[0])
+    assert len({name.split()[1] for name, _ in found}) == len(found)
+    build_bank(Colours(), HashedEncoder(), tmp_path / "bank", progress=False)
+    with pytest.raises(DataError, match="holds no codes of its images; say which data has these"):
+        open_memory(tmp_path / "bank", "hashed")
+    with pytest.raises(DataError, match="colours: has no document 'n1' of"):
+        Memory(bank, encoder, Colours(count=1))
+    with pytest.raises(DataError, match="made by hashed-64"):
+        Memory(bank, HashedEncoder())
+    with pytest.raises(DataError, match="there are 128 candidates for 0 documents"):
+        Memory(bank, encoder, count=0)
 
 
 def test_dropped_words_depend_on_the_name_alone():

@@ -249,11 +249,11 @@ class StreamBatch:
                 places = given_places(one.request, stream, self._rules)
                 read[row, : len(ids)], drawn[row, : len(ids)] = (part[start:] for part in places)
         admission = programs.Admission(
-            slot=slot,
-            start=begin,
-            length=lengths,
-            tokens=tokens,
-            places=Places(read, drawn),
+            slot=jnp.asarray(slot),
+            start=jnp.asarray(begin),
+            length=jnp.asarray(lengths),
+            tokens=jnp.asarray(tokens),
+            places=Places(jnp.asarray(read), jnp.asarray(drawn)),
             rows=self._rows([(one.request, one.slots) for one, *_ in group], size),
             references=self._references([(one.request, stream) for one, stream, *_ in group], size),
         )
@@ -274,18 +274,19 @@ class StreamBatch:
             keys=jax.random.key_data(keys),
             sampling=sampling_rows([request.sampling for request in padded]),
             asked=stream_rows(padded),
-            streams=streams,
+            streams=jnp.asarray(streams),
         )
 
     def _references(self, asked: Sequence[tuple[Request, int]], size: int) -> References | None:
         config = self._config.references
-        if config is None:
+        if config is None and not self._config.grid_positions:
             return None
-        codes = np.zeros((size, config.images, self._config.image_tokens), np.int32)
-        captions = np.zeros((size, config.images + 1, config.caption_words), np.int32)
+        images, words = (0, 0) if config is None else (config.images, config.caption_words)
+        codes = np.zeros((size, images, self._config.image_tokens), np.int32)
+        captions = np.zeros((size, images + 1, words), np.int32)
         for row, (request, stream) in enumerate(asked):
             codes[row], captions[row] = request.given[stream].codes, request.given[stream].captions
-        return References(codes, captions)
+        return References(jnp.asarray(codes), jnp.asarray(captions))
 
 
 def _common(held: _Held | None, prompt: Int[np.ndarray, " S"], salt: bytes) -> int:
@@ -302,7 +303,7 @@ def _common(held: _Held | None, prompt: Int[np.ndarray, " S"], salt: bytes) -> i
 
 
 def _salt(request: Request, stream: int) -> bytes:
-    """What else the cache of a prompt depends on: images beside it."""
+    """What else the cache of a prompt depends on: images beside it. Its places follow from its ids."""
     if not request.given:
         return b""
     return hashlib.sha256(b"".join(part.tobytes() for part in request.given[stream][:2])).digest()

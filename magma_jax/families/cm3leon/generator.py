@@ -9,7 +9,8 @@
 Calls change no state, so the same call gives the same answer.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class CM3Leon:
 
     def __init__(self, loaded: Loaded):
         trim_after_compile()
+        self._find: Callable[[str], Sequence[Pair]] | None = None
         self.config, self.graphdef, self.params, self.tokenizer = loaded[:4]
         self.image_tokens = self.config.image_tokens
         self.image_size = 0 if self.config.tokenizer is None else self.config.tokenizer.image_size
@@ -102,7 +104,8 @@ class CM3Leon:
             temperature: of the draws; 0 takes the likeliest code.
             top_p: draws from the likeliest codes of this mass.
             seed: seed of the first image.
-            documents: retrieved pairs of text and image to put before the text, at most 3.
+            documents: retrieved pairs of text and image to put before the text, at most 3; none for those of the
+                memory, see ``with_memory``.
             options: further fields of ``options.DrawOptions``.
 
         Raises:
@@ -111,7 +114,8 @@ class CM3Leon:
         wanted = DrawOptions(
             n=n, guidance=guidance, temperature=(temperature, temperature), top_p=top_p, seed=seed, **options
         )
-        return self.media.images_of(self.draw_codes([text], wanted, documents=[documents])[0])
+        shown = [documents] if documents else self._found([text])
+        return self.media.images_of(self.draw_codes([text], wanted, documents=shown)[0])
 
     def caption(
         self,
@@ -305,7 +309,20 @@ class CM3Leon:
         wanted, (text, images) = _wanted(options), _checked(check_prompt(prompt))
         if images:
             return self.engine.plan_edits([(images[0], text)], wanted), wanted
-        return self.engine.plan_texts([text], wanted), wanted
+        return self.engine.plan_texts([text], wanted, self._found([text])), wanted
+
+    def with_memory(self, find: Callable[[str], Sequence[Pair]]) -> "CM3Leon":
+        """The same model, whose ``answers`` draw texts behind the documents that ``find`` gives for each.
+
+        See ``retrieval.memory.open_memory``.
+        """
+        model = copy.copy(self)
+        model._find = find
+        return model
+
+    def _found(self, texts: Sequence[str]) -> list[Sequence[Pair]]:
+        """Documents of the memory for texts."""
+        return [] if self._find is None else [self._find(text) for text in texts]
 
     def _drawn(self, prompts: Sequence[list[Any]], options: ImageOptions) -> list[list[Answer]]:
         wanted = _wanted(options)
@@ -316,7 +333,8 @@ class CM3Leon:
         edits = [i for i, found in enumerate(images) if found]
         results: dict[int, list[Result]] = {}
         if plain:
-            results |= dict(zip(plain, self.engine.of_texts([texts[i] for i in plain], wanted, ()), strict=True))
+            asked = [texts[i] for i in plain]
+            results |= dict(zip(plain, self.engine.of_texts(asked, wanted, self._found(asked)), strict=True))
         if edits:
             results |= dict(
                 zip(edits, self.engine.edited([(images[i][0], texts[i]) for i in edits], wanted), strict=True)

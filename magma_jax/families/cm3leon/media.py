@@ -56,9 +56,11 @@ class Media:
         return np.array(self._text.encode(text), np.int32)
 
     def codes(self, image: Any) -> Int[np.ndarray, " T"]:
-        """Codes of an image."""
+        """Codes of an image, or of its codes (T,) themselves."""
         if isinstance(image, Codes):
             return image.codes
+        if isinstance(image, np.ndarray) and image.ndim == 1:
+            return image
         codes, config = self._image_tokenizer("reads images"), self._config.tokenizer
         assert config is not None  # the model has a tokenizer
         source = image if isinstance(image, ImageInput) else ImageInput(image)
