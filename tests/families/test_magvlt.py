@@ -154,15 +154,21 @@ def test_candidates_are_chosen_by_a_given_score(model):
         return np.array([float(np.asarray(image)[0, 0].sum()) for image in images])
 
     options = {"temperature": (3.0, 3.0), "steps": 4}
-    every = model.draw([NAMES[0]], ImageOptions(n=4, **options)).images
+    every = model.draw([NAMES[0]], ImageOptions(n=4, **options))
     best = model.draw([NAMES[0]], ImageOptions(candidates=4, score=brightness, **options))
-    values = brightness(every, [])
-    np.testing.assert_array_equal(np.asarray(best.images[0]), np.asarray(every[int(values.argmax())]))
+    values = brightness(every.images, [])
+    np.testing.assert_array_equal(best.codes[0], every.codes[int(values.argmax())])
     assert best.scores[0] == values.max()
     assert asked[0] == [NAMES[0]] * 4
     picture = ImageInput(Image.fromarray(magvlt_tiny.images()[1]))
-    found = model.caption(picture, candidates=4, lengths=4, score=lambda images, texts: np.array([*map(len, texts)]))
-    assert len(found[0]) == max(map(len, model.caption(picture, n=4, candidates=1, lengths=1) + found))
+    said = []
+
+    def longest(images, texts):
+        assert [image.size for image in images] == [(16, 16)] * 4
+        said.extend(texts)
+        return np.array([*map(len, texts)])
+
+    assert model.caption(picture, candidates=4, lengths=4, score=longest) == [max(said, key=len)]
 
 
 def test_it_describes_what_it_learned(model):
