@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -74,14 +75,25 @@ def test_taps_join_layers_averaged_over_cells(pretrained):
     np.testing.assert_allclose(features[0, 2, -1280:], layers["head"][0, 1, 0], atol=1e-5)
 
 
-def test_statistics_are_added_to_every_cell(pretrained, layers):
+def test_statistics_are_added_to_every_cell_or_once_to_joined_cells(pretrained, layers, monkeypatch):
     config = EfficientNetLiteConfig(image_size=64, statistics=("stem", 2))
-    graphdef, _ = split(EfficientNetLite(config, rngs=nnx.Rngs(0)))
-    features = jax.jit(lambda params, images: merge(graphdef, params)(images))(pretrained[1], normalised(image()))
-    assert features.shape == (1, 4, config.channels) == (1, 4, 1280 + 2 * (32 + 24))
-    np.testing.assert_allclose(features[..., :1280], layers["head"].reshape(1, 4, 1280), atol=1e-5)
+    known = {name if name in ("stem", "head") else int(name): values for name, values in layers.items()}
+    monkeypatch.setattr(EfficientNetLite, "layers", lambda self, *_: known)
+    model = merge(*pretrained)
+
+    def features(**changes):
+        model.config = dataclasses.replace(config, **changes)
+        found = model(normalised(image()))
+        assert found.shape == (1, *(model.config.positions and (model.config.positions,) or ()), model.config.channels)
+        return found[0]
+
+    cells, one, joined = features(), features(grid=1), features(joined=True)
+    assert cells.shape == (4, 1280 + 2 * (32 + 24))
+    np.testing.assert_allclose(cells[:, :1280], layers["head"].reshape(4, 1280), atol=1e-5)
     want = [f(layers[layer][0], (0, 1)) for layer in ("stem", "2") for f in (jnp.mean, jnp.std)]
-    np.testing.assert_allclose(features[0, :, 1280:], np.tile(np.concatenate(want), (4, 1)), atol=1e-5)
+    np.testing.assert_allclose(cells[:, 1280:], np.tile(np.concatenate(want), (4, 1)), atol=1e-5)
+    np.testing.assert_allclose(one[0], cells.mean(0), atol=1e-5)
+    np.testing.assert_allclose(joined, np.concatenate([cells[:, :1280].ravel(), cells[0, 1280:]]), atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "kernel", "stride"), [(7, 3, 1), (8, 3, 2), (7, 5, 2), (8, 5, 1)])
@@ -118,3 +130,9 @@ def test_frozen_statistics_are_no_parameters():
 def test_bad_config(wrong):
     with pytest.raises(ValueError, match=r"taps|image_size"):
         EfficientNetLiteConfig(**wrong)
+
+
+@pytest.mark.parametrize("grid", [0, 3])
+def test_a_grid_that_does_not_divide_the_cells_is_refused(grid):
+    with pytest.raises(ValueError, match=f"grid {grid} does not divide the 4 cells per side"):
+        EfficientNetLiteConfig(image_size=128, grid=grid)

@@ -43,7 +43,7 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Deferred]) -> L
     if int(metadata.get("split.count", 1)) > 1:
         raise LanguageModelError("is one of several parts; join them with llama.cpp's gguf-split")
     own = {key.removeprefix(f"{kind}."): value for key, value in metadata.items() if key.startswith(f"{kind}.")}
-    unknown = sorted(own.keys() - _FIELDS.keys() - _OTHERS)
+    unknown = sorted(f"{kind}.{name}" for name in own.keys() - _FIELDS.keys() - _OTHERS)
     unknown += sorted(key for key in metadata if not key.startswith(f"{kind}.") and not _ELSEWHERE.fullmatch(key))
     if unknown:
         raise LanguageModelError(f"metadata that is not known here: {shown(unknown[:5])}; it may change the model")
