@@ -7,11 +7,13 @@ which the same command continues. A bug gives a traceback.
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
-from magma_jax.output import FailedError, error_line, printable
+from magma_jax.output import FailedError, OutputError, check_local, error_line, printable
 
 # 143 is 128 + SIGTERM, as from a process without a handler: schedulers know it, and neither is a run complete.
 FOUND, UNUSABLE, INTERRUPTED, STOPPED = 1, 2, 130, 143
@@ -20,6 +22,9 @@ FOUND, UNUSABLE, INTERRUPTED, STOPPED = 1, 2, 130, 143
 # the input did not cause. MemoryError: sizes that a file claims. FloatingPointError: a loss that is not finite.
 ERRORS = (ValueError, OSError, MemoryError, FloatingPointError, FailedError)
 
+
+# An address in object storage, alone or as a setting's value.
+_OBJECT = re.compile(r"([\w.]+=)?(gs|s3|az|abfss?|file|hdfs)://\S+$")
 
 # The command as its user wrote it, if not by the module's own name.
 _called: str | None = None
@@ -48,6 +53,19 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, prog: str | None = None, **options: Any):
         # Subcommands get the name of their parent, which is right already.
         super().__init__(prog=prog if _called is None or (prog or "").startswith(_called) else _called, **options)
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        parsed, rest = super().parse_known_args(*arguments, **options)
+        for value in vars(parsed).values():
+            for one in value if isinstance(value, list) else [value]:
+                # Other texts may be prompts, and addresses of images or of the hub.
+                local = isinstance(one, Path) or (isinstance(one, str) and _OBJECT.match(one))
+                if local:
+                    try:
+                        check_local(one.partition("=")[2] if isinstance(one, str) and "=" in one else one)
+                    except OutputError as error:
+                        self.error(str(error))
+        return parsed, rest
 
     def error(self, message: str) -> NoReturn:
         name = self.prog.removeprefix("python -m ")

@@ -40,6 +40,23 @@ def error_line(error: BaseException) -> str:
     return printable(" ".join(filter(None, map(str.strip, re.split("[\r\n]+", said)))) or type(error).__name__)
 
 
+# A Path has lost one slash of an address.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def check_local(path: str | os.PathLike) -> None:
+    """Refuses addresses such as ``gs://bucket/run``, which would become a local folder ``gs:``.
+
+    Raises:
+        OutputError: an address.
+    """
+    text = os.fspath(path)
+    if _ADDRESS.match(text) and not os.path.exists(text):
+        scheme, _, rest = text.partition(":")
+        address = f"{scheme}://{rest.lstrip('/')}"
+        raise OutputError(f"{address}: not a local path; mount it (docs/launch/tpu_slice.md) and give the path there")
+
+
 @contextlib.contextmanager
 def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` for a file or folder, and renames it when the block ends.
@@ -55,6 +72,7 @@ def whole_output(path: str | os.PathLike, *, nbytes: int = 0) -> Iterator[Path]:
         OutputError: the disk is or becomes full, another process is writing to ``path``, or ``path`` is a folder that
             is not empty.
     """
+    check_local(path)
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() and any(path.iterdir()):

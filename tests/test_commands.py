@@ -85,6 +85,27 @@ def test_an_unknown_option_is_one_line_and_status_2(command, capsys):
     check_line(command, said)
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train", ["--workdir", "gs://bucket/run"]),
+        ("train", ["--set", "base=gs://bucket/run"]),
+        ("eval", ["--workdir", "gs://bucket/run"]),
+        ("eval", ["--checkpoint", "gs://bucket/run", "--task", "vqav2"]),
+        ("magma_jax.convert.__main__", ["export", "run", "gs://bucket/run"]),
+        ("magma_jax.data.__main__", ["show", "gs://bucket/run"]),
+        ("magma_jax.generate.__main__", ["--checkpoint", "gs://bucket/run", "x.png"]),
+        ("magma_jax.serve.__main__", ["--checkpoint", "gs://bucket/run"]),
+    ],
+)
+def test_an_address_in_object_storage_is_no_folder(command, arguments, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, said = call(capsys, command, arguments)
+    assert (status, said.count("\n")) == (2, 1)
+    assert "gs://bucket/run: not a local path; mount it" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_command_is_left_out():
     modules = sorted(ROOT.glob("magma_jax/**/__main__.py"))
     named = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in modules} | {"train", "eval"}

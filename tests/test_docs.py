@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from magma_jax.config import to_dict
+from magma_jax.config import load_config_file, settings, to_dict
+from magma_jax.families import run_config
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.storage.model_folder import write_model_folder
@@ -50,6 +51,24 @@ def test_two_walks_print_what_the_page_says(tmp_path, monkeypatch, capsys):
     for code, printed in blocks:
         exec(compile(code, "walks.md", "exec"), scope)
         assert capsys.readouterr().out == printed, code
+
+
+def test_every_setting_is_in_the_reference(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    page = importlib.import_module("config_reference").reference()
+    assert (DOCS / "settings.md").read_text() == page, "run python scripts/config_reference.py"
+    names = set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+    for config in ("quickstart", "own_data", "magvlt_quickstart", "cm3leon_quickstart", "vqgan_quickstart", "magma_v2"):
+        for line in settings(run_config(load_config_file(config))):
+            assert line.partition("=")[0].rpartition(".")[2] in names | MAPPED, line
+    # Links within the page have a place.
+    places = {heading.lower() for heading in re.findall(r"^## (\w+)$", page, re.M)}
+    assert set(re.findall(r"\]\(#(\w+)\)", page)) <= places
+
+
+# Keys of mappings, which are no fields.
+MAPPED = {"adapter", "encoder", "head", "language", "prefix", "tokenizer", "transformer"}
+MAPPED |= {"train", "validation", "test", "lm", "image_prefix/encoder", "codes", "image_tokenizer", "perceptual"}
 
 
 @pytest.mark.parametrize("page", ["house.md", "walks.md"])

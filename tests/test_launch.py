@@ -1,6 +1,6 @@
-"""The launch pages: shell that parses, YAML that parses, and training commands whose configs and settings exist."""
+"""The launch pages: files that parse, commands that exist, and the statuses that schedulers act on."""
 
-import importlib.util
+import importlib
 import re
 import shlex
 import subprocess
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from magma_jax import commands
+from magma_jax.__main__ import COMMANDS
 from magma_jax.commands import FOUND, STOPPED, UNUSABLE
 from magma_jax.config import apply_overrides, load_config_file
 from magma_jax.families import run_config
@@ -20,13 +22,28 @@ BLOCKS = [
     for page in PAGES
     for number, block in enumerate(re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.M | re.S))
 ]
+# What docs/launch says of every place, by the command that does it.
+STEPS = {"plan", "convert", "data", "train", "eval"}
 
 
-def commands(text: str) -> list[list[str]]:
-    """The words of every ``python ...`` in a text, without what follows it in its line."""
-    joined = text.replace("\\\n", " ")
-    found = re.findall(r"\bpython (train\.py|-m magma_jax\S*)([^\n&|>\"']*)", joined)
-    return [[*program.split(), *shlex.split(rest)] for program, rest in found]
+def commands_of(text: str) -> list[list[str]]:
+    """The words of every ``magma-jax ...`` in a text, without what follows it in its line."""
+    found = re.findall(r"\bmagma-jax (\w+)([^\n&|>\"']*)", text.replace("\\\n", " "))
+    return [[name, *shlex.split(rest)] for name, rest in found]
+
+
+def of_page(name: str, language: str) -> list[str]:
+    return [text for page, _, kind, text in BLOCKS if (page, kind) == (name, language)]
+
+
+def job_set() -> dict:
+    (found,) = (
+        document
+        for text in of_page("gke", "yaml")
+        for document in yaml.safe_load_all(text)
+        if document["kind"] == "JobSet"
+    )
+    return found["spec"]
 
 
 def test_there_is_a_page_for_every_kind_of_machine():
@@ -39,68 +56,129 @@ def test_blocks_parse(page, number, language, text):
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     elif language == "yaml":
         assert all({"kind", "scrape_configs"} & document.keys() for document in yaml.safe_load_all(text))
+    elif language == "python":
+        compile(text, page, "exec")
     else:
         assert language in ("ini", "nginx", "caddyfile")  # see serve/test_proxies.py
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "serving"], ids=lambda page: page.stem)
-def test_commands_name_configs_and_settings_that_exist(page):
-    text = page.read_text()
-    found = commands(text)
-    for document in yaml.safe_load_all("\n".join(re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S))):
-        if document and document["kind"] == "Job":
-            command = document["spec"]["template"]["spec"]["containers"][0]["command"]
-            found.append([word for part in command[1:] for word in part.split("=", 1 if part.startswith("--") else 0)])
-    assert found
+def test_a_page_goes_from_the_plan_to_the_export_by_commands_that_exist(page, tmp_path, monkeypatch):
+    (config,) = of_page(page.stem, "python")
+    (tmp_path / "run.py").write_text(config)
+    found = [words for text in of_page(page.stem, "bash") for words in commands_of(text)]
+    if page.stem == "gke":
+        (container,) = job_set()["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+        found.append(container["args"])
+    assert {words[0] for words in found} == STEPS
+    # What is prepared is what training reads.
+    prepared = {word for words in found for word in words if "/models/" in word or "/data/" in word}
+    values = load_config_file(tmp_path / "run.py")
+    assert {values.base, *(path for paths in values.data.folders.values() for path in paths)} <= prepared
+
+    # Arguments are read as the commands do, which then would run.
+    monkeypatch.setattr(commands, "run", lambda name, work, **options: 0)
     for words in found:
-        if words[0] == "-m":
-            assert importlib.util.find_spec(words[1])
-        assert {word for word in words if word.startswith("--")} <= options(words[1] if words[0] == "-m" else "train")
-        settings = words[words.index("--set") + 1 :] if "--set" in words else []
-        config = load_config_file(ROOT / words[words.index("--config") + 1])
-        run_config(apply_overrides(config, settings))
-
-
-def options(program: str) -> set[str]:
-    """The options that a program knows, as its source names them."""
-    path = "magma_jax/cli/train.py" if program == "train" else program.replace(".", "/") + "/__main__.py"
-    return set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', (ROOT / path).read_text()))
+        assert importlib.import_module(COMMANDS[words[0]][0]).main(words[1:]) == 0, words
+        words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+        if "--config" in words:
+            name = words[words.index("--config") + 1]
+            config = load_config_file(tmp_path / "run.py" if name.endswith("/run.py") else name)
+            settings = words[words.index("--set") + 1 :] if "--set" in words else []
+            run_config(apply_overrides(config, settings))
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (143, True), (2, False), (1, False)])
 def test_slurm_requeues_a_stopped_run_and_no_failed_one(tmp_path, status, requeued):
     """The script of the page, with programs in the places of SLURM's."""
-    script = next(text for page, _, _, text in BLOCKS if page == "slurm" and text.startswith("#!/bin/bash"))
+    script = next(text for text in of_page("slurm", "bash") if text.startswith("#!/bin/bash"))
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/activate").touch()
     for name, does in {"srun": f'echo "$@" > srun.txt; exit {status}', "scontrol": 'echo "$@" > scontrol.txt'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8"}
+    script = script.replace("/shared/venv", str(tmp_path / "venv"))
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, check=False)
     assert done.returncode == status
-    assert (tmp_path / "srun.txt").read_text().startswith("--cpus-per-task=8 python train.py --config")
+    assert (tmp_path / "srun.txt").read_text().startswith("--cpus-per-task=8 magma-jax train --config")
     assert (tmp_path / "scontrol.txt").exists() == requeued
 
 
-def test_kubernetes_starts_a_stopped_run_again_and_no_unusable_one():
-    """The rules that Kubernetes documents for a podFailurePolicy, and what the statuses of train.py meet."""
-    text = next(text for page, _, language, text in BLOCKS if page == "gke" and language == "yaml")
-    (job,) = (document["spec"] for document in yaml.safe_load_all(text) if document["kind"] == "Job")
-    assert job["template"]["spec"]["restartPolicy"] == "Never"
-    rules = job["podFailurePolicy"]["rules"]
-    for rule in rules:
-        assert rule["action"] in ("FailJob", "FailIndex", "Ignore", "Count")
-        assert ("onExitCodes" in rule) != ("onPodConditions" in rule)
-        if codes := rule.get("onExitCodes"):
-            assert codes["operator"] in ("In", "NotIn")
-            assert codes["values"] == sorted(set(codes["values"]))
-            assert codes["operator"] == "NotIn" or 0 not in codes["values"]
+def job_after(spec: dict, statuses: list[int], evicted: bool = False) -> str:
+    """What Kubernetes documents of an indexed Job whose pods end with these statuses, 0 counted failures before."""
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    assert spec["completions"] == spec["parallelism"]
+    counted = 0
+    for status in statuses:
+        for rule in spec["podFailurePolicy"]["rules"]:
+            # Exactly one kind of condition a rule, and 0 is no failure.
+            assert ("onExitCodes" in rule) != ("onPodConditions" in rule)
+            codes = rule.get("onExitCodes", {"operator": "In", "values": []})
+            assert codes["operator"] == "In"
+            assert 0 not in codes["values"]
+            conditions = [condition["type"] for condition in rule.get("onPodConditions", ())]
+            if status in codes["values"] or (evicted and "DisruptionTarget" in conditions):
+                if rule["action"] == "FailJob":
+                    return "PodFailurePolicy"
+                assert rule["action"] == "Ignore"
+                break
+        else:
+            counted += status != 0
+    if counted > spec["backoffLimit"]:
+        return "BackoffLimitExceeded"
+    return "pods start again" if any(statuses) or evicted else "complete"
 
-    def action(status):
-        found = (rule["action"] for rule in rules if status in rule.get("onExitCodes", {}).get("values", ()))
-        return next(found, "Count")
 
-    statuses = (STOPPED, UNUSABLE, FOUND)
-    assert [action(status) for status in statuses] == ["Ignore", "FailJob", "Count"]
-    assert "DisruptionTarget" in str(rules[0])
+@pytest.mark.parametrize(
+    ("statuses", "evicted", "job", "job_set_does"),
+    [
+        ([0, 0, 0, 0], False, "complete", None),
+        ([STOPPED] * 4, False, "pods start again", None),
+        ([STOPPED] * 4, True, "pods start again", None),
+        ([137] * 4, True, "pods start again", None),
+        ([134, 134, 134, 137], False, "BackoffLimitExceeded", "RestartJobSet"),
+        ([FOUND, 134, 134, 134], False, "BackoffLimitExceeded", "RestartJobSet"),
+        ([UNUSABLE] * 4, False, "PodFailurePolicy", "FailJobSet"),
+    ],
+)
+def test_kubernetes_starts_a_stopped_run_again_and_no_unusable_one(statuses, evicted, job, job_set_does):
+    spec = job_set()
+    assert spec["failurePolicy"]["maxRestarts"] > 0
+    (replicated,) = spec["replicatedJobs"]
+    assert job_after(replicated["template"]["spec"], statuses, evicted) == job
+    if job_set_does:
+        (rule,) = spec["failurePolicy"]["rules"]
+        action = rule["action"] if job in rule["onJobFailureReasons"] else "RestartJobSet"  # the documented default
+        assert action == job_set_does
+
+
+def test_slice_and_pods_have_the_same_number_of_chips():
+    job = job_set()["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    (container,) = pod["containers"]
+    assert job["completions"] * container["resources"]["limits"]["google.com/tpu"] == rows * columns
+    assert f"mesh.fsdp={rows * columns}" in container["args"]
+
+
+@pytest.mark.parametrize("name", ["train", "serve"])
+@pytest.mark.parametrize("device", ["cpu", "cuda12", "cuda13", "tpu", "gpu"])
+def test_an_image_installs_what_its_device_needs(name, device, tmp_path):
+    """The shell of the Dockerfile's longest step, with another program in the place of pip."""
+    text = (ROOT / f"docker/{name}.Dockerfile").read_text()
+    step = re.search(r"^RUN (case .*?[^\\])$", text, re.M | re.S)[1].replace("\\\n", "")
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "pip").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "DEVICE": device}
+    done = subprocess.run(["sh", "-c", step], env=environment, capture_output=True, text=True, check=False)
+    if device == "gpu":
+        assert done.returncode == UNUSABLE
+        assert done.stderr == "DEVICE is cpu, cuda12, cuda13 or tpu, not gpu\n"
+        return
+    words = done.stdout.split()
+    assert words[:2] == ["install", "--no-cache-dir"]
+    assert words[2].startswith("/opt/magma_jax")
+    assert [word.startswith(f"jax[{device}") for word in words[3:]] == ([] if device == "cpu" else [True])
+    # The program that is process 1 gets SIGTERM: no shell between.
+    assert re.search(r'^ENTRYPOINT \["magma-jax"', text, re.M)

@@ -2,10 +2,21 @@
 
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 
 from magma_jax.output import OutputError, check_room, error_line, printable, size_text, whole_output
+
+
+def test_an_address_becomes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for address in ("gs://bucket/run", Path("s3://bucket/run")):
+        with pytest.raises(OutputError, match=r"://bucket/run: not a local path"), whole_output(address):
+            pass
+    assert not list(tmp_path.iterdir())
+    with whole_output(Path("a:b/c")) as partial:
+        partial.touch()
 
 
 def test_what_a_terminal_may_be_given():

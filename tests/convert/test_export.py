@@ -172,7 +172,7 @@ def test_another_base_is_refused(trained, trained_alone, exported, tmp_path, cap
     save_file(weights, other / "model.safetensors", {"format": "magma_jax"})
     assert "belongs to another base" in refused("put-on", trained_alone, other)
     assert "not a file of convert export" in refused("put-on", exported / "model.safetensors", exported)
-    assert "nothing says what was trained" in refused("export", "--trained", exported)
+    assert "nothing says what was trained" in refused("export", "--trained", trained.parent / "base")
     (tmp_path / "cut").write_bytes(trained_alone.read_bytes()[:-9])
     assert "cut short" in refused("put-on", tmp_path / "cut", exported)
     for words in (["put-on", trained_alone, exported], ["export", "--trained", trained]):
