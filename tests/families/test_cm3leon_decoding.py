@@ -202,6 +202,7 @@ def codes_of(model, results):
     return np.stack([LAYOUT.to_codes(result.ids) for result in results])
 
 
+@pytest.mark.slow
 def test_requests_that_join_a_running_batch_equal_single_ones(model, batch):
     """Guided, unguided and edits together, of which some join while others are drawn."""
     plain, edit = dataclasses.replace(OPTIONS, guidance=1.0, n=2), dataclasses.replace(OPTIONS, image_guidance=1.5)
