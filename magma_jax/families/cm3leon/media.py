@@ -59,7 +59,7 @@ class Media:
         """Codes of an image, or of its codes (T,) themselves."""
         if isinstance(image, Codes):
             return image.codes
-        if isinstance(image, np.ndarray) and image.ndim == 1:
+        if isinstance(image, np.ndarray):
             return image
         codes, config = self._image_tokenizer("reads images"), self._config.tokenizer
         assert config is not None  # the model has a tokenizer
