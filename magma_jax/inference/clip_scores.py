@@ -68,6 +68,6 @@ class ClipScorer:
             # The last batch repeats its last pair, so that one program serves all.
             rows = np.minimum(np.arange(start, start + count), len(images) - 1)
             pixels = np.stack([to_uint8(images[row], size) for row in rows])
-            tokens = clip_tokens([texts[row] for row in rows], length)
+            tokens = clip_tokens([texts[int(row)] for row in rows], length)
             found.append(np.asarray(self._cosines(self._params, normalize_for(self.config.image, pixels), tokens)))
         return np.concatenate(found)[: len(images)] if found else np.zeros(0, np.float32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +125,7 @@ def test_a_step_is_what_it_is_compiled_for(finished, config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classes": 3}, "model.classes is 3, but data.classes names 4 answers; python -m magma_jax.data answers"),
+        ({"classes": 3}, "model.classes is 3, but data.classes names 4 answers"),
         ({"classes": 0}, "model.classes is 0, but data.classes names 4 answers"),
     ],
 )
@@ -132,6 +133,12 @@ def test_refused_runs(config, tmp_path, changes, message):
     model = dataclasses.replace(config.model, **changes)
     with pytest.raises(ConfigError, match=message):
         train(MAGVLT, dataclasses.replace(config, model=model), tmp_path / "run", jax.devices()[:1])
+    nameless = dataclasses.replace(config, data=dataclasses.replace(config.data, classes=()))
+    program = SimpleNamespace(config=nameless)
+    with pytest.raises(
+        ConfigError, match=r"data\.classes does not name the 4 answers .* magma_jax\.data answers writes"
+    ):
+        MAGVLT.prepare(program, None, {})
     mixing = dataclasses.replace(config, loss=dataclasses.replace(LOSS, mixsel_weight=0.5))
     with pytest.raises(ConfigError, match=r"questions have the loss of their answers alone; set .*mixsel_weight=0.0"):
         train(MAGVLT, mixing, tmp_path / "run", jax.devices()[:1])

@@ -19,7 +19,7 @@ from magma_jax.nn.modules import merge
 from magma_jax.training.step.cross_entropy import cross_entropy
 from magma_jax.training.step.terms import Terms, label_terms
 from magma_jax.training.step.train_step import Batch
-from magma_jax.typing import Array, Float, PRNGKey
+from magma_jax.typing import Float, PRNGKey
 
 
 def class_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, options: MagvltOptions) -> Terms:
@@ -33,7 +33,8 @@ def class_loss(model: MagvltModel, batch: Batch, key: PRNGKey | None, *, options
         options: dtype of the activations, remat and label smoothing.
     """
     keys = (None, None) if key is None else jax.random.split(key)
-    first = _first(model, batch["codes"], batch["tokens"], batch["lengths"], options, keys[0])
+    canvas, dtype = canvas_of(batch["codes"], batch["tokens"], batch["lengths"]), jnp.dtype(options.activations)
+    first = model.hidden("image_first", canvas, dtype=dtype, dropout_key=keys[0], remat=options.remat).text[:, 0]
     return label_terms(
         *cross_entropy(
             lambda states: model.class_logits(states, keys[1]),
@@ -66,18 +67,5 @@ def class_logits(model: OpenModel, image: Any, text: Any, lengths: Any) -> Float
 @functools.partial(jax.jit, static_argnames="definition")
 def _class_logits(definition, params, image, text, lengths):
     model: MagvltModel = merge(definition, params)
-    options = MagvltOptions(activations=jnp.dtype(activations(params)).name)
-    return model.class_logits(_first(model, image, text, lengths, options, None))
-
-
-def _first(
-    model: MagvltModel, image: Array, text: Array, lengths: Array, options: MagvltOptions, key: PRNGKey | None
-) -> Float[Array, "B D"]:
-    """Hidden states of the questions' first tokens."""
-    return model.hidden(
-        "image_first",
-        canvas_of(image, text, lengths),
-        dtype=jnp.dtype(options.activations),
-        dropout_key=key,
-        remat=options.remat,
-    ).text[:, 0]
+    hidden = model.hidden("image_first", canvas_of(image, text, lengths), dtype=activations(params))
+    return model.class_logits(hidden.text[:, 0])

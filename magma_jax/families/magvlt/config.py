@@ -44,11 +44,9 @@ def complete(config: RunConfig) -> RunConfig:
     if model.causal:
         _check_causal(config.loss)
     names = data.classes if isinstance(data, CodePairsConfig) else ()
-    if len(names) != model.classes:
-        raise ValueError(
-            f"model.classes is {model.classes}, but data.classes names {len(names)} answers; python -m magma_jax.data "
-            "answers writes those of a dataset"
-        )
+    # A config without names is complete, so that its model can be planned; see ``prepare``.
+    if names and len(names) != model.classes:
+        raise ValueError(f"model.classes is {model.classes}, but data.classes names {len(names)} answers")
     if model.classes:
         _check_classes(config.loss)
     wanted = {"length": model.text_positions}
@@ -64,7 +62,7 @@ def complete(config: RunConfig) -> RunConfig:
 
 def _check_causal(loss: MagvltOptions) -> None:
     """Raises ValueError for losses that need masks or a length."""
-    wanted = {"unroll_weight": 0.0, "mixsel_weight": 0.0, "length_weight": 0.0, "image_targets": 0}
+    wanted = {"unroll_weight": 0.0, "mixsel_weight": 0.0, "length_weight": 0.0, "image_targets": 0, "blank_images": 0.0}
     if any(getattr(loss, name) != value for name, value in wanted.items()) or loss.task_weights[BOTH]:
         settings = " ".join(f"loss.{name}={value}" for name, value in wanted.items())
         raise ValueError(

@@ -36,9 +36,15 @@ def make_prepare(program: Program, dataset: Dataset, params: Params) -> Callable
     """The function of ``Family.prepare``; images in memory are encoded here, once.
 
     Raises:
-        ConfigError: images, but a model without an image tokenizer; or codes of another tokenizer.
+        ConfigError: images, but a model without an image tokenizer; codes of another tokenizer; or a classifier whose
+            answers have no names.
     """
     config, options = program.config.model, program.config.loss
+    if config.classes and not getattr(program.config.data, "classes", ()):
+        raise ConfigError(
+            f"data.classes does not name the {config.classes} answers of model.classes; "
+            "python -m magma_jax.data answers writes those of a dataset"
+        )
     tables: _Tables | None = None
     codes = dataset.codes
     if codes is not None and (codes.size, codes.tokens) != (config.image_rows, config.image_positions):

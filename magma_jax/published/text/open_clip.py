@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 
@@ -74,7 +74,7 @@ def clip_table(config: CLIPConfig) -> list[Entry]:
     ]
 
 
-def _infer(tensors: Mapping[str, Any], activation: str) -> CLIPConfig:
+def _infer(tensors: Mapping[str, Any], activation: Literal["quick_gelu", "gelu"]) -> CLIPConfig:
     positions, width = tensor_shape(tensors, "positional_embedding", 2)
     embedding = tensor_shape(tensors, "text_projection", 2)[1]
     visual: dict[str, Any] = {"activation": activation}
