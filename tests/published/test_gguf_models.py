@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,11 @@ def test_a_model_is_read_bit_for_bit(tmp_path, name):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"general.architecture": "mamba"}, LanguageModelError, "the architecture 'mamba' is none of llama, qwen2, qwen3"),
+        (
+            {"general.architecture": "mamba"},
+            LanguageModelError,
+            "'mamba' is none of llama, qwen2, qwen3",
+        ),
         ({"general.architecture": None}, LanguageModelError, "the architecture None is none of"),
         ({"llama.expert_count": 8}, LanguageModelError, r"not known here: \['llama.expert_count'\]; it may change"),
         ({"clip.has_vision_encoder": True}, LanguageModelError, "not known here: .*clip.has_vision_encoder"),
@@ -111,7 +116,7 @@ def test_other_models_are_refused_in_one_line(tmp_path, changes, error, message)
     path = write_gguf(tmp_path / "a.gguf", metadata(config, **changes), tensors(config, weights(config)))
     with pytest.raises(error, match=message) as caught, open_lm(path, config):
         pass
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert re.fullmatch(f"{re.escape(str(path))}: .*", str(caught.value))
 
 
 def test_missing_and_unknown_tensors_are_named(tmp_path):
@@ -150,11 +155,12 @@ def test_the_vocabulary(tmp_path):
     assert words.encode("the the 12") == [257, 258, *(words.encode(" ")), *words.encode("1"), *words.encode("2")]
     assert (words.eos, words.eos_id, words.vocab_size) == ("<|end|>", 259, 261)
     text = "a <tool>  b\u00e9<|end|>"
-    assert words.decode(words.encode(text)) == text and 259 not in words.encode(text)
+    assert words.decode(words.encode(text)) == text
+    assert 259 not in words.encode(text)
     assert words.encode("<|end|>", parse_special=True) == [259]
     assert load_tokenizer(str(path)).to_json() == words.to_json()
     assert json.loads(words.to_json())["model"]["type"] == "BPE"
-    with pytest.raises(ConfigError, match="the vocabulary has 261 words, but model.lm.vocab_rows is 97"):
+    with pytest.raises(ConfigError, match="the vocabulary has 261 words, but"):
         read_tokenizer(path, MODELS["llama"])
     for changes, message in (
         ({"tokenizer.ggml.model": "llama"}, "a vocabulary of kind 'llama' that splits text as 'smollm' is not offered"),
@@ -168,7 +174,7 @@ def test_the_vocabulary(tmp_path):
         path = write_gguf(tmp_path / "a.gguf", vocabulary(**changes), {})
         with pytest.raises(ConfigError, match=message) as caught:
             read_tokenizer(path, config)
-        assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+        assert re.fullmatch(f"{re.escape(str(path))}: .*", str(caught.value))
 
 
 @pytest.mark.slow

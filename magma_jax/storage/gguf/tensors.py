@@ -24,7 +24,7 @@ PACKAGE = "gguf"
 
 @dataclasses.dataclass(frozen=True)
 class ElementType:
-    """How elements are stored: blocks of ``block`` elements in ``nbytes`` bytes; ``dtype`` if they are plain numbers."""
+    """How elements are stored: ``block`` elements in ``nbytes`` bytes; ``dtype`` if they are plain numbers."""
 
     name: str
     block: int
@@ -117,9 +117,7 @@ def _check_places(file: ByteFile, records: list[TensorRecord]) -> None:
     end, before = 0, "the header"
     for record in sorted(records, key=lambda record: record.start):
         if record.start < end:
-            raise WeightFileError(
-                f"{file.path}: {shown(record.name)} begins inside of {shown(before)}; fetch it again"
-            )
+            raise WeightFileError(f"{file.path}: {shown(record.name)} begins inside of {shown(before)}; fetch it again")
         end, before = record.start + _nbytes(record), record.name
         if end > len(file):
             raise WeightFileError(
