@@ -37,13 +37,14 @@ def get_config() -> ConfigDict:
                 "weights": (0.5, 0.5, 0.0),
             },
             "optim": {
-                "learning_rate": 1.5e-3,
+                "learning_rate": 1e-3,
                 "schedule": "cosine",
                 "warmup_steps": 30,
                 "steps": None,
                 "b2": 0.95,
                 "clip_norm": 1.0,
-                "groups": {"encoder": "frozen"},
+                # The prefix starts as words; with 5,872 inputs a larger rate would undo that within a few steps.
+                "groups": {"encoder": "frozen", "prefix": {"learning_rate": 2e-6}},
             },
             "weights": {"lm": SMOLLM2, "image_prefix/encoder": "efficientnet_lite0"},
             "steps": 1800,

@@ -11,6 +11,8 @@ import pytest
 from flax import nnx
 
 from magma_jax.config import ConfigError
+from magma_jax.data.openmoji import drawings
+from magma_jax.data.openmoji.dataset import OpenmojiConfig, open_openmoji
 from magma_jax.data.tokenizers.byte_level import byte_symbols
 from magma_jax.data.tokenizers.load import load_tokenizer
 from magma_jax.models.language.decoder import Decoder
@@ -177,9 +179,22 @@ def test_the_vocabulary(tmp_path):
         assert re.fullmatch(f"{re.escape(str(path))}: .*", str(caught.value))
 
 
+def test_drawings_are_described_in_the_vocabulary(tmp_path, monkeypatch):
+    fox = drawings.Drawing(0, "1F98A", "fox", "fox", "fox", "thing", None, (), 0, "train")
+    monkeypatch.setattr(drawings, "load", lambda *_: ([fox], np.zeros((1, 128, 128, 3), np.uint8)))
+    path = write_gguf(tmp_path / "a.gguf", vocabulary(), {})
+    data = open_openmoji(OpenmojiConfig(tokenizer=str(path), weights=(0.0, 1.0, 0.0)))
+    tokens = next(iter(data.batches(1, 0, [0])))["tokens"][0].tolist()
+    assert data.tokenizer.decode(tokens) == "A picture of a fox"
+    assert tokens[-1] == data.tokenizer.eos_id == 259
+    with pytest.raises(ConfigError, match=r"nowhere is not there; give gpt2, a tokenizer\.json"):
+        open_openmoji(OpenmojiConfig(tokenizer=str(tmp_path / "nowhere")))
+
+
 @pytest.mark.slow
 def test_smollm2_writes_as_transformers_loads_it():
     pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")  # transformers asks for it
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from magma_jax.models.language.llama import LlamaConfig
     from magma_jax.nn.modules import abstract, merge
