@@ -127,8 +127,8 @@ def _check_places(file: ByteFile, records: list[TensorRecord]) -> None:
 
 def _dequantizer(name: str) -> Callable[[np.ndarray], np.ndarray]:
     try:
-        from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
+        from gguf.constants import GGMLQuantizationType  # pyright: ignore[reportMissingImports]
+        from gguf.quants import dequantize  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise WeightFileError(
             f"tensors of type {name} need the package {PACKAGE}: pip install 'magma_jax[gguf]'"
