@@ -13,8 +13,8 @@ from magma_jax.data.batches.held_out import held_out_batches
 from magma_jax.data.batches.pipeline import encode_sample, form_batches, text_padding
 from magma_jax.data.batches.sources import FolderSamples, JoinedSamples, SourceConfig, sources_by_split
 from magma_jax.data.dataset import Dataset, SamplesConfig
-from magma_jax.data.tokenizers.load import load_tokenizer
 from magma_jax.data.format.code_folder import Codes, StoredCodes
+from magma_jax.data.tokenizers.load import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ class FoldersConfig(SamplesConfig):
 
     Attributes:
         folders: split to the folders mixed in it, each a path or a ``SourceConfig``.
-        tokenizer: ``gpt2``, a ``tokenizer.json`` or its folder, or a GGUF file; None for the tokenizer of the run's ``base``, or
-            ``gpt2`` without one.
+        tokenizer: ``gpt2``, a ``tokenizer.json`` or its folder, or a GGUF file; None for the tokenizer of the run's
+            ``base``, or ``gpt2`` without one.
         classes: class names for classification; every answer must be one of them, and the model has a head of this
             size.
         image_size: pixels per side of an image; a run uses its encoder's size.

@@ -66,7 +66,7 @@ def run_perplexity(open_model: OpenModel, arguments: argparse.Namespace) -> None
 
 
 def run_knowledge(open_model: OpenModel, arguments: argparse.Namespace) -> None:
-    """``--knowledge``: asks what no caption says, prints tables and writes ``knowledge-N-shots.json`` a number of shots."""
+    """``--knowledge``: asks what no caption says; a table and a ``knowledge-N-shots.json`` for each number of shots."""
     path = Path(arguments.workdir)
     model = open_model(path, dtype=arguments.dtype, ema=arguments.ema)
     dataset = load_dataset(own_data(path))

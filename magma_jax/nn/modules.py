@@ -119,7 +119,16 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def merge(definition: Definition, *params: Mapping[str, Any]) -> Any:
     """Rebuilds a module that was ``split``, from flat dicts that together hold every path."""
-    return nnx.merge(definition.graphdef, nest({path: value for part in params for path, value in part.items()}))
+    flat = {path: value for part in params for path, value in part.items()}
+    return nnx.merge(definition.graphdef, _with_numbers(nest(flat)))
+
+
+def _with_numbers(nested: Mapping[str, Any]) -> dict[str | int, Any]:
+    """Members of lists under their numbers: Flax takes leaves in the order of their keys, where "10" is before "2"."""
+    return {
+        int(name) if name.isdecimal() else name: _with_numbers(value) if isinstance(value, Mapping) else value
+        for name, value in nested.items()
+    }
 
 
 def variable_types(module: nnx.Module) -> dict[str, type[nnx.Variable]]:

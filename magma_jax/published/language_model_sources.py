@@ -21,7 +21,7 @@ from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
 from magma_jax.data.tokenizers.gguf import read_gguf_tokenizer
 from magma_jax.foreign import read_json, shown
 from magma_jax.models.language.catalog import LanguageModelConfig
-from magma_jax.models.language.decoder import Decoder
+from magma_jax.models.language.decoder import Decoder, DecoderConfig
 from magma_jax.nn.modules import abstract
 from magma_jax.published.gguf.open import open_gguf_model
 from magma_jax.published.hf_config import read_config
@@ -136,7 +136,7 @@ def _vocabulary(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
     return words
 
 
-def _compare(path: Path, found: LanguageModelConfig, config: LanguageModelConfig) -> None:
+def _compare(path: Path, found: DecoderConfig, config: LanguageModelConfig) -> None:
     if found.kind != config.kind:
         raise ConfigError(f"{path}: holds a {found.kind}, but the config's language model is a {config.kind}")
     differing = [

@@ -27,7 +27,8 @@ def test_the_questions_are_about_drawings_and_balanced():
     flags = json.loads((resources.files("magma_jax") / FILE).read_text())["continent"]["answers"]
     flags = {name for found in flags.values() for name in found}
     records = [
-        drawings.Drawing(i, "", name, *parts, split="train") for i, (name, parts) in enumerate(zip(names, parsed))
+        drawings.Drawing(i, "", name, *parts, split="train")
+        for i, (name, parts) in enumerate(zip(names, parsed, strict=True))
     ]
     records = [dataclasses.replace(r, kind="flag") if r.base in flags else r for r in records]
     found = questions(records)
@@ -70,7 +71,7 @@ def test_every_condition_asks_what_it_says(talkative, monkeypatch):
         shots = [prompt[:3], prompt[3:6]]
         assert all(shot[0] != row and shot[2] == f" {CHOICES[shot[0]]}.\n" for shot in shots)
         assert shots[0][0] != shots[1][0]
-    assert found["questions"] == 4 and found["constant"] == 25 and found["shots"] == 2
+    assert (found["questions"], found["constant"], found["shots"]) == (4, 25, 2)
     assert set(found["conditions"]) == {"image", "named", "blind", "shuffled"}
     assert "4 questions, 2 shots; image above blind" in measure.table(found)
 

@@ -1,6 +1,7 @@
 """A prefix that starts near the embeddings of the captions' tokens."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -35,8 +36,8 @@ def test_ridge_regression():
 def test_vectors_start_near_the_words_of_a_caption(monkeypatch):
     rng = np.random.default_rng(0)
     features = rng.normal(3, 2, (len(DATA.images), 16)).astype(np.float32)
-    monkeypatch.setattr(f"{MODULE}.encode_all", lambda images, graphdef, params: features)
-    monkeypatch.setattr(f"{MODULE}.RIDGE", 1e-6)
+    monkeypatch.setattr(sys.modules[MODULE], "encode_all", lambda images, graphdef, params: features)
+    monkeypatch.setattr(sys.modules[MODULE], "RIDGE", 1e-6)
     table = rng.normal(size=(300, 32)).astype(np.float32)
     found = word_start(POOLED, DATA, None, {"lm/wte/weight": table})
     scaled = (features - found["image_prefix/feature_mean"]) / found["image_prefix/feature_std"]

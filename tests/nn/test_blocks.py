@@ -297,3 +297,13 @@ def test_batch_norm_is_synchronised_over_devices():
     sharded = jax.device_put(images, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
     for one, several in zip(jax.tree.leaves(run(params, images)), jax.tree.leaves(run(params, sharded)), strict=True):
         np.testing.assert_allclose(several, one, rtol=1e-5, atol=1e-5)
+
+
+def test_more_than_ten_members_of_a_list_keep_their_order():
+    class Layers(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx.Param(jnp.float32(i)) for i in range(12)])
+
+    definition, params = split(Layers())
+    assert [float(params[f"layers/{i}"]) for i in range(12)] == list(range(12))
+    assert [float(layer[...]) for layer in merge(definition, params).layers] == list(range(12))

@@ -16,11 +16,11 @@ from magma_jax.data.documents.bank import Entry, MemoryBank, open_bank
 from magma_jax.data.documents.document import Image, Parts, RetrievedDocuments, Text
 from magma_jax.data.documents.settings import DocumentsConfig, block_batches, held_out_documents
 from magma_jax.data.documents.templates import Template, parse_template
-from magma_jax.data.tokenizers.load import load_tokenizer
 from magma_jax.data.format.code_folder import Codes, StoredCodes
 from magma_jax.data.format.records import DataError
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.data.tokenizers.layout import VocabLayout
+from magma_jax.data.tokenizers.load import load_tokenizer
 from magma_jax.typing import Int
 
 # A text and its image, as in pretraining (figure 8 of the paper).

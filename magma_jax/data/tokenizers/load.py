@@ -24,5 +24,7 @@ def load_tokenizer(name: str | None) -> Tokenizer:
     # A model folder has its vocabulary in tokenizer/.
     path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     if not path.exists():
-        raise ConfigError(f"data.tokenizer: {path} is not there; give gpt2, a tokenizer.json, its folder or a GGUF file")
+        raise ConfigError(
+            f"data.tokenizer: {path} is not there; give gpt2, a tokenizer.json, its folder or a GGUF file"
+        )
     return read_gguf_tokenizer(path) if is_gguf(path) else Tokenizer.load(path)

@@ -6,9 +6,9 @@
     shuffled   another drawing of the same kind of question
     constant   no model: one answer of each kind, always
 
-An answer is the likeliest of the question's choices by their first token. A small model prefers some words whatever it is
-asked, so ``calibrated`` compares the log probabilities after their mean over all questions of a kind was subtracted,
-which needs no true answer (batch calibration, Zhou et al. 2023).
+An answer is the likeliest of the question's choices by their first token. A small model prefers some words whatever it
+is asked, so ``calibrated`` compares the log probabilities after their mean over all questions of a kind was
+subtracted, which needs no true answer (batch calibration, Zhou et al. 2023).
 """
 
 from collections.abc import Mapping, Sequence

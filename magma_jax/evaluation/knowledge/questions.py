@@ -1,7 +1,7 @@
 """The questions: a drawing's name, the beginning of a sentence, and the words that may end it.
 
-``openmoji.json`` has a record a kind: ``prompt``, which follows the image; ``answers``, the names of drawings by the word
-that is right for them; ``source`` of these facts. Within a kind every answer is about equally frequent.
+``openmoji.json`` has a record a kind: ``prompt``, which follows the image; ``answers``, the names of drawings by the
+word that is right for them; ``source`` of these facts. Within a kind every answer is equally frequent.
 """
 
 import json

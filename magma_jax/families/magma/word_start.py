@@ -3,8 +3,8 @@
 A frozen language model knows what to do with the vectors of "a lion"; a random prefix has to find them through all of
 its layers, which costs a pass forward and back a step. Ridge regression from the image features to the embeddings of a
 caption's tokens finds them at once: vector i of an image starts near the embedding of token i of its caption, which is
-repeated until all vectors have one. The LayerNorm behind it gives the vectors their length. Only images with captions are
-used; training goes on from there.
+repeated until all vectors have one. The LayerNorm behind it gives the vectors their length. Only images with captions
+are used; training goes on from there.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from magma_jax.models.magma import MagmaConfig
 from magma_jax.storage.deferred import read_array
 from magma_jax.typing import Float, Params
 
-# The penalty, as a share of the features' squared length; of held-in and held-out images alike.
+# The penalty, as a share of the mean squared length of an image's features.
 RIDGE = 0.03
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from magma_jax.foreign import shown
-from magma_jax.models.language.catalog import LanguageModelConfig
+from magma_jax.models.language.gated import GatedConfig
 from magma_jax.published.hf.fields import LanguageModelError
 from magma_jax.published.hf_config import from_hf_config
 from magma_jax.storage.deferred import Deferred
@@ -30,7 +30,7 @@ _OTHERS = {"attention.value_length", "rope.dimension_count", "rope.scaling.type"
 _ELSEWHERE = re.compile(r"(general|tokenizer|quantize)\..*|split\.(no|count|tensors\.count)")
 
 
-def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Deferred]) -> LanguageModelConfig:
+def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Deferred]) -> GatedConfig:
     """Config of a file's language model.
 
     Raises:
@@ -60,6 +60,7 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Deferred]) -> L
     if own.get("rope.scaling.type", "none") != "none":
         values["rope_scaling"] = {"rope_type": own["rope.scaling.type"], "factor": own.get("rope.scaling.factor")}
     config = from_hf_config(values)
+    assert isinstance(config, GatedConfig)  # all architectures read here are
     for name in ("rope.dimension_count", "attention.value_length"):
         if own.get(name, config.head_size) != config.head_size:
             raise LanguageModelError(f"{kind}.{name} {own[name]} is not offered, only heads of {config.head_size}")

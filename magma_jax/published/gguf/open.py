@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.models.language.gated import GatedConfig
 from magma_jax.published.gguf.config import config_of
 from magma_jax.published.gguf.names import hugging_face_tensors
@@ -14,7 +13,7 @@ from magma_jax.storage.gguf.tensors import open_gguf
 
 
 @contextlib.contextmanager
-def open_gguf_model(path: Path) -> Iterator[tuple[LanguageModelConfig, dict[str, Deferred]]]:
+def open_gguf_model(path: Path) -> Iterator[tuple[GatedConfig, dict[str, Deferred]]]:
     """Config and lazy tensors, under Hugging Face's names, of the language model in a file.
 
     Raises:
@@ -26,5 +25,4 @@ def open_gguf_model(path: Path) -> Iterator[tuple[LanguageModelConfig, dict[str,
             config = config_of(metadata, tensors)
         except LanguageModelError as error:
             raise LanguageModelError(f"{path}: {error}") from None
-        assert isinstance(config, GatedConfig)  # all architectures read here are
         yield config, hugging_face_tensors(tensors, config)

@@ -1,9 +1,9 @@
 """The header of a GGUF file: metadata, and name, shape, type and place of every tensor.
 
 The format (version 2 or 3, little endian): magic, version, number of tensors, number of metadata entries; the entries,
-each a key, a type and a value; one record per tensor; padding; the tensors' bytes. The ``gguf`` package reads it too, but
-trusts the counts in the file: an array that claims 2**60 values makes it append to a list until memory is full. Here no
-count is believed before the bytes that it needs are known to be there.
+each a key, a type and a value; one record per tensor; padding; the tensors' bytes. The ``gguf`` package reads it too,
+but trusts the counts in the file: an array that claims 2**60 values makes it append to a list until memory is full.
+Here no count is believed before the bytes that it needs are known to be there.
 """
 
 import dataclasses
@@ -108,9 +108,7 @@ class _Header:
     def bounded(self, count: int, nbytes: int, what: str) -> int:
         """``count``, if as many things of at least ``nbytes`` each may follow."""
         if count * nbytes > len(self._content) - self.place:
-            raise WeightFileError(
-                f"{self.file.path}: claims {count} {what}, more than fit in the file; fetch it again"
-            )
+            raise WeightFileError(f"{self.file.path}: claims {count} {what}, more than fit in the file; fetch it again")
         return count
 
     def number(self, dtype: str) -> Any:

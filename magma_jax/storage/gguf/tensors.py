@@ -24,7 +24,7 @@ PACKAGE = "gguf"
 
 @dataclasses.dataclass(frozen=True)
 class ElementType:
-    """How elements are stored: blocks of ``block`` elements in ``nbytes`` bytes; ``dtype`` if they are plain numbers."""
+    """How elements are stored: ``block`` elements in ``nbytes`` bytes; ``dtype`` if they are plain numbers."""
 
     name: str
     block: int
@@ -117,9 +117,7 @@ def _check_places(file: ByteFile, records: list[TensorRecord]) -> None:
     end, before = 0, "the header"
     for record in sorted(records, key=lambda record: record.start):
         if record.start < end:
-            raise WeightFileError(
-                f"{file.path}: {shown(record.name)} begins inside of {shown(before)}; fetch it again"
-            )
+            raise WeightFileError(f"{file.path}: {shown(record.name)} begins inside of {shown(before)}; fetch it again")
         end, before = record.start + _nbytes(record), record.name
         if end > len(file):
             raise WeightFileError(
@@ -129,8 +127,8 @@ def _check_places(file: ByteFile, records: list[TensorRecord]) -> None:
 
 def _dequantizer(name: str) -> Callable[[np.ndarray], np.ndarray]:
     try:
-        from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
+        from gguf.constants import GGMLQuantizationType  # pyright: ignore[reportMissingImports]
+        from gguf.quants import dequantize  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise WeightFileError(
             f"tensors of type {name} need the package {PACKAGE}: pip install 'magma_jax[gguf]'"
