@@ -24,6 +24,7 @@ PATCHGAN = 2_765_633
 # How many parameters learn, and how many are frozen.
 COUNTS = {
     "quickstart.py": (668_928, 7_575_553),
+    "own_data.py": (668_928, 7_575_553),
     "quickstart_lm.py": (4_204_545, 0),
     "finetune_quickstart.py": (668_928 + 2 * 256 + 2, 7_575_553),
     "cm3leon_350m.py": (373_295_104, 0),
