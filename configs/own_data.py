@@ -1,9 +1,9 @@
 """The quick start's model finetuned on captions and questions of your own: docs/day.md.
 
-    magma-jax data convert --from table my.jsonl data/mine --split train=0.8 validation=0.1 test=0.1
-    magma-jax train --config own_data --workdir runs/mine
+    python -m magma_jax.data convert --from table my.jsonl data/mine --split train=0.8 validation=0.1 test=0.1
+    python train.py --config configs/own_data.py --workdir runs/mine
 
-Starts from runs/quickstart, which `magma-jax train` makes; `--set base=FOLDER` names another run or model folder.
+Starts from runs/quickstart, which `python train.py` makes; `--set base=FOLDER` names another run or model folder.
 """
 
 from pathlib import Path

@@ -24,6 +24,7 @@ PATCHGAN = 2_765_633
 # How many parameters learn, and how many are frozen.
 COUNTS = {
     "quickstart.py": (668_928, 7_575_553),
+    "own_data.py": (668_928, 7_575_553),
     "quickstart_lm.py": (4_204_545, 0),
     "smollm2_quickstart.py": (32_079_456, 137_886_016),
     "finetune_quickstart.py": (668_928 + 2 * 256 + 2, 7_575_553),

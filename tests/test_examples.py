@@ -80,3 +80,19 @@ def test_a_checkpoint_is_converted_and_served(model, images, tmp_path, capfd):
     out, err = capfd.readouterr()
     assert f"serving converted on http://127.0.0.1:{port}" in err
     assert out.strip()
+
+
+@pytest.mark.slow
+def test_the_notebook_writes_the_same_model_in_200_lines(capsys):
+    cells = json.loads((EXAMPLES / "magma_in_200_lines.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert sum(bool(line.strip()) for source in sources for line in source.splitlines()) <= 200
+    assert not any(cell.get("outputs") for cell in cells)
+    scope = {}
+    for source in sources:
+        exec(compile(source, "magma_in_200_lines.ipynb", "exec"), scope)
+    printed = capsys.readouterr().out
+    difference = float(printed.partition("largest difference of the logits: ")[2].split()[0])
+    assert difference < 1e-3
+    losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step")]
+    assert losses[-1] < losses[0] / 2

@@ -88,6 +88,9 @@ def fetch(address: str) -> Path:
     if uri.path_in_repo:
         return _fetch_file(uri.id, revision, uri.path_in_repo)
     names = _list(uri.id, revision)
+    if "model.json" in names:
+        download = f"hf download {uri.id} --local-dir NAME"
+        raise HubError(f"{address}: holds a model folder of this library; fetch it by {download}, and give the folder")
     weights = _choose(_address(uri.id, revision), names)
     for name in SETTINGS:
         if name in names:

@@ -1,7 +1,11 @@
 """Runs and model folders exported as one folder: the same bits, opened elsewhere, read by others."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +22,7 @@ from magma_jax.nn.modules import split
 from magma_jax.storage.array_files import open_arrays
 from magma_jax.storage.model_folder import CheckpointError, write_model_folder
 from tests import tiny
+from tests.storage.hub_server import Hub, serve
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +183,23 @@ def test_another_base_is_refused(trained, trained_alone, exported, tmp_path, cap
     for words in (["put-on", trained_alone, exported], ["export", "--trained", trained]):
         assert main([*map(str, words), str(tmp_path / "cut")]) == 2
         assert "already exists" in capsys.readouterr().err
+
+
+def test_an_export_goes_to_the_hub_and_back(exported, tmp_path):
+    """The two commands of docs/conversion.md, against a server on the loopback."""
+    with serve(Hub({})) as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path / "hf")}
+        environment = {**os.environ, **settings, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        program = Path(sys.executable).with_name("hf")
+        for words in (
+            ["upload", "me/mine", str(exported)],
+            ["download", "me/mine", "--local-dir", str(tmp_path / "back")],
+        ):
+            done = subprocess.run(
+                [program, *words], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+    assert hub.repositories["me/mine"].keys() == {
+        path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()
+    }
+    assert_same(Magma.from_checkpoint(exported), Magma.from_checkpoint(tmp_path / "back"))

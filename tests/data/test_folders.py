@@ -329,3 +329,9 @@ def _alive(pid: int) -> bool:
         return False
     with open(f"/proc/{pid}/stat") as file:
         return file.read().split()[2] != "Z"
+
+
+def test_shared_memory_is_given_back_at_the_end_of_a_process():
+    code = "from magma_jax.data.batches.stored_images import _Blocks; blocks = _Blocks(); blocks.take(10)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,5 +1,6 @@
 """A server on the loopback that speaks the hub's protocol, and can be told to misbehave."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -46,6 +47,11 @@ def serve(hub: Hub) -> Iterator[Hub]:
         server.server_close()
 
 
+def _sha1(content: bytes) -> str:
+    """Git's name of a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -59,6 +65,35 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self):
             self.respond()
 
+        def do_POST(self):
+            """An upload: a repository, how files are to be sent (in the commit), and the commit."""
+            length, path = int(self.headers.get("Content-Length", 0)), unquote(urlsplit(self.path).path)
+            body = self.rfile.read(length)
+            hub.requests.append((self.command, path, None))
+            hub.authorized.append((path, self.headers.get("Authorization")))
+            match path.strip("/").split("/"):
+                case "api", "repos", "create":
+                    asked = json.loads(body)
+                    name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+                    hub.repositories.setdefault(name, {})
+                    return self.said({"url": f"{hub.url}/{name}", "id": name})
+                case "api", "validate-yaml":
+                    return self.said({"errors": [], "warnings": []})
+                case "api", "models", _, _, "preupload", _:
+                    files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+                    return self.said({"files": [file | {"shouldIgnore": False, "oid": None} for file in files]})
+                case "api", "models", owner, name, "commit", _:
+                    for line in map(json.loads, body.splitlines()):
+                        if line["key"] == "file":
+                            content = base64.b64decode(line["value"]["content"])
+                            hub.repositories[f"{owner}/{name}"][line["value"]["path"]] = content
+                    url = f"{hub.url}/{owner}/{name}/commit/{COMMIT}"
+                    return self.said({"success": True, "commitUrl": url, "commitOid": COMMIT})
+            return self.missing("EntryNotFound")
+
+        def said(self, values):
+            self.answer(200, {"Content-Type": "application/json"}, json.dumps(values).encode())
+
         def respond(self):
             path = unquote(urlsplit(self.path).path)
             hub.requests.append((self.command, path, self.headers.get("Range")))
@@ -66,6 +101,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if hub.foreign:
                 return self.answer(200, {"Content-Type": "text/html"}, PAGE)
             match path.strip("/").split("/"):
+                case "api", "models", owner, name, "tree", *_:
+                    files = hub.repositories[f"{owner}/{name}"]
+                    listed = [
+                        {"type": "file", "path": file, "size": len(content), "oid": _sha1(content)}
+                        for file, content in files.items()
+                    ]
+                    return self.said(listed)
                 case "api", "models", owner, name, *_:
                     files = hub.repositories.get(f"{owner}/{name}")
                     if files is None:
@@ -85,8 +127,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                         return self.missing("EntryNotFound")
                     content = files[file]
                     if len(content) < hub.large:
-                        sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-                        return self.content(content, {"X-Repo-Commit": COMMIT, "ETag": f'"{sha1}"'})
+                        return self.content(content, {"X-Repo-Commit": COMMIT, "ETag": f'"{_sha1(content)}"'})
                     linked = {
                         "X-Repo-Commit": COMMIT,
                         "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
@@ -124,7 +165,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body) if length is None else length))
             self.end_headers()
-            if self.command == "GET":
+            if self.command in ("GET", "POST"):
                 self.wfile.write(body)
 
     return Handler

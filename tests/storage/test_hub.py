@@ -30,6 +30,7 @@ FILES = {
     },
     "owner/two": {"a.pt": b"a", "b.pt": b"b"},
     "owner/none": {"README.md": b"text"},
+    "owner/export": {"model.safetensors": CONTENT, "model.json": b"{}"},
     "owner/lost": {"model.safetensors.index.json": INDEX},
 }
 ADDRESS = "hf://owner/model/weights.pt"
@@ -50,6 +51,10 @@ def hub(tmp_path, monkeypatch):
         close_session()
         yield hub
         close_session()
+
+
+def test_an_exported_folder_is_fetched_as_a_folder(hub):
+    refused("hf://owner/export", "hf download owner/export --local-dir NAME")
 
 
 def refused(address, *words):

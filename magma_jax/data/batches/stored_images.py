@@ -6,6 +6,7 @@ return a short reason.
 
 import concurrent.futures
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.shared_memory import SharedMemory
@@ -220,11 +221,12 @@ class _Reader:
 
 
 class _Blocks:
-    """Pool of reusable shared memory blocks."""
+    """Pool of reusable shared memory blocks; the system gets them back at ``close``, or when the process ends."""
 
     def __init__(self):
         self._free: list[SharedMemory] = []
         self._all: list[SharedMemory] = []
+        weakref.finalize(self, _unlink, self._all)
 
     def take(self, nbytes: int) -> SharedMemory:
         for block in self._free:
@@ -238,10 +240,13 @@ class _Blocks:
         self._free.append(block)
 
     def close(self) -> None:
-        for block in self._all:
-            block.unlink()
         self._free.clear()
-        self._all.clear()
+        _unlink(self._all)
+
+
+def _unlink(blocks: list[SharedMemory]) -> None:
+    while blocks:
+        blocks.pop().unlink()
 
 
 # Globals of a worker process: its folders, and the shared memory it has attached.
