@@ -12,6 +12,7 @@ from magma_jax.convert.compose import compose
 from magma_jax.convert.export import export
 from magma_jax.convert.hf_export import to_hf
 from magma_jax.convert.layouts import layout_of, layout_of_weights
+from magma_jax.convert.lora import add_lora, merge_lora, remove_lora, to_peft
 from magma_jax.convert.magma_checkpoint import to_safetensors
 from magma_jax.convert.quantize import quantize_folder
 from magma_jax.convert.verify import read_model_config, verify
@@ -53,6 +54,12 @@ def _export(function: Callable[[str, str], None], options: argparse.Namespace) -
     return 0
 
 
+def _from_peft(options: argparse.Namespace) -> int:
+    lora = add_lora(options.folder, options.adapter, options.out)
+    print(f"{options.out}: LoRA of rank {lora.rank} at {', '.join(lora.targets)}")
+    return 0
+
+
 def _export_folder(options: argparse.Namespace) -> int:
     counts = export(options.folder, options.out, options.to, ema=options.ema)
     print(f"{options.out}: {sum(counts.values()):,} parameters, and a model card to complete in {CARD_FILE}")
@@ -85,6 +92,10 @@ RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "to-torch": functools.partial(_export, _to_torch),
     "to-safetensors": functools.partial(_export, to_safetensors),
     "to-hf": functools.partial(_export, to_hf),
+    "merge-lora": functools.partial(_export, merge_lora),
+    "remove-lora": functools.partial(_export, remove_lora),
+    "to-peft": functools.partial(_export, to_peft),
+    "from-peft": _from_peft,
     "export": _export_folder,
     "quantize": _quantize,
     "compose": _compose,
