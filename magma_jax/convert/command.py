@@ -6,15 +6,15 @@ import json
 from collections.abc import Callable
 
 from magma_jax.config import apply_overrides, load_config_file
+from magma_jax.convert.changes.lora import add_lora, merge_lora, remove_lora, to_peft
+from magma_jax.convert.changes.quantize import quantize_folder
 from magma_jax.convert.check_folder import add_checksums, check_folder
 from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.compose import compose
 from magma_jax.convert.export import export
 from magma_jax.convert.hf_export import to_hf
 from magma_jax.convert.layouts import layout_of, layout_of_weights
-from magma_jax.convert.lora import add_lora, merge_lora, remove_lora, to_peft
 from magma_jax.convert.magma_checkpoint import to_safetensors
-from magma_jax.convert.quantize import quantize_folder
 from magma_jax.convert.verify import read_model_config, verify
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.families import run_config

@@ -22,7 +22,7 @@ from magma_jax.models.magma import SHARDINGS, MagmaModel
 from magma_jax.nn.adapters import AdapterConfig, is_adapter
 from magma_jax.nn.lora import LoraConfig
 from magma_jax.nn.modules import AdapterParam, LanguageParam, abstract, merge, parameter_count, split
-from magma_jax.published.peft import PeftError, lora_table, read_lora, write_lora
+from magma_jax.published.hf.peft import PeftError, lora_table, read_lora, write_lora
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, parameter_shardings
 from magma_jax.storage.model_folder import write_model_folder
 from magma_jax.training.run import setup
@@ -201,7 +201,12 @@ def test_out_to_peft_and_in_again(folder, tmp_path, capsys):
     assert main(["quantize", str(folder), str(tmp_path / "int8")]) == 0
     assert main(["merge-lora", str(tmp_path / "int8"), str(tmp_path / "x")]) == 2
     assert "matrices are in int8, to which nothing can be added exactly" in capsys.readouterr().err
-    quantized = open_model_folder(tmp_path / "int8")
+
+
+@pytest.mark.slow
+def test_on_quantized_matrices(folder, tmp_path):
+    assert main(["quantize", str(folder), str(tmp_path / "int8")]) == 0
+    quantized, params = open_model_folder(tmp_path / "int8"), magma_parts()[2]
     assert {quantized.params[path].dtype.name for path in params if is_adapter(path)} == {"float32"}
     read = {path: tensor.read() for path, tensor in quantized.params.items()}
     definition = abstract(lambda: MagmaModel(quantized.config, rngs=nnx.Rngs(0)))[0]

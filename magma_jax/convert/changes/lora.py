@@ -12,8 +12,8 @@ from magma_jax.convert.open_folder import open_model_folder
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.nn.lora import LoraConfig
 from magma_jax.output import whole_output
+from magma_jax.published.hf.peft import read_lora, write_lora
 from magma_jax.published.open_magma import OpenMagma
-from magma_jax.published.peft import read_lora, write_lora
 from magma_jax.storage.deferred import Deferred, read_array, read_row
 from magma_jax.storage.model_folder import BASE, CheckpointError, nbytes_of, read_model_json, write_model_folder
 from magma_jax.storage.progress import writing
