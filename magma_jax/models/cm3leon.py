@@ -5,6 +5,7 @@ embeddings, number of heads), the values are those of OPT, whose code it was tra
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.models.language.decoder import Activation, Decoder, DecoderConfig, Head, check_heads
 from magma_jax.models.references import Places, ReferenceLayers, References, ReferencesConfig
 from magma_jax.models.vision.vqgan import VQGAN, VQGANConfig
-from magma_jax.nn.layers import Initializer, truncated_normal
+from magma_jax.nn.layers import Embedding, Initializer, truncated_normal
+from magma_jax.nn.modules import LanguageParam
 from magma_jax.nn.transformer.config import BlockConfig, InitConfig, NormConfig, PositionTable, TrunkConfig
-from magma_jax.typing import Array, Float, Int
+from magma_jax.typing import Array, Float, Int, PRNGKey
 
 # Fresh weights beyond this many standard deviations are redrawn (section 2.3).
 TRUNCATE = 3.0
@@ -37,6 +39,8 @@ class CM3LeonConfig(DecoderConfig):
         position_std: standard deviation of fresh positions.
         image_tokens: codes of an image, 32 x 32 in the paper.
         references: additions that are not the paper's, see ``models.references``; None for none.
+        grid_positions: whether an image code also has a vector of its place in the grid, the same in all images of a
+            sequence, so that attention finds the same place of a retrieved image; not the paper's.
         dropout: dropout rate of the attention and MLP branches; the paper has none.
         tokenizer: the image tokenizer, which is part of the model and frozen; None for a model that reads and writes
             codes alone.
@@ -59,6 +63,7 @@ class CM3LeonConfig(DecoderConfig):
     position_std: float = 0.0002
     image_tokens: int = 1024
     references: ReferencesConfig | None = None
+    grid_positions: bool = False
     dropout: float = 0.0
     tokenizer: VQGANConfig | None = None
     dtype: str = "float32"
@@ -73,6 +78,8 @@ class CM3LeonConfig(DecoderConfig):
                 f"set vocab_rows to {self.vocabulary.rows}"
             )
         check_sizes(self, "image_tokens")
+        if self.grid_positions and math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
+            raise ValueError(f"grid_positions needs a square grid; image_tokens is {self.image_tokens}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.tokenizer is None:
@@ -122,6 +129,7 @@ class CM3LeonModel(Decoder):
 
     image_tokenizer: VQGAN | None = None
     references: ReferenceLayers | None = None
+    grid: Embedding | None = None
 
     def __init__(self, config: CM3LeonConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -129,23 +137,49 @@ class CM3LeonModel(Decoder):
             self.image_tokenizer = VQGAN(config.tokenizer, rngs=rngs)
         if config.references is not None:
             self.references = ReferenceLayers(config.references, config.width, config.embedding_std, rngs=rngs)
+        if config.grid_positions:
+            self.grid = Embedding(
+                config.image_tokens,
+                config.width,
+                param=LanguageParam,
+                weight_init=_waves(config.embedding_std),
+                rngs=rngs,
+            )
 
     def embed_with(
-        self, ids: Int[Array, "B S"], given: References, places: Places, dtype: Any = jnp.float32
+        self, ids: Int[Array, "B S"], given: References | None, places: Places, dtype: Any = jnp.float32
     ) -> Float[Array, "B S D"]:
-        """Embeddings of tokens, with what belongs to retrieved images beside them."""
+        """Embeddings of tokens, with those of their places and of retrieved images beside them."""
         embedded = self.embed(ids, dtype)
-        if self.references is None:
-            return embedded
-        return embedded + self.references.embeddings(self.wte.weight[...].astype(dtype), given, places)
+        if self.references is not None and given is not None:
+            embedded += self.references.embeddings(self.wte.weight[...].astype(dtype), given, places)
+        if self.grid is not None:
+            vectors = self.grid(jnp.maximum(places.read, 0), dtype)
+            embedded += jnp.where((places.read >= 0)[..., None], vectors, 0)
+        return embedded
 
     def head_input(
-        self, hidden: Float[Array, "B S D"], given: References, drawn: Int[Array, "B S"]
+        self, hidden: Float[Array, "B S D"], given: References | None, drawn: Int[Array, "B S"]
     ) -> Float[Array, "B S D"]:
         """The final hidden states that ``logits`` takes, with codes that are copied from retrieved images."""
-        if self.references is None:
+        if self.references is None or given is None:
             return hidden
         return self.references.copied(hidden, self.wte.weight[...].astype(hidden.dtype), given, drawn)
+
+
+def _waves(std: float) -> Initializer:
+    """Sines and cosines of row and column of a square grid's places, so that a linear map moves by a place."""
+
+    def init(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Array:
+        del key
+        side, width = math.isqrt(shape[0]), shape[1]
+        waves = -(-width // 4)
+        angles = jnp.arange(side)[:, None] * (math.pi * float(side) ** (-jnp.arange(waves) / waves))
+        features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+        rows, columns = jnp.repeat(features, side, axis=0), jnp.tile(features, (side, 1))
+        return (std * 2**0.5 * jnp.concatenate([rows, columns], axis=1)[:, :width]).astype(dtype)
+
+    return init
 
 
 # Table 3; the numbers of heads are those of OPT models of these widths.

@@ -19,6 +19,7 @@ from magma_jax.models.prefix import PrefixConfig
 from magma_jax.models.vision.clip_vit import CLIPViTConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.published.open_magma import model_shapes
+from magma_jax.storage.checksums import SUMS_FILE
 from magma_jax.storage.model_folder import CheckpointError, open_params, read_model_json, read_params
 from magma_jax.storage.torch.writer import write_torch_file
 from magma_jax.training.run import setup
@@ -121,6 +122,7 @@ def test_runs_share_the_frozen_part_of_their_base(composed, tmp_path, monkeypatc
     )
     metadata = json.loads((base / "model.json").read_text())
     (base / "model.json").write_text(json.dumps(metadata | {"source": {}}))
+    (base / SUMS_FILE).unlink()  # another folder, not a damaged one
     with pytest.raises(CheckpointError, match=r"its base .* has been replaced by another model"):
         read_params(tmp_path / "run", shapes)
     base.rename(tmp_path / "moved")

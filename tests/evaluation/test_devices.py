@@ -93,7 +93,7 @@ def test_mistakes_are_said_in_one_line(model_folder, folders, tmp_path):
     )
     expected = ["val: no dataset folder", "vqav2.truncation: 'letters' is not one of"]
     for (_, errors, status), message in zip(results, expected, strict=True):
-        assert status == 1
+        assert status == 2
         assert errors.startswith("eval.py: ")
         assert message in errors
         assert errors.count("\n") == 1

@@ -68,11 +68,12 @@ def published(folder: str | Path) -> dict[str, Any]:
     The image tokenizer has a layout of its own and is left out.
     """
     config, params = open_folder(folder)
-    if config.references is not None:
-        raise CheckpointError(
-            f"{folder}: its model.references are additions of this library, which no published layout has; only a "
-            "model without them is converted"
-        )
+    for name in ("references", "grid_positions"):
+        if getattr(config, name):
+            raise CheckpointError(
+                f"{folder}: its model.{name} are additions of this library, which no published layout has; only a "
+                "model without them is converted"
+            )
     source = read_source(folder)
     decoder = {path: tensor for path, tensor in params.items() if not path.startswith("image_tokenizer/")}
     module = to_theirs(cm3leon_table(source.get("layout", "opt")), decoder)
@@ -84,7 +85,7 @@ def to_torch(folder: str | Path, checkpoint: str | Path) -> None:
 
     Raises:
         FileExistsError: ``checkpoint`` already exists. CheckpointError: not such a folder, or a model with
-            ``references``.
+            additions of this library.
     """
     absent(checkpoint)
     module, counters = published(folder), read_source(folder)["counters"]

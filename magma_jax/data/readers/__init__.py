@@ -11,6 +11,7 @@ from typing import Any
 from magma_jax.data.format.records import DataError, Record, Skipped
 from magma_jax.data.readers.coco import read_coco, read_karpathy
 from magma_jax.data.readers.folders import read_folder, read_magma, read_tfds
+from magma_jax.data.readers.gcompris import read_gcompris
 from magma_jax.data.readers.openmoji import read_openmoji
 from magma_jax.data.readers.questions import read_gqa, read_hateful_memes, read_snli_ve, read_vizwiz, read_vqa
 from magma_jax.data.readers.regions import read_localized_narratives, read_visual_genome
@@ -42,10 +43,11 @@ READERS: dict[str, Reader] = {
     "table": read_table,
     "llava": read_llava,
     "openmoji": read_openmoji,
+    "gcompris": read_gcompris,
 }
 
 # Formats that contain their images or say where they are, so that no image folder is needed.
-SELF_CONTAINED = frozenset({"img2dataset", "tfds", "magma", "folder", "table", "openmoji"})
+SELF_CONTAINED = frozenset({"img2dataset", "tfds", "magma", "folder", "table", "openmoji", "gcompris"})
 
 
 def read(name: str, source: Path, images: Path | None = None, **options: Any) -> Iterator[Record | Skipped]:

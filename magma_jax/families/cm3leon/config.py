@@ -27,7 +27,7 @@ SHARDINGS: tuple[ShardingRow, ...] = TOKENIZER_SHARDINGS
 # Batches hold codes, so the step does not run the tokenizer.
 INPUTS = (
     (re.compile(rf"{TOKENIZER}/.*"), None),
-    (re.compile(r"references/(order|words)/weight"), None),
+    (re.compile(r"grid/weight|references/(order|words)/weight"), None),
     (re.compile(r"references/token/weight"), "words"),
     (re.compile(r"references/(caption|agreement)/.*weight"), "captions"),
     (re.compile(r"references/.*weight"), "positions"),
@@ -94,9 +94,10 @@ def batch_shapes(program: Program) -> dict[str, tuple[tuple[int, ...], Any]]:
     rows = (program.config.batch_size, program.config.data.length + 1)
     found: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(("tokens", "labels"), (rows, jnp.int32))
     references = program.config.model.references
+    if references is not None or program.config.model.grid_positions:
+        found["places"] = found["tokens"]
     if references is not None:
         batch, images = program.config.batch_size, references.images
-        found["places"] = found["tokens"]
         found["references"] = ((batch, images, program.config.model.image_tokens), jnp.int32)
         found["captions"] = ((batch, images + 1, references.caption_words), jnp.int32)
     return found

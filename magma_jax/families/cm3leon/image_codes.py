@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from magma_jax.data.documents.places import image_places
 from magma_jax.models.cm3leon import CM3LeonConfig
 from magma_jax.models.vision.vqgan import TOKENIZER, VQGAN, VQGANConfig, from_pixels
 from magma_jax.nn.modules import Definition, abstract, merge
@@ -26,11 +27,23 @@ ROWS = 32
 
 
 def code_loader(program: Any, dataset: Any, params: Mapping[str, Any]) -> Callable[[Batch], Batch]:
-    """Builds the function that replaces placeholders in ``tokens`` and ``labels`` by codes.
+    """Builds the function that completes a batch: codes for placeholders in its ids, and places of the grid.
 
     Images in memory are encoded here, once. Data without images already hold codes.
     """
     config: CM3LeonConfig = program.config.model
+    to_codes = _fill(program, dataset, params, config)
+    if not config.grid_positions:
+        return to_codes
+
+    def complete(batch: Batch) -> Batch:
+        filled = to_codes(batch)
+        return {"places": np.stack([image_places(row, config.vocabulary) for row in filled["tokens"]])} | filled
+
+    return complete
+
+
+def _fill(program: Any, dataset: Any, params: Mapping[str, Any], config: CM3LeonConfig) -> Callable[[Batch], Batch]:
     if dataset.images is None or config.tokenizer is None:
         return lambda batch: batch
     flat = _encode_all(dataset.images, config.tokenizer, tokenizer_params(params), program.mesh).ravel()

@@ -51,23 +51,23 @@ class CM3LeonOptions:
 def cm3leon_loss(model: CM3LeonModel, batch: Batch, key: PRNGKey | None, *, options: CM3LeonOptions) -> Terms:
     """Next-token loss over all labels, those of moved spans and their sentinels included.
 
-    ``batch`` holds ``tokens`` and ``labels`` (B, S), see ``data.documents.packing``, and of
-    documents with retrieved images beside the sequence also ``places`` (B, S), ``references`` and ``captions``
-    (``models.references``). Two terms are only logged:
-    ``image_loss``, over image codes, and ``text_loss``, over all other labels. Image codes are most labels and less
-    predictable, so the loss shows hardly anything of the text; the exponential of a term is its perplexity.
+    ``batch`` holds ``tokens`` and ``labels`` (B, S), see ``data.documents.packing``, for models that read them
+    ``places`` (B, S) of codes in their grids, and of documents with retrieved images beside the sequence ``references``
+    and ``captions`` (``models.references``). Two terms are only logged: ``image_loss``, over image codes, and
+    ``text_loss``, over all other labels. Image codes are most labels and less predictable, so the loss shows hardly
+    anything of the text; the exponential of a term is its perplexity.
     """
     config: Any = model.config  # CM3LeonConfig; the module's attribute has the type of every decoder's config
     tokens, labels = batch["tokens"][:, :-1], batch["labels"][:, 1:]
     dtype, by_side = jnp.dtype(options.activations), "references" in batch
-    if by_side:
-        given = References(batch["references"], batch["captions"])
+    given = References(batch["references"], batch["captions"]) if by_side else None
+    if "places" in batch:
         places = Places(batch["places"][:, :-1], batch["places"][:, 1:])
         embedded = model.embed_with(tokens, given, places, dtype)
     else:
         embedded = model.embed(tokens, dtype)
     hidden = model(embedded, remat=options.remat, dropout_key=key).hidden
-    if by_side:
+    if "places" in batch:
         hidden = model.head_input(hidden, given, places.drawn)
     codes = config.vocabulary.image_ids
     image = (labels >= codes.start) & (labels < codes.stop)

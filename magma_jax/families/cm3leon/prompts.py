@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from magma_jax.data.documents.beside import caption_rows
+from magma_jax.data.documents.places import image_places
 from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.models.cm3leon import CM3LeonConfig
 from magma_jax.typing import Int
@@ -99,8 +100,8 @@ def lay_out_gaps(segments: Sequence[Segment], layout: VocabLayout, image_tokens:
 
 
 class Beside(NamedTuple):
-    """Retrieved images beside a prompt, see ``models.references``: their codes (K, T), the captions (K + 1, L), and the
-    places (S,) of the prompt's tokens in the grid, -1 for those that are no codes."""
+    """What a model reads beside a prompt's tokens: the places (S,) of codes in their grids, -1 for other tokens, and
+    retrieved images, see ``models.references``: their codes (K, T) and the captions (K + 1, L); none for K = 0."""
 
     codes: Int[np.ndarray, "K T"]
     captions: Int[np.ndarray, "K1 L"]
@@ -114,14 +115,18 @@ def beside(
     decode: Callable[[list[int]], str],
     gaps: Sequence[Missing] = (),
 ) -> Beside | None:
-    """What stands beside a prompt that begins with ``document_prefix``; None for a model without ``references``.
+    """What stands beside a prompt that begins with ``document_prefix``; None for a model that reads tokens alone.
 
     Raises:
         ValueError: more retrieved images than the model takes.
     """
+    layout = config.vocabulary
+    sizes = {layout.sentinel(number): len(gap.places) for number, gap in enumerate(gaps)}
+    places = image_places(ids, layout, sizes)
     if config.references is None:
-        return None
-    images, layout = config.references.images, config.vocabulary
+        nothing = np.zeros((0, config.image_tokens), np.int32), np.zeros((1, 0), np.int32)
+        return Beside(*nothing, places) if config.grid_positions else None
+    images = config.references.images
     if len(pairs) > images:
         raise ValueError(f"this model takes {images} retrieved documents, got {len(pairs)}")
     start = len(document_prefix(pairs, layout, config.image_tokens, beside=True))
@@ -136,7 +141,7 @@ def beside(
     kept = ids[start : _moved_from(ids, layout)]
     own = decode(layout.to_text(kept[layout.is_text(kept)]).tolist())
     rows = caption_rows([own, *captions], images, config.references.caption_words, config.references.word_rows)
-    return Beside(codes, rows, _places(ids, start, layout, gaps))
+    return Beside(codes, rows, places)
 
 
 def _moved_from(ids: Int[np.ndarray, " S"], layout: VocabLayout) -> int:
@@ -148,22 +153,6 @@ def _moved_from(ids: Int[np.ndarray, " S"], layout: VocabLayout) -> int:
         if one in layout.sentinel_ids:
             seen.add(one)
     return len(ids)
-
-
-def _places(ids: Int[np.ndarray, " S"], start: int, layout: VocabLayout, gaps: Sequence[Missing]) -> np.ndarray:
-    """Place of every code in its image, also behind and in a gap."""
-    places, seen, place = np.full(len(ids), -1, np.int32), set(), 0
-    for number, one in enumerate(ids[start:].tolist(), start):
-        if one in layout.image_ids:
-            places[number] = place
-            place += 1
-        elif one in layout.sentinel_ids and one - layout.sentinel_ids.start < len(gaps):
-            gap = gaps[one - layout.sentinel_ids.start].places
-            place = gap.start if one in seen else place + len(gap)
-            seen.add(one)
-        elif one not in layout.text_ids:
-            place = 0
-    return places
 
 
 def document_prefix(

@@ -120,9 +120,9 @@ class _State(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What stands beside the prompts, a row for each; see ``models.references``."""
+    """What is known of the prompts beside their tokens, a row for each; see ``models.references``."""
 
-    references: References
+    references: References | None
     places: Places
 
 
@@ -180,7 +180,7 @@ def decode_streams(
         rows: what is asked for.
         rules: static.
         steps: N, static.
-        given: retrieved images beside the prompts of a ``CM3LeonModel`` that takes them.
+        given: places, and retrieved images beside the prompts, of a ``CM3LeonModel`` that takes them.
 
     Raises:
         ValueError: the rows are not those of as many streams as ``rules.combine`` takes.

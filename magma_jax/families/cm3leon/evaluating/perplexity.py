@@ -63,12 +63,9 @@ def _loss(
     graphdef: Definition, params: Params, tokens: Array, labels: Array, references: References | None, places: Array
 ) -> Array:
     model = merge(graphdef, params)
-    if references is None:
-        hidden = model(model.embed(tokens[:, :-1])).hidden
-    else:
-        where = Places(places[:, :-1], places[:, 1:])
-        hidden = model(model.embed_with(tokens[:, :-1], references, where)).hidden
-        hidden = model.head_input(hidden, references, where.drawn)
+    where = Places(places[:, :-1], places[:, 1:])
+    hidden = model(model.embed_with(tokens[:, :-1], references, where)).hidden
+    hidden = model.head_input(hidden, references, where.drawn)
     codes = model.config.vocabulary.image_ids
     project = functools.partial(
         product, weight=model.wte.weight[...][codes.start : codes.stop], preferred_element_type=jnp.float32
