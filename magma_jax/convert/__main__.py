@@ -7,6 +7,8 @@
     python -m magma_jax.convert export RUN OUT [--to params]
     python -m magma_jax.convert export RUN FILE.safetensors --trained
     python -m magma_jax.convert put-on FILE.safetensors BASE OUT
+    python -m magma_jax.convert merge-lora|remove-lora|to-peft FOLDER OUT
+    python -m magma_jax.convert from-peft FOLDER ADAPTER OUT
     python -m magma_jax.convert compose --lm LM [--encoder ENCODER] --config CONFIG.py OUT [--set KEY=VALUE ...]
     python -m magma_jax.convert verify A B [--tolerance X] [--json]
     python -m magma_jax.convert verify CKPT --golden FILE.npz [--model-config FILE.json] [--json]
@@ -60,6 +62,22 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("folder", help="model folder or run folder")
         command.add_argument("out", help=f"{kind} to write; must not exist")
         command.set_defaults(run=name)
+
+    for name, result in (
+        ("merge-lora", "model folder with the LoRA added to the language model's matrices"),
+        ("remove-lora", "model folder without the LoRA"),
+        ("to-peft", "folder of the LoRA in PEFT's layout"),
+    ):
+        command = subparsers.add_parser(name, help=f"model folder with a LoRA to {result}")
+        command.add_argument("folder", help="model folder or run folder")
+        command.add_argument("out", help="folder to write; must not exist")
+        command.set_defaults(run=name)
+
+    command = subparsers.add_parser("from-peft", help="model folder and a LoRA in PEFT's layout to one with the LoRA")
+    command.add_argument("folder", help="model folder or run folder without a LoRA")
+    command.add_argument("adapter", help="folder with adapter_config.json")
+    command.add_argument("out", help="model folder to write; must not exist")
+    command.set_defaults(run="from-peft")
 
     command = subparsers.add_parser("export", help="run or model folder, of any family, to one folder to share")
     command.add_argument("folder", help="model folder or run folder")

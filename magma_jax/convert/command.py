@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 
 from magma_jax.config import apply_overrides, load_config_file
+from magma_jax.convert.changes.lora import add_lora, merge_lora, remove_lora, to_peft
+from magma_jax.convert.changes.quantize import quantize_folder
 from magma_jax.convert.check_folder import add_checksums, check_folder
 from magma_jax.convert.compare import compare_checkpoints
 from magma_jax.convert.compose import compose
 from magma_jax.convert.hf_export import to_hf
 from magma_jax.convert.layouts import layout_of, layout_of_weights
 from magma_jax.convert.magma_checkpoint import to_safetensors
-from magma_jax.convert.quantize import quantize_folder
 from magma_jax.convert.sharing.export import export
 from magma_jax.convert.sharing.trained import export_trained, put_on
 from magma_jax.convert.verify import read_model_config, verify
@@ -51,6 +52,12 @@ def _quantize(options: argparse.Namespace) -> int:
 def _export(function: Callable[[str, str], None], options: argparse.Namespace) -> int:
     function(options.folder, options.out)
     print(f"{options.out}: written")
+    return 0
+
+
+def _from_peft(options: argparse.Namespace) -> int:
+    lora = add_lora(options.folder, options.adapter, options.out)
+    print(f"{options.out}: LoRA of rank {lora.rank} at {', '.join(lora.targets)}")
     return 0
 
 
@@ -96,6 +103,10 @@ RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "to-torch": functools.partial(_export, _to_torch),
     "to-safetensors": functools.partial(_export, to_safetensors),
     "to-hf": functools.partial(_export, to_hf),
+    "merge-lora": functools.partial(_export, merge_lora),
+    "remove-lora": functools.partial(_export, remove_lora),
+    "to-peft": functools.partial(_export, to_peft),
+    "from-peft": _from_peft,
     "export": _export_folder,
     "put-on": _put_on,
     "quantize": _quantize,

@@ -11,6 +11,7 @@ from magma_jax.convert.open_folder import open_model_folder
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.data.tokenizers.settings import CHAT_TEMPLATE_FILE, SETTINGS_FILE
 from magma_jax.models.language.catalog import LanguageModelConfig
+from magma_jax.nn.adapters import is_adapter
 from magma_jax.output import OutputError, whole_output
 from magma_jax.published.hf.write import to_hf_config
 from magma_jax.published.keymap.engine import to_theirs
@@ -36,7 +37,7 @@ def to_hf(folder: str | Path, out: str | Path) -> None:
     model = open_model_folder(folder)
     config = model.config.lm
     params = {path.removeprefix("lm/"): leaf for path, leaf in model.params.items() if path.startswith("lm/")}
-    plain = {path: leaf for path, leaf in params.items() if "_adapter/" not in path}
+    plain = {path: leaf for path, leaf in params.items() if not is_adapter(path)}
     if len(plain) < len(params):
         print(f"{out}: the adapters of {folder} are left out", file=sys.stderr)
     plain["wte/weight"] = _with_rows(plain["wte/weight"], config.head_rows)

@@ -7,6 +7,7 @@ the language model, with its adapters, continues. Training is next-token predict
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -21,6 +22,7 @@ from magma_jax.models.vision.clip_resnet import CLIPResNetConfig
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.convolution import BatchNormMode
 from magma_jax.nn.layers import Linear
+from magma_jax.nn.lora import LoraConfig
 from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import HeadParam
 from magma_jax.nn.stack import Remat
@@ -43,6 +45,7 @@ class MagmaConfig:
     Attributes:
         mlp_adapter: adapter after (or parallel to) every MLP; None for none.
         attn_adapter: adapter of every attention; None for none.
+        lora: LoRA of the language model, alone or beside adapters; None for none.
         classes: outputs of a classification head on the last text token (paper, 4.1.3); 0 for none.
         begin: id of the token that the language model's tokenizer puts before every sequence; None for none.
         dtype: dtype of activations; LayerNorm, softmax, rotary angles, logits and loss are fp32 regardless.
@@ -53,6 +56,7 @@ class MagmaConfig:
     prefix: PrefixConfig = PrefixConfig()
     mlp_adapter: AdapterConfig | None = None
     attn_adapter: AdapterConfig | None = None
+    lora: LoraConfig | None = None
     classes: int = 0
     begin: int | None = None
     dtype: str = "float32"
@@ -74,8 +78,9 @@ class MagmaModel(nnx.Module):
         self.config = config
         encoder = build_encoder(config.encoder, rngs=rngs)
         self.image_prefix = ImagePrefix(encoder, config.lm.width, config.prefix, rngs=rngs)
-        adapters = {"mlp_adapter": config.mlp_adapter, "attn_adapter": config.attn_adapter}
-        self.lm = Decoder(config.lm, **adapters, rngs=rngs)
+        self.lm = Decoder(
+            config.lm, mlp_adapter=config.mlp_adapter, attn_adapter=config.attn_adapter, lora=config.lora, rngs=rngs
+        )
         self.class_head = (
             Linear(config.lm.width, config.classes, param=HeadParam, rngs=rngs) if config.classes else None
         )
@@ -124,10 +129,23 @@ class MagmaModel(nnx.Module):
         mask: Mask | None = None,
         cache: KVCache | None = None,
         collect: tuple[str, ...] = (),
+        dropout_key: PRNGKey | None = None,
         remat: Remat = "none",
     ) -> TrunkOutput:
-        """Runs the language model with its adapters over any mixture of prefixes and word embeddings."""
-        return self.lm(embeddings, positions=positions, mask=mask, cache=cache, collect=collect, remat=remat)
+        """Runs the language model with its adapters over any mixture of prefixes and word embeddings.
+
+        ``dropout_key`` is that of the LoRA's dropout; None for no dropout.
+        """
+        drops = self.config.lora is not None and self.config.lora.dropout > 0
+        return self.lm(
+            embeddings,
+            positions=positions,
+            mask=mask,
+            cache=cache,
+            collect=collect,
+            dropout_key=dropout_key if drops else None,
+            remat=remat,
+        )
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """fp32 logits of the final hidden states."""
@@ -149,7 +167,7 @@ class MagmaModel(nnx.Module):
         prefix = self._opening(features, dropout_key)
         # The last token's prediction is not needed, so it is not run.
         embeddings = jnp.concatenate([prefix, self.embed_tokens(tokens[:, :-1])], axis=1)
-        hidden = self(embeddings, remat=remat).hidden
+        hidden = self(embeddings, dropout_key=_other(dropout_key), remat=remat).hidden
         return hidden[:, prefix.shape[1] - 1 :]
 
     def packed_hidden(
@@ -186,7 +204,8 @@ class MagmaModel(nnx.Module):
         all_positions = _behind(place, size + positions)
         # Images precede words, so the order within a row is also the order within each sample.
         mask = Mask("causal", segments=owner)
-        hidden = self(embeddings, positions=all_positions, mask=mask, remat=remat).hidden
+        forward = {"dropout_key": _other(dropout_key), "remat": remat}
+        hidden = self(embeddings, positions=all_positions, mask=mask, **forward).hidden
 
         # A token is predicted from the one before it, the first of a sample from the last position of its image.
         end_of_image = segments * size - 1
@@ -217,6 +236,11 @@ class MagmaModel(nnx.Module):
     def remove_adapters(self) -> None:
         """Removes every adapter, which restores the logits of the unadapted language model bit for bit."""
         self.lm.remove_adapters()
+
+
+def _other(key: PRNGKey | None) -> PRNGKey | None:
+    """A key for the language model, other than the prefix's."""
+    return None if key is None else jax.random.fold_in(key, 1)
 
 
 def _behind(images: Int[Array, " P"], words: Int[Array, "B S"]) -> Int[Array, "B T"]:

@@ -72,3 +72,8 @@ class Adapter(nnx.Module):
         if self.scale is not None:
             h = h * self.scale[...].astype(h.dtype)
         return y + h
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter path is that of an adapter or a LoRA."""
+    return "_adapter/" in path or "/lora/" in path

@@ -25,10 +25,10 @@ from magma_jax.models.vision.nf_resnet import NFResNetConfig
 from magma_jax.models.vision.vit import DINOv2Config, ViTConfig
 from magma_jax.nn.modules import abstract
 from magma_jax.published.hf.encoders import encoder_of, encoder_tensors, in_openai_names, vit_table
+from magma_jax.published.hf.position_tables import Resize, resized_table
 from magma_jax.published.infer_config import InferenceError, Known, encoder_config
 from magma_jax.published.keymap.engine import Ignored, KeyMapError, to_ours
 from magma_jax.published.magma_keys import encoder_table
-from magma_jax.published.position_tables import Resize, resized_table
 from magma_jax.storage.deferred import Deferred, read_array
 from magma_jax.storage.files import open_tensors
 

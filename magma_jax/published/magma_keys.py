@@ -37,6 +37,8 @@ def magma_table(config: MagmaConfig, buffers: Mapping[str, np.ndarray] | None = 
     ``buffers`` are the attention buffers to write, by the names of ``BUFFERS``; they are ignored on reading.
     """
     _language_model(config)
+    if config.lora is not None:
+        raise ValueError("LoRA does not exist in the published layout of MAGMA; merge it first (convert merge-lora)")
     if config.prefix.mapping != "linear" or config.prefix.shuffle > 1:
         raise ValueError("a prefix that is not linear does not exist in the published layout of MAGMA")
     blocks = list(_blocks(config, buffers or {}))

@@ -44,6 +44,10 @@ SHARED: tuple[ShardingRow, ...] = (
     (r"(lm/)?lm_head/bias", ("model",)),
     # Split by width: row counts such as 50,258 rarely divide by the axis sizes.
     (r"(lm/)?w[tp]e/weight", (None, ("fsdp", "model"))),
+    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc|c_gate)/lora/down/weight", (None, "fsdp")),
+    (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc|c_gate)/lora/up/weight", ("model", None)),
+    (r"(lm/)?layers/.*(out_proj|c_proj)/lora/down/weight", (None, "model")),
+    (r"(lm/)?layers/.*(out_proj|c_proj)/lora/up/weight", ("fsdp", None)),
     (r"(lm/)?layers/.*_adapter/down/weight", (None, "fsdp")),
     (r"(lm/)?layers/.*_adapter/up/weight", ("fsdp", None)),
 )

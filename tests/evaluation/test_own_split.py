@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from magma_jax import Magma
-from magma_jax.convert.quantize import quantize_folder
+from magma_jax.convert.changes.quantize import quantize_folder
 from magma_jax.data.openmoji.drawings import Sample
 from magma_jax.evaluation import own_split
 from magma_jax.evaluation.metrics.baselines import most_frequent_answers, shuffle_images

@@ -17,8 +17,8 @@ from magma_jax.models.vision.vit import DINOv2Config, DINOv3Config, SiglipConfig
 from magma_jax.nn.modules import abstract, merge
 from magma_jax.published.encoder_sources import open_encoder, read_encoder_config
 from magma_jax.published.hf.encoders import vit_table
+from magma_jax.published.hf.position_tables import resized_table
 from magma_jax.published.keymap.engine import check_table, to_theirs
-from magma_jax.published.position_tables import resized_table
 from magma_jax.storage.files import open_tensors
 
 torch = pytest.importorskip("torch")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ from flax import nnx
 from magma_jax.families.magma.flops import step_flops
 from magma_jax.families.magma.images import image_spec
 from magma_jax.models.magma import MagmaModel
-from magma_jax.models.prefix import PrefixConfig, pixel_shuffle
+from magma_jax.models.prefix import ImagePrefix, PrefixConfig, pixel_shuffle
 from magma_jax.models.vision.catalog import PUBLISHED_ENCODERS, build_encoder
 from magma_jax.models.vision.clip_vit import CLIPViTConfig
-from magma_jax.nn.modules import PrefixParam, abstract, merge
+from magma_jax.nn.modules import PrefixParam, abstract, merge, split
 from tests import tiny
 
 # Positions and channels that an image of the published size gives (Radford et al., 2021; EfficientNet at 128 px; model
@@ -108,15 +109,17 @@ def test_pixel_shuffle_joins_squares():
 
 def test_a_resampler_reads_every_feature_with_every_query():
     prefix = PrefixConfig(mapping="resampler", image_positions=3, transformer_heads=2, dropout=0.0)
-    model = MagmaModel(dataclasses.replace(tiny.MODEL, prefix=prefix), rngs=nnx.Rngs(0))
-    features = jax.random.normal(jax.random.key(0), (1, 4, 32))
-    seen = model.embed_features(features)
-    assert not np.allclose(seen[0, 0], seen[0, 1])
-    for place in range(4):
-        changed = model.embed_features(features.at[0, place].add(1.0))
-        assert (jnp.abs(changed - seen).max(-1) > 1e-6).all()
+    create = functools.partial(ImagePrefix, SimpleNamespace(config=tiny.MODEL.encoder), 32, prefix)
+    definition = abstract(lambda: create(rngs=nnx.Rngs(0)))[0]
+    params = jax.jit(lambda: split(create(rngs=nnx.Rngs(0)))[1])()
+    features = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+    changed = [features + np.eye(4, dtype=np.float32)[place][:, None] for place in range(4)]
+    run = jax.jit(lambda params, features: merge(definition, params)(features))
+    seen, reversed_, *others = np.asarray(run(params, np.stack([features, features[::-1], *changed])))
+    assert not np.allclose(seen[0], seen[1])
+    assert all((np.abs(other - seen).max(-1) > 1e-6).all() for other in others)
     # Queries know no order of the features; positions come from the encoder.
-    np.testing.assert_allclose(model.embed_features(features[:, ::-1]), seen, atol=1e-5)
+    np.testing.assert_allclose(reversed_, seen, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -149,16 +152,22 @@ def test_caption_logits_are_those_of_the_whole_sequence():
 
 def test_a_begin_of_text_stands_before_the_image():
     """In training, packed or not, as in the layout of a prompt."""
-    model = _model(begin=5)
+    definition, params = split(_model(begin=5))
+
+    @jax.jit
+    def run(params, features, tokens):
+        model = merge(definition, params)
+        begin, prefix = model.embed_tokens(jnp.full((2, 1), 5)), model.embed_features(features)
+        whole = model(jnp.concatenate([begin, prefix, model.embed_tokens(tokens)], axis=1)).hidden
+        segments, places = jnp.repeat(jnp.array([[1, 2]]), 7, axis=1), jnp.tile(jnp.arange(7), 2)[None]
+        packed = model.packed_hidden(features[None], tokens.reshape(1, 14), segments, places)
+        expected = whole[:, prefix.shape[1] : -1]
+        return expected, model.caption_hidden(features, tokens), packed.reshape(expected.shape)
+
     tokens = jax.random.randint(jax.random.key(0), (2, 7), 0, 300)
-    features = jax.random.normal(jax.random.key(1), (2, 4, 32))
-    begin, prefix = model.embed_tokens(jnp.full((2, 1), 5)), model.embed_features(features)
-    whole = model(jnp.concatenate([begin, prefix, model.embed_tokens(tokens)], axis=1)).hidden
-    expected = whole[:, prefix.shape[1] : -1]
-    np.testing.assert_allclose(model.caption_hidden(features, tokens), expected, atol=1e-5)
-    segments, places = jnp.repeat(jnp.array([[1, 2]]), 7, axis=1), jnp.tile(jnp.arange(7), 2)[None]
-    packed = model.packed_hidden(features[None], tokens.reshape(1, 14), segments, places)
-    np.testing.assert_allclose(packed.reshape(2, 7, -1), expected, atol=1e-5)
+    expected, *found = run(params, jax.random.normal(jax.random.key(1), (2, 4, 32)), tokens)
+    for one in found:
+        np.testing.assert_allclose(one, expected, atol=1e-5)
     with pytest.raises(ValueError, match="begin 300 is none of the 300 ids"):
         dataclasses.replace(tiny.MODEL, begin=300)
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from magma_jax.data.format.records import DataError
 from magma_jax.data.readers.common import read_text
 from magma_jax.inference.generator import TokenGenerator
+from magma_jax.nn.adapters import is_adapter
 from magma_jax.nn.modules import Definition, merge
 from magma_jax.runtime.compile import platform_jit
 from magma_jax.training.step.cross_entropy import cross_entropy
@@ -71,7 +72,7 @@ def measure(model: TokenGenerator, path: str | Path) -> dict[str, Any]:
     """Perplexity on a file with the model's adapters, and without them if it has any."""
     text = read_text(Path(path))
     found = {"file": Path(path).name, "model": perplexity(model, text)._asdict()}
-    if any("_adapter/" in name for name in model.params):
+    if any(map(is_adapter, model.params)):
         found["without_adapters"] = perplexity(model.remove_adapters(), text)._asdict()
     return found
 

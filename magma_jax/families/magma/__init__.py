@@ -56,7 +56,7 @@ MAGMA = Family(
     flops=step_flops,
     prepare=lambda program, dataset, params: image_loader(dataset.images, program, params),
     first_values=_first_values,
-    fresh=r"lm/.*_adapter/.*",
+    fresh=r"lm/.*(_adapter|/lora)/.*",
     base_may_differ=base_may_differ,
     parts={
         "lm": lambda path, model: open_lm(path, model.lm),

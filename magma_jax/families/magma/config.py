@@ -22,7 +22,7 @@ def roles(model: MagmaConfig) -> dict[str, Literal["frozen"] | Group]:
         PrefixParam.role: Group(),
         EncoderParam.role: Group(learning_rate=2e-6),
     }
-    if model.mlp_adapter or model.attn_adapter:
+    if model.mlp_adapter or model.attn_adapter or model.lora:
         groups[AdapterParam.role] = Group()
     if model.classes:
         groups[HeadParam.role] = Group()
@@ -32,6 +32,7 @@ def roles(model: MagmaConfig) -> dict[str, Literal["frozen"] | Group]:
 def base_may_differ(base: Mapping[str, Any]) -> tuple[str, ...]:
     """Fields in which a base may differ: how the model is run, stored and initialised, and an added class head."""
     names = ("dtype", "lm.dtype", "lm.embedding_std", "prefix.dropout", "mlp_adapter.init", "attn_adapter.init")
+    names = (*names, "lora.dropout") if base.get("lora") else names
     return names if base.get("classes") else (*names, "classes")
 
 

@@ -37,6 +37,7 @@ from magma_jax.inference.prompts import (
 )
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.models.vision.catalog import normalize_for
+from magma_jax.nn.adapters import is_adapter
 from magma_jax.nn.modules import Definition, abstract, merge
 from magma_jax.nn.stack import stack_params
 from magma_jax.runtime.compile import platform_jit, trim_after_compile
@@ -254,8 +255,8 @@ class Magma:
 
     def remove_adapters(self) -> "Magma":
         """The same model without adapters; its text logits equal the language model's bit for bit."""
-        config = dataclasses.replace(self.config, mlp_adapter=None, attn_adapter=None)
-        params = {path: leaf for path, leaf in self.params.items() if "_adapter/" not in path}
+        config = dataclasses.replace(self.config, mlp_adapter=None, attn_adapter=None, lora=None)
+        params = {path: leaf for path, leaf in self.params.items() if not is_adapter(path)}
         return Magma(config, params, self.tokenizer)
 
     def _lay_out(self, prompt: Prompt, **options: Any) -> PromptLayout:

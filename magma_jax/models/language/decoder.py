@@ -12,6 +12,7 @@ from flax import nnx
 from magma_jax.config import check_dtype, check_sizes
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.layers import Embedding, Initializer, Linear, normal, product
+from magma_jax.nn.lora import LoraConfig
 from magma_jax.nn.modules import LanguageParam
 from magma_jax.nn.quantized import QUANTIZED, float_dtype
 from magma_jax.nn.transformer.config import BlockConfig, NormConfig, TrunkConfig
@@ -78,6 +79,7 @@ class Decoder(Trunk):
         config: one of ``models.language.catalog``.
         mlp_adapter: adapter of every MLP; None for none.
         attn_adapter: adapter of every attention; None for none.
+        lora: LoRA of every layer; None for none.
     """
 
     lm_head: Linear | None = None
@@ -88,6 +90,7 @@ class Decoder(Trunk):
         *,
         mlp_adapter: AdapterConfig | None = None,
         attn_adapter: AdapterConfig | None = None,
+        lora: LoraConfig | None = None,
         rngs: nnx.Rngs,
     ):
         self.config = config
@@ -100,7 +103,7 @@ class Decoder(Trunk):
             rngs=rngs,
         )
         trunk = config.trunk()
-        block = dataclasses.replace(trunk.block, mlp_adapter=mlp_adapter, attn_adapter=attn_adapter)
+        block = dataclasses.replace(trunk.block, mlp_adapter=mlp_adapter, attn_adapter=attn_adapter, lora=lora)
         super().__init__(dataclasses.replace(trunk, block=block), rngs=rngs)
         if config.head != "tied":
             self.lm_head = Linear(

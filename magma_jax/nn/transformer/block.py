@@ -1,6 +1,6 @@
 """One transformer layer: attention and MLP, with norms, adapters and dropout as its config says."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,16 @@ from magma_jax.nn.activations import ACTIVATIONS
 from magma_jax.nn.adapters import Adapter
 from magma_jax.nn.attention import dot_product_attention
 from magma_jax.nn.layers import LayerNorm, Linear, RMSNorm, dropout
+from magma_jax.nn.lora import LoraLinear, apply_linear
 from magma_jax.nn.masks import Mask
 from magma_jax.nn.quantized import float_dtype
 from magma_jax.nn.rotary import apply_rotary
 from magma_jax.nn.transformer.cache import CachedLayer, KVCache
 from magma_jax.nn.transformer.config import BlockConfig, Place
 from magma_jax.typing import Array, Float, PRNGKey
+
+# Separates the dropout of LoRA from that of attention weights.
+_LORA = 1
 
 
 class AttentionOutput(NamedTuple):
@@ -51,36 +55,40 @@ class Attention(nnx.Module):
         queries, keys = config.heads * config.size, config.key_heads * config.size
         if config.projections == "separate":
             self.q_proj, self.k_proj, self.v_proj = (
-                linear(config, config.width, features, "qkv", rngs=rngs) for features in (queries, keys, keys)
+                linear(config, name, config.width, features, "qkv", rngs=rngs)
+                for name, features in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys))
             )
         else:
-            self.qkv_proj = linear(config, config.width, queries + 2 * keys, "qkv", rngs=rngs)
-        self.out_proj = linear(config, queries, config.width, "attention_out", rngs=rngs)
+            self.qkv_proj = linear(config, "qkv_proj", config.width, queries + 2 * keys, "qkv", rngs=rngs)
+        self.out_proj = linear(config, "out_proj", queries, config.width, "attention_out", rngs=rngs)
         by_head = config.qk_norm == "head"
         self.ln_q = norm(config, config.size if by_head else queries) if config.qk_norm else None
         self.ln_k = norm(config, config.size if by_head else keys) if config.qk_norm else None
 
-    def project(self, x: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
+    def project(self, x: Float[Array, "B S D"], lora_key: PRNGKey | None = None) -> tuple[Array, Array, Array]:
         """Queries (B, S, H, K), keys and values (B, S, G, K), before rotary embedding."""
         config = self.config
         if config.projections == "joint_by_head":
-            q, k, v = jnp.split(self.qkv_proj(x).reshape(*x.shape[:2], config.heads, -1), 3, axis=-1)
+            joint = apply_linear(self.qkv_proj, x, _key(lora_key, 0))
+            q, k, v = jnp.split(joint.reshape(*x.shape[:2], config.heads, -1), 3, axis=-1)
             return q, k, v
         if config.projections == "joint":
             queries, keys = config.heads * config.size, config.key_heads * config.size
-            parts = jnp.split(self.qkv_proj(x), (queries, queries + keys), axis=-1)
+            joint = apply_linear(self.qkv_proj, x, _key(lora_key, 0))
+            parts = jnp.split(joint, (queries, queries + keys), axis=-1)
         else:
-            parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+            layers = (self.q_proj, self.k_proj, self.v_proj)
+            parts = [apply_linear(layer, x, _key(lora_key, i)) for i, layer in enumerate(layers)]
         if config.qk_norm == "all" and self.ln_q is not None and self.ln_k is not None:
             parts = [self.ln_q(parts[0]), self.ln_k(parts[1]), parts[2]]
         q, k, v = (part.reshape(*x.shape[:2], -1, config.size) for part in parts)
         return q, k, v
 
     def heads_of(
-        self, x: Float[Array, "B S D"], rotary: tuple[Array, Array] | None
+        self, x: Float[Array, "B S D"], rotary: tuple[Array, Array] | None, lora_key: PRNGKey | None = None
     ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S G K"], Float[Array, "B S G K"]]:
         """Queries, keys and values, after query/key norm and rotary embedding."""
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, lora_key)
         if self.config.qk_norm == "head" and self.ln_q is not None and self.ln_k is not None:
             q, k = self.ln_q(q), self.ln_k(k)
         if rotary is not None and self.config.rotary is not None:
@@ -99,7 +107,8 @@ class Attention(nnx.Module):
         dropout_key: PRNGKey | None = None,
     ) -> AttentionOutput:
         config = self.config
-        q, k, v = self.heads_of(x, rotary)
+        lora_key = _key(dropout_key, _LORA)
+        q, k, v = self.heads_of(x, rotary, lora_key)
         if cached is None:
             cache, keys, values = None, k.swapaxes(1, 2), v.swapaxes(1, 2)
         else:
@@ -115,7 +124,8 @@ class Attention(nnx.Module):
             dropout_key=dropout_key,
             weights=weights,
         )
-        return AttentionOutput(self.out_proj(out.reshape(*x.shape[:2], -1)), found, k, v, cache)
+        out = apply_linear(self.out_proj, out.reshape(*x.shape[:2], -1), _key(lora_key, 3))
+        return AttentionOutput(out, found, k, v, cache)
 
 
 class MLP(nnx.Module):
@@ -129,18 +139,23 @@ class MLP(nnx.Module):
         gated = ACTIVATIONS[config.activation].gated
         self.joint = gated and config.gate == "joint"
         inner = config.feed_forward * (2 if self.joint else 1)
-        self.c_fc = linear(config, config.width, inner, "mlp_in", rngs=rngs)
-        self.c_proj = linear(config, config.feed_forward, config.width, "mlp_out", rngs=rngs)
+        self.c_fc = linear(config, "c_fc", config.width, inner, "mlp_in", rngs=rngs)
+        self.c_proj = linear(config, "c_proj", config.feed_forward, config.width, "mlp_out", rngs=rngs)
         separate = gated and not self.joint
-        self.c_gate = linear(config, config.width, config.feed_forward, "mlp_in", rngs=rngs) if separate else None
+        gate = linear(config, "c_gate", config.width, config.feed_forward, "mlp_in", rngs=rngs) if separate else None
+        self.c_gate = gate
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[Array, "B S D"], lora_key: PRNGKey | None = None) -> Float[Array, "B S D"]:
         activation = ACTIVATIONS[self.activation].function
+        inner = apply_linear(self.c_fc, x, _key(lora_key, 0))
         if self.joint:
-            gate, up = jnp.split(self.c_fc(x), 2, axis=-1)
-            return self.c_proj(activation(gate) * up)
-        inner = activation(self.c_fc(x)) if self.c_gate is None else activation(self.c_gate(x)) * self.c_fc(x)
-        return self.c_proj(inner)
+            gate, up = jnp.split(inner, 2, axis=-1)
+            inner = activation(gate) * up
+        elif self.c_gate is None:
+            inner = activation(inner)
+        else:
+            inner = activation(apply_linear(self.c_gate, x, _key(lora_key, 1))) * inner
+        return apply_linear(self.c_proj, inner, _key(lora_key, 2))
 
 
 class Block(nnx.Module):
@@ -177,7 +192,7 @@ class Block(nnx.Module):
         attn = dropout(_applied(self.ln_1_out, attn), rate, keys[1])
 
         m = h if residual == "shared" else _applied(self.ln_2, x if residual == "parallel" else x + attn)
-        mlp_inner = self.mlp(m)
+        mlp_inner = self.mlp(m, _key(dropout_key, _LORA))
         mlp = mlp_inner if self.mlp_adapter is None else self.mlp_adapter(m, mlp_inner)
         mlp = dropout(_applied(self.ln_2_out, mlp), rate, keys[2])
 
@@ -199,17 +214,24 @@ def _applied(module: nnx.Module | None, x: Array) -> Array:
     return x if module is None else module(x)
 
 
-def linear(config: BlockConfig, in_features: int, out_features: int, place: Place, *, rngs: nnx.Rngs) -> Linear:
-    """A linear layer of a block."""
-    return Linear(
-        in_features,
-        out_features,
-        param=config.param,
-        use_bias=place in config.biases,
-        weight_init=config.init.weights(output=place in ("attention_out", "mlp_out")),
-        dtype=config.dtype,
-        rngs=rngs,
-    )
+def _key(key: PRNGKey | None, number: int) -> PRNGKey | None:
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+def linear(
+    config: BlockConfig, name: str, in_features: int, out_features: int, place: Place, *, rngs: nnx.Rngs
+) -> Linear:
+    """A linear layer of a block, with a LoRA if its name is among the targets."""
+    options: dict[str, Any] = {
+        "param": config.param,
+        "use_bias": place in config.biases,
+        "weight_init": config.init.weights(output=place in ("attention_out", "mlp_out")),
+        "dtype": config.dtype,
+        "rngs": rngs,
+    }
+    if config.lora is not None and name in config.lora.targets:
+        return LoraLinear(in_features, out_features, lora=config.lora, **options)
+    return Linear(in_features, out_features, **options)
 
 
 def norm(config: BlockConfig, width: int | None = None) -> nnx.Module:

@@ -9,6 +9,7 @@ from magma_jax.config import check_dtype, check_sizes
 from magma_jax.nn.activations import ACTIVATIONS, ActivationName
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.layers import Initializer, normal, truncated_normal, zeros
+from magma_jax.nn.lora import LoraConfig
 from magma_jax.nn.modules import LanguageParam
 from magma_jax.nn.quantized import QUANTIZED
 from magma_jax.nn.rotary import RotaryConfig
@@ -90,6 +91,7 @@ class BlockConfig:
         init: initialisation of fresh weights.
         mlp_adapter: adapter of the MLP; None for none.
         attn_adapter: adapter of attention; None for none.
+        lora: matrices of low rank beside those of the block; None for none.
         param: variable type of all weights except the adapters'.
         dtype: dtype of the stored weights; int8 and int4 apply to the matrices, see ``nn.quantized``.
     """
@@ -114,6 +116,7 @@ class BlockConfig:
     init: InitConfig = InitConfig()
     mlp_adapter: AdapterConfig | None = None
     attn_adapter: AdapterConfig | None = None
+    lora: LoraConfig | None = None
     param: type[nnx.Param] = LanguageParam
     dtype: str = "float32"
 
@@ -130,6 +133,10 @@ class BlockConfig:
             raise ValueError(f"block: activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         if unknown := set(self.biases) - set(PLACES):
             raise ValueError(f"block: biases name {sorted(unknown)[0]!r}, which is none of {', '.join(PLACES)}")
+        if self.lora is not None and (missing := set(self.lora.targets) - set(self.matrices)):
+            raise ValueError(
+                f"lora: the blocks of this model have no {sorted(missing)[0]}, but {', '.join(self.matrices)}"
+            )
         if self.rotary is not None and self.rotary.features > self.size:
             raise ValueError(f"block: {self.rotary.features} rotary features do not fit in a head of {self.size}")
 
@@ -137,6 +144,13 @@ class BlockConfig:
     def size(self) -> int:
         """Features per head (K)."""
         return self.head_size or self.width // self.heads
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the block's matrices."""
+        qkv = ("q_proj", "k_proj", "v_proj") if self.projections == "separate" else ("qkv_proj",)
+        gate = ("c_gate",) if ACTIVATIONS[self.activation].gated and self.gate == "separate" else ()
+        return (*qkv, "out_proj", "c_fc", *gate, "c_proj")
 
     @property
     def key_heads(self) -> int:

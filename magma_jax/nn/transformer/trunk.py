@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from magma_jax.nn.layers import Embedding, normal
+from magma_jax.nn.lora import LoraLinear
 from magma_jax.nn.masks import Mask
 from magma_jax.nn.quantized import float_dtype
 from magma_jax.nn.stack import Remat, scan, stack, unstack
@@ -215,6 +216,9 @@ class Trunk(nnx.Module):
         for layers in self.layers if isinstance(self.layers, nnx.List) else [self.layers]:
             layers.mlp_adapter = None
             layers.attn_adapter = None
+            for module in (*vars(layers.attn).values(), *vars(layers.mlp).values()):
+                if isinstance(module, LoraLinear):
+                    module.remove()
 
 
 def _rows(values: tuple[Any, ...]) -> Int[Array, " L"]:

@@ -1,1 +1,1 @@
-"""``config.json`` of Hugging Face's language models: one function per kind to our fields, and one back."""
+"""Hugging Face's layouts: ``config.json`` of language models, in both directions, and of encoders; LoRAs of PEFT."""
