@@ -177,7 +177,7 @@ def test_all_commands_have_one_name(capsys):
     assert magma_jax_main(["--version"]) == 0
     assert capsys.readouterr().out == f"{magma_jax.__version__}\n"
     assert magma_jax_main(["trian"]) == 2
-    assert capsys.readouterr().err.startswith("magma-jax: no command 'trian'; there are train, eval, generate")
+    assert capsys.readouterr().err.startswith("magma-jax: no command 'trian'; there are train, sweep, eval")
 
 
 @pytest.mark.parametrize("words", [["train", "--config", "no.py"], ["eval", "--workdir", "no"], ["data", "show", "no"]])
