@@ -193,7 +193,7 @@ def frozen_gathers(program: Program, costs: Costs | None) -> int:
 
     def shapes(params: Mapping[str, Any]) -> set[tuple[int, ...]]:
         # A loop sees one layer of a stack; the compiler may transpose it and adds axes of size one.
-        return {_shape(leaf.shape[1:] if "/layers/" in path else leaf.shape) for path, leaf in params.items()}
+        return {_shape(leaf.shape[1:] if "/layers/" in f"/{path}" else leaf.shape) for path, leaf in params.items()}
 
     frozen = shapes(program.frozen) - shapes(program.state.trainable)
     return sum(
