@@ -1,6 +1,7 @@
 """Before anything imports JAX: eight devices on the CPU, quick compilation, and shape annotations that are checked."""
 
 import atexit
+import gc
 import importlib.util
 import lzma
 import os
@@ -60,7 +61,22 @@ def _jaxtyped(*, typechecker: Callable[[Any], Any], jaxtyped: Callable[..., Any]
 jaxtyping.jaxtyped = _jaxtyped
 jaxtyping.install_import_hook([f"magma_jax.{name}" for name in CHECKED], "beartype.beartype")
 
+# A compiled program takes seven memory maps or so. Linux allows a process 65,530, and LLVM crashes at the next one.
+MOST_MAPS = 30_000
+
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets compiled programs before a process is full of them, after a file of tests."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        import jax  # reads the environment that is set above
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
