@@ -12,34 +12,19 @@ from magma_jax.convert.layouts import cm3leon as layout
 from magma_jax.data.documents.document import Image, Text, make_document
 from magma_jax.data.documents.places import image_places
 from magma_jax.data.documents.spans import SpanConfig, cm3_block
-from magma_jax.data.tokenizers.byte_level import train_bpe
-from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.families.cm3leon.batch import StreamBatch
 from magma_jax.families.cm3leon.generator import CM3Leon, Codes
 from magma_jax.families.cm3leon.loading import Loaded
 from magma_jax.families.cm3leon.options import DrawOptions
 from magma_jax.families.cm3leon.prompts import drawing_streams
-from magma_jax.models.cm3leon import CM3LeonConfig, CM3LeonModel
+from magma_jax.models.cm3leon import CM3LeonModel
 from magma_jax.models.references import Places
 from magma_jax.nn.modules import abstract, merge, split
 from magma_jax.storage.model_folder import CheckpointError
+from tests.families.test_cm3leon_decoding import BPE, GRID, LAYOUT
+from tests.families.test_cm3leon_decoding import CONFIG as PLAIN
 
-GRID, CODES = 4, 12
-WORDS = ("red", "two dogs")
-BPE = train_bpe(WORDS, 290)
-LAYOUT = VocabLayout(text=BPE.vocab_size, image=CODES, sentinels=8)
-CONFIG = CM3LeonConfig(
-    layers=2,
-    width=32,
-    heads=2,
-    feed_forward=64,
-    vocab_rows=LAYOUT.rows,
-    vocabulary=LAYOUT,
-    context_length=96,
-    embedding_std=0.4,
-    image_tokens=GRID,
-    grid_positions=True,
-)
+CONFIG = dataclasses.replace(PLAIN, grid_positions=True)
 
 
 def test_places_follow_codes_wherever_spans_go():

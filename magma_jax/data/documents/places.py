@@ -26,7 +26,7 @@ def image_places(
     seen: set[int] = set()
     for number, one in enumerate(listed):
         if one in sentinels and one in seen:
-            end = listed.index(layout.eoss, number) if layout.eoss in listed[number:] else len(listed)
+            end = next((place for place in range(number, len(listed)) if listed[place] == layout.eoss), len(listed))
             held = sum(other in codes for other in listed[number:end])
             sizes[one] = max(held, sizes.get(one, 0))
         elif one in sentinels:

@@ -38,7 +38,9 @@ def code_loader(program: Any, dataset: Any, params: Mapping[str, Any]) -> Callab
 
     def complete(batch: Batch) -> Batch:
         filled = to_codes(batch)
-        return {"places": np.stack([image_places(row, config.vocabulary) for row in filled["tokens"]])} | filled
+        if "places" in filled:  # of documents with images beside the sequence
+            return filled
+        return filled | {"places": np.stack([image_places(row, config.vocabulary) for row in filled["tokens"]])}
 
     return complete
 

@@ -120,12 +120,14 @@ def beside(
     Raises:
         ValueError: more retrieved images than the model takes.
     """
+    if config.references is None and not config.grid_positions:
+        return None
     layout = config.vocabulary
     sizes = {layout.sentinel(number): len(gap.places) for number, gap in enumerate(gaps)}
     places = image_places(ids, layout, sizes)
     if config.references is None:
         nothing = np.zeros((0, config.image_tokens), np.int32), np.zeros((1, 0), np.int32)
-        return Beside(*nothing, places) if config.grid_positions else None
+        return Beside(*nothing, places)
     images = config.references.images
     if len(pairs) > images:
         raise ValueError(f"this model takes {images} retrieved documents, got {len(pairs)}")

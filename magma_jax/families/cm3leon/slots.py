@@ -74,7 +74,7 @@ class Admission(NamedTuple):
         start: (A,) positions that the cache holds.
         length: (A,) new positions.
         tokens: (A, S) ids, right-padded.
-        places: of the tokens, for a model that takes references.
+        places: of the tokens, for a model that reads them.
         rows: what is asked for.
         references: beside them.
     """
