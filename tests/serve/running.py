@@ -16,6 +16,7 @@ from magma_jax.inference.batching.engine import Engine, EngineConfig
 from magma_jax.inference.image_queue import ImageQueue
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
+from magma_jax.serve import attention_route
 from magma_jax.serve.app import create_app
 from magma_jax.serve.network.connections import settings
 from magma_jax.serve.prompts.images import ImageRules, data_uri
@@ -64,6 +65,11 @@ class Running:
     def wait(self):
         while not (self.app.state.ready or self.app.state.failure):
             time.sleep(0.01)
+
+    def warm_up(self):
+        """Compiles what the first warm-up did, if the process has forgotten its programs since."""
+        self.engine.warmup()
+        attention_route.warm_up(self.engine)
 
     def get(self, route):
         return self.http.get(route)

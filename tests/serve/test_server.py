@@ -116,7 +116,7 @@ def test_turns_are_a_few_shot_prompt(server, model):
 
 
 def test_nothing_compiles_while_serving(server):
-    server.chat(messages=user(square("green"), "a"), max_tokens=3)
+    server.warm_up()
     with count_compilations() as compiled:
         for temperature in (0.0, 0.5, 1.1):
             for text in ("a", "A picture of a red square"):
