@@ -79,6 +79,19 @@ def few_programs():
         gc.collect()
 
 
+@pytest.fixture
+def supports(record_property) -> Callable[..., None]:
+    """Records what a test has shown of a kind of language model, with a figure or without one; the test must pass.
+
+    ``scripts/support_table.py`` reads it; the tests have the mark ``supports``.
+    """
+
+    def record(kind: str, shows: str, figure: float | None = None) -> None:
+        record_property(f"supports|{kind}|{shows}", "" if figure is None else f"{figure:.3g}")
+
+    return record
+
+
 @pytest.fixture(scope="session")
 def golden_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
     """Name of a golden case to its checkpoint, as torch.save wrote it."""

@@ -12,7 +12,8 @@ from magma_jax.data.batches.pipeline import encode_sample, sample_batches, text_
 from magma_jax.data.dataset import Dataset
 from magma_jax.data.format.records import Sample
 from magma_jax.data.openmoji.dataset import OpenmojiConfig
-from magma_jax.data.tokenizers.byte_level import train_bpe
+from magma_jax.data.tokenizers.byte_level import Tokenizer, train_bpe
+from magma_jax.data.tokenizers.settings import TokenizerSettings
 from magma_jax.families import family_of
 from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig
@@ -64,6 +65,11 @@ def dataset() -> Dataset:
         evaluation=evaluation,
         validation_batches=held_out_batches(evaluation, encode, 32, text_padding(tokenizer)),
     )
+
+
+def with_ends(tokenizer: Tokenizer, *ends: int) -> Tokenizer:
+    """The tokenizer, with further ends of text."""
+    return Tokenizer.from_json(tokenizer.to_json(), settings=TokenizerSettings(ends=ends))
 
 
 def run_config(**changes) -> RunConfig:

@@ -144,7 +144,7 @@ def _generate(graphdef, params, embeddings, lengths, eos_id, steps):
     keys = row_keys(jax.random.key(0), embeddings.shape[0])
     options: dict[str, Any] = {
         "sampling": sampling_rows([SamplingConfig()] * embeddings.shape[0]),
-        "eos_id": eos_id,
+        "ends": (eos_id,),
         "return_logits": True,
     }
     return generate(merge(graphdef, params).lm, embeddings, lengths, keys, max_new_tokens=steps, **options)

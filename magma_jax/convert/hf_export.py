@@ -9,7 +9,7 @@ import numpy as np
 
 from magma_jax.convert.open_folder import open_model_folder
 from magma_jax.data.tokenizers.byte_level import Tokenizer
-from magma_jax.data.tokenizers.settings import CHAT_TEMPLATE_FILE, SETTINGS_FILE
+from magma_jax.data.tokenizers.settings import CHAT_TEMPLATE_FILE, GENERATION_FILE, SETTINGS_FILE
 from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.nn.adapters import is_adapter
 from magma_jax.output import OutputError, whole_output
@@ -50,9 +50,10 @@ def to_hf(folder: str | Path, out: str | Path) -> None:
         dtype = np.dtype(plain["wte/weight"].dtype).name
         words = model.tokenizer
         begin = words.eos_id if words.begin_id is None else words.begin_id
-        special = {"bos_token_id": begin, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
+        ends = list(words.end_ids) if len(words.end_ids) > 1 else words.eos_id
+        special = {"bos_token_id": begin, "eos_token_id": ends, "pad_token_id": words.pad_id}
         _write_json(partial / "config.json", {**to_hf_config(config), "dtype": dtype, **special})
-        _write_json(partial / "generation_config.json", special)
+        _write_json(partial / GENERATION_FILE, special)
         _write_tokenizer(partial, words, config)
         write_safetensors(partial / "model.safetensors", tensors, {"format": "pt"}, progress)
 

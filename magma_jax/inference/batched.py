@@ -84,7 +84,7 @@ def generate_tokens(
         limit=np.full(rows, max_steps, np.int32),
         sampling=sampling_rows([sampling] * rows),
         compat=sampling.compat,
-        eos_id=model.tokenizer.eos_id,
+        ends=model.tokenizer.end_ids,
         return_logits=return_logits,
         seen=batch.seen if penalizes else None,
         top=top_logprobs,
@@ -92,7 +92,7 @@ def generate_tokens(
     return result.shortened(max_steps)
 
 
-@platform_jit(static_argnames=("graphdef", "max_new_tokens", "compat", "eos_id", "return_logits", "top"))
+@platform_jit(static_argnames=("graphdef", "max_new_tokens", "compat", "ends", "return_logits", "top"))
 def generate_program(graphdef, params, embeddings, lengths, keys, **options) -> Generation:
     """The program of ``generate_tokens``, see ``decoding.decode.generate``."""
     return generate(merge(graphdef, params).lm, embeddings, lengths, keys, **options)

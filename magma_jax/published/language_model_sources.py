@@ -19,7 +19,6 @@ from flax import nnx
 from magma_jax.config import ConfigError
 from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
 from magma_jax.data.tokenizers.gguf import read_gguf_tokenizer
-from magma_jax.foreign import read_json, shown
 from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.models.language.decoder import Decoder, DecoderConfig
 from magma_jax.nn.modules import abstract
@@ -88,7 +87,7 @@ def read_tokenizer(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
 
     Raises:
         ConfigError: a model with a vocabulary of its own, and no readable one; one of another model, with more words
-            than the embedding table has rows or a word for the end of text that ``config.json`` names; one that does
+            than the embedding table has rows, or a usual word for an end of text that is named beside it; one that does
             not give a text back as it was.
     """
     words = _vocabulary(path, config)
@@ -97,24 +96,7 @@ def read_tokenizer(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
             f"{path}: the vocabulary has {words.vocab_size} words, but model.lm.vocab_rows is {config.vocab_rows}; it "
             "belongs to another model"
         )
-    if config.kind not in _GPT2_VOCABULARY and not is_gguf(Path(path)):
-        _check_ends(path, words)
     return words
-
-
-def _check_ends(path: str | Path, words: Tokenizer) -> None:
-    """Raises ConfigError if an end of text in ``config.json`` is a usual word of the vocabulary."""
-    path = Path(path)
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    values = read_json(file) if file.is_file() else {}
-    ends = values.get("eos_token_id") if isinstance(values, Mapping) else None
-    for token in ends if isinstance(ends, list) else [ends]:
-        if isinstance(token, int) and 0 <= token < words.vocab_size and token not in words.special_ids:
-            word = words.decode([token], skip_special=False)
-            raise ConfigError(
-                f"{file}: has the end of text {token}, which the tokenizer beside it reads as {shown(word, 40)}; it "
-                "belongs to another model"
-            )
 
 
 def _vocabulary(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
@@ -126,8 +108,10 @@ def _vocabulary(path: str | Path, config: LanguageModelConfig) -> Tokenizer:
     file = (path if path.is_dir() else path.parent) / "tokenizer.json"
     try:
         words = Tokenizer.load(file)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"{file}: no vocabulary of this language model ({error}); fetch it too") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     again = b"".join(map(words.token_bytes, words.encode(_TEXT))).decode(errors="replace")
     if again != _TEXT:
         raise ConfigError(

@@ -15,7 +15,7 @@ from magma_jax.convert.hf_export import to_hf
 from magma_jax.convert.magma_checkpoint import from_torch, to_safetensors, to_torch
 from magma_jax.convert.open_folder import open_model_folder
 from magma_jax.convert.verify import read_model_config
-from magma_jax.data.tokenizers.byte_level import gpt2_tokenizer
+from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
 from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.published.hf_config import read_config
@@ -123,15 +123,18 @@ def test_files_keep_a_vocabulary_that_is_not_gpt2s(own_words, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen2"])
 def test_other_language_models(name, tmp_path):
-    """With a tied head, which is stored once, and without; the adapters are left out."""
+    """With a tied head, which is stored once, and without; the adapters are left out, both ends of text are kept."""
     config = dataclasses.replace(tiny.MODEL, lm=LANGUAGE_MODELS[name])
     params = published.noise(model_shapes(config))
-    words = gpt2_tokenizer()
+    words = tiny.with_ends(gpt2_tokenizer(), 60_000)
     write_model_folder(
         tmp_path / "model", {"model": to_dict(config)}, params, lambda made: words.save(made / "tokenizer")
     )
     to_hf(tmp_path / "model", tmp_path / "hf")
     assert read_config(tmp_path / "hf") == config.lm
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "hf" / file).read_text())["eos_token_id"] == [50256, 60_000]
+    assert Tokenizer.load(tmp_path / "hf").end_ids == words.end_ids
     with open_lm(tmp_path / "hf", config.lm) as (plan, _):
         expected = {f"lm/{path}": tensor.read().tobytes() for path, tensor in plan.items()}
     assert expected == {

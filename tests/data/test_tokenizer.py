@@ -10,6 +10,7 @@ from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 import magma_jax.data.tokenizers.byte_level
 from magma_jax.data.tokenizers.byte_level import EOS, IMAGE, Tokenizer, gpt2_tokenizer, train_bpe
+from magma_jax.data.tokenizers.settings import settings_of
 from tests.data.vocabularies import bytes_alone, pieces, published
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures/golden/tokenizer.json").read_text())
@@ -225,6 +226,38 @@ def test_settings_that_cannot_be_used(settings, says, tmp_path):
     with pytest.raises(ValueError, match=says) as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_several_ends_of_text(tmp_path):
+    """Those of ``generation_config.json``, or else of ``config.json``, beside the vocabulary's own."""
+    backend = bytes_alone()
+    backend.add_special_tokens(["<turn>", "<message>"])
+    published(tmp_path, backend, {"eos_token": "<turn>"})
+    assert Tokenizer.load(tmp_path).end_ids == (256,)
+    (tmp_path / "config.json").write_text('{"eos_token_id": [257, 256]}')
+    assert Tokenizer.load(tmp_path).end_ids == (256, 257)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert Tokenizer.load(tmp_path).end_ids == (256, 257)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 300}')
+    found = Tokenizer.load(tmp_path)
+    assert (found.eos_id, found.end_ids) == (256, (256, 300))
+    again = Tokenizer.load(found.save(tmp_path / "again"))
+    settings = settings_of(json.loads(found.settings_to_save.as_json()))
+    for copy in (again, pickle.loads(pickle.dumps(found)), Tokenizer.from_json(found.to_json(), settings=settings)):
+        assert (copy.eos, copy.end_ids) == ("<turn>", (256, 300))
+    one = published(tmp_path / "again", bytes_alone(), LLAMA)
+    for content, says in (
+        ("[64]", "has the usual word 'a' at id 64, which is named as an end of text; it belongs to another model"),
+        ('"<turn>"', "eos_token_id that is neither an id nor a list of ids, but '<turn>'"),
+        ("[true]", r"neither an id nor a list of ids, but \[True\]"),
+    ):
+        (one / "generation_config.json").write_text(f'{{"eos_token_id": {content}}}')
+        with pytest.raises(ValueError, match=says) as caught:
+            Tokenizer.load(one)
+        assert "\n" not in str(caught.value)
+    (one / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config.json that holds no settings, but \[\]"):
+        Tokenizer.load(one)
 
 
 def test_tokens_behind_every_text_are_refused():

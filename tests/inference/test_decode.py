@@ -37,22 +37,22 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def run(model):
-    """Prompts, one seed each, a config and an end to (tokens, lengths, logits, cache)."""
+    """Prompts, one seed each, a config and two ends to (tokens, lengths, logits, cache)."""
     definition, params = model
 
-    def one(embeddings, lengths, keys, eos_id, sampling):
-        options = {"max_new_tokens": STEPS, "eos_id": eos_id, "return_logits": True}
+    def one(embeddings, lengths, keys, ends, sampling):
+        options = {"max_new_tokens": STEPS, "ends": ends, "return_logits": True}
         options["sampling"] = sampling_rows([sampling] * len(lengths))
         return generate(merge(definition, params).lm, embeddings, lengths, keys, **options)
 
     jitted = jax.jit(one, static_argnums=4)
 
-    def call(rows, seeds, sampling=GREEDY, eos_id=-1, garbage=0.0, width=11):
+    def call(rows, seeds, sampling=GREEDY, ends=(-1, -1), garbage=0.0, width=11):
         padded = np.full((len(rows), width, 32), garbage, np.float32)
         for i, row in enumerate(rows):
             padded[i, : len(row)] = row
         keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-        return jitted(padded, np.array([len(row) for row in rows], np.int32), keys, eos_id, sampling)
+        return jitted(padded, np.array([len(row) for row in rows], np.int32), keys, ends, sampling)
 
     return call
 
@@ -89,19 +89,19 @@ def test_every_logit_is_that_of_the_whole_sequence_without_a_cache(model, run, p
 
 def test_each_row_stops_at_its_own_end(run, prompts):
     free = np.asarray(run(prompts, range(4)).tokens)
-    eos = int(free[1, 2])
-    ended = run(prompts, range(4), eos_id=eos)
+    ends = int(free[1, 2]), int(free[3, 4])
+    ended = run(prompts, range(4), ends=ends)
     for row, tokens in enumerate(free):
-        at = int(np.argmax(tokens == eos)) if eos in tokens else STEPS
+        at = next((at for at, token in enumerate(tokens) if token in ends), STEPS)
         assert int(ended.lengths[row]) == at
-        np.testing.assert_array_equal(ended.tokens[row, :at], tokens[:at])
-        assert (np.asarray(ended.tokens)[row, at:] == eos).all()
+        np.testing.assert_array_equal(ended.tokens[row], [*tokens[: at + 1], *[ends[0]] * (STEPS - at - 1)])
     assert int(ended.lengths[1]) <= 2
+    assert int(ended.lengths[3]) <= 4
 
 
 def test_the_loop_ends_with_the_last_row(run, prompts):
     eos = int(run(prompts[:1], [0]).tokens[0, 0])
-    ended = run(prompts[:1], [0], eos_id=eos)
+    ended = run(prompts[:1], [0], ends=(-1, eos))
     assert int(ended.lengths[0]) == 0
     # Nothing was computed behind the end.
     assert not np.asarray(ended.logits)[0, 1:].any()
@@ -112,7 +112,7 @@ def test_rows_of_the_head_without_an_embedding_are_never_sampled(model, prompts)
     definition, params = model
     rows = tiny.MODEL.lm.vocab_rows
     biased = params | {"lm/lm_head/bias": params["lm/lm_head/bias"].at[rows:].set(1e4)}
-    options = {"max_new_tokens": STEPS, "eos_id": None}
+    options = {"max_new_tokens": STEPS, "ends": ()}
     for sampling in (GREEDY, DRAWN):
 
         @jax.jit
@@ -141,7 +141,7 @@ def test_rows_of_one_batch_may_ask_for_different_things(model, prompts):
     def one(embeddings, lengths, keys, sampling, limit):
         compiled.append(embeddings.shape)
         seen = jnp.zeros((len(lengths), tiny.MODEL.lm.head_rows), bool)
-        options = {"max_new_tokens": STEPS, "eos_id": -1, "limit": limit, "seen": seen}
+        options = {"max_new_tokens": STEPS, "ends": (-1,), "limit": limit, "seen": seen}
         return generate(merge(definition, params).lm, embeddings, lengths, keys, sampling=sampling, **options)
 
     def call(rows, seeds, configs, limits):
@@ -199,7 +199,7 @@ def test_a_common_beginning_is_run_once(model, prompts, run):
     @jax.jit
     def shared(embeddings, lengths, keys):
         lm = merge(definition, params).lm
-        options = {"max_new_tokens": STEPS, "sampling": sampling_rows([DRAWN] * 4), "eos_id": -1}
+        options = {"max_new_tokens": STEPS, "sampling": sampling_rows([DRAWN] * 4), "ends": (-1,)}
         prefix = lm(jnp.asarray(beginning), cache=lm.init_cache(1, 5)).cache
         return generate(lm, embeddings, lengths, keys, prefix=prefix, **options)
 

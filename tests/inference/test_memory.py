@@ -35,7 +35,7 @@ def test_layers_are_widened_one_at_a_time(program):
             max_new_tokens=3,
             sampling=sampling_rows([SamplingConfig()]),
             compat=None,
-            eos_id=0,
+            ends=(0,),
             return_logits=False,
         )
     temporaries = lowered.compile().memory_analysis().temp_size_in_bytes

@@ -88,23 +88,27 @@ def test_answers_that_cannot_be_scored(model, batch, answers, says):
         score(model, batch, answers)
 
 
-@pytest.mark.parametrize("penalty", [0.0, 1.0])
-def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all(model, batch, penalty):
-    rows, eos = tiny.MODEL.lm.vocab_rows, model.tokenizer.eos_id
+@pytest.mark.parametrize(("penalty", "others"), [(0.0, ()), (1.0, (tiny.MODEL.lm.vocab_rows - 1,))])
+def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all(model, batch, penalty, others):
+    rows, ends = tiny.MODEL.lm.vocab_rows, (model.tokenizer.eos_id, *others)
+    bias = "lm/lm_head/bias"
+    params = model.params | {bias: model.params[bias].at[jnp.array(ends)].set(3.0)}
+    model = Magma(tiny.MODEL, params, tiny.with_ends(model.tokenizer, *others))
+    assert model.tokenizer.end_ids == ends
     prompt = batch.embeddings[1, :1]
     words = model.embed_tokens(range(rows))[:, None]
     logits = model(jnp.concatenate([jnp.broadcast_to(prompt, (rows, *prompt.shape)), words], axis=1)).logits
     logprobs = np.asarray(jax.nn.log_softmax(logits[..., :rows]), np.float64)
     first, second = logprobs[0, 0], logprobs[:, 1]
-    totals = {(eos,): first[eos]}
-    totals |= {(a, b): first[a] + second[a, b] for a, b in itertools.product(range(rows), repeat=2) if a != eos}
+    totals = {(end,): first[end] for end in ends}
+    totals |= {(a, b): first[a] + second[a, b] for a, b in itertools.product(range(rows), repeat=2) if a not in ends}
     expected = sorted(((value / len(ids) ** penalty, ids) for ids, value in totals.items()), reverse=True)[:3]
     found = beam_search(model, batch.embeddings[1:, :1], 2, beams=rows, n=3, length_penalty=penalty)[0]
     assert [hypothesis.tokens for hypothesis in found] == [
-        tuple(token for token in ids if token != eos) for _, ids in expected
+        tuple(token for token in ids if token not in ends) for _, ids in expected
     ]
     np.testing.assert_allclose([hypothesis.score for hypothesis in found], [value for value, _ in expected], atol=1e-4)
-    assert [hypothesis.finished for hypothesis in found] == [ids[-1] == eos for _, ids in expected]
+    assert [hypothesis.finished for hypothesis in found] == [ids[-1] in ends for _, ids in expected]
 
 
 def test_every_prompt_gets_what_it_gets_alone(model, batch):

@@ -47,13 +47,16 @@ SCHEMAS = [
     {"anyOf": [{"type": "integer", "minimum": -9, "maximum": 9}, {"type": "string", "format": "date"}]},
 ]
 HOT = SamplingConfig(temperature=3.0)
+# A row of the model that the vocabulary has no word for.
+SECOND_END = LM.vocab_rows - 1
 PROMPT = ["Q: What colour is it? A:"]
 
 
 @pytest.fixture(scope="module")
 def model():
     params = jax.device_put(split(MagmaModel(CONFIG, rngs=nnx.Rngs(0)))[1], jax.devices()[0])
-    return Magma(CONFIG, {k: 4 * v if v.ndim > 1 else v for k, v in params.items()}, tiny.dataset().tokenizer)
+    words = tiny.with_ends(tiny.dataset().tokenizer, SECOND_END)
+    return Magma(CONFIG, {k: 4 * v if v.ndim > 1 else v for k, v in params.items()}, words)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,23 @@ def test_choices_and_expressions(engine):
         number = ask(engine, Constraint.regex("[1-9][0-9]{0,2}( kg)?"), seed=seed)
         assert re.fullmatch("[1-9][0-9]{0,2}( kg)?", number.text())
     assert seen == {"red", "dark green", "blue"}
+
+
+def test_either_end_of_text_ends_an_answer(engine, model, monkeypatch):
+    drawn, ends = [], model.tokenizer.end_ids
+    deliver = engine._deliver
+
+    def recorded(slot, work, new):
+        drawn.extend(new.tokens)
+        return deliver(slot, work, new)
+
+    monkeypatch.setattr(engine, "_deliver", recorded)
+    for seed in range(12):
+        ticket = ask(engine, Constraint.regex("(a|b)*"), seed=seed)
+        assert set(ticket.text()) <= set("ab ")
+        assert ticket.finish == "stop"
+        assert not {*ends} & {*ticket.tokens}
+    assert {*ends} <= {*drawn}
 
 
 def test_a_space_is_drawn_and_not_shown(engine, model):

@@ -92,7 +92,8 @@ def ids():
     return np.random.default_rng(0).integers(0, 97, (ROWS, LENGTH))
 
 
-def test_forward(both, ids):
+@pytest.mark.supports
+def test_forward(both, ids, supports):
     """Logits, hidden states before every block, and attention weights."""
     _, theirs, config, definition, params = both
     with torch.no_grad():
@@ -108,6 +109,7 @@ def test_forward(both, ids):
     hidden = [output.inputs, *output.collected["out"][:-1], output.hidden]
     wanted = expected.logits.numpy()
     np.testing.assert_allclose(logits, wanted, atol=1e-5 * np.abs(wanted).max())
+    supports(config.kind, "matches transformers", np.abs(logits - wanted).max() / np.abs(wanted).max())
     for found, wanted in zip(hidden, expected.hidden_states, strict=True):
         np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
     assert len(expected.attentions) == config.layers
@@ -116,12 +118,13 @@ def test_forward(both, ids):
         np.testing.assert_allclose(found, wanted.numpy(), atol=5e-5)
 
 
-def test_cached_decoding(both, ids):
+@pytest.mark.supports
+def test_cached_decoding(both, ids, supports):
     """A padded batch of two lengths, against each row alone in transformers: greedy tokens and all their logits."""
-    _, theirs, _, definition, params = both
+    _, theirs, config, definition, params = both
     lengths = [LENGTH, LENGTH - 7]
     options = {"sampling": sampling_rows([SamplingConfig()] * ROWS)}
-    options |= {"max_new_tokens": NEW, "eos_id": None, "return_logits": True}
+    options |= {"max_new_tokens": NEW, "ends": (), "return_logits": True}
 
     @jax.jit
     def run(params, ids, lengths):
@@ -137,9 +140,12 @@ def test_cached_decoding(both, ids):
         with torch.no_grad():
             logits = theirs(whole).logits[0, length - 1 : -1].numpy()
         np.testing.assert_allclose(result.logits[row], logits, atol=1e-5 * np.abs(logits).max())
+        difference = np.abs(np.asarray(result.logits[row]) - logits).max() / np.abs(logits).max()
+        supports(config.kind, "cached decoding", difference)
 
 
-def test_conversion_back_gives_the_same_bits(both):
+@pytest.mark.supports
+def test_conversion_back_gives_the_same_bits(both, supports):
     folder, _, config, _, params = both
     written = to_theirs(language_model_table(config), params)
     # The second name of a tied head; safetensors hold a tensor once.
@@ -149,6 +155,7 @@ def test_conversion_back_gives_the_same_bits(both):
         assert set(written) == set(weights.tensors)
         for key, tensor in weights.tensors.items():
             assert written[key].read().tobytes() == tensor.read().tobytes(), key
+    supports(config.kind, "round trip")
 
 
 @pytest.mark.slow

@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
+from magma_jax.data.tokenizers.byte_level import Tokenizer
+from magma_jax.inference.decoding.config import SamplingConfig
+from magma_jax.inference.decoding.decode import generate
+from magma_jax.inference.decoding.sampling import row_keys, sampling_rows
 from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.modules import abstract, merge
 from magma_jax.published.hf.write import to_hf_config
@@ -16,6 +21,7 @@ from magma_jax.published.keymap.engine import to_theirs
 from magma_jax.published.language_model_keys import language_model_table
 from magma_jax.published.language_model_sources import open_lm
 from magma_jax.storage.files import open_tensors
+from tests.data.vocabularies import published
 from tests.models.language_tiny import LANGUAGE_MODELS
 
 torch = pytest.importorskip("torch")
@@ -58,8 +64,9 @@ def parameters(name, folder):
         return {path: jnp.asarray(tensor.read()) for path, tensor in plan.items()}
 
 
+@pytest.mark.supports
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_files_there_and_back(name, tmp_path):
+def test_files_there_and_back(name, tmp_path, supports):
     """Config and weights, bit for bit; several files with an index, as large models have."""
     config, params = LANGUAGE_MODELS[name], parameters(name, tmp_path)
     assert (tmp_path / "model.safetensors.index.json").exists()
@@ -71,16 +78,15 @@ def test_files_there_and_back(name, tmp_path):
         assert set(written) == set(weights.tensors)
         for key, tensor in weights.tensors.items():
             assert written[key].read().tobytes() == tensor.read().tobytes(), key
+    supports(config.kind, "round trip")
 
 
+@pytest.mark.supports
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in SOON else pytest.mark.slow) for n in LANGUAGE_MODELS]
 )
-def test_logits(name, tmp_path, record_property):
-    """Whole rows, a ragged batch of prompts, and cached decoding behind each of them.
-
-    ``--junitxml=FILE`` writes the largest difference of each, as a part of the largest logit.
-    """
+def test_logits(name, tmp_path, supports):
+    """Whole rows, a ragged batch of prompts, and cached decoding behind each of them."""
     config, theirs, params = LANGUAGE_MODELS[name], pytorch_model(name), parameters(name, tmp_path)
     definition = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))[0]
 
@@ -111,5 +117,41 @@ def test_logits(name, tmp_path, record_property):
         "decoding": max(np.abs(steps[:, row] - expected[row, n : n + NEW]).max() for row, n in enumerate(LENGTHS)),
     }
     for part, difference in differences.items():
-        record_property(part, f"{difference / np.abs(expected).max():.1e}")
         assert difference <= TOLERANCE * np.abs(expected).max(), part
+        shows = "cached decoding" if part == "decoding" else "matches transformers"
+        supports(config.kind, shows, difference / np.abs(expected).max())
+
+
+def test_generation_ends_where_transformers_ends(tmp_path):
+    """Greedily, at either of two ends of ``generation_config.json``, which the vocabulary is read with."""
+    config, theirs, params = LANGUAGE_MODELS["llama"], pytorch_model("llama"), parameters("llama", tmp_path)
+    definition = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))[0]
+    ids = np.random.default_rng(0).integers(0, 97, (len(LENGTHS), PROMPT))
+    prompts, options = torch.from_numpy(ids), {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(prompts)  # id 0 is a word too
+    free = theirs.generate(prompts, eos_token_id=None, **options)[:, PROMPT:].tolist()
+    ends = [free[0][6], free[1][2]]
+    transformers.GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path)
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"{i}": i for i in range(97)}, unk_token="0"))
+    backend.add_special_tokens([str(end) for end in ends])
+    words = Tokenizer.load(published(tmp_path, backend, {"eos_token": str(ends[0])}))
+    assert words.end_ids == tuple(ends)
+
+    @jax.jit
+    def run(params, ids):
+        model, rows = merge(definition, params), len(ids)
+        sampling = sampling_rows([SamplingConfig()] * rows)
+        keys = row_keys(jax.random.key(0), rows)
+        lengths = jnp.full(rows, PROMPT)
+        found = generate(
+            model, model.embed(ids), lengths, keys, max_new_tokens=NEW, sampling=sampling, ends=words.end_ids
+        )
+        return found.tokens, found.lengths
+
+    expected = theirs.generate(prompts, eos_token_id=ends, **options)[:, PROMPT:].tolist()
+    stops = [next((at for at, token in enumerate(row) if token in ends), NEW) for row in expected]
+    assert stops[0] <= 6
+    assert stops[1] <= 2
+    for tokens, length, row, stop in zip(*map(np.asarray, run(params, ids)), expected, stops, strict=True):
+        assert length == stop
+        assert tokens[: stop + 1].tolist() == row[: stop + 1]

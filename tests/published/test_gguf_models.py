@@ -162,6 +162,10 @@ def test_the_vocabulary(tmp_path):
     assert words.encode("<|end|>", parse_special=True) == [259]
     assert load_tokenizer(str(path)).to_json() == words.to_json()
     assert json.loads(words.to_json())["model"]["type"] == "BPE"
+    tool = {"tokenizer.ggml.token_type": [*[1] * 259, 3, 3], "tokenizer.ggml.eot_token_id": 260}
+    write_gguf(path, vocabulary(**tool, **{"tokenizer.ggml.eom_token_id": 259}), {})
+    assert read_tokenizer(path, config).end_ids == (259, 260)
+    write_gguf(path, vocabulary(), {})
     with pytest.raises(ConfigError, match="the vocabulary has 261 words, but"):
         read_tokenizer(path, MODELS["llama"])
     for changes, message in (
@@ -171,12 +175,36 @@ def test_the_vocabulary(tmp_path):
         ({"tokenizer.ggml.merges": ["x y"]}, "merges do not fit the tokens"),
         ({"tokenizer.ggml.merges": ["x"]}, "merges do not fit the tokens"),
         ({"tokenizer.ggml.token_type": [1]}, "lacks tokens, their types or merges"),
+        ({"tokenizer.ggml.eot_token_id": 257}, "the vocabulary has the usual word 'the' at id 257"),
+        ({"tokenizer.ggml.eot_token_id": 999}, "eot_token_id 999 is none of the 261 tokens"),
+        ({"tokenizer.ggml.eos_token_id": None}, "the vocabulary lacks tokenizer.ggml.eos_token_id"),
+        ({"tokenizer.ggml.add_bos_token": True}, "add_bos_token is set, and there is no tokenizer.ggml.bos_token_id"),
+        ({"tokenizer.ggml.add_bos_token": 3}, "add_bos_token 3 is neither true nor false"),
+        ({"tokenizer.ggml.add_eos_token": True}, "add_eos_token is set, which is not offered"),
+        ({"tokenizer.ggml.add_space_prefix": True}, "add_space_prefix is set, which is not offered"),
+        ({"tokenizer.chat_template": 3}, "a chat_template that is no text"),
         ({"tokenizer.ggml.eos_token_id": 999}, "eos_token_id 999 is none of the 261 tokens"),
     ):
         path = write_gguf(tmp_path / "a.gguf", vocabulary(**changes), {})
         with pytest.raises(ConfigError, match=message) as caught:
             read_tokenizer(path, config)
         assert re.fullmatch(f"{re.escape(str(path))}: .*", str(caught.value))
+
+
+def test_llama_3s_vocabulary(tmp_path):
+    """Its begin of text, words that are taken whole, and the chat template, as in its ``tokenizer.json``."""
+    changes = {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.bos_token_id": 260, "tokenizer.ggml.merges": ["t h"]}
+    changes |= {"tokenizer.ggml.token_type": [*[1] * 259, 3, 3], "tokenizer.chat_template": "{{ bos_token }}"}
+    path = write_gguf(tmp_path / "a.gguf", vocabulary(**changes), {})
+    words = read_tokenizer(path, MODELS["llama, tied"])
+    assert (words.begin, words.begin_id) == ("<tool>", 260)
+    # No merges lead to the whole word.
+    letters = {letter: words.encode(letter)[0] for letter in " en"}
+    assert words.encode("the then") == [257, letters[" "], 256, letters["e"], letters["n"]]
+    assert words.settings.chat_template == "{{ bos_token }}"
+    assert words.settings.special == {"bos_token": "<tool>", "eos_token": "<|end|>"}
+    plain = write_gguf(tmp_path / "b.gguf", vocabulary(**changes, **{"tokenizer.ggml.add_bos_token": False}), {})
+    assert read_tokenizer(plain, MODELS["llama, tied"]).begin is None
 
 
 def test_drawings_are_described_in_the_vocabulary(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from magma_jax.data.tokenizers.settings import TokenizerSettings, read_fields, read_settings
 from magma_jax.data.tokenizers.spaces import take_out_space
-from magma_jax.foreign import ForeignError, read_json, read_text
+from magma_jax.foreign import ForeignError, read_json, read_text, shown
 
 EOS = "<|endoftext|>"
 IMAGE = "<|image|>"
@@ -40,12 +40,14 @@ class Tokenizer:
     Attributes:
         eos, image: text of the end-of-text token and of the image placeholder.
         begin, begin_id: token that a published tokenizer puts before every sequence, and its id; None for none.
-        settings: names of special tokens and the chat template.
+        end_ids: ids that end an answer: ``eos_id``, which ends texts in training, then those of ``settings``.
+        settings: names of special tokens, ends of text and the chat template.
         longest: bytes of the longest token: a text of N bytes has at least N / ``longest`` tokens.
         special_ids: ids that ``decode`` skips: these two, and the other special tokens of the vocabulary.
 
     Raises:
-        ValueError: the vocabulary has no ``eos`` token, or puts several tokens around a text.
+        ValueError: the vocabulary has no ``eos`` token, puts several tokens around a text, or has a usual word for an
+            end of text.
     """
 
     def __init__(
@@ -74,6 +76,14 @@ class Tokenizer:
         self.image_id: int = vocabulary[image]
         added = self._parsing.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, *settings.ends)))
+        for token in self.end_ids:
+            word = self._parsing.id_to_token(token)
+            if word is not None and token not in self.special_ids:
+                raise ValueError(
+                    f"has the usual word {shown(word, 40)} at id {token}, which is named as an end of text; it belongs "
+                    "to another model"
+                )
         self._rows = max(vocabulary.values()) + 1
         self._of_bytes = isinstance(backend.decoder, decoders.ByteLevel)
         # Each character of a byte-level token represents one byte.
@@ -148,8 +158,9 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes ``folder/tokenizer.json`` (the ``tokenizers`` format) and returns its path.
 
-        Names of special tokens and the chat template are in a ``tokenizer_config.json`` and a ``chat_template.jinja``
-        beside it, if there are any, as is an end of text other than GPT-2's.
+        Names of special tokens, the chat template and several ends of text are in a ``tokenizer_config.json``, a
+        ``chat_template.jinja`` and a ``generation_config.json`` beside it, if there are any, as is an end of text other
+        than GPT-2's.
         """
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,9 +170,10 @@ class Tokenizer:
 
     @property
     def settings_to_save(self) -> TokenizerSettings:
-        """``settings`` that name the end of text too, unless it is GPT-2's."""
+        """``settings`` that name the end of text too, unless it is GPT-2's, and all ends if there are several."""
         names = {**self.settings.special, **({} if self.eos == EOS else {"eos_token": self.eos})}
-        return dataclasses.replace(self.settings, names=tuple(names.items()))
+        ends = self.end_ids if len(self.end_ids) > 1 else ()
+        return dataclasses.replace(self.settings, names=tuple(names.items()), ends=ends)
 
     @classmethod
     def from_json(

@@ -115,7 +115,7 @@ class Answerer:
                 prefix,
                 sampling=sampling,
                 max_new_tokens=max_new_tokens,
-                eos_id=tokenizer.eos_id,
+                ends=tokenizer.end_ids,
                 mesh=self._mesh,
             )
             for i, row, length in zip(rows, np.asarray(tokens), np.asarray(lengths), strict=True):

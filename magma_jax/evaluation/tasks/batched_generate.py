@@ -18,7 +18,7 @@ from magma_jax.runtime.sharding import on_mesh, replicated, split_rows
 from magma_jax.typing import Array, Float, Int, Params
 
 
-@platform_jit(static_argnames=("graphdef", "sampling", "max_new_tokens", "eos_id", "mesh"))
+@platform_jit(static_argnames=("graphdef", "sampling", "max_new_tokens", "ends", "mesh"))
 def answer_batch(
     graphdef: Definition,
     params: Params,
@@ -28,7 +28,7 @@ def answer_batch(
     *,
     sampling: SamplingConfig,
     max_new_tokens: int,
-    eos_id: int,
+    ends: tuple[int, ...],
     mesh: Mesh | None,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
     """Tokens and lengths of the answers, replicated; ``batch`` comes from ``Answerer``."""
@@ -43,7 +43,7 @@ def answer_batch(
             jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(batch["numbers"]),
             max_new_tokens=max_new_tokens,
             sampling=sampling_rows([sampling] * rows),
-            eos_id=eos_id,
+            ends=ends,
             prefix=prefix,
         )
         return result.tokens, result.lengths

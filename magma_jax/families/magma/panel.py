@@ -92,7 +92,7 @@ class Sampler:
             None,
             sampling=SamplingConfig(),
             max_new_tokens=run.config.watch.samples_tokens,
-            eos_id=tokenizer.eos_id,
+            ends=tokenizer.end_ids,
             mesh=run.program.mesh,
         )
         said = [

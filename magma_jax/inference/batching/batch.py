@@ -104,7 +104,7 @@ class SlotBatch:
         self.encoded = 0  # images encoded since the start
         self._context = context
         self._fixed = (model.graphdef, model.params)
-        self._eos_id, self._vocabulary = model.tokenizer.eos_id, model.lm_config.head_rows
+        self._ends, self._vocabulary = model.tokenizer.end_ids, model.lm_config.head_rows
         self._top = min(MAX_TOP_LOGPROBS, model.lm_config.vocab_rows)
         self.reset()
 
@@ -272,4 +272,4 @@ class SlotBatch:
         self._row_of.clear()  # the first row of the table was overwritten
 
     def _run(self, program, *arguments, **options):
-        return program(*self._fixed, self._rows, *arguments, eos_id=self._eos_id, **options)
+        return program(*self._fixed, self._rows, *arguments, ends=self._ends, **options)

@@ -13,6 +13,7 @@ earlier prompts are reused (``inference.batching.batch``).
 import collections
 import contextlib
 import dataclasses
+import itertools
 import logging
 import secrets
 import threading
@@ -348,9 +349,9 @@ class Engine:
 
     def _deliver(self, slot: int, work: _Work, new: _New) -> list[int]:
         """Delivers new tokens to a request and ends it if finished; returns its slot if the device must release it."""
-        eos_id = self.model.tokenizer.eos_id
-        ended = eos_id in new.tokens
-        tokens = new.tokens[: new.tokens.index(eos_id)] if ended else new.tokens
+        ends = self.model.tokenizer.end_ids
+        tokens = list(itertools.takewhile(lambda token: token not in ends, new.tokens))
+        ended = len(tokens) < len(new.tokens)
         work.new += len(tokens)
         self._new += len(tokens)
         complete = False

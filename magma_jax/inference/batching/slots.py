@@ -110,7 +110,7 @@ def add_image(
     return table.at[row].set(embedded[0].astype(table.dtype))
 
 
-@platform_jit(static_argnames=("graphdef", "eos_id", "top"), donate_argnames=("rows",))
+@platform_jit(static_argnames=("graphdef", "ends", "top"), donate_argnames=("rows",))
 def admit(
     graphdef: Definition,
     params: Params,
@@ -118,7 +118,7 @@ def admit(
     table: Float[Array, "C P D"],
     admission: Admission[Array],
     *,
-    eos_id: int,
+    ends: tuple[int, ...],
     top: int,
 ) -> tuple[DecodeState, SampledTokens]:
     """Runs prompts (images and words) in the caches of their slots, and samples the first tokens."""
@@ -141,7 +141,7 @@ def admit(
         seen=admission.seen,
         minimum=admission.minimum,
     )
-    new, sampled = sample_tokens(model.lm, new, logits, eos_id, top=top, allowed=admission.allowed)
+    new, sampled = sample_tokens(model.lm, new, logits, ends, top=top, allowed=admission.allowed)
     others = jax.tree.map(
         lambda all_, one: all_.at[slot].set(one, mode="drop"), rows._replace(cache=None), new._replace(cache=None)
     )
@@ -157,7 +157,7 @@ def embed(
     return jnp.where((places == WORD)[:, :, None], words, positions)
 
 
-@platform_jit(static_argnames=("graphdef", "steps", "eos_id", "top"), donate_argnames=("rows",))
+@platform_jit(static_argnames=("graphdef", "steps", "ends", "top"), donate_argnames=("rows",))
 def decode(
     graphdef: Definition,
     params: Params,
@@ -166,12 +166,12 @@ def decode(
     allowed: UInt32[Array, "B W"] | None = None,
     *,
     steps: int,
-    eos_id: int,
+    ends: tuple[int, ...],
     top: int,
 ) -> tuple[DecodeState, SampledTokens, Int[Array, " B"]]:
     """Decodes up to ``steps`` tokens per slot, see ``inference.decoding.decode.run``; also returns their number."""
     lm = merge(graphdef, params).lm
-    after, sampled = run(lm, rows, steps, eos_id=eos_id, top=top, enough=enough, allowed=allowed)
+    after, sampled = run(lm, rows, steps, ends=ends, top=top, enough=enough, allowed=allowed)
     return after, sampled, after.count - rows.count
 
 

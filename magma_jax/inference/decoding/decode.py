@@ -6,8 +6,9 @@ depend on the other rows. ``generate`` runs a batch of prompts to their ends; th
 (``inference.batching.engine``) keeps rows alive and lets requests join and leave.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from magma_jax.inference.decoding.sampling import MASKED, SamplingRows, sample
 from magma_jax.models.language.decoder import Decoder
 from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.typing import Array, Bool, Float, Int, Key, UInt32
+
+# Ids that end a text, possibly traced; the first one also fills the places after an end.
+Ends: TypeAlias = tuple[int | Int[Array, ""], ...]
 
 
 class DecodeState(NamedTuple):
@@ -28,11 +32,11 @@ class DecodeState(NamedTuple):
         position: (B,) position of ``token``.
         count: (B,) tokens sampled so far, ``token`` included.
         limit: (B,) maximum number of tokens.
-        done: (B,) whether a row has reached the end of text or its limit, or is idle.
+        done: (B,) whether a row has reached an end of text or its limit, or is idle.
         keys: (B,) random key of each row; token i is sampled with ``fold_in(key, i)``.
         sampling: sampling parameters of each row.
         seen: (B, V) tokens that occur in prompt or answer, for the repetition penalty; None if no row has one.
-        minimum: (B,) number of tokens before which the end of text is not sampled; None if no row has a minimum.
+        minimum: (B,) number of tokens before which no end of text is sampled; None if no row has a minimum.
     """
 
     cache: KVCache
@@ -74,8 +78,8 @@ class Generation(NamedTuple):
     """New tokens of every row.
 
     Attributes:
-        tokens: (B, N) token ids; all entries after the end of a row are the eos.
-        lengths: (B,) number of tokens before the eos, at most N.
+        tokens: (B, N) token ids; all entries after the end of a row are the first of ``Ends``.
+        lengths: (B,) number of tokens before the end of text, at most N.
         logprobs: (B, N) log-probability of each token under the model, before sampling filters.
         logits: (B, N, V) logits that each token was sampled from, zeros after the end; None unless requested.
         top: (B, N, K) the likeliest alternatives to each token; None unless requested.
@@ -107,7 +111,7 @@ def prefill(
     limit: Int[Array, " B"],
     *,
     slots: int,
-    eos_id: int | Int[Array, ""] | None,
+    ends: Ends,
     seen: Bool[Array, "B V"] | None = None,
     prefix: KVCache | None = None,
     compat: Compat = None,
@@ -132,7 +136,7 @@ def prefill(
         sampling=sampling,
         seen=seen,
     )
-    return sample_tokens(lm, rows, logits, eos_id, compat, top)
+    return sample_tokens(lm, rows, logits, ends, compat, top)
 
 
 def run_prompts(
@@ -164,7 +168,7 @@ def advance(
     lm: Decoder,
     rows: DecodeState,
     *,
-    eos_id: int | Int[Array, ""] | None,
+    ends: Ends,
     compat: Compat = None,
     top: int = 0,
     allowed: UInt32[Array, "B W"] | None = None,
@@ -173,7 +177,7 @@ def advance(
     embedded = lm.embed(rows.token[:, None], rows.cache.dtype)
     output = lm(embedded, positions=rows.position[:, None], cache=rows.cache)
     return sample_tokens(
-        lm, rows._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), eos_id, compat, top, allowed
+        lm, rows._replace(cache=output.cache), lm.logits(output.hidden[:, 0]), ends, compat, top, allowed
     )
 
 
@@ -182,7 +186,7 @@ def run(
     rows: DecodeState,
     steps: int,
     *,
-    eos_id: int | Int[Array, ""] | None,
+    ends: Ends,
     compat: Compat = None,
     keep_logits: bool = False,
     top: int = 0,
@@ -195,11 +199,11 @@ def run(
 
     Returns the rows and the sampled tokens, one column per step: (B, N), (B, N, V) and (B, N, K). Logits are None
     unless ``keep_logits``; K is ``top``. The first ``count`` (after) - ``count`` (before) columns of a row are its new
-    tokens; the eos fills the rest.
+    tokens; the first of ``ends`` fills the rest.
     """
     batch = rows.token.shape[0]
     sampled = SampledTokens(
-        jnp.full((batch, steps), 0 if eos_id is None else eos_id, jnp.int32),
+        jnp.full((batch, steps), ends[0] if ends else 0, jnp.int32),
         jnp.zeros((batch, steps)),
         jnp.zeros((batch, steps, lm.config.head_rows)) if keep_logits else None,
         TopTokens(jnp.zeros((batch, steps, top), jnp.int32), jnp.zeros((batch, steps, top))) if top else None,
@@ -217,7 +221,7 @@ def run(
 
     def body(carry):
         step, rows, sampled = carry
-        rows, new = advance(lm, rows, eos_id=eos_id, compat=compat, top=top, allowed=allowed)
+        rows, new = advance(lm, rows, ends=ends, compat=compat, top=top, allowed=allowed)
         new = new if keep_logits else new._replace(logits=None)
         return step + 1, rows, jax.tree.map(lambda all_, one: all_.at[:, step].set(one), sampled, new)
 
@@ -233,7 +237,7 @@ def generate(
     *,
     max_new_tokens: int,
     sampling: SamplingRows,
-    eos_id: int | Int[Array, ""] | None,
+    ends: Ends,
     limit: Int[Array, " B"] | None = None,
     return_logits: bool = False,
     seen: Bool[Array, "B V"] | None = None,
@@ -250,7 +254,7 @@ def generate(
         keys: one random key per row; token i of a row is sampled with ``fold_in(key, i)``.
         max_new_tokens: N; the caller has checked that it fits the context (``inference.batched``).
         sampling: sampling parameters of each row.
-        eos_id: id that ends a row, may be traced; None to never end early.
+        ends: ids that end a row, empty to never end early.
         limit: per-row maximum number of tokens, if below N.
         return_logits: also return all logits (B, N, V).
         seen: tokens of the prompts, required if a row has a repetition penalty.
@@ -260,7 +264,7 @@ def generate(
     """
     batch, length, _ = embeddings.shape
     limit = jnp.full(batch, max_new_tokens) if limit is None else limit
-    options = {"eos_id": eos_id, "compat": compat, "top": top}
+    options = {"ends": ends, "compat": compat, "top": top}
     slots = length + max_new_tokens + (0 if prefix is None else prefix.slots)
     rows, first = prefill(
         lm, embeddings, lengths, keys, sampling, limit, slots=slots, seen=seen, prefix=prefix, **options
@@ -269,9 +273,9 @@ def generate(
     first = first if return_logits else first._replace(logits=None)
     sampled = jax.tree.map(lambda one, others: jnp.concatenate([one[:, None], others], axis=1), first, rest)
     counts = rows.count
-    if eos_id is not None:
-        # The eos is not part of the answer.
-        counts = jnp.minimum(counts, jnp.sum(jnp.cumsum(sampled.token == eos_id, axis=1) == 0, axis=1))
+    if ends:
+        # The end of text is not part of the answer.
+        counts = jnp.minimum(counts, jnp.sum(jnp.cumsum(is_end(sampled.token, ends), axis=1) == 0, axis=1))
     return Generation(
         tokens=sampled.token,
         lengths=counts,
@@ -286,7 +290,7 @@ def sample_tokens(
     lm: Decoder,
     rows: DecodeState,
     logits: Float[Array, "B V"],
-    eos_id: int | Int[Array, ""] | None,
+    ends: Ends,
     compat: Compat = None,
     top: int = 0,
     allowed: UInt32[Array, "B W"] | None = None,
@@ -301,8 +305,8 @@ def sample_tokens(
     drawable = logits
     if allowed is not None:
         drawable = jnp.where(_bits(allowed, logits.shape[-1]), logits, MASKED)
-    if rows.minimum is not None and eos_id is not None:
-        too_early = (rows.count < rows.minimum)[:, None] & (jnp.arange(logits.shape[-1]) == eos_id)
+    if rows.minimum is not None and ends:
+        too_early = (rows.count < rows.minimum)[:, None] & is_end(jnp.arange(logits.shape[-1]), ends)
         drawable = jnp.where(too_early, MASKED, drawable)
     token = sample(drawable, keys, rows.sampling, table_rows=table, seen=rows.seen, compat=compat).astype(jnp.int32)
     logprobs = jax.nn.log_softmax(logits[:, :table])
@@ -311,15 +315,20 @@ def sample_tokens(
     alive = ~rows.done
     count = rows.count + alive
     done = rows.done | (count >= rows.limit)
-    if eos_id is not None:
-        token = jnp.where(alive, token, eos_id)
-        done = done | (token == eos_id)
+    if ends:
+        token = jnp.where(alive, token, ends[0])
+        done = done | is_end(token, ends)
     seen = rows.seen
     if seen is not None:
         seen = seen.at[jnp.arange(len(token)), token].max(alive)
     # A finished row keeps its position, so its further writes go to a slot that is never read.
     rows = rows._replace(token=token, position=rows.position + alive, count=count, done=done, seen=seen)
     return rows, SampledTokens(token, logprob, logits, likeliest)
+
+
+def is_end(tokens: Int[Array, "*shape"], ends: Ends) -> Bool[Array, "*shape"]:
+    """Which tokens are ends of text."""
+    return functools.reduce(jnp.logical_or, [tokens == end for end in ends], jnp.zeros(tokens.shape, bool))
 
 
 def _bits(words: UInt32[Array, "B W"], count: int) -> Bool[Array, "B {count}"]:

@@ -57,7 +57,7 @@ def decode_program(
 
     def decode(params, rows):
         model = merge(program.graphdef, params)
-        return advance(language_model(model), rows, eos_id=lm.vocab_rows - 1)[0]
+        return advance(language_model(model), rows, ends=(lm.vocab_rows - 1,))[0]
 
     out_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     params = in_dtype(program.params, dtype)  # as models are loaded for inference

@@ -1,6 +1,6 @@
 """Beam search: the likeliest whole answers instead of the likeliest next tokens.
 
-Every prompt has ``beams`` live hypotheses. A step extends each by every token and keeps the best; those that end in the
+Every prompt has ``beams`` live hypotheses. A step extends each by every token and keeps the best; those that end in an
 end of text move to the list of finished ones, which also keeps the best. A hypothesis has the score
 
     log-probability / length ** length_penalty
@@ -17,7 +17,7 @@ import numpy as np
 
 from magma_jax.inference.batched import as_batch, check_room, pad_to_bucket
 from magma_jax.inference.buckets import SEQUENCES
-from magma_jax.inference.decoding.decode import run_prompts
+from magma_jax.inference.decoding.decode import is_end, run_prompts
 from magma_jax.inference.decoding.sampling import MASKED, mask_missing_ids
 from magma_jax.inference.generator import TokenGenerator
 from magma_jax.inference.prompts import PromptBatch
@@ -97,7 +97,7 @@ def beam_search(
         # One program serves all step counts up to the next declared length; the actual limit is data.
         steps=SEQUENCES.fit(max_steps),
         beams=beams,
-        eos_id=model.tokenizer.eos_id,
+        ends=model.tokenizer.end_ids,
     )
     tokens, logprobs, scores, lengths = (
         np.asarray(array) for array in (state.done, state.done_logprob, state.done_score, state.done_length)
@@ -114,7 +114,7 @@ def beam_search(
 
 def _hypothesis(model: TokenGenerator, tokens: Int[np.ndarray, " T"], logprob: float, score: float) -> Hypothesis:
     ids = tokens.tolist()
-    finished = ids[-1] == model.tokenizer.eos_id
+    finished = ids[-1] in model.tokenizer.end_ids
     ids = ids[:-1] if finished else ids
     return Hypothesis(
         text=model.tokenizer.decode(ids),
@@ -125,7 +125,7 @@ def _hypothesis(model: TokenGenerator, tokens: Int[np.ndarray, " T"], logprob: f
     )
 
 
-@platform_jit(static_argnames=("graphdef", "steps", "beams", "eos_id"))
+@platform_jit(static_argnames=("graphdef", "steps", "beams", "ends"))
 def _search(
     graphdef: Definition,
     params: Params,
@@ -136,13 +136,13 @@ def _search(
     *,
     steps: int,
     beams: int,
-    eos_id: int,
+    ends: tuple[int, ...],
 ) -> _Beams:
     lm = merge(graphdef, params).lm
     batch, length, _ = embeddings.shape
     cache, logits = run_prompts(lm, embeddings, lengths, slots=length + steps)
     owners = jnp.repeat(jnp.arange(batch), beams)
-    empty = jnp.full((batch, beams, steps), eos_id, jnp.int32)
+    empty = jnp.full((batch, beams, steps), ends[0], jnp.int32)
     none = jnp.full((batch, beams), MASKED)
     state = _Beams(
         cache=cache.rows(owners),
@@ -155,7 +155,7 @@ def _search(
         done_length=jnp.zeros((batch, beams), jnp.int32),
         over=jnp.zeros(batch, bool),
     )
-    state = _extend(lm, state, logits[owners], 0, penalty, limit, eos_id)
+    state = _extend(lm, state, logits[owners], 0, penalty, limit, ends)
 
     def unfinished(carry):
         step, state = carry
@@ -167,7 +167,7 @@ def _search(
         positions = (lengths[owners] + step - 1)[:, None]
         output = lm(lm.embed(newest[:, None], embeddings.dtype), positions=positions, cache=state.cache)
         state = state._replace(cache=output.cache)
-        return step + 1, _extend(lm, state, lm.logits(output.hidden[:, 0]), step, penalty, limit, eos_id)
+        return step + 1, _extend(lm, state, lm.logits(output.hidden[:, 0]), step, penalty, limit, ends)
 
     step, state = jax.lax.while_loop(unfinished, body, (jnp.int32(1), state))
     # Hypotheses still live at the limit compete with the finished ones.
@@ -182,18 +182,18 @@ def _extend(
     step: int | Int[Array, ""],
     penalty: Float[Array, ""],
     limit: Int[Array, ""],
-    eos_id: int,
+    ends: tuple[int, ...],
 ) -> _Beams:
     """Extends every live hypothesis by every token, and moves those that end to the finished ones."""
     batch, beams, _ = state.tokens.shape
     logprobs = jax.nn.log_softmax(mask_missing_ids(logits, lm.config.vocab_rows))
     vocabulary = logprobs.shape[-1]
     total = jnp.maximum(state.logprob[:, :, None] + logprobs.reshape(batch, beams, vocabulary), MASKED)
-    # Twice the number of beams: even if half of them end, enough stay live.
-    best, places = jax.lax.top_k(total.reshape(batch, -1), 2 * beams)
+    # Each beam can end in as many ways as there are ends; if all of these are the best, enough others stay live.
+    best, places = jax.lax.top_k(total.reshape(batch, -1), (1 + len(ends)) * beams)
     parents, sampled = places // vocabulary, places % vocabulary
     tokens = jnp.take_along_axis(state.tokens, parents[:, :, None], axis=1).at[:, :, step].set(sampled)
-    ended = sampled == eos_id
+    ended = is_end(sampled, ends)
     state = _finish(state, tokens, best, step + 1, ended & (best > MASKED), penalty)
     logprob, kept = jax.lax.top_k(jnp.where(ended, MASKED, best), beams)
     parents = jnp.take_along_axis(parents, kept, axis=1)

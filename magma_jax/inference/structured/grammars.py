@@ -93,6 +93,7 @@ class Grammars:
         ):
             raise ConstraintError("the model's tokenizer does not spell bytes, so answers cannot be constrained")
         tokens += [b""] * (self._ids - self._table_rows)
+        # llguidance knows one end of text; guides allow the others where it allows that one.
         special, eos_id = sorted(self._tokenizer.special_ids), self._tokenizer.eos_id
         self.trial = Trial(tokens, special, eos_id)
         self._vocabulary = Vocabulary(tokens, special, eos_id, self._encode)
@@ -117,7 +118,7 @@ class Grammars:
         matcher = self._vocabulary.matcher(text)
         if matcher.is_error():
             raise ConstraintError(_one_line(matcher.get_error()))
-        grammar = Grammar(matcher, self._ids, self._tokenizer.eos_id, nbytes=verdict.nbytes, skips_space=skips_space)
+        grammar = Grammar(matcher, self._ids, self._tokenizer.end_ids, nbytes=verdict.nbytes, skips_space=skips_space)
         try:
             grammar.start()
         except GuideError as error:
@@ -136,13 +137,13 @@ class Grammar:
         nbytes: approximate memory use.
     """
 
-    def __init__(self, matcher: Any, ids: int, eos_id: int, *, nbytes: int, skips_space: bool):
-        self._matcher, self._ids, self._eos_id, self._skips_space = matcher, ids, eos_id, skips_space
+    def __init__(self, matcher: Any, ids: int, ends: Sequence[int], *, nbytes: int, skips_space: bool):
+        self._matcher, self._ids, self._ends, self._skips_space = matcher, ids, ends, skips_space
         self.nbytes = nbytes
 
     def start(self) -> "Guide":
         """A guide at the beginning of an answer."""
-        return Guide(self._matcher.deep_copy(), self._ids, self._eos_id, skips_space=self._skips_space)
+        return Guide(self._matcher.deep_copy(), self._ids, self._ends, skips_space=self._skips_space)
 
 
 class Guide:
@@ -150,12 +151,14 @@ class Guide:
 
     Attributes:
         mask: (W,) mask of the allowed next tokens, one bit per id, lowest first.
-        complete: whether the answer is complete and only the end of text is allowed.
+        complete: whether the answer is complete and only an end of text is allowed.
     """
 
-    def __init__(self, matcher: Any, ids: int, eos_id: int, *, skips_space: bool):
+    def __init__(self, matcher: Any, ids: int, ends: Sequence[int], *, skips_space: bool):
         self._matcher, self._words, self._at_space = matcher, mask_words(ids), skips_space
-        self._end = _bit(eos_id, self._words)
+        # The first one is llguidance's.
+        self._end = _bit(ends[0], self._words)
+        self._ends = np.bitwise_or.reduce([_bit(end, self._words) for end in ends if end < ids])
         # Forced tokens, as the tokenizer splits their text.
         self._fixed: collections.deque[int] = collections.deque()
         self._look()
@@ -190,6 +193,8 @@ class Guide:
         if self._matcher.is_error():
             raise self._error()
         self.complete = self._matcher.is_stopped() or np.array_equal(self.mask, self._end)
+        if (self.mask & self._end).any():
+            self.mask = self.mask | self._ends
 
     def _error(self) -> GuideError:
         return GuideError(f"the answer cannot continue under its constraint ({_one_line(self._matcher.get_error())})")
