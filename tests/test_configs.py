@@ -80,7 +80,9 @@ def learning_and_frozen(config: RunConfig):
 
 
 def test_every_file_is_tested():
-    assert {name.split(":")[0] for name in COUNTS} == {path.name for path in FOLDER.glob("*.py")}
+    # tests/test_names.py has from_names.py, whose sizes are the hub's.
+    files = {path.name for path in FOLDER.glob("*.py")} - {"from_names.py"}
+    assert {name.split(":")[0] for name in COUNTS} == files
     with pytest.raises(ConfigError, match=r"paper_table1\.py:ff3: unknown run 'ff3'; rows: adapters-none"):
         load(f"{TABLE1}:ff3")
     with pytest.raises(ConfigError, match=r"paper_table1\.py: describes several runs; choose one"):

@@ -43,7 +43,12 @@ WEIGHTS = (
     "mp_rank_00_model_states.pt",
 )
 # Small settings files, fetched with the weights if they exist.
-SETTINGS = ("config.json", "tokenizer.json", "open_clip_config.json")
+SETTINGS = (
+    *("config.json", "generation_config.json", "open_clip_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+)
+# The vocabulary of older repositories without a tokenizer.json.
+_VOCABULARY = ("vocab.json", "merges.txt")
 
 _READ_NBYTES = 2**24
 
@@ -76,6 +81,45 @@ def fetch(address: str) -> Path:
     Raises:
         HubError: see ``local_path``.
     """
+    repo, revision, file = _parse(address)
+    if file:
+        return _fetch_file(repo, revision, file)
+    names = _list(repo, revision)
+    if "model.json" in names:
+        download = f"hf download {repo} --local-dir NAME"
+        raise HubError(f"{address}: holds a model folder of this library; fetch it by {download}, and give the folder")
+    weights = _choose(_address(repo, revision), names)
+    _fetch_settings(repo, revision, names)
+    path = _fetch_file(repo, revision, weights)
+    if weights.endswith(".index.json"):
+        for shard in _shards(path, names):
+            _fetch_file(repo, revision, shard)
+    return path
+
+
+def settings_folder(source: str | Path) -> Path:
+    """Folder with the ``config.json`` and vocabulary of a published model, without its weights.
+
+    Args:
+        source: a folder, or the ``hf://`` address of a repository, whose settings are downloaded.
+
+    Raises:
+        HubError: see ``local_path``; also a repository without a ``config.json``.
+    """
+    source = str(source)
+    if not source.startswith(SCHEME):
+        return Path(source)
+    repo, revision, file = _parse(source)
+    if file:
+        raise HubError(f"{source}: names one file; give the repository, {_address(repo, revision)}")
+    names = _list(repo, revision)
+    if SETTINGS[0] not in names:
+        raise HubError(f"{source}: the repository has no {SETTINGS[0]}, in which the model's sizes stand")
+    return _fetch_settings(repo, revision, names)[0].parent
+
+
+def _parse(address: str) -> tuple[str, str, str]:
+    """Repository, revision and file (may be empty) of an address."""
     try:
         uri = parse_hf_uri(address)
     except ValueError as error:
@@ -84,22 +128,12 @@ def fetch(address: str) -> Path:
         ) from None
     if uri.type != "model":
         raise HubError(f"{address}: is a {uri.type}; only models hold weights")
-    revision = uri.revision or constants.DEFAULT_REVISION
-    if uri.path_in_repo:
-        return _fetch_file(uri.id, revision, uri.path_in_repo)
-    names = _list(uri.id, revision)
-    if "model.json" in names:
-        download = f"hf download {uri.id} --local-dir NAME"
-        raise HubError(f"{address}: holds a model folder of this library; fetch it by {download}, and give the folder")
-    weights = _choose(_address(uri.id, revision), names)
-    for name in SETTINGS:
-        if name in names:
-            _fetch_file(uri.id, revision, name)
-    path = _fetch_file(uri.id, revision, weights)
-    if weights.endswith(".index.json"):
-        for shard in _shards(path, names):
-            _fetch_file(uri.id, revision, shard)
-    return path
+    return uri.id, uri.revision or constants.DEFAULT_REVISION, uri.path_in_repo or ""
+
+
+def _fetch_settings(repo: str, revision: str, names: Collection[str]) -> list[Path]:
+    wanted = SETTINGS if "tokenizer.json" in names else (*SETTINGS, *_VOCABULARY)
+    return [_fetch_file(repo, revision, name) for name in wanted if name in names]
 
 
 def _choose(where: str, names: Collection[str]) -> str:

@@ -15,18 +15,22 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from magma_jax.storage import hub as hub_module
-from magma_jax.storage.hub import HubError, fetch, local_path
+from magma_jax.storage.hub import HubError, fetch, local_path, settings_folder
 from tests.storage.hub_server import COMMIT, Hub, serve
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
 FILES = {
-    "owner/model": {"weights.pt": CONTENT, "config.json": b"{}", "README.md": b"text"},
+    "owner/model": {
+        **{"weights.pt": CONTENT, "config.json": b"{}", "README.md": b"text"},
+        **dict.fromkeys(("generation_config.json", "vocab.json", "merges.txt", "chat_template.jinja"), b"{}"),
+    },
     "owner/shards": {
         "model.safetensors.index.json": INDEX,
         "model-1.safetensors": CONTENT[:5000],
         "model-2.safetensors": CONTENT[5000:10000],
         "pytorch_model.bin": CONTENT,
+        **dict.fromkeys(("tokenizer.json", "tokenizer_config.json", "vocab.json"), b"{}"),
     },
     "owner/two": {"a.pt": b"a", "b.pt": b"b"},
     "owner/none": {"README.md": b"text"},
@@ -88,12 +92,31 @@ def test_a_path_is_a_path(tmp_path):
 
 
 def test_chooses_weights_and_settings(hub):
+    folder = settings_folder("hf://owner/model")
+    names = ["chat_template.jinja", "config.json", "generation_config.json", "merges.txt", "vocab.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert not hub.downloads("weights.pt")
     assert fetch("hf://owner/model@float16").name == "weights.pt"
     assert (fetch("hf://owner/model").parent / "config.json").read_bytes() == b"{}"
     index = fetch("hf://owner/shards")
     assert index.name == "model.safetensors.index.json"
     assert (index.parent / "model-2.safetensors").read_bytes() == CONTENT[5000:10000]
+    assert (index.parent / "tokenizer_config.json").exists()
     assert not hub.downloads("pytorch_model.bin")
+    assert not hub.downloads("shards/resolve/main/vocab.json")
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("hf://owner/shards", "the repository has no config.json, in which the model's sizes stand"),
+        ("hf://owner/model/weights.pt", "names one file; give the repository, hf://owner/model"),
+        ("hf://owner/absent", "no such repository"),
+    ],
+)
+def test_settings_that_are_not_there(hub, address, says):
+    with pytest.raises(HubError, match=f"^{address}: .*{says}"):
+        settings_folder(address)
 
 
 @pytest.mark.parametrize(
