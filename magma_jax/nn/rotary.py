@@ -37,8 +37,8 @@ class RotaryScaling:
     method: Literal["llama3", "linear"] = "llama3"
 
     def __post_init__(self):
-        if self.factor < 1:
-            raise ValueError(f"rotary: scaling.factor must be at least 1, got {self.factor}")
+        if not 1 <= self.factor < math.inf:
+            raise ValueError(f"rotary: scaling.factor must be at least 1 and finite, got {self.factor}")
         if self.method == "llama3" and not (0 < self.low < self.high and self.context > 0):
             raise ValueError(
                 f"rotary: scaling needs 0 < low < high and context > 0, got {self.low}, {self.high}, {self.context}"
@@ -64,6 +64,8 @@ class RotaryConfig:
     def __post_init__(self):
         if self.features < 2 or self.features % 2:
             raise ValueError(f"rotary: features are turned in pairs, got {self.features}")
+        if not 0 < self.base < math.inf:
+            raise ValueError(f"rotary: base must be positive and finite, got {self.base}")
 
     def table(self, positions: Int[Array, "B S"]) -> tuple[Float[Array, "B S R"], Float[Array, "B S R"]]:
         """Sines and cosines of every position; R = features / 2."""

@@ -81,6 +81,7 @@ def from_hf_config(values: Any) -> LanguageModelConfig:
     fields.require(is_encoder_decoder=(False, False))
     try:
         converted = from_dict(config, convert(fields), kind)
+        converted.trunk()  # refuses what no block can have
     except LanguageModelError:
         raise
     except KeyError as error:

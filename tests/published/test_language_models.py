@@ -1,6 +1,7 @@
 """Published language models: their config.json, and files as older libraries wrote them."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -156,6 +157,11 @@ GEMMA3_JSON = {
 }
 
 
+GEMMA2_JSON, MISTRAL_JSON = (
+    to_hf_config(PUBLISHED_LANGUAGE_MODELS[name]) for name in ("google/gemma-2-2b", "mistralai/Mistral-7B-v0.1")
+)
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
@@ -248,6 +254,14 @@ def test_other_settings_are_read():
         (GEMMA3_JSON | {"num_hidden_layers": 10**12}, "layer_types .* do not fit 1000000000000 layers"),
         (GEMMA3_JSON | {"num_hidden_layers": 0}, "attention names no kind of layer"),
         (GEMMA3_JSON | {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not offered"),
+        (LLAMA_JSON | {"rope_theta": 0}, r"rotary: base must be positive and finite, got 0\.0"),
+        (LLAMA_JSON | {"rope_theta": math.nan}, "rotary: base must be positive and finite, got nan"),
+        (LLAMA_JSON | {"rope_scaling": {"type": "linear", "factor": math.nan}}, "at least 1 and finite, got nan"),
+        (LLAMA_JSON | {"rms_norm_eps": -1.0}, r"norm: eps must be 0 or positive and finite, got -1\.0"),
+        (GPTJ_JSON | {"layer_norm_epsilon": math.inf}, "norm: eps must be 0 or positive and finite, got inf"),
+        (GEMMA2_JSON | {"attn_logit_softcapping": 0.0}, "score_cap must be positive and finite"),
+        (GEMMA2_JSON | {"final_logit_softcapping": -1.0}, "logit_cap must be positive and finite"),
+        (MISTRAL_JSON | {"sliding_window": 0}, "window must be at least 1"),
     ],
 )
 def test_what_does_not_fit_is_named(values, message):

@@ -128,7 +128,9 @@ def test_templates_that_fail_are_one_line(source, says, tmp_path):
     with pytest.raises(TemplateError, match=says) as caught:
         templates_for(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'tokenizer'}: ")
+    assert str(caught.value).endswith("; --template raw does without it")
     assert "\n" not in str(caught.value)
+    assert (templates_for(tmp_path, "raw").default, templates_for(tmp_path, "qa").default) == ("raw", "qa")
 
 
 def test_a_request_that_a_template_refuses(tmp_path):

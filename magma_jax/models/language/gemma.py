@@ -86,6 +86,11 @@ class Gemma2Config(GemmaConfig):
     logit_cap: float | None = 30.0
     kind: Literal["gemma2"] = "gemma2"
 
+    def __post_init__(self):
+        if self.logit_cap is not None and not 0 < self.logit_cap < math.inf:
+            raise ValueError(f"language model: logit_cap must be positive and finite, got {self.logit_cap}")
+        super().__post_init__()
+
     def trunk(self) -> TrunkConfig:
         """Capped scores, alternating windows."""
         return TrunkConfig(block=self.block(score_cap=self.score_cap), layers=self.layers, windows=self.windows())

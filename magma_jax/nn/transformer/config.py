@@ -1,6 +1,7 @@
 """Configs of a transformer; every published variant is one ``TrunkConfig``."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from flax import nnx
@@ -40,6 +41,10 @@ class NormConfig:
     kind: Literal["layernorm", "plain", "rms"] = "layernorm"
     eps: float = 1e-5
     offset: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.eps < math.inf:
+            raise ValueError(f"norm: eps must be 0 or positive and finite, got {self.eps}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +142,9 @@ class BlockConfig:
             raise ValueError(
                 f"lora: the blocks of this model have no {sorted(missing)[0]}, but {', '.join(self.matrices)}"
             )
+        for name in ("score_divisor", "score_cap"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"block: {name} must be positive and finite, got {value}")
         if self.rotary is not None and self.rotary.features > self.size:
             raise ValueError(f"block: {self.rotary.features} rotary features do not fit in a head of {self.size}")
 

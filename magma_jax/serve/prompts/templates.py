@@ -132,9 +132,14 @@ def templates_for(checkpoint: str | Path, wanted: str | None = None) -> Template
     ``chat`` template of its tokenizer, else ``raw``.
 
     Raises:
-        TemplateError: no such template, or an unusable one.
+        TemplateError: no such template, or an unusable one. A chat template that is not ``wanted`` may be unusable.
     """
-    chat = _chat_of(Path(checkpoint) / "tokenizer")
+    try:
+        chat = _chat_of(Path(checkpoint) / "tokenizer")
+    except TemplateError as error:
+        if wanted is None or wanted == CHAT:
+            raise TemplateError(f"{error}; --template {RAW} does without it") from None
+        chat = {}
     if wanted in (RAW, *shipped(), *chat):
         return Templates(wanted, chat)
     file = Path(checkpoint) / TEMPLATE_FILE if wanted is None else Path(wanted)
