@@ -255,6 +255,9 @@ def test_several_ends_of_text(tmp_path):
         with pytest.raises(ValueError, match=says) as caught:
             Tokenizer.load(one)
         assert "\n" not in str(caught.value)
+    (one / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"has a generation_config.json beside it that cannot be read \(not valid"):
+        Tokenizer.load(one)
     (one / "generation_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"generation_config.json that holds no settings, but \[\]"):
         Tokenizer.load(one)

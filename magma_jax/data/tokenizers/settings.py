@@ -88,7 +88,10 @@ def _named(folder: Path, name: str) -> dict[str, Any]:
     """The fields of a file, without those that are null; none of a file that is not there."""
     if not (folder / name).is_file():
         return {}
-    found = read_json(folder / name)
+    try:
+        found = read_json(folder / name)
+    except ValueError as error:
+        raise ValueError(f"has a {name} beside it that cannot be read ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"has a {name} that holds no settings, but {shown(found, 40)}")
     return {key: value for key, value in found.items() if value is not None}

@@ -51,6 +51,17 @@ class Fields(Mapping):
     def __len__(self) -> int:
         return len(self._values)
 
+    def size(self, name: str) -> int:
+        """A size that others are computed from.
+
+        Raises:
+            LanguageModelError: no positive whole number.
+        """
+        value = self[name]
+        if type(value) is not int or value < 1:
+            raise LanguageModelError(f"{name} {shown(value)} is no size")
+        return value
+
     def skip(self, *names: str) -> None:
         """Marks fields as read that repeat others, or that the model's own code does not read."""
         self._read |= set(names)

@@ -140,13 +140,13 @@ def _sizes(
     """Fields that all have; the arguments are defaults of the kind."""
     if act is not None:
         hf.require(hidden_act=(act, act))
-    heads = hf["num_attention_heads"]
+    heads, width = hf.size("num_attention_heads"), hf.size("hidden_size")
     return {
         "layers": hf["num_hidden_layers"],
-        "width": hf["hidden_size"],
+        "width": width,
         "heads": heads,
         "kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_size": hf.get("head_dim") or head_size or hf["hidden_size"] // heads,
+        "head_size": hf.get("head_dim") or head_size or width // heads,
         "feed_forward": hf["intermediate_size"],
         "vocab_rows": hf["vocab_size"],
         "context_length": hf["max_position_embeddings"],

@@ -18,8 +18,8 @@ def gptj(hf: Fields) -> dict[str, Any]:
     )
     return {
         "layers": hf["n_layer"],
-        "width": hf["n_embd"],
-        "heads": hf["n_head"],
+        "width": hf.size("n_embd"),
+        "heads": hf.size("n_head"),
         "rotary_dim": hf["rotary_dim"] or hf["n_embd"] // hf["n_head"],
         "feed_forward": hf.get("n_inner") or 4 * hf["n_embd"],
         "vocab_rows": hf["vocab_size"],
@@ -40,7 +40,7 @@ def gpt2(hf: Fields) -> dict[str, Any]:
     hf.skip("n_ctx", "reorder_and_upcast_attn")  # the number of positions again; the dtype of scores, here fp32
     return {
         "layers": hf["n_layer"],
-        "width": hf["n_embd"],
+        "width": hf.size("n_embd"),
         "heads": hf["n_head"],
         "feed_forward": hf.get("n_inner") or 4 * hf["n_embd"],
         "vocab_rows": hf["vocab_size"],
@@ -62,7 +62,7 @@ def gpt_neo(hf: Fields) -> dict[str, Any]:
         raise LanguageModelError(f"attention_types {types} do not fit {shown(hf['num_layers'])} layers")
     return {
         "layers": hf["num_layers"],
-        "width": hf["hidden_size"],
+        "width": hf.size("hidden_size"),
         "heads": hf["num_heads"],
         "feed_forward": hf.get("intermediate_size") or 4 * hf["hidden_size"],
         "vocab_rows": hf["vocab_size"],
@@ -80,7 +80,7 @@ def gpt_neox(hf: Fields) -> dict[str, Any]:
     # transformers 5 moved the rotary settings to one dict.
     rope = Fields(hf.get("rope_parameters") or {})
     rope.require(rope_type=("default", "default"))
-    head_size = hf["hidden_size"] // hf["num_attention_heads"]
+    head_size = hf.size("hidden_size") // hf.size("num_attention_heads")
     fraction, base = hf.get("rotary_pct", 0.25), hf.get("rotary_emb_base", 10_000)
     fields = {
         "layers": hf["num_hidden_layers"],
