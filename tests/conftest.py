@@ -80,14 +80,14 @@ def few_programs():
 
 
 @pytest.fixture
-def supports(record_property) -> Callable[..., None]:
+def supports(request) -> Callable[..., None]:
     """Records what a test has shown of a kind of language model, with a figure or without one; the test must pass.
 
     ``scripts/support_table.py`` reads it; the tests have the mark ``supports``.
     """
 
     def record(kind: str, shows: str, figure: float | None = None) -> None:
-        record_property(f"supports|{kind}|{shows}", "" if figure is None else f"{figure:.3g}")
+        request.node.user_properties.append((f"supports|{kind}|{shows}", "" if figure is None else f"{figure:.3g}"))
 
     return record
 
