@@ -21,6 +21,7 @@ from magma_jax.models.language.decoder import Decoder
 from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.models.language.gpt_neox import GPTNeoXConfig
+from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.masks import Mask
@@ -32,6 +33,7 @@ from tests.models.language_tiny import LANGUAGE_MODELS
 
 SIZES = {"layers": 3, "width": 32, "heads": 4, "feed_forward": 64, "vocab_rows": 50, "context_length": 24}
 TINY = {
+    "gptj": GPTJConfig(**SIZES, rotary_dim=4, head_rows=50),
     "gpt2": GPT2Config(**SIZES),
     "gpt_neo": GPTNeoConfig(**SIZES, window=3),
     "gpt_neox": GPTNeoXConfig(**SIZES, rotary_dim=4),
@@ -198,7 +200,7 @@ def test_padding_may_pass_the_context():
     definition, params = bare("gpt2")
     prompt = embeddings_of(1, 20)
     options = {"sampling": sampling_rows([SamplingConfig()])}
-    options |= {"max_new_tokens": 4, "eos_id": None, "return_logits": True}
+    options |= {"max_new_tokens": 4, "ends": (), "return_logits": True}
 
     @jax.jit
     def run(params, embeddings):
@@ -334,6 +336,22 @@ def test_the_documentation_names_every_size_and_runs(monkeypatch):
     exec(compile(blocks[0], "language_models.md", "exec"), names)
     assert from_dict(MagmaConfig, names["model"]).lm.dtype == "bfloat16"
     exec(compile(blocks[1].partition("\nconfig =")[0], "language_models.md", "exec"), names)
+
+
+def test_the_table_of_what_is_supported_is_that_of_tests(monkeypatch):
+    """Every recorded cell names tests that are there and marked; ``--check`` runs them, and names cells without any."""
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(root / "scripts")
+    support = importlib.import_module("support_table")
+    found = support.stored()
+    assert support.DOCUMENT.read_text() == support.document(found), "run scripts/support_table.py"
+    for kind, column, test in support.tests_of(found):
+        file, _, name = test.partition("::")
+        assert file in support.TESTS
+        marked = rf"@pytest\.mark\.supports\n(@.*\n(    .*\n|\)\n)*)*def {name}\("
+        assert re.search(marked, (root / file).read_text()), (kind, column, test)
+    lost = {kind: cells for kind, cells in found.items() if kind != "llama"}
+    assert {f"llama: {column}" for column in support.COLUMNS} <= set(support.lacking(lost))
 
 
 def test_writing_the_cache_row_by_row_is_a_scatter():
