@@ -50,18 +50,46 @@ def _text_step(mesh, accumulate):
     program = build_program(family_of(config.model), config, make_mesh(mesh, devices))
     params = fresh_params(family_of(config.model), config, program.params)
     compiled = program.step.lower(program.state, program.frozen, _uneven_text(), jax.random.key(0)).compile()
-    _, metrics = program.step(program.init_state(params), {}, _uneven_text(), jax.random.key(0))
-    return compiled.as_text(), metrics
+    state, metrics = program.step(program.init_state(params), {}, _uneven_text(), jax.random.key(0))
+    return compiled.as_text(), metrics, state.trainable
 
 
 def test_the_mean_is_over_tokens_whatever_devices_and_parts_hold():
-    _, expected = _text_step(MeshConfig(data=1), 1)
-    program, metrics = _text_step(MeshConfig(data=8), 2)
+    _, expected, _ = _text_step(MeshConfig(data=1), 1)
+    program, metrics, _ = _text_step(MeshConfig(data=8), 2)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
     # Every device holds a share of both parts: rows, losses and gradients are summed, and nothing else travels.
     kinds = set(re.findall(r" (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", program))
     assert kinds == {"all-reduce"}
+
+
+def test_slices_train_as_one_to_the_bit_and_exchange_gradients_alone():
+    _, expected, one = _text_step(MeshConfig(data=2, fsdp=2, model=2), 2)
+    program, metrics, several = _text_step(MeshConfig(data=1, fsdp=2, model=2, slice=2), 2)
+    assert metrics["loss"] == expected["loss"]
+    for path, leaf in several.items():
+        np.testing.assert_array_equal(leaf, one[path], err_msg=path)
+        assert "slice" not in str(leaf.sharding.spec)
+    kinds = {True: set(), False: set()}
+    collective = r" (all-\w+|reduce-scatter|collective-\w+)\(.*? replica_groups=(\S+), "
+    for kind, groups in re.findall(collective, program):
+        kinds[_spans_slices(groups)].add(kind)
+    assert kinds[True] == {"all-reduce"}
+    assert "all-gather" in kinds[False]
+
+
+def _spans_slices(groups):
+    """Whether a group of devices, 0 to 3 in one slice and 4 to 7 in the other, has devices of both."""
+    if groups.startswith("{"):
+        found = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", groups)]
+    else:  # [groups,size]<=[axes]T(order)
+        shape, axes, order = (
+            [int(n) for n in part.split(",")] if part else None
+            for part in re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", groups).groups()
+        )
+        found = np.arange(8).reshape(axes).transpose(order).reshape(shape)
+    return any(len({device // 4 for device in group}) > 1 for group in found)
 
 
 @pytest.fixture(scope="module")

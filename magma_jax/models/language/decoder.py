@@ -37,6 +37,11 @@ class DecoderConfig:
 
     Attributes:
         kind: name of the kind in configs.
+        layers: number of blocks.
+        width: features of a hidden state.
+        heads: number of attention heads.
+        feed_forward: hidden features of the MLP.
+        layernorm_eps: added to the variance (or mean square) in norms.
         vocab_rows: rows of the embedding table.
         head_rows: rows of the head; ids beyond the embedding table are never sampled.
         context_length: positions the model was trained on, in tokens.
