@@ -21,6 +21,7 @@ from magma_jax.models.language.decoder import Decoder
 from magma_jax.models.language.gpt2 import GPT2Config
 from magma_jax.models.language.gpt_neo import GPTNeoConfig
 from magma_jax.models.language.gpt_neox import GPTNeoXConfig
+from magma_jax.models.language.gptj import GPTJConfig
 from magma_jax.models.magma import MagmaConfig, MagmaModel
 from magma_jax.nn.adapters import AdapterConfig
 from magma_jax.nn.masks import Mask
@@ -314,6 +315,7 @@ def test_an_mlp_adapter_reads_what_its_mlp_reads(name):
     ("config", "message"),
     [
         (lambda: GPT2Config(heads=5), "5 heads do not divide the width 768"),
+        (lambda: GPTJConfig(head_rows=50257), "head_rows 50257 is below vocab_rows 50258"),
         (lambda: GPTNeoConfig(window=0), "window must be at least 1, got 0"),
         (lambda: GPTNeoConfig(attention=()), "attention names no kind of layer"),
         (lambda: GPTNeoXConfig(rotary_dim=65), "rotary_dim 65 must be even and fit in one head"),
