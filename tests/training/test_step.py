@@ -46,7 +46,7 @@ def _text_step(mesh, accumulate):
         accumulate=accumulate,
         mesh=mesh,
     )
-    devices = jax.devices()[: 1 if mesh.data == 1 else 8]
+    devices = jax.devices()[: 1 if mesh == MeshConfig(data=1) else 8]
     program = build_program(family_of(config.model), config, make_mesh(mesh, devices))
     params = fresh_params(family_of(config.model), config, program.params)
     compiled = program.step.lower(program.state, program.frozen, _uneven_text(), jax.random.key(0)).compile()
@@ -64,32 +64,15 @@ def test_the_mean_is_over_tokens_whatever_devices_and_parts_hold():
     assert kinds == {"all-reduce"}
 
 
-def test_slices_train_as_one_to_the_bit_and_exchange_gradients_alone():
+def test_slices_train_as_one_to_the_bit(capfd):
     _, expected, one = _text_step(MeshConfig(data=2, fsdp=2, model=2), 2)
-    program, metrics, several = _text_step(MeshConfig(data=1, fsdp=2, model=2, slice=2), 2)
+    _, metrics, several = _text_step(MeshConfig(data=1, fsdp=2, model=2, slice=2), 2)
     assert metrics["loss"] == expected["loss"]
     for path, leaf in several.items():
         np.testing.assert_array_equal(leaf, one[path], err_msg=path)
         assert "slice" not in str(leaf.sharding.spec)
-    kinds = {True: set(), False: set()}
-    collective = r" (all-\w+|reduce-scatter|collective-\w+)\(.*? replica_groups=(\S+), "
-    for kind, groups in re.findall(collective, program):
-        kinds[_spans_slices(groups)].add(kind)
-    assert kinds[True] == {"all-reduce"}
-    assert "all-gather" in kinds[False]
-
-
-def _spans_slices(groups):
-    """Whether a group of devices, 0 to 3 in one slice and 4 to 7 in the other, has devices of both."""
-    if groups.startswith("{"):
-        found = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", groups)]
-    else:  # [groups,size]<=[axes]T(order)
-        shape, axes, order = (
-            [int(n) for n in part.split(",")] if part else None
-            for part in re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", groups).groups()
-        )
-        found = np.arange(8).reshape(axes).transpose(order).reshape(shape)
-    return any(len({device // 4 for device in group}) > 1 for group in found)
+    # XLA's complaint if it replicates an array to get from one sharding to another.
+    assert "rematerialization" not in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")
