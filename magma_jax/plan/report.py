@@ -39,7 +39,7 @@ class Plan:
         terms: seconds of compute, memory, links, and of the network if there are several slices, each taken alone.
         mfu: model FLOPs (frozen count) / (devices x peak x seconds); None for decoding.
         from_slices: bytes that a device receives from other slices.
-        gradient_bytes: size of the gradients of everything that learns; 0 for decoding.
+        gradient_bytes: size of the gradients of everything that learns, in the dtype of the weights; 0 for decoding.
         gathers_of_frozen: number of all-gathers of frozen weights inside loops, counted per execution.
         decodes: what a decoding step yields for each row.
     """
@@ -198,8 +198,8 @@ def to_text(plan: Plan) -> str:
         received = plan.from_slices * devices / plan.slices
         lines.append(f"each slice receives {received / GIB:.3f} GiB from others in one step")
         if plan.gradient_bytes:
-            reduced = 2 * (plan.slices - 1) / plan.slices * plan.gradient_bytes
-            lines.append(f"  an all-reduce of the gradients of what learns takes {reduced / GIB:.3f} GiB")
+            size = plan.gradient_bytes / GIB
+            lines.append(f"  gradients of what learns, in the dtype of the weights: {size:.3f} GiB")
         lines.append("")
     compiled_flops = plan.costs.flops * devices
     if plan.model_flops is not None:
