@@ -117,6 +117,7 @@ def test_a_run_survives_eviction_and_the_loss_of_a_machine(folder):
         statuses, printed = pair.ended()
     assert statuses == [STOPPED, STOPPED], printed
     assert "SIGTERM: stopped after step" in printed[0]
+    assert "WARNING:absl" not in "".join(printed)
     assert _kubernetes(statuses) == ("pods start again", "goes on")
 
     with Pair(folder, "mesh.data=2") as pair:

@@ -157,7 +157,7 @@ class RunCheckpoints:
 
     def _open(self, writing: bool, keep: int) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
-        logging.getLogger("absl").addFilter(_is_no_traceback)
+        logging.getLogger("absl").addFilter(_is_wanted)
         context = ocp.Context()
         # Despite its name this is called before the folder gets its final name, and by the first process only. Orbax
         # deep-copies its options, so a bound method would bring a copy of this object.
@@ -400,9 +400,11 @@ def _lock(workdir: Path) -> RunLock | None:
     return lock
 
 
-def _is_no_traceback(record: logging.LogRecord) -> bool:
-    """Log filter for Orbax, which logs a failed save five times before it raises the error, reported in one line."""
-    return not (record.exc_info and "orbax" in record.pathname)
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Log filter for Orbax, which logs a failed save five times before it raises the error, and every thread's notice
+    of a signal that stops several processes; the run reports each in one line."""
+    reported = record.exc_info or "preemption sync point" in str(record.msg)
+    return not (reported and "orbax" in record.pathname)
 
 
 def _optimizer_part(state: TrainState, key: PRNGKey) -> dict[str, Any]:
