@@ -13,7 +13,7 @@ RUN case "$DEVICE" in \
         cuda12|cuda13) extra="jax[$DEVICE,k8s]" ;; \
         tpu) extra="jax[tpu]" ;; \
         *) echo "DEVICE is cpu, cuda12, cuda13 or tpu, not $DEVICE" >&2; exit 2 ;; \
-    esac && pip install --no-cache-dir /opt/magma_jax $extra
+    esac && pip install --no-cache-dir "/opt/magma_jax[gcs]" $extra
 
 WORKDIR /work
 ENTRYPOINT ["magma-jax"]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from magma_jax.output import FailedError, OutputError, check_local, error_line, printable
+from magma_jax.output import FailedError, OutputError, check_local, error_line, object_address, printable
 
 # 143 is 128 + SIGTERM, as from a process without a handler: schedulers know it, and neither is a run complete.
 FOUND, UNUSABLE, INTERRUPTED, STOPPED = 1, 2, 130, 143
@@ -24,8 +24,25 @@ FOUND, UNUSABLE, INTERRUPTED, STOPPED = 1, 2, 130, 143
 ERRORS = (ValueError, OSError, MemoryError, FloatingPointError, FailedError)
 
 
-# An address in object storage, alone or as a setting's value.
-_OBJECT = re.compile(r"([\w.]+=)?(gs|s3|az|abfss?|file|hdfs)://\S+$")
+# An address of storage other than a disk, alone or as a setting's value.
+_STORED = re.compile(r"([\w.]+=)?(gs|s3|az|abfss?|file|hdfs)://\S+$")
+# Settings of a run that may be in object storage.
+_STORED_SETTINGS = re.compile(r"(base|weights\.[\w.]+)=")
+
+
+class ObjectAddress(str):
+    """An argument that is an address in object storage and may be one."""
+
+
+def place(text: str) -> "Path | ObjectAddress":
+    """Type of arguments that are local paths, or addresses in object storage."""
+    return Path(text) if (address := object_address(text)) is None else ObjectAddress(address)
+
+
+def source(text: str) -> str:
+    """Type of arguments that are local paths, addresses in object storage, or others such as ``hf://``."""
+    return text if (address := object_address(text)) is None else ObjectAddress(address)
+
 
 # The command as its user wrote it, if not by the module's own name.
 _called: str | None = None
@@ -59,13 +76,10 @@ class ArgumentParser(argparse.ArgumentParser):
         parsed, rest = super().parse_known_args(*arguments, **options)
         for value in vars(parsed).values():
             for one in value if isinstance(value, list) else [value]:
-                # Other texts may be prompts, and addresses of images or of the hub.
-                local = isinstance(one, Path) or (isinstance(one, str) and _OBJECT.match(one))
-                if local:
-                    try:
-                        check_local(one.partition("=")[2] if isinstance(one, str) and "=" in one else one)
-                    except OutputError as error:
-                        self.error(str(error))
+                try:
+                    _check_place(one)
+                except OutputError as error:
+                    self.error(str(error))
         return parsed, rest
 
     def error(self, message: str) -> NoReturn:
@@ -78,6 +92,17 @@ def status_of(error: BaseException) -> int:
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     return UNUSABLE if isinstance(error, ERRORS) and not isinstance(error, FloatingPointError) else FOUND
+
+
+def _check_place(argument: object) -> None:
+    """Refuses addresses of storage where only a local path will do."""
+    if isinstance(argument, Path):
+        check_local(argument)
+    # Other texts may be prompts, and addresses of images or of the hub.
+    elif isinstance(argument, str) and not isinstance(argument, ObjectAddress) and _STORED.match(argument):
+        setting, _, value = argument.rpartition("=")
+        if not (_STORED_SETTINGS.match(f"{setting}=") and object_address(value)):
+            check_local(value)
 
 
 def run(name: str, work: Callable[[], int | None], *, resumable: bool = False) -> int:

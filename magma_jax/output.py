@@ -41,7 +41,17 @@ def error_line(error: BaseException) -> str:
 
 
 # A Path has lost one slash of an address.
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
+# Schemes of object storage that run and model folders may be in, see ``storage.objects``.
+OBJECT_SCHEMES = ("gs", "s3")
+
+
+def object_address(path: str | os.PathLike) -> str | None:
+    """The address of a path in object storage, as ``gs://bucket/run``; None for every other path."""
+    match = _ADDRESS.match(os.fspath(path))
+    if match is None or match[1] not in OBJECT_SCHEMES or os.path.exists(path):
+        return None
+    return f"{match[1]}://{match[2].strip('/')}"
 
 
 def check_local(path: str | os.PathLike) -> None:
@@ -50,11 +60,11 @@ def check_local(path: str | os.PathLike) -> None:
     Raises:
         OutputError: an address.
     """
-    text = os.fspath(path)
-    if _ADDRESS.match(text) and not os.path.exists(text):
-        scheme, _, rest = text.partition(":")
-        address = f"{scheme}://{rest.lstrip('/')}"
-        raise OutputError(f"{address}: not a local path; mount it (docs/launch/tpu_slice.md) and give the path there")
+    match = _ADDRESS.match(os.fspath(path))
+    if match and not os.path.exists(path):
+        raise OutputError(
+            f"{match[1]}://{match[2].lstrip('/')}: not a local path; mount it (docs/storage.md) and give the path there"
+        )
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from magma_jax import commands
 from magma_jax.__main__ import COMMANDS
 from magma_jax.__main__ import main as magma_jax_main
 from magma_jax.inference.pending import EngineError
+from tests.storage.gcs_server import bucket_server
 
 ROOT = Path(__file__).parent.parent
 BAD = "no\x1b[31m"
@@ -88,22 +89,72 @@ def test_an_unknown_option_is_one_line_and_status_2(command, capsys):
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
-        ("train", ["--workdir", "gs://bucket/run"]),
-        ("train", ["--set", "base=gs://bucket/run"]),
-        ("eval", ["--workdir", "gs://bucket/run"]),
-        ("eval", ["--checkpoint", "gs://bucket/run", "--task", "vqav2"]),
-        ("magma_jax.convert.__main__", ["export", "run", "gs://bucket/run"]),
+        ("train", ["--workdir", "az://bucket/run"]),
+        ("train", ["--set", "base=az://bucket/run"]),
+        ("train", ["--set", "data.folders=gs://bucket/run"]),
+        ("eval", ["--workdir", "az://bucket/run"]),
+        ("eval", ["--checkpoint", "az://bucket/run", "--task", "vqav2"]),
+        ("eval", ["--checkpoint", "run", "--task", "vqav2", "--data", "vqav2=gs://bucket/run"]),
+        ("magma_jax.convert.__main__", ["export", "run", "az://bucket/run"]),
+        ("magma_jax.convert.__main__", ["to-hf", "gs://bucket/run", "out"]),
         ("magma_jax.data.__main__", ["show", "gs://bucket/run"]),
-        ("magma_jax.generate.__main__", ["--checkpoint", "gs://bucket/run", "x.png"]),
-        ("magma_jax.serve.__main__", ["--checkpoint", "gs://bucket/run"]),
+        ("magma_jax.generate.__main__", ["--checkpoint", "az://bucket/run", "x.png"]),
+        ("magma_jax.serve.__main__", ["--checkpoint", "az://bucket/run"]),
     ],
 )
-def test_an_address_in_object_storage_is_no_folder(command, arguments, monkeypatch, tmp_path, capsys):
+def test_an_address_in_storage_that_is_not_supported_there_is_no_folder(
+    command, arguments, monkeypatch, tmp_path, capsys
+):
     monkeypatch.chdir(tmp_path)
     status, said = call(capsys, command, arguments)
     assert (status, said.count("\n")) == (2, 1)
-    assert "gs://bucket/run: not a local path; mount it" in said
+    assert re.search("(gs|az)://bucket/run: not a local path; mount it", said)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train", ["--workdir", "gs://another/run"]),
+        ("eval", ["--workdir", "gs://another/run"]),
+        ("eval", ["--checkpoint", "gs://another/run", "--task", "vqav2"]),
+        ("eval", ["--compare", "gs://another/run", "run"]),
+        ("magma_jax.convert.__main__", ["export", "gs://another/run", "out"]),
+        ("magma_jax.convert.__main__", ["export", "run", "gs://another/run"]),
+        ("magma_jax.generate.__main__", ["--checkpoint", "gs://another/run", "a text"]),
+        ("magma_jax.serve.__main__", ["--checkpoint", "gs://another/run"]),
+    ],
+)
+def test_a_bucket_that_does_not_exist_is_one_line(command, arguments, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("gcsfs")
+    bucket_server().clear()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    status, said = call(capsys, command, arguments)
+    assert status == 2
+    assert said.endswith("gs://another/run: there is no bucket another; check the name, or create it\n")
+
+
+def test_an_evaluation_reads_from_a_bucket_and_writes_to_it(monkeypatch, tmp_path):
+    pytest.importorskip("gcsfs")
+    bucket = bucket_server()
+    bucket.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("run", "model"):
+        bucket.objects[f"{name}/model.json"] = b"{}", 1
+
+    def evaluate(arguments):
+        read = Path(arguments.checkpoint or arguments.workdir)
+        assert (read / "model.json").read_text() == "{}"
+        (arguments.output or read).mkdir(exist_ok=True)
+        ((arguments.output or read) / "results.json").write_text(read.name)
+
+    monkeypatch.setattr("magma_jax.cli.evaluate._evaluate", evaluate)
+    main = importlib.import_module("magma_jax.cli.evaluate").main
+    assert main(["--workdir", "gs://bucket/run"]) == 0
+    assert main(["--checkpoint", "gs://bucket/model", "--task", "vqav2", "--output", "gs://bucket/out"]) == 0
+    found = {name: content for name, (content, _) in bucket.objects.items() if name.endswith("results.json")}
+    assert found == {"run/results.json": b"run", "out/results.json": b"model"}
 
 
 def test_no_command_is_left_out():

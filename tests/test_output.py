@@ -11,7 +11,7 @@ from magma_jax.output import OutputError, check_room, error_line, printable, siz
 
 def test_an_address_becomes_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for address in ("gs://bucket/run", Path("s3://bucket/run")):
+    for address in ("gs://bucket/run", Path("az://bucket/run")):
         with pytest.raises(OutputError, match=r"://bucket/run: not a local path"), whole_output(address):
             pass
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ a split other than test, or a limit, is part of their names. docs/evaluation.md 
 """
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Evaluates a run that train.py made, or any checkpoint on a task.",
         epilog="docs/evaluation.md describes tasks, protocols and files.",
     )
-    parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
+    parser.add_argument(
+        "--workdir",
+        type=commands.place,
+        default=Path("runs/quickstart"),
+        help="run folder, also gs:// or s3://BUCKET/FOLDER; default: %(default)s",
+    )
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="maximum number of captions and of questions; default: all")
     parser.add_argument("--overview", type=Path, metavar="PNG", help="also draw twelve images with their texts")
@@ -41,7 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.checkpoint and not (arguments.task or arguments.perplexity):
         parser.error("--checkpoint is asked a --task or for its --perplexity; a run's own split is that of --workdir")
-    return commands.run("eval.py", lambda: _evaluate(arguments))
+    return commands.run("eval.py", lambda: _evaluate_with_copies(arguments))
+
+
+def _evaluate_with_copies(arguments: argparse.Namespace) -> None:
+    """Evaluates with local copies of what is in object storage, to which new files are uploaded at the end."""
+    from magma_jax.storage.objects.copies import local_copy, uploading
+
+    with contextlib.ExitStack() as copies:
+        if arguments.compare:
+            arguments.compare = [local_copy(result) for result in arguments.compare]
+        elif arguments.checkpoint:
+            if isinstance(arguments.checkpoint, commands.ObjectAddress):
+                arguments.checkpoint = copies.enter_context(uploading(arguments.checkpoint))
+        else:
+            arguments.workdir = copies.enter_context(uploading(arguments.workdir))
+        if arguments.output:
+            arguments.output = copies.enter_context(uploading(arguments.output))
+        _evaluate(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -29,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=Path("quickstart"),
         help="a Python program, which is run, or the name of one of configs/; default: %(default)s",
     )
-    parser.add_argument("--workdir", type=Path, help="run folder; default: runs/ and the name of the config")
+    parser.add_argument(
+        "--workdir",
+        type=commands.place,
+        help="run folder, also gs:// or s3://BUCKET/FOLDER, see docs/storage.md; default: runs/ and the config's name",
+    )
     parser.add_argument(
         "--set",
         nargs="*",
@@ -72,6 +76,6 @@ def _train(arguments: argparse.Namespace) -> int:
     # Evaluation runs in one process.
     if config.evaluate and not arguments.distributed:
         evaluate_run(workdir)
-        print(f"\nReport: {workdir / 'report.html'}")
+        print(f"\nReport: {workdir}/report.html")
         print(f"An image of your own: python -m magma_jax.generate --checkpoint {workdir} image.png")
     return 0

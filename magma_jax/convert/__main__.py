@@ -80,8 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run="from-peft")
 
     command = subparsers.add_parser("export", help="run or model folder, of any family, to one folder to share")
-    command.add_argument("folder", help="model folder or run folder")
-    command.add_argument("out", help="folder to write, or file with --trained; must not exist")
+    command.add_argument(
+        "folder", type=commands.source, help="model folder or run folder, also a gs:// or s3:// address"
+    )
+    command.add_argument(
+        "out",
+        type=commands.source,
+        help="folder to write, or file with --trained, also a gs:// or s3:// address; must not exist",
+    )
     command.add_argument("--trained", action="store_true", help="only what the run trained, as one file for put-on")
     command.add_argument(
         "--to",

@@ -21,6 +21,7 @@ from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.families import run_config
 from magma_jax.storage.hub import local_path
 from magma_jax.storage.model_folder import CARD_FILE
+from magma_jax.storage.objects.copies import local_copy, new_folder
 
 
 def _from_torch(options: argparse.Namespace) -> int:
@@ -62,12 +63,15 @@ def _from_peft(options: argparse.Namespace) -> int:
 
 
 def _export_folder(options: argparse.Namespace) -> int:
-    if options.trained:
-        count = export_trained(options.folder, options.out, ema=options.ema)
-        print(f"{options.out}: {count:,} parameters, to be put on the frozen ones with convert put-on")
-        return 0
-    counts = export(options.folder, options.out, options.to, ema=options.ema)
-    print(f"{options.out}: {sum(counts.values()):,} parameters, and a model card to complete in {CARD_FILE}")
+    folder = local_copy(options.folder)
+    with new_folder(options.out) as out:
+        if options.trained:
+            count = export_trained(folder, out, ema=options.ema)
+            said = f"{count:,} parameters, to be put on the frozen ones with convert put-on"
+        else:
+            count = sum(export(folder, out, options.to, ema=options.ema).values())
+            said = f"{count:,} parameters, and a model card to complete in {CARD_FILE}"
+    print(f"{options.out}: {said}")
     return 0
 
 

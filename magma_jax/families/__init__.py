@@ -21,6 +21,7 @@ from magma_jax.inference.generator import Generator, TokenGenerator
 from magma_jax.storage.files import holds_weights, open_tensors
 from magma_jax.storage.hub import local_path
 from magma_jax.storage.model_folder import MODEL_FILE, CheckpointError, read_model_json
+from magma_jax.storage.objects.copies import uploading
 from magma_jax.training.run.config import RunConfig, completed, read_run_config
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (MAGMA, LANGUAGE, VQGAN, MAGVLT, CM3LEON)}
@@ -83,7 +84,7 @@ def open_generator(
     """Opens a checkpoint of any family for inference.
 
     Args:
-        path: run folder, model folder, weight file, or an ``hf://`` address.
+        path: run folder, model folder, weight file, or a ``gs://``, ``s3://`` or ``hf://`` address.
         dtype: dtype of weights and activations; default: the checkpoint's.
         mesh: devices to shard the weights over; default: one device.
         ema: whether to use a run's moving averages of weights; default: whichever the run was validated with.
@@ -124,15 +125,18 @@ def evaluate_run(
     Raises:
         ConfigError: an overview or settings that the family's evaluation does not have. Also its own errors.
     """
-    family = family_of_checkpoint(Path(workdir))
-    if family.evaluate is None:
-        if settings:
-            raise ConfigError(f"--set {settings[0]}: a {family.name} run is evaluated without settings; give a --task")
-        own_split.evaluate_run(open_token_generator, workdir, split, limit, overview, ema=ema)
-        return
-    if overview is not None:
-        raise ConfigError(f"--overview: a {family.name} run has none; see its report.html")
-    family.evaluate(workdir, split, limit, settings, ema=ema)
+    with uploading(workdir) as folder:
+        family = family_of_checkpoint(folder)
+        if family.evaluate is None:
+            if settings:
+                raise ConfigError(
+                    f"--set {settings[0]}: a {family.name} run is evaluated without settings; give a --task"
+                )
+            own_split.evaluate_run(open_token_generator, folder, split, limit, overview, ema=ema)
+            return
+        if overview is not None:
+            raise ConfigError(f"--overview: a {family.name} run has none; see its report.html")
+        family.evaluate(folder, split, limit, settings, ema=ema)
 
 
 def _opens_token_generator(family: Family) -> bool:

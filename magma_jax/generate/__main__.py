@@ -47,7 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     add("inputs", nargs="*", metavar="INPUT", help="image, folder or text (no text: the model's default)")
     add("--make", choices=["text", "image"], default="text", help="what is made; default: %(default)s")
     add("--prompt", metavar="TEXT", help="a text, as among the inputs")
-    add("--checkpoint", required=True, help="run folder, converted model folder or PyTorch checkpoint")
+    add(
+        "--checkpoint",
+        required=True,
+        type=commands.source,
+        help="run folder, converted model folder or PyTorch checkpoint, also gs://, s3:// and hf:// addresses",
+    )
     add("--dtype", help="dtype of weights and activations, such as bfloat16")
     add("--no-program-cache", action="store_true", help="compile anew instead of using the compilation cache")
     add("--together", action="store_true", help="all inputs form one prompt, even several images and one text")

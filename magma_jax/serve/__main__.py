@@ -37,7 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = commands.ArgumentParser(prog="python -m magma_jax.serve", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="run folder, model folder, or PyTorch checkpoint")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=commands.source,
+        help="run folder, model folder, or PyTorch checkpoint, also gs://, s3:// and hf:// addresses",
+    )
     parser.add_argument("--name", help="model name in the API; default: the checkpoint's")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, only this machine")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")

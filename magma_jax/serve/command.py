@@ -16,7 +16,7 @@ from magma_jax.inference.batching.config import EngineConfig
 from magma_jax.inference.batching.engine import Engine
 from magma_jax.inference.generator import ImageGenerator, TokenGenerator
 from magma_jax.inference.image_queue import ImageQueue
-from magma_jax.output import error_line
+from magma_jax.output import error_line, object_address
 from magma_jax.retrieval.arguments import with_memory
 from magma_jax.runtime.compile import enable_compilation_cache
 from magma_jax.serve.app import create_app
@@ -129,7 +129,7 @@ def _engine(arguments: argparse.Namespace) -> Engine | ImageQueue:
 
 def name_of(checkpoint: str) -> str:
     """Default name of a model: the last component of its path."""
-    if checkpoint.startswith("hf://"):
+    if checkpoint.startswith("hf://") or object_address(checkpoint):
         return Path(checkpoint).name
     return Path(os.path.abspath(checkpoint)).name or "magma"
 

@@ -25,8 +25,13 @@ def write_checksums(folder: Path, leave_out: Collection[str] = (), below: Sequen
     roots = [folder] if below is None else [folder / name for name in below]
     names = [name for root in roots for name in regular_files(folder, root) if name not in (SUMS_FILE, *leave_out)]
     with hashing([folder / name for name in names], THREADS) as digest_of:
-        lines = [f"{digest_of(folder / name)}  {name}\n" for name in sorted(names)]
-    (folder / SUMS_FILE).write_text("".join(lines))
+        text = checksums_text({name: digest_of(folder / name) for name in sorted(names)})
+    (folder / SUMS_FILE).write_text(text)
+
+
+def checksums_text(digests: Mapping[str, str]) -> str:
+    """Content of the list for hex digests by relative path."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
 
 
 def read_checksums(folder: Path) -> dict[str, str] | None:

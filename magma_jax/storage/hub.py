@@ -32,6 +32,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from magma_jax.foreign import read_json
 from magma_jax.output import size_text
 from magma_jax.storage import package_file
+from magma_jax.storage.objects.copies import local_copy
 
 SCHEME = "hf://"
 
@@ -53,18 +54,19 @@ class HubError(ValueError):
 
 
 def local_path(source: str | Path) -> Path:
-    """Local path of a source; an ``hf://`` address is downloaded, a path is returned unchanged.
+    """Local path of a source: ``hf://``, ``gs://`` and ``s3://`` addresses are downloaded, a path stays as it is.
 
     ``package://NAME/FILE`` is a file of an installed Python package, see ``storage.package_file``.
 
     Raises:
         HubError: the address is malformed, or the file does not exist, cannot be fetched or arrives incomplete.
         PackageFileError: a package that is not installed, or that lacks the file.
+        StoreError: object storage that holds nothing there or cannot be read, see ``storage.objects``.
     """
     source = str(source)
     if source.startswith(package_file.SCHEME):
         return package_file.package_path(source)
-    return fetch(source) if source.startswith(SCHEME) else Path(source)
+    return fetch(source) if source.startswith(SCHEME) else local_copy(source)
 
 
 def fetch(address: str) -> Path:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magma_jax.foreign import ForeignError, read_json
-from magma_jax.output import OutputError, partial_name, whole_output
+from magma_jax.output import OutputError, object_address, partial_name, whole_output
 from magma_jax.runtime.distributed import barrier, is_main, json_from_main, log_main
 from magma_jax.storage.array_files import open_arrays, read_arrays, write_arrays
 from magma_jax.storage.checksums import (
@@ -37,6 +37,7 @@ from magma_jax.storage.checksums import (
 )
 from magma_jax.storage.deferred import Deferred
 from magma_jax.storage.exported_weights import EXPORTED_FILE, open_exported, read_exported
+from magma_jax.storage.objects.copies import local_copy
 from magma_jax.typing import Params
 
 MODEL_FILE = "model.json"
@@ -166,9 +167,14 @@ def read_model_json(path: str | Path) -> dict[str, Any]:
 def base_reference(base: str | Path, folder: str | Path) -> dict[str, str]:
     """Entry ``BASE`` of ``model.json`` of ``folder``: paths and identity of the base folder.
 
-    The path relative to ``folder`` holds where both are moved together.
+    The path relative to ``folder`` holds where both are moved together; there is none if one is in object storage.
     """
+    address = object_address(base)
+    if address is not None:
+        return {"path": address, "sha256": _identity(local_copy(address))}
     base = Path(base).absolute()
+    if object_address(folder) is not None:
+        return {"path": str(base), "sha256": _identity(base)}
     relative = os.path.relpath(base, Path(folder).absolute())
     return {"path": str(base), "relative": Path(relative).as_posix(), "sha256": _identity(base)}
 
@@ -182,14 +188,14 @@ def base_folder(path: str | Path) -> Path | None:
     reference = read_model_json(path).get(BASE)
     if reference is None:
         return None
-    base = Path(reference["path"])
+    base = local_copy(reference["path"])
     # Folders of earlier releases have no relative path.
     if "relative" in reference and (Path(path) / reference["relative"] / MODEL_FILE).is_file():
         base = Path(os.path.normpath(Path(path).absolute() / reference["relative"]))  # TensorStore takes no ".."
     if not (base / MODEL_FILE).is_file():
         raise CheckpointError(
-            f"{path}: its frozen parameters are in {base}, which is not there; put it back, or correct {BASE}.path in "
-            f"{Path(path) / MODEL_FILE}"
+            f"{path}: its frozen parameters are in {reference['path']}, which is not there; put it back, or correct "
+            f"{BASE}.path in {Path(path) / MODEL_FILE}"
         )
     if _identity(base) != reference["sha256"]:
         raise CheckpointError(f"{path}: its base {base} has been replaced by another model; put the old one back")

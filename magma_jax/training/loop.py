@@ -11,6 +11,8 @@ import numpy as np
 from magma_jax.family import Family
 from magma_jax.runtime.distributed import log_main
 from magma_jax.runtime.sharding import local_rows, place_batch, replicated
+from magma_jax.storage.objects.copies import Uploads
+from magma_jax.training.checkpoints.bucket_checkpoints import BucketCheckpoints
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints
 from magma_jax.training.faults.interruption import StopRequest
 from magma_jax.training.faults.nonfinite import NonfiniteGuard
@@ -42,7 +44,7 @@ def train(
     Args:
         family: family of the config's model, see ``magma_jax.families``.
         config: config of the run.
-        workdir: run folder.
+        workdir: run folder; an address such as ``gs://bucket/run`` for one in object storage.
         devices: devices to train on; None for all.
         resume: whether to continue a run in the folder; if False, an existing run is an error.
         profile: steps to trace into the run folder.
@@ -60,7 +62,8 @@ def train(
     with (
         contextlib.closing(batches),
         StopRequest() as stop,
-        RunCheckpoints(run.workdir, writing=True, keep=config.keep_checkpoints) as checkpoints,
+        Uploads(run.copy),
+        _open_checkpoints(run) as checkpoints,
     ):
         if checkpoints.latest_step() is not None:
             snapshot = checkpoints.restore(run.state, key)
@@ -87,6 +90,12 @@ def train(
     return run
 
 
+def _open_checkpoints(run: Run) -> RunCheckpoints | BucketCheckpoints:
+    if run.copy is not None:
+        return BucketCheckpoints(run.copy, keep=run.config.keep_checkpoints)
+    return RunCheckpoints(run.workdir, writing=True, keep=run.config.keep_checkpoints)
+
+
 def _steps(
     run: Run,
     batches: Any,  # Grain iterator, which can report its position
@@ -94,7 +103,7 @@ def _steps(
     prepare: Callable[[Batch], Batch],
     validate: Callable[[], dict[str, float]] | None,
     watch: Watch,
-    checkpoints: RunCheckpoints,
+    checkpoints: RunCheckpoints | BucketCheckpoints,
     stop: StopRequest,
 ) -> None:
     config, mesh = run.config, run.program.mesh

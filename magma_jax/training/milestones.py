@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from magma_jax.runtime.distributed import log_main
+from magma_jax.training.checkpoints.bucket_checkpoints import BucketCheckpoints
 from magma_jax.training.checkpoints.checkpoint import RunCheckpoints, Snapshot
 from magma_jax.training.faults.interruption import StopRequest
 from magma_jax.training.run.setup import Run
@@ -31,7 +32,7 @@ class Milestones:
         run: Run,
         key: PRNGKey,
         position: Callable[[], dict[str, Any]],
-        checkpoints: RunCheckpoints,
+        checkpoints: RunCheckpoints | BucketCheckpoints,
         stop: StopRequest,
         validate: Callable[[], dict[str, float]] | None,
         record: Callable[[int, Mapping[str, float]], None],

@@ -21,7 +21,9 @@ from magma_jax.models.magma import MagmaModel
 from magma_jax.nn.modules import split
 from magma_jax.storage.array_files import open_arrays
 from magma_jax.storage.model_folder import CheckpointError, write_model_folder
+from magma_jax.storage.objects.copies import uploading
 from tests import tiny
+from tests.storage.gcs_server import bucket_server
 from tests.storage.hub_server import Hub, serve
 
 
@@ -203,3 +205,19 @@ def test_an_export_goes_to_the_hub_and_back(exported, tmp_path):
         path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()
     }
     assert_same(Magma.from_checkpoint(exported), Magma.from_checkpoint(tmp_path / "back"))
+
+
+def test_from_a_bucket_to_a_bucket(trained, exported, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gcsfs")
+    bucket = bucket_server()
+    bucket.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with uploading("gs://bucket/run") as folder:
+        shutil.copytree(trained, folder, dirs_exist_ok=True)
+    command = ["export", "gs://bucket/run", "gs://bucket/mine"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("gs://bucket/mine: ")
+    assert bucket.objects["mine/model.safetensors"][0] == (exported / "model.safetensors").read_bytes()
+    assert_same(Magma.from_checkpoint("gs://bucket/mine"), Magma.from_checkpoint(exported))
+    assert main(command) == 2
+    assert "gs://bucket/mine: already exists; choose another name" in capsys.readouterr().err

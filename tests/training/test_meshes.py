@@ -25,6 +25,7 @@ from magma_jax.training.run.program import build_program, fresh_params
 from magma_jax.training.step.optim import partition
 from magma_jax.typing import Params
 from tests import tiny
+from tests.storage.gcs_server import bucket_server
 
 # Of one fp32 step; another mesh sums in another order.
 LOSS_TOLERANCE = 1e-5
@@ -114,8 +115,21 @@ def test_a_killed_process_stops_the_other_and_a_restart_goes_on_exactly(whole_ru
     assert [line["loss"] for line in _metrics(tmp_path / "run")] == [line["loss"] for line in _metrics(workdir)]
 
 
+@pytest.mark.slow
+def test_two_processes_train_in_a_bucket(whole_run):
+    pytest.importorskip("gcsfs")
+    bucket_server().clear()
+    for steps in (2, 4):
+        results = _run_processes("gs://bucket/run", *PROCESS_MESH, steps=steps)
+    ends = [[(status, output.split()[-1]) for status, output, _ in part] for part in (results, whole_run[1])]
+    assert ends[0] == ends[1]
+    assert "resuming after step 2" in results[0][2]
+    lines = bucket_server().objects["run/metrics.jsonl"][0].splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [line["loss"] for line in _metrics(whole_run[0])]
+
+
 def _run_processes(
-    workdir: Path, *mesh: int, steps: int, second: dict[str, str] | None = None
+    workdir: Path | str, *mesh: int, steps: int, second: dict[str, str] | None = None
 ) -> list[tuple[int, str, str]]:
     """Runs two processes of four devices; returns exit status, stdout and stderr of each.
 

@@ -39,7 +39,7 @@ def quick(monkeypatch):
     """Beats and patience of tests."""
     monkeypatch.setattr(run_lock, "BEAT_S", 0.02)
     monkeypatch.setattr(run_lock, "WATCH_S", 0.5)
-    monkeypatch.setattr(run_lock, "_POLL_S", 0.01)
+    monkeypatch.setattr(run_lock, "POLL_S", 0.01)
 
 
 def snapshot(step):
@@ -53,7 +53,7 @@ def left(workdir):
 
 def written_by(workdir, **changes):
     """A lock as a process that does not live here has written it."""
-    there = run_lock._myself() | {"token": "00", "host": "far", "process": 7} | changes
+    there = run_lock.myself() | {"token": "00", "host": "far", "process": 7} | changes
     (workdir / "another").write_text(f"{json.dumps(there)}\n{0:010d}\n")
     os.replace(workdir / "another", workdir / LOCK_FILE)
 

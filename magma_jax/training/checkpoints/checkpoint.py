@@ -157,14 +157,10 @@ class RunCheckpoints:
 
     def _open(self, writing: bool, keep: int) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
-        logging.getLogger("absl").addFilter(_is_wanted)
-        context = ocp.Context()
+        context = checkpoint_context()
         # Despite its name this is called before the folder gets its final name, and by the first process only. Orbax
         # deep-copies its options, so a bound method would bring a copy of this object.
         context.async_options.post_finalization_callback = lambda: self._write_checksums()
-        context.checkpointables_options.registry = ocp.handlers.local_registry().add(
-            ocp.handlers.JsonHandler, checkpointable_name="progress"
-        )
         return ocp.training.Checkpointer(
             str(self._folder),
             context=context,
@@ -186,14 +182,8 @@ class RunCheckpoints:
         Raises:
             CheckpointError: the previous save has failed, or another process has taken over the folder.
         """
-        step, state = int(snapshot.state.step), snapshot.state
+        step, contents = int(snapshot.state.step), items_of(snapshot)
         self._kept.step = snapshot.best.step
-        contents: dict[str, Any] = {
-            "params": _as_jax({"trainable": state.trainable, "statistics": state.statistics}),
-            "optimizer": _as_jax(_optimizer_part(state, snapshot.key)),
-            "progress": {"data": dict(snapshot.data), "best": snapshot.best.to_json()},
-        }
-        contents |= {AVERAGE: _as_jax(state.average)} if state.average else {}
         self._finish_save()
         if (other := json_from_main(lambda: self._lock.lost_to() if self._lock else None)) is not None:
             raise CheckpointError(f"{self._folder}: taken over by {other}; this process stops without saving")
@@ -296,7 +286,7 @@ class RunCheckpoints:
                 raise_if_full(folder, error)
             except OutputError as full:
                 raise CheckpointError(f"{full}; the step before is whole, and the run continues from it") from error
-            raise CheckpointError(f"{folder}: could not be saved ({_reason(error)})") from error
+            raise CheckpointError(f"{folder}: could not be saved ({short_reason(error)})") from error
 
     def _write_checksums(self) -> None:
         # Under its temporary name, which begins with the step and a dot.
@@ -323,7 +313,7 @@ class RunCheckpoints:
                     self._check(step, wanted)
                     loaded = self._read(step, wanted)
                 except Exception as error:  # Orbax passes on any error of its storage layer
-                    problem = _reason(error)
+                    problem = short_reason(error)
                     if jax.process_count() > 1:  # other processes may have succeeded and would wait for this one
                         raise CheckpointError(f"{self._folder / str(step)}: cannot be read ({problem})") from error
                 else:
@@ -372,6 +362,27 @@ class RunCheckpoints:
             self._checkpointer.reload()
 
 
+def items_of(snapshot: Snapshot) -> dict[str, Any]:
+    """The items of a step by name, for Orbax."""
+    state = snapshot.state
+    items: dict[str, Any] = {
+        "params": _as_jax({"trainable": state.trainable, "statistics": state.statistics}),
+        "optimizer": _as_jax(_optimizer_part(state, snapshot.key)),
+        "progress": {"data": dict(snapshot.data), "best": snapshot.best.to_json()},
+    }
+    return items | ({AVERAGE: _as_jax(state.average)} if state.average else {})
+
+
+def checkpoint_context() -> ocp.Context:
+    """Orbax's options for steps."""
+    logging.getLogger("absl").addFilter(_is_wanted)
+    context = ocp.Context()
+    context.checkpointables_options.registry = ocp.handlers.local_registry().add(
+        ocp.handlers.JsonHandler, checkpointable_name="progress"
+    )
+    return context
+
+
 @dataclasses.dataclass
 class _KeptStep:
     """Preservation policy that keeps one step regardless of its age."""
@@ -415,7 +426,8 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(with_sharding, tree)
 
 
-def _reason(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
+    """The first line of an error."""
     return f"{next(iter(str(error).splitlines()), type(error).__name__):.200}"
 
 

@@ -33,7 +33,7 @@ from magma_jax.storage.checksums import CheckpointError
 LOCK_FILE = ".writer.lock"
 BEAT_S = 15.0
 WATCH_S = 90.0
-_POLL_S = 1.0
+POLL_S = 1.0
 
 
 class RunLock:
@@ -46,7 +46,7 @@ class RunLock:
     def __init__(self, folder: Path):
         self._folder, self._path = folder, folder / LOCK_FILE
         self._token = secrets.token_hex(8)
-        self._line = f"{json.dumps(_myself() | {'token': self._token})}\n".encode()
+        self._line = f"{json.dumps(myself() | {'token': self._token})}\n".encode()
         self._beats, self._ended = 0, threading.Event()
         self._descriptor = self._take(self._path)
         self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
@@ -55,9 +55,9 @@ class RunLock:
     def lost_to(self) -> str | None:
         """The process that has taken over the folder, possible after a suspension; None while the lock is ours."""
         content = _read(self._path)
-        if content is None or _holder(content).get("token") == self._token:
+        if content is None or holder_of(content).get("token") == self._token:
             return None
-        return _name(_holder(content))
+        return name_of(holder_of(content))
 
     def release(self) -> None:
         """Releases the folder; may be called twice."""
@@ -101,13 +101,13 @@ class RunLock:
         Raises:
             CheckpointError: its holder is alive.
         """
-        holder = _holder(content)
-        lives = _lives(holder)
-        if lives is None:
-            log_main(f"{self._folder}: held by {_name(holder)}; waiting up to {WATCH_S:.0f} s for a sign of life")
-            lives = self._moves(path, content)
-        if lives:
-            raise CheckpointError(_refusal(self._folder, holder))
+        holder = holder_of(content)
+        alive = lives(holder)
+        if alive is None:
+            log_main(f"{self._folder}: held by {name_of(holder)}; waiting up to {WATCH_S:.0f} s for a sign of life")
+            alive = self._moves(path, content)
+        if alive:
+            raise CheckpointError(refusal(self._folder, holder))
         right = path.with_name(f"{path.name}.{hashlib.sha256(content.encode()).hexdigest()[:16]}")
         right_descriptor = self._take(right)
         try:
@@ -115,7 +115,7 @@ class RunLock:
                 return None
             temporary, descriptor = self._write()
             os.replace(temporary, path)
-            log_main(f"{self._folder}: taken over from {_name(holder)}, which is gone")
+            log_main(f"{self._folder}: taken over from {name_of(holder)}, which is gone")
             return descriptor
         finally:
             os.close(right_descriptor)
@@ -133,7 +133,7 @@ class RunLock:
         """Whether the file changes within ``WATCH_S``."""
         end = time.monotonic() + WATCH_S
         while time.monotonic() < end:
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
             now = _read(path)
             if now is None:  # released
                 return False
@@ -157,12 +157,13 @@ class RunLock:
 
 def writer_of(folder: Path) -> str | None:
     """The reason why the folder may not be written, if a process visible from here holds it; does not take the lock."""
-    holder = _holder(_read(folder / LOCK_FILE) or "")
-    return _refusal(folder, holder) if _lives(holder) else None
+    holder = holder_of(_read(folder / LOCK_FILE) or "")
+    return refusal(folder, holder) if lives(holder) else None
 
 
-def _refusal(folder: Path, holder: Mapping[str, Any]) -> str:
-    return f"{folder}: {_name(holder)} is writing this run; wait for it, or end it to continue here"
+def refusal(folder: str | Path, holder: Mapping[str, Any]) -> str:
+    """The line for a folder that its living holder has locked."""
+    return f"{folder}: {name_of(holder)} is writing this run; wait for it, or end it to continue here"
 
 
 def _write_new(path: Path, content: bytes) -> int:
@@ -187,7 +188,7 @@ def _read(path: Path) -> str | None:
         return ""
 
 
-def _holder(content: str) -> Mapping[str, Any]:
+def holder_of(content: str) -> Mapping[str, Any]:
     """The holder that the lock file names; empty if it is not a lock file."""
     with contextlib.suppress(ForeignError):
         if isinstance(holder := parse_json(content.partition("\n")[0]), Mapping):
@@ -195,12 +196,14 @@ def _holder(content: str) -> Mapping[str, Any]:
     return {}
 
 
-def _name(holder: Mapping[str, Any]) -> str:
+def name_of(holder: Mapping[str, Any]) -> str:
+    """Process, host and start time of a holder, in words."""
     who = f"process {shown(holder.get('process', '?'))} on {shown(holder.get('host', '?'))}"
     return f"{who} (since {shown(holder.get('since', '?'))})"
 
 
-def _myself() -> dict[str, Any]:
+def myself() -> dict[str, Any]:
+    """This process as a holder."""
     return {
         "host": socket.gethostname(),
         "process": os.getpid(),
@@ -210,7 +213,7 @@ def _myself() -> dict[str, Any]:
     }
 
 
-def _lives(holder: Mapping[str, Any]) -> bool | None:
+def lives(holder: Mapping[str, Any]) -> bool | None:
     """Whether the holder's process is running; None if that cannot be seen from here."""
     machine, process = holder.get("machine"), holder.get("process")
     if machine is None or machine != _machine() or not isinstance(process, int):

@@ -27,7 +27,8 @@ class RunConfig:
         loss: options of the loss, of the family's type; None for the defaults.
         mesh: mesh of devices; it may change when a run is resumed.
         base: model folder that the run starts from, such as ``convert compose`` writes, or another run's folder; its
-            frozen parameters stay there and are not copied. None: start from ``weights``.
+            frozen parameters stay there and are not copied; a path or an address in object storage. None: start from
+            ``weights``.
         weights: path prefix to the name of a pretrained part, see ``training.run.pretrained``; the rest starts fresh.
         steps: optimizer steps.
         batch_size: samples per step.

@@ -32,25 +32,26 @@ MAY_CHANGE = (
 
 
 def continued_config(
-    family: Family, config: RunConfig, workdir: Path, *, resume: bool = True
+    family: Family, config: RunConfig, workdir: Path, *, resume: bool = True, shown: str | Path | None = None
 ) -> tuple[RunConfig, list[str]]:
     """The config that resumes the run in ``workdir``, and notes to log about it.
 
-    The length of the learning-rate schedule is fixed when a run starts: other ``steps`` do not stretch it.
+    The length of the learning-rate schedule is fixed when a run starts: other ``steps`` do not stretch it. Messages
+    name the folder ``shown``, by default ``workdir``.
 
     Raises:
         ConfigError: ``resume`` is false, the folder holds another run, or its learning rates have fallen to zero.
     """
-    stored = read_model_json(workdir).get("run")
+    stored, name = read_model_json(workdir).get("run"), shown or workdir
     if stored is None:
-        raise ConfigError(f"{workdir}: holds a model that was not trained here; choose another --workdir")
+        raise ConfigError(f"{name}: holds a model that was not trained here; choose another --workdir")
     if not resume:
-        raise ConfigError(f"{workdir}: holds a run; choose another --workdir, or continue it without --no-resume")
+        raise ConfigError(f"{name}: holds a run; choose another --workdir, or continue it without --no-resume")
     notes = []
     length = stored["optim"]["steps"]
     if config.optim.steps == config.steps != length == stored["steps"]:
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=length))
-        notes = [_schedule_note(config, workdir)]
+        notes = [_schedule_note(config, name)]
     differing = differences(_with_defaults(family, stored), to_dict(config))
     free = {*MAY_CHANGE, *(f"data.{name}" for name in config.data.may_change)}
     free |= {f"loss.{name}" for name in config.loss.may_change}
@@ -64,13 +65,13 @@ def continued_config(
     if differing:
         listed = ", ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in differing.items())
         raise ConfigError(
-            f"{workdir}: holds a run with another config ({listed:.400}); choose another --workdir, and to start from "
-            f"this run's result there add --set base={workdir}"
+            f"{name}: holds a run with another config ({listed:.400}); choose another --workdir, and to start from "
+            f"this run's result there add --set base={name}"
         )
     return config, notes
 
 
-def _schedule_note(config: RunConfig, workdir: Path) -> str:
+def _schedule_note(config: RunConfig, workdir: str | Path) -> str:
     optim = config.optim
     note = f"the schedule of the learning rates keeps the {optim.steps} steps that the run started with"
     if optim.steps is not None and config.steps <= optim.steps:

@@ -18,7 +18,7 @@ from flax import nnx
 from magma_jax.config import ConfigError, from_union, to_dict
 from magma_jax.data.dataset import Dataset
 from magma_jax.nn.modules import abstract
-from magma_jax.runtime.distributed import is_main
+from magma_jax.runtime.distributed import barrier, is_main
 from magma_jax.runtime.sharding import MeshConfig, make_mesh, parameter_shardings, placed, replicated
 from magma_jax.storage.deferred import Deferred, read_array
 from magma_jax.storage.model_folder import (
@@ -29,6 +29,8 @@ from magma_jax.storage.model_folder import (
     read_model_json,
     write_model_folder,
 )
+from magma_jax.storage.objects.copies import WorkingCopy, local_copy
+from magma_jax.training.checkpoints.bucket_lock import BucketLock
 from magma_jax.training.checkpoints.checkpoint import read_what_was_trained
 from magma_jax.training.run.continuation import differences
 from magma_jax.training.run.pretrained import open_weights
@@ -37,8 +39,11 @@ from magma_jax.training.step.optim import FROZEN
 from magma_jax.typing import Params
 
 
-def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
+def write_run_folder(program: Program, workdir: Path, dataset: Dataset, copy: WorkingCopy | None = None) -> None:
     """Writes the folder of a new run; all processes must call this, and the first one writes.
+
+    Args:
+        copy: the working copy that ``workdir`` is, of a run folder in object storage.
 
     Raises:
         ConfigError: weights or a base that do not fit the model. CheckpointError: no model folder.
@@ -46,30 +51,41 @@ def write_run_folder(program: Program, workdir: Path, dataset: Dataset) -> None:
     config = program.config
     trained: Params = {}
     base_types: dict[str, type[nnx.Variable]] = {}
+    base = None
     if config.base is not None:
-        base_types = _base_types(program, config.base)
+        base = local_copy(config.base)
+        base_types = _base_types(program, base)
         # In all processes: reading checkpoints is a collective operation.
-        trained = _trained_in_base(program, config.base, base_types)
+        trained = _trained_in_base(program, base, base_types)
     run = to_dict(config)
     metadata = {"model": run["model"], "groups": run["optim"]["groups"], "run": run}
-    metadata |= {} if config.base is None else {BASE: base_reference(config.base, workdir)}
+    if config.base is not None:
+        metadata[BASE] = base_reference(config.base, workdir if copy is None else copy.address)
     starting = contextlib.nullcontext(program.params)
     if is_main():
-        starting = _starting_params(program, dataset, base_types.keys(), trained)
+        starting = _starting_params(program, dataset, base, base_types.keys(), trained)
     with starting as params:
         # Frozen parameters of a base stay there, unless the base is a run that has trained them.
         kept = {path for path, label in program.labels.items() if config.base and label == FROZEN} - trained.keys()
         own = {path: params[path] for path in program.params if path not in kept}
         write_model_folder(workdir, metadata, own, lambda folder: dataset.tokenizer.save(folder / "tokenizer"))
+    if copy is not None:
+        if is_main():
+            with contextlib.closing(BucketLock(copy.store)):
+                copy.begin()
+        barrier("run folder uploaded")
+        copy.fetch()
 
 
 @contextlib.contextmanager
-def _starting_params(program: Program, dataset: Dataset, in_base: Collection[str], trained: Params) -> Iterator[Params]:
+def _starting_params(
+    program: Program, dataset: Dataset, base: Path | None, in_base: Collection[str], trained: Params
+) -> Iterator[Params]:
     """Starting parameters, unread if they come from files; fresh ones are on the devices of this process only."""
     config, devices = program.config, program.mesh.local_devices
     mesh = make_mesh(MeshConfig(fsdp=len(devices)), devices)
     shapes = placed(program.params, parameter_shardings(program.params, mesh, program.family.shardings))
-    with _opened(program, shapes, in_base) as stored:
+    with _opened(program, shapes, base, in_base) as stored:
         stored = stored | trained
         params = {path: _in_dtype(tensor, shapes[path].dtype) for path, tensor in stored.items()}
         missing = {path: shape for path, shape in shapes.items() if path not in params}
@@ -80,13 +96,13 @@ def _starting_params(program: Program, dataset: Dataset, in_base: Collection[str
 
 
 @contextlib.contextmanager
-def _opened(program: Program, shapes: Params, in_base: Collection[str]) -> Iterator[Params]:
+def _opened(program: Program, shapes: Params, base: Path | None, in_base: Collection[str]) -> Iterator[Params]:
     config = program.config
-    if config.base is None:
+    if base is None:
         with open_weights(program.family, config.model, config.weights, shapes) as pretrained:
             yield pretrained.params
         return
-    stored = open_params(config.base)
+    stored = open_params(base)
     # The rest is new in this run, such as a class head.
     wanted = [path for path in shapes if path in in_base]
     wrong = [path for path in wanted if path not in stored or tuple(stored[path].shape) != shapes[path].shape]
@@ -101,7 +117,7 @@ def _opened(program: Program, shapes: Params, in_base: Collection[str]) -> Itera
     yield {path: stored[path] for path in wanted}
 
 
-def _trained_in_base(program: Program, base: str, types: Mapping[str, type[nnx.Variable]]) -> Params:
+def _trained_in_base(program: Program, base: Path, types: Mapping[str, type[nnx.Variable]]) -> Params:
     """Trained parameters of a base that is a run, replicated on all devices; empty for a model folder."""
     whole = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(program.mesh))
@@ -124,20 +140,20 @@ def _in_dtype(tensor: Any, dtype: Any) -> Any:
     )
 
 
-def _base_types(program: Program, base: str) -> dict[str, type[nnx.Variable]]:
+def _base_types(program: Program, base: Path) -> dict[str, type[nnx.Variable]]:
     """Variable types of the model in a base.
 
     Raises:
         ConfigError: the base holds another model.
     """
     family, config = program.family, program.config
-    stored = read_model_json(Path(base))["model"]
+    stored = read_model_json(base)["model"]
     model = from_union(family.configs, stored, f"{base}: model")
     theirs = to_dict(model)
     may_differ = family.base_may_differ(theirs)
     changed = [name for name in differences(theirs, to_dict(config.model)) if name not in may_differ]
     if changed:
         raise ConfigError(
-            f"base: {base} holds another model ({', '.join(changed[:5])} differ); compose one from this config"
+            f"base: {config.base} holds another model ({', '.join(changed[:5])} differ); compose one from this config"
         )
     return abstract(lambda: family.build(model, nnx.Rngs(0)))[2]
