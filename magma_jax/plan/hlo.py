@@ -75,7 +75,7 @@ class Collective:
 
     Attributes:
         kind: one of ``COLLECTIVES``.
-        dims: shapes of its results.
+        shapes: its results.
         group: number of participating devices.
         received: bytes that a device receives per execution.
         count: number of executions.
@@ -84,7 +84,7 @@ class Collective:
     """
 
     kind: str
-    dims: tuple[tuple[int, ...], ...]
+    shapes: tuple[Shape, ...]
     group: int
     received: float
     count: int
@@ -487,7 +487,7 @@ def _collective(
     }.get(kind, sent * (group - 1) / group)
     return Collective(
         kind=kind,
-        dims=tuple(shape.dims for shape in _results(instruction)),
+        shapes=_results(instruction),
         group=group,
         received=received,
         count=times,

@@ -234,7 +234,9 @@ def frozen_gathers(program: Program, costs: Costs | None) -> int:
     return sum(
         collective.count
         for collective in (costs.collectives if costs else ())
-        if collective.kind == "all-gather" and collective.loop and frozen & set(map(_shape, collective.dims))
+        if collective.kind == "all-gather" and collective.loop
+        # Lengths and ids of a batch may have the shape of a bias.
+        if frozen & {_shape(shape.dims) for shape in collective.shapes if shape.dtype not in ("s32", "u32", "pred")}
     )
 
 

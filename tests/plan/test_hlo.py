@@ -85,7 +85,7 @@ def test_a_collective_beside_two_fusions_is_one(costs):
     found = {collective.kind: collective for collective in costs.collectives}
     assert len(costs.collectives) == len(found) == 3
     gather, total = found["all-gather"], found["all-reduce"]
-    assert (gather.group, gather.count, gather.loop, gather.dims) == (4, 2, True, ((32, 4),))
+    assert (gather.group, gather.count, gather.loop, gather.shapes[0].dims) == (4, 2, True, (32, 4))
     assert gather.received == 3 * 8 * 4 * 2
     assert (total.group, total.count, total.received) == (2, 2, 2 * (16 * 32 * 2) / 2)
     assert (found["collective-permute"].count, found["collective-permute"].loop) == (1, False)

@@ -15,7 +15,7 @@ from magma_jax.plan import chips
 from magma_jax.plan.__main__ import main
 from magma_jax.plan.chips import CHIPS, Topology, open_topology
 from magma_jax.plan.compilation import Compiled, batch_structs, compile_decode, compile_step
-from magma_jax.plan.hlo import Collective, Costs
+from magma_jax.plan.hlo import Collective, Costs, Shape
 from magma_jax.plan.report import Plan, frozen_gathers, make_plan, to_json, to_text
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
 from magma_jax.training.run.program import build_program
@@ -67,7 +67,7 @@ def test_text_and_json_tell_the_same(plan):
 
 
 def test_what_crosses_from_slice_to_slice_has_a_bound_of_its_own(plan):
-    between = Collective("all-reduce", ((8,),), 2, 2.0**30, 3, True, between_slices=True)
+    between = Collective("all-reduce", (Shape("f32", (8,), True),), 2, 2.0**30, 3, True, between_slices=True)
     topology = Topology("v5e:2x2", CHIPS["v5e"], tuple(jax.devices()), slices=2)
     costs = dataclasses.replace(plan.costs, collectives=(*plan.costs.collectives, between))
     sliced = dataclasses.replace(plan, topology=topology, costs=costs)
@@ -84,11 +84,11 @@ def test_what_crosses_from_slice_to_slice_has_a_bound_of_its_own(plan):
 
 
 def test_gathers_of_frozen_weights_are_told_from_those_that_learn():
-    def gather(dims, loop=True):
-        return Collective("all-gather", (dims,), 4, 1.0, 2, loop)
+    def gather(dims, loop=True, dtype="bf16"):
+        return Collective("all-gather", (Shape(dtype, dims, True),), 4, 1.0, 2, loop)
 
     adapter, c_fc = (8, 32), (1, 32, 64)
-    costs = Costs(0.0, 0.0, (gather(adapter), gather(c_fc), gather(c_fc, loop=False)), 0)
+    costs = Costs(0.0, 0.0, (gather(adapter), gather(c_fc), gather(c_fc, loop=False), gather(c_fc, dtype="s32")), 0)
     assert frozen_gathers(program(), costs) == 2
 
 
