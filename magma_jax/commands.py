@@ -2,7 +2,8 @@
 
 Exit status: 0 success; 1 a check found a difference or a misfit, or the loss is not finite; 2 unusable input, with
 one line on standard error; 130 interrupted by Ctrl-C; 143 a training run that a signal stopped, with a checkpoint from
-which the same command continues. A bug gives a traceback.
+which the same command continues. A bug gives a traceback and status 1. One of several processes that ends because
+another one failed has status 1, or 134 if JAX aborts it.
 """
 
 import argparse
@@ -86,6 +87,13 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(UNUSABLE, f"{printable(' '.join(f'{name}: {message}'.split()))}; see --help\n")
 
 
+def status_of(error: BaseException) -> int:
+    """Exit status of a command that an error ends."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return UNUSABLE if isinstance(error, ERRORS) and not isinstance(error, FloatingPointError) else FOUND
+
+
 def _check_place(argument: object) -> None:
     """Refuses addresses of storage where only a local path will do."""
     if isinstance(argument, Path):
@@ -111,7 +119,7 @@ def run(name: str, work: Callable[[], int | None], *, resumable: bool = False) -
     except ERRORS as error:
         said = "not enough memory" if isinstance(error, MemoryError) and not str(error) else error_line(error)
         print(f"{name}: {said}", file=sys.stderr)
-        return FOUND if isinstance(error, FloatingPointError) else UNUSABLE
+        return status_of(error)
     except KeyboardInterrupt:
         print(f"{name}: interrupted{'; run the same command again to continue' if resumable else ''}", file=sys.stderr)
         return INTERRUPTED

@@ -74,7 +74,10 @@ def _section(cls: type, where: list[str], own: dict[str, str]) -> str:
     rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
         kind = own.get(field.name) or _type(_hints(cls)[field.name])
-        rows.append(f"| `{field.name}` | {kind} | {_default(field)} | {described.get(field.name, '')} |")
+        meaning = "names this class in a config file." if field.name == "kind" else described.get(field.name)
+        if not meaning:
+            raise ValueError(f"{cls.__module__}.{cls.__name__}: no line for {field.name} below Attributes:")
+        rows.append(f"| `{field.name}` | {kind} | {_default(field)} | {meaning} |")
     summary = _markdown(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0])
     stands = f"Stands in {', '.join(f'`{place}`' for place in where)}. " if where != [""] else ""
     return f"## {cls.__name__}\n\n{stands}{summary}\n\n" + "\n".join(rows) + "\n"

@@ -59,6 +59,10 @@ TABLES = {
         Case("v5p:2x2x4", ("mesh.fsdp=16", REPLICATED, "loss.remat=dots")),
         Case("v6e:4x4", ("mesh.fsdp=16", REPLICATED), effort=-1),
     ],
+    "slices": [
+        Case("v5e:4x4", ("mesh.slice=2", "mesh.fsdp=16", SHARDED), effort=-1),
+        Case("v6e:4x4", ("mesh.slice=4", "mesh.fsdp=16", REPLICATED), effort=-1),
+    ],
     "generate": [
         Case("v5e:1x1", ("model.lm.dtype=int8",), 8),
         Case("v5e:2x2", ("mesh.model=4",), 8),
@@ -149,6 +153,8 @@ def _renderer(name: str) -> Callable[[list[tuple[Case, dict[str, Any]]]], str]:
         return drawing_table
     if name.endswith("generate"):
         return generate_table
+    if name == "slices":
+        return slices_table
     return train_table if name in ("train", "tried") else family_table
 
 
@@ -173,6 +179,29 @@ def train_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
             f"| {plan['gathers_of_frozen_in_loops']} | {received / GIB:.1f} "
             f"| {' / '.join(f'{1e3 * seconds:.0f}' for seconds in terms.values())} | {limit} "
             f"| {plan['mfu']:.0%} | {plan['compile_seconds']:.0f} ({plan['compile_cpu_seconds']:.0f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def slices_table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
+    """Training plans on several slices, one per row."""
+    lines = [
+        "| chips | frozen weights | total of HBM, GiB | gradients, GiB | each slice receives from others, GiB "
+        "| compute / HBM / links / between slices, ms | bound by | MFU at most | compile, s (CPU s) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, plan in rows:
+        roofline = plan["roofline"]
+        terms = {name: roofline[name] for name in ("compute", "hbm", "ici", "dcn")}
+        received = plan["from_slices"] * plan["devices"] / plan["slices"]
+        options = dict(value.split("=") for value in case.values)
+        lines.append(
+            f"| {plan['slices']} x {case.topology} ({plan['devices']}) | {options['mesh.frozen']} "
+            f"| {plan['memory']['total'] / GIB:.1f} of {plan['hbm_bytes'] / GIB:.0f} "
+            f"| {plan['gradient_bytes'] / GIB:.2f} | {received / GIB:.2f} "
+            f"| {' / '.join(f'{1e3 * seconds:.0f}' for seconds in terms.values())} "
+            f"| {max(terms, key=terms.__getitem__)} | {plan['mfu']:.0%} "
+            f"| {plan['compile_seconds']:.0f} ({plan['compile_cpu_seconds']:.0f}) |"
         )
     return "\n".join(lines) + "\n"
 

@@ -14,6 +14,7 @@ from magma_jax.__main__ import COMMANDS
 from magma_jax.commands import FOUND, STOPPED, UNUSABLE
 from magma_jax.config import apply_overrides, load_config_file
 from magma_jax.families import run_config
+from tests.jobset import GKE_PAGE, job_after, job_set, job_set_after
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs/launch").glob("*.md"))
@@ -34,16 +35,6 @@ def commands_of(text: str) -> list[list[str]]:
 
 def of_page(name: str, language: str) -> list[str]:
     return [text for page, _, kind, text in BLOCKS if (page, kind) == (name, language)]
-
-
-def job_set() -> dict:
-    (found,) = (
-        document
-        for text in of_page("gke", "yaml")
-        for document in yaml.safe_load_all(text)
-        if document["kind"] == "JobSet"
-    )
-    return found["spec"]
 
 
 def test_there_is_a_page_for_every_kind_of_machine():
@@ -105,38 +96,13 @@ def test_slurm_requeues_a_stopped_run_and_no_failed_one(tmp_path, status, requeu
     assert (tmp_path / "scontrol.txt").exists() == requeued
 
 
-def job_after(spec: dict, statuses: list[int], evicted: bool = False) -> str:
-    """What Kubernetes documents of an indexed Job whose pods end with these statuses, 0 counted failures before."""
-    assert spec["template"]["spec"]["restartPolicy"] == "Never"
-    assert spec["completions"] == spec["parallelism"]
-    counted = 0
-    for status in statuses:
-        for rule in spec["podFailurePolicy"]["rules"]:
-            # Exactly one kind of condition a rule, and 0 is no failure.
-            assert ("onExitCodes" in rule) != ("onPodConditions" in rule)
-            codes = rule.get("onExitCodes", {"operator": "In", "values": []})
-            assert codes["operator"] == "In"
-            assert 0 not in codes["values"]
-            conditions = [condition["type"] for condition in rule.get("onPodConditions", ())]
-            if status in codes["values"] or (evicted and "DisruptionTarget" in conditions):
-                if rule["action"] == "FailJob":
-                    return "PodFailurePolicy"
-                assert rule["action"] == "Ignore"
-                break
-        else:
-            counted += status != 0
-    if counted > spec["backoffLimit"]:
-        return "BackoffLimitExceeded"
-    return "pods start again" if any(statuses) or evicted else "complete"
-
-
 @pytest.mark.parametrize(
     ("statuses", "evicted", "job", "job_set_does"),
     [
-        ([0, 0, 0, 0], False, "complete", None),
-        ([STOPPED] * 4, False, "pods start again", None),
-        ([STOPPED] * 4, True, "pods start again", None),
-        ([137] * 4, True, "pods start again", None),
+        ([0, 0, 0, 0], False, "complete", "complete"),
+        ([STOPPED] * 4, False, "pods start again", "goes on"),
+        ([STOPPED] * 4, True, "pods start again", "goes on"),
+        ([137] * 4, True, "pods start again", "goes on"),
         ([134, 134, 134, 137], False, "BackoffLimitExceeded", "RestartJobSet"),
         ([FOUND, 134, 134, 134], False, "BackoffLimitExceeded", "RestartJobSet"),
         ([UNUSABLE] * 4, False, "PodFailurePolicy", "FailJobSet"),
@@ -147,10 +113,9 @@ def test_kubernetes_starts_a_stopped_run_again_and_no_unusable_one(statuses, evi
     assert spec["failurePolicy"]["maxRestarts"] > 0
     (replicated,) = spec["replicatedJobs"]
     assert job_after(replicated["template"]["spec"], statuses, evicted) == job
-    if job_set_does:
-        (rule,) = spec["failurePolicy"]["rules"]
-        action = rule["action"] if job in rule["onJobFailureReasons"] else "RestartJobSet"  # the documented default
-        assert action == job_set_does
+    assert job_set_after(spec, [job]) == job_set_does
+    # Of several slices one that fails decides, and one that is done waits.
+    assert job_set_after(spec, ["pods start again", job]) == ("goes on" if job == "complete" else job_set_does)
 
 
 def test_slice_and_pods_have_the_same_number_of_chips():
@@ -160,6 +125,14 @@ def test_slice_and_pods_have_the_same_number_of_chips():
     (container,) = pod["containers"]
     assert job["completions"] * container["resources"]["limits"]["google.com/tpu"] == rows * columns
     assert f"mesh.fsdp={rows * columns}" in container["args"]
+
+
+def test_several_slices_are_as_many_jobs():
+    text = GKE_PAGE.read_text()
+    (section,) = re.findall(r"^## Several slices\n(.*?)^## ", text, re.M | re.S)
+    (jobs,), (slices,) = re.findall(r"`replicas: (\d+)`", section), re.findall(r"mesh\.slice=(\d+)", section)
+    assert jobs == slices
+    assert len(re.findall(r"`v5e-\d`", section)) == int(slices)
 
 
 @pytest.mark.parametrize("name", ["train", "serve"])

@@ -43,6 +43,9 @@ class MagmaConfig:
     """A MAGMA model.
 
     Attributes:
+        lm: the language model, one of the kinds of ``models.language``.
+        encoder: the image encoder, one of the kinds of ``models.vision``.
+        prefix: the map from the encoder's features to word-like vectors.
         mlp_adapter: adapter after (or parallel to) every MLP; None for none.
         attn_adapter: adapter of every attention; None for none.
         lora: LoRA of the language model, alone or beside adapters; None for none.

@@ -42,6 +42,8 @@ class PrefixConfig:
         standardize: whether features are scaled to zero mean and unit variance per channel, with statistics of
             training images that the run computes once (``families.magma.image_features``); for encoders whose channels
             differ in scale.
+        transformer_layers: layers of a ``transformer`` or ``resampler``.
+        transformer_heads: attention heads of these layers.
         scale: weights of the LayerNorm at the start: 1 in MAGMA; with the root mean square of the word embeddings (0.13
             in SmolLM2-135M), images start at the scale of words.
         start: how the linear map starts: ``random``, or ``words``, regressed on the embeddings of the captions' tokens

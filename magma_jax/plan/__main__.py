@@ -1,6 +1,7 @@
 """Compiles a run's step for a TPU topology, without TPUs, and reports whether it fits and what bounds its speed.
 
     python -m magma_jax.plan --config configs/magma_v2.py --topology v5e:4x4 --set mesh.fsdp=16
+    python -m magma_jax.plan --config configs/magma_v2.py --topology v6e:4x4 --set mesh.slice=4 mesh.fsdp=16
     python -m magma_jax.plan --config configs/magma_v2.py --topology v6e:2x2 --what generate --batch 64
 
 No weights are read and no TPU is needed, only `pip install magma_jax[plan]`. Exit status: 0 fits, 1 does not fit,
@@ -21,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, help="as for train.py: a Python program, which is run")
     parser.add_argument(
-        "--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x4; docs/plans.md lists the chips"
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help="of one slice, such as v5e:4x4 (docs/plans.md lists the chips); mesh.slice is the number of slices",
     )
     parser.add_argument("--what", choices=["train", "generate"], default="train", help="default: %(default)s")
     parser.add_argument("--batch", type=int, help="rows over all devices; default: the config's")

@@ -37,7 +37,7 @@ def plan(config: RunConfig, topology_name: str, what: str, batch: int | None = N
     Raises:
         ValueError: an invalid topology, mesh or batch.
     """
-    topology = open_topology(topology_name)
+    topology = open_topology(topology_name, config.mesh.slice)
     if batch is not None:
         config = dataclasses.replace(config, batch_size=batch)
     program = build_program(family_of(config.model), config, make_mesh(config.mesh, topology.devices))

@@ -13,6 +13,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+# What the host does with a transfer between slices, by the compiler's name.
+BETWEEN_SLICES = {
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 # Opcodes without memory traffic.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all")
 
@@ -67,19 +75,21 @@ class Collective:
 
     Attributes:
         kind: one of ``COLLECTIVES``.
-        dims: shapes of its results.
+        shapes: its results.
         group: number of participating devices.
         received: bytes that a device receives per execution.
         count: number of executions.
         loop: whether it is inside a loop.
+        between_slices: whether it is one between slices, over the data center network.
     """
 
     kind: str
-    dims: tuple[tuple[int, ...], ...]
+    shapes: tuple[Shape, ...]
     group: int
     received: float
     count: int
     loop: bool
+    between_slices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +109,12 @@ class Costs:
     unknown_loops: int
 
 
-def program_costs(text: str, devices: int) -> Costs:
-    """Costs of a compiled program, from the text of its only module, for ``devices`` devices in total."""
+def program_costs(text: str, devices: int, slices: int = 1) -> Costs:
+    """Costs of a compiled program, from the text of its only module, for ``devices`` devices in each of ``slices``.
+
+    The module is that of one slice. A collective between slices is a transfer to the host, which exchanges the data
+    with the hosts of the other slices, and one back.
+    """
     computations, entry = parse(text)
     flops, traffic, unknown = 0.0, 0.0, 0
     collectives: dict[tuple[str, str, str], Collective] = {}
@@ -118,7 +132,7 @@ def program_costs(text: str, devices: int) -> Costs:
         for computation in computations.values()
         if _starts(computation)
         for instruction in computation.values()
-        if _kind(instruction.opcode)
+        if _kind(instruction)
     } - {None}
     for name, times, place in _runs(computations, entry, flops_of):
         if times is None:
@@ -136,7 +150,7 @@ def program_costs(text: str, devices: int) -> Costs:
                 if channel in started and not _starts(inside):
                     continue
                 key = (place, collective.opcode, channel or collective.name)
-                collectives[key] = _collective(collective, inside, devices, times, place)
+                collectives[key] = _collective(collective, inside, devices, slices, times, place)
     return Costs(flops, traffic, tuple(collectives.values()), unknown)
 
 
@@ -323,6 +337,8 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
 
 def _results(instruction: Instruction) -> tuple[Shape, ...]:
     """Results of an instruction, or of the asynchronous operation that it starts."""
+    if instruction.opcode == "send":  # (operand, context, token)
+        return ()
     if instruction.opcode == "copy-start":  # (destination, source, context)
         return instruction.shapes[:1]
     if instruction.opcode.endswith("-start"):  # (operands, results, contexts)
@@ -371,7 +387,7 @@ def _passed_on(instruction: Instruction, fused: Computation) -> set[int]:
 
 
 def _is_collective(instruction: Instruction) -> bool:
-    return _kind(instruction.opcode) is not None or '"AsyncCollective' in instruction.attributes
+    return _kind(instruction) is not None or '"AsyncCollective' in instruction.attributes
 
 
 def _parameter(fused: Computation, index: int) -> Instruction | None:
@@ -424,16 +440,22 @@ def _hbm(shapes: tuple[Shape, ...]) -> float:
     return sum(shape.bytes for shape in shapes if shape.in_hbm)
 
 
-def _kind(opcode: str) -> str | None:
-    name = opcode.removesuffix("-start")
-    return name if name in COLLECTIVES else None
+def _kind(instruction: Instruction) -> str | None:
+    name = instruction.opcode.removesuffix("-start")
+    return name if name in COLLECTIVES else _kind_between_slices(instruction)
+
+
+def _kind_between_slices(instruction: Instruction) -> str | None:
+    """The collective that a transfer to the host is part of; None for anything else, the way back included."""
+    named = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    return BETWEEN_SLICES[named[1]] if named and instruction.opcode == "send" else None
 
 
 def _collectives(
     instruction: Instruction, computation: Computation, computations: dict[str, Computation]
 ) -> Iterator[tuple[Instruction, Computation]]:
     """The collectives in an instruction, itself included, each with its computation."""
-    if _kind(instruction.opcode):
+    if _kind(instruction):
         yield instruction, computation
     for name in _fused(instruction, computations):
         for inner in computations[name].values():
@@ -441,6 +463,8 @@ def _collectives(
 
 
 def _channel(instruction: Instruction) -> str | None:
+    if instruction.opcode == "send":  # numbered apart from collectives
+        return None
     match = re.search(r"channel_id=(\d+)", instruction.attributes)
     return match and match[1]
 
@@ -449,16 +473,27 @@ def _starts(computation: Computation) -> bool:
     return any('"AsyncCollectiveStart"' in instruction.attributes for instruction in computation.values())
 
 
-def _collective(instruction: Instruction, computation: Computation, devices: int, times: int, place: str) -> Collective:
-    kind = _kind(instruction.opcode) or ""
+def _collective(
+    instruction: Instruction, computation: Computation, devices: int, slices: int, times: int, place: str
+) -> Collective:
+    kind = _kind(instruction) or ""
     sent = sum(shape.bytes for name in instruction.operands for shape in computation[name].shapes)
-    group = _group_size(instruction.attributes, devices)
+    between = _kind_between_slices(instruction) is not None
+    group = slices if between else _group_size(instruction.attributes, devices)
     received = {
         "all-gather": sent * (group - 1),
         "all-reduce": 2 * sent * (group - 1) / group,
         "collective-permute": sent,
     }.get(kind, sent * (group - 1) / group)
-    return Collective(kind, tuple(shape.dims for shape in _results(instruction)), group, received, times, place != "")
+    return Collective(
+        kind=kind,
+        shapes=_results(instruction),
+        group=group,
+        received=received,
+        count=times,
+        loop=place != "",
+        between_slices=between,
+    )
 
 
 def _group_size(attributes: str, devices: int) -> int:

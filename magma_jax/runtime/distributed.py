@@ -27,6 +27,7 @@ from jax._src import distributed  # the coordination service has no public inter
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from magma_jax.commands import ERRORS, status_of
 from magma_jax.config import ConfigError
 from magma_jax.output import printable
 
@@ -88,9 +89,9 @@ def json_from_main(ask: Callable[[], T]) -> T:
 def distributed_run(wanted: bool = True) -> Iterator[None]:
     """Runs its block as one of several processes; with ``wanted=False`` as a single process.
 
-    Must be entered before any use of a device. If the block raises, this process prints one line and exits with status
-    1 at once, without waiting for the others. A process that is killed, or that JAX aborts because another one ended,
-    leaves a line too.
+    Must be entered before any use of a device. If the block raises, this process prints one line and exits at once,
+    without waiting for the others, with the status that a single process has, see ``commands``. A process that is
+    killed, or that JAX aborts because another one ended, leaves a line too.
 
     Raises:
         ConfigError: the other processes cannot be reached.
@@ -111,13 +112,14 @@ def distributed_run(wanted: bool = True) -> Iterator[None]:
                 jax.distributed.shutdown()
                 raise
             _report(name, error)
+            status = status_of(error)
         else:
             return
     if is_main():
         # The others abort as soon as process 0 ends; this leaves them time to report the same error.
         time.sleep(COORDINATOR_GRACE_S)
     # A regular exit would wait for processes that wait for this one.
-    os._exit(1)
+    os._exit(status)
 
 
 def _initialize() -> None:
@@ -143,8 +145,7 @@ def _initialize() -> None:
 
 
 def _report(name: str, error: BaseException) -> None:
-    expected = (ValueError, OSError, FloatingPointError, SystemExit, jax.errors.JaxRuntimeError)
-    if not isinstance(error, expected):
+    if not isinstance(error, (*ERRORS, SystemExit, jax.errors.JaxRuntimeError)):
         traceback.print_exception(error)
     reason = printable(next(iter(str(error).splitlines()), "") or type(error).__name__)
     remedy = f"; if another process stopped first, its output says why; {RESTART}"

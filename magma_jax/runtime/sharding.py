@@ -1,9 +1,10 @@
 """Device mesh, and the sharding of every array of a run by a table from parameter path to mesh axes.
 
-The mesh has three axes. ``data`` splits the batch only. ``fsdp`` splits the batch, the parameters and the optimizer
-state; parameters are gathered one layer at a time where they are used. ``model`` splits the matrix products: the first
-matrix of a pair by its outputs, the second by its inputs, so that a pair costs one all-reduce. The MLP of one layer on
-fsdp = 2, model = 2:
+The mesh has four axes. ``slice`` and ``data`` split the batch only, ``slice`` between devices that only a data center
+network connects: parameters stay within a slice, and gradients are summed over all. ``fsdp`` splits the batch, the
+parameters and the optimizer state; parameters are gathered one layer at a time where they are used. ``model`` splits
+the matrix products: the first matrix of a pair by its outputs, the second by its inputs, so that a pair costs one
+all-reduce. The MLP of one layer on fsdp = 2, model = 2:
 
     c_fc (F, D)      fsdp0  fsdp1        c_proj (D, F)     model0  model1
            model0      .      .                   fsdp0      .       .
@@ -30,8 +31,9 @@ from magma_jax.typing import Params
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
-AXES = ("data", "fsdp", "model")
-BATCH_AXES = ("data", "fsdp")
+# From the slowest connection to the fastest.
+AXES = ("slice", "data", "fsdp", "model")
+BATCH_AXES = ("slice", "data", "fsdp")
 
 # Rows shared by all families; a family adds its own (``Family.shardings``). At most one row matches a path; it names a
 # mesh axis for each trailing dimension. Leading dimensions (the layers of a stack) are not split. Weights are
@@ -42,8 +44,9 @@ SHARED: tuple[ShardingRow, ...] = (
     (r"(lm/)?layers/.*(out_proj|c_proj)/weight(_scale)?", ("fsdp", "model")),
     (r"(lm/)?lm_head/weight(_scale)?", ("model", "fsdp")),
     (r"(lm/)?lm_head/bias", ("model",)),
-    # Split by width: row counts such as 50,258 rarely divide by the axis sizes.
-    (r"(lm/)?w[tp]e/weight", (None, ("fsdp", "model"))),
+    # Split by width: row counts such as 50,258 rarely divide by the axis sizes. Over model first: what fsdp has cut
+    # then lies within one part of model, and the compiler exchanges no parts, even between slices, to join it.
+    (r"(lm/)?w[tp]e/weight", (None, ("model", "fsdp"))),
     (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc|c_gate)/lora/down/weight", (None, "fsdp")),
     (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc|c_gate)/lora/up/weight", ("model", None)),
     (r"(lm/)?layers/.*(out_proj|c_proj)/lora/down/weight", (None, "model")),
@@ -58,9 +61,11 @@ class MeshConfig:
     """Mesh sizes; their product is the number of devices.
 
     Attributes:
-        data: devices along ``data``; -1 for all remaining devices.
+        data: devices along ``data``; -1 for all remaining devices of a slice.
         fsdp: devices along ``fsdp``.
         model: devices along ``model``; it should divide the number of attention heads.
+        slice: TPU slices that only the data center network connects, each with all parameters and its part of the
+            batch; the other sizes are those of one slice.
         frozen: whether frozen parameters are ``sharded`` over ``fsdp`` like all others, or ``replicated``, which takes
             more memory but no all-gather in every layer. They are always split over ``model``.
     """
@@ -68,6 +73,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     model: int = 1
+    slice: int = 1
     frozen: Literal["sharded", "replicated"] = "sharded"
 
     def __post_init__(self):
@@ -81,16 +87,37 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh of a config from ``devices`` (default: the devices of all processes).
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or ``slice`` is not their number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    data = len(devices) // (config.fsdp * config.model) if config.data == -1 else config.data
+    slices = _slices(devices, config.slice)
+    rest = config.slice * config.fsdp * config.model
+    data = len(devices) // rest if config.data == -1 else config.data
     sizes = (data, config.fsdp, config.model)
-    if math.prod(sizes) != len(devices):
+    if config.slice * math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{name} {getattr(config, name)}" for name in AXES)
         raise ValueError(f"mesh {wanted} does not fit {len(devices)} devices")
     # JAX's default, Explicit, requires an output sharding for every product.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    # jax.make_mesh arranges the devices of one slice by its links.
+    within = [jax.make_mesh(sizes, AXES[1:], axis_types=types[1:], devices=part).devices for part in slices]
+    return Mesh(np.stack(within), AXES, axis_types=types)
+
+
+def _slices(devices: Sequence[Any], count: int) -> list[list[Any]]:
+    """The devices of each slice: of TPUs by what they belong to, of others in equal parts."""
+    if devices[0].platform != "tpu":
+        size = -(-len(devices) // count)
+        return [list(devices[first : first + size]) for first in range(0, len(devices), size)]
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    if len(slices) != count:
+        raise ValueError(f"mesh.slice is {count}, but the TPUs belong to {len(slices)}: set mesh.slice={len(slices)}")
+    sizes = {len(part) for part in slices.values()}
+    if len(sizes) > 1:
+        raise ValueError(f"slices of different sizes, {min(sizes)} and {max(sizes)} devices; all must be equal")
+    return [slices[index] for index in sorted(slices)]
 
 
 def parameter_spec(
@@ -160,7 +187,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over ``data`` and ``fsdp``."""
+    """Rows over ``slice``, ``data`` and ``fsdp``."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

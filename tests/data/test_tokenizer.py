@@ -46,6 +46,14 @@ def test_properties_equal_the_originals(gpt2):
     assert gpt2.image_id == properties["cls_token_id"]
 
 
+def test_words_behind_an_image_token_need_rows_too():
+    backend = tokenizers.Tokenizer.from_str(train_bpe(CORPUS, 270).to_json())
+    assert backend.get_vocab_size() == 270
+    assert Tokenizer(backend).vocab_size == 269
+    backend.add_special_tokens(["<|other|>"])
+    assert Tokenizer(backend).vocab_size == len(Tokenizer(backend)) == 271
+
+
 @pytest.mark.parametrize("case", GOLDEN["encode"], ids=lambda case: repr(case["text"])[:20])
 def test_encoding_and_padding_equal_the_originals(gpt2, case):
     ids = gpt2.encode(case["text"], parse_special=True)

@@ -100,7 +100,7 @@ def test_twice_the_same_whatever_the_batches(talkative, two_shots):
 
 
 def test_several_devices_give_what_one_gives(talkative, two_shots):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, model=2, slice=2))
     params = jax.device_put(talkative.params, parameter_shardings(talkative.params, mesh, SHARDINGS))
     spread = type(talkative)(talkative.config, params, talkative.tokenizer)
     result = evaluate_task(spread, dataclasses.replace(OWN, shots=2), DATA, batch_size=3, mesh=mesh)

@@ -316,6 +316,7 @@ def test_an_mlp_adapter_reads_what_its_mlp_reads(name):
     ("config", "message"),
     [
         (lambda: GPT2Config(heads=5), "5 heads do not divide the width 768"),
+        (lambda: GPTJConfig(head_rows=50257), "head_rows 50257 is below vocab_rows 50258"),
         (lambda: GPTNeoConfig(window=0), "window must be at least 1, got 0"),
         (lambda: GPTNeoConfig(attention=()), "attention names no kind of layer"),
         (lambda: GPTNeoXConfig(rotary_dim=65), "rotary_dim 65 must be even and fit in one head"),

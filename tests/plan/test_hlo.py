@@ -85,7 +85,7 @@ def test_a_collective_beside_two_fusions_is_one(costs):
     found = {collective.kind: collective for collective in costs.collectives}
     assert len(costs.collectives) == len(found) == 3
     gather, total = found["all-gather"], found["all-reduce"]
-    assert (gather.group, gather.count, gather.loop, gather.dims) == (4, 2, True, ((32, 4),))
+    assert (gather.group, gather.count, gather.loop, gather.shapes[0].dims) == (4, 2, True, (32, 4))
     assert gather.received == 3 * 8 * 4 * 2
     assert (total.group, total.count, total.received) == (2, 2, 2 * (16 * 32 * 2) / 2)
     assert (found["collective-permute"].count, found["collective-permute"].loop) == (1, False)
@@ -258,3 +258,57 @@ ENTRY %main (a0: s32[], a1: f32[4,8]) -> f32[4,4] {
 
 def test_of_branches_the_dearest_counts():
     assert program_costs(BRANCHES, devices=1).flops == 2 * 4 * 4 * 8
+
+
+SLICES = """\
+HloModule slices, is_scheduled=true
+
+%condition (c0: (s32[], f32[16,4])) -> pred[] {
+  %c0 = (s32[], f32[16,4]{1,0}) parameter(0)
+  %limit = s32[] constant(3)
+  %i = s32[] get-tuple-element(%c0), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (b0: (s32[], f32[16,4])) -> (s32[], f32[16,4]) {
+  %b0 = (s32[], f32[16,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b0), index=0
+  %grads = f32[16,4]{1,0} get-tuple-element(%b0), index=1
+  %after = token[] after-all()
+  %send.1 = (f32[16,4]{1,0}, u32[], token[]) send(%grads, %after), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (f32[16,4]{1,0}, u32[], token[]) recv(%after), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent.1 = token[] send-done(%send.1), channel_id=2, is_host_transfer=true
+  %received.1 = (f32[16,4]{1,0}, token[]) recv-done(%recv.1), channel_id=1, is_host_transfer=true
+  %total = f32[16,4]{1,0} get-tuple-element(%received.1), index=0
+  ROOT %next = (s32[], f32[16,4]{1,0}) tuple(%i, %total)
+}
+
+ENTRY %main (a0: f32[16,4], a1: f32[8]) -> f32[16,4] {
+  %a0 = f32[16,4]{1,0} parameter(0)
+  %a1 = f32[8]{0} parameter(1)
+  %zero = s32[] constant(0)
+  %init = (s32[], f32[16,4]{1,0}) tuple(%zero, %a0)
+  %loop = (s32[], f32[16,4]{1,0}) while(%init), condition=%condition, body=%body
+  %after.2 = token[] after-all()
+  %whole = f32[32]{0} all-gather(%a1), channel_id=2, replica_groups={{0,1,2,3}}, dimensions={0}
+  %send.2 = (f32[8]{0}, u32[], token[]) send(%a1, %after.2), channel_id=4, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %recv.2 = (f32[3,8]{1,0}, u32[], token[]) recv(%after.2), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  ROOT %end = f32[16,4]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_transfer_to_the_hosts_of_other_slices_is_a_collective_between_them():
+    costs = program_costs(SLICES, devices=4, slices=3)
+    found = {(one.kind, one.between_slices): one for one in costs.collectives}
+    assert len(found) == len(costs.collectives) == 3
+    reduced, gathered = found["all-reduce", True], found["all-gather", True]
+    assert (reduced.count, reduced.loop, reduced.received) == (3, True, 2 * (16 * 4 * 4) * 2 / 3)
+    assert (gathered.count, gathered.group, gathered.received) == (1, 3, 2 * 8 * 4)
+    assert found["all-gather", False].received == 3 * 8 * 4
+    whole, context = 8 * 4 + 32 * 4, 4
+    assert costs.hbm_bytes == 3 * (2 * 16 * 4 * 4 + context) + whole + 8 * 4 + 3 * 8 * 4 + context

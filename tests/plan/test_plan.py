@@ -15,7 +15,7 @@ from magma_jax.plan import chips
 from magma_jax.plan.__main__ import main
 from magma_jax.plan.chips import CHIPS, Topology, open_topology
 from magma_jax.plan.compilation import Compiled, batch_structs, compile_decode, compile_step
-from magma_jax.plan.hlo import Collective, Costs
+from magma_jax.plan.hlo import Collective, Costs, Shape
 from magma_jax.plan.report import Plan, frozen_gathers, make_plan, to_json, to_text
 from magma_jax.runtime.sharding import MeshConfig, make_mesh
 from magma_jax.training.run.program import build_program
@@ -62,16 +62,33 @@ def test_text_and_json_tell_the_same(plan):
     text, values = to_text(plan), json.loads(json.dumps(to_json(plan)))
     assert f"{values['mfu']:.1%}" in text
     assert f"{values['memory']['total'] / 2**30:8.2f} of 16: fits" in text
-    assert values["mesh"] == {"data": 2, "fsdp": 4, "model": 1}
+    assert values["mesh"] == {"slice": 1, "data": 2, "fsdp": 4, "model": 1}
     assert values["roofline"]["seconds"] == plan.seconds
 
 
+def test_what_crosses_from_slice_to_slice_has_a_bound_of_its_own(plan):
+    between = Collective("all-reduce", (Shape("f32", (8,), True),), 2, 2.0**30, 3, True, between_slices=True)
+    topology = Topology("v5e:2x2", CHIPS["v5e"], tuple(jax.devices()), slices=2)
+    costs = dataclasses.replace(plan.costs, collectives=(*plan.costs.collectives, between))
+    sliced = dataclasses.replace(plan, topology=topology, costs=costs)
+    assert "dcn" not in plan.terms
+    assert sliced.terms == plan.terms | {"dcn": 3 * 2**30 / 3.125e9}
+    assert sliced.seconds == sliced.terms["dcn"]
+    text, values = to_text(sliced), to_json(sliced)
+    assert "on 2 x v5e:2x2: 8 devices" in text
+    assert "each slice receives 12.000 GiB from others in one step" in text
+    learned = sum(leaf.size for leaf in program().state.trainable.values())
+    assert values["gradient_bytes"] == 4 * learned
+    assert values["from_slices"] == 3 * 2**30
+    assert values["collectives"][-1]["between_slices"]
+
+
 def test_gathers_of_frozen_weights_are_told_from_those_that_learn():
-    def gather(dims, loop=True):
-        return Collective("all-gather", (dims,), 4, 1.0, 2, loop)
+    def gather(dims, loop=True, dtype="bf16"):
+        return Collective("all-gather", (Shape(dtype, dims, True),), 4, 1.0, 2, loop)
 
     adapter, c_fc = (8, 32), (1, 32, 64)
-    costs = Costs(0.0, 0.0, (gather(adapter), gather(c_fc), gather(c_fc, loop=False)), 0)
+    costs = Costs(0.0, 0.0, (gather(adapter), gather(c_fc), gather(c_fc, loop=False), gather(c_fc, dtype="s32")), 0)
     assert frozen_gathers(program(), costs) == 2
 
 
@@ -112,6 +129,7 @@ def test_a_decoding_step_reads_the_cache_in_place():
         (["--topology", "v7:4x4"], "expected CHIP:SHAPE"),
         (["--topology", "v5e:4by4"], "expected CHIP:SHAPE"),
         (["--topology", "v5e:2x2", "--set", "nonsense=1"], "unknown key"),
+        (["--topology", "v4:2x2x1", "--set", "mesh.slice=2"], "between slices of v4 is not published"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
@@ -129,12 +147,12 @@ def test_without_the_compiler_the_command_to_install_it_is_told(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize(("name", "devices"), [("v4:2x2x1", 4), ("tpu7x:2x1x1", 4)])
-def test_a_tpu_plan(name, devices):
-    topology = open_topology(name)
+@pytest.mark.parametrize(("name", "slices", "devices"), [("v4:2x2x1", 1, 4), ("tpu7x:2x1x1", 1, 4), ("v5e:2x2", 2, 8)])
+def test_a_tpu_plan(name, slices, devices):
+    topology = open_topology(name, slices)
     assert len(topology.devices) == devices
     assert {device.device_kind for device in topology.devices} == {topology.chip.kind}
-    config = tiny.run_config(batch_size=BATCH, mesh=MeshConfig(fsdp=4))
+    config = tiny.run_config(batch_size=BATCH, mesh=MeshConfig(fsdp=4, slice=slices))
     built = build_program(family_of(config.model), config, make_mesh(config.mesh, topology.devices))
     planned = make_plan(built, topology, compile_decode(built, BATCH, slots=64), "generate", BATCH)
     assert planned.fits

@@ -1,6 +1,7 @@
 """Every parameter has a place on every mesh, and moments lie where their parameters lie."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,27 @@ def test_a_mesh_that_does_not_fit_the_devices_is_an_error():
         make_mesh(MeshConfig(fsdp=3))
     with pytest.raises(ValueError, match=r"mesh\.fsdp must be at least 1"):
         MeshConfig(fsdp=-1)
+
+
+def test_slices_are_the_outer_axis_and_split_the_batch_alone():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, model=2, slice=2))
+    assert [[device.id for device in part.flat] for part in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert sharding.parameter_spec("lm/layers/mlp/c_fc/weight", (28, 16384, 4096), mesh, ()) == P(None, "model", "fsdp")
+    assert sharding.batch_shards(mesh) == 4
+
+
+@pytest.mark.parametrize(
+    ("belongs", "count", "message"),
+    [
+        ((0, 0, 1, 1), 1, r"mesh\.slice is 1, but the TPUs belong to 2: set mesh\.slice=2"),
+        ((None, None), 2, r"mesh\.slice is 2, but the TPUs belong to 1: set mesh\.slice=1"),
+        ((0, 0, 1), 2, "slices of different sizes, 1 and 2 devices"),
+    ],
+)
+def test_tpus_know_their_slices(belongs, count, message):
+    devices = [SimpleNamespace(platform="tpu", slice_index=index) for index in belongs]
+    with pytest.raises(ValueError, match=message):
+        make_mesh(MeshConfig(slice=count), devices)
 
 
 def test_weights_of_convolutions_travel_and_activations_do_not():

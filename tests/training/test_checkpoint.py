@@ -1,5 +1,6 @@
 """Checkpoints of a run: all of the state on any mesh, the newest and the best kept, damage noticed and survived."""
 
+import logging
 import shutil
 
 import jax
@@ -253,3 +254,11 @@ def test_a_failed_save_is_raised_and_costs_no_older_step(workdir, monkeypatch, c
     monkeypatch.undo()
     _save(workdir, _snapshot(6), keep=3)
     assert _steps(workdir) == ["3", "4", "6"]
+
+
+def test_what_the_run_says_itself_orbax_does_not_log(tmp_path, caplog):
+    with RunCheckpoints(tmp_path, writing=True):
+        logger = logging.getLogger("absl")
+        for said in ("Reached preemption sync point, step=26", "something else"):
+            logger.handle(logger.makeRecord("absl", logging.WARNING, "orbax/multihost.py", 437, said, (), None))
+    assert [record.message for record in caplog.records] == ["something else"]

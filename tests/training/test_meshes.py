@@ -34,10 +34,10 @@ PROCESS_MESH = (2, 2, 2)
 ROOT = Path(__file__).parents[2]
 
 
-def _first_step(data: int, fsdp: int, model: int, seeds: Sequence[int] = (0,)) -> tuple[list[Any], Params]:
+def _first_step(sizes: MeshConfig, seeds: Sequence[int] = (0,)) -> tuple[list[Any], Params]:
     """Metrics of the first step, by seeds of its dropout, and the frozen parameters behind it."""
-    config = tiny.mesh_config(MeshConfig(data, fsdp, model), steps=1)
-    mesh = make_mesh(config.mesh, jax.devices()[: data * fsdp * model])
+    config = tiny.mesh_config(sizes, steps=1)
+    mesh = make_mesh(config.mesh, jax.devices()[: sizes.data * sizes.fsdp * sizes.model * sizes.slice])
     program = build_program(family_of(config.model), config, mesh)
     params = fresh_params(family_of(config.model), config, program.params)
     dataset, size = tiny.dataset(), config.batch_size
@@ -50,19 +50,20 @@ def _first_step(data: int, fsdp: int, model: int, seeds: Sequence[int] = (0,)) -
 
 @pytest.fixture(scope="module")
 def one_device() -> tuple[dict[str, float], Params]:
-    (metrics, other), frozen = _first_step(1, 1, 1, seeds=(0, 1))
+    (metrics, other), frozen = _first_step(MeshConfig(1, 1, 1), seeds=(0, 1))
     # Dropout matters: gradients agree only where it falls on the same places.
     assert abs(metrics["grad_norm"] - other["grad_norm"]) > 10 * GRADIENT_TOLERANCE * metrics["grad_norm"]
     return metrics, frozen
 
 
-SIZES = [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(8, 1, 1), (1, 8, 1)])]
+# Two slices of (1, 2, 2); one slice of (2, 2, 2) is what the other tests of meshes have.
+SIZES = [(1, 2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(8, 1, 1), (1, 8, 1)])]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_step_is_the_same_on_every_mesh(one_device, sizes):
     expected, expected_frozen = one_device
-    (metrics,), frozen = _first_step(*sizes)
+    (metrics,), frozen = _first_step(MeshConfig(*sizes))
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=LOSS_TOLERANCE)
     np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=GRADIENT_TOLERANCE)
     assert frozen.keys() == expected_frozen.keys()
@@ -72,7 +73,7 @@ def test_a_step_is_the_same_on_every_mesh(one_device, sizes):
 
 def test_a_batch_that_cannot_be_split_evenly_is_an_error():
     config = dataclasses.replace(tiny.mesh_config(MeshConfig(fsdp=8), steps=1), accumulate=2)
-    with pytest.raises(ConfigError, match=r"batch_size 8 is not a multiple of 16 \(mesh\.data x mesh\.fsdp = 8"):
+    with pytest.raises(ConfigError, match=r"8 is not a multiple of 16 \(mesh\.slice x mesh\.data x mesh\.fsdp = 8"):
         build_program(family_of(config.model), config, make_mesh(config.mesh))
 
 

@@ -46,22 +46,33 @@ def _text_step(mesh, accumulate):
         accumulate=accumulate,
         mesh=mesh,
     )
-    devices = jax.devices()[: 1 if mesh.data == 1 else 8]
+    devices = jax.devices()[: 1 if mesh == MeshConfig(data=1) else 8]
     program = build_program(family_of(config.model), config, make_mesh(mesh, devices))
     params = fresh_params(family_of(config.model), config, program.params)
-    compiled = program.step.lower(program.state, program.frozen, _uneven_text(), jax.random.key(0)).compile()
-    _, metrics = program.step(program.init_state(params), {}, _uneven_text(), jax.random.key(0))
-    return compiled.as_text(), metrics
+    state, metrics = program.step(program.init_state(params), {}, _uneven_text(), jax.random.key(0))
+    return program, metrics, state.trainable
 
 
 def test_the_mean_is_over_tokens_whatever_devices_and_parts_hold():
-    _, expected = _text_step(MeshConfig(data=1), 1)
-    program, metrics = _text_step(MeshConfig(data=8), 2)
+    _, expected, _ = _text_step(MeshConfig(data=1), 1)
+    program, metrics, _ = _text_step(MeshConfig(data=8), 2)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
     # Every device holds a share of both parts: rows, losses and gradients are summed, and nothing else travels.
-    kinds = set(re.findall(r" (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", program))
+    compiled = program.step.lower(program.state, program.frozen, _uneven_text(), jax.random.key(0)).compile()
+    kinds = set(re.findall(r" (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", compiled.as_text()))
     assert kinds == {"all-reduce"}
+
+
+def test_slices_train_as_one_to_the_bit(capfd):
+    _, expected, one = _text_step(MeshConfig(data=2, fsdp=2, model=2), 1)
+    _, metrics, several = _text_step(MeshConfig(data=1, fsdp=2, model=2, slice=2), 1)
+    assert metrics["loss"] == expected["loss"]
+    for path, leaf in several.items():
+        np.testing.assert_array_equal(leaf, one[path], err_msg=path)
+        assert "slice" not in str(leaf.sharding.spec)
+    # XLA's complaint if it replicates an array to get from one sharding to another.
+    assert "rematerialization" not in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,8 @@ class Tokenizer:
                     "to another model"
                 )
         self._rows = max(vocabulary.values()) + 1
+        # A published vocabulary may have words behind its own <|image|>.
+        self._text_rows = max(token for word, token in vocabulary.items() if word != image) + 1
         self._of_bytes = isinstance(backend.decoder, decoders.ByteLevel)
         # Each character of a byte-level token represents one byte.
         self.longest: int = max(len(symbols) if self._of_bytes else len(symbols.encode()) for symbols in vocabulary)
@@ -99,8 +101,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids without ``<|image|>``, as the original counts (50257 for GPT-2)."""
-        return len(self) - 1
+        """Rows that the ids of texts need, without ``<|image|>`` (50257 for GPT-2, as the original counts)."""
+        return self._text_rows
 
     def encode(self, text: str, parse_special: bool = False, *, first: bool = False) -> list[int]:
         """Ids of ``text``, without added tokens.

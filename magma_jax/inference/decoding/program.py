@@ -20,7 +20,7 @@ def decode_program(
 ) -> tuple[Any, tuple[Any, ...]]:
     """A decoding step of ``rows`` rows with ``slots`` cache slots each, and the shapes of its arguments.
 
-    Rows are sharded over ``data`` and ``fsdp``, the cache's heads over ``model``.
+    Rows are sharded over ``slice``, ``data`` and ``fsdp``, the cache's heads over ``model``.
 
     Args:
         language_model: maps a model to its language model, and a model's config to the config of that part.

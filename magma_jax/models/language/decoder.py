@@ -37,6 +37,11 @@ class DecoderConfig:
 
     Attributes:
         kind: name of the kind in configs.
+        layers: number of blocks.
+        width: features of a hidden state.
+        heads: number of attention heads.
+        feed_forward: hidden features of the MLP.
+        layernorm_eps: added to the variance (or mean square) in norms.
         vocab_rows: rows of the embedding table.
         head_rows: rows of the head; ids beyond the embedding table are never sampled.
         context_length: positions the model was trained on, in tokens.
@@ -146,7 +151,8 @@ def block_config(config: DecoderConfig, **changes: Any) -> BlockConfig:
 
 
 def check_heads(config: DecoderConfig, *, divide: bool = True) -> None:
-    """Raises ValueError if there are more than ``MAX_LAYERS`` layers, or the heads do not divide the width.
+    """Raises ValueError if there are more than ``MAX_LAYERS`` layers, fewer rows in the head than in the table, or the
+    heads do not divide the width.
 
     With ``divide=False`` they need not.
     """
@@ -154,5 +160,10 @@ def check_heads(config: DecoderConfig, *, divide: bool = True) -> None:
     check_dtype("language model: dtype", config.dtype, QUANTIZED)
     if config.layers > MAX_LAYERS:
         raise ValueError(f"language model: {config.layers} layers are more than {MAX_LAYERS}")
+    if config.head_rows < config.vocab_rows:
+        raise ValueError(
+            f"language model: head_rows {config.head_rows} is below vocab_rows {config.vocab_rows}; "
+            "every token that can be read must have a logit"
+        )
     if divide and config.width % config.heads:
         raise ValueError(f"language model: {config.heads} heads do not divide the width {config.width}")

@@ -15,6 +15,7 @@ class GPTNeoXConfig(DecoderConfig):
 
     Attributes:
         rotary_dim: features per head that rotary embedding rotates.
+        rotary_base: base of the rotary frequencies, ``theta``.
         vocab_rows: rows of the embedding table, and of the head.
         context_length: positions the model was trained on, in tokens.
         parallel_residual: whether attention and MLP run in parallel (as published) or in sequence.

@@ -21,6 +21,7 @@ class GPTJConfig(DecoderConfig):
         head_rows: rows of the head; ids beyond the embedding table are never sampled.
         context_length: positions the model was trained on, in tokens.
         rotary_dim: features per head that rotary embedding rotates.
+        rotary_base: base of the rotary frequencies, ``theta``.
         embedding_std: standard deviation of a fresh embedding table.
         dtype: dtype the weights are stored in.
     """

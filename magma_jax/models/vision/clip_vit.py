@@ -30,6 +30,11 @@ class CLIPViTConfig:
     """Sizes of a CLIP vision transformer.
 
     Attributes:
+        layers: number of blocks.
+        width: features of a patch token.
+        heads: number of attention heads.
+        patch: pixels per side of a patch.
+        image_size: pixels per side of an image; pixels beyond the last whole patch are not seen.
         embedding_width: width of CLIP's image embedding, which ``pooled`` returns.
         activation: ``quick_gelu`` is the sigmoid approximation of GELU that OpenAI's models use; most that open_clip
             trained use ``gelu``. It cannot be inferred from the weights.

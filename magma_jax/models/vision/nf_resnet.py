@@ -26,7 +26,15 @@ RELU_GAMMA = 1.7139588594436646
 
 @dataclasses.dataclass(frozen=True)
 class NFResNetConfig:
-    """Sizes of an NF-ResNet; the defaults are NF-ResNet-50."""
+    """Sizes of an NF-ResNet; the defaults are NF-ResNet-50.
+
+    Attributes:
+        blocks: residual blocks in each stage.
+        stage_channels: channels after each stage; those of the last are the output's.
+        stem_channels: channels after the stem.
+        image_size: pixels per side of an image.
+        alpha: factor of a block's residual branch.
+    """
 
     blocks: tuple[int, ...] = (3, 4, 6, 3)
     stage_channels: tuple[int, ...] = (256, 512, 1024, 2048)

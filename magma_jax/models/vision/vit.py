@@ -59,8 +59,14 @@ class ViTConfig:
     """Sizes of a vision transformer.
 
     Attributes:
+        layers: number of blocks.
+        width: features of a patch token.
+        heads: number of attention heads.
+        feed_forward: hidden features of the MLP.
+        patch: pixels per side of a patch.
         image_size: pixels per side; published tables of positions are resized to it.
         output: ``grid`` (patch tokens) or ``pooled`` (one vector).
+        eps: added to the variance in LayerNorms.
     """
 
     layers: int = 12
@@ -138,7 +144,13 @@ class DINOv2Config(ViTConfig):
 
 @dataclasses.dataclass(frozen=True)
 class DINOv3Config(ViTConfig):
-    """DINOv3: rotary angles in place of a table of positions; see ``DINOv2Config``."""
+    """DINOv3: rotary angles in place of a table of positions.
+
+    Attributes:
+        registers: tokens without content beside the class token.
+        gated: SwiGLU in place of the MLP, with ``feed_forward`` gated features.
+        rotary_base: base of the rotary frequencies, ``theta``.
+    """
 
     eps: float = 1e-5
     registers: int = 4

@@ -375,7 +375,7 @@ def items_of(snapshot: Snapshot) -> dict[str, Any]:
 
 def checkpoint_context() -> ocp.Context:
     """Orbax's options for steps."""
-    logging.getLogger("absl").addFilter(_is_no_traceback)
+    logging.getLogger("absl").addFilter(_is_wanted)
     context = ocp.Context()
     context.checkpointables_options.registry = ocp.handlers.local_registry().add(
         ocp.handlers.JsonHandler, checkpointable_name="progress"
@@ -411,9 +411,11 @@ def _lock(workdir: Path) -> RunLock | None:
     return lock
 
 
-def _is_no_traceback(record: logging.LogRecord) -> bool:
-    """Log filter for Orbax, which logs a failed save five times before it raises the error, reported in one line."""
-    return not (record.exc_info and "orbax" in record.pathname)
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Log filter for Orbax, which logs a failed save five times before it raises the error, and every thread's notice
+    of a signal that stops several processes; the run reports each in one line."""
+    reported = record.exc_info or "preemption sync point" in str(record.msg)
+    return not (reported and "orbax" in record.pathname)
 
 
 def _optimizer_part(state: TrainState, key: PRNGKey) -> dict[str, Any]:

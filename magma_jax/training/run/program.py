@@ -18,6 +18,7 @@ from magma_jax.family import Family
 from magma_jax.nn.modules import Definition, spared_by_decay, split, variable_types
 from magma_jax.runtime.compile import compiler_options
 from magma_jax.runtime.sharding import (
+    BATCH_AXES,
     batch_sharding,
     batch_shards,
     on_mesh,
@@ -44,7 +45,7 @@ class Program:
         state: the train state, likewise.
         frozen: the frozen part of ``params``.
         step: jitted ``(state, frozen, batch, key) -> (state, metrics)``; the state is donated, every array of
-            ``batch`` has its rows over ``data`` and ``fsdp``, ``key`` and metrics are replicated.
+            ``batch`` has its rows over ``slice``, ``data`` and ``fsdp``, ``key`` and metrics are replicated.
     """
 
     family: Family
@@ -77,9 +78,10 @@ def build_program(family: Family, config: RunConfig, mesh: Mesh) -> Program:
     config = completed(family, config)
     parts = batch_shards(mesh) * config.accumulate
     if config.batch_size % parts:
+        axes = " x ".join(f"mesh.{name}" for name in BATCH_AXES)
         raise ConfigError(
             f"batch_size {config.batch_size} is not a multiple of {parts} "
-            f"(mesh.data x mesh.fsdp = {batch_shards(mesh)}, accumulate {config.accumulate})"
+            f"({axes} = {batch_shards(mesh)}, accumulate {config.accumulate})"
         )
     model = nnx.eval_shape(functools.partial(create_model, family, config))
     graphdef, shapes = split(model)

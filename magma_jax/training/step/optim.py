@@ -52,6 +52,10 @@ class OptimConfig:
         steps: length of the schedule in optimizer steps; None for the length of the run.
         warmup_steps: steps of the warm-up; ``cosine`` warms up linearly, by default not at all.
         restarts: optimizer steps, ascending, at which ``cosine`` returns to the peak, see ``make_schedule``.
+        final_fraction: share of the peak at which ``cosine`` ends.
+        b1: AdamW's decay rate of the mean of gradients.
+        b2: AdamW's decay rate of the mean of their squares.
+        eps: added by AdamW to the root of that mean.
         weight_decay: decoupled (AdamW), for groups that do not set one; it skips biases and LayerNorm weights, see
             ``nn.modules``.
         clip_norm: global norm that gradients are clipped to; 0 for no clipping.
