@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,7 +51,7 @@ SIGLIP = {
 def repositories(tmp_path_factory):
     """Tiny models under the names of the page, in the files that the hub has of such models; and others."""
     folder = tmp_path_factory.mktemp("names")
-    lm = vars(LANGUAGE_MODELS["qwen3"]) | {"vocab_rows": 300, "context_length": 512}
+    lm = vars(LANGUAGE_MODELS["qwen3"]) | {"vocab_rows": 300, "context_length": 192}
     lm = type(LANGUAGE_MODELS["qwen3"])(**{name: value for name, value in lm.items() if name != "kind"})
     params = split(Decoder(lm, rngs=nnx.Rngs(0)))[1]
     tensors = to_theirs(language_model_table(lm), {path: np.asarray(leaf) for path, leaf in params.items()})
@@ -144,6 +145,7 @@ def test_names_that_do_not_work(hub, names, says, capsys):
 # ``magma-jax`` as the page calls it; what is trained is small.
 COMMAND = """#!{python}
 import sys
+import time
 from importlib.util import find_spec
 from magma_jax.__main__ import main
 if __name__ == "__main__":
@@ -185,10 +187,11 @@ def test_the_page_from_names_to_a_server(repositories, tmp_path):
         for number, text in enumerate(blocks):
             if number == 1:
                 hub.requests.clear()  # of composing
-            command = variables + text.replace("8000", port)
+            command, begun = variables + text.replace("8000", port), time.monotonic()
             done = subprocess.run(
                 ["bash", "-ec", command], cwd=work, env=environment, capture_output=True, text=True, check=False
             )
+            print(f"{time.monotonic() - begun:.0f} seconds: {text.splitlines()[0]}", flush=True)
             assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
             assert "Warning" not in done.stderr, done.stderr
             said += done.stdout + done.stderr
