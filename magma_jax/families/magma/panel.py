@@ -76,6 +76,7 @@ class Sampler:
         run = self._run
         assert run.dataset.images is not None  # only image datasets are sampled
         tokenizer, images = run.dataset.tokenizer, run.dataset.images[self._rows]
+        assert isinstance(tokenizer, Tokenizer)  # pairs alone have others
         features = self._features
         if features is None:
             # A frozen encoder's features come from the program that encoded the training images.
