@@ -26,7 +26,7 @@ COUNTS = {
     "quickstart.py": (668_928, 7_575_553),
     "own_data.py": (668_928, 7_575_553),
     "quickstart_lm.py": (4_204_545, 0),
-    "smollm2_quickstart.py": (32_079_456, 137_886_016),
+    "smollm2_quickstart.py": (45_610_848, 137_886_016),
     "finetune_quickstart.py": (668_928 + 2 * 256 + 2, 7_575_553),
     "cm3leon_350m.py": (373_295_104, 0),
     "cm3leon_760m.py": (786_435_072, 0),

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from magma_jax.config import ConfigError
-from magma_jax.families.magma.word_start import ridge, word_start
+from magma_jax.families.magma.word_start import both_ends, equal_parts, ridge, word_start
 from magma_jax.models.prefix import PrefixConfig
+from magma_jax.models.vision.efficientnet_lite import EfficientNetLiteConfig
 from tests import tiny
 
 MODULE = "magma_jax.families.magma.word_start"
@@ -45,8 +46,21 @@ def test_vectors_start_near_the_words_of_a_caption(monkeypatch):
     captions = [sample.answer for sample in DATA.evaluation["train"] if sample.kind == "caption"]
     for caption, made in zip(captions, vectors.reshape(4, 9, 32), strict=True):
         tokens = DATA.tokenizer.encode(caption)
-        assert len(tokens) < 9
-        np.testing.assert_allclose(made, table[(tokens * 9)[:9]], atol=1e-3)
+        np.testing.assert_allclose(made, table[both_ends(tokens, 9)], atol=1e-3)
+
+
+def test_vectors_are_of_both_ends_of_a_caption():
+    assert both_ends(list(range(9)), 5) == [0, 1, 2, 7, 8]
+    assert both_ends([1, 2, 3], 8) == [1, 2, 3, 1, 1, 2, 3, 1]
+    assert both_ends([1, 2, 3], 1) == [1]
+
+
+def test_a_layer_of_few_features_counts_like_one_of_many():
+    encoder = EfficientNetLiteConfig(image_size=32, taps=("head",), statistics=("stem",), joined=True)
+    assert encoder.parts == (1280, 64)
+    features = np.random.default_rng(0).normal(size=(50, encoder.channels))
+    many, few = np.split((features * equal_parts(features, encoder.parts)).var(0), [1280])
+    np.testing.assert_allclose([many.sum(), few.sum()], 1)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """A prefix that starts as words: regressed on the embeddings of the captions' own tokens.
 
-A frozen language model knows what to do with the vectors of "a lion"; a random prefix has to find them through all of
-its layers, which costs a pass forward and back a step. Ridge regression from the image features to the embeddings of a
-caption's tokens finds them at once: vector i of an image starts near the embedding of token i of its caption, which is
-repeated until all vectors have one. The LayerNorm behind it gives the vectors their length. Only images with captions
-are used; training goes on from there.
+A frozen language model knows what to do with the vectors of "a lion"; a random prefix has to find them through all of its
+layers, which costs a pass forward and back a step. Ridge regression from the image features to the embeddings of a
+caption's tokens finds them at once: the first half of an image's vectors start near the first tokens of its caption,
+the second half near the last ones, so that words at the end, such as colours, have the same vector in captions of any
+length. The LayerNorm behind it gives the vectors their length. Only images with captions are used; training goes on
+from there.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from magma_jax.storage.deferred import read_array
 from magma_jax.typing import Float, Params
 
 # The penalty, as a share of the mean squared length of an image's features.
-RIDGE = 0.03
+RIDGE = 1e-3
 
 
 def word_start(config: MagmaConfig, dataset: Any, graphdef: Any, params: Params) -> Params:
@@ -41,10 +43,11 @@ def word_start(config: MagmaConfig, dataset: Any, graphdef: Any, params: Params)
         features = (features - mean) / std
         found = {"image_prefix/feature_mean": mean, "image_prefix/feature_std": std}
     count = config.prefix.image_positions
-    tokens = np.array([_repeated(dataset.tokenizer.encode(sample.answer), count) for sample in captions])
+    tokens = np.array([both_ends(dataset.tokenizer.encode(sample.answer), count) for sample in captions])
     embeddings = read_array(params["lm/wte/weight"]).astype(np.float32)[tokens].reshape(len(captions), -1)
-    weight, bias = ridge(features, embeddings, RIDGE)
-    return found | {"image_prefix/proj/weight": weight, "image_prefix/proj/bias": bias}
+    scale = equal_parts(features, getattr(config.encoder, "parts", features.shape[1:]))
+    weight, bias = ridge(features * scale, embeddings, RIDGE)
+    return found | {"image_prefix/proj/weight": weight * scale, "image_prefix/proj/bias": bias}
 
 
 def ridge(
@@ -60,5 +63,16 @@ def ridge(
     return weight, mean - weight @ centre
 
 
-def _repeated(tokens: list[int], count: int) -> list[int]:
-    return (tokens * count)[:count]
+def equal_parts(features: Float[np.ndarray, "N C"], sizes: Sequence[int]) -> Float[np.ndarray, " C"]:
+    """Factors that give the parts of a feature vector the same variance in total.
+
+    Otherwise the thousands of features of one layer hide the few of another from the penalty.
+    """
+    parts = np.split(features.var(0), np.cumsum(sizes)[:-1])
+    return np.concatenate([np.full(len(part), 1 / np.sqrt(max(part.sum(), 1e-12))) for part in parts])
+
+
+def both_ends(tokens: list[int], count: int) -> list[int]:
+    """The first and the last tokens, half of ``count`` each; fewer tokens are repeated."""
+    repeated, last = (tokens * count)[:count], count // 2
+    return repeated[: count - last] + (tokens[-last:] if 0 < last <= len(tokens) else repeated[:last])

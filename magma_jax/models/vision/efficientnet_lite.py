@@ -101,9 +101,14 @@ class EfficientNetLiteConfig:
     @property
     def channels(self) -> int:
         """Channels of a cell, or of the joined vector."""
+        return sum(self.parts)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Channels by layer, those of ``taps`` and then those of ``statistics``."""
         widths = {"stem": _STEM, "head": _HEAD, **{i: block.out_channels for i, block in enumerate(BLOCKS)}}
         cells = self.side**2 if self.joined else 1
-        return cells * sum(widths[tap] for tap in self.taps) + 2 * sum(widths[layer] for layer in self.statistics)
+        return (*(cells * widths[tap] for tap in self.taps), *(2 * widths[layer] for layer in self.statistics))
 
     @property
     def positions(self) -> int | None:
