@@ -1,7 +1,7 @@
 """A prefix that starts as words: regressed on the embeddings of the captions' own tokens.
 
-A frozen language model knows what to do with the vectors of "a lion"; a random prefix has to find them through all of its
-layers, which costs a pass forward and back a step. Ridge regression from the image features to the embeddings of a
+A frozen language model knows what to do with the vectors of "a lion"; a random prefix has to find them through all of
+its layers, which costs a pass forward and back a step. Ridge regression from the image features to the embeddings of a
 caption's tokens finds them at once: the first half of an image's vectors start near the first tokens of its caption,
 the second half near the last ones, so that words at the end, such as colours, have the same vector in captions of any
 length. The LayerNorm behind it gives the vectors their length. Only images with captions are used; training goes on
