@@ -13,7 +13,7 @@ from magma_jax.training.step.optim import Group
 # Together with the shared rows, exactly one matches each parameter.
 SHARDINGS: tuple[ShardingRow, ...] = (
     # Split by width, as the table of tokens is.
-    (r"(special|image_positions|text_positions|special_positions)/weight", (None, ("model", "fsdp"))),
+    (r"(special|image_positions|text_positions|special_positions)/weight", (None, ("fsdp", "model"))),
     # The norm that follows needs the whole width.
     (r"(head|caption|join|part)_proj/weight", ("fsdp", "model")),
     (r"(length|class)_head/weight", (None, ("fsdp", "model"))),
