@@ -45,7 +45,7 @@ SHARED: tuple[ShardingRow, ...] = (
     (r"(lm/)?lm_head/weight(_scale)?", ("model", "fsdp")),
     (r"(lm/)?lm_head/bias", ("model",)),
     # Split by width: row counts such as 50,258 rarely divide by the axis sizes. Over fsdp first: the other order moves
-    # less between chips, but XLA of jax 0.12 then computes wrong values, as tests/families/test_magvlt_loss.py shows.
+    # less between chips, but XLA then computes wrong values, as tests/families/test_magvlt_loss.py shows.
     (r"(lm/)?w[tp]e/weight", (None, ("fsdp", "model"))),
     (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc|c_gate)/lora/down/weight", (None, "fsdp")),
     (r"(lm/)?layers/.*(q_proj|k_proj|v_proj|qkv_proj|c_fc|c_gate)/lora/up/weight", ("model", None)),
