@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
                 "groups": {"encoder": "frozen", "prefix": {"learning_rate": 2e-6}},
             },
             "weights": {"lm": SMOLLM2, "image_prefix/encoder": "efficientnet_lite0"},
-            "steps": 900,
+            "steps": 400,
             "batch_size": 16,
             "checkpoint_every": 300,
         }
