@@ -29,6 +29,7 @@ from magma_jax.training.checkpoints.checkpoint import (
     CHECKPOINTS,
     WRITTEN_LAST,
     RunCheckpoints,
+    SavesInBackground,
     Snapshot,
     checkpoint_context,
     items_of,
@@ -42,7 +43,7 @@ _BY_ORBAX = "gs://"
 _STEP = re.compile(r"(\d+)/")
 
 
-class BucketCheckpoints:
+class BucketCheckpoints(SavesInBackground):
     """The checkpoints of a run folder in a bucket, for the run that writes them; see ``checkpoint.RunCheckpoints``.
 
     Args:
@@ -150,22 +151,8 @@ class BucketCheckpoints:
         if self._saving is not None and not self._saving.is_alive():
             self._finish_save()
 
-    def __enter__(self) -> "BucketCheckpoints":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        try:
-            self.close()
-        except CheckpointError:
-            if kind is None:  # otherwise the first error is the one to report
-                raise
-
     def close(self) -> None:
-        """Waits for a save in progress and releases the folder.
-
-        Raises:
-            CheckpointError: that save failed.
-        """
+        """As in ``SavesInBackground``."""
         try:
             self._finish_save()
         finally:

@@ -9,6 +9,7 @@
 A step gets its final name only once it is complete. Orbax is used only here and in ``array_files``.
 """
 
+import abc
 import contextlib
 import dataclasses
 import logging
@@ -16,7 +17,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
@@ -125,7 +126,32 @@ class Snapshot:
     best: BestStep = BestStep()
 
 
-class RunCheckpoints:
+T = TypeVar("T")
+
+
+class SavesInBackground(abc.ABC):
+    """Context of a run's checkpoints: its end waits for a save in progress."""
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if kind is None:  # otherwise the first error is the one to report
+                raise
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Waits for a save in progress and releases the folder.
+
+        Raises:
+            CheckpointError: that save failed.
+        """
+
+
+class RunCheckpoints(SavesInBackground):
     """The checkpoints of a run folder: the newest ones and that of the best validated step.
 
     A step whose files have changed since they were written is damaged. The one before is used instead, with a line
@@ -240,22 +266,8 @@ class RunCheckpoints:
         self._report({} if problem is None else {best: problem}, step)
         return best if problem is None else step
 
-    def __enter__(self) -> "RunCheckpoints":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        try:
-            self.close()
-        except CheckpointError:
-            if kind is None:  # otherwise the first error is the one to report
-                raise
-
     def close(self) -> None:
-        """Waits for a save in progress and closes the folder.
-
-        Raises:
-            CheckpointError: that save failed.
-        """
+        """As in ``SavesInBackground``."""
         try:
             self._finish_save()
         finally:
