@@ -13,6 +13,7 @@ from PIL import Image
 from magma_jax.serve.network.form import MAX_FIELD_BYTES, MAX_PARTS
 from tests import tiny
 from tests.serve.drawing import GREY, SIZE, TOKENS
+from tests.serve.test_connections import wait_for
 
 RED, BLUE = tiny.COLOURS["red"], tiny.COLOURS["blue"]
 
@@ -277,11 +278,11 @@ def test_requests_wait_in_a_bounded_queue_and_end_in_time(drawing, drawer):
 
 
 def test_a_client_that_leaves_frees_its_place(drawing, drawer, client):
+    drawer.drawn.clear()
     drawer.go.clear()
     with client.images.with_streaming_response.generate(prompt="red", stream=True, partial_images=3):
-        pass
+        wait_for(lambda: drawer.drawn)
     drawer.go.set()
-    began = len(drawer.drawn)
     assert drawing.post("/v1/images/generations", prompt="blue").status_code == 200
-    assert len(drawer.drawn) == began + 1
+    assert [prompt for prompt, _ in drawer.drawn] == ["red", "blue"]
     assert drawing.engine.stats()[:2] == (0, 0)
