@@ -56,6 +56,22 @@ def test_scores_are_those_of_the_whole_text(model, batch):
                 np.testing.assert_allclose(answer.logprobs, whole(model, prompt, tokens), atol=2e-4)
 
 
+def test_an_answer_may_end_in_any_of_several_ways(model, batch):
+    texts = [[" white"], [" blue"]]
+    one = score(model, batch, texts)
+    other = tiny.MODEL.lm.vocab_rows - 1
+    bias = "lm/lm_head/bias"
+    params = model.params | {bias: model.params[bias].at[other].set(3.0)}
+    model = Magma(tiny.MODEL, params, tiny.with_ends(model.tokenizer, other))
+    for row, (single, either) in enumerate(zip(one, score(model, batch, texts), strict=True)):
+        prompt = batch.embeddings[row, : int(batch.lengths[row])]
+        tokens = model.tokenizer.encode(texts[row][0])
+        by_end = [whole(model, prompt, [*tokens, end])[-1] for end in model.tokenizer.end_ids]
+        assert len(either[0].logprobs) == len(single[0].logprobs)
+        assert either[0].logprobs[-1] == pytest.approx(np.logaddexp(*by_end), abs=2e-4)
+        assert either[0].logprobs[-1] > max(by_end) + 1e-3
+
+
 def test_more_answers_than_run_together(model, batch):
     texts = [f" {letter}" for letter in "abcdefghijklmnopqrstuvw"]
     assert len(texts) > ROWS

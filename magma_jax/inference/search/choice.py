@@ -36,7 +36,8 @@ class ScoredAnswer(NamedTuple):
 
     Attributes:
         text: the answer.
-        logprobs: log-probability of each token given the earlier ones; the end of text is last, if counted.
+        logprobs: log-probability of each token given the earlier ones; the end of text is last, if counted: that of any
+            of the tokenizer's ends.
         probability: share among the answers to the same question, by the measure of ``rank``; they sum to 1.
     """
 
@@ -79,6 +80,7 @@ def score(
     for i, texts in enumerate(answers):
         if not texts:
             raise ValueError(f"prompt {i} has no answers to choose from")
+    ends = jnp.array(model.tokenizer.end_ids)
     lengths, context = np.asarray(batch.lengths), model.lm_config.context_length
     for i, text, tokens in rows:
         if lengths[i] + len(tokens) > context:
@@ -95,7 +97,8 @@ def score(
         owners, tokens = np.zeros(ROWS, np.int32), np.zeros((ROWS, width), np.int32)
         for row, (i, _, ids) in enumerate(some):
             owners[row], tokens[row, : len(ids)] = i, ids
-        logprobs = np.asarray(_continue(model.graphdef, model.params, cache, first, batch.lengths, owners, tokens))
+        given = cache, first, batch.lengths, owners, tokens
+        logprobs = np.asarray(_continue(model.graphdef, model.params, *given, ends))
         for row, (i, text, ids) in enumerate(some):
             found[i].append(ScoredAnswer(text, tuple(logprobs[row, : len(ids)].tolist())))
     return found
@@ -134,17 +137,22 @@ def _continue(
     lengths: Int[Array, " B"],
     owners: Int[Array, " R"],
     tokens: Int[Array, "R T"],
+    ends: Int[Array, " E"],
 ) -> Float[Array, "R T"]:
     """Log-probability of every token of R answers, each continuing its own prompt."""
     lm = merge(graphdef, params).lm
     positions = lengths[owners][:, None] + jnp.arange(tokens.shape[1] - 1)
     embedded = lm.embed(tokens[:, :-1], cache.dtype)
     hidden = lm(embedded, positions=positions, cache=cache.rows(owners)).hidden
-    of = functools.partial(_logprob, table=lm.config.vocab_rows)
+    of = functools.partial(_logprob, ends=ends, table=lm.config.vocab_rows)
     rest = jax.lax.map(lambda one: of(lm.logits(one[0]), one[1]), (hidden, tokens[:, 1:]))
     return jnp.concatenate([of(first[owners], tokens[:, 0])[:, None], rest], axis=1)
 
 
-def _logprob(logits: Float[Array, "N V"], tokens: Int[Array, " N"], *, table: int) -> Float[Array, " N"]:
-    """Log-probabilities as for sampled tokens: ids without an embedding are excluded."""
-    return jnp.take_along_axis(jax.nn.log_softmax(logits[:, :table]), tokens[:, None], axis=1)[:, 0]
+def _logprob(
+    logits: Float[Array, "N V"], tokens: Int[Array, " N"], *, ends: Int[Array, " E"], table: int
+) -> Float[Array, " N"]:
+    """Log-probabilities as for sampled tokens: ids without an embedding are excluded. The first end stands for all."""
+    logprobs = jax.nn.log_softmax(logits[:, :table])
+    taken = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
+    return jnp.where(tokens == ends[0], jax.nn.logsumexp(logprobs[:, ends], axis=-1), taken)
