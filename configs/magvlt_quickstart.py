@@ -26,6 +26,8 @@ def get_config() -> ConfigDict:
                 # which words a drawing is of.
                 "image_patch": 8,
                 "caption_vector": True,
+                "context_head": True,
+                "token_std": 0.1,
                 # That of configs/vqgan_quickstart.py.
                 "tokenizer": {
                     "kind": "vqgan",

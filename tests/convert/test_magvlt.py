@@ -107,6 +107,7 @@ def test_the_published_layout_refuses_what_is_not_the_originals(tmp_path, capsys
     for changes, said in (
         ({"image_patch": 2}, "every code has a position, but in the model 4 codes share one"),
         ({"caption_vector": True}, "the published layout has no caption vector"),
+        ({"context_head": True}, "the published layout has no context head"),
     ):
         config = MagvltConfig(image_positions=16, **sizes, **changes)
         folder = tmp_path / next(iter(changes))

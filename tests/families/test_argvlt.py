@@ -15,6 +15,7 @@ from magma_jax.convert.layouts.magvlt import published
 from magma_jax.data.images import ImageInput
 from magma_jax.families import open_generator
 from magma_jax.families.magvlt import MAGVLT
+from magma_jax.families.magvlt.decoding.image import image_likelihood
 from magma_jax.families.magvlt.decoding.next_token import CodeRun, draw_codes, write_texts
 from magma_jax.families.magvlt.decoding.text import TextRun, text_likelihood
 from magma_jax.families.magvlt.loss import magvlt_loss
@@ -30,7 +31,7 @@ from tests.families import magvlt_tiny
 from tests.families.magvlt_tiny import NAMES, run_config
 
 ONE = jax.devices()[:1]
-CAUSAL = dataclasses.replace(magvlt_tiny.MODEL, causal=True, caption_vector=True)
+CAUSAL = dataclasses.replace(magvlt_tiny.MODEL, causal=True, caption_vector=True, context_head=True)
 LOSS = dataclasses.replace(magvlt_tiny.LOSS, length_weight=0.0, task_weights=(1.0, 1.0, 0.0))
 KEYS = jax.random.split(jax.random.key(1), 4)
 
@@ -77,6 +78,9 @@ def test_cached_codes_equal_the_full_pass(model):
     np.testing.assert_array_equal(drawn.tokens, logits.argmax(-1))
     np.testing.assert_allclose(drawn.log_probs, jax.nn.log_softmax(logits).max(-1), atol=1e-3)
     assert len(np.unique(drawn.tokens)) > 4
+    chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(given)), np.asarray(drawn.tokens)[..., None], -1)
+    likely = image_likelihood(model.model, drawn.tokens, text, lengths)
+    np.testing.assert_allclose(likely, chosen.sum((-1, -2)), atol=1e-2)
 
 
 def test_cached_texts_equal_the_full_pass(model, codes):

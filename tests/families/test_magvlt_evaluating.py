@@ -76,7 +76,7 @@ def test_figures_and_page(data, tmp_path):
     chosen = [some.index(row) for row in rows]
     found = measure(model, few, images[some], chosen, judge, settings)
     drawing = found.figures["drawing"]
-    assert set(drawing) == {"model", "one_step", "shuffled", "round_trip", "n"}
+    assert set(drawing) == {"model", "one_step", "shuffled", "likeliest", "round_trip", "n"}
     assert drawing["n"]["exact"] == 4
     assert drawing["model"]["equal_codes"] < 60
     assert drawing["round_trip"]["equal_codes"] == 100

@@ -101,6 +101,63 @@ def test_a_caption_vector_is_of_the_visible_text_and_only_for_drawing():
     np.testing.assert_array_equal(*(code("text_first", canvas) for canvas in hidden))
 
 
+@pytest.mark.parametrize(("order", "second"), [("text_first", "image"), ("image_first", "text")])
+def test_a_context_head_reads_what_comes_first_and_is_visible(order, second):
+    """The context, beside the states of the second modality alone, is of visible tokens in any order."""
+    model = MagvltModel(dataclasses.replace(TINY, context_head=True), rngs=nnx.Rngs(0))
+    first = "text" if second == "image" else "image"
+    plain = canvas(text_lengths=jnp.array([5, 5]))
+    tokens, count = getattr(plain, first), 5 if first == "text" else 16
+    other = plain._replace(**{first: tokens.at[0, 0].set((tokens[0, 0] + 1) % 37)})
+    turned = plain._replace(**{first: tokens.at[:, :count].set(tokens[:, :count][:, ::-1])})
+    padded = plain._replace(text=plain.text.at[0, 5:].set(1))
+
+    def context(canvas):
+        hidden = model.hidden(order, canvas)
+        assert getattr(hidden, first).shape[-1] == 32
+        states = getattr(hidden, second)
+        assert states.shape[-1] == 64
+        assert bool(jnp.all(states[:, :, 32:] == states[:, :1, 32:]))
+        return states[0, 0, 32:]
+
+    assert float(jnp.abs(context(plain) - context(other)).max()) > 1e-4
+    np.testing.assert_allclose(context(plain), context(turned), atol=1e-6)
+    if first == "text":
+        np.testing.assert_array_equal(context(plain), context(padded))
+    masked = {f"{first}_masked": jnp.zeros(getattr(plain, first).shape, bool).at[0, 0].set(True)}
+    np.testing.assert_array_equal(context(plain._replace(**masked)), context(other._replace(**masked)))
+    nothing = {f"{first}_masked": jnp.ones(getattr(plain, first).shape, bool)}
+    np.testing.assert_array_equal(context(plain._replace(**nothing)), model.context_proj.bias[...])
+
+
+def test_a_context_head_moves_all_logits_of_a_sample_alike():
+    model = MagvltModel(dataclasses.replace(TINY, context_head=True), rngs=nnx.Rngs(0))
+    states = jax.random.normal(jax.random.key(0), (3, 32))
+    context = jnp.broadcast_to(jnp.arange(32.0), (3, 32))
+    with jax.default_matmul_precision("highest"):
+        moved = model.logits(jnp.concatenate([states, context], -1), "image") - model.logits(states, "image")
+        np.testing.assert_allclose(moved, context @ model.wte.weight[:37].T, atol=1e-4)
+
+
+def test_rows_of_tokens_are_as_long_as_asked():
+    for std in (0.02, 0.1):
+        model = MagvltModel(dataclasses.replace(TINY, token_std=std), rngs=nnx.Rngs(0))
+        assert float(model.wte.weight[...].std()) == pytest.approx(std, rel=0.1)
+        assert float(model.special.weight[...].std()) == pytest.approx(0.02, rel=0.2)
+    with pytest.raises(ValueError, match="token_std must be positive"):
+        dataclasses.replace(TINY, token_std=0.0)
+
+
+def test_codes_that_share_a_position_begin_as_their_mean():
+    """And hear the same from their position; noise tells them apart."""
+    model = MagvltModel(dataclasses.replace(TINY, image_patch=2), rngs=nnx.Rngs(0))
+    codes = jax.random.normal(jax.random.key(0), (4, 32))
+    np.testing.assert_allclose(model.join_proj(codes.reshape(-1)), codes.mean(0), atol=1.0)
+    heard = model.part_proj(codes[0]).reshape(4, 32)
+    np.testing.assert_allclose(heard, jnp.broadcast_to(codes[0], (4, 32)), atol=0.5)
+    assert float(jnp.abs(heard - heard[0]).max()) > 0.01
+
+
 def test_codes_that_share_a_position():
     """Four positions instead of sixteen; every code has its place, before the first layer and in the head."""
     config = dataclasses.replace(TINY, image_patch=2, layers=1)

@@ -83,8 +83,10 @@ def published(folder: str | Path) -> dict[str, Any]:
     config, params = open_folder(folder)
     if config.causal:
         raise CheckpointError(f"{folder}: the published layout is of bidirectional models, but this one is causal")
-    if config.caption_vector:
-        raise CheckpointError(f"{folder}: the published layout has no caption vector, but the model has one")
+    for name in ("caption_vector", "context_head"):
+        if getattr(config, name):
+            said = name.replace("_", " ")
+            raise CheckpointError(f"{folder}: the published layout has no {said}, but the model has one")
     if config.image_patch > 1:
         raise CheckpointError(
             f"{folder}: in the published layout every code has a position, but in the model {config.image_patch**2} "

@@ -24,7 +24,7 @@ INPUTS = (
     (re.compile(r"layers/.*weight"), "positions"),
     (re.compile(r"class_head/weight"), "row"),
     (re.compile(r"head_proj/weight"), "predicted"),
-    (re.compile(r"caption_proj/weight"), "caption"),
+    (re.compile(r"(caption|context)_proj/weight"), "caption"),
     (re.compile(r"(join|part)_proj/weight"), "places"),
 )
 

@@ -15,9 +15,9 @@ SHARDINGS: tuple[ShardingRow, ...] = (
     # Split by width, as the table of tokens is.
     (r"(special|image_positions|text_positions|special_positions)/weight", (None, ("fsdp", "model"))),
     # The norm that follows needs the whole width.
-    (r"(head|caption|join|part)_proj/weight", ("fsdp", "model")),
+    (r"(head|caption|context|join|part)_proj/weight", ("fsdp", "model")),
     (r"(length|class)_head/weight", (None, ("fsdp", "model"))),
-    (r"head_bias|class_head/bias|(head|caption|join|part)_proj/bias|head_norm/(weight|bias)", ()),
+    (r"head_bias|class_head/bias|(head|caption|context|join|part)_proj/bias|head_norm/(weight|bias)", ()),
     (r"layers/(ln_[12]/(weight|bias)|attn/out_proj/bias|mlp/c_proj/bias)", ()),
     *TOKENIZER_SHARDINGS,
 )

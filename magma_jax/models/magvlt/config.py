@@ -9,6 +9,9 @@ from magma_jax.models.magvlt.parameters import TransformerParam
 from magma_jax.models.vision.vqgan import VQGANConfig
 from magma_jax.nn.transformer.config import BlockConfig, TrunkConfig
 
+# Standard deviation of fresh weights.
+STD = 0.02
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MagvltConfig:
@@ -27,6 +30,11 @@ class MagvltConfig:
         dtype: dtype of the stored weights.
         caption_vector: whether a projection of the mean of the text's embeddings is added at every code where the text
             comes first; not the original's, for small models.
+        context_head: whether the table of tokens also reads a projection of the mean of the embeddings of what comes
+            first, text or codes; not the original's. With it a small model learns which words and colours go together
+            long before its layers combine them with shapes.
+        token_std: standard deviation of fresh rows of the table of tokens. In a narrow model the original's makes them
+            so short that tokens of the same places, such as those of two skin tones, become one direction.
         image_patch: side of the square of codes that share one position of the sequence; above 1 is not the original's,
             and makes a small model's pass several times cheaper.
         causal: whether a position sees only those before it, and predicts the next: ARGVLT, the paper's autoregressive
@@ -47,6 +55,8 @@ class MagvltConfig:
     residual_dropout: float = 0.1
     dtype: str = "float32"
     caption_vector: bool = False
+    context_head: bool = False
+    token_std: float = STD
     image_patch: int = 1
     causal: bool = False
     classes: int = 0
@@ -66,6 +76,8 @@ class MagvltConfig:
         for name in ("attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model: {name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.token_std <= 0:
+            raise ValueError(f"model: token_std must be positive, got {self.token_std}")
         if self.classes < 0:
             raise ValueError(f"model: classes must not be negative, got {self.classes}")
         if self.classes and self.causal:

@@ -5,12 +5,12 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from magma_jax.models.magvlt.config import MagvltConfig
+from magma_jax.models.magvlt.config import STD, MagvltConfig
 from magma_jax.models.magvlt.layout import MASK_IMAGE, MASK_TEXT, SPECIAL_ROWS, Order, attention_mask, layout_of
 from magma_jax.models.magvlt.parameters import TransformerParam
 from magma_jax.models.vision.vqgan import VQGAN
 from magma_jax.nn.activations import ACTIVATIONS
-from magma_jax.nn.layers import Embedding, LayerNorm, Linear, dropout, normal, product
+from magma_jax.nn.layers import Embedding, Initializer, LayerNorm, Linear, dropout, normal, product
 from magma_jax.nn.modules import HeadParam
 from magma_jax.nn.stack import Remat
 from magma_jax.nn.transformer.trunk import Trunk
@@ -18,9 +18,6 @@ from magma_jax.runtime.sharding import split_rows
 from magma_jax.typing import Array, Bool, Float, Int, PRNGKey
 
 Modality = Literal["image", "text"]
-
-# Standard deviation of all fresh weights.
-STD = 0.02
 
 
 class Canvas(NamedTuple):
@@ -40,11 +37,12 @@ class Canvas(NamedTuple):
 class Hidden(NamedTuple):
     """Hidden states after the last layer, which no norm follows, at the positions that predict the tokens.
 
-    A token is predicted at its own position; in a causal model at the one before.
+    A token is predicted at its own position; in a causal model at the one before. States of the second modality are
+    those of ``MagvltModel.beside_context``: E = D, with a context head 2 D.
     """
 
-    image: Array  # (B, I, D), one for each code
-    text: Array  # (B, T, D)
+    image: Array  # (B, I, E), one for each code
+    text: Array  # (B, T, E)
     bot: Array  # (B, D); the length head reads it, in the order image_first
 
 
@@ -54,17 +52,18 @@ class MagvltModel(Trunk):
     Beside the members of ``Trunk`` it has the table ``wte`` (codes, then text tokens), which is also the head; the
     table ``special``; the position tables ``image_positions``, ``text_positions`` and ``special_positions``; the head's
     transform ``head_proj``, ``head_norm`` and bias ``head_bias``; ``length_head``; and, if the config has them,
-    ``caption_proj``, ``class_head`` and the ``image_tokenizer``, which is frozen and not part of the forward pass.
+    ``caption_proj``, ``context_proj``, ``class_head`` and the ``image_tokenizer``, which is frozen and not part of the
+    forward pass.
     """
 
     def __init__(self, config: MagvltConfig, *, rngs: nnx.Rngs):
         self.config = config
         width, dtype = config.width, jnp.dtype(config.dtype)
 
-        def table(rows: int) -> Embedding:
-            return Embedding(rows, width, param=TransformerParam, weight_init=normal(STD), dtype=dtype, rngs=rngs)
+        def table(rows: int, std: float = STD) -> Embedding:
+            return Embedding(rows, width, param=TransformerParam, weight_init=normal(std), dtype=dtype, rngs=rngs)
 
-        self.wte = table(config.image_rows + config.text_rows)
+        self.wte = table(config.image_rows + config.text_rows, config.token_std)
         self.special = table(SPECIAL_ROWS)
         self.image_positions = table(config.image_places)
         self.text_positions = table(config.text_positions)
@@ -86,11 +85,16 @@ class MagvltModel(Trunk):
             rngs=rngs,
         )
         self.class_head = Linear(width, config.classes, param=HeadParam, rngs=rngs) if config.classes else None
-        square = {"param": TransformerParam, "weight_init": normal(STD), "dtype": config.dtype, "rngs": rngs}
-        self.caption_proj = Linear(width, width, **square) if config.caption_vector else None
+
+        def linear(inputs: int, outputs: int, init: Initializer) -> Linear:
+            return Linear(inputs, outputs, param=TransformerParam, weight_init=init, dtype=config.dtype, rngs=rngs)
+
+        self.caption_proj = linear(width, width, normal(STD)) if config.caption_vector else None
+        # The mean of embeddings is short; the vector that it is added to has a norm.
+        self.context_proj = linear(width, width, normal(1.0)) if config.context_head else None
         codes = config.image_patch**2
-        self.join_proj = Linear(codes * width, width, **square) if codes > 1 else None
-        self.part_proj = Linear(width, codes * width, **square) if codes > 1 else None
+        self.join_proj = linear(codes * width, width, _mean_of(codes)) if codes > 1 else None
+        self.part_proj = linear(width, codes * width, _copies_to(codes)) if codes > 1 else None
         self.image_tokenizer = None if config.tokenizer is None else VQGAN(config.tokenizer, rngs=rngs)
 
     def embed(self, order: Order, canvas: Canvas, dtype: Any = jnp.float32) -> Float[Array, "B S D"]:
@@ -116,7 +120,7 @@ class MagvltModel(Trunk):
         )
         if self.caption_proj is not None and order == "text_first":
             # Not where the image comes first: BOT would see the text by way of the image.
-            image = image + self._caption_vector(canvas, text)
+            image = image + self._caption_vector(canvas)
         image = image + self.image_positions.weight[...]
         text = text + self.text_positions.weight[...]
         first, second = (image, text) if order == "image_first" else (text, image)
@@ -135,15 +139,32 @@ class MagvltModel(Trunk):
             return x.astype(dtype)
         x = self.wte.weight[...][tokens][:, None]
         if self.caption_proj is not None:
-            x = x + self._caption_vector(canvas, self.wte.weight[...][self.config.image_rows + canvas.text])
+            x = x + self._caption_vector(canvas)
         return (x + self.image_positions.weight[...][index]).astype(dtype)
 
-    def _caption_vector(self, canvas: Canvas, text: Float[Array, "B T D"]) -> Float[Array, "B 1 D"]:
+    def _caption_vector(self, canvas: Canvas) -> Float[Array, "B 1 D"]:
         """Projection of the mean of a text's embeddings."""
         assert self.caption_proj is not None  # the config has it
-        seen = (jnp.arange(self.config.text_positions) < canvas.text_lengths[:, None]) & ~canvas.text_masked
-        total = jnp.where(seen[..., None], text, 0).sum(1) / jnp.maximum(seen.sum(1), 1)[:, None]
-        return self.caption_proj(total)[:, None]
+        return self.caption_proj(self._mean(canvas, "text"))[:, None]
+
+    def _mean(self, canvas: Canvas, modality: Modality) -> Float[Array, "B D"]:
+        """Mean of the embeddings of what is visible."""
+        seen = ~canvas.image_masked
+        if modality == "text":
+            seen = (jnp.arange(self.config.text_positions) < canvas.text_lengths[:, None]) & ~canvas.text_masked
+        rows = self.wte.weight[...][self.columns(modality)[0] + getattr(canvas, modality)]
+        return jnp.where(seen[..., None], rows, 0).sum(1) / jnp.maximum(seen.sum(1), 1)[:, None]
+
+    def beside_context(self, order: Order, states: Float[Array, "B S D"], canvas: Canvas) -> Float[Array, "B S E"]:
+        """States of the second modality, each with the row's context vector beside it if the config has a context head.
+
+        They stand together, so that whoever chooses some states for ``logits`` chooses both.
+        """
+        if self.context_proj is None:
+            return states
+        mean = self._mean(canvas, "text" if order == "text_first" else "image")
+        context = self.context_proj(mean.astype(states.dtype))[:, None]
+        return jnp.concatenate([states, jnp.broadcast_to(context, states.shape)], -1)
 
     def hidden(
         self,
@@ -174,16 +195,20 @@ class MagvltModel(Trunk):
         image = x[:, start : start + config.image_places]
         if self.part_proj is not None:
             image = parted(config, self.part_proj(image))
-        return Hidden(
-            image=image,
-            text=x[:, text : text + config.text_positions],
-            bot=x[:, layout.bot],
-        )
+        words = x[:, text : text + config.text_positions]
+        if order == "text_first":
+            image = self.beside_context(order, image, canvas)
+        else:
+            words = self.beside_context(order, words, canvas)
+        return Hidden(image=image, text=words, bot=x[:, layout.bot])
 
-    def logits(self, hidden: Float[Array, "... D"], modality: Modality) -> Float[Array, "... V"]:
+    def logits(self, hidden: Float[Array, "... E"], modality: Modality) -> Float[Array, "... V"]:
         """fp32 logits over the tokens of one modality; the other half of the vocabulary is not computed."""
         first, stop = self.columns(modality)
-        x = self.head_norm(ACTIVATIONS["gelu"].function(self.head_proj(hidden)))
+        states, context = jnp.split(hidden, [self.config.width], axis=-1)
+        x = self.head_norm(ACTIVATIONS["gelu"].function(self.head_proj(states)))
+        if context.shape[-1]:
+            x = x + context
         table = self.wte.weight[...][first:stop].astype(x.dtype)
         bias = self.head_bias[...][first:stop].astype(jnp.float32)
         return product(x, table, preferred_element_type=jnp.float32) + bias
@@ -197,7 +222,7 @@ class MagvltModel(Trunk):
         """fp32 logits of the text's length from the hidden state at BOT; class c is a length of c + 1."""
         return self.length_head(bot, jnp.float32)
 
-    def class_logits(self, first: Float[Array, "... D"], dropout_key: PRNGKey | None = None) -> Float[Array, "... C"]:
+    def class_logits(self, first: Float[Array, "... E"], dropout_key: PRNGKey | None = None) -> Float[Array, "... C"]:
         """fp32 logits of the answers from the hidden state of a question's first token, in the order image_first.
 
         ``dropout_key``, None for none, drops with the rate of the branches.
@@ -207,7 +232,29 @@ class MagvltModel(Trunk):
         """
         if self.class_head is None:
             raise ValueError("this model has no classifier of answers; build it with MagvltConfig(classes=...)")
+        first = first[..., : self.config.width]
         return self.class_head(dropout(first, self.config.residual_dropout, dropout_key), jnp.float32)
+
+
+def _mean_of(codes: int) -> Initializer:
+    """Weights of the mean of a position's codes, and noise.
+
+    What concerns all codes alike, such as the colour of a drawing, is then learned once and not by each code's matrix.
+    """
+
+    def init(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Array:
+        return normal(STD)(key, shape, dtype) + jnp.tile(jnp.eye(shape[0], dtype=dtype), (1, codes)) / codes
+
+    return init
+
+
+def _copies_to(codes: int) -> Initializer:
+    """Weights that give every code of a position the position's vector, and noise; see ``_mean_of``."""
+
+    def init(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Array:
+        return normal(STD)(key, shape, dtype) + jnp.tile(jnp.eye(shape[1], dtype=dtype), (codes, 1))
+
+    return init
 
 
 def joined(config: MagvltConfig, codes: Float[Array, "B I D"]) -> Float[Array, "B P E"]:

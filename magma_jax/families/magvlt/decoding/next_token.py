@@ -126,7 +126,7 @@ def _continue(
     def run(x: Array, start: Any, cache: Any) -> tuple[Any, Array]:
         positions = jnp.broadcast_to(start + jnp.arange(x.shape[1]), x.shape[:2])
         output = model(x, positions=positions, mask=Mask("causal", queries=positions, extra=seen), cache=cache)
-        logits = model.logits(output.hidden[:, -1], modality)
+        logits = model.logits(model.beside_context(order, output.hidden[:, -1:], canvas)[:, 0], modality)
         if not guided:
             return output.cache, logits
         given, empty = jnp.split(logits, 2)

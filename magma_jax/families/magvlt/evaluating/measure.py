@@ -1,8 +1,10 @@
 """Drawing, describing and in-painting of held-out drawings, with controls.
 
 Drawings of a text are judged as what the text says (``model``) and, as controls, as another text of the split
-(``shuffled``), drawn in one step (``one_step``), and after the image tokenizer alone (``round_trip``). Texts of an
-image are compared with the true one at the predicted length, at the true length, and with another image's text.
+(``shuffled``), drawn in one step (``one_step``), and after the image tokenizer alone (``round_trip``). What the model
+knows of a tone without drawing it is ``likeliest``: of the texts that differ in the tone alone, the one given which the
+true drawing is likeliest. Texts of an image are compared with the true one at the predicted length, at the true length,
+and with another image's text.
 """
 
 import dataclasses
@@ -11,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from magma_jax.data.openmoji.drawings import Drawing
+from magma_jax.data.openmoji import drawings
+from magma_jax.data.openmoji.drawings import TONES, Drawing
 from magma_jax.evaluation.drawings import DrawingJudge, Verdict
 from magma_jax.families.magvlt.evaluating.edits import Edit, edits_of
-from magma_jax.families.magvlt.evaluating.settings import EvaluationSettings, describe, draw
+from magma_jax.families.magvlt.evaluating.settings import EvaluationSettings, describe, draw, likelihoods
 from magma_jax.families.magvlt.generator import Magvlt
 from magma_jax.families.magvlt.prompts import encode_texts
 from magma_jax.typing import UInt8
@@ -76,6 +79,7 @@ def measure(
                 "equal_codes": 100 * float((codes_ == true_codes).mean()),
                 "psnr": _psnr(_pixels(model, codes_), images[rows]),
             }
+    figures["drawing"]["likeliest"] = _likeliest_tone(model, [records[row] for row in rows], true_codes)
     figures["drawing"]["n"] = {field.name: len(getattr(verdict, field.name)) for field in dataclasses.fields(verdict)}
 
     _, lengths = encode_texts(texts, model.tokenizer, model.config.text_positions, "error")
@@ -102,6 +106,18 @@ def measure(
         edited=edited,
         changed=changed,
     )
+
+
+def _likeliest_tone(model: Magvlt, shown: Sequence[Drawing], codes: np.ndarray) -> dict[str, float]:
+    """Share of drawings of one tone that are likeliest given their own text, among those of all tones and none."""
+    chosen = [i for i, drawing in enumerate(shown) if len(drawing.tones) == 1]
+    if not chosen:
+        return {}
+    tones = [*((tone,) for tone in TONES), ()]
+    texts = [drawings.describe(shown[i].base, tone) for i in chosen for tone in tones]
+    found = likelihoods(model, texts, codes[chosen].repeat(len(tones), axis=0)).reshape(-1, len(tones))
+    right = [TONES.index(shown[i].tones[0]) for i in chosen]
+    return {"tone": 100 * float((found.argmax(1) == right).mean())}
 
 
 def _edit(

@@ -36,6 +36,7 @@ CONDITIONS = {
     "model": "model",
     "one_step": "in one step",
     "shuffled": "another text",
+    "likeliest": "true drawing, likeliest with its own text",
     "round_trip": "true drawing, encoded and decoded",
 }
 TEXTS = {

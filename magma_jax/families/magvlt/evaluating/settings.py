@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from magma_jax.families.magvlt.decoding.image import ImageRun, blank, inpaint
+from magma_jax.families.magvlt.decoding.image import ImageRun, blank, image_likelihood, inpaint
 from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, length_logits, text_likelihood
 from magma_jax.families.magvlt.generator import Magvlt
 from magma_jax.families.magvlt.prompts import encode_texts
@@ -84,6 +84,17 @@ def draw(
 
     found, scores, _ = in_parts(part, settings.seed, len(texts) * settings.candidates)
     return found[best(scores, settings.candidates)]
+
+
+def likelihoods(model: Magvlt, texts: Sequence[str], codes: np.ndarray) -> np.ndarray:
+    """Log-probabilities (N,) of codes (N, I) given the texts, all masked at once."""
+    tokens, lengths = encode_texts(texts, model.tokenizer, model.config.text_positions, "error")
+
+    def part(rows: slice, keys: Array) -> tuple[Any, ...]:
+        chosen = np.minimum(np.arange(rows.start, rows.start + len(keys)), len(texts) - 1)
+        return image_likelihood(model.model, codes[chosen], tokens[chosen], lengths[chosen]), np.zeros(len(keys)), None
+
+    return in_parts(part, 0, len(texts))[0]
 
 
 def describe(
