@@ -21,9 +21,10 @@ def get_config() -> ConfigDict:
                 "text_positions": 24,
                 "attention_dropout": 0.0,
                 "residual_dropout": 0.0,
-                # Neither is the original's. With 8 x 8 codes on a position a matrix for each code learns the shapes,
-                # and a step is many times cheaper; without the caption vector so small a model learns much later
-                # which words a drawing is of.
+                # None of these is the original's, see docs/magvlt.md. With 8 x 8 codes on a position a matrix for each
+                # code learns the shapes, and a step is many times cheaper; without the caption vector and the context
+                # head so small a model learns much later which words go with which shapes and colours; and short rows
+                # of tokens become alike before anything tells them apart.
                 "image_patch": 8,
                 "caption_vector": True,
                 "context_head": True,
@@ -69,7 +70,7 @@ def get_config() -> ConfigDict:
             "ema": {"decay": 0.999},
             # Part of the package, made by configs/vqgan_quickstart.py.
             "weights": {"image_tokenizer": "quickstart_vqgan"},
-            "steps": 10_000,
+            "steps": 25_000,
             "batch_size": 8,
             "log_every": 100,
             "checkpoint_every": 1000,
