@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent.parent / "configs"
 TABLE1, TODAY = "paper_table1.py", "magma_today.py"
 FINETUNING = ("vqa", "okvqa", "gqa", "vizwiz", "snli_ve", "nocaps", "coco")
 GPTJ, V2 = 6_050_301_152, 383_936_912
-MAGVLT_QUICKSTART = (3_141_888, 712_672)
+MAGVLT_QUICKSTART = (3_158_400, 712_672)
 F16 = 76_073_859  # the image tokenizer with 16,384 codes
 PATCHGAN = 2_765_633
 

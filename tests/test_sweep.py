@@ -71,7 +71,7 @@ def test_every_combination_is_trained_and_stands_in_one_table(sweep, capsys):
 
 def test_a_signal_stops_all_and_the_same_command_continues(sweep, capsys):
     def stop():
-        while not Path("sweep/learning_rate=1e-3-seed=1/started").exists():
+        while not all(Path(f"sweep/learning_rate=1e-3-seed={seed}/started").exists() for seed in (0, 1)):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
