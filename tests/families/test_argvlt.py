@@ -15,9 +15,9 @@ from magma_jax.convert.layouts.magvlt import published
 from magma_jax.data.images import ImageInput
 from magma_jax.families import open_generator
 from magma_jax.families.magvlt import MAGVLT
-from magma_jax.families.magvlt.decoding.image import image_likelihood
+from magma_jax.families.magvlt.decoding.likelihood import likelihood
 from magma_jax.families.magvlt.decoding.next_token import CodeRun, draw_codes, write_texts
-from magma_jax.families.magvlt.decoding.text import TextRun, text_likelihood
+from magma_jax.families.magvlt.decoding.text import TextRun
 from magma_jax.families.magvlt.loss import magvlt_loss
 from magma_jax.inference.answers import AnswerOptions, ImageOptions
 from magma_jax.inference.decoding.config import SamplingConfig
@@ -79,7 +79,7 @@ def test_cached_codes_equal_the_full_pass(model):
     np.testing.assert_allclose(drawn.log_probs, jax.nn.log_softmax(logits).max(-1), atol=1e-3)
     assert len(np.unique(drawn.tokens)) > 4
     chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(given)), np.asarray(drawn.tokens)[..., None], -1)
-    likely = image_likelihood(model.model, drawn.tokens, text, lengths)
+    likely = likelihood(model.model, drawn.tokens, text, lengths, of="image")
     np.testing.assert_allclose(likely, chosen.sum((-1, -2)), atol=1e-2)
 
 
@@ -91,7 +91,7 @@ def test_cached_texts_equal_the_full_pass(model, codes):
         tokens, pad = np.asarray(written.tokens), model.tokenizer.pad_id
         lengths = np.minimum((tokens != pad).sum(-1) + 1, 10)
         logits = full(model.model, "image_first", codes, tokens, lengths)
-        likely = text_likelihood(model.model, codes, tokens, lengths)
+        likely = likelihood(model.model, codes, tokens, lengths, of="text")
     chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[..., None], -1)[..., 0]
     np.testing.assert_allclose(written.log_probs, np.where(np.arange(10) < lengths[:, None], chosen, 0), atol=1e-3)
     np.testing.assert_allclose(likely, written.log_probs.sum(-1), atol=1e-3)
@@ -105,7 +105,7 @@ def test_loss_is_that_of_the_next_token(model, codes):
         terms = jax.jit(lambda batch: magvlt_loss(network, batch, None, options=options))(
             {name: jnp.asarray(array) for name, array in batch.items()}
         )
-        expected = -text_likelihood(model.model, codes, text, lengths).sum()
+        expected = -likelihood(model.model, codes, text, lengths, of="text").sum()
     np.testing.assert_allclose(terms["text"].total, expected, rtol=1e-4)
     assert (int(terms["text"].count), int(terms["image"].count)) == (lengths.sum(), 0)
     assert "length" not in terms

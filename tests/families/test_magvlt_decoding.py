@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from magma_jax.families.magvlt.decoding.image import ImageRun, blank, canvases, image_likelihood, inpaint, text_to_image
+from magma_jax.families.magvlt.decoding.image import ImageRun, blank, canvases, inpaint, text_to_image
+from magma_jax.families.magvlt.decoding.likelihood import likelihood
 from magma_jax.families.magvlt.decoding.open_model import OpenModel
 from magma_jax.families.magvlt.decoding.pairs import draw_pairs, pair_length_logits
-from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, infill_text, length_logits, text_likelihood
+from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, infill_text, length_logits
 from magma_jax.inference.decoding.masked import ImageRule, ImageSteps
 from magma_jax.inference.decoding.sampling import SamplingRows
 from magma_jax.models.magvlt.config import MagvltConfig
@@ -125,8 +126,8 @@ def test_likelihood_prefers_the_drawn_text(model, arrays):
     image = arrays["i2t/img"]
     one_shot = dataclasses.replace(GOLDEN_TEXT, steps=1, record=0)
     filled, lengths = image_to_text(model, image, KEYS, sampling(3), one_shot)
-    found = text_likelihood(model, image, filled.tokens, lengths)
-    other = text_likelihood(model, image, np.zeros((3, 8), int), lengths)
+    found = likelihood(model, image, filled.tokens, lengths, of="text")
+    other = likelihood(model, image, np.zeros((3, 8), int), lengths, of="text")
     assert (found > other).all()
 
 
@@ -134,9 +135,9 @@ def test_likelihood_prefers_the_drawn_image(model, arrays):
     lengths = arrays["t2i/txt_mask"].sum(-1)
     run = ImageRun(settings=ImageSteps(steps=1), draw=likeliest)
     drawn = np.asarray(text_to_image(model, arrays["t2i/txt"], lengths, KEYS, run).tokens)
-    found = image_likelihood(model, drawn, arrays["t2i/txt"], lengths)
-    assert (found > image_likelihood(model, np.roll(drawn, 1, axis=1), arrays["t2i/txt"], lengths)).all()
-    assert (found != image_likelihood(model, drawn, np.roll(arrays["t2i/txt"], 1, axis=1), lengths)).all()
+    found = likelihood(model, drawn, arrays["t2i/txt"], lengths, of="image")
+    assert (found > likelihood(model, np.roll(drawn, 1, axis=1), arrays["t2i/txt"], lengths, of="image")).all()
+    assert (found != likelihood(model, drawn, np.roll(arrays["t2i/txt"], 1, axis=1), lengths, of="image")).all()
 
 
 def test_length_equals_the_original(model, arrays):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magma_jax.families.magvlt.decoding.arguments import ids_of, lengths_of
+from magma_jax.families.magvlt.decoding.arguments import pairs_of
 from magma_jax.families.magvlt.decoding.open_model import OpenModel, activations
 from magma_jax.families.magvlt.options import MagvltOptions
 from magma_jax.models.magvlt.model import MagvltModel, canvas_of
@@ -57,11 +57,8 @@ def class_logits(model: OpenModel, image: Any, text: Any, lengths: Any) -> Float
     Raises:
         ValueError: arrays of wrong shapes, ids or lengths out of range.
     """
-    config = model.config
-    image = ids_of("image", image, (len(image), config.image_positions), config.image_rows)
-    text = ids_of("text", text, (len(image), config.text_positions), config.text_rows)
-    lengths = lengths_of(lengths, len(image), config.text_positions)
-    return np.asarray(_class_logits(model.definition, model.params, image, text, lengths))
+    pairs = pairs_of(model.config, image, text, lengths)
+    return np.asarray(_class_logits(model.definition, model.params, *pairs))
 
 
 @functools.partial(jax.jit, static_argnames="definition")

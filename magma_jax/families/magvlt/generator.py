@@ -26,10 +26,11 @@ from magma_jax.data.tokenizers.captions import CLEAN_UPS
 from magma_jax.data.tokenizers.text import TextTokenizer, TooLong
 from magma_jax.families.magvlt.classifying import class_logits
 from magma_jax.families.magvlt.decoding.image import ImageRun, blank, canvases, inpaint
+from magma_jax.families.magvlt.decoding.likelihood import likelihood
 from magma_jax.families.magvlt.decoding.next_token import CodeRun, draw_codes, write_texts
 from magma_jax.families.magvlt.decoding.open_model import OpenModel
 from magma_jax.families.magvlt.decoding.pairs import draw_pairs, pair_length_logits
-from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, infill_text, length_logits, text_likelihood
+from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, infill_text, length_logits
 from magma_jax.families.magvlt.loading import load_magvlt, read_class_names
 from magma_jax.families.magvlt.prompts import encode_texts, masked_words, parts_of, places_of_mask
 from magma_jax.families.magvlt.rows import ROWS, best, in_parts, keys_of, repeated
@@ -409,7 +410,7 @@ class Magvlt:
     ) -> np.ndarray:
         """Scores of the candidates ``codes`` (N, I), see ``Drawn``."""
         if options.score is None:
-            return text_likelihood(self.model, np.asarray(codes), text, ends)
+            return likelihood(self.model, np.asarray(codes), text, ends, of="text")
         return np.asarray(options.score(self.decode(codes), [str(parts_of(prompt).text)] * len(codes)))
 
     def _encode_texts(self, texts: Sequence[str], too_long: TooLong) -> tuple[np.ndarray, np.ndarray]:

@@ -38,7 +38,7 @@ class Hidden(NamedTuple):
     """Hidden states after the last layer, which no norm follows, at the positions that predict the tokens.
 
     A token is predicted at its own position; in a causal model at the one before. States of the second modality are
-    those of ``MagvltModel.beside_context``: E = D, with a context head 2 D.
+    those of ``beside``: E = D, with a context head 2 D.
     """
 
     image: Array  # (B, I, E), one for each code
@@ -155,16 +155,12 @@ class MagvltModel(Trunk):
         rows = self.wte.weight[...][self.columns(modality)[0] + getattr(canvas, modality)]
         return jnp.where(seen[..., None], rows, 0).sum(1) / jnp.maximum(seen.sum(1), 1)[:, None]
 
-    def beside_context(self, order: Order, states: Float[Array, "B S D"], canvas: Canvas) -> Float[Array, "B S E"]:
-        """States of the second modality, each with the row's context vector beside it if the config has a context head.
-
-        They stand together, so that whoever chooses some states for ``logits`` chooses both.
-        """
+    def context(self, order: Order, canvas: Canvas, dtype: Any = jnp.float32) -> Float[Array, "B 1 D"] | None:
+        """Vector of what comes first, for ``beside``; None without a context head."""
         if self.context_proj is None:
-            return states
+            return None
         mean = self._mean(canvas, "text" if order == "text_first" else "image")
-        context = self.context_proj(mean.astype(states.dtype))[:, None]
-        return jnp.concatenate([states, jnp.broadcast_to(context, states.shape)], -1)
+        return self.context_proj(mean.astype(dtype))[:, None]
 
     def hidden(
         self,
@@ -196,10 +192,11 @@ class MagvltModel(Trunk):
         if self.part_proj is not None:
             image = parted(config, self.part_proj(image))
         words = x[:, text : text + config.text_positions]
+        context = self.context(order, canvas, x.dtype)
         if order == "text_first":
-            image = self.beside_context(order, image, canvas)
+            image = beside(image, context)
         else:
-            words = self.beside_context(order, words, canvas)
+            words = beside(words, context)
         return Hidden(image=image, text=words, bot=x[:, layout.bot])
 
     def logits(self, hidden: Float[Array, "... E"], modality: Modality) -> Float[Array, "... V"]:
@@ -255,6 +252,14 @@ def _copies_to(codes: int) -> Initializer:
         return normal(STD)(key, shape, dtype) + jnp.tile(jnp.eye(shape[1], dtype=dtype), (codes, 1))
 
     return init
+
+
+def beside(states: Float[Array, "B S D"], context: Float[Array, "B 1 D"] | None) -> Float[Array, "B S E"]:
+    """States of the second modality, each with the row's context vector beside it, if there is one.
+
+    They stand together, so that whoever chooses some states for ``logits`` chooses both.
+    """
+    return states if context is None else jnp.concatenate([states, jnp.broadcast_to(context, states.shape)], -1)
 
 
 def joined(config: MagvltConfig, codes: Float[Array, "B I D"]) -> Float[Array, "B P E"]:

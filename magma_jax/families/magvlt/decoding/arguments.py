@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from magma_jax.models.magvlt.config import MagvltConfig
+
 
 def ids_of(name: str, ids: Any, shape: tuple[int, ...], rows: int) -> np.ndarray:
     """Token ids as int32.
@@ -32,6 +34,17 @@ def lengths_of(lengths: Any, rows: int, longest: int) -> np.ndarray:
             f"lengths are {int(lengths.min())} to {int(lengths.max())}; the model knows texts of 1 to {longest} tokens"
         )
     return lengths.astype(np.int32)
+
+
+def pairs_of(config: MagvltConfig, image: Any, text: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes (B, I) of images, texts (B, T) and their lengths (B,), as int32.
+
+    Raises:
+        ValueError: arrays of wrong shapes, ids or lengths out of range.
+    """
+    image = ids_of("image", image, (len(image), config.image_positions), config.image_rows)
+    text = ids_of("text", text, (len(image), config.text_positions), config.text_rows)
+    return image, text, lengths_of(lengths, len(image), config.text_positions)
 
 
 def places_of(editable: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -125,21 +125,6 @@ def _image_arguments(model: OpenModel, image: Any, editable: Any, text: Any, len
     return image, places, text, lengths, np.int32(model.pad_id), np.float32(run.guidance), steps_of(run)
 
 
-def image_likelihood(model: OpenModel, image: Any, text: Any, lengths: Any) -> np.ndarray:
-    """Log-probability (B,) of images given texts: how well the model finds that they match.
-
-    All codes are masked at once; in a causal model each is predicted from those before it.
-
-    Raises:
-        ValueError: as ``text_to_image``.
-    """
-    config = model.config
-    image = ids_of("image", image, (len(image), config.image_positions), config.image_rows)
-    text = ids_of("text", text, (len(image), config.text_positions), config.text_rows)
-    lengths = lengths_of(lengths, len(image), config.text_positions)
-    return np.asarray(_image_likelihood(model.definition, model.params, image, text, lengths))
-
-
 def steps_of(run: ImageRun) -> ImageSteps:
     """The traced settings of a run, as arrays of fixed dtypes."""
     numbers = {name: np.asarray(getattr(run.settings, name), np.float32) for name in ("temperature", "noise", "top_p")}
@@ -152,15 +137,6 @@ def _draw_image(
 ):
     predict = _guided(definition, params, text, lengths, pad_id, guidance)
     return fill_image(predict, image, editable, keys, settings, rule=rule, draw=draw, record=record)
-
-
-@functools.partial(jax.jit, static_argnames="definition")
-def _image_likelihood(definition, params, image, text, lengths):
-    model: MagvltModel = merge(definition, params)
-    masked = None if model.config.causal else jnp.ones(image.shape, bool)
-    hidden = model.hidden("text_first", canvas_of(image, text, lengths, image_masked=masked), dtype=activations(params))
-    log_probs = jax.nn.log_softmax(model.logits(hidden.image, "image"), -1)
-    return jnp.take_along_axis(log_probs, image[..., None], -1)[..., 0].sum(-1)
 
 
 def draw_step(

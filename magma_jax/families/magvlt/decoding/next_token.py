@@ -16,7 +16,7 @@ from magma_jax.inference.decoding.guidance import guide
 from magma_jax.inference.decoding.masked import Filled
 from magma_jax.inference.decoding.sampling import SamplingRows, sample, sampling_rows
 from magma_jax.models.magvlt.layout import Order, layout_of
-from magma_jax.models.magvlt.model import MagvltModel, canvas_of
+from magma_jax.models.magvlt.model import MagvltModel, beside, canvas_of
 from magma_jax.nn.masks import Mask
 from magma_jax.nn.modules import merge
 from magma_jax.typing import Array
@@ -117,6 +117,7 @@ def _continue(
         text = jnp.concatenate([text, jnp.full_like(text, pad_id)])
         lengths = jnp.concatenate([lengths, jnp.ones_like(lengths)])
     canvas = canvas_of(image, text, lengths)
+    context = model.context(order, canvas, dtype)
     rows = canvas.image.shape[0]
     # The last token is not fed back.
     slots = jnp.arange(begin + count - 1)
@@ -126,7 +127,7 @@ def _continue(
     def run(x: Array, start: Any, cache: Any) -> tuple[Any, Array]:
         positions = jnp.broadcast_to(start + jnp.arange(x.shape[1]), x.shape[:2])
         output = model(x, positions=positions, mask=Mask("causal", queries=positions, extra=seen), cache=cache)
-        logits = model.logits(model.beside_context(order, output.hidden[:, -1:], canvas)[:, 0], modality)
+        logits = model.logits(beside(output.hidden[:, -1:], context)[:, 0], modality)
         if not guided:
             return output.cache, logits
         given, empty = jnp.split(logits, 2)

@@ -1,14 +1,20 @@
-"""Image to text, infilling, the length of a text, and how likely a text is."""
+"""Image to text, infilling, and the length of a text."""
 
 import dataclasses
 import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from magma_jax.families.magvlt.decoding.arguments import check_steps, editable_places, ids_of, lengths_of, places_of
+from magma_jax.families.magvlt.decoding.arguments import (
+    check_steps,
+    editable_places,
+    ids_of,
+    lengths_of,
+    pairs_of,
+    places_of,
+)
 from magma_jax.families.magvlt.decoding.open_model import OpenModel, activations
 from magma_jax.inference.decoding.masked import Draw, Filled, draw_tokens, fill_text
 from magma_jax.inference.decoding.sampling import SamplingRows
@@ -96,9 +102,7 @@ def infill_text(
         ValueError: as ``image_to_text``; or a text in which nothing is editable.
     """
     config = model.config
-    image = ids_of("image", image, (len(image), config.image_positions), config.image_rows)
-    text = ids_of("text", text, (len(image), config.text_positions), config.text_rows)
-    lengths = lengths_of(lengths, len(image), config.text_positions)
+    image, text, lengths = pairs_of(config, image, text, lengths)
     within = np.arange(config.text_positions) < lengths[:, None]
     places = editable_places(places_of(editable, text.shape) & within, text.shape)
     check_steps(run.steps)
@@ -119,21 +123,6 @@ def infill_text(
     return filled, lengths
 
 
-def text_likelihood(model: OpenModel, image: Any, text: Any, lengths: Any) -> np.ndarray:
-    """Log-probability (B,) of texts given images: how well the model finds that they match.
-
-    All tokens are masked at once; in a causal model each is predicted from those before it.
-
-    Raises:
-        ValueError: as ``text_to_image``.
-    """
-    config = model.config
-    image = ids_of("image", image, (len(image), config.image_positions), config.image_rows)
-    text = ids_of("text", text, (len(image), config.text_positions), config.text_rows)
-    lengths = lengths_of(lengths, len(image), config.text_positions)
-    return np.asarray(_text_likelihood(model.definition, model.params, image, text, lengths))
-
-
 @functools.partial(jax.jit, static_argnames=("definition", "remask", "draw", "record"))
 def _draw_text(definition, params, image, text, editable, lengths, keys, steps, sampling, *, remask, draw, record):
     model: MagvltModel = merge(definition, params)
@@ -152,14 +141,3 @@ def dummy_length_logits(definition, params, image, lengths, image_masked):
     model: MagvltModel = merge(definition, params)
     canvas = untold(model.config, image, image_masked, lengths)
     return model.length_logits(model.hidden("image_first", canvas, dtype=activations(params)).bot)
-
-
-@functools.partial(jax.jit, static_argnames="definition")
-def _text_likelihood(definition, params, image, text, lengths):
-    model: MagvltModel = merge(definition, params)
-    words = jnp.arange(text.shape[1]) < lengths[:, None]
-    canvas = canvas_of(image, text, lengths, text_masked=None if model.config.causal else words)
-    hidden = model.hidden("image_first", canvas, dtype=activations(params))
-    log_probs = jax.nn.log_softmax(model.logits(hidden.text, "text"), -1)
-    chosen = jnp.take_along_axis(log_probs, text[..., None], -1)[..., 0]
-    return jnp.where(words, chosen, 0).sum(-1)

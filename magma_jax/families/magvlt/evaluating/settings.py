@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from magma_jax.families.magvlt.decoding.image import ImageRun, blank, image_likelihood, inpaint
-from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, length_logits, text_likelihood
+from magma_jax.families.magvlt.decoding.image import ImageRun, blank, inpaint
+from magma_jax.families.magvlt.decoding.likelihood import likelihood
+from magma_jax.families.magvlt.decoding.text import TextRun, image_to_text, length_logits
 from magma_jax.families.magvlt.generator import Magvlt
 from magma_jax.families.magvlt.prompts import encode_texts
 from magma_jax.families.magvlt.rows import best, in_parts
@@ -80,7 +81,7 @@ def draw(
         filled = inpaint(model.model, codes[chosen], places[chosen], tokens[chosen], lengths[chosen], keys, run)
         if settings.candidates == 1:
             return filled.tokens, np.zeros(len(keys)), None
-        return filled.tokens, text_likelihood(model.model, filled.tokens, tokens[chosen], lengths[chosen]), None
+        return filled.tokens, likelihood(model.model, filled.tokens, tokens[chosen], lengths[chosen], of="text"), None
 
     found, scores, _ = in_parts(part, settings.seed, len(texts) * settings.candidates)
     return found[best(scores, settings.candidates)]
@@ -92,7 +93,11 @@ def likelihoods(model: Magvlt, texts: Sequence[str], codes: np.ndarray) -> np.nd
 
     def part(rows: slice, keys: Array) -> tuple[Any, ...]:
         chosen = np.minimum(np.arange(rows.start, rows.start + len(keys)), len(texts) - 1)
-        return image_likelihood(model.model, codes[chosen], tokens[chosen], lengths[chosen]), np.zeros(len(keys)), None
+        return (
+            likelihood(model.model, codes[chosen], tokens[chosen], lengths[chosen], of="image"),
+            np.zeros(len(keys)),
+            None,
+        )
 
     return in_parts(part, 0, len(texts))[0]
 
