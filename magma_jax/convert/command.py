@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from magma_jax.config import apply_overrides, load_config_file
 from magma_jax.convert.changes.lora import add_lora, merge_lora, remove_lora, to_peft
@@ -29,11 +30,13 @@ def _from_torch(options: argparse.Namespace) -> int:
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     checkpoint = local_path(options.checkpoint)
     layout = layout_of_weights(checkpoint)
-    print(f"{options.out}: {layout.from_torch(checkpoint, options.out, model_config, tokenizer)}")
+    with new_folder(options.out) as out:
+        made = layout.from_torch(checkpoint, out, model_config, tokenizer)
+    print(f"{options.out}: {made}")
     return 0
 
 
-def _to_torch(folder: str, out: str) -> None:
+def _to_torch(folder: Path, out: Path) -> None:
     layout_of(folder).to_torch(folder, out)
 
 
@@ -45,19 +48,22 @@ def _compose(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> int:
-    quantize_folder(options.folder, options.out, options.to)
+    with new_folder(options.out) as out:
+        quantize_folder(local_copy(options.folder), out, options.to)
     print(f"{options.out}: language model in {options.to}")
     return 0
 
 
-def _export(function: Callable[[str, str], None], options: argparse.Namespace) -> int:
-    function(options.folder, options.out)
+def _export(function: Callable[[Path, Path], None], options: argparse.Namespace) -> int:
+    with new_folder(options.out) as out:
+        function(local_copy(options.folder), out)
     print(f"{options.out}: written")
     return 0
 
 
 def _from_peft(options: argparse.Namespace) -> int:
-    lora = add_lora(options.folder, options.adapter, options.out)
+    with new_folder(options.out) as out:
+        lora = add_lora(local_copy(options.folder), local_copy(options.adapter), out)
     print(f"{options.out}: LoRA of rank {lora.rank} at {', '.join(lora.targets)}")
     return 0
 
@@ -85,7 +91,7 @@ def _verify(options: argparse.Namespace) -> int:
     if (options.other is not None) + (options.golden is not None) + options.checksums != 1:
         raise ValueError("verify takes either two checkpoints, or one and --golden FILE.npz, or one and --checksums")
     if options.checksums:
-        result = check_folder(options.checkpoint)
+        result = check_folder(local_copy(options.checkpoint, optimizer=True))
     elif options.other is not None:
         result = compare_checkpoints(local_path(options.checkpoint), local_path(options.other), options.tolerance)
     else:

@@ -18,6 +18,7 @@ from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.families.magma import MAGMA
 from magma_jax.models.magma import MagmaConfig
 from magma_jax.nn.modules import abstract, parameter_count, split
+from magma_jax.output import object_address
 from magma_jax.published.language_model_sources import read_tokenizer
 from magma_jax.storage.hashing import hashing
 from magma_jax.storage.hub import local_path
@@ -31,6 +32,7 @@ from magma_jax.storage.model_folder import (
     read_model_json,
     write_model_folder,
 )
+from magma_jax.storage.objects.copies import new_folder
 from magma_jax.storage.progress import writing
 from magma_jax.training.run.config import RunConfig, completed
 from magma_jax.training.run.continuation import differences
@@ -61,7 +63,7 @@ def compose(config: RunConfig, lm: str, encoder: str | None, out: str | Path) ->
         lm: a language model, see ``published.language_model_sources``: folder, file or ``hf://`` address.
         encoder: an image encoder, see ``published.encoder_sources``: file or ``hf://`` address, or a name in
             ``training.run.pretrained.SOURCES``; None for an NF-ResNet that starts from fresh weights.
-        out: the model folder; must not exist.
+        out: the model folder, also an address in object storage, as of the sources; must not exist.
 
     Raises:
         ConfigError: not the config of a MAGMA model, or sources that do not fit it. CheckpointError: ``out`` already
@@ -72,6 +74,12 @@ def compose(config: RunConfig, lm: str, encoder: str | None, out: str | Path) ->
         raise ConfigError(f"compose: the config's model is a {config.model.kind}, but a magma is composed")
     if Path(out).exists():  # checked again before writing; this check comes before downloading 12 GB
         raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
+    with new_folder(out) as folder:
+        return _compose(config, lm, encoder, folder, out)
+
+
+def _compose(config: RunConfig, lm: str, encoder: str | None, folder: Path, out: str | Path) -> Composition:
+    """Writes ``folder``, which will be at ``out``."""
     lm_path = local_path(lm)
     groups, kind = completed(MAGMA, config).optim.groups, config.model.encoder.kind
     if encoder is None and (kind != "nf_resnet" or groups["encoder"] == FROZEN):
@@ -101,14 +109,14 @@ def compose(config: RunConfig, lm: str, encoder: str | None, out: str | Path) ->
                     for prefix, group in pretrained.files.items()
                 }
                 return {
-                    **({BASE: base_reference(lm_path, out)} if shared else {}),
+                    **({BASE: base_reference(lm if object_address(lm) else lm_path, out)} if shared else {}),
                     "model": to_dict(config.model),
                     "groups": to_dict(config.optim)["groups"],
                     "source": {**sources, "seed": config.seed},
                     "magma_jax": __version__,
                 }
 
-            write_model_folder(out, metadata, params, lambda folder: tokenizer.save(folder / "tokenizer"), progress)
+            write_model_folder(folder, metadata, params, lambda made: tokenizer.save(made / "tokenizer"), progress)
     trainable, frozen, _ = partition(shapes, label_parameters(types, groups))
     return Composition(parameter_count(frozen), parameter_count(trainable), parameter_count(fresh))
 

@@ -23,10 +23,12 @@ from magma_jax.published.open_magma import model_shapes
 from magma_jax.storage.array_files import open_arrays
 from magma_jax.storage.checksums import SUMS_FILE
 from magma_jax.storage.model_folder import CheckpointError, open_params, read_model_json, read_params
+from magma_jax.storage.objects.copies import local_copy, uploading
 from magma_jax.storage.torch.writer import write_torch_file
 from magma_jax.training.run import setup
 from tests import tiny
 from tests.published import published
+from tests.storage.gcs_server import bucket_server
 
 ENCODER = CLIPViTConfig(layers=1, width=32, heads=2, patch=32, image_size=64, embedding_width=16, output="grid")
 MODEL = MagmaConfig(
@@ -104,6 +106,30 @@ def test_rows_of_a_table_share_one_language_model(sources, composed, tmp_path):
     for config, how in ((CONFIG, "trained clip_vit"), (frozen, "frozen nf_resnet")):
         with pytest.raises(ConfigError, match=f"give --encoder; .* this is a {how}"):
             compose(config, str(folder / "gptj"), None, tmp_path / "other")
+
+
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # gcsfs's own
+def test_sources_and_models_in_a_bucket(sources, composed, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gcsfs")
+    bucket_server().clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with uploading("gs://bucket/parts") as parts:
+        shutil.copytree(sources[0], parts, dirs_exist_ok=True)
+    (tmp_path / "config.py").write_text(
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({to_dict(CONFIG)!r})\n"
+    )
+    command = ["compose", "--encoder", "gs://bucket/parts/clip.pt", "--config", str(tmp_path / "config.py"), "--lm"]
+    assert main([*command, "gs://bucket/parts/gptj", "gs://bucket/model"]) == 0
+    assert main([*command, "gs://bucket/model", "gs://bucket/row"]) == 0
+    row = local_copy("gs://bucket/row")
+    assert read_model_json(row)["base"]["path"] == "gs://bucket/model"
+    assert not any(path.startswith("lm/") and "_adapter/" not in path for path in open_arrays(row / "params"))
+    expected = open_params(composed[0])
+    for path, tensor in open_params(row).items():
+        np.testing.assert_array_equal(tensor.read(), expected[path].read(), path)
+    capsys.readouterr()
+    assert main([*command, "gs://bucket/parts/gptj", "gs://bucket/model"]) == 2
+    assert "gs://bucket/model: already exists" in capsys.readouterr().err
 
 
 def test_fresh_parts_are_those_of_a_run(sources, composed, tmp_path, monkeypatch):

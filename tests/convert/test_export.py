@@ -207,13 +207,20 @@ def test_an_export_goes_to_the_hub_and_back(exported, tmp_path):
     assert_same(Magma.from_checkpoint(exported), Magma.from_checkpoint(tmp_path / "back"))
 
 
-def test_from_a_bucket_to_a_bucket(trained, exported, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def bucket(trained, tmp_path, monkeypatch):
+    """Holds the run, and the base to which it refers there."""
     pytest.importorskip("gcsfs")
     bucket = bucket_server()
     bucket.clear()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with uploading("gs://bucket/run") as folder:
-        shutil.copytree(trained, folder, dirs_exist_ok=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("run", "base"):
+        with uploading(f"gs://bucket/{name}") as folder:
+            shutil.copytree(trained.parent / name, folder, dirs_exist_ok=True)
+    return bucket
+
+
+def test_from_a_bucket_to_a_bucket(exported, bucket, capsys):
     command = ["export", "gs://bucket/run", "gs://bucket/mine"]
     assert main(command) == 0
     assert capsys.readouterr().out.startswith("gs://bucket/mine: ")
@@ -221,3 +228,38 @@ def test_from_a_bucket_to_a_bucket(trained, exported, tmp_path, monkeypatch, cap
     assert_same(Magma.from_checkpoint("gs://bucket/mine"), Magma.from_checkpoint(exported))
     assert main(command) == 2
     assert "gs://bucket/mine: already exists; choose another name" in capsys.readouterr().err
+
+
+def test_every_conversion_reads_and_writes_buckets(trained, trained_alone, exported, bucket, tmp_path, capsys):
+    model = Magma.from_checkpoint(trained)
+    at = "gs://bucket"
+    for command, name in (("to-torch", "mine.pt"), ("to-safetensors", "mine.safetensors"), ("to-hf", "gpt")):
+        assert main([command, f"{at}/run", f"{at}/{name}"]) == 0
+        assert main([command, str(trained), str(tmp_path / name)]) == 0
+        local = tmp_path / name
+        for file in [local] if local.is_file() else local.iterdir():
+            stored = bucket.objects[file.relative_to(tmp_path).as_posix()][0]
+            assert stored == file.read_bytes() or file.suffix == ".pt", file  # zip entries have times
+    assert main(["from-torch", f"{at}/mine.safetensors", f"{at}/again"]) == 0
+    assert main(["verify", f"{at}/again", f"{at}/run"]) == 0
+    assert main(["verify", f"{at}/again", "--checksums"]) == 0
+    assert main(["verify", f"{at}/run", "--checksums"]) == 0
+    assert main(["quantize", f"{at}/run", f"{at}/small"]) == 0
+    assert main(["quantize", str(trained), str(tmp_path / "small")]) == 0
+    assert_same(Magma.from_checkpoint(f"{at}/small"), Magma.from_checkpoint(tmp_path / "small"))
+    # What was trained, on a base in the bucket, to which the new folder refers by its address.
+    assert main(["export", f"{at}/run", f"{at}/mine", "--trained"]) == 0
+    assert bucket.objects["mine"][0] == trained_alone.read_bytes()
+    for out in (f"{at}/both", str(tmp_path / "both")):
+        assert main(["put-on", f"{at}/mine", f"{at}/base", out]) == 0
+        assert_same(model, Magma.from_checkpoint(out))
+    metadata = json.loads((tmp_path / "both/model.json").read_text())
+    assert metadata["base"].keys() == {"path", "sha256"}
+    assert metadata["base"]["path"] == f"{at}/base"
+    assert metadata == json.loads(bucket.objects["both/model.json"][0])
+    capsys.readouterr()
+    assert main(["put-on", f"{at}/mine", f"{at}/base", f"{at}/both"]) == 2
+    assert f"{at}/both: already exists" in capsys.readouterr().err
+    assert main(["quantize", f"{at}/none", f"{at}/new"]) == 2
+    assert f"{at}/none: holds nothing" in capsys.readouterr().err
+    assert not [name for name in bucket.objects if name.startswith("new")]

@@ -29,6 +29,7 @@ from magma_jax.storage.model_folder import (
     read_model_json,
     write_model_folder,
 )
+from magma_jax.storage.objects.copies import local_copy, new_folder
 from magma_jax.storage.safetensors_file import open_safetensors, write_safetensors
 from magma_jax.training.checkpoints.checkpoint import open_trained_params, read_what_was_trained
 from magma_jax.training.run.stored import read_stored_run
@@ -79,16 +80,20 @@ def put_on(file: str | Path, base: str | Path, out: str | Path) -> int:
     """Writes a model folder of the parameters in ``file`` that refers to ``base`` for all others; returns their number.
 
     Args:
-        file: file of ``export_trained``.
+        file: file of ``export_trained``; all three may be in object storage.
         base: run folder or model folder with the same frozen parameters.
         out: the folder to write.
 
     Raises:
         CheckpointError: ``file`` is of another kind or belongs to another base, or ``out`` exists.
     """
-    file, base, out = Path(file), Path(base), Path(out)
-    if out.exists():
+    if Path(out).exists():
         raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
+    with new_folder(out) as folder:
+        return _put_on(local_copy(file), local_copy(base), folder, base_reference(base, out))
+
+
+def _put_on(file: Path, base: Path, folder: Path, reference: dict[str, str]) -> int:
     opened, trained, text = open_safetensors(file)
     with contextlib.closing(opened):
         about = _about(file, text)
@@ -121,8 +126,8 @@ def put_on(file: str | Path, base: str | Path, out: str | Path) -> int:
                 (made / path.relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
                 (made / path.relative_to(base)).write_bytes(path.read_bytes())
 
-        about |= {BASE: base_reference(base, out)}
-        write_model_folder(out, about, params, write_extras)
+        about |= {BASE: reference}
+        write_model_folder(folder, about, params, write_extras)
     return sum(math.prod(leaf.shape) for leaf in trained.values())
 
 

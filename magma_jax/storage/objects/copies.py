@@ -26,8 +26,9 @@ from magma_jax.storage.objects.store import Entry, Store, StoreError
 
 # What makes a folder a model folder, ``storage.model_folder.MODEL_FILE``.
 LAST_FILE = "model.json"
-# The state of the optimizer, what only a person looks at, and the lock; no reader of a run needs them.
-_NOT_READ = re.compile(r"(checkpoints/\d+/optimizer|tensorboard|wandb|nonfinite)/|\.")
+# What only a person looks at, and the lock; no reader of a run needs them.
+_NOT_READ = re.compile(r"(tensorboard|wandb|nonfinite)/|\.")
+_OPTIMIZER = re.compile(r"checkpoints/\d+/optimizer/")
 _STEP = re.compile(r"checkpoints/[^/]*/")
 _NO_FILE = re.compile(r"checkpoints/|\.")
 # Is there while a new run folder is uploaded.
@@ -36,11 +37,11 @@ _UNFINISHED = ".unfinished"
 UPLOAD_EVERY_S = 60.0
 
 
-def local_copy(path: str | Path) -> Path:
+def local_copy(path: str | Path, *, optimizer: bool = False) -> Path:
     """A local path to read from: an address is fetched to a cache, a path is returned unchanged.
 
-    The cache is ``magma_jax/objects`` in ``XDG_CACHE_HOME`` (``~/.cache``). Of a run, the optimizer's states and
-    unfinished checkpoints stay in the bucket.
+    The cache is ``magma_jax/objects`` in ``XDG_CACHE_HOME`` (``~/.cache``). Unfinished checkpoints of a run stay in the
+    bucket, and so do the optimizer's states unless ``optimizer`` is set.
 
     Raises:
         StoreError: there is nothing at the address, or the bucket cannot be read. OutputError: the disk is full.
@@ -58,7 +59,9 @@ def local_copy(path: str | Path) -> Path:
         entries = {
             name: entry
             for name, entry in entries.items()
-            if not _NOT_READ.match(name) and ((step := _STEP.match(name)) is None or step[0] in steps)
+            if not _NOT_READ.match(name)
+            and (optimizer or not _OPTIMIZER.match(name))
+            and ((step := _STEP.match(name)) is None or step[0] in steps)
         }
         if not entries:
             raise StoreError(f"{address}: holds nothing; check the address")
