@@ -14,6 +14,7 @@ import pytest
 from magma_jax.__main__ import main
 from magma_jax.cli import sweep_runs
 from magma_jax.commands import FOUND, STOPPED, UNUSABLE
+from tests.storage.gcs_server import bucket_server
 
 OVER = ["--over", "optim.learning_rate", "1e-3", "3e-4", "--over", "seed", "0", "1"]
 
@@ -34,6 +35,21 @@ lines = [{"step": 3, "loss": float(settings["optim.learning_rate"])}, {"step": 4
 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
 (folder / "results.json").write_text(json.dumps({"cider": 1.25, "protocol": {}}))
 print(*settings)
+"""
+
+
+IN_BUCKET = """
+import json, sys
+from magma_jax.storage.objects.store import Store
+run = Store(sys.argv[sys.argv.index("--workdir") + 1])
+settings = dict(word.split("=", 1) for word in sys.argv[sys.argv.index("--set") + 1 :])
+print("again" if run.entries() else "first")
+if settings["seed"] == "1" and not run.entries():
+    run.write("started", b"")
+    sys.exit(2)
+lines = [{"step": 3, "loss": float(settings["optim.learning_rate"])}, {"step": 4, "validation_loss": 2.5}]
+run.write("metrics.jsonl", "".join(json.dumps(line) + chr(10) for line in lines).encode())
+run.write("results.json", json.dumps({"cider": 1.25, "protocol": {}}).encode())
 """
 
 
@@ -83,6 +99,30 @@ def test_a_signal_stops_all_and_the_same_command_continues(sweep, capsys):
     assert said.count(": stopped, to be continued") == 2
     assert said.count("not ended") == 2
     assert not Path("sweep/learning_rate=3e-4-seed=0").exists()
+
+
+def test_a_sweep_in_a_bucket(sweep, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gcsfs")
+    bucket = bucket_server()
+    bucket.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    # What it would write to a disk goes to the bucket.
+    monkeypatch.setattr("tests.test_sweep.TRAIN", IN_BUCKET)
+    command = ["--workdir", "gs://bucket/sweep", "--jobs", "2", "--set", "steps=100"]
+    assert sweep(*command) == FOUND
+    assert capsys.readouterr().out.splitlines()[-4].split() == ["1e-3", "0", "finished", "4", "0.001", "2.5", "1.25"]
+    assert sweep(*command) == 0
+    assert capsys.readouterr().out.count(": started") == 2
+    assert bucket.objects["sweep/learning_rate=3e-4-seed=1.log"][0].decode().split() == ["first", "again"]
+    assert {name.rpartition("/")[2] for name in bucket.objects if name.count("/") == 1} >= {"sweep.txt", "sweep.json"}
+    assert bucket.objects["sweep/sweep.txt"][0].count(b"finished") == 4
+    assert sweep(*command, "--slurm", "sweep.sh") == 0
+    assert "#SBATCH --output=slurm-%A-%a.log\n" in Path("sweep.sh").read_text()
+    assert not Path("gs:").exists()
+    capsys.readouterr()
+    assert sweep("--workdir", "gs://another/sweep") == UNUSABLE
+    assert capsys.readouterr().err.endswith("there is no bucket another; check the name, or create it\n")
 
 
 def test_a_job_array_trains_one_each_and_requeues_what_was_stopped(sweep, tmp_path, capsys):

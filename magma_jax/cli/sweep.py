@@ -20,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Trains one run for every combination of config values, and prints one table of them.",
     )
     parser.add_argument("--config", type=Path, default=Path("quickstart"), help="as of train; default: %(default)s")
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs")
+    parser.add_argument(
+        "--workdir", type=commands.place, required=True, help="folder of the runs, also gs:// or s3://BUCKET/FOLDER"
+    )
     parser.add_argument(
         "--over",
         nargs="+",
@@ -45,10 +47,15 @@ def _sweep(arguments: argparse.Namespace) -> int:
     # Imported here: JAX takes seconds to import, and --help does not need it.
     from magma_jax.cli.sweep_runs import array_script, planned, show_table, train_all
     from magma_jax.config import ConfigError
+    from magma_jax.output import object_address
+    from magma_jax.storage.objects.store import Store
 
     runs = planned(arguments.config, arguments.workdir, arguments.over, arguments.set)
+    if (address := object_address(arguments.workdir)) is not None:
+        Store(address).check()
     if arguments.slurm is not None:
-        arguments.workdir.mkdir(parents=True, exist_ok=True)
+        if address is None:
+            Path(arguments.workdir).mkdir(parents=True, exist_ok=True)
         arguments.slurm.write_text(array_script(arguments, len(runs)))
         print(f"{arguments.slurm}: an array of {len(runs)} tasks for sbatch, which takes the options of your cluster")
         return 0
