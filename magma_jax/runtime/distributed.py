@@ -30,6 +30,7 @@ from tqdm import tqdm
 from magma_jax.commands import ERRORS, status_of
 from magma_jax.config import ConfigError
 from magma_jax.output import printable
+from magma_jax.runtime.ending import give_back_all
 
 # A process without a heartbeat for this long counts as dead, and the others abort.
 HEARTBEAT_TIMEOUT_S = 30
@@ -118,6 +119,7 @@ def distributed_run(wanted: bool = True) -> Iterator[None]:
     if is_main():
         # The others abort as soon as process 0 ends; this leaves them time to report the same error.
         time.sleep(COORDINATOR_GRACE_S)
+    give_back_all()
     # A regular exit would wait for processes that wait for this one.
     os._exit(status)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -331,7 +332,22 @@ def _alive(pid: int) -> bool:
         return file.read().split()[2] != "Z"
 
 
-def test_shared_memory_is_given_back_at_the_end_of_a_process():
-    code = "from magma_jax.data.batches.stored_images import _Blocks; blocks = _Blocks(); blocks.take(10)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+# One of several processes that fails ends without its exit handlers.
+FAILS = """
+from magma_jax.runtime.distributed import distributed_run
+with distributed_run():
+    {takes}
+    raise ValueError("no such data")
+"""
+
+
+@pytest.mark.parametrize(("code", "status", "said"), [("{takes}", 0, ""), (FAILS, 2, "process 0 of 1: no such data\n")])
+def test_shared_memory_is_given_back_at_the_end_of_a_process(code, status, said, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    takes = "from magma_jax.data.batches.stored_images import _Blocks; blocks = _Blocks(); blocks.take(10)"
+    command = [sys.executable, "-c", code.format(takes=takes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, said)

@@ -6,7 +6,6 @@ return a short reason.
 
 import concurrent.futures
 import dataclasses
-import weakref
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.shared_memory import SharedMemory
@@ -21,6 +20,7 @@ from magma_jax.data.images import ImageError, load_image, random_crop, to_square
 from magma_jax.data.pillow_steps import keep_freed_memory
 from magma_jax.data.time_limit import TimeLimit
 from magma_jax.data.workers import finished, worker_pool
+from magma_jax.runtime.ending import give_back_at_end
 from magma_jax.typing import Int, UInt8
 
 Decode = Literal["exact", "fast"]
@@ -226,7 +226,7 @@ class _Blocks:
     def __init__(self):
         self._free: list[SharedMemory] = []
         self._all: list[SharedMemory] = []
-        weakref.finalize(self, _unlink, self._all)
+        give_back_at_end(self, _unlink, self._all)
 
     def take(self, nbytes: int) -> SharedMemory:
         for block in self._free:

@@ -15,12 +15,12 @@ import shutil
 import sys
 import tempfile
 import threading
-import weakref
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from magma_jax.foreign import ForeignError, read_json
 from magma_jax.output import OutputError, check_room, object_address, replace_file, size_text
+from magma_jax.runtime.ending import give_back_at_end
 from magma_jax.storage.checksums import SUMS_FILE
 from magma_jax.storage.objects.store import Entry, Store, StoreError
 
@@ -127,7 +127,7 @@ class WorkingCopy:
 
     def remove_at_exit(self) -> None:
         """Removes the parent folder when this object is no longer used, or the process ends."""
-        weakref.finalize(self, shutil.rmtree, self.folder.parent, ignore_errors=True)
+        give_back_at_end(self, shutil.rmtree, self.folder.parent, ignore_errors=True)
 
     def fetch(self) -> None:
         """Fetches the files of a run that are not here, but for checkpoints and the lock; nothing if there is no run.
