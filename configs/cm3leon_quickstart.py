@@ -34,8 +34,9 @@ def get_config() -> ConfigDict:
                 "vocab_rows": 3200,
                 "vocabulary": {"text": 2048, "image": tokenizer.codes, "sentinels": 16},
                 "context_length": 1024,
-                # Not the paper's: codes of two retrieved drawings at the same places, vectors of captions, a copy gate.
-                "references": {"images": 2},
+                # Not the paper's: codes of two retrieved drawings at the same places, vectors of captions, a copy gate,
+                # and the mean of an image's codes for the text behind it.
+                "references": {"images": 2, "mean": True},
                 # Wider than the paper's, which is for 1,024 and more entries.
                 "embedding_std": 0.02,
                 "image_tokens": 256,

@@ -14,7 +14,14 @@ from flax import nnx
 from magma_jax.config import check_sizes
 from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.models.language.decoder import Activation, Decoder, DecoderConfig, Head, check_heads
-from magma_jax.models.references import Places, ReferenceLayers, References, ReferencesConfig
+from magma_jax.models.references import (
+    Places,
+    ReferenceLayers,
+    References,
+    ReferencesConfig,
+    Seen,
+    seen_so_far,
+)
 from magma_jax.models.vision.vqgan import VQGAN, VQGANConfig
 from magma_jax.nn.layers import Embedding, Initializer, truncated_normal
 from magma_jax.nn.modules import LanguageParam
@@ -158,13 +165,29 @@ class CM3LeonModel(Decoder):
             embedded += jnp.where((places.read >= 0)[..., None], vectors, 0)
         return embedded
 
+    def seen(
+        self, ids: Int[Array, "B S"], read: Int[Array, "B S"], before: Seen | None = None, dtype: Any = jnp.float32
+    ) -> Seen | None:
+        """The codes among tokens so far, see ``seen_so_far``; None for a model that does not need them."""
+        if self.references is None or self.references.mean is None:
+            return None
+        return seen_so_far(self.embed(ids, dtype), read, before)
+
     def head_input(
-        self, hidden: Float[Array, "B S D"], given: References | None, drawn: Int[Array, "B S"]
+        self,
+        hidden: Float[Array, "B S D"],
+        given: References | None,
+        drawn: Int[Array, "B S"],
+        seen: Seen | None = None,
     ) -> Float[Array, "B S D"]:
-        """The final hidden states that ``logits`` takes, with codes that are copied from retrieved images."""
+        """The final hidden states that ``logits`` takes, with codes that are copied from retrieved images.
+
+        ``seen`` of the same tokens is needed where texts are predicted.
+        """
         if self.references is None or given is None:
             return hidden
-        return self.references.copied(hidden, self.wte.weight[...].astype(hidden.dtype), given, drawn)
+        hidden = self.references.copied(hidden, self.wte.weight[...].astype(hidden.dtype), given, drawn)
+        return hidden if seen is None else self.references.described(hidden, seen, drawn)
 
 
 def _waves(std: float) -> Initializer:

@@ -1,7 +1,8 @@
 """Additions to CM3Leon that are not the paper's: retrieved images beside the sequence instead of in it.
 
 Where an image is read or drawn, the codes of retrieved images at the same place of the grid are added to the
-embeddings, and so is a vector of each caption. A document is then as long as its texts and one image.
+embeddings, and so is a vector of each caption. A document is then as long as its texts and one image. Texts behind an
+image are predicted with the mean of its codes at hand.
 """
 
 import dataclasses
@@ -28,6 +29,8 @@ class ReferencesConfig:
         captions: whether a vector of each caption, the document's own and those of the retrieved images, is added
             at every place of an image, and one of the words in which the own one agrees with each, from the end.
         copy: whether a learned gate adds the codes that it copies to the final hidden states.
+        mean: whether a projection of the mean embedding of all codes so far is added to the final hidden states from
+            which texts are predicted: attention over hundreds of codes learns such counts late.
         caption_words: words of a caption, at most; of longer ones the last are taken.
         word_rows: rows of their table; words are hashed.
     """
@@ -36,6 +39,7 @@ class ReferencesConfig:
     codes: Literal["none", "next", "both"] = "both"
     captions: bool = True
     copy: bool = True
+    mean: bool = False
     caption_words: int = 16
     word_rows: int = 4096
 
@@ -53,6 +57,28 @@ class References(NamedTuple):
 
     codes: Array
     captions: Array
+
+
+class Seen(NamedTuple):
+    """The codes of a row so far, up to and with each token.
+
+    Attributes:
+        total: (B, S, D) sum of their embeddings, fp32.
+        count: (B, S) how many they are.
+    """
+
+    total: Array
+    count: Array
+
+
+def seen_so_far(
+    embedded: Float[Array, "B S D"], read: Int[Array, "B S"], before: Seen | None = None
+) -> Seen:
+    """Counts the codes among tokens with these embeddings; ``before`` (S = 1) are those of earlier tokens."""
+    is_code = read >= 0
+    total = jnp.cumsum(jnp.where(is_code[..., None], embedded, 0).astype(jnp.float32), axis=1)
+    count = jnp.cumsum(is_code, axis=1)
+    return Seen(total, count) if before is None else Seen(before.total + total, before.count + count)
 
 
 class Places(NamedTuple):
@@ -74,6 +100,7 @@ class ReferenceLayers(nnx.Module):
     token: Linear | None = None
     order: Embedding | None = None
     gate: Linear | None = None
+    mean: Linear | None = None
 
     def __init__(self, config: ReferencesConfig, width: int, std: float, *, rngs: nnx.Rngs):
         self.config = config
@@ -105,6 +132,9 @@ class ReferenceLayers(nnx.Module):
             )
         if config.copy:
             self.gate = Linear(width, config.images, param=LanguageParam, weight_init=normal(std), rngs=rngs)
+        if config.mean:
+            # The mean of embeddings is short.
+            self.mean = linear(normal(1.0))
 
     def embeddings(self, table: Float[Array, "V D"], given: References, places: Places) -> Float[Array, "B S D"]:
         """What is added to the embeddings of tokens; ``table`` is the embedding table, with padding in row 0."""
@@ -138,6 +168,16 @@ class ReferenceLayers(nnx.Module):
         for number in range(self.config.images):
             hidden = hidden + gates[..., number, None] * _codes(table, given, number, drawn)
         return hidden
+
+
+    def described(
+        self, hidden: Float[Array, "B S D"], seen: Seen, drawn: Int[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
+        """The final hidden states with the mean of the codes so far, where no code is predicted."""
+        if self.mean is None:
+            return hidden
+        mean = (seen.total / jnp.maximum(seen.count, 1)[..., None]).astype(hidden.dtype)
+        return hidden + jnp.where((drawn < 0)[..., None], self.mean(mean), 0)
 
 
 def _codes(table: Array, given: References, number: int, where: Int[Array, "B S"]) -> Float[Array, "B S D"]:

@@ -47,7 +47,7 @@ CONFIG = CM3LeonConfig(
     context_length=96,
     embedding_std=0.4,
     image_tokens=GRID,
-    references=ReferencesConfig(caption_words=8, word_rows=64),
+    references=ReferencesConfig(caption_words=8, word_rows=64, mean=True),
 )
 BESIDE = BesideConfig(images=2, caption_words=8, word_rows=64, skipped=0.0)
 PAIRS = [(Text(np.array(BPE.encode(text))), Image(np.array([row, 3, row, 5]))) for row, text in enumerate(WORDS)]
@@ -154,7 +154,8 @@ def test_the_head_may_be_computed_by_ranges(model):
         given = References(batch["references"], batch["captions"])
         places = Places(batch["places"][:, :-1], batch["places"][:, 1:])
         hidden = module(module.embed_with(batch["tokens"][:, :-1], given, places)).hidden
-        return found, module.logits(module.head_input(hidden, given, places.drawn))
+        seen = module.seen(batch["tokens"][:, :-1], places.read)
+        return found, module.logits(module.head_input(hidden, given, places.drawn, seen))
 
     (one, three), logits = terms(model.params)
     labels = np.asarray(batch["labels"])[:, 1:]
@@ -231,6 +232,40 @@ def test_texts_and_edits_take_documents(model):
     assert [one.tolist() for one in swapped[::-1]] == [one.tolist() for one in found]
     with pytest.raises(ValueError, match="takes 2 retrieved documents, got 3"):
         model.draw_codes(["red"], options, documents=[shown[0] * 3])
+
+
+def test_a_text_behind_an_image_sees_the_mean_of_its_codes(model):
+    """Every token of a caption is the best of the uncached logits, and these depend on the codes before it alone."""
+    image, found = Codes(np.array([1, 3, 1, 5])), [(WORDS[2], Codes(np.array([2, 3, 2, 5])))]
+    sampling = SamplingConfig(temperature=0.0)
+    (said,) = model.engine.captioned([image], [found], max_new_tokens=6, sampling=sampling, seed=0, batch=1)
+    pairs = model.media.pairs(found)
+    prompt, laid = model.engine.with_gaps([Gap("text"), image], pairs)
+    whole = np.concatenate([prompt, [LAYOUT.sentinel(0)], said.ids]).astype(np.int32)
+    given = beside(whole, pairs, CONFIG, BPE.decode, laid.gaps)
+
+    @jax.jit
+    def forward(params, tokens):
+        module = merge(model.graphdef, params)
+        references = References(*(jnp.asarray(given[part])[None] for part in (0, 1)))
+        where = Places(jnp.asarray(given.places)[None], jnp.append(jnp.asarray(given.places)[1:], -1)[None])
+        hidden = module(module.embed_with(tokens, references, where)).hidden
+        seen = module.seen(tokens, where.read)
+        plain = module.logits(module.head_input(hidden, references, where.drawn))
+        return module.logits(module.head_input(hidden, references, where.drawn, seen)), plain, seen
+
+    logits, plain, seen = jax.tree.map(lambda leaf: np.asarray(leaf)[0], forward(model.params, whole[None]))
+    start = len(prompt)
+    texts = logits[start : start + len(said.ids), LAYOUT.text_ids.start : LAYOUT.text_ids.stop]
+    assert (texts.argmax(1) + LAYOUT.text_ids.start).tolist() == said.ids.tolist()
+    codes = model.params["wte/weight"][LAYOUT.from_codes(image.codes)]
+    np.testing.assert_allclose(seen.total[-1], np.asarray(codes).sum(0), rtol=1e-5)
+    assert seen.count[[0, start]].tolist() == [0, GRID]
+    first = int(np.flatnonzero(given.places >= 0)[0])
+    np.testing.assert_array_equal(logits[:first], plain[:first])  # nothing of what follows
+    within = given.places >= 0
+    np.testing.assert_array_equal(logits[within][:-1], plain[within][:-1])  # codes are predicted as without it
+    assert np.abs(logits[start:] - plain[start:]).max() > 0.1
 
 
 def test_places_of_gaps_follow_the_grid():

@@ -21,7 +21,7 @@ from magma_jax.inference.decoding.decode import run_prompts
 from magma_jax.inference.decoding.guidance import contrast, guide, guide_edit
 from magma_jax.inference.decoding.sampling import MASKED, SamplingRows, apply_temperature, sample
 from magma_jax.models.language.decoder import Decoder
-from magma_jax.models.references import Places, References
+from magma_jax.models.references import Places, References, Seen
 from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.typing import Array, Bool, Float, Int, Key
 
@@ -125,12 +125,13 @@ class Walk(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Loop state; ``position`` has a value per stream and example, the others per example."""
+    """Loop state; ``position`` and ``seen`` have a value per stream and example, the others per example."""
 
     cache: KVCache
     token: Array
     position: Array
     walk: Walk
+    seen: Seen | None
 
 
 class Given(NamedTuple):
@@ -158,9 +159,16 @@ class ModelBeside:
         """Place in the grid of the token that is drawn next; -1 outside an image."""
         return jnp.where(place == Place.IMAGE, self.image_tokens - left, -1)
 
-    def logits(self, drawn: Int[Array, " R"], hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
+    def seen(self, ids: Int[Array, "R S"], places: Places | None, before: Seen | None = None) -> Seen | None:
+        """The codes among tokens so far, for a model that needs them."""
+        return None if places is None else self.lm.seen(ids, places.read, before, self.dtype)
+
+    def logits(
+        self, drawn: Int[Array, " R"], hidden: Float[Array, "R D"], seen: Seen | None = None
+    ) -> Float[Array, "R V"]:
+        """Those of the next token; ``seen`` (S = 1) is needed where it is no code."""
         if self.given is not None:
-            hidden = self.lm.head_input(hidden[:, None], self.given.references, drawn[:, None])[:, 0]
+            hidden = self.lm.head_input(hidden[:, None], self.given.references, drawn[:, None], seen)[:, 0]
         return self.lm.logits(hidden)
 
 
@@ -206,11 +214,13 @@ def decode_streams(
     model = ModelBeside(lm, given, rules.image_tokens, activations_of(lm))
     places = None if given is None else given.places
     embedded = model.embed(tokens, places)
-    head = functools.partial(model.logits, model.after(jnp.tile(rows.place, streams), jnp.tile(rows.left, streams)))
+    seen = jax.tree.map(lambda leaf: _last(leaf, lengths), model.seen(tokens, places))
+    after = model.after(jnp.tile(rows.place, streams), jnp.tile(rows.left, streams))
+    head = functools.partial(model.logits, after, seen=seen)
     cache, logits = run_prompts(lm, embedded, lengths, slots=tokens.shape[1] + steps, head=head)
     zeros = jnp.zeros(batch, jnp.int32)
     no = jnp.zeros(batch, bool)
-    state = _State(cache, zeros, lengths - 1, Walk(rows.place, rows.left, zeros, no, rows.limit < 1))
+    state = _State(cache, zeros, lengths - 1, Walk(rows.place, rows.left, zeros, no, rows.limit < 1), seen)
     drawn = jnp.full((batch, steps), rules.layout.pad, jnp.int32), jnp.zeros((batch, steps))
 
     def going(carry):
@@ -226,9 +236,11 @@ def decode_streams(
         where, left = jnp.tile(state.walk.place, streams), jnp.tile(state.walk.left, streams)
         read = read_place(jnp.tile(state.token, streams), left, rules)
         drawn = model.after(where, left)
-        embedded = model.embed(jnp.tile(state.token, streams)[:, None], Places(read[:, None], drawn[:, None]))
-        output = lm(embedded, positions=state.position[:, None], cache=state.cache)
-        return step + 1, state._replace(cache=output.cache), model.logits(drawn, output.hidden[:, 0]), (ids, logprobs)
+        token, places = jnp.tile(state.token, streams)[:, None], Places(read[:, None], drawn[:, None])
+        output = lm(model.embed(token, places), positions=state.position[:, None], cache=state.cache)
+        seen = None if state.seen is None else model.seen(token, places, state.seen)
+        logits = model.logits(drawn, output.hidden[:, 0], seen)
+        return step + 1, state._replace(cache=output.cache, seen=seen), logits, (ids, logprobs)
 
     _, state, _, (ids, logprobs) = jax.lax.while_loop(going, body, (jnp.int32(0), state, logits, drawn))
     return StreamTokens(ids, state.walk.count, state.walk.ended, logprobs)
@@ -307,7 +319,14 @@ def _draw(
         token=jnp.where(walk.done, state.token, token),
         position=jnp.where(moved, state.position, state.position + 1),
         walk=walked(walk, token, rows, rules),
+        seen=state.seen,
     ), logprob
+
+
+def _last(leaf: Float[Array, "R S ..."] | Int[Array, "R S"], lengths: Int[Array, " R"]) -> Array:
+    """Values at the last tokens of prompts, (R, 1, ...)."""
+    where = (lengths - 1).reshape(-1, *[1] * (leaf.ndim - 1))
+    return jnp.take_along_axis(leaf, where, axis=1)
 
 
 def weights_at(walk: Walk, rows: StreamRows, rules: StreamRules) -> tuple[Array, Array]:
