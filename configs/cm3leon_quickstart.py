@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
                 "vocabulary": {"text": 2048, "image": tokenizer.codes, "sentinels": 16},
                 "context_length": 1024,
                 # Not the paper's: codes of two retrieved drawings at the same places, vectors of captions, a copy gate,
-                # and the mean of an image's codes for the text behind it.
-                "references": {"images": 2, "mean": True},
+                # and the mean codes of an image's left and right halves for the text behind it.
+                "references": {"images": 2, "strips": 2},
                 # Wider than the paper's, which is for 1,024 and more entries.
                 "embedding_std": 0.02,
                 "image_tokens": 256,
@@ -50,14 +50,14 @@ def get_config() -> ConfigDict:
                 "beside": {
                     "images": 2,
                     "by_image": "data/openmoji_by_image",
-                    "captions": 0.2,
+                    "captions": 0.35,
                     "weights": (0.85, 0.15),
                 },
             },
             "loss": {"ranges": True, "text_weight": 4.0},
             "weights": {"image_tokenizer": "quickstart_vqgan"},
             "optim": {"learning_rate": 3e-3, "warmup_steps": 50, "b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0},
-            "steps": 2000,
+            "steps": 3000,
             "batch_size": 8,
             "validation": {"every": 500, "samples": 64},
         }

@@ -85,8 +85,9 @@ class CM3LeonConfig(DecoderConfig):
                 f"set vocab_rows to {self.vocabulary.rows}"
             )
         check_sizes(self, "image_tokens")
-        if self.grid_positions and math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
-            raise ValueError(f"grid_positions needs a square grid; image_tokens is {self.image_tokens}")
+        for name, needs in (("grid_positions", self.grid_positions), ("references.strips", self._strips)):
+            if needs and math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
+                raise ValueError(f"{name} needs a square grid; image_tokens is {self.image_tokens}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if self.tokenizer is None:
@@ -101,6 +102,10 @@ class CM3LeonConfig(DecoderConfig):
                 f"vocabulary.image is {self.vocabulary.image}, but the tokenizer has {self.tokenizer.codes} codes; "
                 "make them equal"
             )
+
+    @property
+    def _strips(self) -> int:
+        return 0 if self.references is None else self.references.strips
 
     @property
     def head_rows(self) -> int:
@@ -140,6 +145,7 @@ class CM3LeonModel(Decoder):
 
     def __init__(self, config: CM3LeonConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
+        self.image_tokens = config.image_tokens
         if config.tokenizer is not None:
             self.image_tokenizer = VQGAN(config.tokenizer, rngs=rngs)
         if config.references is not None:
@@ -169,9 +175,11 @@ class CM3LeonModel(Decoder):
         self, ids: Int[Array, "B S"], read: Int[Array, "B S"], before: Seen | None = None, dtype: Any = jnp.float32
     ) -> Seen | None:
         """The codes among tokens so far, see ``seen_so_far``; None for a model that does not need them."""
-        if self.references is None or self.references.mean is None:
+        if self.references is None or self.references.strips is None:
             return None
-        return seen_so_far(self.embed(ids, dtype), read, before)
+        side, strips = math.isqrt(self.image_tokens), self.references.config.strips
+        strip = jnp.where(read >= 0, read % side * strips // side, -1)
+        return seen_so_far(self.embed(ids, dtype), strip, strips, before)
 
     def head_input(
         self,

@@ -29,8 +29,9 @@ class ReferencesConfig:
         captions: whether a vector of each caption, the document's own and those of the retrieved images, is added
             at every place of an image, and one of the words in which the own one agrees with each, from the end.
         copy: whether a learned gate adds the codes that it copies to the final hidden states.
-        mean: whether a projection of the mean embedding of all codes so far is added to the final hidden states from
-            which texts are predicted: attention over hundreds of codes learns such counts late.
+        strips: vertical strips of the grid, left to right, of which a projection of the mean embedding of the codes so
+            far is added to the final hidden states from which texts are predicted: attention over hundreds of codes
+            learns late what there is most of. 0 for none.
         caption_words: words of a caption, at most; of longer ones the last are taken.
         word_rows: rows of their table; words are hashed.
     """
@@ -39,12 +40,14 @@ class ReferencesConfig:
     codes: Literal["none", "next", "both"] = "both"
     captions: bool = True
     copy: bool = True
-    mean: bool = False
+    strips: int = 0
     caption_words: int = 16
     word_rows: int = 4096
 
     def __post_init__(self):
         check_sizes(self, "images", "caption_words", "word_rows")
+        if self.strips < 0:
+            raise ValueError(f"references.strips must be at least 0, got {self.strips}")
 
 
 class References(NamedTuple):
@@ -60,11 +63,11 @@ class References(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The codes of a row so far, up to and with each token.
+    """The codes of a row so far, up to and with each token, by strip of the grid.
 
     Attributes:
-        total: (B, S, D) sum of their embeddings, fp32.
-        count: (B, S) how many they are.
+        total: (B, S, K, D) sum of their embeddings, fp32.
+        count: (B, S, K) how many they are.
     """
 
     total: Array
@@ -72,12 +75,15 @@ class Seen(NamedTuple):
 
 
 def seen_so_far(
-    embedded: Float[Array, "B S D"], read: Int[Array, "B S"], before: Seen | None = None
+    embedded: Float[Array, "B S D"], strip: Int[Array, "B S"], strips: int, before: Seen | None = None
 ) -> Seen:
-    """Counts the codes among tokens with these embeddings; ``before`` (S = 1) are those of earlier tokens."""
-    is_code = read >= 0
-    total = jnp.cumsum(jnp.where(is_code[..., None], embedded, 0).astype(jnp.float32), axis=1)
-    count = jnp.cumsum(is_code, axis=1)
+    """Counts the codes among tokens with these embeddings; ``before`` (S = 1) are those of earlier tokens.
+
+    ``strip`` is where a token stands, -1 for one that is no code.
+    """
+    inside = (strip[..., None] == jnp.arange(strips)).astype(jnp.float32)
+    total = jnp.cumsum(inside[..., None] * embedded[:, :, None].astype(jnp.float32), axis=1)
+    count = jnp.cumsum(inside, axis=1)
     return Seen(total, count) if before is None else Seen(before.total + total, before.count + count)
 
 
@@ -100,7 +106,7 @@ class ReferenceLayers(nnx.Module):
     token: Linear | None = None
     order: Embedding | None = None
     gate: Linear | None = None
-    mean: Linear | None = None
+    strips: Linear | None = None
 
     def __init__(self, config: ReferencesConfig, width: int, std: float, *, rngs: nnx.Rngs):
         self.config = config
@@ -132,9 +138,11 @@ class ReferenceLayers(nnx.Module):
             )
         if config.copy:
             self.gate = Linear(width, config.images, param=LanguageParam, weight_init=normal(std), rngs=rngs)
-        if config.mean:
+        if config.strips:
             # The mean of embeddings is short.
-            self.mean = linear(normal(1.0))
+            self.strips = Linear(
+                config.strips * width, width, param=LanguageParam, use_bias=False, weight_init=normal(1.0), rngs=rngs
+            )
 
     def embeddings(self, table: Float[Array, "V D"], given: References, places: Places) -> Float[Array, "B S D"]:
         """What is added to the embeddings of tokens; ``table`` is the embedding table, with padding in row 0."""
@@ -169,15 +177,12 @@ class ReferenceLayers(nnx.Module):
             hidden = hidden + gates[..., number, None] * _codes(table, given, number, drawn)
         return hidden
 
-
-    def described(
-        self, hidden: Float[Array, "B S D"], seen: Seen, drawn: Int[Array, "B S"]
-    ) -> Float[Array, "B S D"]:
-        """The final hidden states with the mean of the codes so far, where no code is predicted."""
-        if self.mean is None:
+    def described(self, hidden: Float[Array, "B S D"], seen: Seen, drawn: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """The final hidden states with the means of the codes so far, where no code is predicted."""
+        if self.strips is None:
             return hidden
-        mean = (seen.total / jnp.maximum(seen.count, 1)[..., None]).astype(hidden.dtype)
-        return hidden + jnp.where((drawn < 0)[..., None], self.mean(mean), 0)
+        means = (seen.total / jnp.maximum(seen.count, 1)[..., None]).astype(hidden.dtype)
+        return hidden + jnp.where((drawn < 0)[..., None], self.strips(means.reshape(*means.shape[:2], -1)), 0)
 
 
 def _codes(table: Array, given: References, number: int, where: Int[Array, "B S"]) -> Float[Array, "B S D"]:

@@ -1,8 +1,8 @@
 """Programs of continuous batching: slots whose rows are the streams of requests that came at different times.
 
 A request takes as many slots as it has streams: one, two with guidance, three for an edit. All of its slots hold the
-same new tokens, drawn from the logits of all of them, and move on together. They are codes: texts, for which a model may
-need ``models.references.Seen``, are not written here.
+same new tokens, drawn from the logits of all of them, and move on together. They are codes: no text is written here,
+for which a model may need ``models.references.Seen``.
 """
 
 from typing import NamedTuple
