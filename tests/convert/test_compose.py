@@ -57,6 +57,14 @@ def composed(sources, tmp_path_factory):
     return out, made
 
 
+def config_file(folder):
+    """``CONFIG`` as a file in ``folder``."""
+    path = folder / "config.py"
+    values = f"    return ConfigDict({to_dict(CONFIG)!r})\n"
+    path.write_text("from ml_collections import ConfigDict\n\n\ndef get_config():\n" + values)
+    return str(path)
+
+
 def test_every_parameter_is_published_or_fresh(sources, composed):
     folder, lm, encoder = sources
     out, made = composed
@@ -115,10 +123,7 @@ def test_sources_and_models_in_a_bucket(sources, composed, tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with uploading("gs://bucket/parts") as parts:
         shutil.copytree(sources[0], parts, dirs_exist_ok=True)
-    (tmp_path / "config.py").write_text(
-        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({to_dict(CONFIG)!r})\n"
-    )
-    command = ["compose", "--encoder", "gs://bucket/parts/clip.pt", "--config", str(tmp_path / "config.py"), "--lm"]
+    command = ["compose", "--encoder", "gs://bucket/parts/clip.pt", "--config", config_file(tmp_path), "--lm"]
     assert main([*command, "gs://bucket/parts/gptj", "gs://bucket/model"]) == 0
     assert main([*command, "gs://bucket/model", "gs://bucket/row"]) == 0
     row = local_copy("gs://bucket/row")
@@ -203,10 +208,8 @@ def test_base_and_weights_exclude_each_other():
 
 def test_the_command_line(sources, tmp_path, capsys):
     folder = sources[0]
-    config = tmp_path / "config.py"
-    values = f"    return ConfigDict({to_dict(CONFIG)!r})\n"
-    config.write_text("from ml_collections import ConfigDict\n\n\ndef get_config():\n" + values)
-    command = ["compose", "--lm", str(folder / "gptj"), "--encoder", str(folder / "clip.pt"), "--config", str(config)]
+    command = ["compose", "--lm", str(folder / "gptj"), "--encoder", str(folder / "clip.pt")]
+    command += ["--config", config_file(tmp_path)]
     assert main([*command, str(tmp_path / "out"), "--set", "seed=3"]) == 0
     assert f"{tmp_path / 'out'}: " in capsys.readouterr().out
     assert read_model_json(tmp_path / "out")["source"]["seed"] == 3
