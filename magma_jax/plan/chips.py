@@ -61,9 +61,9 @@ CHIPS = {
             None,
             options={"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)},
         ),
-        Chip("v5e", "TPU v5e", 16 * GIB, 819e9, 200e9, 3.125e9),
-        Chip("v5p", "TPU v5p", 95 * GIB, 2765e9, 600e9, 6.25e9),
-        Chip("v6e", "TPU v6e", 32 * GIB, 1638e9, 448e9, 12.5e9),
+        Chip("v5e", "TPU v5 lite", 16 * GIB, 819e9, 200e9, 3.125e9),
+        Chip("v5p", "TPU v5", 95 * GIB, 2765e9, 600e9, 6.25e9),
+        Chip("v6e", "TPU v6 lite", 32 * GIB, 1638e9, 448e9, 12.5e9),
         # Two devices share the 192 GiB, 7380 GB/s, the links and the network of a chip.
         Chip("tpu7x", "TPU7x", 96 * GIB, 3690e9, 300e9, 6.25e9, devices_per_chip=2),
     )

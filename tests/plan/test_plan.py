@@ -145,18 +145,25 @@ def test_without_the_compiler_the_command_to_install_it_is_told(monkeypatch):
         open_topology("v5e:2x2")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x1x1"])
+def test_a_chip_has_the_name_that_its_devices_have(name):
+    topology = open_topology(name)
+    assert {device.device_kind for device in topology.devices} == {topology.chip.kind}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize(("name", "slices", "devices"), [("v4:2x2x1", 1, 4), ("tpu7x:2x1x1", 1, 4), ("v5e:2x2", 2, 8)])
 def test_a_tpu_plan(name, slices, devices):
     topology = open_topology(name, slices)
     assert len(topology.devices) == devices
-    assert {device.device_kind for device in topology.devices} == {topology.chip.kind}
-    config = tiny.run_config(batch_size=BATCH, mesh=MeshConfig(fsdp=4, slice=slices))
+    batch = 2 * devices
+    config = tiny.run_config(batch_size=batch, mesh=MeshConfig(fsdp=4, slice=slices))
     built = build_program(family_of(config.model), config, make_mesh(config.mesh, topology.devices))
-    planned = make_plan(built, topology, compile_decode(built, BATCH, slots=64), "generate", BATCH)
+    planned = make_plan(built, topology, compile_decode(built, batch, slots=64), "generate", batch)
     assert planned.fits
     assert planned.costs.unknown_loops == 0
     layers = 2 * (12 * 32 * 32 - 8 * 32 * 32 + 2 * 32 * 64) + 2 * 2 * 2 * 2 * 32 * 8 // 2
-    assert planned.costs.flops * 4 > 2 * BATCH * layers / 2
+    assert planned.costs.flops * devices > 2 * batch * layers / 2
     assert jnp.isfinite(planned.seconds)
