@@ -186,7 +186,8 @@ def _describe(
         )
         figures[kind] = _equal(said[kind], texts)
         if kind == "retrieved":
-            figures["document"] = _equal([material.records[some[0]].caption for some in shown], texts)
+            # A model that was trained without documents is shown none.
+            figures["document"] = _equal([material.records[some[0]].caption if some else "" for some in shown], texts)
     best = said["retrieved" if material.by_image else "none"]
     figures["shuffled"] = _equal(best, [*texts[1:], *texts[:1]])
     return figures, best
