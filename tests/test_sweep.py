@@ -101,6 +101,31 @@ def test_a_signal_stops_all_and_the_same_command_continues(sweep, capsys):
     assert not Path("sweep/learning_rate=3e-4-seed=0").exists()
 
 
+def test_an_error_stops_all_runs(sweep, monkeypatch, capsys):
+    started = []
+    start = sweep_runs.subprocess.Popen
+
+    def popen(*words, **options):
+        started.append(start(*words, **options))
+        return started[-1]
+
+    monkeypatch.setattr(sweep_runs.subprocess, "Popen", popen)
+    run = Path("sweep/learning_rate=1e-3-seed=0")
+
+    def spoil():
+        while not all(Path(f"sweep/learning_rate=1e-3-seed={seed}/started").exists() for seed in (0, 1)):
+            time.sleep(0.01)
+        run.with_name(f"{run.name}.ended").mkdir()  # so that its end cannot be noted
+        (run / "go").touch()
+
+    thread = threading.Thread(target=spoil)
+    thread.start()
+    assert sweep("--jobs", "2", "--set", "steps=99") == UNUSABLE
+    thread.join()
+    assert f"{run.name}.ended" in capsys.readouterr().err
+    assert [process.returncode for process in started] == [0, STOPPED]
+
+
 def test_a_sweep_in_a_bucket(sweep, tmp_path, monkeypatch, capsys):
     pytest.importorskip("gcsfs")
     bucket = bucket_server()

@@ -112,14 +112,18 @@ def planned(
 def train_all(runs: Sequence[SweepRun], jobs: int) -> int:
     """Trains what has not finished, ``jobs`` at a time, each as a process of its own.
 
-    A signal is passed on once: the runs save and end, and no other starts.
+    A signal is passed on once: the runs save and end, and no other starts. They do so too where an error ends this.
 
     Returns:
         0 if all have finished, 143 if a signal stopped them, else 1.
     """
     waiting = [run for run in runs if run.status() != 0]
     running: dict[subprocess.Popen, SweepRun] = {}
-    with _signals() as signals, tempfile.TemporaryDirectory(prefix="magma_jax-") as logs:
+    with (
+        _signals() as signals,
+        tempfile.TemporaryDirectory(prefix="magma_jax-") as logs,
+        _ending_with_this(running),
+    ):
         passed_on = False
         while running or (waiting and not signals):
             while waiting and not signals and len(running) < jobs:
@@ -177,6 +181,19 @@ if [ "$status" = {STOPPED} ]; then
 fi
 exit "$status"
 """
+
+
+@contextlib.contextmanager
+def _ending_with_this(running: dict[subprocess.Popen, SweepRun]) -> Iterator[None]:
+    """Stops all runs where an error ends the sweep; otherwise its next start would train the same folders twice."""
+    try:
+        yield
+    except BaseException:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        raise
 
 
 @contextlib.contextmanager

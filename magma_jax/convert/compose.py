@@ -109,7 +109,7 @@ def _compose(config: RunConfig, lm: str, encoder: str | None, folder: Path, out:
                     for prefix, group in pretrained.files.items()
                 }
                 return {
-                    **({BASE: base_reference(lm if object_address(lm) else lm_path, out)} if shared else {}),
+                    **({BASE: base_reference(lm if object_address(lm) else lm_path, out, lm_path)} if shared else {}),
                     "model": to_dict(config.model),
                     "groups": to_dict(config.optim)["groups"],
                     "source": {**sources, "seed": config.seed},

@@ -15,6 +15,9 @@ from magma_jax.typing import Float
 # How choices are compared. sum: log-probability of the answer; mean: per token, which does not favour short answers.
 Measure: TypeAlias = Literal["sum", "mean"]
 
+# Images drawn of one prompt, all of which are in memory at the end.
+MAX_IMAGES = 1024
+
 # How well images fit the text of each, the higher the better, such as ``inference.clip_scores.ClipScorer``.
 Score: TypeAlias = Callable[[Sequence[Image], Sequence[str]], Float[np.ndarray, " N"]]
 
@@ -90,6 +93,11 @@ class ImageOptions:
         for name in ("n", "candidates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n * self.candidates > MAX_IMAGES:
+            raise ValueError(
+                f"n = {self.n} with candidates = {self.candidates} are more than {MAX_IMAGES} images of one prompt; "
+                "ask several times, each with another seed"
+            )
         if self.steps is not None and not 1 <= self.steps < 2**31:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         check_seed(self.seed)

@@ -164,14 +164,19 @@ def read_model_json(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def base_reference(base: str | Path, folder: str | Path) -> dict[str, str]:
+def base_reference(base: str | Path, folder: str | Path, local: Path) -> dict[str, str]:
     """Entry ``BASE`` of ``model.json`` of ``folder``: paths and identity of the base folder.
 
     The path relative to ``folder`` holds where both are moved together; there is none if one is in object storage.
+
+    Args:
+        base: path or address of the base.
+        folder: path or address of the folder that refers to it.
+        local: where the base can be read: ``local_copy(base)``, which callers have already.
     """
     address = object_address(base)
     if address is not None:
-        return {"path": address, "sha256": _identity(local_copy(address))}
+        return {"path": address, "sha256": _identity(local)}
     base = Path(base).absolute()
     if object_address(folder) is not None:
         return {"path": str(base), "sha256": _identity(base)}

@@ -122,7 +122,7 @@ def test_a_list_that_lacks_files(folder, tmp_path):
 
 def test_the_base_of_a_run_is_compared_too(folder, tmp_path, capsys):
     own = {"n": PARAMS["n"]}
-    write_model_folder(tmp_path / "run", {"model": {}, BASE: base_reference(folder, tmp_path / "run")}, own)
+    write_model_folder(tmp_path / "run", {"model": {}, BASE: base_reference(folder, tmp_path / "run", folder)}, own)
     assert read_params(tmp_path / "run", SHAPES).keys() == PARAMS.keys()
     assert main(["verify", str(tmp_path / "run"), "--checksums"]) == 0
     zeros(parts(folder, "lm.wte.weight")[0])

@@ -90,7 +90,8 @@ def put_on(file: str | Path, base: str | Path, out: str | Path) -> int:
     if Path(out).exists():
         raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
     with new_folder(out) as folder:
-        return _put_on(local_copy(file), local_copy(base), folder, base_reference(base, out))
+        local = local_copy(base)
+        return _put_on(local_copy(file), local, folder, base_reference(base, out, local))
 
 
 def _put_on(file: Path, base: Path, folder: Path, reference: dict[str, str]) -> int:

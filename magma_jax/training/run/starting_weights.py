@@ -59,8 +59,8 @@ def write_run_folder(program: Program, workdir: Path, dataset: Dataset, copy: Wo
         trained = _trained_in_base(program, base, base_types)
     run = to_dict(config)
     metadata = {"model": run["model"], "groups": run["optim"]["groups"], "run": run}
-    if config.base is not None:
-        metadata[BASE] = base_reference(config.base, workdir if copy is None else copy.address)
+    if config.base is not None and base is not None:
+        metadata[BASE] = base_reference(config.base, workdir if copy is None else copy.address, base)
     starting = contextlib.nullcontext(program.params)
     if is_main():
         starting = _starting_params(program, dataset, base, base_types.keys(), trained)
