@@ -10,7 +10,8 @@ the first token; ``tokens_per_second`` counts the other 63 of every row.
 
 ``weights_per_second`` is the size in gigabytes of the weights that every step must read, divided by its time;
 ``matvec_per_second`` is the rate of plain matmuls of the same weights with as many rows in the same process, each
-weight in a separate array. Every figure is the best of several rounds.
+weight in a separate array. Every figure is the best of several rounds, with ``--processes`` of several processes: where
+the weights of a process lie in memory moves its figures by some percent.
 """
 
 import argparse
@@ -30,7 +31,8 @@ PROMPT, NEW_TOKENS, CONTEXT = 16, 64, 256
 def main() -> None:
     """Reads the command line, lets the workers take turns, prints JSON."""
     parser = argparse.ArgumentParser(description="First-token time and tokens a second of a mid-size MAGMA, as JSON.")
-    parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of a process; default %(default)s")
+    parser.add_argument("--processes", type=int, default=1, help="default %(default)s")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--torch", action="store_true", help="also time PyTorch (needs torch and transformers)")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="also time that of another checkout")
@@ -45,27 +47,30 @@ def main() -> None:
         results[f"batch {batch}"] = result = {}
         names = ["jax"] + ["torch"] * arguments.torch + ["against"] * (arguments.against is not None)
         options = ["--threads", str(arguments.threads)]
-        workers = {
-            name: turns.start(__file__, f"jax-{batch}", options, arguments.against)
-            if name == "against"
-            else turns.start(__file__, f"{name}-{batch}", options)
-            for name in names
-        }
-        times: dict[str, list[dict[str, float]]] = {name: [turns.ask(workers[name], "prepare")] for name in names}
-        for _ in range(arguments.rounds):
-            for name in names:
-                times[name].append(turns.ask(workers[name], "round"))
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for _ in range(arguments.processes):
+            workers = {
+                name: turns.start(__file__, f"jax-{batch}", options, arguments.against)
+                if name == "against"
+                else turns.start(__file__, f"{name}-{batch}", options)
+                for name in names
+            }
+            prepared = {name: turns.ask(workers[name], "prepare") for name in names}
+            for _ in range(arguments.rounds):
+                for name in names:
+                    times[name].append(turns.ask(workers[name], "round"))
+            peaks = {name: turns.end(workers[name]) for name in names}
         for name in names:
-            best = {key: min(turn[key] for turn in times[name][1:]) for key in times[name][1]}
+            best = {key: min(turn[key] for turn in times[name]) for key in times[name][0]}
             decode = best["all"] - best["first"]
             rate = batch * (NEW_TOKENS - 1) / decode
             result[name] = {"first_token_seconds": round(best["first"], 4), "tokens_per_second": round(rate, 1)}
             if name != "torch":
-                gigabytes = times[name][0]["gigabytes"]
+                gigabytes = prepared[name]["gigabytes"]
                 read, plain = gigabytes * (NEW_TOKENS - 1) / decode, gigabytes / best["matvec"]
                 result[name] |= {"weights_per_second": round(read, 1), "matvec_per_second": round(plain, 1)}
-                result[name] |= {"of_matvec": round(read / plain, 3), "compile_seconds": times[name][0]["compile"]}
-            result[name]["peak_gigabytes"] = turns.end(workers[name])
+                result[name] |= {"of_matvec": round(read / plain, 3), "compile_seconds": prepared[name]["compile"]}
+            result[name]["peak_gigabytes"] = peaks[name]
         if arguments.against:
             now, then = result["jax"], result["against"]
             result["ratio_against"] = round(now["tokens_per_second"] / then["tokens_per_second"], 3)

@@ -61,10 +61,8 @@ def test_an_edit_has_an_example_of_its_answer(data):
         assert (records[example].base, records[example].split) == (records[edit.target].base, "train")
 
 
-@pytest.mark.slow
-def test_figures_and_page(data, tmp_path):
-    """Of a model that has learnt nothing: all rows are there, and the true drawings are exact."""
-    records, images = data
+def tiny_model(records, **changes):
+    """A model that has learnt nothing."""
     tokenizer = train_bpe([record.caption for record in records], 300)
     layout = VocabLayout(text=tokenizer.vocab_size, image=64, sentinels=4)
     config = CM3LeonConfig(
@@ -76,7 +74,6 @@ def test_figures_and_page(data, tmp_path):
         vocabulary=layout,
         context_length=256,
         image_tokens=16,
-        references=ReferencesConfig(word_rows=64),
         tokenizer=VQGANConfig(
             image_size=8,
             width=32,
@@ -87,12 +84,18 @@ def test_figures_and_page(data, tmp_path):
             code_width=8,
             codes=64,
         ),
+        **changes,
     )
     params = jax.jit(lambda: split(CM3LeonModel(config, rngs=nnx.Rngs(0)))[1])()
     graphdef = abstract(lambda: CM3LeonModel(config, rngs=nnx.Rngs(0)))[0]
-    model = CM3Leon(Loaded(config, graphdef, params, tokenizer, True))
+    return CM3Leon(Loaded(config, graphdef, params, tokenizer, True))
+
+
+def some_material(data, folder, **changes):
+    """Four held-out drawings, whose documents are those of the same name."""
+    records, images = data
     rows = [record.index for record in records if record.split == "test"][:4]
-    annotation = tmp_path / "found"
+    annotation = folder / "found"
     annotation.mkdir()
     shown = shown_rows("oracle", records, rows, 2, annotation=None, seed=0)
     lines = [
@@ -101,17 +104,24 @@ def test_figures_and_page(data, tmp_path):
     ]
     (annotation / "part-00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (annotation / "annotation.json").write_text(json.dumps({"parts": 1}))
-    judge = DrawingJudge(records, images, lambda pixels: pixels.reshape(len(pixels), -1).astype(np.float32))
-    material = Material(
-        records=records,
-        images=images,
-        rows=rows,
-        edits=edits(records, "test"),
-        judge=judge,
-        documents=2,
-        annotation=str(annotation),
-        by_image=str(annotation),
-    )
+    fields = {
+        "records": records,
+        "images": images,
+        "rows": rows,
+        "edits": edits(records, "test"),
+        "judge": DrawingJudge(records, images, lambda pixels: pixels.reshape(len(pixels), -1).astype(np.float32)),
+        "documents": 2,
+        "annotation": str(annotation),
+        "by_image": str(annotation),
+    }
+    return Material(**fields | changes)
+
+
+@pytest.mark.slow
+def test_figures_and_page(data, tmp_path):
+    """Of a model that has learnt nothing: all rows are there, and the true drawings are exact."""
+    model = tiny_model(data[0], references=ReferencesConfig(word_rows=64))
+    material = some_material(data, tmp_path)
     settings = EvaluationSettings(edits=4, batch=4, guidance=2.0)
     found = measure(model, material, settings)
     drawing = found.figures["drawing"]
@@ -131,6 +141,18 @@ def test_figures_and_page(data, tmp_path):
     assert html.count("<figcaption>result") == 4
     assert html.count("<figcaption>drawn<") == 4
     assert "$" not in html.replace("${", "")
+
+
+@pytest.mark.slow
+def test_a_model_that_takes_no_documents(data, tmp_path):
+    """It is shown none: rows that differ by their documents alone are left out, and there is no first document."""
+    material = some_material(data, tmp_path, documents=0, edits=[])
+    found = measure(tiny_model(data[0]), material, EvaluationSettings(batch=4))
+    drawing = found.figures["drawing"]
+    assert {"retrieved", "shuffled", "round_trip"} <= set(drawing)
+    assert not {"document", "oracle", "random", "none"} & set(drawing)
+    assert found.figures["text"]["document"] == 0
+    assert len(found.said) == 4
 
 
 def test_what_cannot_be_evaluated_is_refused(tmp_path):
