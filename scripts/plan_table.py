@@ -2,6 +2,7 @@
 
 python scripts/plan_table.py                   # plans what docs/plans.json lacks: minutes each
 python scripts/plan_table.py --again v5e:4x4   # plans the rows of this topology again
+python scripts/plan_table.py --tables slices --again v5e:4x4 v6e:4x4   # of these tables alone
 python scripts/plan_table.py --render          # only writes the tables
 """
 
@@ -114,9 +115,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Plans the full-size models and writes the tables of docs/plans.md.")
     parser.add_argument("--render", action="store_true", help="only write the tables")
     parser.add_argument("--again", nargs="*", default=[], metavar="TOPOLOGY", help="plan these again")
+    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=TABLES, help="plan rows of these alone")
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for case in [case for cases in TABLES.values() for case in cases]:
+    for case in [case for name in arguments.tables for case in TABLES[name]]:
         if arguments.render or (case.key in results and case.topology not in arguments.again):
             continue
         print(case.key, file=sys.stderr, flush=True)
