@@ -81,6 +81,8 @@ def test_masks_mark_transparent_or_light_pixels(files):
         (["--output", "{}/out.png"], "the prompt is empty; say what the image shows"),
         (["a cat", "--output", "{}/out.png", "--steps", "0"], "steps must be at least 1, got 0"),
         (["a cat", "--output", "{}/out.png", "--n", "513", "--candidates", "2"], "are more than 1024 images of one"),
+        (["a cat", "--output", "{}/out.png", "--cd-k", "4"], "is guided by guidance alone: leave out cd_k"),
+        (["a cat", "--output", "{}/out.png", "--contrasted", "1"], "contrasted 1: give cd_k"),
         (["a cat", "--output", "{}/out.png", "--beams", "2"], "--beams is for texts"),
         (["a cat", "--output", "{}/out.png", "--places", "best"], "places 'best' is none of"),
         (["a cat", "--output", "{}/out.png", "--mask", "{}/hole.png"], "marks pixels of one image; 0 are given"),

@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="steps of a masked model; default: the model's")
     add("--guidance", type=float, default=1.0, help="s of u + s (c - u), with and without the prompt; default: 1, none")
     add("--candidates", type=int, default=1, help="images drawn for each one; the likeliest is kept; default: 1")
+    add("--cd-k", type=int, default=0, help="draw by CD-K with this k in place of guidance; CM3Leon; default: 0, none")
+    add("--contrasted", type=int, metavar="N", help="of the candidates those that are drawn by CD-K; default: all")
     add("--clip", metavar="FILE", help="a CLIP of OpenAI's or open_clip's; of the candidates its best one is kept")
     add("--schedule", default="cosine", help="cosine, linear or arccos; default: %(default)s")
     add(

@@ -81,6 +81,8 @@ def image_options(arguments: argparse.Namespace, mask: np.ndarray | None) -> Ima
         steps=arguments.steps,
         schedule=arguments.schedule,
         places=arguments.places,
+        cd_k=arguments.cd_k,
+        contrasted=arguments.contrasted,
         mask=mask,
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL.Image import Image
 
 from magma_jax.inference.decoding.config import SamplingConfig, check_seed
+from magma_jax.inference.decoding.guidance import MAX_K
 from magma_jax.inference.decoding.schedules import Schedule, Strategy
 from magma_jax.typing import Float
 
@@ -74,6 +75,10 @@ class ImageOptions:
         steps: steps of a masked model; None for the family's own.
         schedule: share of tokens that are masked after each step of a masked model.
         places: which places a step of a masked model reveals.
+        cd_k: k of contrastive decoding (CD-K, see ``decoding.guidance``) in place of guidance, of a model that draws
+            code by code; 0 for guidance.
+        contrasted: how many of the candidates are drawn by CD-K, the last ones; the others are guided and drawn by
+            top-p, so that both are in one pool. None for all with ``cd_k``.
         mask: (height, width) of the prompt's image, True for the pixels to draw anew; None for a whole image.
     """
 
@@ -87,6 +92,8 @@ class ImageOptions:
     steps: int | None = None
     schedule: Schedule = "cosine"
     places: Strategy = "multinomial-maskgit"
+    cd_k: int = 0
+    contrasted: int | None = None
     mask: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
@@ -97,6 +104,12 @@ class ImageOptions:
             raise ValueError(
                 f"n = {self.n} with candidates = {self.candidates} are more than {MAX_IMAGES} images of one prompt; "
                 "ask several times, each with another seed"
+            )
+        if not 0 <= self.cd_k <= MAX_K:
+            raise ValueError(f"cd_k must be 0 to {MAX_K}, got {self.cd_k}")
+        if self.contrasted is not None and not (self.cd_k and 0 <= self.contrasted <= self.candidates):
+            raise ValueError(
+                f"contrasted {self.contrasted}: give cd_k, and a number up to that of the candidates, {self.candidates}"
             )
         if self.steps is not None and not 1 <= self.steps < 2**31:
             raise ValueError(f"steps must be at least 1, got {self.steps}")

@@ -15,7 +15,7 @@ from magma_jax.data.tokenizers.layout import VocabLayout
 from magma_jax.families.cm3leon import engine as engine_module
 from magma_jax.families.cm3leon import slots as batch_programs
 from magma_jax.families.cm3leon.batch import StreamBatch
-from magma_jax.families.cm3leon.decoding import Request, run_requests
+from magma_jax.families.cm3leon.decoding import Request, run_requests, stream_rows
 from magma_jax.families.cm3leon.engine import Plan
 from magma_jax.families.cm3leon.generator import GAP, IMAGE_GAP, CM3Leon, Codes, Hidden
 from magma_jax.families.cm3leon.loading import Loaded
@@ -25,7 +25,7 @@ from magma_jax.inference.answers import AnswerOptions, ImageOptions
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.inference.decoding.guidance import contrast, guide, guide_edit
 from magma_jax.inference.decoding.sampling import MASKED
-from magma_jax.inference.decoding.streams import Place, StreamRules, combined
+from magma_jax.inference.decoding.streams import Place, StreamRules, Walk, combined
 from magma_jax.inference.pending import EngineError
 from magma_jax.models.cm3leon import CM3LeonConfig, CM3LeonModel
 from magma_jax.nn.modules import abstract, merge, split
@@ -116,8 +116,25 @@ def test_a_pool_of_guided_and_contrasted_candidates(model):
     for number, (best,) in enumerate(model.engine.of_texts(WORDS[:2], pool, ())):
         likeliest = max((found[number][0] for found in alone), key=lambda one: one.logprob)
         np.testing.assert_array_equal(best.ids, likeliest.ids)
-    with pytest.raises(ValueError, match="contrasted 4: give cd_k, and a number up to that of the candidates, 3"):
-        dataclasses.replace(pool, contrasted=4)
+    for options, message in (
+        ({"contrasted": 4}, "contrasted 4: give cd_k, and a number up to that of the candidates, 3"),
+        ({"cd_k": -1}, "cd_k must be 0 to 64, got -1"),
+        ({"cd_alpha": 0.0}, "cd_alpha must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(pool, **options)
+
+
+def test_contrast_applies_in_its_interval(model):
+    """Outside of it codes are drawn from the stream with the text alone."""
+    options = dataclasses.replace(OPTIONS, cd_k=2, temperature=(0.0, 0.0))
+    plain = model.draw_codes(WORDS, dataclasses.replace(options, cd_k=0, guidance=1.0))
+    first = model.draw_codes(WORDS, dataclasses.replace(options, interval=(0.0, 1 / GRID)))
+    whole = model.draw_codes(WORDS, options)
+    late = model.draw_codes(WORDS, dataclasses.replace(options, interval=(1 - 1 / GRID, 1.0)))
+    np.testing.assert_array_equal([codes[0, 0] for codes in first], [codes[0, 0] for codes in whole])
+    np.testing.assert_array_equal([codes[0, :-1] for codes in late], [codes[0, :-1] for codes in plain])
+    assert any((one != other).any() for one, other in zip(whole, plain, strict=True))
 
 
 @pytest.mark.parametrize("combine", ["guide", "contrast", "edit"])
@@ -169,8 +186,10 @@ def test_guidance_of_one_is_the_conditional_stream(model):
 def test_combined_logits_are_restricted_after_guidance():
     logits = jax.random.normal(jax.random.key(0), (4, 10))
     allowed = jnp.arange(10) % 2 == jnp.zeros((2, 1))
-    weights = jnp.array([1.0, 4.0]), jnp.ones(2)
-    got = combined(logits, allowed, weights, StreamRules(LAYOUT, GRID, "guide"))
+    asked = [Request(streams=(), limit=GRID, end=0, place=Place.TEXT, weight=weight) for weight in (1.0, 4.0)]
+    zeros, no = jnp.zeros(2, jnp.int32), jnp.zeros(2, bool)
+    walk = Walk(zeros, zeros, zeros, no, no)
+    got = combined([logits[:2], logits[2:]], allowed, walk, stream_rows(asked), StreamRules(LAYOUT, GRID, "guide"))
     np.testing.assert_array_equal(np.asarray(got)[0, ::2], np.asarray(logits)[0, ::2])
     assert (np.asarray(got)[:, 1::2] == MASKED).all()
 
@@ -201,12 +220,13 @@ def codes_of(model, results):
 
 @pytest.mark.slow
 def test_requests_that_join_a_running_batch_equal_single_ones(model, batch):
-    """Guided, unguided and edits together, of which some join while others are drawn."""
+    """Guided, unguided, contrasted and edits together, of which some join while others are drawn."""
     plain, edit = dataclasses.replace(OPTIONS, guidance=1.0, n=2), dataclasses.replace(OPTIONS, image_guidance=1.5)
     engine = model.engine
     plans = [(engine.plan_texts([text], OPTIONS), OPTIONS) for text in WORDS[:3]]
     plans += [(engine.plan_texts(["two dogs"], plain), plain), (engine.plan_edits([(PICTURE, "red")], edit), edit)]
-    plans += [(engine.plan_texts(["the sea at night"], OPTIONS), OPTIONS)]
+    pool = dataclasses.replace(OPTIONS, n=2, candidates=2, cd_k=3, contrasted=1)
+    plans += [(engine.plan_texts([text], one), one) for text, one in (("a house", pool), (WORDS[-1], OPTIONS))]
     found = {}
     for number, (plan, options) in enumerate(plans):
         batch.begin(number, engine.drawings(plan, options), list)
@@ -214,7 +234,7 @@ def test_requests_that_join_a_running_batch_equal_single_ones(model, batch):
     found = drained(batch, found)
     assert batch.room
     for number, (plan, options) in enumerate(plans):
-        alone = engine.draw(plan, options)[0]
+        alone = engine.run(engine.drawings(plan, options), plan.combine)
         np.testing.assert_array_equal(codes_of(model, found[number]), codes_of(model, alone))
         for one, other in zip(found[number], alone, strict=True):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-3)

@@ -56,11 +56,12 @@ def test_images_are_drawn(client, drawer):
 
 
 def test_options_reach_the_model_and_seeds_differ_by_themselves(client, drawer):
-    more = {"steps": 7, "guidance": 3, "temperature": 0.5, "candidates": 2}
+    more = {"steps": 7, "guidance": 3, "temperature": 0.5, "candidates": 2, "cd_k": 4, "contrasted": 1}
     client.images.generate(prompt="red", n=1, extra_body=more)
     client.images.generate(prompt="red")
     first, second = (options for _, options in drawer.drawn[-2:])
     assert (first.steps, first.guidance, first.temperature, first.candidates) == (7, 3.0, (0.5, 0.5), 2)
+    assert (first.cd_k, first.contrasted) == (4, 1)
     assert first.seed != second.seed
     assert second.steps is None
 
@@ -140,6 +141,7 @@ REFUSED = {
         400,
         "background: not supported: images are",
     ),
+    "CD-K": ({"prompt": "red", "contrasted": 1}, 400, "contrasted 1: give cd_k, and a number up to"),
     "steps": ({"prompt": "red", "steps": 0}, 400, "steps: Input should be greater than or equal to 1"),
     "an unknown field": ({"prompt": "red", "colour": "x"}, 400, "colour: no field that this server knows"),
     "a long prompt": ({"prompt": "x" * 9_000}, 400, "prompt: String should have at most 8000"),

@@ -108,7 +108,7 @@ class StreamBatch:
             )
         self._config, self._fixed, self._steps = config, (graphdef, params), steps
         self.count, self.context = count, context or config.context_length
-        self._rules = StreamRules(config.vocabulary, config.image_tokens)
+        self._rules = StreamRules(config.vocabulary, config.image_tokens, "edit")
         self.reused = self.computed = 0
         self.reset()
 

@@ -46,7 +46,10 @@ class Request:
         sampling: sampling parameters.
         weight: weight of guidance by the prompt.
         image_weight: weight of guidance by the image.
-        interval: share of an image, from and to, in which guidance applies.
+        interval: share of an image, from and to, in which guidance or CD-K applies.
+        cd_k: k of CD-K in place of guidance; 0 for guidance.
+        cd_alpha: its alpha.
+        amateur_temperature: temperature of the stream that it subtracts.
     """
 
     streams: tuple[Int[np.ndarray, " S"], ...]
@@ -62,6 +65,9 @@ class Request:
     weight: float = 1.0
     image_weight: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
+    cd_k: int = 0
+    cd_alpha: float = 0.5
+    amateur_temperature: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +152,9 @@ def stream_rows(requests: Sequence[Request]) -> StreamRows:
         image_weight=column("image_weight", np.float32),
         first=jnp.asarray(np.array([request.interval[0] for request in requests], np.float32)),
         last=jnp.asarray(np.array([request.interval[1] for request in requests], np.float32)),
+        cd_k=column("cd_k", np.int32),
+        cd_alpha=column("cd_alpha", np.float32),
+        amateur_temperature=column("amateur_temperature", np.float32),
     )
 
 

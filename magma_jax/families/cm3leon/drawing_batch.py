@@ -36,7 +36,7 @@ class DrawingBatch:
         return self._streams.busy
 
     def takes(self, options: ImageOptions) -> bool:
-        return options.mask is None and not getattr(options, "cd_k", 0)
+        return options.mask is None
 
     def begin(self, key: Any, prompt: Prompt, options: ImageOptions) -> None:
         model = self._model

@@ -1,6 +1,5 @@
 """Results of prompts: requests for drawings, edits, texts and gaps, and what stands beside them."""
 
-import dataclasses
 import functools
 import itertools
 import warnings
@@ -176,28 +175,13 @@ class Engine:
 
     def draw(self, plan: Plan, options: DrawOptions, *, batch: int = EXAMPLES) -> list[list[Result]]:
         """``options.n`` images of every prompt, each the best of its candidates; with ``cd_k`` by CD-K or from both."""
-        requests = self.drawings(plan, options)
-        found: dict[int, Result] = {}
-        by_contrast = _contrasted(len(requests), options)
-        for contrast in (False, True):
-            places = [place for place in range(len(requests)) if (place in by_contrast) == contrast]
-            mine = [requests[place] for place in places]
-            if contrast:
-                # A weight of 1, as in images outside of the interval, would take the stream with the text alone.
-                mine = [dataclasses.replace(request, weight=0.0) for request in mine]
-                rules = {"k": options.cd_k, "alpha": options.cd_alpha}
-                rules["amateur_temperature"] = options.amateur_temperature
-                results = self.run(mine, "contrast", batch=batch, **rules)
-            else:
-                results = self.run(mine, plan.combine, batch=batch)
-            found |= dict(zip(places, results, strict=True))
-        pool = [found[place] for place in range(len(requests))]
-        return self.best(plan, pool, options)
+        return self.best(plan, self.run(self.drawings(plan, options), plan.combine, batch=batch), options)
 
     def drawings(self, plan: Plan, options: DrawOptions) -> list[Request]:
-        """Requests for all candidates of all images of every prompt, in order."""
+        """Requests for all candidates of all images of every prompt, in order; the last of an image are by CD-K."""
         size = self.config.image_tokens
         sampling = sampling_of(options)
+        guided = options.candidates - (options.candidates if options.contrasted is None else options.contrasted)
         return [
             self.request(
                 prompt,
@@ -212,6 +196,9 @@ class Engine:
                 weight=options.guidance,
                 image_weight=options.image_guidance,
                 interval=options.interval,
+                cd_k=options.cd_k if i % options.candidates >= guided else 0,
+                cd_alpha=options.cd_alpha,
+                amateur_temperature=options.amateur_temperature,
             )
             for prompt, found in zip(plan.streams, plan.documents, strict=True)
             for i in range(options.n * options.candidates)
@@ -297,14 +284,12 @@ class Engine:
             ids = np.concatenate([ids, result.ids, [layout.eoss]]).astype(np.int32)
         return filled, total
 
-    def run(
-        self, requests: Sequence[Request], combine: Combine, *, batch: int = EXAMPLES, **rules: Any
-    ) -> list[Result]:
-        """Results of requests, in batches; ``rules`` are fields of ``StreamRules``."""
-        static = StreamRules(self.config.vocabulary, self.config.image_tokens, combine, **rules)
+    def run(self, requests: Sequence[Request], combine: Combine, *, batch: int = EXAMPLES) -> list[Result]:
+        """Results of requests, in batches."""
+        rules = StreamRules(self.config.vocabulary, self.config.image_tokens, combine)
         found: list[Result] = []
         for part in batched(requests, batch):
-            found += run_requests(self.graphdef, self.params, part, static, self.config.context_length)
+            found += run_requests(self.graphdef, self.params, part, rules, self.config.context_length)
         return found
 
     def _warn_unless_sentinels(self) -> None:
@@ -320,14 +305,6 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
-
-
-def _contrasted(count: int, options: DrawOptions) -> set[int]:
-    """Places of the candidates that are drawn by CD-K: the last ones of every image."""
-    each = options.candidates if options.contrasted is None else options.contrasted
-    if not options.cd_k:
-        return set()
-    return {place for place in range(count) if place % options.candidates >= options.candidates - each}
 
 
 @functools.cache

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magma_jax.inference.decoding.guidance import guide_edit
-from magma_jax.inference.decoding.sampling import MASKED, SamplingRows, sample
+from magma_jax.inference.decoding.sampling import SamplingRows, sample
 from magma_jax.inference.decoding.streams import (
     Given,
     ModelBeside,
@@ -20,9 +19,9 @@ from magma_jax.inference.decoding.streams import (
     Walk,
     activations_of,
     allowed_ids,
+    combined,
     read_place,
     walked,
-    weights_at,
 )
 from magma_jax.models.references import Places, References
 from magma_jax.nn.modules import Definition, merge
@@ -170,14 +169,13 @@ def _draw(slots: Slots, rules: StreamRules) -> tuple[Int[Array, " R"], Float[Arr
     Guidance by a prompt alone is that of an edit whose last two streams are the same.
     """
     walk, rows = slots.walk, slots.rows
-    both, image, nothing = (slots.logits[rows.streams[:, i]] for i in range(3))
-    text_weight, image_weight = weights_at(walk, rows.asked, rules)
+    parts = [slots.logits[rows.streams[:, i]] for i in range(3)]
     allowed = allowed_ids(rules, rows.asked, walk.place, walk.count, slots.logits.shape[-1])
-    guided = guide_edit(nothing, image, both, image_weight=image_weight, text_weight=text_weight)
+    drawable = combined(parts, allowed, walk, rows.asked, rules)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.keys), walk.count)
-    token = sample(jnp.where(allowed, guided, MASKED), keys, rows.sampling).astype(jnp.int32)
+    token = sample(drawable, keys, rows.sampling).astype(jnp.int32)
     token = token[rows.streams[:, 0]]
-    return token, jnp.take_along_axis(jax.nn.log_softmax(both), token[:, None], axis=1)[:, 0]
+    return token, jnp.take_along_axis(jax.nn.log_softmax(parts[0]), token[:, None], axis=1)[:, 0]
 
 
 @platform_jit(donate_argnames=("slots",))

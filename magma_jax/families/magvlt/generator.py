@@ -391,6 +391,8 @@ class Magvlt:
     def _arguments(self, prompt: Prompt, options: ImageOptions) -> tuple[np.ndarray, ...]:
         """Codes, editable places, tokens and lengths of a prompt, one row each."""
         self._tokenizer()
+        if options.cd_k:
+            raise ValueError("this model is guided by guidance alone: leave out cd_k")
         parts = parts_of(prompt)
         if parts.text is None:
             raise ValueError("the prompt has no text; say what the image shows")

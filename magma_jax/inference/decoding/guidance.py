@@ -4,15 +4,16 @@ Pure, jittable functions on fp32 logits. They come before everything in ``sampli
 temperature and top-p see their result.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from magma_jax.inference.decoding.sampling import MASKED
-from magma_jax.typing import Array, Float
+from magma_jax.typing import Array, Float, Int
 
 Weight = float | int | Float[Array, " B"]
+
+# Largest k of ``contrast``: the k-th likeliest token is one of so many, since k may be traced.
+MAX_K = 64
 
 
 def guide(conditional: Float[Array, "B V"], unconditional: Float[Array, "B V"], weight: Weight) -> Float[Array, "B V"]:
@@ -45,7 +46,9 @@ def guide_edit(
     return both + _excess(image_weight) * (image - nothing) + _excess(text_weight) * (both - image)
 
 
-def contrast(expert: Float[Array, "B V"], amateur: Float[Array, "B V"], *, k: int, alpha: float) -> Float[Array, "B V"]:
+def contrast(
+    expert: Float[Array, "B V"], amateur: Float[Array, "B V"], *, k: int | Int[Array, " B"], alpha: Weight
+) -> Float[Array, "B V"]:
     """Scores of contrastive decoding, CD-K: ``log p_expert - log p_amateur`` of the plausible tokens (equation 3).
 
     Plausible is what the expert finds at least ``alpha`` times as likely as its ``k``-th likeliest token; others are
@@ -54,18 +57,14 @@ def contrast(expert: Float[Array, "B V"], amateur: Float[Array, "B V"], *, k: in
     Args:
         expert: logits of the stream with the condition.
         amateur: of the stream without it; its temperature is applied before (0.5 in the authors' script).
-        k: static; 1 to V.
+        k: 1 to ``MAX_K`` and to V; others are taken for the nearest of these.
         alpha: above 0, at most 1.
-
-    Raises:
-        ValueError: ``k`` or ``alpha`` out of range.
     """
-    if not 1 <= k <= expert.shape[-1]:
-        raise ValueError(f"k must be 1 to {expert.shape[-1]}, the number of tokens, got {k}")
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha must be above 0 and at most 1, got {alpha}")
     expert, amateur = jax.nn.log_softmax(expert), jax.nn.log_softmax(amateur)
-    least = jax.lax.top_k(expert, k)[0][:, -1:] + math.log(alpha)
+    likeliest = jax.lax.top_k(expert, min(MAX_K, expert.shape[-1]))[0]
+    place = jnp.broadcast_to(jnp.clip(jnp.asarray(k) - 1, 0, likeliest.shape[-1] - 1), expert.shape[:1])
+    least = jnp.take_along_axis(likeliest, place[:, None], axis=-1)
+    least += jnp.log(jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), expert.shape[:1]))[:, None]
     return jnp.where(expert >= least, expert - amateur, MASKED)
 
 

@@ -11,6 +11,7 @@ be followed by images is up to the request.
 import dataclasses
 import enum
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -26,10 +27,10 @@ from magma_jax.nn.transformer.cache import KVCache
 from magma_jax.typing import Array, Bool, Float, Int, Key
 
 # How the logits of an example's streams are combined. conditional: there is one. guide: with and without the prompt.
-# edit: with image and instruction, with the image alone, with neither. contrast: as guide, by CD-K.
-Combine = Literal["conditional", "guide", "edit", "contrast"]
+# edit: with image and instruction, with the image alone, with neither.
+Combine = Literal["conditional", "guide", "edit"]
 
-STREAMS: dict[Combine, int] = {"conditional": 1, "guide": 2, "edit": 3, "contrast": 2}
+STREAMS: dict[Combine, int] = {"conditional": 1, "guide": 2, "edit": 3}
 
 
 class Place(enum.IntEnum):
@@ -49,17 +50,11 @@ class StreamRules:
         layout: vocabulary.
         image_tokens: codes of an image.
         combine: how logits are combined.
-        k: of ``guidance.contrast``.
-        alpha: of ``guidance.contrast``.
-        amateur_temperature: temperature of the stream that ``guidance.contrast`` subtracts.
     """
 
     layout: VocabLayout
     image_tokens: int
     combine: Combine = "conditional"
-    k: int = 1
-    alpha: float = 0.5
-    amateur_temperature: float = 0.5
 
 
 class StreamRows(NamedTuple):
@@ -76,6 +71,9 @@ class StreamRows(NamedTuple):
         image_weight: weight of guidance by the image, for edits.
         first: share of an image from which on it is guided.
         last: share of an image from which on it is no longer guided.
+        cd_k: k of ``guidance.contrast`` in place of guidance by the prompt; 0 for guidance.
+        cd_alpha: alpha of ``guidance.contrast``.
+        amateur_temperature: temperature of the stream that ``guidance.contrast`` subtracts.
     """
 
     place: Array
@@ -88,6 +86,9 @@ class StreamRows(NamedTuple):
     image_weight: Array
     first: Array
     last: Array
+    cd_k: Array
+    cd_alpha: Array
+    amateur_temperature: Array
 
 
 class StreamTokens(NamedTuple):
@@ -247,30 +248,38 @@ def decode_streams(
 
 
 def combined(
-    logits: Float[Array, "R V"], allowed: Bool[Array, "B V"], weights: tuple[Array, Array], rules: StreamRules
+    parts: Sequence[Float[Array, "B V"]], allowed: Bool[Array, "B V"], walk: Walk, rows: StreamRows, rules: StreamRules
 ) -> Float[Array, "B V"]:
     """The logits to draw from: those of all streams, combined and then restricted to ``allowed``.
 
     Args:
-        logits: of all first streams, then all second ones, and so on.
+        parts: logits of every stream.
         allowed: ids that may follow.
-        weights: guidance by the prompt, and by the image.
+        walk: how far the examples are: images are guided within their interval alone.
+        rows: what is asked for.
         rules: static.
     """
-    parts = logits.reshape(STREAMS[rules.combine], -1, logits.shape[-1])
-    if rules.combine == "contrast":
-        expert, amateur = (jnp.where(allowed, part, MASKED) for part in parts)
-        amateur = apply_temperature(amateur, rules.amateur_temperature)
-        scores = contrast(expert, amateur, k=rules.k, alpha=rules.alpha)
-        result = jnp.where((weights[0] == 1)[:, None], expert, scores)
-    elif rules.combine == "edit":
-        both, image, nothing = parts
-        result = guide_edit(nothing, image, both, image_weight=weights[1], text_weight=weights[0])
-    elif rules.combine == "guide":
-        result = guide(parts[0], parts[1], weights[0])
+    share = (rules.image_tokens - walk.left) / rules.image_tokens
+    guided = (walk.place != Place.IMAGE) | ((share >= rows.first) & (share < rows.last))
+    text_weight, image_weight = jnp.where(guided, rows.weight, 1.0), jnp.where(guided, rows.image_weight, 1.0)
+    if rules.combine == "conditional":
+        return jnp.where(allowed, parts[0], MASKED)
+    if rules.combine == "guide":
+        result = guide(parts[0], parts[1], text_weight)
     else:
-        result = parts[0]
-    return jnp.where(allowed, result, MASKED)
+        both, image, nothing = parts
+        result = guide_edit(nothing, image, both, image_weight=image_weight, text_weight=text_weight)
+
+    def contrasted() -> Float[Array, "B V"]:
+        expert, amateur = (jnp.where(allowed, part, MASKED) for part in parts[:2])
+        scores = contrast(
+            expert, apply_temperature(amateur, rows.amateur_temperature), k=rows.cd_k, alpha=rows.cd_alpha
+        )
+        scores = jnp.where(guided[:, None], scores, expert)
+        return jnp.where((rows.cd_k > 0)[:, None], scores, result)
+
+    # Finding the k-th likeliest token takes a sort, which most batches do without.
+    return jnp.where(allowed, jax.lax.cond((rows.cd_k > 0).any(), contrasted, lambda: result), MASKED)
 
 
 def allowed_ids(
@@ -309,7 +318,8 @@ def _draw(
     batch, walk = keys.shape[0], state.walk
     logits = logits.astype(jnp.float32)
     allowed = allowed_ids(rules, rows, walk.place, walk.count, logits.shape[-1])
-    drawable = combined(logits, allowed, weights_at(walk, rows, rules), rules)
+    parts = list(logits.reshape(STREAMS[rules.combine], batch, -1))
+    drawable = combined(parts, allowed, walk, rows, rules)
     numbered = jax.vmap(jax.random.fold_in)(keys, walk.count)
     token = sample(drawable, numbered, sampling).astype(jnp.int32)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits[:batch]), token[:, None], axis=1)[:, 0]
@@ -327,13 +337,6 @@ def _last(leaf: Float[Array, "R S ..."] | Int[Array, "R S"], lengths: Int[Array,
     """Values at the last tokens of prompts, (R, 1, ...)."""
     where = (lengths - 1).reshape(-1, *[1] * (leaf.ndim - 1))
     return jnp.take_along_axis(leaf, where, axis=1)
-
-
-def weights_at(walk: Walk, rows: StreamRows, rules: StreamRules) -> tuple[Array, Array]:
-    """Weights of guidance by the prompt and by the image, (B,) each: 1 in images outside of their interval."""
-    share = (rules.image_tokens - walk.left) / rules.image_tokens
-    guided = (walk.place != Place.IMAGE) | ((share >= rows.first) & (share < rows.last))
-    return jnp.where(guided, rows.weight, 1.0), jnp.where(guided, rows.image_weight, 1.0)
 
 
 def walked(walk: Walk, token: Int[Array, " B"], rows: StreamRows, rules: StreamRules) -> Walk:

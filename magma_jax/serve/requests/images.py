@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from magma_jax.inference.answers import ImageOptions
 from magma_jax.inference.decoding.config import SEED_BITS
+from magma_jax.inference.decoding.guidance import MAX_K
 from magma_jax.serve.errors import RequestError
 from magma_jax.serve.requests.schema import MAX_CHOICES
 from magma_jax.serve.requests.unserved import Name, Strict, unserved
@@ -28,7 +29,8 @@ _STILL = "images are still and of pixels"
 class ImageRequest(Strict):
     """Body of ``POST /v1/images/generations``.
 
-    ``seed``, ``steps``, ``guidance``, ``temperature`` and ``candidates`` are extensions; see ``ImageOptions``.
+    ``seed``, ``steps``, ``guidance``, ``temperature``, ``candidates``, ``cd_k`` and ``contrasted`` are extensions; see
+    ``ImageOptions``.
     """
 
     model: Name | None = None
@@ -45,6 +47,8 @@ class ImageRequest(Strict):
     guidance: Annotated[float, Field(ge=0, le=100)] = 1.0
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     candidates: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    cd_k: Annotated[int, Field(ge=0, le=MAX_K)] = 0
+    contrasted: Annotated[int, Field(ge=0, le=MAX_CHOICES)] | None = None
 
     quality: unserved("there is one quality", "auto", "standard") = None
     background: unserved("images are opaque", "auto", "opaque") = None
@@ -80,6 +84,8 @@ class ImageRequest(Strict):
             guidance=self.guidance,
             temperature=None if self.temperature is None else (self.temperature, self.temperature),
             steps=self.steps,
+            cd_k=self.cd_k,
+            contrasted=self.contrasted,
         )
 
 
