@@ -10,8 +10,8 @@ the first token; ``tokens_per_second`` counts the other 63 of every row.
 
 ``weights_per_second`` is the size in gigabytes of the weights that every step must read, divided by its time;
 ``matvec_per_second`` is the rate of plain matmuls of the same weights with as many rows in the same process, each
-weight in a separate array. Every figure is the best of several rounds, with ``--processes`` of several processes: where
-the weights of a process lie in memory moves its figures by some percent.
+weight in a separate array. Every figure is the best of several rounds, with ``--processes`` of several processes, which
+start in turns too: where the weights of a process lie in memory moves its figures by some percent.
 """
 
 import argparse
@@ -48,16 +48,17 @@ def main() -> None:
         names = ["jax"] + ["torch"] * arguments.torch + ["against"] * (arguments.against is not None)
         options = ["--threads", str(arguments.threads)]
         times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        for _ in range(arguments.processes):
+        for number in range(arguments.processes):
+            order = names[::-1] if number % 2 else names
             workers = {
                 name: turns.start(__file__, f"jax-{batch}", options, arguments.against)
                 if name == "against"
                 else turns.start(__file__, f"{name}-{batch}", options)
-                for name in names
+                for name in order
             }
-            prepared = {name: turns.ask(workers[name], "prepare") for name in names}
+            prepared = {name: turns.ask(workers[name], "prepare") for name in order}
             for _ in range(arguments.rounds):
-                for name in names:
+                for name in order:
                     times[name].append(turns.ask(workers[name], "round"))
             peaks = {name: turns.end(workers[name]) for name in names}
         for name in names:

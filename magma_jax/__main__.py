@@ -3,8 +3,10 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from magma_jax import __version__, commands
+from magma_jax.runtime.ending import end_process
 
 # Command to the module whose ``main`` it is, and what it does.
 COMMANDS = {
@@ -40,5 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(COMMANDS[name][0]).main(words[1:])
 
 
+def run() -> NoReturn:
+    """The command ``magma-jax``."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

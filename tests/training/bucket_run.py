@@ -9,11 +9,17 @@ import sys
 import jax
 import numpy as np
 
+from magma_jax import commands
+from magma_jax.runtime.ending import end_process
 from magma_jax.training.run import setup
 from tests import tiny
 
 
-def main(address: str) -> None:
+def main(address: str) -> int:
+    return commands.run("bucket_run", lambda: train(address))
+
+
+def train(address: str) -> None:
     setup.load_dataset = lambda config: tiny.dataset()
     run = tiny.train(tiny.run_config(steps=30), address)
     digest = hashlib.sha256()
@@ -23,4 +29,4 @@ def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    end_process(main(*sys.argv[1:]))

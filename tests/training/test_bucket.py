@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magma_jax.commands import UNUSABLE
 from magma_jax.config import ConfigError
 from magma_jax.storage.model_folder import CheckpointError, read_model_json
 from magma_jax.storage.objects.copies import WorkingCopy, local_copy
@@ -267,6 +268,25 @@ def test_killed_during_ten_saves_nothing_is_lost(bucket):
 
 def newest_whole(bucket):
     return max((step for step, whole in steps(bucket).items() if whole), default=0)
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_its_bucket_ends(bucket):
+    """Not only its line appears: the process ends, although Orbax's threads still try to write."""
+    lost = threading.Event()
+
+    def fault(method, name):
+        if method == "POST" and "/checkpoints/2/" in name:
+            lost.set()
+        return 503 if lost.is_set() else None
+
+    bucket.fault = fault
+    command = [sys.executable, "-m", "tests.training.bucket_run", "gs://bucket/runs/lost"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == UNUSABLE
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("bucket_run: gs://bucket/runs/lost/checkpoints/2: could not be saved (")
+    assert last.endswith("; step 1 is whole, and the run continues from it")
 
 
 def run_process(bucket, address, kill_after=None):

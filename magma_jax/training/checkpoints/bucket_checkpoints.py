@@ -20,6 +20,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from magma_jax.output import OutputError, raise_if_full
 from magma_jax.runtime.distributed import is_main, json_from_main, log_main
+from magma_jax.runtime.ending import abandon_threads
 from magma_jax.storage.checksums import SUMS_FILE, checksums_text
 from magma_jax.storage.model_folder import CheckpointError
 from magma_jax.storage.objects.copies import WorkingCopy
@@ -196,6 +197,8 @@ class BucketCheckpoints(SavesInBackground):
             raise self._failed(error) from error
 
     def _failed(self, error: BaseException) -> CheckpointError:
+        # TensorStore's threads go on trying to write to a lost bucket, and Python would wait for them at the end.
+        abandon_threads()
         place = f"{self._store.address}/{self._saving_step}"
         last = next((step for step in self._steps if step != self._saving_step), None)
         whole = f"step {last} is whole, and the run continues from it" if last else "no checkpoint before it is whole"
