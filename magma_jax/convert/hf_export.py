@@ -1,25 +1,32 @@
-"""Exports the language model of a MAGMA model to Hugging Face's layout, without adapters."""
+"""Exports a language model, alone or that of a MAGMA model without adapters, to Hugging Face's layout."""
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+from flax import nnx
 
+from magma_jax.config import from_union
 from magma_jax.convert.open_folder import open_model_folder
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.data.tokenizers.settings import CHAT_TEMPLATE_FILE, GENERATION_FILE, SETTINGS_FILE
+from magma_jax.families import family_of_checkpoint
 from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.nn.adapters import is_adapter
+from magma_jax.nn.modules import abstract
 from magma_jax.output import OutputError, whole_output
 from magma_jax.published.hf.write import to_hf_config
 from magma_jax.published.keymap.engine import to_theirs
 from magma_jax.published.language_model_keys import language_model_table
+from magma_jax.published.open_magma import load_tokenizer
 from magma_jax.storage.deferred import Deferred
-from magma_jax.storage.model_folder import nbytes_of
+from magma_jax.storage.model_folder import nbytes_of, read_model_json
 from magma_jax.storage.progress import writing
 from magma_jax.storage.safetensors_file import write_safetensors
+from magma_jax.training.checkpoints.checkpoint import open_trained_params
+from magma_jax.typing import Params
 
 
 def to_hf(folder: str | Path, out: str | Path) -> None:
@@ -28,15 +35,17 @@ def to_hf(folder: str | Path, out: str | Path) -> None:
     The layout has no adapters, so they are omitted. It has a single vocabulary size, so the embedding table is padded
     with zeros to the rows of the head. A tied head is stored once.
 
+    Args:
+        folder: run folder or model folder of a language model or of MAGMA.
+        out: the folder to write.
+
     Raises:
         OutputError: ``out`` already exists, or the disk is too small.
-        CheckpointError: not a model folder.
+        CheckpointError: not a model folder, or one of another family.
     """
     if Path(out).exists():
         raise OutputError(f"{out}: already exists; choose another name or remove it first")
-    model = open_model_folder(folder)
-    config = model.config.lm
-    params = {path.removeprefix("lm/"): leaf for path, leaf in model.params.items() if path.startswith("lm/")}
+    config, params, words = _open_language_model(Path(folder))
     plain = {path: leaf for path, leaf in params.items() if not is_adapter(path)}
     if len(plain) < len(params):
         print(f"{out}: the adapters of {folder} are left out", file=sys.stderr)
@@ -48,7 +57,6 @@ def to_hf(folder: str | Path, out: str | Path) -> None:
     with whole_output(out, nbytes=nbytes) as partial, writing(out, nbytes) as progress:
         partial.mkdir()
         dtype = np.dtype(plain["wte/weight"].dtype).name
-        words = model.tokenizer
         begin = words.eos_id if words.begin_id is None else words.begin_id
         ends = list(words.end_ids) if len(words.end_ids) > 1 else words.eos_id
         special = {"bos_token_id": begin, "eos_token_id": ends, "pad_token_id": words.pad_id}
@@ -56,6 +64,17 @@ def to_hf(folder: str | Path, out: str | Path) -> None:
         _write_json(partial / GENERATION_FILE, special)
         _write_tokenizer(partial, words, config)
         write_safetensors(partial / "model.safetensors", tensors, {"format": "pt"}, progress)
+
+
+def _open_language_model(folder: Path) -> tuple[LanguageModelConfig, Params, Tokenizer]:
+    family = family_of_checkpoint(folder)
+    if not set(family.configs) <= set(get_args(LanguageModelConfig)):
+        model = open_model_folder(folder)
+        own = {path.removeprefix("lm/"): leaf for path, leaf in model.params.items() if path.startswith("lm/")}
+        return model.config.lm, own, model.tokenizer
+    config = from_union(family.configs, read_model_json(folder)["model"], f"{folder}: model")
+    _, shapes, types = abstract(lambda: family.build(config, nnx.Rngs(0)))
+    return config, open_trained_params(folder, shapes, types), load_tokenizer(folder)
 
 
 def _write_tokenizer(folder: Path, words: Tokenizer, config: LanguageModelConfig) -> None:

@@ -16,8 +16,9 @@ from magma_jax.convert.magma_checkpoint import from_torch, to_safetensors, to_to
 from magma_jax.convert.open_folder import open_model_folder
 from magma_jax.convert.verify import read_model_config
 from magma_jax.data.tokenizers.byte_level import Tokenizer, gpt2_tokenizer
+from magma_jax.models.language.decoder import Decoder
 from magma_jax.models.magma import MagmaModel
-from magma_jax.nn.modules import split
+from magma_jax.nn.modules import abstract, split
 from magma_jax.published.hf_config import read_config
 from magma_jax.published.language_model_sources import open_lm
 from magma_jax.published.open_magma import model_shapes
@@ -140,6 +141,22 @@ def test_other_language_models(name, tmp_path):
     assert expected == {
         path: leaf.tobytes() for path, leaf in params.items() if path.startswith("lm/") and "_adapter/" not in path
     }
+
+
+def test_a_language_model_by_itself(tmp_path):
+    """A run of one has no prefix and no adapters; the result is a source of another run."""
+    config, words = LANGUAGE_MODELS["qwen2"], gpt2_tokenizer()
+    shapes = abstract(lambda: Decoder(config, rngs=nnx.Rngs(0)))[1]
+    params = published.noise(shapes)
+    write_model_folder(
+        tmp_path / "model", {"model": to_dict(config)}, params, lambda made: words.save(made / "tokenizer")
+    )
+    assert main(["to-hf", str(tmp_path / "model"), str(tmp_path / "hf")]) == 0
+    assert read_config(tmp_path / "hf") == config
+    with open_lm(tmp_path / "hf", config) as (plan, _):
+        assert {path: tensor.read().tobytes() for path, tensor in plan.items()} == {
+            path: leaf.tobytes() for path, leaf in params.items()
+        }
 
 
 def test_nothing_is_overwritten(exported, capsys):
