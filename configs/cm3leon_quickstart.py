@@ -35,8 +35,9 @@ def get_config() -> ConfigDict:
                 "vocabulary": {"text": 2048, "image": tokenizer.codes, "sentinels": 16},
                 "context_length": 1024,
                 # Not the paper's: codes of two retrieved drawings at the same places, vectors of captions, a copy gate,
-                # and the mean codes of an image's left and right halves for the text behind it.
-                "references": {"images": 2, "strips": 2},
+                # which is closed for half of the rows, and the mean codes of an image's left and right halves for the
+                # text behind it.
+                "references": {"images": 2, "copy_dropout": 0.5, "strips": 2},
                 # Wider than the paper's, which is for 1,024 and more entries.
                 "embedding_std": 0.02,
                 "image_tokens": 256,

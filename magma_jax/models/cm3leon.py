@@ -187,6 +187,7 @@ class CM3LeonModel(Decoder):
         given: References | None,
         drawn: Int[Array, "B S"],
         seen: Seen | None = None,
+        dropout_key: PRNGKey | None = None,
     ) -> Float[Array, "B S D"]:
         """The final hidden states that ``logits`` takes, with codes that are copied from retrieved images.
 
@@ -194,7 +195,8 @@ class CM3LeonModel(Decoder):
         """
         if self.references is None or given is None:
             return hidden
-        hidden = self.references.copied(hidden, self.wte.weight[...].astype(hidden.dtype), given, drawn)
+        table = self.wte.weight[...].astype(hidden.dtype)
+        hidden = self.references.copied(hidden, table, given, drawn, dropout_key)
         return hidden if seen is None else self.references.described(hidden, seen, drawn)
 
 

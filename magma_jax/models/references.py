@@ -15,7 +15,10 @@ from flax import nnx
 from magma_jax.config import check_sizes
 from magma_jax.nn.layers import Embedding, Linear, normal
 from magma_jax.nn.modules import LanguageParam
-from magma_jax.typing import Array, Float, Int
+from magma_jax.typing import Array, Float, Int, PRNGKey
+
+# Separates the dropout of the copy gate from that of the layers.
+_COPY = 0xC0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,8 @@ class ReferencesConfig:
         captions: whether a vector of each caption, the document's own and those of the retrieved images, is added
             at every place of an image, and one of the words in which the own one agrees with each, from the end.
         copy: whether a learned gate adds the codes that it copies to the final hidden states.
+        copy_dropout: share of rows of a training batch whose gate is closed. Where it is always open, the layers need
+            not learn what the codes show, from which a text about the image is read.
         strips: vertical strips of the grid, left to right, of which a projection of the mean embedding of the codes so
             far is added to the final hidden states from which texts are predicted: attention over hundreds of codes
             learns late what there is most of. 0 for none.
@@ -40,12 +45,17 @@ class ReferencesConfig:
     codes: Literal["none", "next", "both"] = "both"
     captions: bool = True
     copy: bool = True
+    copy_dropout: float = 0.0
     strips: int = 0
     caption_words: int = 16
     word_rows: int = 4096
 
     def __post_init__(self):
         check_sizes(self, "images", "caption_words", "word_rows")
+        if not 0 <= self.copy_dropout < 1:
+            raise ValueError(f"references.copy_dropout must be at least 0 and below 1, got {self.copy_dropout}")
+        if self.copy_dropout and not self.copy:
+            raise ValueError("references.copy_dropout closes the gate of references.copy; set one of them only")
         if self.strips < 0:
             raise ValueError(f"references.strips must be at least 0, got {self.strips}")
 
@@ -167,12 +177,21 @@ class ReferenceLayers(nnx.Module):
         return total
 
     def copied(
-        self, hidden: Float[Array, "B S D"], table: Float[Array, "V D"], given: References, drawn: Int[Array, "B S"]
+        self,
+        hidden: Float[Array, "B S D"],
+        table: Float[Array, "V D"],
+        given: References,
+        drawn: Int[Array, "B S"],
+        dropout_key: PRNGKey | None = None,
     ) -> Float[Array, "B S D"]:
         """The final hidden states with the codes that the gate copies."""
         if self.gate is None:
             return hidden
         gates = self.gate(hidden)
+        if dropout_key is not None and self.config.copy_dropout:
+            key = jax.random.fold_in(dropout_key, _COPY)
+            is_open = jax.random.bernoulli(key, 1 - self.config.copy_dropout, (len(hidden), 1, 1))
+            gates = jnp.where(is_open, gates, 0)
         for number in range(self.config.images):
             hidden = hidden + gates[..., number, None] * _codes(table, given, number, drawn)
         return hidden

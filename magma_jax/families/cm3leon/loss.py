@@ -68,7 +68,8 @@ def cm3leon_loss(model: CM3LeonModel, batch: Batch, key: PRNGKey | None, *, opti
         embedded = model.embed(tokens, dtype)
     hidden = model(embedded, remat=options.remat, dropout_key=key).hidden
     if "places" in batch:
-        hidden = model.head_input(hidden, given, places.drawn, model.seen(tokens, places.read, dtype=dtype))
+        seen = model.seen(tokens, places.read, dtype=dtype)
+        hidden = model.head_input(hidden, given, places.drawn, seen, key)
     codes = config.vocabulary.image_ids
     image = (labels >= codes.start) & (labels < codes.stop)
     if options.ranges and by_side:
