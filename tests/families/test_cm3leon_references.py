@@ -27,7 +27,7 @@ from magma_jax.families.cm3leon.options import DrawOptions
 from magma_jax.families.cm3leon.prompts import Gap, beside, drawing_streams, lay_out_gaps
 from magma_jax.inference.decoding.config import SamplingConfig
 from magma_jax.models.cm3leon import CM3LeonConfig, CM3LeonModel
-from magma_jax.models.references import Places, References, ReferencesConfig
+from magma_jax.models.references import Places, ReferenceLayers, References, ReferencesConfig
 from magma_jax.nn.modules import abstract, merge, split
 from magma_jax.storage.model_folder import CheckpointError
 from magma_jax.training.run.config import RunConfig, completed
@@ -82,6 +82,23 @@ def model():
     params = {path: leaf + 0.2 * jax.random.normal(next(keys), leaf.shape) for path, leaf in params.items()}
     graphdef = abstract(lambda: CM3LeonModel(CONFIG, rngs=nnx.Rngs(0)))[0]
     return CM3Leon(Loaded(CONFIG, graphdef, params, BPE, True))
+
+
+def test_the_gate_is_closed_for_a_share_of_training_rows():
+    layers = ReferenceLayers(ReferencesConfig(copy_dropout=0.5), width=8, std=0.4, rngs=nnx.Rngs(0))
+    hidden, table = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in ((0, (64, 3, 8)), (1, (20, 8))))
+    given = References(jnp.full((64, 2, GRID), 7), jnp.zeros((64, 3, 16), jnp.int32))
+    places = jnp.tile(jnp.array([-1, 0, 3]), (64, 1))
+    copied = layers.copied(hidden, table, given, places)
+    found = layers.copied(hidden, table, given, places, jax.random.key(2))
+    changed = (copied != hidden).any(2)
+    assert changed.tolist() == [[False, True, True]] * 64
+    is_open = (found == copied).all((1, 2))
+    np.testing.assert_array_equal(found, jnp.where(is_open[:, None, None], copied, hidden))
+    assert 20 <= is_open.sum() <= 44
+    for wrong in ({"copy_dropout": 1.0}, {"copy_dropout": 0.5, "copy": False}):
+        with pytest.raises(ValueError, match=r"references\.copy_dropout"):
+            ReferencesConfig(**wrong)
 
 
 def test_a_row_has_the_texts_of_retrieved_images_before_its_own_and_their_codes_beside():
