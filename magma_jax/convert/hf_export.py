@@ -6,26 +6,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from flax import nnx
 
-from magma_jax.config import from_union
-from magma_jax.convert.open_folder import open_model_folder
+from magma_jax.convert.open_folder import open_checkpoint, open_model_folder
 from magma_jax.data.tokenizers.byte_level import Tokenizer
 from magma_jax.data.tokenizers.settings import CHAT_TEMPLATE_FILE, GENERATION_FILE, SETTINGS_FILE
 from magma_jax.families import family_of_checkpoint
 from magma_jax.models.language.catalog import LanguageModelConfig
 from magma_jax.nn.adapters import is_adapter
-from magma_jax.nn.modules import abstract
 from magma_jax.output import OutputError, whole_output
 from magma_jax.published.hf.write import to_hf_config
 from magma_jax.published.keymap.engine import to_theirs
 from magma_jax.published.language_model_keys import language_model_table
 from magma_jax.published.open_magma import load_tokenizer
 from magma_jax.storage.deferred import Deferred
-from magma_jax.storage.model_folder import nbytes_of, read_model_json
+from magma_jax.storage.model_folder import nbytes_of
 from magma_jax.storage.progress import writing
 from magma_jax.storage.safetensors_file import write_safetensors
-from magma_jax.training.checkpoints.checkpoint import open_trained_params
 from magma_jax.typing import Params
 
 
@@ -67,14 +63,12 @@ def to_hf(folder: str | Path, out: str | Path) -> None:
 
 
 def _open_language_model(folder: Path) -> tuple[LanguageModelConfig, Params, Tokenizer]:
-    family = family_of_checkpoint(folder)
-    if not set(family.configs) <= set(get_args(LanguageModelConfig)):
-        model = open_model_folder(folder)
-        own = {path.removeprefix("lm/"): leaf for path, leaf in model.params.items() if path.startswith("lm/")}
-        return model.config.lm, own, model.tokenizer
-    config = from_union(family.configs, read_model_json(folder)["model"], f"{folder}: model")
-    _, shapes, types = abstract(lambda: family.build(config, nnx.Rngs(0)))
-    return config, open_trained_params(folder, shapes, types), load_tokenizer(folder)
+    if set(family_of_checkpoint(folder).configs) <= set(get_args(LanguageModelConfig)):
+        alone = open_checkpoint(folder)
+        return alone.config, alone.params, load_tokenizer(folder)
+    model = open_model_folder(folder)
+    own = {path.removeprefix("lm/"): leaf for path, leaf in model.params.items() if path.startswith("lm/")}
+    return model.config.lm, own, model.tokenizer
 
 
 def _write_tokenizer(folder: Path, words: Tokenizer, config: LanguageModelConfig) -> None:

@@ -6,18 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from flax import nnx
-
-from magma_jax.config import ConfigError, from_union, to_dict
+from magma_jax.config import to_dict
+from magma_jax.convert.open_folder import open_checkpoint
 from magma_jax.convert.sharing.model_card import model_card
-from magma_jax.families import family_of_checkpoint
-from magma_jax.nn.modules import abstract
 from magma_jax.storage.exported_weights import EXPORTED_FILE
 from magma_jax.storage.model_folder import (
     BASE,
     BUFFER_FILE,
     CARD_FILE,
-    MODEL_FILE,
     TORCH_FILE,
     CheckpointError,
     nbytes_of,
@@ -26,7 +22,6 @@ from magma_jax.storage.model_folder import (
 )
 from magma_jax.storage.progress import writing
 from magma_jax.storage.safetensors_file import write_safetensors
-from magma_jax.training.checkpoints.checkpoint import open_trained_params
 from magma_jax.version import __version__
 
 Format: TypeAlias = Literal["safetensors", "params"]
@@ -58,18 +53,12 @@ def export(
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise CheckpointError(f"{out}: already exists; choose another name or remove it first")
-    family, metadata = family_of_checkpoint(folder), read_model_json(folder)
-    try:
-        config = from_union(family.configs, {"kind": family.name} | metadata["model"], f"{MODEL_FILE}: model")
-    except ConfigError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    _, shapes, types = abstract(lambda: family.build(config, nnx.Rngs(0)))
-    params = open_trained_params(folder, shapes, types, ema=ema)
+    family, config, types, params = open_checkpoint(folder, ema=ema)
     counts: dict[str, int] = {}
     for path, kind in types.items():
         role = getattr(kind, "role", "statistics")
-        counts[role] = counts.get(role, 0) + math.prod(shapes[path].shape)
-    about = {key: value for key, value in metadata.items() if key not in _OF_A_RUN}
+        counts[role] = counts.get(role, 0) + math.prod(params[path].shape)
+    about = {key: value for key, value in read_model_json(folder).items() if key not in _OF_A_RUN}
     about |= {"model": to_dict(config), "magma_jax": __version__}
 
     def write_extras(made: Path) -> None:

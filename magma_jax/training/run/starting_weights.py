@@ -49,6 +49,8 @@ def write_run_folder(program: Program, workdir: Path, dataset: Dataset, copy: Wo
         ConfigError: weights or a base that do not fit the model. CheckpointError: no model folder.
     """
     config = program.config
+    run = to_dict(config)
+    metadata = {"model": run["model"], "groups": run["optim"]["groups"], "run": run}
     trained: Params = {}
     base_types: dict[str, type[nnx.Variable]] = {}
     base = None
@@ -57,9 +59,6 @@ def write_run_folder(program: Program, workdir: Path, dataset: Dataset, copy: Wo
         base_types = _base_types(program, base)
         # In all processes: reading checkpoints is a collective operation.
         trained = _trained_in_base(program, base, base_types)
-    run = to_dict(config)
-    metadata = {"model": run["model"], "groups": run["optim"]["groups"], "run": run}
-    if config.base is not None and base is not None:
         metadata[BASE] = base_reference(config.base, workdir if copy is None else copy.address, base)
     starting = contextlib.nullcontext(program.params)
     if is_main():
